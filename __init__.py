@@ -1,0 +1,1 @@
+"""offcut: DeepCache for compiled engines."""

@@ -1,0 +1,156 @@
+"""The one table of model families: which UNet classes can be exported, and what their inputs are.
+
+A new family is one entry in ``FAMILIES``: the diffusers class, and a function from its config to its inputs. Names of inputs
+are those that diffusers' own ``forward`` and optimum's exporter use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError
+from .specs import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of UNet.
+
+    Attributes:
+        name: offcut's own name, written into the manifest.
+        unet_class: the class in diffusers, as ``_class_name`` in its config.
+        inputs: from the UNet's config and the latent's dtype to the graph's inputs, ``sample`` and ``timestep`` first.
+        nested: inputs that ``forward`` takes inside a dict, as name -> the dict's argument.
+    """
+
+    name: str
+    unet_class: str
+    inputs: Callable[[Config, str], tuple[TensorSpec, ...]]
+    nested: Mapping[str, str]
+
+    def arguments(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """The keyword arguments of the UNet's ``forward`` for these graph inputs."""
+        arguments: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            if name in self.nested:
+                arguments.setdefault(self.nested[name], {})[name] = tensor
+            else:
+                arguments[name] = tensor
+        return arguments
+
+
+def _latent_inputs(config: Config, dtype: str) -> list[TensorSpec]:
+    # The timestep is a vector, so that a batch may hold requests at different steps, and float32, since some
+    # schedulers (Euler with continuous timesteps, flow matching) have fractional ones.
+    return [
+        TensorSpec("sample", dtype, ("batch", config["in_channels"], "height", "width")),
+        TensorSpec("timestep", "float32", ("batch",)),
+    ]
+
+
+def _unconditional(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
+    inputs = _latent_inputs(config, dtype)
+    if config.get("class_embed_type") or config.get("num_class_embeds"):
+        inputs.append(TensorSpec("class_labels", "int64", ("batch",)))
+    return tuple(inputs)
+
+
+def _conditional(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
+    inputs = _latent_inputs(config, dtype)
+    width = config["encoder_hid_dim"] or config["cross_attention_dim"]
+    if not isinstance(width, int):
+        raise ModelError("cross_attention_dim differs from block to block, which offcut cannot export yet")
+    inputs.append(TensorSpec("encoder_hidden_states", dtype, ("batch", "sequence", width)))
+
+    if config["encoder_hid_dim_type"] not in (None, "text_proj"):
+        raise ModelError(f"encoder_hid_dim_type={config['encoder_hid_dim_type']!r} cannot be exported yet")
+
+    addition = config["addition_embed_type"]
+    if addition == "text_time":
+        time_ids = _time_ids(config)
+        pooled = config["projection_class_embeddings_input_dim"] - time_ids * config["addition_time_embed_dim"]
+        inputs.append(TensorSpec("text_embeds", dtype, ("batch", pooled)))
+        inputs.append(TensorSpec("time_ids", dtype, ("batch", time_ids)))
+    elif addition is not None:
+        raise ModelError(f"addition_embed_type={addition!r} cannot be exported yet; offcut knows 'text_time' (SDXL)")
+
+    kind = config["class_embed_type"]
+    if kind == "projection":
+        width = config["projection_class_embeddings_input_dim"]
+        inputs.append(TensorSpec("class_labels", dtype, ("batch", width)))
+    elif kind is None and config["num_class_embeds"] is not None:
+        inputs.append(TensorSpec("class_labels", "int64", ("batch",)))
+    elif kind is not None:
+        raise ModelError(f"class_embed_type={kind!r} cannot be exported yet")
+
+    if config["time_cond_proj_dim"] is not None:
+        inputs.append(TensorSpec("timestep_cond", dtype, ("batch", config["time_cond_proj_dim"])))
+    return tuple(inputs)
+
+
+def _time_ids(config: Config) -> int:
+    """SDXL base embeds 6 size and crop numbers; its refiner 5, with an aesthetic score in place of the target size.
+
+    The config says only the sum of the pooled text width and the embedded numbers, and the pooled width is 1280 in both.
+    """
+    total, each = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
+    return 5 if total == 1280 + 5 * each else 6
+
+
+FAMILIES: dict[str, Family] = {
+    family.unet_class: family
+    for family in (
+        Family(
+            name="unet2d-condition",
+            unet_class="UNet2DConditionModel",
+            inputs=_conditional,
+            nested={"text_embeds": "added_cond_kwargs", "time_ids": "added_cond_kwargs"},
+        ),
+        Family(name="unet2d", unet_class="UNet2DModel", inputs=_unconditional, nested={}),
+    )
+}
+
+
+def family_of(config: Config) -> Family:
+    """The family of a UNet by its config.
+
+    Raises:
+        ModelError: the class is not in the table.
+    """
+    name = config.get("_class_name", "no _class_name")
+    if name not in FAMILIES:
+        raise ModelError(
+            f"{name} is not a UNet that offcut knows; it exports {', '.join(FAMILIES)} "
+            "(transformer models such as Flux and SD3 have no skip connections to cut)"
+        )
+    return FAMILIES[name]
+
+
+def example_dims(config: Config) -> dict[str, int]:
+    """Small dimensions that every graph of this config accepts; no two alike, so that none is taken for another."""
+    multiple = 2 ** (len(config["block_out_channels"]) - 1)
+    return {"batch": 2, "height": 2 * multiple, "width": 3 * multiple, "sequence": 7}
+
+
+def example_inputs(specs: tuple[TensorSpec, ...], dims: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random inputs of these shapes: normal noise, timesteps in [0, 1000), class labels 0."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for spec in specs:
+        shape = spec.resolve(dims)
+        if spec.name == "timestep":
+            tensors[spec.name] = torch.randint(1, 1000, shape, generator=generator).to(spec.torch_dtype())
+        elif spec.dtype == "int64":
+            tensors[spec.name] = torch.zeros(shape, dtype=torch.int64)
+        else:
+            tensors[spec.name] = torch.randn(shape, generator=generator).to(spec.torch_dtype())
+    return tensors

@@ -1,0 +1,159 @@
+"""Reading an ONNX UNet without reading its weights: inputs, outputs, and every tensor's shape at given dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ModelError
+from .specs import Dim, Shape, TensorSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# Dimensions to infer concrete shapes with: no two alike, spatial ones divisible by any UNet's downsampling.
+PROBE = {"batch": 3, "height": 64, "width": 192, "sequence": 7}
+
+_SAMPLE_DIMS: tuple[Dim, ...] = ("batch", "channels", "height", "width")
+# Symbols of the inputs by name and axis; whatever a foreign exporter called them. An input of another name keeps its own.
+_INPUT_DIMS: dict[str, tuple[Dim, ...]] = {
+    "sample": _SAMPLE_DIMS,
+    "timestep": ("batch",),
+    "encoder_hidden_states": ("batch", "sequence", "channels"),
+    "text_embeds": ("batch", "channels"),
+    "time_ids": ("batch", "channels"),
+    "class_labels": ("batch", "channels"),
+    "timestep_cond": ("batch", "channels"),
+}
+
+
+# ONNX infers these through their function bodies and loses the shape there; they keep their input's, as Sigmoid does.
+_BY_FUNCTION_BODY = {"GroupNormalization", "Gelu"}
+
+
+@dataclass(frozen=True)
+class UNetGraph:
+    """A UNet's ONNX graph, its weights left on disk.
+
+    Attributes:
+        path: the file.
+        model: the graph; weights are references into the data file.
+        inputs: by name, in order.
+        output: ``noise_pred``, whatever the file calls it.
+    """
+
+    path: Path
+    model: ir.Model
+    inputs: Mapping[str, TensorSpec]
+    output: TensorSpec
+
+
+def read(path: str | Path) -> UNetGraph:
+    """Open a UNet's ONNX file, whoever exported it.
+
+    Raises:
+        ModelError: not an ONNX file, or not one of a UNet.
+    """
+    import onnx_ir as ir
+
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"{path} is not there; give the ONNX file of a UNet")
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf, onnx and onnx_ir each raise their own
+        raise ModelError(f"{path} is not a readable ONNX file") from error
+    names = [str(value.name) for value in model.graph.inputs]
+    if not {"sample", "timestep"} <= set(names):
+        raise ModelError(f"{path} is not a UNet: its inputs are {', '.join(names) or 'none'}, not sample and timestep")
+    inputs = {str(value.name): _input_spec(value) for value in model.graph.inputs}
+    output = model.graph.outputs[0]
+    channels = output.shape[1] if output.shape is not None and len(output.shape) == 4 else None
+    if not isinstance(channels, int):
+        channels = _channels_of_producer(output)
+    sample = inputs["sample"].shape
+    return UNetGraph(
+        path, model, inputs, TensorSpec(str(output.name), _dtype(output), (sample[0], channels, *sample[2:]))
+    )
+
+
+def infer_shapes(graph: UNetGraph, dims: Mapping[str, int] = PROBE) -> dict[str, Shape]:
+    """Every tensor's shape at these dimensions, by name; those that cannot be told are left out.
+
+    The inputs are fixed to these dimensions and the graph's shape arithmetic is folded; no weight is read.
+    """
+    import onnx_ir as ir
+    from onnxscript.optimizer import fold_constants
+
+    model = ir.load(graph.path)
+    for value in model.graph.inputs:
+        if str(value.name) in graph.inputs:
+            value.shape = ir.Shape(graph.inputs[str(value.name)].resolve(dims))
+    for node in model.graph:
+        if node.op_type in _BY_FUNCTION_BODY:
+            node.op_type = "Sigmoid"
+            node.resize_inputs(1)
+            node.attributes.clear()
+    fold_constants(model, onnx_shape_inference=True)
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    values += [output for node in model.graph for output in node.outputs]
+    return {
+        str(value.name): tuple(int(size) for size in value.shape)
+        for value in values
+        if value.shape is not None and value.shape.is_static()
+    }
+
+
+def _input_spec(value: ir.Value) -> TensorSpec:
+    name = str(value.name)
+    symbols = _INPUT_DIMS.get(name, ())
+    shape: list[Dim] = []
+    for axis, dim in enumerate(value.shape or ()):
+        if isinstance(dim, int):
+            shape.append(dim)
+            continue
+        symbol = symbols[axis] if axis < len(symbols) else str(dim.value)
+        shape.append(_channels_of_consumer(value) if symbol == "channels" else symbol)
+    return TensorSpec(name, _dtype(value), tuple(shape))
+
+
+def _dtype(value: ir.Value) -> str:
+    import onnx_ir as ir
+
+    names = {
+        ir.DataType.FLOAT: "float32",
+        ir.DataType.FLOAT16: "float16",
+        ir.DataType.BFLOAT16: "bfloat16",
+        ir.DataType.INT64: "int64",
+    }
+    if value.dtype not in names:
+        raise ModelError(f"{value.name} is {value.dtype}, which no diffusers UNet takes or gives")
+    return names[value.dtype]
+
+
+def _channels_of_consumer(value: ir.Value) -> int:
+    """The size of a channel axis that a foreign exporter left symbolic, read off the weight that consumes it."""
+    for use in value.uses():
+        for weight in use.node.inputs[1:2]:
+            if weight is None or weight.shape is None or not weight.is_initializer():
+                continue
+            axis = {"Conv": 1, "MatMul": 0}.get(use.node.op_type)
+            if axis is not None:
+                return int(weight.shape[axis])  # type: ignore[arg-type]
+            if use.node.op_type == "Gemm":
+                by_row = use.node.attributes.get_int("transB", 0)
+                return int(weight.shape[by_row])  # type: ignore[arg-type]
+        if use.node.op_type == "Cast":
+            return _channels_of_consumer(use.node.outputs[0])
+    raise ModelError(f"cannot tell how many channels {value.name} has; export it with that dimension fixed")
+
+
+def _channels_of_producer(value: ir.Value) -> int:
+    node = value.producer()
+    if node is not None and node.op_type == "Cast" and node.inputs[0] is not None:
+        return _channels_of_producer(node.inputs[0])
+    if node is None or node.op_type != "Conv" or node.inputs[1] is None or node.inputs[1].shape is None:
+        raise ModelError(f"the output {value.name} is not made by a convolution: this is not a UNet's graph")
+    return int(node.inputs[1].shape[0])  # type: ignore[arg-type]

@@ -1,0 +1,160 @@
+"""From a hub id or a local directory to a UNet in memory: safetensors only, remote code never."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError
+from .families import Family, family_of
+
+if TYPE_CHECKING:
+    import torch
+
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model was found, on disk.
+
+    Attributes:
+        name: what the user gave: a hub id or a path.
+        root: the pipeline's directory, or the UNet's own for a bare UNet.
+        subfolder: of the UNet under ``root``; empty for a bare UNet.
+        revision: the hub's commit, or None for a local directory.
+        variant: of the weight files, as in ``model.fp16.safetensors``.
+        config: the UNet's config.
+    """
+
+    name: str
+    root: Path
+    subfolder: str
+    revision: str | None
+    variant: str | None
+    config: dict[str, Any]
+
+    @property
+    def is_pipeline(self) -> bool:
+        return bool(self.subfolder) and (self.root / "model_index.json").is_file()
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.config)
+
+    @property
+    def folder(self) -> Path:
+        """The directory with the UNet's config and weights."""
+        return self.root / self.subfolder
+
+
+def locate(
+    model: str | Path, *, revision: str | None = None, variant: str | None = None, subfolder: str | None = None
+) -> ModelSource:
+    """Find a model, fetching it from the hub if ``model`` is no local directory.
+
+    Args:
+        model: a hub id, a diffusers pipeline directory, or the directory of a bare UNet.
+        revision: a branch, tag or commit of the hub's repository.
+        variant: of the weight files, e.g. ``"fp16"``.
+        subfolder: of the UNet; ``"unet"`` in a pipeline.
+
+    Raises:
+        ModelError: nothing there that can be exported.
+    """
+    root = Path(model).expanduser()
+    commit = None
+    if root.is_file():
+        raise ModelError(f"{model} is a file; give the diffusers directory that holds the UNet, or a hub id")
+    if not root.exists():
+        root, commit = _fetch(str(model), revision, variant)
+    if subfolder is None:
+        subfolder = "" if _is_unet(root) else "unet"
+    config_file = root / subfolder / "config.json"
+    if not config_file.is_file():
+        raise ModelError(
+            f"{model} has no {Path(subfolder) / 'config.json'}; "
+            "give a diffusers pipeline or UNet directory (subfolder= names the UNet's folder)"
+        )
+    source = ModelSource(str(model), root, subfolder, commit, variant, _read_config(config_file))
+    family_of(source.config)
+    return source
+
+
+def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
+    """The UNet in evaluation mode on the CPU, its weights in this precision.
+
+    Raises:
+        ModelError: the weights are missing, not safetensors, truncated, or do not fit the config.
+    """
+    import diffusers
+    import torch
+    from safetensors import SafetensorError
+
+    unet_class = getattr(diffusers, source.family.unet_class)
+    if not any(source.folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{source.name} has no safetensors weights in {source.subfolder or '.'}; "
+            "offcut loads no pickled weights: convert them with diffusers' save_pretrained"
+        )
+    try:
+        unet = unet_class.from_pretrained(
+            source.folder,
+            torch_dtype=getattr(torch, PRECISIONS[precision]),
+            use_safetensors=True,
+            variant=source.variant,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"the UNet of {source.name} cannot be loaded: {_first_line(error)}") from error
+    assert isinstance(unet, torch.nn.Module)
+    return unet.eval().requires_grad_(False)
+
+
+def _fetch(model: str, revision: str | None, variant: str | None) -> tuple[Path, str]:
+    """Download a pipeline's configs and safetensors; give its directory and commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    weights = [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"] if variant else ["*.safetensors"]
+    # Without a variant the other variants' files are left where they are: SD 1.5 on the hub has four of each weight.
+    others = [] if variant else ["*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors"]
+    # Single-file checkpoints lie at a repository's top level beside the diffusers folders.
+    others += [] if "/" not in model else ["*pruned*.safetensors", "*emaonly*.safetensors"]
+    try:
+        root = snapshot_download(
+            model, revision=revision, allow_patterns=["*.json", "*.txt", "*.model", *weights], ignore_patterns=others
+        )
+    except HFValidationError as error:
+        raise ModelError(f"{model} is neither a directory here nor a valid hub id") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"{model} is no directory here and could not be fetched: {_first_line(error)}") from error
+    # snapshot_download's path ends in snapshots/<commit>.
+    return Path(root), Path(root).name
+
+
+def _is_unet(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and not (folder / "model_index.json").is_file()
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """The config with diffusers' defaults for what an older file leaves out."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file} is not readable JSON: {_first_line(error)}") from error
+    import inspect
+
+    import diffusers
+
+    unet_class = getattr(diffusers, family_of(config).unet_class)
+    parameters = inspect.signature(unet_class.__init__).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    return {**defaults, **config}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,103 @@
+"""What a graph's inputs and outputs look like: names, dtypes and symbolic shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import InternalError, ShapeError
+
+if TYPE_CHECKING:
+    import torch
+
+Dim = int | str
+Shape = tuple[int, ...]
+
+DTYPES = ("float32", "float16", "bfloat16", "int64")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph.
+
+    Attributes:
+        name: the tensor's name in the ONNX file.
+        dtype: one of ``DTYPES``, named as in PyTorch.
+        shape: an int for a fixed dimension, or a symbol: ``"batch"``, ``"sequence"``, ``"height"``, ``"width"``
+            (of the latent, not of the image), or a spatial one divided, ``"height/4"``.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+    def resolve(self, dims: Mapping[str, int]) -> Shape:
+        """The concrete shape for these dimensions, e.g. ``{"batch": 2, "height": 64, "width": 64}``."""
+        return tuple(_value(dim, dims) for dim in self.shape)
+
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(str(d) for d in self.shape)}]"
+
+
+def symbols(specs: Iterable[TensorSpec]) -> tuple[str, ...]:
+    """The free symbols of these specs, in order of first use, divided ones left out."""
+    seen: dict[str, None] = {}
+    for spec in specs:
+        for dim in spec.shape:
+            if isinstance(dim, str):
+                seen.setdefault(dim.partition("/")[0])
+    return tuple(seen)
+
+
+def solve(specs: Mapping[str, TensorSpec], shapes: Mapping[str, Shape], multiple: int = 1) -> dict[str, int]:
+    """The dimensions that these concrete input shapes stand for.
+
+    Args:
+        specs: the graph's inputs by name.
+        shapes: a concrete shape for each of them (more names are an error, fewer too).
+        multiple: height and width must be multiples of this (the UNet's total downsampling).
+
+    Raises:
+        ShapeError: a name is missing or unknown, a fixed dimension differs, or two tensors disagree on a symbol.
+    """
+    if missing := sorted(set(specs) - set(shapes)):
+        raise ShapeError(f"the UNet needs {', '.join(missing)}, which the pipeline did not pass")
+    if unknown := sorted(set(shapes) - set(specs)):
+        raise ShapeError(f"this engine has no input named {', '.join(unknown)}; it has {', '.join(specs)}")
+    dims: dict[str, int] = {}
+    for name, spec in specs.items():
+        shape = shapes[name]
+        if len(shape) != len(spec.shape):
+            raise ShapeError(f"{name} has shape {list(shape)}, but the engine takes {list(spec.shape)}")
+        for got, want in zip(shape, spec.shape, strict=True):
+            expected = dims.setdefault(want, got) if isinstance(want, str) else want
+            if got != expected:
+                raise ShapeError(
+                    f"{name} has shape {list(shape)}, but the engine takes {list(spec.shape)}"
+                    + (f" with {want} = {expected}" if isinstance(want, str) else "")
+                )
+    for side in ("height", "width"):
+        if dims.get(side, 0) % multiple:
+            valid = max(multiple, round(dims[side] / multiple) * multiple)
+            raise ShapeError(
+                f"the latent's {side} is {dims[side]}, but this UNet needs a multiple of {multiple}: "
+                f"the nearest is {valid}"
+            )
+    return dims
+
+
+def _value(dim: Dim, dims: Mapping[str, int]) -> int:
+    if isinstance(dim, int):
+        return dim
+    symbol, _, divisor = dim.partition("/")
+    if symbol not in dims:
+        raise InternalError(f"dimension {dim!r} is not among {sorted(dims)}")
+    return -(-dims[symbol] // int(divisor or 1))
