@@ -1,1 +1,63 @@
-"""offcut: DeepCache for compiled engines."""
+"""offcut: DeepCache for compiled engines.
+
+A diffusion UNet is exported once and cut into a full graph and a shallow one; each becomes an engine, and a runtime alternates
+between them while the cached features stay in device memory.
+
+The names below are the public API. They are imported on first use, so that ``import offcut`` stays light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engines.build import build
+    from .engines.bundle import Bundle
+    from .errors import OffcutError
+    from .exporter.cut import find_cuts, split
+    from .exporter.trace import export
+    from .runtime.deepcache import DeepCacheSDHelper
+    from .runtime.pipeline import attach, load
+    from .runtime.schedule import Quad, Steps, Uniform
+    from .runtime.unet import UNet
+
+_WHERE = {
+    "Bundle": "engines.bundle",
+    "DeepCacheSDHelper": "runtime.deepcache",
+    "OffcutError": "errors",
+    "Quad": "runtime.schedule",
+    "Steps": "runtime.schedule",
+    "UNet": "runtime.unet",
+    "Uniform": "runtime.schedule",
+    "attach": "runtime.pipeline",
+    "build": "engines.build",
+    "export": "exporter.trace",
+    "find_cuts": "exporter.cut",
+    "load": "runtime.pipeline",
+    "split": "exporter.cut",
+}
+
+__all__ = [
+    "Bundle",
+    "DeepCacheSDHelper",
+    "OffcutError",
+    "Quad",
+    "Steps",
+    "UNet",
+    "Uniform",
+    "attach",
+    "build",
+    "export",
+    "find_cuts",
+    "load",
+    "split",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""What every engine offers to the runtime: a pair of graphs that share their cached features.
+"""What every engine offers: to the build a check of what it can take, to the runtime a pair of graphs.
 
 The unit is the pair, because what matters is what the two graphs share: the buffers of the cached features,
 and one device and stream.
@@ -7,6 +7,8 @@ and one device and stream.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ..exporter.specs import Shape, TensorSpec
@@ -67,3 +69,85 @@ class EnginePair(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The graphs of a pair on disk, and their contract.
+
+    Attributes:
+        full: the file that the engine opens for the full graph.
+        shallow: the same for each cut's shallow graph.
+        inputs: of the full graph.
+        outputs: ``noise_pred`` first, then every cached feature.
+        cuts: each cut's cached features by name.
+        multiple: height and width of the latent must be multiples of it.
+        precision: of the graphs: ``fp32``, ``fp16`` or ``bf16``.
+    """
+
+    full: Path
+    shallow: Mapping[str, Path]
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    cuts: Mapping[str, tuple[str, ...]]
+    multiple: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to open a pair.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``, as PyTorch spells it.
+        threads: of the CPU engines; None leaves it to the engine (one a core).
+        inference_precision: computes fp32 graphs in ``"bf16"`` where the engine has a hint for it. Costs image quality
+            (relative error of one call about 1e-2). Fixed when the bundle is built.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    inference_precision: str | None = None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Whether an engine can be used here.
+
+    Attributes:
+        version: of the installed package, None when it is not installed.
+        devices: those it can run on here, as PyTorch spells them.
+        reason: why it cannot be used, or what was found.
+        features: what the machine adds that some builds require, e.g. ``"bf16"``.
+    """
+
+    version: str | None
+    devices: tuple[str, ...]
+    reason: str
+    features: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def usable(self) -> bool:
+        return bool(self.devices)
+
+
+class Engine(Protocol):
+    """What an engine's module offers; each is one file in this folder and one line in ``registry.ENGINES``."""
+
+    name: str
+    extra: str
+    """The extra of offcut that installs it."""
+
+    default_opset: int
+
+    def probe(self) -> Probe:
+        """Look, without loading a graph, whether this engine works here."""
+        ...
+
+    def open(self, graphs: Graphs, options: EngineOptions) -> EnginePair:
+        """Load both graphs onto the device.
+
+        Raises:
+            EngineError: the engine refuses a graph or the options; the message is the engine's own first line.
+        """
+        ...

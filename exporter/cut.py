@@ -27,7 +27,6 @@ from .trace import NOISE_PRED, WEIGHTS_FILE, ExportedUNet
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-FULL_FILE = "full.onnx"
 MLPERF = "mlperf"
 CONVENTIONS = "deepcache:K, paper:K (= deepcache:K+1) or mlperf"
 # External tensors below this size stay inside the ONNX file.
@@ -157,9 +156,16 @@ def split(
 
 
 def split_all(
-    graph: ExportedUNet | UNetGraph | str | Path, cuts: Sequence[Cut | str], out: str | Path | None = None
+    graph: ExportedUNet | UNetGraph | str | Path,
+    cuts: Sequence[Cut | str],
+    out: str | Path | None = None,
+    suffix: str = "",
 ) -> list[TwinGraph]:
-    """As ``split``, for several cuts: one full graph that hands out every cut's features, and a shallow graph each."""
+    """As ``split``, for several cuts: one full graph that hands out every cut's features, and a shallow graph each.
+
+    Args:
+        suffix: added to the files' names, as in ``full-1a2b.onnx``, for several cuttings in one directory.
+    """
     unet = _open(graph)
     known = find_cuts(unet)
     chosen = list(dict.fromkeys(find_cut(known, cut if isinstance(cut, str) else cut.name) for cut in cuts))
@@ -167,11 +173,14 @@ def split_all(
         raise CutError(f"no cut was named: write {CONVENTIONS}")
     folder = Path(out) if out is not None else unet.path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    full = folder / FULL_FILE
+    full = folder / f"full{suffix}.onnx"
     if full.exists() and full.samefile(unet.path):
         raise ModelError(f"{full} would be overwritten by its own full graph: give another directory")
     _write_full(unet, chosen, full)
-    return [TwinGraph(full, _write_shallow(full, cut, known), cut, cut.cached) for cut in chosen]
+    return [
+        TwinGraph(full, _write_shallow(full, cut, folder / f"shallow-{cut.slug}{suffix}.onnx"), cut, cut.cached)
+        for cut in chosen
+    ]
 
 
 def find_joins(model: ir.Model) -> list[Join]:
@@ -287,13 +296,11 @@ def _mlperf(joins: Sequence[Join], unet: UNetGraph, shapes: dict[str, Shape]) ->
 def _write_full(unet: UNetGraph, cuts: Sequence[Cut], full: Path) -> None:
     import onnx_ir as ir
 
-    model = ir.load(unet.path)
+    model = _only_noise(ir.load(unet.path))  # the graph may have been cut before, elsewhere
     values = _values(model)
     model.graph.outputs[0].name = NOISE_PRED
     for tensor in dict.fromkeys(tensor for cut in cuts for tensor in cut.tensors):
         value = values[tensor.value]
-        if value in model.graph.outputs:
-            raise InternalError(f"{tensor.value} is an output already")
         value.name = tensor.spec.name
         value.shape = ir.Shape(tensor.spec.shape)
         value.type = ir.TensorType(model.graph.outputs[0].dtype or ir.DataType.FLOAT)
@@ -327,7 +334,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _write_shallow(full: Path, cut: Cut, known: Sequence[Cut]) -> Path:
+def _write_shallow(full: Path, cut: Cut, shallow: Path) -> Path:
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -349,7 +356,6 @@ def _write_shallow(full: Path, cut: Cut, known: Sequence[Cut]) -> Path:
         raise InternalError(f"the shallow graph of {cut.name} has {len(graph)} nodes, not {expected}")
     if lost := [spec.name for spec in cut.cached if spec.name not in {value.name for value in graph.inputs}]:
         raise InternalError(f"the shallow graph of {cut.name} does not read {', '.join(lost)}")
-    shallow = full.parent / f"shallow-{cut.slug}.onnx"
     ir.save(model, shallow)
     return shallow
 

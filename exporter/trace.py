@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InternalError, ModelError
 from .families import Family, example_dims, example_inputs
 from .load import PRECISIONS, ModelSource, load_unet, locate
+from .reference import REFERENCE_FILE, write_reference
 from .specs import TensorSpec
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class ExportedUNet:
         inputs: by name, in the graph's order.
         outputs: ``noise_pred``.
         parameters: PyTorch parameter name -> initializer.
+        reference: the file with inputs and what eager PyTorch made of them.
         precision: ``fp32``, ``fp16`` or ``bf16``.
         opset: of the default ONNX domain.
         multiple: the latent's height and width must be multiples of it.
@@ -68,6 +70,7 @@ class ExportedUNet:
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
     parameters: Mapping[str, Parameter]
+    reference: Path
     precision: str
     opset: int
     multiple: int
@@ -85,7 +88,7 @@ def export(
     subfolder: str | None = None,
     progress: Progress = lambda step: None,
 ) -> ExportedUNet:
-    """Export a model's UNet into a directory: ``unet.onnx``, ``weights.data``, ``parameters.json``.
+    """Export a model's UNet into a directory: ``unet.onnx``, ``weights.data``, ``parameters.json``, ``reference.safetensors``.
 
     Args:
         model: a hub id, a diffusers directory, or what ``locate`` gave.
@@ -130,8 +133,11 @@ def trace(
     specs = family.inputs(config, PRECISIONS[precision])
     multiple = 2 ** (len(config["block_out_channels"]) - 1)
 
+    examples = {**example_dims(config), **fixed}
+
     progress("trace")
-    program = export_program(unet, family, specs, {**example_dims(config), **fixed}, fixed, multiple)
+    write_reference(unet, family, specs, examples, out / REFERENCE_FILE)
+    program = export_program(unet, family, specs, examples, fixed, multiple)
     progress("convert")
     model, parameters = _to_onnx(program, specs, fixed, opset)
     del program
@@ -147,6 +153,7 @@ def trace(
         inputs={spec.name: spec for spec in inputs},
         outputs={NOISE_PRED: noise},
         parameters=parameters,
+        reference=out / REFERENCE_FILE,
         precision=precision,
         opset=opset,
         multiple=multiple,

@@ -1,0 +1,249 @@
+"""The bundle: a directory that ``build`` writes and everything else reads.
+
+Nothing in it is deserialised before its digest is checked. That proves that it is whole, not who made it: give
+``expect_digest`` to pin its origin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..errors import BundleError, CutError, EngineError
+from .base import EngineOptions, EnginePair, Graphs
+from .manifest import MANIFEST_FILE, SCHEMA_VERSION, EngineEntry, Manifest, Variant, schema_of
+from .registry import Choice, choose, engine
+
+
+class Bundle:
+    """An opened bundle, its manifest verified. Open one with ``Bundle.open``.
+
+    Attributes:
+        path: the directory.
+        manifest: what it says of itself.
+        digest: SHA-256 of the manifest, which holds every other file's.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, digest: str) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.digest = digest
+
+    @classmethod
+    def open(cls, path: str | Path, expect_digest: str | None = None) -> Bundle:
+        """Read and check a bundle's manifest. Files are checked when they are used; ``verify_files`` checks all.
+
+        Raises:
+            BundleError: it is not a bundle, is damaged or altered, names files outside itself, has another digest than
+                ``expect_digest``, or was written by a newer offcut.
+        """
+        path = Path(path)
+        file = path / MANIFEST_FILE
+        if not file.is_file():
+            raise BundleError(f"{path} is not an offcut bundle: it has no {MANIFEST_FILE}; make one with offcut build")
+        text = file.read_bytes()
+        digest = hashlib.sha256(text).hexdigest()
+        if expect_digest is not None and digest != expect_digest.lower():
+            raise BundleError(f"{path} has digest {digest}, not the expected {expect_digest}: it is another bundle")
+        return cls(path, _parse(text, path), digest)
+
+    @property
+    def engines(self) -> list[str]:
+        """The engines that were built into it, by name."""
+        return list(dict.fromkeys(entry.engine for entry in self.manifest.engines.values()))
+
+    @property
+    def cuts(self) -> list[str]:
+        """The cuts that some engine of it can run."""
+        return list(dict.fromkeys(cut for entry in self.manifest.engines.values() for cut in entry.cuts))
+
+    @property
+    def unet_config(self) -> dict[str, Any]:
+        """The UNet's config, as diffusers wrote it."""
+        name = self.manifest.unet_config
+        self.verify_files([name])
+        config = json.loads((self.path / name).read_text(encoding="utf-8"))
+        assert isinstance(config, dict)
+        return config
+
+    def verify_files(self, names: Iterable[str] | None = None) -> None:
+        """Check size and SHA-256 of these files, or of all.
+
+        Raises:
+            BundleError: one is missing, truncated, altered, or a link that leaves the bundle.
+        """
+        for name in self.manifest.files if names is None else names:
+            entry = self.manifest.files.get(name)
+            if entry is None:
+                raise BundleError(f"{self.path}: {name} is not in the manifest; build the bundle again")
+            file = _inside(self.path, name)
+            if not file.is_file():
+                raise BundleError(f"{self.path}: {name} is missing; copy or build the bundle again")
+            size = file.stat().st_size
+            if size != entry.size:
+                raise BundleError(f"{self.path}: {name} has {size} bytes, not {entry.size}; copy or build the bundle again")
+            if digest_file(file) != entry.sha256:
+                raise BundleError(f"{self.path}: {name} was altered (its SHA-256 differs); copy or build the bundle again")
+
+    def choose_engine(self, name: str = "auto", device: str = "cpu") -> Choice:
+        """The engine to open: the one named, or the best of those in the bundle, and why.
+
+        Raises:
+            EngineError: it is not in the bundle or cannot run here.
+        """
+        if name == "auto":
+            return choose(device, self.engines)
+        if name not in self.engines:
+            engine(name)
+            raise EngineError(
+                f"{self.path} holds {', '.join(self.engines)}, not {name}: add it with offcut build --engine {name}"
+            )
+        probe = engine(name).probe()
+        if device not in probe.devices:
+            raise EngineError(f"{name} cannot run on {device} here: {probe.reason}")
+        return Choice(name, "asked for")
+
+    def entry(
+        self, name: str, *, precision: str | None = None, inference_precision: str | None = None, cut: str | None = None
+    ) -> EngineEntry:
+        """The newest build of this engine that has these properties.
+
+        Raises:
+            EngineError: there is none; the message says what there is.
+            CutError: none of them has the cut.
+        """
+        found = [
+            entry
+            for entry in self.manifest.engines.values()
+            if entry.engine == name
+            and (precision is None or self.manifest.variants[entry.variant].precision == precision)
+            and (inference_precision is None or entry.inference_precision == inference_precision)
+        ]
+        if not found:
+            there = ", ".join(self.manifest.engines) or "nothing"
+            raise EngineError(f"{self.path} holds no such build of {name}; it holds {there}")
+        with_cut = [entry for entry in found if cut is None or cut in entry.cuts]
+        if not with_cut:
+            raise CutError(f"{self.path} was not built with the cut {cut}; it has {', '.join(self.cuts)}")
+        return with_cut[-1]
+
+    def open_pair(
+        self,
+        engine: str = "auto",
+        *,
+        device: str = "cpu",
+        precision: str | None = None,
+        inference_precision: str | None = None,
+        threads: int | None = None,
+    ) -> EnginePair:
+        """Open the full graph and its shallow graphs on a device.
+
+        Args:
+            engine: a name, or ``"auto"`` for the best one here.
+            device: as PyTorch spells it.
+            precision, inference_precision: choose among several builds of the engine.
+            threads: of a CPU engine; None leaves it to the engine.
+
+        Raises:
+            BundleError: a file is damaged.
+            EngineError: the engine cannot be used here, or was built for another machine or version.
+        """
+        name = self.choose_engine(engine, device).name
+        entry = self.entry(name, precision=precision, inference_precision=inference_precision)
+        return open_entry(self, entry, EngineOptions(device, threads, entry.inference_precision))
+
+    def graphs(self, entry: EngineEntry) -> Graphs:
+        """The files of an engine and their contract."""
+        variant = self.manifest.variants[entry.variant]
+        cuts = {cut.name: cut for cut in variant.cuts if cut.name in entry.cuts}
+        outputs = [variant.noise_pred, *(tensor for cut in cuts.values() for tensor in cut.cached)]
+        return Graphs(
+            full=self.path / entry.full,
+            shallow={cut: self.path / file for cut, file in entry.shallow.items()},
+            inputs={tensor.name: tensor.spec() for tensor in variant.inputs},
+            outputs={tensor.name: tensor.spec() for tensor in outputs},
+            cuts={name: tuple(tensor.name for tensor in cut.cached) for name, cut in cuts.items()},
+            multiple=variant.multiple,
+            precision=variant.precision,
+        )
+
+
+def open_entry(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> EnginePair:
+    """Check that a built engine fits this machine and its files are whole, and open it."""
+    module = engine(entry.engine)
+    probe = module.probe()
+    if missing := set(entry.requires) - probe.features:
+        raise EngineError(
+            f"{entry.key} needs {', '.join(sorted(missing))}, which this machine does not have ({probe.reason}): "
+            "build it again here"
+        )
+    if probe.version is not None and _release(probe.version) < _release(entry.version):
+        raise EngineError(
+            f"{entry.key} was built and verified with {entry.engine} {entry.version}, here is {probe.version}: "
+            "upgrade it, or build again here"
+        )
+    bundle.verify_files(engine_files(entry, bundle.manifest.variants[entry.variant]))
+    return module.open(bundle.graphs(entry), options)
+
+
+def engine_files(entry: EngineEntry, variant: Variant) -> list[str]:
+    """Every file that opening this engine reads."""
+    return [entry.full, *entry.shallow.values(), variant.weights]
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parse(text: bytes, path: Path) -> Manifest:
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"{path / MANIFEST_FILE} is damaged: it is no JSON; copy or build the bundle again") from error
+    version = schema_of(raw)
+    if version is None:
+        raise BundleError(f"{path / MANIFEST_FILE} is no manifest of a bundle: it has no schema_version")
+    if version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} was written by a newer offcut (schema {version}, this one reads {SCHEMA_VERSION}): upgrade offcut"
+        )
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{path / MANIFEST_FILE} is damaged at {where}: {first['msg']}") from error
+    for key, entry in manifest.engines.items():
+        variant = manifest.variants.get(entry.variant)
+        if variant is None:
+            raise BundleError(f"{path}: the engine {key} names the variant {entry.variant}, which is not there")
+        if not set(entry.cuts) <= {cut.name for cut in variant.cuts} or set(entry.cuts) != set(entry.shallow):
+            raise BundleError(f"{path}: the graphs of the engine {key} do not belong together; build it again")
+    for name in manifest.files:
+        _inside(path, name)
+    return manifest
+
+
+def _inside(root: Path, name: str) -> Path:
+    """The file, if no link on the way to it leaves the bundle."""
+    file = root / name
+    if not file.resolve().is_relative_to(root.resolve()):
+        raise BundleError(f"{root}: {name} is a link that leaves the bundle; copy the bundle with its links resolved")
+    return file
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """``"1.31.1"`` as (1, 31, 1); what follows the numbers is left out."""
+    numbers = []
+    for part in version.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)

@@ -1,0 +1,132 @@
+"""OpenVINO on the CPU, reading and writing PyTorch's memory without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EngineError, MissingExtraError
+from ..exporter.specs import Shape
+from .base import EngineOptions, Graphs, Probe
+from .buffers import allocate_pair
+
+if TYPE_CHECKING:
+    import torch
+
+name = "openvino"
+extra = "cpu"
+default_opset = 23
+
+
+def probe() -> Probe:
+    try:
+        installed = version("openvino")
+    except PackageNotFoundError:
+        return Probe(None, (), "not installed: pip install 'offcut[cpu]'")
+    import openvino
+
+    core = openvino.Core()
+    if "CPU" not in core.available_devices:
+        return Probe(installed, (), "its CPU plugin does not load here")
+    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    features = frozenset({"bf16"} if "BF16" in capabilities else ())
+    return Probe(installed, ("cpu",), f"CPU with {', '.join(capabilities)}", features)
+
+
+def open(graphs: Graphs, options: EngineOptions) -> OpenVinoPair:  # noqa: A001 - the protocol's name
+    return OpenVinoPair(graphs, options)
+
+
+class OpenVinoPair:
+    """A compiled model for the full graph and one for each cut; see ``base.EnginePair``."""
+
+    name = name
+
+    def __init__(self, graphs: Graphs, options: EngineOptions) -> None:
+        import torch
+
+        if options.device != "cpu":
+            raise EngineError(f"the openvino engine runs on the CPU, not on {options.device}")
+        self.device = torch.device("cpu")
+        self.inputs, self.outputs, self.cuts = graphs.inputs, graphs.outputs, graphs.cuts
+        self._graphs = graphs
+        try:
+            import openvino
+        except ImportError as error:
+            raise MissingExtraError("the openvino engine", "openvino", extra) from error
+
+        settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": {None: "f32", "fp32": "f32", "bf16": "bf16"}[options.inference_precision],
+        }
+        if options.threads:
+            settings["INFERENCE_NUM_THREADS"] = options.threads
+        core = openvino.Core()
+
+        def compile_model(path: Any) -> Any:
+            try:
+                return core.compile_model(path, "CPU", settings)
+            except RuntimeError as error:
+                raise EngineError(f"openvino refuses {path.name}: {_reason(error)}") from error
+
+        self._full = compile_model(graphs.full)
+        self._shallow = {cut: compile_model(path) for cut, path in graphs.shallow.items()}
+
+    def prepare(self, shapes: Mapping[str, Shape]) -> BoundOpenVinoPair:
+        buffers, dims = allocate_pair(self._graphs, shapes, self.device)
+        return BoundOpenVinoPair(self._full, self._shallow, buffers, dims)
+
+    def close(self) -> None:
+        self._full = None
+        self._shallow = {}
+
+
+class BoundOpenVinoPair:
+    """See ``base.BoundPair``."""
+
+    def __init__(
+        self,
+        full: Any,
+        shallow: Mapping[str, Any],
+        buffers: Mapping[str, torch.Tensor],
+        dims: Mapping[str, int],
+    ) -> None:
+        self.buffers = buffers
+        self.dims = dims
+        tensors = {key: _view(buffer) for key, buffer in buffers.items()}
+        self._full = _request(full, tensors)
+        self._shallow = {cut: _request(model, tensors) for cut, model in shallow.items()}
+
+    def full(self) -> None:
+        self._full.infer()
+
+    def shallow(self, cut: str) -> None:
+        self._shallow[cut].infer()
+
+    def close(self) -> None:
+        self._shallow = {}
+        self.buffers = {}
+
+
+def _request(model: Any, tensors: Mapping[str, Any]) -> Any:
+    request = model.create_infer_request()
+    for port in (*model.inputs, *model.outputs):
+        request.set_tensor(port, next(tensors[key] for key in port.names if key in tensors))
+    return request
+
+
+def _view(buffer: torch.Tensor) -> Any:
+    """An OpenVINO tensor over the same memory."""
+    import openvino
+    import torch
+
+    if buffer.dtype == torch.bfloat16:  # NumPy has none
+        return openvino.Tensor(buffer.view(torch.uint16).numpy(), list(buffer.shape), openvino.Type.bf16)
+    return openvino.Tensor(buffer.numpy(), shared_memory=True)
+
+
+def _reason(error: RuntimeError) -> str:
+    """The line of OpenVINO's message that says what is wrong; the ones before it name its source files."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if not line.startswith(("Exception from", "Check "))), "no reason given")

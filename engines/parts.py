@@ -1,0 +1,68 @@
+"""The rest of a pipeline, which a bundle carries as diffusers lays it out: scheduler, tokenizer, text encoder, VAE, ..."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from ..errors import ModelError
+from ..exporter.load import ModelSource
+
+INDEX_FILE = "model_index.json"
+_SMALL = (".json", ".txt", ".model")
+
+
+def pipeline_class(source: ModelSource) -> str | None:
+    """The pipeline's class in diffusers; None for a bare UNet."""
+    if not source.is_pipeline:
+        return None
+    return str(json.loads((source.root / INDEX_FILE).read_text(encoding="utf-8"))["_class_name"])
+
+
+def copy_parts(source: ModelSource, out: Path) -> list[str]:
+    """Copy every component but the UNet, safetensors only, and give the copies' names.
+
+    Raises:
+        ModelError: a component has no safetensors of the chosen variant.
+    """
+    if not source.is_pipeline:
+        return []
+    index = json.loads((source.root / INDEX_FILE).read_text(encoding="utf-8"))
+    names = [INDEX_FILE]
+    for component, location in index.items():
+        folder = source.root / component
+        if component.startswith("_") or folder == source.folder or not isinstance(location, list) or location[0] is None:
+            continue
+        files = _files(folder, source.variant)
+        if not files:
+            raise ModelError(
+                f"{source.name} has nothing to load in {component}; offcut takes safetensors only"
+                + (f" of the variant {source.variant}" if source.variant else "")
+            )
+        names += [file.relative_to(source.root).as_posix() for file in files]
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.root / name, out / name)
+    return names
+
+
+def _files(folder: Path, variant: str | None) -> list[Path]:
+    """A component's configs, and its weights of this variant or, where it has none of it, of no variant."""
+    if not folder.is_dir():
+        return []
+    weights = list(folder.glob("*.safetensors"))
+    chosen = [file for file in weights if _variant_of(file) == variant] or [
+        file for file in weights if _variant_of(file) is None
+    ]
+    pickled = any(folder.glob("*.bin")) or any(folder.glob("*.ckpt"))
+    if pickled and not chosen:
+        return []
+    small = [file for file in folder.iterdir() if file.suffix in _SMALL and file.is_file()]
+    return sorted([*small, *chosen])
+
+
+def _variant_of(file: Path) -> str | None:
+    """``model.fp16.safetensors`` and ``model.fp16-00001-of-00002.safetensors`` are of the variant fp16."""
+    middle = file.name.removesuffix(".safetensors").partition(".")[2]
+    return middle.partition("-")[0] or None

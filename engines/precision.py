@@ -1,0 +1,61 @@
+"""The table precision x engine: which pairs work, and how far each may be from PyTorch and from itself across the cut.
+
+The build refuses what the table refuses, and tests hold every row to its bounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import EngineError
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How exact a pair is.
+
+    Attributes:
+        parity: largest difference of ``noise_pred`` from eager PyTorch of the same weights; absolute for fp32, else relative to
+            the largest value of the reference.
+        relative: whether ``parity`` is relative.
+        across: largest difference of the shallow graph, given the full graph's fresh features, from the full graph,
+            relative to the largest value. 0 is bit for bit, the first invariant.
+    """
+
+    parity: float
+    relative: bool
+    across: float
+
+
+_EXACT = Bounds(parity=1e-4, relative=False, across=0.0)
+
+# (engine, precision of the graphs, inference precision) -> bounds, or the reason why it cannot work.
+BOUNDS: dict[tuple[str, str, str | None], Bounds | str] = {
+    ("onnxruntime", "fp32", None): _EXACT,
+    ("onnxruntime", "fp16", None): Bounds(parity=1e-2, relative=True, across=5e-3),
+    ("onnxruntime", "bf16", None): "ONNX Runtime's CPU provider does not load bf16 graphs",
+    ("openvino", "fp32", None): _EXACT,
+    ("openvino", "fp32", "bf16"): Bounds(parity=5e-2, relative=True, across=5e-2),
+    ("openvino", "fp16", None): Bounds(parity=1e-2, relative=True, across=1e-2),
+    ("openvino", "bf16", None): Bounds(parity=5e-2, relative=True, across=5e-2),
+}
+
+
+def bounds(engine: str, precision: str, inference_precision: str | None = None) -> Bounds:
+    """The row of the table.
+
+    Raises:
+        EngineError: this engine cannot run this precision; the message says why and what to choose instead.
+    """
+    if inference_precision == precision:
+        inference_precision = None
+    row = BOUNDS.get((engine, precision, inference_precision), "offcut has no bounds for it, so it is not offered")
+    if isinstance(row, Bounds):
+        return row
+    asked = precision if inference_precision is None else f"{precision} computed in {inference_precision}"
+    others = [
+        p if hint is None else f"{p} computed in {hint}"
+        for (name, p, hint), other in BOUNDS.items()
+        if name == engine and isinstance(other, Bounds)
+    ]
+    raise EngineError(f"{engine} cannot run {asked}: {row}; it runs {', '.join(others)}")

@@ -1,0 +1,70 @@
+"""The table of engines, and how ``auto`` chooses among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import cast
+
+from ..errors import EngineError
+from .base import Engine, Probe
+
+# A new engine: one file in this folder, one line here, one row in precision.BOUNDS, one parameter in the tests.
+ENGINES = ("openvino", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine and why it was taken."""
+
+    name: str
+    reason: str
+
+
+def engine(name: str) -> Engine:
+    """The engine's module.
+
+    Raises:
+        EngineError: there is no such engine.
+    """
+    if name not in ENGINES:
+        raise EngineError(f"there is no engine {name!r}; choose auto or one of {', '.join(ENGINES)}")
+    return cast(Engine, import_module(f".{name}", __package__))
+
+
+def probe_all() -> dict[str, Probe]:
+    """Every engine with what was found of it here."""
+    return {name: engine(name).probe() for name in ENGINES}
+
+
+def choose(device: str = "cpu", among: Iterable[str] = ENGINES) -> Choice:
+    """The best engine here for this device, and why: the rule behind ``engine="auto"``.
+
+    OpenVINO where the CPU multiplies bf16 matrices (AMX), as it was measured fastest there even on fp32 graphs; otherwise ONNX
+    Runtime.
+
+    Raises:
+        EngineError: none is usable; the message says why for each.
+    """
+    among = list(among)
+    found = {name: engine(name).probe() for name in among}
+    usable = [name for name, probe in found.items() if device in probe.devices]
+    if not usable:
+        reasons = "; ".join(f"{name}: {probe.reason}" for name, probe in found.items()) or "none was built"
+        raise EngineError(f"no engine can run on {device} here ({reasons})")
+    if len(usable) == 1:
+        left_out = [name for name in among if name not in usable]
+        why = f"the only one usable on {device}" + (f" ({', '.join(left_out)} not)" if left_out else "")
+        return Choice(usable[0], why)
+    if device == "cpu" and "openvino" in usable and _has_amx():
+        return Choice("openvino", "this CPU has AMX, where OpenVINO was measured faster than ONNX Runtime")
+    if "onnxruntime" in usable:
+        return Choice("onnxruntime", f"measured fastest on a {device} without AMX" if device == "cpu" else "runs on CUDA")
+    return Choice(usable[0], "first in the table of those usable")
+
+
+def _has_amx() -> bool:
+    import torch
+
+    return bool(torch.cpu._is_amx_tile_supported())

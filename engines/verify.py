@@ -1,0 +1,102 @@
+"""Parity: the engine against eager PyTorch, and the shallow graph against the full one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import ParityError
+from ..exporter.reference import Reference
+from .base import BoundPair, EnginePair
+from .precision import Bounds
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        name: what was compared.
+        error: the largest difference found; relative to the reference's largest value where ``relative``.
+        bound: the largest allowed.
+        at_least: the bound is a lower one: the difference must be larger (a feature that is read must matter).
+    """
+
+    name: str
+    error: float
+    bound: float
+    relative: bool
+    at_least: bool = False
+
+    @property
+    def passed(self) -> bool:
+        return self.error > self.bound if self.at_least else self.error <= self.bound
+
+
+def verify(pair: EnginePair, reference: Reference, bounds: Bounds) -> list[Check]:
+    """Run a pair on the reference's inputs and compare.
+
+    For the full graph and for each cut given fresh features: the difference from eager PyTorch. For each cut also: the difference
+    from the full graph, and that the features are read at all.
+    """
+    bound_pair = pair.prepare({name: tuple(tensor.shape) for name, tensor in reference.inputs.items()})
+    try:
+        return _checks(pair, bound_pair, reference, bounds)
+    finally:
+        bound_pair.close()
+
+
+def require(checks: list[Check], what: str) -> None:
+    """Raise for the first check that failed.
+
+    Raises:
+        ParityError: with the figure, the bound, and what to do.
+    """
+    for check in checks:
+        if not check.passed:
+            sign = "more" if check.at_least else "at most"
+            raise ParityError(
+                f"{what}: {check.name} differs by {check.error:.3g}, but {sign} {check.bound:.3g} is needed; "
+                "try another engine or precision, and please report it"
+            )
+
+
+def _checks(pair: EnginePair, bound: BoundPair, reference: Reference, bounds: Bounds) -> list[Check]:
+    for name, tensor in reference.inputs.items():
+        bound.buffers[name].copy_(tensor)
+    bound.full()
+    full = bound.buffers["noise_pred"].float().cpu().clone()
+    expected = reference.noise_pred.float()
+
+    def parity(name: str, got: torch.Tensor) -> Check:
+        error = _relative(got, expected) if bounds.relative else float((got - expected).abs().max())
+        return Check(f"{name} against PyTorch", error, bounds.parity, bounds.relative)
+
+    checks = [parity("full", full)]
+    for cut, features in pair.cuts.items():
+        # The shallow graph must write every value itself.
+        bound.buffers["noise_pred"].fill_(float("nan"))
+        bound.shallow(cut)
+        shallow = bound.buffers["noise_pred"].float().cpu().clone()
+        checks.append(parity(f"shallow {cut}", shallow))
+        checks.append(Check(f"shallow {cut} against full", _relative(shallow, full), bounds.across, True))
+        for feature in features:
+            kept = bound.buffers[feature].clone()
+            bound.buffers[feature].zero_()
+            bound.shallow(cut)
+            changed = bound.buffers["noise_pred"].float().cpu()
+            checks.append(Check(f"shallow {cut} without {feature}", _relative(changed, full), 0.0, True, at_least=True))
+            bound.buffers[feature].copy_(kept)
+    return checks
+
+
+def _relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over largest value; infinite where a value is not finite, so that NaN never passes."""
+    import torch
+
+    if not torch.isfinite(got).all():
+        return float("inf")
+    return float((got - expected).abs().max() / expected.abs().max())

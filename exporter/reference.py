@@ -1,0 +1,46 @@
+"""What eager PyTorch computes for a few inputs, kept beside the export: any engine can be held against it, anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .families import Family, example_inputs
+from .specs import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+REFERENCE_FILE = "reference.safetensors"
+_OUTPUT = "noise_pred"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Inputs of the UNet by name, and ``noise_pred`` as eager PyTorch computed it in the export's precision."""
+
+    inputs: Mapping[str, torch.Tensor]
+    noise_pred: torch.Tensor
+
+
+def write_reference(
+    unet: torch.nn.Module, family: Family, specs: tuple[TensorSpec, ...], dims: Mapping[str, int], path: Path
+) -> None:
+    """Run the UNet once at these dimensions and keep inputs and output."""
+    import torch
+    from safetensors.torch import save_file
+
+    inputs = example_inputs(specs, dims)
+    with torch.no_grad():
+        noise_pred = unet(**family.arguments(inputs), return_dict=False)[0]
+    save_file({**inputs, _OUTPUT: noise_pred.contiguous()}, path)
+
+
+def read_reference(path: Path) -> Reference:
+    """What ``write_reference`` kept."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    return Reference({name: tensor for name, tensor in tensors.items() if name != _OUTPUT}, tensors[_OUTPUT])
