@@ -1,7 +1,7 @@
 """offcut: DeepCache for compiled engines.
 
-A diffusion UNet is exported once and cut into a full graph and a shallow one; each becomes an engine, and a runtime alternates
-between them while the cached features stay in device memory.
+A diffusion UNet is exported once and cut into a full graph and a shallow one; each becomes an engine, and a runtime
+alternates between them while the cached features stay in device memory.
 
 The names below are the public API. They are imported on first use, so that ``import offcut`` stays light.
 """

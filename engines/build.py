@@ -65,7 +65,7 @@ def build(
     out: str | Path,
     *,
     cuts: Sequence[str] = ("deepcache:0",),
-    engine: str | Sequence[str] = "auto",  # noqa: A002
+    engine: str | Sequence[str] = "auto",
     precision: str = "fp32",
     inference_precision: str | None = None,
     opset: int | None = None,
@@ -102,7 +102,9 @@ def build(
         BundleError: the directory holds another model, or the disk is full.
     """
     out = Path(out)
-    plan = _plan(model, cuts, engine, precision, inference_precision, opset, dims, device, revision, variant, subfolder, progress)
+    plan = _plan(
+        model, cuts, engine, precision, inference_precision, opset, dims, device, revision, variant, subfolder, progress
+    )
     _check_target(out, plan)
     with staging(out) as staged:
         existing = Bundle.open(out) if (out / MANIFEST_FILE).exists() else None
@@ -254,7 +256,15 @@ def _entry(plan: _Plan, variant: Variant, name: str) -> EngineEntry:
     module = engine(name)
     installed = module.probe().version or ""
     requires = (plan.inference_precision,) if plan.inference_precision not in (None, plan.precision) else ()
-    decides = [plan.weights_digest, variant.name, variant.full, name, installed, plan.inference_precision, *variant.shallow]
+    decides = [
+        plan.weights_digest,
+        variant.name,
+        variant.full,
+        name,
+        installed,
+        plan.inference_precision,
+        *variant.shallow,
+    ]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
     return EngineEntry(
         key=f"{name}-{key}",

@@ -86,9 +86,13 @@ class Bundle:
                 raise BundleError(f"{self.path}: {name} is missing; copy or build the bundle again")
             size = file.stat().st_size
             if size != entry.size:
-                raise BundleError(f"{self.path}: {name} has {size} bytes, not {entry.size}; copy or build the bundle again")
+                raise BundleError(
+                    f"{self.path}: {name} has {size} bytes, not {entry.size}; copy or build the bundle again"
+                )
             if digest_file(file) != entry.sha256:
-                raise BundleError(f"{self.path}: {name} was altered (its SHA-256 differs); copy or build the bundle again")
+                raise BundleError(
+                    f"{self.path}: {name} was altered (its SHA-256 differs); copy or build the bundle again"
+                )
 
     def choose_engine(self, name: str = "auto", device: str = "cpu") -> Choice:
         """The engine to open: the one named, or the best of those in the bundle, and why.
@@ -206,7 +210,9 @@ def _parse(text: bytes, path: Path) -> Manifest:
     try:
         raw = json.loads(text)
     except ValueError as error:
-        raise BundleError(f"{path / MANIFEST_FILE} is damaged: it is no JSON; copy or build the bundle again") from error
+        raise BundleError(
+            f"{path / MANIFEST_FILE} is damaged: it is no JSON; copy or build the bundle again"
+        ) from error
     version = schema_of(raw)
     if version is None:
         raise BundleError(f"{path / MANIFEST_FILE} is no manifest of a bundle: it has no schema_version")

@@ -1,7 +1,7 @@
 """ONNX Runtime, on the CPU and on CUDA, bound to PyTorch's memory.
 
-On CUDA the pair owns a stream, since ONNX Runtime takes its stream when a session is made and takes stream 0 for none; events
-order it with the caller's stream.
+On CUDA the pair owns a stream, since ONNX Runtime takes its stream when a session is made and takes stream 0 for
+none; events order it with the caller's stream.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def probe() -> Probe:
     return Probe(installed, tuple(devices), f"providers {', '.join(available)}")
 
 
-def open(graphs: Graphs, options: EngineOptions) -> OnnxRuntimePair:  # noqa: A001 - the protocol's name
+def open(graphs: Graphs, options: EngineOptions) -> OnnxRuntimePair:
     return OnnxRuntimePair(graphs, options)
 
 
@@ -159,7 +159,10 @@ class BoundOnnxRuntimePair:
 
     def _bind(self, session: Any) -> Any:
         binding = session.io_binding()
-        for bind, arguments in ((binding.bind_input, session.get_inputs()), (binding.bind_output, session.get_outputs())):
+        for bind, arguments in (
+            (binding.bind_input, session.get_inputs()),
+            (binding.bind_output, session.get_outputs()),
+        ):
             for argument in arguments:
                 buffer = self.buffers[argument.name]
                 bind(

@@ -34,7 +34,7 @@ def probe() -> Probe:
     return Probe(installed, ("cpu",), f"CPU with {', '.join(capabilities)}", features)
 
 
-def open(graphs: Graphs, options: EngineOptions) -> OpenVinoPair:  # noqa: A001 - the protocol's name
+def open(graphs: Graphs, options: EngineOptions) -> OpenVinoPair:
     return OpenVinoPair(graphs, options)
 
 
@@ -129,4 +129,6 @@ def _view(buffer: torch.Tensor) -> Any:
 def _reason(error: RuntimeError) -> str:
     """The line of OpenVINO's message that says what is wrong; the ones before it name its source files."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if not line.startswith(("Exception from", "Check "))), "no reason given")
+    return next(
+        (line for line in reversed(lines) if not line.startswith(("Exception from", "Check "))), "no reason given"
+    )

@@ -1,4 +1,4 @@
-"""The rest of a pipeline, which a bundle carries as diffusers lays it out: scheduler, tokenizer, text encoder, VAE, ..."""
+"""The rest of a pipeline, which a bundle carries as diffusers lays it out: scheduler, tokenizer, text encoder, VAE."""
 
 from __future__ import annotations
 
@@ -32,7 +32,12 @@ def copy_parts(source: ModelSource, out: Path) -> list[str]:
     names = [INDEX_FILE]
     for component, location in index.items():
         folder = source.root / component
-        if component.startswith("_") or folder == source.folder or not isinstance(location, list) or location[0] is None:
+        if (
+            component.startswith("_")
+            or folder == source.folder
+            or not isinstance(location, list)
+            or location[0] is None
+        ):
             continue
         files = _files(folder, source.variant)
         if not files:

@@ -15,8 +15,8 @@ class Bounds:
     """How exact a pair is.
 
     Attributes:
-        parity: largest difference of ``noise_pred`` from eager PyTorch of the same weights; absolute for fp32, else relative to
-            the largest value of the reference.
+        parity: largest difference of ``noise_pred`` from eager PyTorch of the same weights; absolute for fp32, else
+            relative to the largest value of the reference.
         relative: whether ``parity`` is relative.
         across: largest difference of the shallow graph, given the full graph's fresh features, from the full graph,
             relative to the largest value. 0 is bit for bit, the first invariant.

@@ -41,8 +41,8 @@ def probe_all() -> dict[str, Probe]:
 def choose(device: str = "cpu", among: Iterable[str] = ENGINES) -> Choice:
     """The best engine here for this device, and why: the rule behind ``engine="auto"``.
 
-    OpenVINO where the CPU multiplies bf16 matrices (AMX), as it was measured fastest there even on fp32 graphs; otherwise ONNX
-    Runtime.
+    OpenVINO where the CPU multiplies bf16 matrices (AMX), as it was measured fastest there even on fp32 graphs;
+    otherwise ONNX Runtime.
 
     Raises:
         EngineError: none is usable; the message says why for each.
@@ -60,7 +60,9 @@ def choose(device: str = "cpu", among: Iterable[str] = ENGINES) -> Choice:
     if device == "cpu" and "openvino" in usable and _has_amx():
         return Choice("openvino", "this CPU has AMX, where OpenVINO was measured faster than ONNX Runtime")
     if "onnxruntime" in usable:
-        return Choice("onnxruntime", f"measured fastest on a {device} without AMX" if device == "cpu" else "runs on CUDA")
+        return Choice(
+            "onnxruntime", f"measured fastest on a {device} without AMX" if device == "cpu" else "runs on CUDA"
+        )
     return Choice(usable[0], "first in the table of those usable")
 
 

@@ -1,7 +1,7 @@
 """Writing a bundle: files are made aside, then moved in, and one replacement of the manifest makes them count.
 
-Files never change once they are in place. Whatever stops a build half-way, the bundle stays as it was; two builds at once both
-get in, one after the other.
+Files never change once they are in place. Whatever stops a build half-way, the bundle stays as it was; two builds at
+once both get in, one after the other.
 """
 
 from __future__ import annotations
@@ -52,16 +52,14 @@ def staging(bundle: Path) -> Iterator[Path]:
             shutil.rmtree(bundle, ignore_errors=True)  # a build that failed leaves no empty bundle
 
 
-def commit(
-    bundle: Path, staged: Path, update: Callable[[Manifest | None, dict[str, FileEntry]], Manifest]
-) -> Manifest:
+def commit(bundle: Path, staged: Path, update: Callable[[Manifest | None, dict[str, FileEntry]], Manifest]) -> Manifest:
     """Move the staged files into the bundle and replace its manifest.
 
     Args:
         bundle: the bundle's directory.
         staged: a directory laid out as the bundle is.
-        update: from the manifest that is there now (None for a new bundle) and the entries of the staged files to the new
-            manifest. Called under the bundle's lock.
+        update: from the manifest that is there now (None for a new bundle) and the entries of the staged files to
+            the new manifest. Called under the bundle's lock.
 
     Raises:
         BundleError: a staged file has the name of another one that is there already.
@@ -111,7 +109,9 @@ def prune(bundle: Path, dry_run: bool = False) -> Pruned:
 def _move_in(source: Path, target: Path, name: str, entry: FileEntry) -> None:
     if target.exists():
         if target.stat().st_size != entry.size or digest_file(target) != entry.sha256:
-            raise BundleError(f"{target.parent} holds another {name}; run offcut prune, or build into another directory")
+            raise BundleError(
+                f"{target.parent} holds another {name}; run offcut prune, or build into another directory"
+            )
         source.unlink()
         return
     target.parent.mkdir(parents=True, exist_ok=True)

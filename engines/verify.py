@@ -39,8 +39,8 @@ class Check:
 def verify(pair: EnginePair, reference: Reference, bounds: Bounds) -> list[Check]:
     """Run a pair on the reference's inputs and compare.
 
-    For the full graph and for each cut given fresh features: the difference from eager PyTorch. For each cut also: the difference
-    from the full graph, and that the features are read at all.
+    For the full graph and for each cut given fresh features: the difference from eager PyTorch. For each cut also:
+    the difference from the full graph, and that the features are read at all.
     """
     bound_pair = pair.prepare({name: tuple(tensor.shape) for name, tensor in reference.inputs.items()})
     try:

@@ -1,12 +1,12 @@
 """The cut: one UNet graph becomes a full graph and a shallow one, joined by the cached features.
 
-In a UNet's decoder every skip connection is joined by a two-input ``Concat(hidden, skip)`` on the channel axis. ``hidden`` comes
-from the deeper layers and changes little from one denoising step to the next: it is what DeepCache (arXiv 2312.00858, section
-3.2) keeps. The full graph hands ``hidden`` out as one more output; the shallow graph takes it as an input, and all that
-fed it is dropped.
+In a UNet's decoder every skip connection is joined by a two-input ``Concat(hidden, skip)`` on the channel axis.
+``hidden`` comes from the deeper layers and changes little from one denoising step to the next: it is what DeepCache
+(arXiv 2312.00858, section 3.2) keeps. The full graph hands ``hidden`` out as one more output; the shallow graph
+takes it as an input, and all that fed it is dropped.
 
-The joins are found by topology alone: one input of the concat was computed from a strict subset of the other's convolutions.
-So the cut works on any exporter's UNet, whatever its nodes are called.
+The joins are found by topology alone: one input of the concat was computed from a strict subset of the other's
+convolutions. So the cut works on any exporter's UNet, whatever its nodes are called.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 MLPERF = "mlperf"
 CONVENTIONS = "deepcache:K, paper:K (= deepcache:K+1) or mlperf"
-# External tensors below this size stay inside the ONNX file.
-_INLINE_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -214,8 +212,8 @@ def find_joins(model: ir.Model) -> list[Join]:
             found.append((behind.bit_count(), Join(node, second, first)))
     if not found:
         raise CutError(
-            "no skip connection found: looked for a two-input Concat on axis 1, one input computed from a strict subset of "
-            f"the other's convolutions, among {len(model.graph)} nodes with {count} convolutions; is this a UNet?"
+            "no skip connection found: looked for a two-input Concat on axis 1, one input computed from a strict "
+            f"subset of the other's convolutions, among {len(model.graph)} nodes with {count} convolutions; is this a UNet?"
         )
     # The more convolutions lie behind a join, the further out it is.
     found.sort(key=lambda pair: -pair[0])
@@ -261,7 +259,9 @@ def _deduce_from_skips(joins: Sequence[Join], shapes: dict[str, Shape]) -> None:
 def _cached(name: str, value: ir.Value, unet: UNetGraph, shapes: dict[str, Shape]) -> CachedTensor:
     shape = shapes.get(str(value.name))
     if shape is None:
-        raise CutError(f"cannot tell the shape of {value.name}; export the UNet with shape inference, or with offcut export")
+        raise CutError(
+            f"cannot tell the shape of {value.name}; export the UNet with shape inference, or with offcut export"
+        )
     sample = unet.inputs["sample"]
     probed = sample.resolve(PROBE)
     dims: list[Dim] = [sample.shape[0], shape[1]]
@@ -305,23 +305,14 @@ def _write_full(unet: UNetGraph, cuts: Sequence[Cut], full: Path) -> None:
         value.shape = ir.Shape(tensor.spec.shape)
         value.type = ir.TensorType(model.graph.outputs[0].dtype or ir.DataType.FLOAT)
         model.graph.outputs.append(value)
-    external = {
-        tensor.location
-        for value in model.graph.initializers.values()
-        if isinstance(tensor := value.const_value, ir.ExternalTensor)
-    }
-    inline = any(
-        value.const_value is not None
-        and not isinstance(value.const_value, ir.ExternalTensor)
-        and value.const_value.nbytes > _INLINE_BYTES
-        for value in model.graph.initializers.values()
-    )
-    if inline:
+    weights = [value.const_value for value in model.graph.initializers.values()]
+    external = {weight.location for weight in weights if isinstance(weight, ir.ExternalTensor)}
+    if external:
+        for location in external:
+            _link(unet.path.parent / location, full.parent / Path(location).name)
+        ir.save(model, full)
+    else:
         ir.save(model, full, external_data=WEIGHTS_FILE)
-        return
-    for location in external:
-        _link(unet.path.parent / location, full.parent / Path(location).name)
-    ir.save(model, full)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -1,7 +1,7 @@
 """The one table of model families: which UNet classes can be exported, and what their inputs are.
 
-A new family is one entry in ``FAMILIES``: the diffusers class, and a function from its config to its inputs. Names of inputs
-are those that diffusers' own ``forward`` and optimum's exporter use.
+A new family is one entry in ``FAMILIES``: the diffusers class, and a function from its config to its inputs. Names
+of inputs are those that diffusers' own ``forward`` and optimum's exporter use.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def _conditional(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
 def _time_ids(config: Config) -> int:
     """SDXL base embeds 6 size and crop numbers; its refiner 5, with an aesthetic score in place of the target size.
 
-    The config says only the sum of the pooled text width and the embedded numbers, and the pooled width is 1280 in both.
-    """
+    The config says only the sum of the pooled text width and the embedded numbers, and the pooled width is 1280 in
+    both."""
     total, each = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
     return 5 if total == 1280 + 5 * each else 6
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 PROBE = {"batch": 3, "height": 64, "width": 192, "sequence": 7}
 
 _SAMPLE_DIMS: tuple[Dim, ...] = ("batch", "channels", "height", "width")
-# Symbols of the inputs by name and axis; whatever a foreign exporter called them. An input of another name keeps its own.
+# Symbols of the inputs by name and axis; whatever a foreign exporter called them. An input of another name keeps its
+# own.
 _INPUT_DIMS: dict[str, tuple[Dim, ...]] = {
     "sample": _SAMPLE_DIMS,
     "timestep": ("batch",),
@@ -100,7 +101,7 @@ def infer_shapes(graph: UNetGraph, dims: Mapping[str, int] = PROBE) -> dict[str,
     values = [*model.graph.inputs, *model.graph.initializers.values()]
     values += [output for node in model.graph for output in node.outputs]
     return {
-        str(value.name): tuple(int(size) for size in value.shape)
+        str(value.name): tuple(value.shape.numpy())
         for value in values
         if value.shape is not None and value.shape.is_static()
     }

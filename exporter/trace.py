@@ -88,7 +88,8 @@ def export(
     subfolder: str | None = None,
     progress: Progress = lambda step: None,
 ) -> ExportedUNet:
-    """Export a model's UNet into a directory: ``unet.onnx``, ``weights.data``, ``parameters.json``, ``reference.safetensors``.
+    """Export a model's UNet into a directory: ``unet.onnx``, ``weights.data``, ``parameters.json``,
+    ``reference.safetensors``.
 
     Args:
         model: a hub id, a diffusers directory, or what ``locate`` gave.
@@ -102,8 +103,10 @@ def export(
     Raises:
         ModelError: the model cannot be read or its architecture is not supported.
     """
-    source = model if isinstance(model, ModelSource) else locate(
-        model, revision=revision, variant=variant, subfolder=subfolder
+    source = (
+        model
+        if isinstance(model, ModelSource)
+        else locate(model, revision=revision, variant=variant, subfolder=subfolder)
     )
     if precision not in PRECISIONS:
         raise ModelError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
@@ -254,7 +257,9 @@ def _lay_out_weights(model: ir.Model) -> dict[str, Parameter]:
         if transposed:
             tensor = _transposed(tensor, bare)
         graph.initializers.pop(name)
-        stored = ir.Value(name=bare, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        stored = ir.Value(
+            name=bare, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
         graph.initializers[bare] = stored
         if transposed:
             for node in nodes:
@@ -274,9 +279,9 @@ def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
     import numpy as np
     import onnx_ir as ir
 
-    rows, columns = (int(size) for size in tensor.shape)
+    rows, columns = tensor.shape.numpy()
 
-    def evaluate() -> ir.Tensor:
+    def evaluate() -> ir.Tensor[Any]:
         return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name)
 
     return ir.LazyTensor(evaluate, dtype=tensor.dtype, shape=ir.Shape((columns, rows)), name=name)
@@ -310,7 +315,7 @@ def _name_dims(model: ir.Model, specs: tuple[TensorSpec, ...], fixed: Mapping[st
         value.shape = ir.Shape([fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in dims])
     output = model.graph.outputs[0]
     assert output.shape is not None
-    named: tuple[int | str, ...] = ("batch", int(output.shape[1]), "height", "width")  # type: ignore[arg-type]
+    named = ("batch", output.shape[1], "height", "width")
     output.shape = ir.Shape([fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in named])
     # Inner shapes hold the tracer's own symbols (8*s16), which no longer agree with those names.
     for node in model.graph:
