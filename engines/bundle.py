@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import BundleError, CutError, EngineError
+from ..exporter.trace import GRAPH_FILE
 from .base import EngineOptions, EnginePair, Graphs
 from .manifest import MANIFEST_FILE, SCHEMA_VERSION, EngineEntry, Manifest, Variant, schema_of
 from .registry import Choice, choose, engine
@@ -175,6 +176,23 @@ class Bundle:
             multiple=variant.multiple,
             precision=variant.precision,
         )
+
+
+def onnx_of(path: str | Path) -> Path:
+    """The UNet's ONNX graph in a bundle, in a directory that ``export`` made, or the file itself.
+
+    Raises:
+        BundleError: there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if (path / GRAPH_FILE).is_file():
+        return path / GRAPH_FILE
+    bundle = Bundle.open(path)
+    graph = next(iter(bundle.manifest.variants.values())).full
+    bundle.verify_files([graph])
+    return path / graph
 
 
 def open_entry(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> EnginePair:

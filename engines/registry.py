@@ -38,6 +38,24 @@ def probe_all() -> dict[str, Probe]:
     return {name: engine(name).probe() for name in ENGINES}
 
 
+def machine() -> dict[str, str]:
+    """What an engine's fitness here depends on, for a report."""
+    import platform
+
+    import diffusers
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": torch.backends.cpu.get_cpu_capability() + (" with AMX" if _has_amx() else ""),
+        "threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+
+
 def choose(device: str = "cpu", among: Iterable[str] = ENGINES) -> Choice:
     """The best engine here for this device, and why: the rule behind ``engine="auto"``.
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import ParityError
-from ..exporter.reference import Reference
-from .base import BoundPair, EnginePair
-from .precision import Bounds
+from ..exporter.reference import Reference, read_reference
+from .base import BoundPair, EngineOptions, EnginePair
+from .bundle import Bundle, open_entry
+from .precision import Bounds, bounds
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +38,7 @@ class Check:
         return self.error > self.bound if self.at_least else self.error <= self.bound
 
 
-def verify(pair: EnginePair, reference: Reference, bounds: Bounds) -> list[Check]:
+def verify(pair: EnginePair, reference: Reference, limits: Bounds) -> list[Check]:
     """Run a pair on the reference's inputs and compare.
 
     For the full graph and for each cut given fresh features: the difference from eager PyTorch. For each cut also:
@@ -44,9 +46,31 @@ def verify(pair: EnginePair, reference: Reference, bounds: Bounds) -> list[Check
     """
     bound_pair = pair.prepare({name: tuple(tensor.shape) for name, tensor in reference.inputs.items()})
     try:
-        return _checks(pair, bound_pair, reference, bounds)
+        return _checks(pair, bound_pair, reference, limits)
     finally:
         bound_pair.close()
+
+
+def verify_bundle(bundle: Bundle, progress: Callable[[str], None] = lambda step: None) -> dict[str, list[Check]]:
+    """Check every file of a bundle and hold each of its engines against its reference.
+
+    Raises:
+        BundleError: a file is damaged.
+        EngineError: an engine cannot be opened here.
+    """
+    progress("check digests")
+    bundle.verify_files()
+    results = {}
+    for key, entry in bundle.manifest.engines.items():
+        progress(f"verify {key}")
+        variant = bundle.manifest.variants[entry.variant]
+        pair = open_entry(bundle, entry, EngineOptions(inference_precision=entry.inference_precision))
+        try:
+            reference = read_reference(bundle.path / variant.reference)
+            results[key] = verify(pair, reference, bounds(entry.engine, variant.precision, entry.inference_precision))
+        finally:
+            pair.close()
+    return results
 
 
 def require(checks: list[Check], what: str) -> None:
@@ -64,7 +88,7 @@ def require(checks: list[Check], what: str) -> None:
             )
 
 
-def _checks(pair: EnginePair, bound: BoundPair, reference: Reference, bounds: Bounds) -> list[Check]:
+def _checks(pair: EnginePair, bound: BoundPair, reference: Reference, limits: Bounds) -> list[Check]:
     for name, tensor in reference.inputs.items():
         bound.buffers[name].copy_(tensor)
     bound.full()
@@ -72,8 +96,8 @@ def _checks(pair: EnginePair, bound: BoundPair, reference: Reference, bounds: Bo
     expected = reference.noise_pred.float()
 
     def parity(name: str, got: torch.Tensor) -> Check:
-        error = _relative(got, expected) if bounds.relative else float((got - expected).abs().max())
-        return Check(f"{name} against PyTorch", error, bounds.parity, bounds.relative)
+        error = _relative(got, expected) if limits.relative else float((got - expected).abs().max())
+        return Check(f"{name} against PyTorch", error, limits.parity, limits.relative)
 
     checks = [parity("full", full)]
     for cut, features in pair.cuts.items():
@@ -82,7 +106,7 @@ def _checks(pair: EnginePair, bound: BoundPair, reference: Reference, bounds: Bo
         bound.shallow(cut)
         shallow = bound.buffers["noise_pred"].float().cpu().clone()
         checks.append(parity(f"shallow {cut}", shallow))
-        checks.append(Check(f"shallow {cut} against full", _relative(shallow, full), bounds.across, True))
+        checks.append(Check(f"shallow {cut} against full", _relative(shallow, full), limits.across, True))
         for feature in features:
             kept = bound.buffers[feature].clone()
             bound.buffers[feature].zero_()

@@ -213,7 +213,8 @@ def find_joins(model: ir.Model) -> list[Join]:
     if not found:
         raise CutError(
             "no skip connection found: looked for a two-input Concat on axis 1, one input computed from a strict "
-            f"subset of the other's convolutions, among {len(model.graph)} nodes with {count} convolutions; is this a UNet?"
+            f"subset of the other's convolutions, among {len(model.graph)} nodes with {count} convolutions; "
+            "is this a UNet?"
         )
     # The more convolutions lie behind a join, the further out it is.
     found.sort(key=lambda pair: -pair[0])

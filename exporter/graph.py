@@ -80,6 +80,17 @@ def read(path: str | Path) -> UNetGraph:
     )
 
 
+def contract(path: str | Path) -> dict[str, dict[str, TensorSpec]]:
+    """The inputs and outputs of any graph of a pair, as its file declares them."""
+    import onnx_ir as ir
+
+    graph = ir.load(path).graph
+    return {
+        "inputs": {str(value.name): _declared(value) for value in graph.inputs},
+        "outputs": {str(value.name): _declared(value) for value in graph.outputs},
+    }
+
+
 def infer_shapes(graph: UNetGraph, dims: Mapping[str, int] = PROBE) -> dict[str, Shape]:
     """Every tensor's shape at these dimensions, by name; those that cannot be told are left out.
 
@@ -118,6 +129,13 @@ def _input_spec(value: ir.Value) -> TensorSpec:
         symbol = symbols[axis] if axis < len(symbols) else str(dim.value)
         shape.append(_channels_of_consumer(value) if symbol == "channels" else symbol)
     return TensorSpec(name, _dtype(value), tuple(shape))
+
+
+def _declared(value: ir.Value) -> TensorSpec:
+    dims = value.shape or ()
+    return TensorSpec(
+        str(value.name), _dtype(value), tuple(dim if isinstance(dim, int) else str(dim.value) for dim in dims)
+    )
 
 
 def _dtype(value: ir.Value) -> str:

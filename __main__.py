@@ -1,0 +1,5 @@
+"""``python -m offcut``."""
+
+from .cli import main
+
+main()

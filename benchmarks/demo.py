@@ -1,0 +1,114 @@
+"""``offcut demo``: the bundled shapes model, uncached and at several intervals, as a table and a picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..runtime.schedule import Uniform
+from .generate import Generated, Request, generate, psnr, warm_up
+from .picture import Tile, sheet
+
+INTERVALS = (2, 3, 5)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table, over all prompts.
+
+    Attributes:
+        interval: 1 is uncached.
+        full_calls, calls: UNet calls of one image.
+        seconds: of one image, median.
+        unet_seconds: of those, spent in the engine.
+        speed_up: against the uncached run, median over prompts of the ratios within a prompt.
+        unet_speed_up: the same for the engine's seconds alone.
+        psnr: against the uncached image of the same seed, mean in dB; None for the uncached run itself.
+        psnr_worst: the lowest.
+    """
+
+    interval: int
+    full_calls: int
+    calls: int
+    seconds: float
+    unet_seconds: float
+    speed_up: float
+    unet_speed_up: float
+    psnr: float | None
+    psnr_worst: float | None
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The table, and where the picture is."""
+
+    rows: tuple[Row, ...]
+    picture: Path
+    prompts: tuple[str, ...]
+    steps: int
+    warmup: int
+    engine: str
+
+
+def demo(
+    pipe: Any,
+    prompts: Sequence[str],
+    picture: Path,
+    *,
+    steps: int = 50,
+    intervals: Sequence[int] = INTERVALS,
+    warmup: int = 2,
+    guidance: float = 3.0,
+    seed: int = 0,
+    on_step: Callable[[], None] = lambda: None,
+) -> Demo:
+    """Generate every prompt uncached and at each interval, in turn, and write one picture of all.
+
+    Args:
+        pipe: from ``offcut.load``.
+        prompts: a row of the picture each.
+        picture: the PNG to write.
+        warmup: first calls that are always full.
+    """
+    schedules = [None, *(Uniform(interval, warmup=warmup) for interval in intervals)]
+    warm_up(pipe, Request(prompts[0], guidance=guidance))
+    results: list[list[Generated]] = []
+    for prompt in prompts:
+        request = Request(prompt, steps=steps, guidance=guidance, seed=seed)
+        results.append([generate(pipe, request, schedule, on_step=on_step) for schedule in schedules])
+
+    rows = tuple(
+        _row(interval, [row[column] for row in results], [row[0] for row in results])
+        for column, interval in enumerate([1, *intervals])
+    )
+    sheet([(prompt, _tiles(images, intervals)) for prompt, images in zip(prompts, results, strict=True)]).save(picture)
+    return Demo(rows, picture, tuple(prompts), steps, warmup, pipe.unet.engine)
+
+
+def _row(interval: int, images: Sequence[Generated], uncached: Sequence[Generated]) -> Row:
+    pairs = list(zip(uncached, images, strict=True))
+    noise = None if interval == 1 else [psnr(base.image, other.image) for base, other in pairs]
+    return Row(
+        interval=interval,
+        full_calls=len(images[0].run.full_calls),
+        calls=len(images[0].run.full),
+        seconds=statistics.median(image.seconds for image in images),
+        unet_seconds=statistics.median(sum(image.run.seconds) for image in images),
+        speed_up=statistics.median(base.seconds / other.seconds for base, other in pairs),
+        unet_speed_up=statistics.median(sum(base.run.seconds) / sum(other.run.seconds) for base, other in pairs),
+        psnr=None if noise is None else statistics.fmean(noise),
+        psnr_worst=None if noise is None else min(noise),
+    )
+
+
+def _tiles(images: Sequence[Generated], intervals: Sequence[int]) -> list[Tile]:
+    uncached = images[0]
+    tiles = [Tile(uncached.image, "every call full", f"{uncached.seconds:.2f} s", uncached.run)]
+    for interval, other in zip(intervals, images[1:], strict=True):
+        speed_up = uncached.seconds / other.seconds
+        note = f"{other.seconds:.2f} s   {speed_up:.2f}x   {psnr(uncached.image, other.image):.1f} dB"
+        tiles.append(Tile(other.image, f"interval {interval}", note, other.run))
+    return tiles

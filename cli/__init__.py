@@ -1,0 +1,45 @@
+"""The command line: parse, call one function, print. Each command is one line in the table below."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ..errors import UserError
+from . import bundles, graphs, images
+from .shell import err
+
+app = typer.Typer(
+    name="offcut",
+    help="DeepCache for compiled engines: build a full and a shallow UNet graph, and run them in turn.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_COMMANDS = {
+    graphs.export: "offcut export runwayml/stable-diffusion-v1-5 -o sd15-onnx --precision fp16",
+    graphs.split: "offcut split sd15-onnx/unet.onnx --cut deepcache:0 -o sd15-split",
+    graphs.cuts: "offcut cuts sd15-onnx/unet.onnx --height 64 --width 64",
+    bundles.build: "offcut build runwayml/stable-diffusion-v1-5 -o sd15.offcut --cut deepcache:0",
+    bundles.inspect: "offcut inspect sd15.offcut --json",
+    bundles.verify: "offcut verify sd15.offcut",
+    bundles.prune: "offcut prune sd15.offcut --dry-run",
+    bundles.doctor: "offcut doctor --json",
+    images.run: 'offcut run sd15.offcut "a lighthouse in a storm" -o out.png --interval 5 --compare',
+    images.demo: "offcut demo -o demo.png",
+}
+for _command, _example in _COMMANDS.items():
+    app.command(epilog=f"Example:  {_example}")(_command)
+
+
+def main() -> None:
+    """Entry point: a user's error is one sentence and exit code 1; a fault of offcut's own keeps its traceback."""
+    try:
+        app()
+    except UserError as error:
+        err.print(f"[bold red]error[/]: {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)

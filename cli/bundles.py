@@ -1,0 +1,177 @@
+"""Commands on bundles: build, inspect, verify, prune; and doctor, which says what can be built here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE
+from rich.table import Table
+
+from .shell import (
+    BundleArgument,
+    Cuts,
+    Fix,
+    Json,
+    Model,
+    Opset,
+    Precision,
+    Revision,
+    Subfolder,
+    Variant,
+    dims_of,
+    out,
+    print_contract,
+    print_json,
+    stages,
+)
+
+if TYPE_CHECKING:
+    from ..engines.bundle import Bundle
+
+
+def build(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The bundle's directory; added to if it is one.")],
+    cut: Cuts = None,
+    engine: Annotated[list[str] | None, typer.Option(help="auto, or a name; again for several.")] = None,
+    precision: Precision = "fp32",
+    inference_precision: Annotated[
+        str | None, typer.Option(help="OpenVINO: compute fp32 graphs in bf16. Can cost image quality.")
+    ] = None,
+    opset: Opset = None,
+    fix: Fix = None,
+    revision: Revision = None,
+    variant: Variant = None,
+    subfolder: Subfolder = None,
+    as_json: Json = False,
+) -> None:
+    """Build a bundle: export, cut, verify each engine against PyTorch."""
+    from ..engines.build import build as run_build
+
+    with stages() as stage:
+        bundle = run_build(
+            model,
+            output,
+            cuts=cut or ["deepcache:0"],
+            engine=engine or "auto",
+            precision=precision,
+            inference_precision=inference_precision,
+            opset=opset,
+            dims=dims_of(fix),
+            revision=revision,
+            variant=variant,
+            subfolder=subfolder,
+            progress=stage,
+        )
+    _print_bundle(bundle, as_json)
+
+
+def inspect(bundle: BundleArgument, as_json: Json = False) -> None:
+    """Show what a bundle holds: model, engines, cuts, inputs and outputs, digest."""
+    from ..engines.bundle import Bundle
+
+    _print_bundle(Bundle.open(bundle), as_json)
+
+
+def verify(
+    bundle: BundleArgument,
+    expect_digest: Annotated[str | None, typer.Option(help="Fail unless the bundle has this digest.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every file's digest, and every engine against PyTorch and across its cuts; exit 1 if one fails."""
+    from ..engines.bundle import Bundle
+    from ..engines.verify import verify_bundle
+
+    with stages() as stage:
+        results = verify_bundle(Bundle.open(bundle, expect_digest), stage)
+    passed = all(check.passed for checks in results.values() for check in checks)
+    if as_json:
+        rows = [
+            {"engine": key, "check": check.name, "error": check.error, "bound": check.bound, "passed": check.passed}
+            for key, checks in results.items()
+            for check in checks
+        ]
+        print_json({"passed": passed, "checks": rows})
+    else:
+        for key, checks in results.items():
+            table = Table("check", "difference", "bound", "", title=key, box=SIMPLE, title_justify="left")
+            for check in checks:
+                sign = ">" if check.at_least else "<="
+                mark = "[green]ok[/]" if check.passed else "[bold red]FAILED[/]"
+                table.add_row(check.name, f"{check.error:.2e}", f"{sign} {check.bound:g}", mark)
+            out.print(table)
+    if not passed:
+        raise typer.Exit(1)
+
+
+def prune(
+    bundle: BundleArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove what the manifest no longer names, and what a killed build left behind."""
+    from ..engines.store import prune as run_prune
+
+    pruned = run_prune(bundle, dry_run)
+    if as_json:
+        print_json({"files": pruned.files, "bytes": pruned.bytes})
+        return
+    for name in pruned.files:
+        out.print(name)
+    out.print(f"{'would free' if dry_run else 'freed'} {pruned.bytes / 2**20:.1f} MiB in {len(pruned.files)} files")
+
+
+def doctor(as_json: Json = False) -> None:
+    """Say which engines can be used on this machine, and why not."""
+    from ..engines.registry import machine, probe_all
+
+    with stages() as stage:
+        stage("look at the engines")
+        facts, probes = machine(), probe_all()
+    if as_json:
+        engines = {
+            name: {"usable": probe.usable, "version": probe.version, "devices": probe.devices, "reason": probe.reason}
+            for name, probe in probes.items()
+        }
+        print_json({**facts, "engines": engines})
+        return
+    for name, fact in facts.items():
+        out.print(f"{name}: {fact}", highlight=False)
+    table = Table("engine", "usable", "version", "devices", "found", box=SIMPLE)
+    for name, probe in probes.items():
+        mark = "[green]yes[/]" if probe.usable else "[red]no[/]"
+        table.add_row(name, mark, probe.version or "", ", ".join(probe.devices), probe.reason)
+    out.print(table)
+
+
+def _print_bundle(bundle: Bundle, as_json: bool) -> None:
+    manifest = bundle.manifest
+    if as_json:
+        print_json({"path": str(bundle.path), "digest": bundle.digest, **manifest.model_dump(mode="json")})
+        return
+    total = sum(entry.size for entry in manifest.files.values())
+    out.print(
+        f"[bold]{bundle.path}[/]: {manifest.source.model}, {manifest.pipeline or 'UNet only'}, {total / 2**20:.0f} MiB"
+    )
+    table = Table(box=SIMPLE)
+    table.add_column("engine", no_wrap=True)
+    for heading in ("version", "graphs", "computes in", "cuts"):
+        table.add_column(heading)
+    for entry in manifest.engines.values():
+        precision = manifest.variants[entry.variant].precision
+        table.add_row(
+            entry.key, entry.version, entry.variant, entry.inference_precision or precision, " ".join(entry.cuts)
+        )
+    out.print(table)
+    for variant in manifest.variants.values():
+        cached = {tensor.name: tensor for cut in variant.cuts for tensor in cut.cached}
+        out.print(f"[bold]{variant.name}[/]")
+        print_contract(
+            {
+                "inputs": {tensor.name: tensor.spec() for tensor in variant.inputs},
+                "outputs": {t.name: t.spec() for t in (variant.noise_pred, *cached.values())},
+            }
+        )
+    out.print(f"digest {bundle.digest}", highlight=False)

@@ -1,0 +1,143 @@
+"""Commands on graphs: export, split, cuts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE
+from rich.table import Table
+
+from .shell import (
+    Fix,
+    Json,
+    Model,
+    Opset,
+    Precision,
+    Revision,
+    Subfolder,
+    Variant,
+    contract_json,
+    dims_of,
+    out,
+    print_contract,
+    print_json,
+    stages,
+)
+
+if TYPE_CHECKING:
+    from ..exporter.specs import TensorSpec
+
+
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for unet.onnx and weights.data.")],
+    precision: Precision = "fp32",
+    opset: Opset = None,
+    fix: Fix = None,
+    revision: Revision = None,
+    variant: Variant = None,
+    subfolder: Subfolder = None,
+    as_json: Json = False,
+) -> None:
+    """Export a UNet to ONNX: one graph, one weights file."""
+    from ..exporter.trace import DEFAULT_OPSET
+    from ..exporter.trace import export as run_export
+
+    with stages() as stage:
+        exported = run_export(
+            model,
+            output,
+            precision=precision,
+            opset=opset or DEFAULT_OPSET,
+            dims=dims_of(fix),
+            revision=revision,
+            variant=variant,
+            subfolder=subfolder,
+            progress=stage,
+        )
+    contract = {"inputs": exported.inputs, "outputs": exported.outputs}
+    if as_json:
+        print_json({"path": str(exported.path), "weights": str(exported.weights), **contract_json(contract)})
+        return
+    out.print(f"[bold]{exported.path}[/] with {_size(exported.weights)} of weights in {exported.weights.name}")
+    print_contract(contract)
+
+
+def split(
+    graph: Annotated[Path, typer.Argument(help="A UNet's ONNX file, whoever exported it.")],
+    cut: Annotated[str, typer.Option(help="deepcache:K, paper:K or mlperf.")] = "deepcache:0",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Directory; the graph's own by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Cut an ONNX UNet into full.onnx and shallow-*.onnx, for trtexec or an engine of your own."""
+    from ..exporter.cut import split as run_split
+    from ..exporter.graph import contract
+
+    twin = run_split(graph, cut, output)
+    full, shallow = contract(twin.full), contract(twin.shallow)
+    if as_json:
+        print_json(
+            {
+                "cut": twin.cut.name,
+                "cached": [spec.name for spec in twin.cached],
+                "full": {"path": str(twin.full), **contract_json(full)},
+                "shallow": {"path": str(twin.shallow), **contract_json(shallow)},
+            }
+        )
+        return
+    for path, described in ((twin.full, full), (twin.shallow, shallow)):
+        out.print(f"[bold]{path}[/]")
+        print_contract(described)
+    names = ", ".join(spec.name for spec in twin.cached)
+    out.print(f"Feed {names} from the full graph to the shallow one; both read the weights beside them.")
+
+
+def cuts(
+    model: Annotated[Path, typer.Argument(help="A UNet's ONNX file, a directory of offcut export, or a bundle.")],
+    batch: Annotated[int, typer.Option(help="Twice the images with guidance.")] = 2,
+    height: Annotated[int, typer.Option(help="Of the latent: the image's / 8 for Stable Diffusion.")] = 64,
+    width: Annotated[int, typer.Option(help="Of the latent.")] = 64,
+    sequence: Annotated[int, typer.Option(help="Text tokens.")] = 77,
+    as_json: Json = False,
+) -> None:
+    """List a UNet's cuts: what each caches, what its shallow graph costs, and the speed-up to expect."""
+    from dataclasses import asdict
+
+    from ..engines.bundle import onnx_of
+    from ..exporter.measure import measure_cuts
+
+    costs = measure_cuts(onnx_of(model), {"batch": batch, "height": height, "width": width, "sequence": sequence})
+    if as_json:
+        print_json([asdict(cost) for cost in costs])
+        return
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("cut", no_wrap=True)
+    table.add_column("cached", no_wrap=True)
+    for heading in ("params", "FLOPs", "MiB", *(f"N={interval}" for interval in costs[0].speed_up)):
+        table.add_column(heading, justify="right")
+    for cost in costs:
+        table.add_row(
+            cost.cut.name,
+            "\n".join(_feature(spec) for spec in cost.cut.cached),
+            f"{cost.parameters:.1%}",
+            f"{cost.flops:.1%}",
+            f"{cost.cache_bytes / 2**20:.1f}",
+            *(f"{speed_up:.1f}x" for speed_up in cost.speed_up.values()),
+        )
+    out.print(table)
+    out.print(
+        "params and FLOPs: of a shallow step, beside a full one's; N: speed-up of the loop if time follows FLOPs."
+    )
+
+
+def _feature(spec: TensorSpec) -> str:
+    """``320 x h/2 x w/2``: channels, height and width, of the latent's."""
+    return " x ".join(str(dim).replace("height", "h").replace("width", "w") for dim in spec.shape[1:])
+
+
+def _size(path: Path) -> str:
+    return f"{path.stat().st_size / 2**20:.0f} MiB"

@@ -1,0 +1,123 @@
+"""Commands that make images: run, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE
+from rich.table import Table
+
+from .shell import BundleArgument, EngineName, Json, Threads, bar, err, out, print_json, stages
+
+if TYPE_CHECKING:
+    from ..runtime.schedule import Schedule
+
+
+def run(
+    bundle: BundleArgument,
+    prompt: str,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The PNG to write.")] = Path("out.png"),
+    steps: Annotated[int, typer.Option(help="Of the scheduler.", min=1)] = 50,
+    interval: Annotated[int, typer.Option(help="Full UNet every N calls; 1 is uncached. Costs quality.", min=1)] = 5,
+    warmup: Annotated[int, typer.Option(help="First calls that are always full.", min=0)] = 2,
+    schedule: Annotated[
+        str | None, typer.Option(help="Instead of interval and warmup, e.g. quad:5 or steps:0,1,2,10. Costs quality.")
+    ] = None,
+    cut: Annotated[str | None, typer.Option(help="One of the bundle's; its first by default.")] = None,
+    engine: EngineName = "auto",
+    threads: Threads = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.")] = 7.5,
+    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
+    height: Annotated[int | None, typer.Option(help="Of the image, in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of the image, in pixels.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also run uncached; one picture of both.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Generate an image, with and without caching if you like."""
+    from ..benchmarks.compare import generate_to_file
+    from ..benchmarks.generate import Request
+
+    chosen = _schedule(schedule, interval, warmup)
+    request = Request(prompt, negative_prompt, steps, guidance, seed, height, width)
+    pipe = _load(bundle, engine, threads)
+    with bar(steps * (2 if compare else 1)) as step:
+        report = generate_to_file(pipe, request, chosen, cut, output, compare=compare, on_step=step)
+    if as_json:
+        print_json(report)
+        return
+    out.print(report["timeline"], style="dim", highlight=False)
+    out.print(
+        f"{report['full_calls']} full and {report['shallow_calls']} shallow UNet calls, {report['seconds']:.2f} s"
+    )
+    if compare:
+        out.print(
+            f"uncached {report['uncached_seconds']:.2f} s: {report['speed_up']:.2f}x; "
+            f"PSNR {report['psnr']:.1f} dB (one run each after a warm-up)"
+        )
+    out.print(f"[bold]{output}[/]")
+
+
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The PNG to write.")] = Path("offcut-demo.png"),
+    bundle: Annotated[Path, typer.Option(help="Where the demo's bundle is kept.")] = Path("shapes.offcut"),
+    engine: EngineName = "auto",
+    steps: Annotated[int, typer.Option(help="Of the scheduler.", min=4)] = 50,
+    as_json: Json = False,
+) -> None:
+    """Build the small model that comes with offcut, and show it uncached and at intervals 2, 3 and 5."""
+    from dataclasses import asdict
+
+    from ..benchmarks.demo import INTERVALS
+    from ..benchmarks.demo import demo as run_demo
+    from ..benchmarks.shapes import PROMPTS, model_path
+    from ..engines.build import build as run_build
+
+    with stages() as stage:
+        run_build(model_path(), bundle, engine=engine, progress=stage)
+    pipe = _load(bundle, engine, None)
+    with bar(len(PROMPTS) * (1 + len(INTERVALS)) * steps) as step:
+        result = run_demo(pipe, PROMPTS, output, steps=steps, on_step=step)
+    if as_json:
+        print_json(asdict(result))
+        return
+    table = Table("interval", "full calls", "image", "speed-up", "UNet", "speed-up", "PSNR mean", "worst", box=SIMPLE)
+    for row in result.rows:
+        table.add_row(
+            "uncached" if row.interval == 1 else str(row.interval),
+            f"{row.full_calls} of {row.calls}",
+            f"{row.seconds:.2f} s",
+            f"{row.speed_up:.2f}x",
+            f"{row.unet_seconds:.2f} s",
+            f"{row.unet_speed_up:.2f}x",
+            "" if row.psnr is None else f"{row.psnr:.1f} dB",
+            "" if row.psnr_worst is None else f"{row.psnr_worst:.1f} dB",
+        )
+    out.print(table)
+    out.print(
+        f"{len(result.prompts)} prompts, {result.steps} steps, {result.warmup} full calls to warm up, {result.engine}; "
+        "PSNR against the uncached image of the same seed. A model this small spends much of its time outside the UNet."
+    )
+    out.print(f"[bold]{result.picture}[/]")
+
+
+def _load(bundle: Path, engine: str, threads: int | None) -> Any:
+    from ..engines.bundle import Bundle
+    from ..runtime.pipeline import load
+
+    opened = Bundle.open(bundle)
+    choice = opened.choose_engine(engine)
+    err.print(f"engine {choice.name}: {choice.reason}", highlight=False)
+    with stages() as stage:
+        stage("load the bundle")
+        return load(opened, engine=choice.name, threads=threads)
+
+
+def _schedule(text: str | None, interval: int, warmup: int) -> Schedule | None:
+    from ..runtime.schedule import Uniform, parse
+
+    if text is not None:
+        return parse(text)
+    return Uniform(interval, warmup=warmup) if interval > 1 else None

@@ -1,0 +1,96 @@
+"""What the commands share: consoles, options that mean the same everywhere, progress, and printing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A hub id, a diffusers pipeline directory, or a bare UNet's directory.")]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle that offcut build made.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts, and nothing else on standard output.")]
+Precision = Annotated[str, typer.Option(help="Of the graphs: fp32, fp16 or bf16. The last two can cost image quality.")]
+Opset = Annotated[int | None, typer.Option(help="ONNX opset; the engine's best by default.")]
+Fix = Annotated[
+    str | None,
+    typer.Option(metavar="NAME=SIZE,...", help="Fix dimensions: batch, height and width of the latent, sequence."),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+Variant = Annotated[str | None, typer.Option(help="Of the weight files, e.g. fp16.")]
+Subfolder = Annotated[str | None, typer.Option(help="Of the UNet inside the model; 'unet' in a pipeline.")]
+Cuts = Annotated[list[str], typer.Option("--cut", help="deepcache:K, paper:K or mlperf; give it again for several.")]
+EngineName = Annotated[str, typer.Option("--engine", help="auto, or one of those that offcut doctor lists.")]
+Threads = Annotated[int | None, typer.Option(help="Of a CPU engine; one a core by default.")]
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str], None]]:
+    """A spinner on standard error with the present stage; finished stages stay, with their seconds."""
+    began: list[tuple[str, float]] = []
+
+    def finish() -> None:
+        if began:
+            stage, start = began.pop()
+            err.print(f"[green]✓[/] {stage} [dim]{time.perf_counter() - start:.1f} s[/]", highlight=False)
+
+    with err.status("...") as status:
+
+        def begin(stage: str) -> None:
+            finish()
+            began.append((stage, time.perf_counter()))
+            status.update(stage)
+
+        yield begin
+        finish()
+
+
+@contextmanager
+def bar(total: int) -> Iterator[Callable[[], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("denoise"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("denoise", total=total)
+        yield lambda: progress.advance(task)
+
+
+def dims_of(text: str | None) -> dict[str, int]:
+    """``"batch=2,height=64"`` as a dict."""
+    dims = {}
+    for part in (text or "").split(","):
+        name, _, size = part.partition("=")
+        if not part:
+            continue
+        if name not in ("batch", "height", "width", "sequence") or not size.isdigit() or int(size) < 1:
+            raise typer.BadParameter(
+                f"{part!r} is not batch=, height=, width= or sequence= with a size", param_hint="--fix"
+            )
+        dims[name] = int(size)
+    return dims
+
+
+def print_contract(contract: dict[str, Any]) -> None:
+    for direction, specs in contract.items():
+        for spec in specs.values():
+            out.print(f"  {direction[:-1]:6} {spec}", highlight=False, markup=False)
+
+
+def contract_json(contract: dict[str, Any]) -> dict[str, Any]:
+    return {
+        direction: [{"name": spec.name, "dtype": spec.dtype, "shape": spec.shape} for spec in specs.values()]
+        for direction, specs in contract.items()
+    }
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
