@@ -9,7 +9,7 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .shell import BundleArgument, EngineName, Json, Threads, bar, err, out, print_json, stages
+from .shell import BundleArgument, EngineName, Json, Threads, bar, err, out, print_json, quiet_libraries, stages
 
 if TYPE_CHECKING:
     from ..runtime.schedule import Schedule
@@ -110,6 +110,7 @@ def _load(bundle: Path, engine: str, threads: int | None) -> Any:
     opened = Bundle.open(bundle)
     choice = opened.choose_engine(engine)
     err.print(f"engine {choice.name}: {choice.reason}", highlight=False)
+    quiet_libraries()
     with stages() as stage:
         stage("load the bundle")
         return load(opened, engine=choice.name, threads=threads)

@@ -33,6 +33,16 @@ EngineName = Annotated[str, typer.Option("--engine", help="auto, or one of those
 Threads = Annotated[int | None, typer.Option(help="Of a CPU engine; one a core by default.")]
 
 
+def quiet_libraries() -> None:
+    """Keep diffusers' and transformers' own progress bars and notes off the terminal; their errors still come."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
 @contextmanager
 def stages() -> Iterator[Callable[[str], None]]:
     """A spinner on standard error with the present stage; finished stages stay, with their seconds."""

@@ -1,0 +1,55 @@
+# Everything a newcomer runs. Each target sets up what it needs: a virtual environment in .venv, and the package in it.
+PYTHON ?= python3
+VENV ?= .venv
+OLDER ?= .venv-older
+BIN := $(VENV)/bin
+PIP_FLAGS := --quiet --disable-pip-version-check
+
+.PHONY: help demo test quick check types older format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/installed  ## build the model that comes with offcut and show it at several intervals
+	$(BIN)/offcut demo
+
+test: $(VENV)/installed  ## the whole test suite
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/installed  ## the test suite without its slow tests
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(VENV)/installed-dev types  ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy follows the installed package, not the checkout: the repository root is the package.
+types: $(VENV)/installed-dev
+	rm -rf build/types
+	$(BIN)/python -m pip wheel $(PIP_FLAGS) --no-deps --wheel-dir build/types/wheel .
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --target build/types/site build/types/wheel/*.whl
+	cd build/types/site && MYPYPATH=. ../../../$(BIN)/mypy --config-file ../../../pyproject.toml -p offcut
+
+older: $(OLDER)/installed  ## the smoke tests on the oldest diffusers and transformers that optimum-onnx allows
+	$(OLDER)/bin/python -m pytest -m smoke
+
+format:  ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) $(OLDER) build shapes.offcut offcut-demo.png
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[cpu,test]'
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[cpu,test,dev]'
+	touch $@
+
+$(OLDER)/installed: pyproject.toml constraints-older.txt
+	test -x $(OLDER)/bin/python || $(PYTHON) -m venv $(OLDER)
+	$(OLDER)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints-older.txt --editable '.[cpu,test,optimum]'
+	touch $@

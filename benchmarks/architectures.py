@@ -1,0 +1,129 @@
+"""Published architectures with random weights, saved as diffusers saves them: right for latency and parity, not for
+pictures.
+
+python -m offcut.benchmarks.architectures sd15 sd15-random
+python -m offcut.benchmarks.architectures sdxl sdxl-random --dtype float16
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+# The UNets' configs where they differ from diffusers' defaults.
+UNETS: dict[str, dict[str, Any]] = {
+    "sd15": {
+        "sample_size": 64,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    },
+    "sdxl": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+
+
+def random_unet(name: str, dtype: torch.dtype | None = None, seed: int = 0) -> torch.nn.Module:
+    """The UNet of this architecture with random weights.
+
+    Args:
+        name: one of ``UNETS``.
+        dtype: of the weights, which are made in it, so that memory never holds more; float32 by default.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or torch.float32)
+    try:
+        unet = UNet2DConditionModel(**UNETS[name])
+    finally:
+        torch.set_default_dtype(before)
+    assert isinstance(unet, torch.nn.Module)
+    return unet.eval()
+
+
+def save(name: str, path: Path, dtype: torch.dtype | None = None) -> Path:
+    """Save an architecture: ``sd15`` as a whole pipeline, the others as a bare UNet.
+
+    The pipeline's text encoder and VAE have Stable Diffusion 1.5's sizes; its tokenizer is that of the shapes model,
+    since a vocabulary has no random stand-in.
+    """
+    unet: Any = random_unet(name, dtype)
+    if name != "sd15":
+        unet.save_pretrained(path)
+        return path
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from .shapes.model import model_path
+
+    tokenizer = CLIPTokenizer.from_pretrained(model_path() / "tokenizer", model_max_length=77)
+    text: Mapping[str, Any] = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "vocab_size": 49408,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae.to(dtype or torch.float32),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)).to(dtype or torch.float32),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(path)
+    return path
+
+
+def main() -> None:
+    import torch
+
+    summary, _, examples = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=UNETS)
+    parser.add_argument("path", type=Path, help="the directory to save to")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    arguments = parser.parse_args()
+    save(arguments.name, arguments.path, getattr(torch, arguments.dtype))
+    print(arguments.path)
+
+
+if __name__ == "__main__":
+    main()

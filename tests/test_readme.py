@@ -1,0 +1,49 @@
+"""The README's commands and code run as they stand, in its order, where the hub id is a small model's directory."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def desk(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory in which the hub id that the README uses is a local directory."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(tiny_pipeline_dir, folder / "stable-diffusion-v1-5" / "stable-diffusion-v1-5")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_readme_runs(desk: Path) -> None:
+    assert len(BLOCKS) >= 5
+    for language, text in BLOCKS:
+        if language == "python":
+            commands = [[sys.executable, "-c", text]]
+        else:
+            commands = [[sys.executable, "-m", *shlex.split(line)] for line in text.splitlines() if line]
+        for command in commands:
+            result = subprocess.run(command, cwd=desk, capture_output=True, text=True, check=False)
+            assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    assert (desk / "out.png").stat().st_size > 1000
+
+
+def test_the_readme_links_to_files_that_exist() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert {"demo", "test"} <= set(targets)
