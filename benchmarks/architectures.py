@@ -1,8 +1,7 @@
-"""Published architectures with random weights, saved as diffusers saves them: right for latency and parity, not for
-pictures.
+"""Published architectures with random weights, as diffusers saves them: for latency and parity, not for pictures.
 
-python -m offcut.benchmarks.architectures sd15 sd15-random
-python -m offcut.benchmarks.architectures sdxl sdxl-random --dtype float16
+    python -m offcut.benchmarks.architectures sd15 sd15-random
+    python -m offcut.benchmarks.architectures sdxl sdxl-random --dtype float16
 """
 
 from __future__ import annotations
@@ -74,9 +73,10 @@ def save(name: str, path: Path, dtype: torch.dtype | None = None) -> Path:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from .shapes.model import model_path
+    from .shapes.tokenizer import write_tokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(model_path() / "tokenizer", model_max_length=77)
+    write_tokenizer(path / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer", model_max_length=77)
     text: Mapping[str, Any] = {
         "hidden_size": 768,
         "intermediate_size": 3072,

@@ -72,7 +72,7 @@ def demo(
 
     from ..benchmarks.demo import INTERVALS
     from ..benchmarks.demo import demo as run_demo
-    from ..benchmarks.shapes import PROMPTS, model_path
+    from ..benchmarks.shapes.model import PROMPTS, model_path
     from ..engines.build import build as run_build
 
     with stages() as stage:

@@ -6,11 +6,12 @@ and one device and stream.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from ..errors import EngineError
 from ..exporter.specs import Shape, TensorSpec
 
 if TYPE_CHECKING:
@@ -92,6 +93,27 @@ class Graphs:
     cuts: Mapping[str, tuple[str, ...]]
     multiple: int
     precision: str
+
+
+def check_contract(graphs: Graphs, cut: str | None, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+    """Hold a loaded graph against what the bundle says of it.
+
+    Args:
+        cut: whose shallow graph it is; None for the full graph.
+        inputs, outputs: names as the engine read them.
+
+    Raises:
+        EngineError: it is another graph, e.g. a shallow one in the full one's place.
+    """
+    features = set(graphs.cuts[cut]) if cut else set()
+    made = {"noise_pred"} if cut else set(graphs.outputs)
+    given = set(inputs)
+    if not (features <= given <= features | set(graphs.inputs)) or set(outputs) != made:
+        file = graphs.shallow[cut] if cut else graphs.full
+        raise EngineError(
+            f"{file.name} is not the {f'shallow graph of {cut}' if cut else 'full graph'} of this bundle: "
+            "its inputs and outputs are others; copy or build the bundle again"
+        )
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from ..errors import BundleError
-from ..exporter.cut import Cut, find_cut, find_cuts, split_all
+from ..errors import BundleError, CutError, EngineError
+from ..exporter.cut import CONVENTIONS, Cut, find_cut, find_cuts, is_cut_name, split_all
 from ..exporter.load import ModelSource, locate
 from ..exporter.reference import REFERENCE_FILE, read_reference
 from ..exporter.trace import GRAPH_FILE, PARAMETERS_FILE, WEIGHTS_FILE, export
@@ -31,10 +32,10 @@ from .manifest import (
     Tensor,
     Variant,
 )
-from .parts import copy_parts, pipeline_class
+from .parts import copy_parts, pipeline_class, weight_files
 from .precision import bounds
 from .registry import choose, engine
-from .store import commit, staging
+from .store import LOCK_FILE, commit, staging
 from .verify import require, verify
 
 Progress = Callable[[str], None]
@@ -105,15 +106,29 @@ def build(
     plan = _plan(
         model, cuts, engine, precision, inference_precision, opset, dims, device, revision, variant, subfolder, progress
     )
+    while True:
+        with suppress(_OvertakenError):
+            return _add(plan, out, progress)
+        progress("another build made this export meanwhile: add to it")
+
+
+class _OvertakenError(Exception):
+    """Another build put the same variant into the bundle, or cut it again, since this one looked."""
+
+
+def _add(plan: _Plan, out: Path, progress: Progress) -> Bundle:
     _check_target(out, plan)
     with staging(out) as staged:
         existing = Bundle.open(out) if (out / MANIFEST_FILE).exists() else None
+        before = existing.manifest.variants.get(plan.variant) if existing else None
         graphs = _variant(plan, existing, out, staged, progress)
         entries = _engines(plan, graphs, existing, out, staged, progress)
         parts = _parts(plan, existing, staged)
         progress("commit")
 
         def update(current: Manifest | None, files: dict[str, FileEntry]) -> Manifest:
+            if current is not None and current.variants.get(plan.variant) != before:
+                raise _OvertakenError
             return _merge(current, plan, graphs, entries, parts, files)
 
         commit(out, staged, update)
@@ -141,9 +156,20 @@ def _plan(
             progress(f"engine {choice.name}: {choice.reason}")
             name = choice.name
         names.append(name)
+        probe = engine(name).probe()
         bounds(name, precision, inference_precision)
+        if not probe.usable:
+            raise EngineError(f"the engine {name} cannot be used here: {probe.reason}")
+    if not names:
+        raise EngineError("no engine was named: write auto, or see offcut doctor")
+    if not cuts:
+        raise CutError(f"no cut was named: write {CONVENTIONS}")
+    cuts = [cuts] if isinstance(cuts, str) else cuts
+    for cut in cuts:
+        if not is_cut_name(cut):
+            raise CutError(f"{cut!r} is no name of a cut: write {CONVENTIONS}")
     source = locate(model, revision=revision, variant=variant, subfolder=subfolder)
-    weights = sorted(source.folder.glob("*.safetensors"))
+    weights = weight_files(source.folder, variant)
     together = hashlib.sha256("".join(digest_file(file) for file in weights).encode()).hexdigest()
     return _Plan(
         source=source,
@@ -153,7 +179,7 @@ def _plan(
         precision=precision,
         opset=opset or engine(names[0]).default_opset,
         fixed=dict(dims or {}),
-        inference_precision=inference_precision,
+        inference_precision=None if inference_precision == precision else inference_precision,
     )
 
 
@@ -161,11 +187,16 @@ def _check_target(out: Path, plan: _Plan) -> None:
     if out.is_file():
         raise BundleError(f"{out} is a file; give a directory for the bundle")
     if not (out / MANIFEST_FILE).exists():
-        if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+        # With a lock in it, it is what a build left that was killed while it moved its files in.
+        unfinished = (out / LOCK_FILE).exists()
+        if out.is_dir() and not unfinished and any(not path.name.startswith(".") for path in out.iterdir()):
             raise BundleError(f"{out} is not empty and no bundle; give another directory")
         return
-    held = Bundle.open(out).manifest.source
-    if held.weights_digest != plan.weights_digest:
+    bundle = Bundle.open(out)
+    held, config = bundle.manifest.source, bundle.unet_config
+    ours = json.loads(json.dumps(plan.source.config, default=str))
+    other = [key for key in config.keys() & ours.keys() if key[0] != "_" and config[key] != ours[key]]
+    if other or held.weights_digest != plan.weights_digest:
         raise BundleError(f"{out} holds another model ({held.model}); give another directory")
 
 
@@ -173,10 +204,11 @@ def _variant(plan: _Plan, existing: Bundle | None, out: Path, staged: Path, prog
     """The export with all the cuts: the bundle's own where it has them, recut where it has others, or a new one."""
     held = existing.manifest.variants.get(plan.variant) if existing else None
     if held is None or existing is None:
-        return _export(plan, staged, progress)
-    wanted = [find_cut(find_cuts(out / held.full), name).name for name in plan.cuts]
-    there = [cut.name for cut in held.cuts]
+        return _export(plan, existing, staged, progress)
     existing.verify_files([held.full, *held.shallow.values(), held.weights, held.parameters, held.reference])
+    known = find_cuts(out / held.full)
+    wanted = [find_cut(known, name).name for name in plan.cuts]
+    there = [cut.name for cut in held.cuts]
     if set(wanted) <= set(there):
         progress(f"reuse the export {plan.variant} and its graphs")
         return held
@@ -184,13 +216,14 @@ def _variant(plan: _Plan, existing: Bundle | None, out: Path, staged: Path, prog
     return _cut(plan, staged, out / held.full, [*there, *wanted], held)
 
 
-def _export(plan: _Plan, staged: Path, progress: Progress) -> Variant:
+def _export(plan: _Plan, existing: Bundle | None, staged: Path, progress: Progress) -> Variant:
     folder = staged / "unet" / plan.variant
     exported = export(
         plan.source, folder, precision=plan.precision, opset=plan.opset, dims=plan.fixed, progress=progress
     )
-    config = json.dumps(plan.source.config, indent=2, default=str)
-    (staged / _UNET_CONFIG).write_text(config + "\n", encoding="utf-8")
+    if existing is None:
+        config = json.dumps(plan.source.config, indent=2, default=str)
+        (staged / _UNET_CONFIG).write_text(config + "\n", encoding="utf-8")
     base = f"unet/{plan.variant}"
     bare = Variant(
         name=plan.variant,
@@ -219,7 +252,7 @@ def _cut(plan: _Plan, staged: Path, graph: Path, cuts: Sequence[str], variant: V
     recut = graph.parent != folder
     # The bundle's files never change, so graphs of another choice of cuts have names of their own.
     suffix = "-" + hashlib.sha256(" ".join(cuts).encode()).hexdigest()[:8] if recut else ""
-    twins = split_all(graph, cuts, folder, suffix)
+    twins = split_all(graph, cuts, folder, suffix, link=True)
     base = f"unet/{plan.variant}"
     return variant.model_copy(
         update={

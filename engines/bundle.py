@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import ValidationError
@@ -109,7 +109,7 @@ class Bundle:
                 f"{self.path} holds {', '.join(self.engines)}, not {name}: add it with offcut build --engine {name}"
             )
         probe = engine(name).probe()
-        if device not in probe.devices:
+        if device.partition(":")[0] not in probe.devices:  # "cuda:1" is one of cuda's
             raise EngineError(f"{name} cannot run on {device} here: {probe.reason}")
         return Choice(name, "asked for")
 
@@ -250,6 +250,9 @@ def _parse(text: bytes, path: Path) -> Manifest:
             raise BundleError(f"{path}: the engine {key} names the variant {entry.variant}, which is not there")
         if not set(entry.cuts) <= {cut.name for cut in variant.cuts} or set(entry.cuts) != set(entry.shallow):
             raise BundleError(f"{path}: the graphs of the engine {key} do not belong together; build it again")
+        folders = {str(PurePosixPath(file).parent) for file in (entry.full, *entry.shallow.values())}
+        if not folders <= {str(PurePosixPath(variant.weights).parent), f"engines/{entry.key}"}:
+            raise BundleError(f"{path}: the engine {key} has graphs of another variant than {variant.name}: rebuild")
     for name in manifest.files:
         _inside(path, name)
     return manifest
@@ -258,7 +261,11 @@ def _parse(text: bytes, path: Path) -> Manifest:
 def _inside(root: Path, name: str) -> Path:
     """The file, if no link on the way to it leaves the bundle."""
     file = root / name
-    if not file.resolve().is_relative_to(root.resolve()):
+    try:
+        inside = file.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # links that lead in a circle
+        inside = False
+    if not inside:
         raise BundleError(f"{root}: {name} is a link that leaves the bundle; copy the bundle with its links resolved")
     return file
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ..exporter.specs import TensorSpec
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "offcut.json"
+# A dimension that is not fixed; ``height/4`` is a quarter of it.
+_SYMBOL = r"^(batch|sequence|height|width)(/[1-9][0-9]*)?$"
 
 
 def _inside(path: str) -> str:
@@ -31,8 +33,8 @@ class _Model(BaseModel):
 class FileEntry(_Model):
     """A file's size in bytes and its SHA-256."""
 
-    size: int
-    sha256: str
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Source(_Model):
@@ -48,12 +50,12 @@ class Tensor(_Model):
     """A ``TensorSpec`` on disk."""
 
     name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    dtype: Literal["float32", "float16", "bfloat16", "int64"]
+    shape: tuple[Annotated[int, Field(ge=1, strict=True)] | Annotated[str, Field(pattern=_SYMBOL)], ...]
 
     @classmethod
     def of(cls, spec: TensorSpec) -> Tensor:
-        return cls(name=spec.name, dtype=spec.dtype, shape=spec.shape)
+        return cls.model_validate({"name": spec.name, "dtype": spec.dtype, "shape": spec.shape})
 
     def spec(self) -> TensorSpec:
         return TensorSpec(self.name, self.dtype, self.shape)
@@ -74,7 +76,7 @@ class Variant(_Model):
     precision: str
     opset: int
     fixed: dict[str, int]
-    multiple: int
+    multiple: Annotated[int, Field(ge=1)]
     inputs: tuple[Tensor, ...]
     noise_pred: Tensor
     cuts: tuple[CutEntry, ...]

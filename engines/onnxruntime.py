@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError, MissingExtraError
 from ..exporter.specs import Shape
-from .base import EngineOptions, Graphs, Probe
+from .base import EngineOptions, Graphs, Probe, check_contract
 from .buffers import allocate_pair
 
 if TYPE_CHECKING:
@@ -31,7 +31,10 @@ def probe() -> Probe:
     installed = _installed_version()
     if installed is None:
         return Probe(None, (), "not installed: pip install 'offcut[cpu]' (or 'offcut[cuda]')")
-    import onnxruntime
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return Probe(installed, (), f"installed, but it cannot be imported: {_first_line(error)}")
     import torch
 
     available = onnxruntime.get_available_providers()
@@ -73,6 +76,9 @@ class OnnxRuntimePair:
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._full = self._session(graphs.full, options)
         self._shallow = {cut: self._session(path, options) for cut, path in graphs.shallow.items()}
+        for cut, session in ((None, self._full), *self._shallow.items()):
+            inputs, outputs = session.get_inputs(), session.get_outputs()
+            check_contract(graphs, cut, [i.name for i in inputs], [o.name for o in outputs])
 
     def prepare(self, shapes: Mapping[str, Shape]) -> BoundOnnxRuntimePair:
         buffers, dims = allocate_pair(self._graphs, shapes, self.device)
@@ -130,8 +136,8 @@ class BoundOnnxRuntimePair:
         self.dims = dims
         self._device = device
         self._stream = stream
-        self._full = full, self._bind(full)
-        self._shallow = {cut: (session, self._bind(session)) for cut, session in shallow.items()}
+        self._full: Any = (full, self._bind(full))
+        self._shallow: Any = {cut: (session, self._bind(session)) for cut, session in shallow.items()}
         self._run_options = onnxruntime.RunOptions()
         if stream is not None:
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -143,7 +149,7 @@ class BoundOnnxRuntimePair:
         self._run(*self._shallow[cut])
 
     def close(self) -> None:
-        self._shallow = {}
+        self._full = self._shallow = None  # their bindings hold the buffers' addresses
         self.buffers = {}
 
     def _run(self, session: Any, binding: Any) -> None:

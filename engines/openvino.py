@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError, MissingExtraError
 from ..exporter.specs import Shape
-from .base import EngineOptions, Graphs, Probe
+from .base import EngineOptions, Graphs, Probe, check_contract
 from .buffers import allocate_pair
 
 if TYPE_CHECKING:
@@ -18,13 +18,18 @@ name = "openvino"
 extra = "cpu"
 default_opset = 23
 
+_HINTS = {None: "f32", "fp32": "f32", "bf16": "bf16"}
+
 
 def probe() -> Probe:
     try:
         installed = version("openvino")
     except PackageNotFoundError:
         return Probe(None, (), "not installed: pip install 'offcut[cpu]'")
-    import openvino
+    try:
+        import openvino
+    except ImportError as error:
+        return Probe(installed, (), f"installed, but it cannot be imported: {error}")
 
     core = openvino.Core()
     if "CPU" not in core.available_devices:
@@ -56,9 +61,12 @@ class OpenVinoPair:
         except ImportError as error:
             raise MissingExtraError("the openvino engine", "openvino", extra) from error
 
+        if options.inference_precision not in _HINTS:
+            hints = ", ".join(hint for hint in _HINTS if hint)
+            raise EngineError(f"openvino has no inference precision {options.inference_precision!r}: choose {hints}")
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": {None: "f32", "fp32": "f32", "bf16": "bf16"}[options.inference_precision],
+            "INFERENCE_PRECISION_HINT": _HINTS[options.inference_precision],
         }
         if options.threads:
             settings["INFERENCE_NUM_THREADS"] = options.threads
@@ -72,6 +80,10 @@ class OpenVinoPair:
 
         self._full = compile_model(graphs.full)
         self._shallow = {cut: compile_model(path) for cut, path in graphs.shallow.items()}
+        known = {*graphs.inputs, *graphs.outputs}
+        for cut, model in ((None, self._full), *self._shallow.items()):
+            inputs, outputs = ([_name(port, known) for port in ports] for ports in (model.inputs, model.outputs))
+            check_contract(graphs, cut, inputs, outputs)
 
     def prepare(self, shapes: Mapping[str, Shape]) -> BoundOpenVinoPair:
         buffers, dims = allocate_pair(self._graphs, shapes, self.device)
@@ -95,8 +107,8 @@ class BoundOpenVinoPair:
         self.buffers = buffers
         self.dims = dims
         tensors = {key: _view(buffer) for key, buffer in buffers.items()}
-        self._full = _request(full, tensors)
-        self._shallow = {cut: _request(model, tensors) for cut, model in shallow.items()}
+        self._full: Any = _request(full, tensors)
+        self._shallow: Any = {cut: _request(model, tensors) for cut, model in shallow.items()}
 
     def full(self) -> None:
         self._full.infer()
@@ -105,15 +117,20 @@ class BoundOpenVinoPair:
         self._shallow[cut].infer()
 
     def close(self) -> None:
-        self._shallow = {}
+        self._full = self._shallow = None
         self.buffers = {}
 
 
 def _request(model: Any, tensors: Mapping[str, Any]) -> Any:
     request = model.create_infer_request()
     for port in (*model.inputs, *model.outputs):
-        request.set_tensor(port, next(tensors[key] for key in port.names if key in tensors))
+        request.set_tensor(port, tensors[_name(port, tensors)])
     return request
+
+
+def _name(port: Any, known: Container[str]) -> str:
+    """A port's name in the ONNX file; OpenVINO gives it further ones of its own."""
+    return next((name for name in port.names if name in known), str(port.any_name))
 
 
 def _view(buffer: torch.Tensor) -> Any:

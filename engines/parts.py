@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from ..errors import ModelError
 from ..exporter.load import ModelSource
@@ -17,7 +18,18 @@ def pipeline_class(source: ModelSource) -> str | None:
     """The pipeline's class in diffusers; None for a bare UNet."""
     if not source.is_pipeline:
         return None
-    return str(json.loads((source.root / INDEX_FILE).read_text(encoding="utf-8"))["_class_name"])
+    return str(_index(source)["_class_name"])
+
+
+def _index(source: ModelSource) -> dict[str, Any]:
+    file = source.root / INDEX_FILE
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file} is not readable JSON; download or save the pipeline again") from error
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise ModelError(f"{file} names no pipeline class; download or save the pipeline again")
+    return index
 
 
 def copy_parts(source: ModelSource, out: Path) -> list[str]:
@@ -28,9 +40,11 @@ def copy_parts(source: ModelSource, out: Path) -> list[str]:
     """
     if not source.is_pipeline:
         return []
-    index = json.loads((source.root / INDEX_FILE).read_text(encoding="utf-8"))
+    index = _index(source)
     names = [INDEX_FILE]
     for component, location in index.items():
+        if not component.isidentifier():
+            raise ModelError(f"{source.name} has a component {component!r}, which is no name of a folder in it")
         folder = source.root / component
         if (
             component.startswith("_")
@@ -56,15 +70,20 @@ def _files(folder: Path, variant: str | None) -> list[Path]:
     """A component's configs, and its weights of this variant or, where it has none of it, of no variant."""
     if not folder.is_dir():
         return []
-    weights = list(folder.glob("*.safetensors"))
-    chosen = [file for file in weights if _variant_of(file) == variant] or [
-        file for file in weights if _variant_of(file) is None
-    ]
+    chosen = weight_files(folder, variant)
     pickled = any(folder.glob("*.bin")) or any(folder.glob("*.ckpt"))
     if pickled and not chosen:
         return []
     small = [file for file in folder.iterdir() if file.suffix in _SMALL and file.is_file()]
     return sorted([*small, *chosen])
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors of this variant or, where there are none of it, of no variant."""
+    weights = sorted(folder.glob("*.safetensors"))
+    return [file for file in weights if _variant_of(file) == variant] or [
+        file for file in weights if _variant_of(file) is None
+    ]
 
 
 def _variant_of(file: Path) -> str | None:

@@ -67,7 +67,8 @@ def choose(device: str = "cpu", among: Iterable[str] = ENGINES) -> Choice:
     """
     among = list(among)
     found = {name: engine(name).probe() for name in among}
-    usable = [name for name, probe in found.items() if device in probe.devices]
+    kind = device.partition(":")[0]  # "cuda:1" is one of cuda's
+    usable = [name for name, probe in found.items() if kind in probe.devices]
     if not usable:
         reasons = "; ".join(f"{name}: {probe.reason}" for name, probe in found.items()) or "none was built"
         raise EngineError(f"no engine can run on {device} here ({reasons})")

@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .bundle import Bundle, digest_file
 from .manifest import MANIFEST_FILE, FileEntry, Manifest
 
 _STAGING = ".build-"
-_LOCK = ".lock"
+LOCK_FILE = ".lock"
 
 
 @contextmanager
@@ -48,8 +48,8 @@ def staging(bundle: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if not any(path.name != _LOCK for path in bundle.iterdir()):
-            shutil.rmtree(bundle, ignore_errors=True)  # a build that failed leaves no empty bundle
+        with suppress(OSError):
+            bundle.rmdir()  # a build that failed leaves no empty bundle; another one's files keep it
 
 
 def commit(bundle: Path, staged: Path, update: Callable[[Manifest | None, dict[str, FileEntry]], Manifest]) -> Manifest:
@@ -67,12 +67,24 @@ def commit(bundle: Path, staged: Path, update: Callable[[Manifest | None, dict[s
     entries = {}
     for file in sorted(path for path in staged.rglob("*") if path.is_file()):
         entries[file.relative_to(staged).as_posix()] = FileEntry(size=file.stat().st_size, sha256=digest_file(file))
-    with FileLock(bundle / _LOCK):
+    with FileLock(bundle / LOCK_FILE):
         current = Bundle.open(bundle).manifest if (bundle / MANIFEST_FILE).exists() else None
         manifest = update(current, entries)
-        for name, entry in entries.items():
-            _move_in(staged / name, bundle / name, name, entry)
-        _replace(bundle / MANIFEST_FILE, manifest.to_json())
+        kept = set(current.files) if current else set()
+        moved: list[Path] = []
+        try:
+            for name, entry in entries.items():
+                if name in kept:
+                    _check_same(bundle / name, name, entry)
+                    continue
+                # What lies there and is in no manifest, a build left behind that was killed here.
+                (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(staged / name, bundle / name)
+                moved.append(bundle / name)
+            _replace(bundle / MANIFEST_FILE, manifest.to_json())
+        except BaseException:
+            _take_back(moved, bundle)
+            raise
     return manifest
 
 
@@ -88,10 +100,14 @@ def prune(bundle: Path, dry_run: bool = False) -> Pruned:
     """Remove what no manifest names: older graphs, and what a killed build left behind.
 
     Do not prune while a build is running into the same bundle: its unfinished files would go too.
+
+    Raises:
+        BundleError: it is not a bundle; nothing is touched.
     """
-    with FileLock(bundle / _LOCK):
+    Bundle.open(bundle)  # before the lock, which would make a file in any directory
+    with FileLock(bundle / LOCK_FILE):
         opened = Bundle.open(bundle)
-        named = {*opened.manifest.files, MANIFEST_FILE, _LOCK}
+        named = {*opened.manifest.files, MANIFEST_FILE, LOCK_FILE}
         files = sorted(path for path in opened.path.rglob("*") if path.is_file() or path.is_symlink())
         loose = [path for path in files if path.relative_to(bundle).as_posix() not in named]
         removed = Pruned(
@@ -106,23 +122,28 @@ def prune(bundle: Path, dry_run: bool = False) -> Pruned:
     return removed
 
 
-def _move_in(source: Path, target: Path, name: str, entry: FileEntry) -> None:
-    if target.exists():
-        if target.stat().st_size != entry.size or digest_file(target) != entry.sha256:
-            raise BundleError(
-                f"{target.parent} holds another {name}; run offcut prune, or build into another directory"
-            )
-        source.unlink()
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(source, target)
+def _check_same(target: Path, name: str, entry: FileEntry) -> None:
+    if not target.is_file() or target.stat().st_size != entry.size or digest_file(target) != entry.sha256:
+        raise BundleError(f"{target.parent} holds another {name}; build into another directory")
+
+
+def _take_back(files: list[Path], bundle: Path) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
+        for folder in file.parents:
+            if folder == bundle or any(folder.iterdir()):
+                break
+            folder.rmdir()
 
 
 def _replace(file: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new, never a part."""
     fresh = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
-    with fresh.open("w", encoding="utf-8", newline="\n") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(fresh, file)
+    try:
+        with fresh.open("w", encoding="utf-8", newline="\n") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(fresh, file)
+    finally:
+        fresh.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -144,8 +145,7 @@ def split(
     Args:
         graph: what ``export`` gave, or the path of any UNet's ONNX file.
         cut: from ``find_cuts``, or a name.
-        out: the directory; the graph's own by default. Weights are linked into another one, or copied where the file
-            system cannot link.
+        out: the directory; the graph's own by default. Weights are copied into another one.
 
     Raises:
         CutError, ModelError: as ``find_cuts``.
@@ -158,11 +158,14 @@ def split_all(
     cuts: Sequence[Cut | str],
     out: str | Path | None = None,
     suffix: str = "",
+    link: bool = False,
 ) -> list[TwinGraph]:
     """As ``split``, for several cuts: one full graph that hands out every cut's features, and a shallow graph each.
 
     Args:
         suffix: added to the files' names, as in ``full-1a2b.onnx``, for several cuttings in one directory.
+        link: links weights into another directory where the file system can, in place of copying them. For a directory
+            that does not stay: the ``onnx`` package refuses weights with a second hard link.
     """
     unet = _open(graph)
     known = find_cuts(unet)
@@ -174,7 +177,7 @@ def split_all(
     full = folder / f"full{suffix}.onnx"
     if full.exists() and full.samefile(unet.path):
         raise ModelError(f"{full} would be overwritten by its own full graph: give another directory")
-    _write_full(unet, chosen, full)
+    _write_full(unet, chosen, full, link)
     return [
         TwinGraph(full, _write_shallow(full, cut, folder / f"shallow-{cut.slug}{suffix}.onnx"), cut, cut.cached)
         for cut in chosen
@@ -294,7 +297,7 @@ def _mlperf(joins: Sequence[Join], unet: UNetGraph, shapes: dict[str, Shape]) ->
     return Cut(MLPERF, (), tuple(tensors))
 
 
-def _write_full(unet: UNetGraph, cuts: Sequence[Cut], full: Path) -> None:
+def _write_full(unet: UNetGraph, cuts: Sequence[Cut], full: Path, link: bool) -> None:
     import onnx_ir as ir
 
     model = _only_noise(ir.load(unet.path))  # the graph may have been cut before, elsewhere
@@ -309,21 +312,34 @@ def _write_full(unet: UNetGraph, cuts: Sequence[Cut], full: Path) -> None:
     weights = [value.const_value for value in model.graph.initializers.values()]
     external = {weight.location for weight in weights if isinstance(weight, ir.ExternalTensor)}
     if external:
-        for location in external:
-            _link(unet.path.parent / location, full.parent / Path(location).name)
+        for location in sorted(external):
+            _bring(_beside(unet.path, location), full.parent / location, link)
         ir.save(model, full)
     else:
+        (full.parent / WEIGHTS_FILE).unlink(missing_ok=True)  # it may be a link to another graph's weights
         ir.save(model, full, external_data=WEIGHTS_FILE)
 
 
-def _link(source: Path, target: Path) -> None:
+def _beside(graph: Path, location: str) -> Path:
+    """A graph's weights file; it must lie in the graph's directory or below, as engines demand too."""
+    file = graph.parent / location
+    if Path(location).is_absolute() or ".." in Path(location).parts:
+        raise ModelError(f"{graph} keeps weights outside its directory, in {location}: save it with them beside it")
+    if not file.is_file():
+        raise ModelError(f"{graph} needs its weights {location} beside it, which are not there: copy both")
+    return file
+
+
+def _bring(source: Path, target: Path, link: bool) -> None:
     if target.exists() and target.samefile(source):
         return
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    if link:
+        with suppress(OSError):
+            os.link(source.resolve(), target)
+            return
+    shutil.copyfile(source, target)
 
 
 def _write_shallow(full: Path, cut: Cut, shallow: Path) -> Path:

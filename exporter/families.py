@@ -57,7 +57,9 @@ def _latent_inputs(config: Config, dtype: str) -> list[TensorSpec]:
 
 def _unconditional(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
     inputs = _latent_inputs(config, dtype)
-    if config.get("class_embed_type") or config.get("num_class_embeds"):
+    if config["class_embed_type"] is not None:
+        raise ModelError(f"class_embed_type={config['class_embed_type']!r} cannot be exported yet")
+    if config["num_class_embeds"] is not None:
         inputs.append(TensorSpec("class_labels", "int64", ("batch",)))
     return tuple(inputs)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
-from .specs import Dim, Shape, TensorSpec
+from .specs import Dim, Shape, TensorSpec, symbols
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -69,6 +69,8 @@ def read(path: str | Path) -> UNetGraph:
     names = [str(value.name) for value in model.graph.inputs]
     if not {"sample", "timestep"} <= set(names):
         raise ModelError(f"{path} is not a UNet: its inputs are {', '.join(names) or 'none'}, not sample and timestep")
+    if not model.graph.outputs:
+        raise ModelError(f"{path} is not a UNet: it has no output")
     inputs = {str(value.name): _input_spec(value) for value in model.graph.inputs}
     output = model.graph.outputs[0]
     channels = output.shape[1] if output.shape is not None and len(output.shape) == 4 else None
@@ -95,10 +97,19 @@ def infer_shapes(graph: UNetGraph, dims: Mapping[str, int] = PROBE) -> dict[str,
     """Every tensor's shape at these dimensions, by name; those that cannot be told are left out.
 
     The inputs are fixed to these dimensions and the graph's shape arithmetic is folded; no weight is read.
+
+    Raises:
+        ModelError: an input has another dimension that is not fixed.
     """
     import onnx_ir as ir
     from onnxscript.optimizer import fold_constants
 
+    for name, spec in graph.inputs.items():
+        if strange := [dim for dim in symbols([spec]) if dim not in dims]:
+            raise ModelError(
+                f"the input {name} of {graph.path} has the dimension {', '.join(strange)}, which no UNet of diffusers "
+                "has; export it with that dimension fixed"
+            )
     model = ir.load(graph.path)
     for value in model.graph.inputs:
         if str(value.name) in graph.inputs:

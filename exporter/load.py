@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,15 +101,23 @@ def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
             "offcut loads no pickled weights: convert them with diffusers' save_pretrained"
         )
     try:
-        unet = unet_class.from_pretrained(
+        unet, found = unet_class.from_pretrained(
             source.folder,
             torch_dtype=getattr(torch, PRECISIONS[precision]),
             use_safetensors=True,
             variant=source.variant,
             local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"the UNet of {source.name} cannot be loaded: {_first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"the UNet of {source.name} cannot be loaded: {_first_sentence(error)}; download or save it again"
+        ) from error
+    if missing := found["missing_keys"]:  # diffusers fills them with random numbers
+        raise ModelError(
+            f"the weights of {source.name} lack {len(missing)} parameters, {sorted(missing)[0]} among them; "
+            "download or save the model again"
+        )
     assert isinstance(unet, torch.nn.Module)
     return unet.eval().requires_grad_(False)
 
@@ -130,7 +139,7 @@ def _fetch(model: str, revision: str | None, variant: str | None) -> tuple[Path,
     except HFValidationError as error:
         raise ModelError(f"{model} is neither a directory here nor a valid hub id") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"{model} is no directory here and could not be fetched: {_first_line(error)}") from error
+        raise ModelError(f"{model} is no directory here and could not be fetched: {_first_sentence(error)}") from error
     # snapshot_download's path ends in snapshots/<commit>.
     return Path(root), Path(root).name
 
@@ -145,7 +154,9 @@ def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ModelError(f"{file} is not readable JSON: {_first_line(error)}") from error
+        raise ModelError(f"{file} is not readable JSON: {_first_sentence(error)}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} is not a model's config: it holds no JSON object")
     import inspect
 
     import diffusers
@@ -156,5 +167,6 @@ def _read_config(file: Path) -> dict[str, Any]:
     return {**defaults, **config}
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _first_sentence(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.split(r"\.(?: (?=[A-Z])|$)", line)[0]

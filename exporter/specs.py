@@ -66,7 +66,8 @@ def solve(specs: Mapping[str, TensorSpec], shapes: Mapping[str, Shape], multiple
         multiple: height and width must be multiples of this (the UNet's total downsampling).
 
     Raises:
-        ShapeError: a name is missing or unknown, a fixed dimension differs, or two tensors disagree on a symbol.
+        ShapeError: a name is missing or unknown, a fixed dimension differs, two tensors disagree on a symbol, or a
+            dimension is empty.
     """
     if missing := sorted(set(specs) - set(shapes)):
         raise ShapeError(f"the UNet needs {', '.join(missing)}, which the pipeline did not pass")
@@ -84,6 +85,8 @@ def solve(specs: Mapping[str, TensorSpec], shapes: Mapping[str, Shape], multiple
                     f"{name} has shape {list(shape)}, but the engine takes {list(spec.shape)}"
                     + (f" with {want} = {expected}" if isinstance(want, str) else "")
                 )
+    if empty := [dim for dim, size in dims.items() if size < 1]:
+        raise ShapeError(f"the {' and '.join(empty)} of the inputs is empty; give at least 1")
     for side in ("height", "width"):
         if dims.get(side, 0) % multiple:
             valid = max(multiple, round(dims[side] / multiple) * multiple)

@@ -20,7 +20,7 @@ from ..errors import InternalError, ModelError
 from .families import Family, example_dims, example_inputs
 from .load import PRECISIONS, ModelSource, load_unet, locate
 from .reference import REFERENCE_FILE, write_reference
-from .specs import TensorSpec
+from .specs import TensorSpec, symbols
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -131,11 +131,16 @@ def trace(
     """Export this UNet; see ``export``. Its weights must already have the precision."""
     if opset not in OPSETS:
         raise ModelError(f"opset {opset} is not supported; choose {OPSETS.start} to {OPSETS.stop - 1}")
-    out.mkdir(parents=True, exist_ok=True)
     fixed = dict(dims or {})
     specs = family.inputs(config, PRECISIONS[precision])
+    if wrong := sorted(name for name, size in fixed.items() if name not in symbols(specs) or size < 1):
+        known = ", ".join(symbols(specs))
+        raise ModelError(f"dims: {', '.join(wrong)} cannot be fixed; give a size of at least 1 for any of {known}")
     multiple = 2 ** (len(config["block_out_channels"]) - 1)
-
+    for side in ("height", "width"):
+        if fixed.get(side, 0) % multiple:
+            raise ModelError(f"the latent's {side} cannot be {fixed[side]}: this UNet needs a multiple of {multiple}")
+    out.mkdir(parents=True, exist_ok=True)
     examples = {**example_dims(config), **fixed}
 
     progress("trace")

@@ -1,0 +1,143 @@
+"""What both training stages share: atomic checkpoints, a loss log, progress, and averaged weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Writes a checkpoint so that `path` always holds a whole one: beside it first, then renamed over it."""
+    import torch
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    torch.save(dict(state), beside)
+    beside.replace(path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU; tensors and plain values only, no pickled code.
+
+    Raises:
+        UserError: there is no checkpoint at `path`.
+    """
+    import torch
+
+    if not path.exists():
+        raise UserError(f"{path} does not exist; run `python -m offcut.benchmarks.shapes.train` first.")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+class Average:
+    """Exponential moving average of a module's parameters (EMA), as fp32 tensors on the module's device.
+
+    The decay grows as (1 + n) / (10 + n) up to `limit`, so that short runs are averaged over their last part only.
+    """
+
+    def __init__(self, module: torch.nn.Module, limit: float = 0.998) -> None:
+        self._module = module
+        self._limit = limit
+        self.state = {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+    def update(self, step: int) -> None:
+        """Moves the average towards the module's present parameters; `step` counts from 0."""
+        import torch
+
+        decay = min(self._limit, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for name, value in self._module.state_dict().items():
+                if value.is_floating_point():
+                    self.state[name].lerp_(value, 1 - decay)
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Continues from a saved `state`."""
+        for name, value in state.items():
+            self.state[name].copy_(value)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up to `peak`, then half a cosine down to 2 % of it at `steps`."""
+    import math
+
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return peak * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+
+
+class LossLog:
+    """Appends one JSON line per interval to a file: step, mean loss, seconds per step, and what else is passed."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        """Lines of `path` at or after step `start` come from a run that was cut off, and are dropped."""
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_log(path) if row["step"] <= start]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._losses: list[float] = []
+        self._since = time.perf_counter()
+
+    def add(self, loss: float) -> None:
+        """Counts one step's loss."""
+        self._losses.append(loss)
+
+    def resume(self) -> None:
+        """Leaves the time since the last line out of the next line's seconds per step."""
+        self._since = time.perf_counter()
+
+    def write(self, step: int, **more: float) -> dict[str, float]:
+        """Writes the mean over the steps since the last line, and returns the line."""
+        now = time.perf_counter()
+        count = max(1, len(self._losses))
+        row = {
+            "step": step,
+            "loss": round(sum(self._losses) / count, 6),
+            "seconds_per_step": round((now - self._since) / count, 4),
+            **more,
+        }
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self._losses, self._since = [], now
+        return row
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """All lines of a loss log, oldest first; an absent file is an empty log."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+@contextmanager
+def progress(title: str, start: int, steps: int) -> Iterator[Any]:
+    """A progress bar on a terminal; without one, a line per log interval. Yields `report(step, text)`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console()
+    counters = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(title), *counters, TextColumn("{task.fields[text]}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=steps, completed=start, text="")
+
+        def report(step: int, text: str | None = None) -> None:
+            if console.is_terminal:
+                bar.update(task, completed=step)
+                if text is not None:
+                    bar.update(task, text=text)
+            elif text is not None:
+                print(f"{title} {step}/{steps} {text}", flush=True)
+
+        yield report

@@ -1,0 +1,193 @@
+"""The second training stage: text encoder and UNet together, on latents of the trained autoencoder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import checkpoint, networks, scenes, tokenizer, vae_stage
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+
+
+@dataclass(frozen=True)
+class DenoiserSettings:
+    """How text encoder and UNet are trained."""
+
+    steps: int = 6000
+    batch: int = 32
+    rate: float = 1e-3
+    warmup: int = 200
+    drop_caption: float = 0.1
+    scenes: int = 16000
+    seed: int = 2
+    save_every: int = 100
+    log_every: int = 50
+
+
+def training_set(
+    run: Path, vae: AutoencoderKL, settings: DenoiserSettings, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled latents, fp32 [N, 4, 16, 16], and token ids, int64 [N, 32]; kept in `run`/latents.pt for the next run."""
+    import torch
+
+    digest = hashlib.sha256(repr((settings.scenes, settings.seed, vae.config.scaling_factor)).encode())
+    for value in (*vae.encoder.state_dict().values(), *vae.quant_conv.state_dict().values()):
+        digest.update(value.cpu().numpy().tobytes())
+    path = run / "latents.pt"
+    if path.exists():
+        stored = checkpoint.load(path)
+        if stored["digest"] == digest.hexdigest():
+            return stored["latents"], stored["tokens"]
+    drawn = vae_stage.training_scenes(settings.scenes, settings.seed)
+    parts = []
+    with checkpoint.progress("latents", 0, len(drawn)) as report:
+        for first in range(0, len(drawn), 1000):
+            parts.append(vae_stage.encode(vae, vae_stage.draw(drawn[first : first + 1000]), device))
+            report(first + len(parts[-1]))
+    latents = torch.cat(parts) * vae.config.scaling_factor
+    tokens = tokenize(run, [scenes.caption(scene) for scene in drawn])
+    checkpoint.save(path, {"digest": digest.hexdigest(), "latents": latents, "tokens": tokens})
+    return latents, tokens
+
+
+def tokenize(run: Path, captions: list[str]) -> torch.Tensor:
+    """Token ids, int64 [N, 32], by the tokenizer that is written to `run`/tokenizer."""
+    import torch
+
+    directory = run / "tokenizer"
+    tokenizer.write_tokenizer(directory)
+    encoder = tokenizer.load_tokenizer(directory)
+    unique = {text: index for index, text in enumerate(dict.fromkeys(captions))}
+    ids = encoder(list(unique), padding="max_length", max_length=tokenizer.MAX_LENGTH, truncation=True).input_ids
+    return torch.tensor(ids)[[unique[text] for text in captions]]
+
+
+def timesteps(batch: int, random: torch.Generator, count: int = 1000) -> torch.Tensor:
+    """One uniform timestep per sample, one from each of `batch` equal ranges, in random order: int64 [B]."""
+    import torch
+
+    spread = (torch.arange(batch) + torch.rand(batch, generator=random)) / batch
+    return (spread * count).long().clamp(max=count - 1)[torch.randperm(batch, generator=random)]
+
+
+class Denoiser:
+    """Text encoder, UNet, their optimiser and their averages, with one training step as a method."""
+
+    def __init__(self, settings: DenoiserSettings, device: str) -> None:
+        import torch
+
+        torch.manual_seed(settings.seed)
+        self.settings = settings
+        self.device = device
+        self.step = 0
+        self.text_encoder = networks.new_text_encoder().to(device).train()
+        self.unet = networks.new_unet().to(device).train()
+        self.scheduler = networks.new_scheduler()
+        self.modules = {"text_encoder": self.text_encoder, "unet": self.unet}
+        self.averages = {name: checkpoint.Average(module) for name, module in self.modules.items()}
+        self._parameters = [p for module in self.modules.values() for p in module.parameters()]
+        fused = device == "cpu" or device.startswith("cuda")
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=fused
+        )
+
+    def save(self, path: Path) -> None:
+        """Writes weights, averages, optimiser and step to one checkpoint."""
+        state: dict[str, object] = {"step": self.step, "optimizer": self._optimizer.state_dict()}
+        for name, module in self.modules.items():
+            state[name] = module.state_dict()
+            state[f"{name}_average"] = self.averages[name].state
+        checkpoint.save(path, state)
+
+    def load(self, path: Path) -> None:
+        """Continues from a checkpoint that `save` wrote."""
+        state = checkpoint.load(path)
+        self.step = int(state["step"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        for name, module in self.modules.items():
+            module.load_state_dict(state[name])
+            self.averages[name].load(state[f"{name}_average"])
+
+    def train_step(self, latents: torch.Tensor, tokens: torch.Tensor, unconditional: torch.Tensor) -> float:
+        """One step on a batch chosen by (seed, step): mean squared error of the predicted velocity.
+
+        Args:
+            latents: scaled latents of the whole training set, [N, 4, 16, 16].
+            tokens: their captions' ids, [N, 32].
+            unconditional: ids of the empty caption, [32].
+        """
+        import torch
+
+        settings, device = self.settings, self.device
+        random = torch.Generator().manual_seed(settings.seed * 1_000_003 + self.step)
+        chosen = torch.randint(len(latents), (settings.batch,), generator=random)
+        dropped = torch.rand(settings.batch, generator=random) < settings.drop_caption
+        times = timesteps(settings.batch, random).to(device)
+        noise = torch.randn(settings.batch, *latents.shape[1:], generator=random).to(device)
+        clean = latents[chosen].to(device)
+        ids = torch.where(dropped[:, None], unconditional, tokens[chosen]).to(device)
+
+        rate = checkpoint.learning_rate(self.step, settings.steps, settings.rate, settings.warmup)
+        self._optimizer.param_groups[0]["lr"] = rate
+        text = self.text_encoder(ids)[0]  # [B, 32, 128]
+        noisy = self.scheduler.add_noise(clean, noise, times)
+        velocity = self.scheduler.get_velocity(clean, noise, times)
+        loss = torch.nn.functional.mse_loss(self.unet(noisy, times, text).sample, velocity)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        for average in self.averages.values():
+            average.update(self.step)
+        self.step += 1
+        return loss.item()
+
+
+def train_denoiser(
+    run: Path,
+    vae: AutoencoderKL,
+    settings: DenoiserSettings,
+    device: str,
+    *,
+    resume: bool,
+    export_every: int = 0,
+    export: Callable[[], None] = lambda: None,
+) -> Denoiser:
+    """Trains text encoder and UNet, or goes on from `run`/denoiser.pt.
+
+    Args:
+        export: called every `export_every` steps (0: never), just after a checkpoint was written.
+    """
+    denoiser = Denoiser(settings, device)
+    latents, tokens = training_set(run, vae, settings, device)
+    unconditional = tokenize(run, [""])[0]
+    path = run / "denoiser.pt"
+    if resume and path.exists():
+        denoiser.load(path)
+    log = checkpoint.LossLog(run / "denoiser.jsonl", denoiser.step)
+    with checkpoint.progress("denoiser", denoiser.step, settings.steps) as report:
+        for _ in _until(denoiser, settings.steps):
+            log.add(denoiser.train_step(latents, tokens, unconditional))
+            text = None
+            if denoiser.step % settings.log_every == 0 or denoiser.step == settings.steps:
+                row = log.write(denoiser.step)
+                text = f"loss {row['loss']:.4f}, {row['seconds_per_step']:.2f} s/step"
+            report(denoiser.step, text)
+            due = export_every > 0 and denoiser.step % export_every == 0
+            if due or denoiser.step % settings.save_every == 0 or denoiser.step == settings.steps:
+                denoiser.save(path)
+            if due and denoiser.step < settings.steps:
+                export()
+                log.resume()
+    return denoiser
+
+
+def _until(denoiser: Denoiser, steps: int) -> Iterator[None]:
+    while denoiser.step < steps:
+        yield

@@ -1,0 +1,150 @@
+"""Writes the trained networks as a diffusers pipeline in fp16, with sample pictures and a model card."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import card, checkpoint, model, networks, score, tokenizer, vae_stage
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from PIL.Image import Image
+
+GUIDANCE = 3.0
+"""Classifier-free guidance scale of the sample pictures."""
+
+SAMPLE_STEPS = 25
+"""DDIM steps of the sample pictures."""
+
+
+def export(run: Path, target: Path, *, seeds: Sequence[int] = (0, 1), judged: int = 0) -> Path:
+    """Exports the newest checkpoints in `run` to `target`, replacing what is there by a rename.
+
+    Text encoder and UNet are exported as their moving averages.
+
+    Args:
+        run: where training keeps its checkpoints and logs.
+        target: the pipeline's directory.
+        seeds: one row of sample pictures for each.
+        judged: prompts of each kind that are drawn and judged for the model card; 0 leaves the table out.
+
+    Returns:
+        `target`.
+
+    Raises:
+        UserError: a checkpoint is missing.
+    """
+    state = checkpoint.load(run / "denoiser.pt")
+    vae = vae_stage.load_vae(run)
+    text_encoder, unet = networks.new_text_encoder(), networks.new_unet()
+    text_encoder.load_state_dict(state["text_encoder_average"])
+    unet.load_state_dict(state["unet_average"])
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as parent:
+        made = Path(parent) / "new"
+        vae.half().save_pretrained(made / "vae")
+        unet.half().save_pretrained(made / "unet")
+        _save_text_encoder(text_encoder.half(), made / "text_encoder")
+        tokenizer.write_tokenizer(made / "tokenizer")
+        networks.new_scheduler().save_pretrained(made / "scheduler")
+        _write_index(made / "model_index.json")
+
+        pipe = load_pipeline(made)
+        pictures = [picture for seed in seeds for picture in sample(pipe, model.PROMPTS, seed=seed)]
+        grid(pictures, columns=len(model.PROMPTS)).save(made / "samples.png", optimize=True)
+        scores = {kind: _score(pipe, kind, judged) for kind in score.KINDS} if judged else {}
+        text = card.model_card(run, made, guidance=GUIDANCE, steps=SAMPLE_STEPS, scores=scores)
+        (made / "README.md").write_text(text, encoding="utf-8")
+        for path in made.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        if target.exists():
+            target.rename(Path(parent) / "old")
+        made.rename(target)
+    return target
+
+
+def _save_text_encoder(text_encoder: object, directory: Path) -> None:
+    """Saves in the form that transformers 4 and 5 both read.
+
+    transformers 5 leaves the `text_model.` prefix out of the names when it saves, and loads in the dtype that the
+    configuration names, where diffusers loads the other parts in fp32 unless told otherwise.
+    """
+    from safetensors.torch import load_file, save_file
+
+    text_encoder.save_pretrained(directory)  # type: ignore[attr-defined]
+    weights = directory / "model.safetensors"
+    tensors = load_file(weights)
+    prefix = "text_model."
+    tensors = {name if name.startswith(prefix) else prefix + name: value for name, value in tensors.items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = config["torch_dtype"] = "float32"
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_index(path: Path) -> None:
+    from diffusers import __version__
+
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": __version__,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def load_pipeline(directory: Path) -> StableDiffusionPipeline:
+    """The exported pipeline, in fp32 on the CPU, with its progress bars off."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(directory)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, seed: int) -> list[Image]:
+    """One picture for every prompt, 64x64 RGB; the noise of prompt i depends on `seed` and i only."""
+    import torch
+
+    generators = [torch.Generator().manual_seed(seed * 1000 + index) for index in range(len(prompts))]
+    made = pipe(list(prompts), num_inference_steps=SAMPLE_STEPS, guidance_scale=GUIDANCE, generator=generators)
+    pictures: list[Image] = made.images
+    return pictures
+
+
+def _score(pipe: StableDiffusionPipeline, kind: str, count: int) -> score.Score:
+    return score.score(
+        lambda texts: [np.asarray(picture) for picture in sample(pipe, texts, seed=7)], score.prompts(kind, count)
+    )
+
+
+def grid(pictures: Sequence[Image], *, columns: int, gap: int = 2) -> Image:
+    """The pictures side by side, row by row, `gap` pixels of light grey between them."""
+    from PIL import Image
+
+    tile = np.full((64 + gap, 64 + gap, 3), 225, dtype=np.uint8)
+    rows = []
+    for first in range(0, len(pictures), columns):
+        row = []
+        for picture in pictures[first : first + columns]:
+            framed = tile.copy()
+            framed[:64, :64] = np.asarray(picture)
+            row.append(framed)
+        row += [tile] * (columns - len(row))
+        rows.append(np.concatenate(row, axis=1))
+    return Image.fromarray(np.concatenate(rows)[:-gap, :-gap])

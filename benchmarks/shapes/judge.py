@@ -1,0 +1,150 @@
+"""Reads a picture of a scene back: which objects, where, on which background. Says whether a caption was obeyed.
+
+Pictures of `scenes.render` are read without fault, so what is misread in a generated picture was drawn wrong. That
+gives caching a measure with a meaning: the share of prompts that still come out right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+import numpy.typing as npt
+
+from . import scenes
+
+Mask = npt.NDArray[np.bool_]
+
+_OBJECT_CONTRAST = 45.0  # distance in RGB from the background from which a pixel belongs to an object
+_FEWEST_PIXELS = 30  # smaller specks are no objects
+_TILTS = tuple(math.radians(degrees) for degrees in (-10, -5, 0, 5, 10))
+
+
+@dataclass(frozen=True)
+class SeenObject:
+    """One connected patch: nearest colour and shape, centre in pixels, and its overlap with the ideal shape (IoU)."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    overlap: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which parts of a caption a picture obeys."""
+
+    background: bool
+    count: bool
+    colours: bool
+    shapes: bool
+    relation: bool
+
+    @property
+    def right(self) -> bool:
+        """Whether the whole caption was obeyed."""
+        return self.background and self.count and self.colours and self.shapes and self.relation
+
+
+def look(picture: npt.NDArray[np.uint8]) -> tuple[str, tuple[SeenObject, ...]]:
+    """The name of the background and the objects, biggest first.
+
+    Args:
+        picture: uint8 (64, 64, 3), sRGB.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    expected = (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3)
+    if picture.shape != expected or picture.dtype != np.uint8:
+        raise ValueError(f"the picture is {picture.dtype} {picture.shape}; pass uint8 {expected}.")
+    pixels = picture.astype(np.float32)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    ground = np.median(border, axis=0)
+    patches = _patches(np.linalg.norm(pixels - ground, axis=-1) > _OBJECT_CONTRAST)
+    return _nearest(ground, scenes.BACKGROUNDS), tuple(_recognise(pixels, patch) for patch in patches)
+
+
+def judge(picture: npt.NDArray[np.uint8], text: str) -> Verdict:
+    """Compares what is to be seen in `picture`, uint8 (64, 64, 3), with a caption.
+
+    Sizes are not judged.
+
+    Raises:
+        ValueError: `text` is no caption of `scenes`, or the picture has another shape or dtype.
+    """
+    asked = scenes.scene_from_caption(text, np.random.default_rng(0))
+    background, objects = look(picture)
+
+    def fits(wanted: Callable[[scenes.Item, SeenObject], bool], *, related: bool = False) -> bool:
+        """Whether some assignment of the objects to the caption's items satisfies `wanted` throughout."""
+        return any(
+            all(wanted(item, seen) for item, seen in zip(asked.items, order, strict=True))
+            and (not related or _related(asked.relation, order))
+            for order in permutations(objects)
+        )
+
+    count = len(objects) == len(asked.items)
+    return Verdict(
+        background=background == asked.background,
+        count=count,
+        colours=count and fits(lambda item, seen: item.colour == seen.colour),
+        shapes=count and fits(lambda item, seen: (item.colour, item.shape) == (seen.colour, seen.shape)),
+        relation=count and fits(lambda item, seen: item.colour == seen.colour, related=True),
+    )
+
+
+def _related(relation: scenes.Relation | None, order: tuple[SeenObject, ...]) -> bool:
+    if relation is None:
+        return True
+    right, down = order[1].x - order[0].x, order[1].y - order[0].y
+    return {
+        "above": down > abs(right),
+        "below": -down > abs(right),
+        "left of": right > abs(down),
+        "right of": -right > abs(down),
+    }[relation]
+
+
+def _nearest(colour: npt.NDArray[np.float32], names: dict[str, tuple[int, int, int]]) -> str:
+    return min(names, key=lambda name: float(np.linalg.norm(colour - np.array(names[name]))))
+
+
+def _patches(mask: Mask) -> list[Mask]:
+    """Connected parts (8 neighbours) of at least `_FEWEST_PIXELS`, biggest first, at most four."""
+    numbers = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    while True:
+        padded = np.pad(numbers, 1)
+        rows, columns = mask.shape
+        shifted = [padded[y : y + rows, x : x + columns] for y in range(3) for x in range(3)]
+        grown = np.where(mask, np.max(shifted, axis=0), 0)
+        if np.array_equal(grown, numbers):
+            break
+        numbers = grown
+    found, counts = np.unique(numbers[mask], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return [numbers == found[index] for index in order if counts[index] >= _FEWEST_PIXELS][:4]
+
+
+def _recognise(pixels: npt.NDArray[np.float32], patch: Mask) -> SeenObject:
+    rows, columns = np.nonzero(patch)
+    x, y = float(columns.mean()) + 0.5, float(rows.mean()) + 0.5
+    middle = (np.abs(columns + 0.5 - x) <= 3) & (np.abs(rows + 0.5 - y) <= 3)
+    colour = _nearest(np.median(pixels[rows[middle], columns[middle]], axis=0), scenes.COLOURS) if middle.any() else ""
+    overlaps = {shape: _overlap(patch, shape, x, y) for shape in scenes.SHAPES}
+    shape = max(overlaps, key=lambda name: overlaps[name])
+    return SeenObject(colour or "none", shape, x, y, overlaps[shape])
+
+
+def _overlap(patch: Mask, shape: str, x: float, y: float) -> float:
+    """Best intersection over union of the patch with the shape of equal area and centre, over a few angles."""
+    area = float(patch.sum())
+    return max(_intersection_over_union(patch, scenes.mask(shape, x, y, area, tilt)) for tilt in _TILTS)
+
+
+def _intersection_over_union(one: Mask, other: Mask) -> float:
+    return float((one & other).sum() / max(1, (one | other).sum()))

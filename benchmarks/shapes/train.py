@@ -1,0 +1,120 @@
+"""Trains the shapes model and exports it: `python -m offcut.benchmarks.shapes.train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...errors import UserError
+from . import decoder_stage, denoiser_stage, export, model, vae_stage
+
+
+def train(
+    run: Path,
+    target: Path,
+    *,
+    vae: vae_stage.VaeSettings,
+    denoiser: denoiser_stage.DenoiserSettings,
+    decoder: decoder_stage.DecoderSettings,
+    device: str = "cpu",
+    resume: bool = True,
+    export_every: int = 0,
+    sample_seeds: Sequence[int] = (0, 1),
+    judged: int = 0,
+) -> Path:
+    """The three stages, then the export. Returns `target`.
+
+    Args:
+        run: checkpoints, cached latents and loss logs.
+        target: the pipeline's directory, replaced at every export.
+        export_every: also export every so many steps of the second stage; 0 exports at the end only.
+        sample_seeds: one row of sample pictures for each, at every export.
+        judged: prompts of each kind that are judged for the model card at the last export.
+    """
+    trained = vae_stage.train_vae(run, vae, device, resume=resume)
+    denoiser_stage.train_denoiser(
+        run,
+        trained,
+        denoiser,
+        device,
+        resume=resume,
+        export_every=export_every,
+        export=lambda: _announce(export.export(run, target, seeds=sample_seeds)),
+    )
+    decoder_stage.train_decoder(run, decoder, device, resume=resume)
+    return export.export(run, target, seeds=sample_seeds, judged=judged)
+
+
+def _announce(path: Path) -> None:
+    print(f"exported to {path}", flush=True)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Directory of the exported pipeline.")] = model.DIRECTORY,
+    run: Annotated[Path, typer.Option(help="Directory of checkpoints, cached latents and logs.")] = model.RUN,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default.")] = 2,
+    vae_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = vae_stage.VaeSettings.steps,
+    steps: Annotated[
+        int, typer.Option(help="Steps of text encoder and UNet.")
+    ] = denoiser_stage.DenoiserSettings.steps,
+    decoder_steps: Annotated[
+        int, typer.Option(help="Further steps of the decoder at the end.")
+    ] = decoder_stage.DecoderSettings.steps,
+    batch: Annotated[
+        int, typer.Option(help="Pictures a step of text encoder and UNet.")
+    ] = denoiser_stage.DenoiserSettings.batch,
+    rate: Annotated[
+        float, typer.Option(help="Peak learning rate of text encoder and UNet.")
+    ] = denoiser_stage.DenoiserSettings.rate,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the newest checkpoints; --no-resume starts anew.")
+    ] = True,
+    export_every: Annotated[
+        int, typer.Option(help="Also export every so many steps; 0: at the end only.")
+    ] = 500,
+    judged: Annotated[
+        int, typer.Option(help="Prompts of each kind that are drawn and judged for the model card.")
+    ] = 48,
+    export_only: Annotated[
+        bool, typer.Option("--export-only", help="Export the newest checkpoint and stop; training may go on.")
+    ] = False,
+) -> None:
+    """Trains the shapes model (autoencoder, text encoder with UNet, decoder) and exports a diffusers pipeline."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        if export_only:
+            _announce(export.export(run, out, judged=judged))
+            return
+        made = train(
+            run,
+            out,
+            vae=vae_stage.VaeSettings(steps=vae_steps),
+            denoiser=denoiser_stage.DenoiserSettings(steps=steps, batch=batch, rate=rate),
+            decoder=decoder_stage.DecoderSettings(steps=decoder_steps),
+            device=device,
+            resume=resume,
+            export_every=export_every,
+            judged=judged,
+        )
+        _announce(made)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def application() -> typer.Typer:
+    """The command line: one command, `main`."""
+    app = typer.Typer(add_completion=False)
+    app.command()(main)
+    return app
+
+
+if __name__ == "__main__":
+    application()()

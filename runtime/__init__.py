@@ -1,0 +1,1 @@
+"""Running a pair of engines: schedules, generations, the UNet stand-in, and whole pipelines."""

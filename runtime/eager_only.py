@@ -1,0 +1,78 @@
+"""What diffusers does to a UNet of PyTorch modules and nobody can do to a compiled one: errors, not silent effects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from ..errors import UserError
+
+
+def _refusal(what: str, remedy: str) -> Callable[..., NoReturn]:
+    def method(self: object, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UserError(f"{what}, but this UNet's layers are compiled into engines: {remedy}")
+
+    return method
+
+
+_EAGER = "use the eager UNet for it"
+_lora = _refusal(
+    "LoRA adapters are added to a UNet's layers",
+    "fuse them before the build (pipe.fuse_lora(), pipe.save_pretrained(...), then offcut build), and load adapters of "
+    "a text encoder with pipe.load_lora_into_text_encoder",
+)
+_ip_adapter = _refusal("an IP-Adapter replaces a UNet's attention layers", _EAGER)
+_freeu = _refusal("FreeU rescales features inside a UNet's decoder", _EAGER)
+_attention = _refusal("attention processors are part of a UNet's layers", f"set them before the build, or {_EAGER}")
+_offload = _refusal(
+    "group offloading and layerwise casting move or cast a UNet's layers",
+    "choose the device and precision when the bundle is built and opened",
+)
+_training = _refusal("training changes a UNet's weights", "train the eager UNet and build a bundle from it")
+
+
+class EagerOnly:
+    """Methods of diffusers' UNets that reach into their layers; each raises a ``UserError`` with what to do instead."""
+
+    enable_freeu = _freeu
+    disable_freeu = _freeu
+
+    fuse_qkv_projections = _attention
+    unfuse_qkv_projections = _attention
+    set_default_attn_processor = _attention
+    set_attention_backend = _attention
+
+    load_lora_adapter = _lora
+    load_attn_procs = _lora
+    save_lora_adapter = _lora
+    add_adapter = _lora
+    set_adapter = _lora
+    set_adapters = _lora
+    delete_adapters = _lora
+    enable_adapters = _lora
+    disable_adapters = _lora
+    enable_lora = _lora
+    disable_lora = _lora
+    fuse_lora = _lora
+    unfuse_lora = _lora
+
+    _load_ip_adapter_weights = _ip_adapter
+    _load_ip_adapter_loras = _ip_adapter
+
+    enable_layerwise_casting = _offload
+    enable_group_offload = _offload
+
+    enable_gradient_checkpointing = _training
+
+    def unload_lora(self) -> None:
+        """There is none: what ``pipe.unload_lora_weights()`` asks for is already so."""
+
+    @property
+    def attn_processors(self) -> Mapping[str, Any]:
+        """None that could be replaced."""
+        return {}
+
+    def set_attn_processor(self, processor: Any, *args: Any, **kwargs: Any) -> None:
+        """Takes back what ``attn_processors`` gave, nothing else."""
+        if processor != {}:
+            _attention(self)

@@ -1,0 +1,135 @@
+"""One generation: the UNet calls that make one batch of images, and the state that lives no longer than they do."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+from ..errors import ScheduleError
+from .schedule import Schedule
+
+Calls = int | Callable[[], int] | None
+"""A number of calls, or how to find it out at the first call, or None where nobody knows."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a generation did, call by call.
+
+    Attributes:
+        full: for each call, whether the full graph ran.
+        seconds: for each call the engine's own time, where ``unet.record_times`` was set; otherwise empty.
+        schedule: None where every call is full.
+        cut: the cut of the shallow calls.
+        calls: the number of calls that was announced; None where none was.
+    """
+
+    full: tuple[bool, ...]
+    seconds: tuple[float, ...]
+    schedule: Schedule | None
+    cut: str | None
+    calls: int | None
+
+    @property
+    def full_calls(self) -> tuple[int, ...]:
+        """The indices of the full calls."""
+        return tuple(call for call, full in enumerate(self.full) if full)
+
+    @property
+    def timeline(self) -> str:
+        """One character for each call, ``#`` for a full and ``.`` for a shallow one."""
+        return "".join("#" if full else "." for full in self.full)
+
+
+class Generation:
+    """Counts the calls of one generation and says of each whether it runs the full graph.
+
+    A shallow call is allowed only where a full call of the same generation and shapes has completed, so that cached
+    features of another image, of other shapes, or of a call that failed are never read:
+
+        begin(shapes) -> True     a full call follows
+        end(True)                 it completed: its features may be read
+        begin(shapes) -> False    as the schedule says
+        ...                       no end: the call failed
+        begin(shapes) -> True     whatever the schedule says
+
+    Args:
+        schedule: None makes every call full.
+        cut: recorded in ``run``.
+        calls: how many calls there will be. A function is asked at the first call, since a pipeline knows only then.
+
+    Raises:
+        ScheduleError: the schedule needs to know the number of calls.
+    """
+
+    def __init__(self, schedule: Schedule | None, cut: str | None = None, calls: Calls = None) -> None:
+        if schedule is not None and calls is None:
+            schedule.is_full(0)  # raises where the schedule cannot do without the number of calls
+        self._schedule = schedule
+        self._cut = cut
+        self._calls = calls
+        self._shapes: Hashable = None
+        self._readable = False
+        self._timesteps: deque[float] = deque(maxlen=2)
+        self._full: list[bool] = []
+        self._seconds: list[float] = []
+
+    def begin(self, shapes: Hashable, timestep: float | None = None) -> bool:
+        """Whether the call that now begins is full.
+
+        Args:
+            shapes: anything that tells one set of input shapes, and so of buffers, from another.
+            timestep: only for ``continues``; None where the generation was announced.
+
+        Raises:
+            ScheduleError: the schedule does not fit the number of calls, or that number is none.
+        """
+        calls = self._resolve()
+        scheduled = self._schedule is None or self._schedule.is_full(len(self._full), calls)
+        full = scheduled or not self._readable or shapes != self._shapes
+        self._readable = False  # until this call has completed
+        self._shapes = shapes
+        if timestep is not None:
+            self._timesteps.append(timestep)
+        return full
+
+    def end(self, full: bool, seconds: float | None = None) -> None:
+        """The call that began completed."""
+        self._readable = True
+        self._full.append(full)
+        if seconds is not None:
+            self._seconds.append(seconds)
+
+    def invalidate(self) -> None:
+        """Make the next call full."""
+        self._readable = False
+
+    def continues(self, shapes: Hashable, timestep: float) -> bool:
+        """Whether a call that nobody announced belongs to this generation, judging by its shapes and timestep.
+
+        Timesteps fall through a generation. They repeat in Heun and PNDM, and in KDPM2 a midpoint may lie a fraction
+        below the rounded step that follows it. So only a rise by 1 or more begins a new generation, or one above the
+        timestep before the last too (which finds it also where timesteps are not 0 to 1000, as in EDM).
+
+        This errs towards new generations, that is full calls: inverse schedulers, whose timesteps rise all the time,
+        and RePaint's jumps back. One case goes unnoticed: after an exception outside the UNet, a generation that begins
+        at or below the timestep where the last one broke off. ``unet.reset()`` or an announced generation settles it.
+        """
+        if not self._readable or shapes != self._shapes:
+            return False
+        before, last = self._timesteps[0], self._timesteps[-1]
+        return timestep <= last or (timestep < last + 1 and timestep <= before)
+
+    def run(self) -> Run:
+        """What was done so far."""
+        calls = self._calls if isinstance(self._calls, int) else None
+        return Run(tuple(self._full), tuple(self._seconds), self._schedule, self._cut, calls)
+
+    def _resolve(self) -> int | None:
+        """The number of calls, asked for when the first call begins."""
+        if self._calls is not None and not isinstance(self._calls, int):
+            self._calls = self._calls()
+        if self._calls is not None and self._calls < 1:
+            raise ScheduleError(f"{self._calls} UNet calls were announced, but a generation has at least 1")
+        return self._calls

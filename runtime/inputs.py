@@ -1,0 +1,106 @@
+"""From what a pipeline passes to a UNet's ``forward`` to what an engine reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..errors import ShapeError, UserError
+from ..exporter.specs import TensorSpec
+
+_REMEDIES = {
+    "attention_mask": "leave it out",
+    "encoder_attention_mask": "leave it out, and pad prompts to the full length",
+    "down_block_additional_residuals": "ControlNets and T2I-Adapters need the eager UNet",
+    "mid_block_additional_residual": "ControlNets and T2I-Adapters need the eager UNet",
+    "down_intrablock_additional_residuals": "ControlNets and T2I-Adapters need the eager UNet",
+    "image_embeds": "IP-Adapters need the eager UNet",
+}
+
+
+def refuse_ignored(sample: torch.Tensor, cross_attention_kwargs: Mapping[str, Any] | None, **arguments: object) -> None:
+    """Raise a ``UserError`` for an argument that no engine reads, rather than make an image without it."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise UserError(f"the pipeline passes {name}, which compiled engines have no input for: {_REMEDIES[name]}")
+    for name, value in (cross_attention_kwargs or {}).items():
+        if name == "scale" and value == 1:
+            continue
+        raise UserError(
+            f"the pipeline passes cross_attention_kwargs={{{name!r}: ...}}, which compiled engines have no input for: "
+            + ("fuse the LoRA at that scale before the build" if name == "scale" else "leave it out")
+        )
+    if sample.requires_grad and torch.is_grad_enabled():
+        raise UserError("engines compute no gradients: call the UNet under torch.no_grad(), or use the eager UNet")
+
+
+def engine_inputs(
+    given: Mapping[str, Any], specs: Mapping[str, TensorSpec], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The tensors among these arguments, in the order of the engine's inputs, without the timestep.
+
+    Raises:
+        UserError: an input is missing, unknown to the engine, no tensor, or on another device.
+    """
+    tensors = {name: value for name, value in given.items() if value is not None}
+    for name, value in tensors.items():
+        if name not in specs:
+            remedy = _REMEDIES.get(name, "it was built for another kind of model")
+            raise UserError(f"this UNet has no input {name}, which the pipeline passes: {remedy}")
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"{name} is a {type(value).__name__}, but the engine takes a tensor")
+        if not same_device(value.device, device):
+            raise UserError(
+                f"{name} is on {value.device}, but this UNet's engines run on {device}: call pipe.to({str(device)!r})"
+            )
+    if missing := [name for name in specs if name not in tensors and name != "timestep"]:
+        raise UserError(
+            f"this UNet also needs {', '.join(missing)}, which was not passed: use the pipeline of its own family"
+        )
+    return {name: tensors[name] for name in specs if name != "timestep"}
+
+
+def same_device(one: torch.device, other: torch.device) -> bool:
+    """Whether these are one device; without an index the first is meant."""
+    return one.type == other.type and (one.index or 0) == (other.index or 0)
+
+
+def timestep_shape(specs: Mapping[str, TensorSpec], batch: int) -> tuple[int, ...]:
+    """The shape of the engine's timestep: [batch] in offcut's own exports, [1] or [] in some others."""
+    symbol = specs["sample"].shape[0]
+    return tuple(dim if isinstance(dim, int) else batch if dim == symbol else 1 for dim in specs["timestep"].shape)
+
+
+def timestep_value(timestep: torch.Tensor | float) -> float:
+    """The timestep as a number; on a GPU this waits for the device."""
+    return float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
+
+
+def write_timestep(buffer: torch.Tensor, timestep: torch.Tensor | float) -> None:
+    """Write a timestep into the engine's buffer, broadcast and cast as that one needs.
+
+    Args:
+        buffer: [batch], [1] or [], float or integer.
+        timestep: a number, or a tensor [], [1] or [batch] on any device.
+
+    Raises:
+        ShapeError: another number of timesteps than the engine takes.
+        UserError: a fractional timestep, and an engine that takes integers.
+    """
+    if not isinstance(timestep, torch.Tensor):
+        timestep = torch.tensor(timestep)
+    if timestep.is_floating_point() and not buffer.is_floating_point() and bool((timestep != timestep.trunc()).any()):
+        raise UserError(
+            f"the scheduler has fractional timesteps ({timestep_value(timestep):.3f}), but this engine takes integers: "
+            "choose a scheduler without (DDIM, PNDM), or export the UNet with offcut"
+        )
+    if timestep.numel() == 1:
+        timestep = timestep.reshape(())
+    elif timestep.shape != buffer.shape:
+        raise ShapeError(
+            f"timesteps of shape {list(timestep.shape)} were passed, but the engine takes {list(buffer.shape)}: "
+            "pass one for all images, or one for each"
+        )
+    buffer.copy_(timestep)

@@ -1,0 +1,216 @@
+"""Whole pipelines: ``load`` one from a bundle, or ``attach`` a bundle to one that exists."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DiffusionPipeline
+from packaging.version import Version
+
+from ..errors import BundleError, UserError
+from .unet import UNet
+
+if TYPE_CHECKING:
+    from ..engines.bundle import Bundle
+
+
+def load(
+    bundle: str | Path | Bundle,
+    engine: str = "auto",
+    *,
+    device: str = "cpu",
+    precision: str | None = None,
+    inference_precision: str | None = None,
+    threads: int | None = None,
+    **from_pretrained: Any,
+) -> DiffusionPipeline:
+    """The pipeline of a bundle, its UNet replaced by the bundle's engines.
+
+    The other parts are loaded as diffusers does, in the dtype of the UNet's latents and onto its device, after their
+    digests were checked.
+
+    Args:
+        bundle: an opened bundle or its directory.
+        engine, device, precision, inference_precision, threads: as in ``UNet.load``.
+        from_pretrained: for ``DiffusionPipeline.from_pretrained``, e.g. ``scheduler=`` or ``safety_checker=None``.
+
+    Raises:
+        BundleError: the bundle is damaged, or holds a bare UNet.
+        EngineError: the engine is missing or cannot run here.
+    """
+    from ..engines.bundle import Bundle
+
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    if opened.manifest.pipeline is None:
+        raise BundleError(
+            f"{opened.path} was built from a bare UNet and holds no pipeline: use offcut.UNet.load, or offcut.attach "
+            "with a pipeline of your own"
+        )
+    opened.verify_files(opened.manifest.parts)
+    unet = UNet.load(
+        opened,
+        engine,
+        device=device,
+        precision=precision,
+        inference_precision=inference_precision,
+        threads=threads,
+    )
+    settings: dict[str, Any] = {"local_files_only": True, "variant": _variant(opened), **_dtype(unet.dtype)}
+    if {"dtype", "torch_dtype"} & set(from_pretrained):
+        settings = {key: value for key, value in settings.items() if key not in ("dtype", "torch_dtype")}
+    try:
+        with _expecting_stand_in():
+            pipe = DiffusionPipeline.from_pretrained(opened.path, unet=unet, **(settings | from_pretrained))
+        return attach(pipe.to(unet.device), unet)
+    except BaseException:
+        unet.close()
+        raise
+
+
+def attach(
+    pipe: DiffusionPipeline,
+    bundle: str | Path | Bundle | UNet,
+    engine: str = "auto",
+    *,
+    device: str | None = None,
+    precision: str | None = None,
+    inference_precision: str | None = None,
+    threads: int | None = None,
+) -> DiffusionPipeline:
+    """Replace a pipeline's UNet by a bundle's engines, and let it announce each generation to them.
+
+    The pipeline is changed in place. Its class becomes a subclass of the same name, since Python looks up calls of an
+    object in its class; its scheduler, callbacks and hooks are left alone, and ``pipe.unet = another`` undoes it. A
+    pipeline made of its components (``AutoPipelineForImage2Image.from_pipe``) shares its UNet and is attached in the
+    same way: ``offcut.attach(img2img, pipe.unet)``.
+
+    Args:
+        pipe: a diffusers pipeline with a ``unet``.
+        bundle: an opened bundle, its directory, or an open ``UNet``.
+        engine, precision, inference_precision, threads: as in ``UNet.load``.
+        device: None for the pipeline's own.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        UserError: the pipeline has no UNet.
+        BundleError: the bundle is damaged, or was built from another kind of UNet.
+        EngineError: the engine is missing or cannot run here.
+    """
+    replaced = getattr(pipe, "unet", None)
+    if replaced is None:
+        raise UserError(f"{type(pipe).__name__} has no unet, which offcut would replace: give a pipeline with one")
+    if isinstance(bundle, UNet):
+        unet = bundle
+    else:
+        unet = UNet.load(
+            bundle,
+            engine,
+            device=device or _spelled(pipe.device),
+            precision=precision,
+            inference_precision=inference_precision,
+            threads=threads,
+        )
+    if differing := _differences(replaced.config, unet.config):
+        raise BundleError(
+            f"the bundle was built from another kind of UNet than this pipeline has ({'; '.join(differing)}): "
+            "build one from the pipeline's own"
+        )
+    pipe.unet = unet
+    pipe.__class__ = _announcing(type(pipe))  # type: ignore[arg-type]  # types are hashable
+    return pipe
+
+
+class _Announcing:
+    """What ``attach`` adds to a pipeline's class."""
+
+    def announce_and_call(self, *args: Any, **kwargs: Any) -> Any:
+        unet = getattr(self, "unet", None)
+        unet = getattr(unet, "_orig_mod", unet)  # torch.compile's wrapper
+        call = super().__call__  # type: ignore[misc]
+        if not isinstance(unet, UNet):
+            return call(*args, **kwargs)
+        self.__dict__.pop("_num_timesteps", None)  # the last call's
+        with unet.generation(calls=lambda: _unet_calls(self)):
+            return call(*args, **kwargs)
+
+
+@functools.cache
+def _announcing(pipeline: type) -> type:
+    """The subclass that announces its generations; it answers to the same name, which diffusers saves and looks up."""
+    if issubclass(pipeline, _Announcing):
+        return pipeline
+
+    @functools.wraps(pipeline.__call__)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.announce_and_call(*args, **kwargs)
+
+    names = {name: getattr(pipeline, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(pipeline.__name__, (_Announcing, pipeline), {**names, "__call__": __call__})
+
+
+def _unet_calls(pipe: Any) -> int:
+    """How many UNet calls the denoising loop makes that has just begun.
+
+    Most pipelines say so in ``num_timesteps``, after img2img's trimming; the scheduler knows where the others begin.
+    """
+    if "_num_timesteps" in pipe.__dict__:
+        return int(pipe.num_timesteps)
+    first = getattr(pipe.scheduler, "begin_index", None)
+    return len(pipe.scheduler.timesteps) - (first or 0)
+
+
+_INTERFACE = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "time_cond_proj_dim")
+
+
+def _differences(theirs: Any, ours: Any) -> list[str]:
+    """How two UNet configs differ in what a pipeline passes and gets."""
+    return [
+        f"{key} {ours[key]} instead of {theirs[key]}"
+        for key in _INTERFACE
+        if key in theirs and key in ours and _plain(theirs[key]) != _plain(ours[key])
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _spelled(device: torch.device) -> str:
+    return device.type if not device.index else str(device)
+
+
+def _variant(bundle: Bundle) -> str | None:
+    """The file name variant to ask for: the source's, if a part of the bundle has files of it."""
+    variant = bundle.manifest.source.variant
+    has_files = any(f".{variant}." in part or f".{variant}-" in part for part in bundle.manifest.parts)
+    return variant if has_files else None
+
+
+def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The argument's name changed in diffusers 0.40."""
+    import diffusers
+
+    return {"dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype": dtype}
+
+
+@contextmanager
+def _expecting_stand_in() -> Iterator[None]:
+    """Keep diffusers from warning that the UNet is not of its own class: that is the point."""
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+
+    def others(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Expected types for unet")
+
+    logger.addFilter(others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(others)

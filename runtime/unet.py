@@ -1,0 +1,456 @@
+"""``UNet``: a pair of engines in the place of a diffusers UNet."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import diffusers
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+from ..engines.base import BoundPair, EnginePair
+from ..errors import BundleError, CutError, EngineError, ScheduleError, UserError
+from .eager_only import EagerOnly
+from .generation import Calls, Generation, Run
+from .inputs import engine_inputs, refuse_ignored, same_device, timestep_shape, timestep_value, write_timestep
+from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from ..engines.bundle import Bundle
+
+logger = logging.getLogger(__name__)
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class UNet(EagerOnly, ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is untyped
+    """Stands in for ``UNet2DConditionModel`` or ``UNet2DModel`` in any diffusers pipeline, and runs a pair of engines.
+
+        pipe.unet = offcut.UNet.load("sd15.offcut")
+        pipe.unet.set_schedule(offcut.Uniform(5))
+
+    It has no parameters: the weights are in the engines. Pipelines of ``offcut.load`` and ``offcut.attach`` announce
+    each generation; ``generation`` does it for a loop of your own. Without, a new one is told by its timesteps and
+    shapes, which reads the timestep on the host at every call.
+
+    One thread at a time; open one UNet for each thread, from the same bundle if you like.
+
+    Args:
+        pair: the opened engines, which this object then owns and closes.
+        config: the UNet's config as diffusers wrote it, with ``_class_name``.
+        bound_shapes: for how many sets of input shapes buffers are kept; the one unused for longest goes first.
+    """
+
+    config_name = "config.json"
+
+    def __init__(self, pair: EnginePair, config: Mapping[str, Any], *, bound_shapes: int = 2) -> None:
+        super().__init__()
+        self.register_to_config(**_with_defaults(config))
+        self.record_times = False
+        """Whether ``last_run`` has seconds. On a GPU this waits for the device at every call."""
+        self.encoder_hid_proj = None
+        if self.config.get("addition_embed_type") == "text_time":
+            # SDXL's pipelines check the size of their conditioning against this.
+            width = self.config["projection_class_embeddings_input_dim"]
+            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+
+        self._pair: EnginePair | None = pair
+        self._specs = pair.inputs
+        self._cuts = pair.cuts
+        self._noise_pred = next(iter(pair.outputs))
+        self._device = _with_index(pair.device)
+        self._dtype = pair.inputs["sample"].torch_dtype()
+        self._engine = pair.name
+        self._output_class = UNet2DConditionOutput if "encoder_hidden_states" in pair.inputs else UNet2DOutput
+
+        self._bound: OrderedDict[Shapes, BoundPair] = OrderedDict()
+        self._bound_shapes = bound_shapes
+        self._schedule: Schedule | None = None
+        self._cut: str | None = None
+        self._announced: Generation | None = None
+        self._announced_by: int | None = None
+        self._unannounced: Generation | None = None
+        self._latest: Generation | None = None
+        self._busy = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path | Bundle,
+        engine: str = "auto",
+        *,
+        device: str = "cpu",
+        precision: str | None = None,
+        inference_precision: str | None = None,
+        threads: int | None = None,
+    ) -> UNet:
+        """Open a bundle's engines.
+
+        Args:
+            bundle: an opened bundle or its directory.
+            engine: a name, or ``"auto"`` for the best of the bundle's that runs here.
+            device: as PyTorch spells it.
+            precision, inference_precision: choose among several builds of the engine.
+            threads: of a CPU engine; None leaves it to the engine.
+
+        Raises:
+            BundleError: the bundle is damaged or is none.
+            EngineError: the engine is missing or cannot run here.
+        """
+        from ..engines.bundle import Bundle
+
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        pair = opened.open_pair(
+            engine, device=device, precision=precision, inference_precision=inference_precision, threads=threads
+        )
+        return cls(pair, opened.unet_config)
+
+    # The schedule
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """None where every call is full."""
+        return self._schedule
+
+    @property
+    def cut(self) -> str | None:
+        """The cut of the shallow calls; None where every call is full."""
+        return self._cut
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The cuts that ``set_schedule`` takes, the default first."""
+        return tuple(self._cuts)
+
+    def set_schedule(self, schedule: Schedule | None, cut: str | None = None) -> None:
+        """Choose which calls are shallow, and where the UNet is cut for them, from the next generation on.
+
+        Shallow calls cost image quality: the more of them and the further out the cut, the more.
+
+        Args:
+            schedule: None makes every call full, which costs none.
+            cut: one of ``cuts``; None for the first.
+
+        Raises:
+            CutError: there is no such cut.
+            ScheduleError: a generation is under way.
+        """
+        if self._announced is not None:
+            raise ScheduleError("the schedule cannot change during a generation: set it before the pipeline is called")
+        if schedule is not None:
+            there = ", ".join(self._cuts) or "none"
+            if cut is None and not self._cuts:
+                raise CutError("this bundle was built without a cut, so it has no shallow graph: build it with --cut")
+            if cut is not None and cut not in self._cuts:
+                raise CutError(f"this UNet was not built with the cut {cut!r}; it has {there}")
+            cut = cut or next(iter(self._cuts))
+        self._schedule, self._cut = schedule, cut if schedule is not None else None
+        self._unannounced = None
+
+    # Generations
+
+    @contextmanager
+    def generation(self, calls: Calls = None) -> Iterator[Generation]:
+        """Announce that the UNet calls in this block make one generation.
+
+        Args:
+            calls: how many there will be, or a function to ask at the first one; None if nobody knows, which only a
+                schedule that needs no number can do with. Calls beyond the number are full.
+
+        Raises:
+            ScheduleError: the schedule needs the number of calls.
+            UserError: another generation is under way.
+        """
+        begun = Generation(self._schedule, self._cut, calls)
+        with self._exclusively():
+            if self._announced is not None:
+                raise UserError(
+                    "this UNet is already in a generation: make one pipeline call at a time, with no unet.generation() "
+                    "around a pipeline of offcut.load or offcut.attach; for another thread, open another UNet"
+                )
+            self._announced, self._announced_by, self._unannounced = begun, threading.get_ident(), None
+        try:
+            yield begun
+        finally:
+            self._announced = self._announced_by = None
+
+    def reset(self) -> None:
+        """Make the next call full, and, where nobody announces generations, the first of a new one."""
+        self._unannounced = None
+        if self._announced is not None:
+            self._announced.invalidate()
+
+    _reset_stateful_cache = reset  # diffusers calls this at the end of a pipeline call
+
+    @property
+    def last_run(self) -> Run | None:
+        """What the latest generation did, call by call; None before the first."""
+        return None if self._latest is None else self._latest.run()
+
+    # The call
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        encoder_hidden_states: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
+        down_block_additional_residuals: Any = None,
+        mid_block_additional_residual: Any = None,
+        down_intrablock_additional_residuals: Any = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """One call of the UNet; parameters are as in diffusers.
+
+        Args:
+            sample: [batch, channels, height, width], the noisy latent.
+            timestep: a number, or a tensor [], [1] or [batch].
+            encoder_hidden_states: [batch, sequence, width].
+            class_labels: [batch].
+            timestep_cond: [batch, width].
+            added_cond_kwargs: for SDXL ``text_embeds`` [batch, width] and ``time_ids`` [batch, 6].
+            return_dict: whether to return diffusers' output object or a tuple.
+
+        Returns:
+            The noise prediction (or what else the model predicts): [batch, channels, height, width], the sample's
+            dtype, in memory of its own.
+
+        Raises:
+            ShapeError: shapes that the engines were not built for.
+            UserError: an input that they do not have, or that only an eager UNet can use.
+        """
+        if encoder_hidden_states is not None and "encoder_hidden_states" not in self._specs and class_labels is None:
+            # UNet2DModel.forward has class_labels in this position.
+            encoder_hidden_states, class_labels = None, encoder_hidden_states
+        refuse_ignored(
+            sample,
+            cross_attention_kwargs,
+            attention_mask=attention_mask,
+            encoder_attention_mask=encoder_attention_mask,
+            down_block_additional_residuals=down_block_additional_residuals,
+            mid_block_additional_residual=mid_block_additional_residual,
+            down_intrablock_additional_residuals=down_intrablock_additional_residuals,
+        )
+        given = {
+            "sample": sample,
+            "encoder_hidden_states": encoder_hidden_states,
+            "class_labels": class_labels,
+            "timestep_cond": timestep_cond,
+            **(added_cond_kwargs or {}),
+        }
+        tensors = engine_inputs(given, self._specs, self._device)
+        with self._exclusively(), torch.no_grad():
+            noise_pred = self._call(tensors, timestep)
+        return self._output_class(sample=noise_pred) if return_dict else (noise_pred,)
+
+    def _call(self, tensors: Mapping[str, torch.Tensor], timestep: torch.Tensor | float) -> torch.Tensor:
+        batch = tensors["sample"].shape[0]
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        shapes["timestep"] = timestep_shape(self._specs, batch)
+        bound = self._bind(shapes)
+        for name, tensor in tensors.items():
+            bound.buffers[name].copy_(tensor)
+        write_timestep(bound.buffers["timestep"], timestep)
+
+        generation, full = self._begin(tuple(shapes.items()), timestep)
+        seconds = self._run(bound, full)
+        generation.end(full, seconds)
+        # Schedulers keep it: PNDM without guidance would see its history overwritten.
+        return bound.buffers[self._noise_pred].to(tensors["sample"].dtype, copy=True)
+
+    def _begin(self, shapes: Shapes, timestep: torch.Tensor | float) -> tuple[Generation, bool]:
+        """The generation that this call belongs to, and whether the call is full."""
+        thread = threading.get_ident()
+        if self._announced is not None:
+            if thread != self._announced_by:
+                raise UserError("another thread is in a generation with this UNet: open another one for each thread")
+            self._latest = self._announced
+            return self._announced, self._announced.begin(shapes)
+        place = (thread, shapes)  # another thread's features are another image's
+        value = timestep_value(timestep)
+        if self._unannounced is None or not self._unannounced.continues(place, value):
+            self._unannounced = Generation(self._schedule, self._cut)
+        self._latest = self._unannounced
+        return self._unannounced, self._unannounced.begin(place, value)
+
+    def _run(self, bound: BoundPair, full: bool) -> float | None:
+        if not self.record_times:
+            self._enqueue(bound, full)
+            return None
+        self._wait()
+        begin = time.perf_counter()
+        self._enqueue(bound, full)
+        self._wait()
+        return time.perf_counter() - begin
+
+    def _enqueue(self, bound: BoundPair, full: bool) -> None:
+        if full:
+            bound.full()
+        else:
+            assert self._cut is not None
+            bound.shallow(self._cut)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _bind(self, shapes: Mapping[str, tuple[int, ...]]) -> BoundPair:
+        """The pair bound to buffers of these shapes: those of an earlier call, unless they are new."""
+        key = tuple(shapes.items())
+        bound = self._bound.get(key)
+        if bound is None:
+            if self._pair is None:
+                raise EngineError("this UNet was closed: open it again with offcut.UNet.load")
+            while len(self._bound) >= self._bound_shapes:
+                self._bound.popitem(last=False)[1].close()
+            with torch.inference_mode(False):  # else nobody outside inference mode could write to the buffers
+                bound = self._bound[key] = self._pair.prepare(shapes)
+        self._bound.move_to_end(key)
+        return bound
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise UserError("two threads use this UNet at once: open one for each with offcut.UNet.load")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    # What diffusers and PyTorch ask of a model
+
+    @property
+    def engine(self) -> str:
+        """The engine's name, e.g. ``"onnxruntime"``."""
+        return self._engine
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engines run."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the engines' latents."""
+        return self._dtype
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+        """One empty parameter on the engines' device, as model offloading looks there for where a model is."""
+        yield torch.nn.Parameter(torch.empty(0, dtype=self._dtype, device=self._device), requires_grad=False)
+
+    def to(self, *args: Any, **kwargs: Any) -> UNet:
+        """Check that the engines already are there, as ``pipe.to`` asks.
+
+        Moving to the CPU does nothing: offloading asks for it between calls, and engines keep their memory until
+        ``close``.
+
+        Raises:
+            EngineError: another device or floating-point dtype, which takes other engines.
+        """
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None and device.type != "cpu" and not same_device(device, self._device):
+            raise EngineError(
+                f"this UNet's engines run on {self._device} and cannot move to {device}: open them there, with "
+                f"offcut.UNet.load(bundle, device={str(device)!r})"
+            )
+        if dtype is not None and dtype.is_floating_point and dtype != self._dtype:
+            raise EngineError(
+                f"this UNet's engines take {self._dtype} and cannot be cast to {dtype}: build a bundle with that "
+                "precision, or give the pipeline's other parts the UNet's dtype"
+            )
+        return self
+
+    def cpu(self) -> UNet:
+        return self.to("cpu")
+
+    def cuda(self, device: int | torch.device | None = None) -> UNet:
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
+
+    def half(self) -> UNet:
+        return self.to(torch.float16)
+
+    def float(self) -> UNet:
+        return self.to(torch.float32)
+
+    def bfloat16(self) -> UNet:
+        return self.to(torch.bfloat16)
+
+    def double(self) -> UNet:
+        return self.to(torch.float64)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write the config, as part of ``pipe.save_pretrained``; the weights stay in the bundle's engines.
+
+        Load the pipeline again with ``from_pretrained(directory, unet=offcut.UNet.load(bundle))``.
+        """
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dict(self.config), indent=2, sort_keys=True, default=str) + "\n"
+        (directory / self.config_name).write_text(text, encoding="utf-8")
+        logger.warning(
+            "%s holds the UNet's config only, as its engines stay in the bundle: load this pipeline with "
+            "from_pretrained(..., unet=offcut.UNet.load(bundle))",
+            directory,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> NoReturn:
+        """Always an error: engines come from bundles.
+
+        Raises:
+            BundleError: with the way to load a pipeline that was saved with this UNet.
+        """
+        raise BundleError(
+            f"{pretrained_model_name_or_path} holds a UNet's config, while its engines are in a bundle: "
+            "load a pipeline with from_pretrained(..., unet=offcut.UNet.load(bundle))"
+        )
+
+    def close(self) -> None:
+        """Give back the engines and their memory."""
+        with self._exclusively():
+            while self._bound:
+                self._bound.popitem()[1].close()
+            if self._pair is not None:
+                self._pair.close()
+            self._pair = None
+
+    def __reduce__(self) -> NoReturn:
+        raise UserError("an open engine cannot be copied or pickled: open another UNet from the same bundle")
+
+    def extra_repr(self) -> str:
+        schedule = f", {self._schedule!r}, cut={self._cut!r}" if self._schedule is not None else ""
+        return f"{self._engine} on {self._device}, {self._dtype}{schedule}"
+
+
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with what an older diffusers had not yet written into it, which newer pipelines read."""
+    model = getattr(diffusers, str(config.get("_class_name")), None)
+    parameters = inspect.signature(model).parameters.values() if isinstance(model, type) else ()
+    defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+    return {**defaults, **config}
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """``cuda`` as ``cuda:0``, which is what tensors say of themselves."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -1,0 +1,83 @@
+"""The shipped model: small, loadable, of Stable Diffusion's layout, and it draws what it is asked for."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from offcut.benchmarks.shapes import judge, model, scenes
+from offcut.errors import ModelError
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusionPipeline:
+    loaded = StableDiffusionPipeline.from_pretrained(model.model_path())
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_all_files_together_take_at_most_12_megabytes() -> None:
+    sizes = {path: path.stat().st_size for path in model.model_path().rglob("*") if path.is_file()}
+    assert sum(sizes.values()) <= 12_000_000
+    assert {"README.md", "samples.png", "model_index.json"} <= {path.name for path in sizes}
+
+
+def test_its_files_name_no_path_of_the_machine_that_made_it() -> None:
+    for path in model.model_path().rglob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert str(Path.home()) not in text
+        assert "_name_or_path" not in json.loads(text), path
+
+
+def test_it_loads_in_single_precision_with_twelve_skip_connections(pipe: StableDiffusionPipeline) -> None:
+    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+        assert part.dtype == torch.float32
+    skips = 1 + sum(len(block.resnets) + len(block.downsamplers or ()) for block in pipe.unet.down_blocks)
+    joins = sum(len(block.resnets) for block in pipe.unet.up_blocks)
+    assert skips == joins == 12
+    assert pipe.safety_checker is None
+
+
+def test_sampling_starts_from_what_it_was_trained_on(pipe: StableDiffusionPipeline) -> None:
+    pipe.scheduler.set_timesteps(20)
+    first = pipe.scheduler.timesteps[0]
+    signal = pipe.scheduler.alphas_cumprod[first].sqrt()
+    assert 0 < signal < 0.02
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+
+
+def draw(pipe: StableDiffusionPipeline, prompts: list[str], steps: int = 15) -> list[np.ndarray]:
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+    made = pipe(prompts, num_inference_steps=steps, guidance_scale=3.0, generator=generators, output_type="np")
+    return list((made.images * 255).round().astype(np.uint8))
+
+
+def test_a_red_circle_on_white_is_red_and_on_white(pipe: StableDiffusionPipeline) -> None:
+    (picture,) = draw(pipe, ["a large red circle on a white background"])
+    corners = np.concatenate([picture[:6, :6], picture[-6:, -6:]]).reshape(-1, 3).astype(float)
+    middle = picture[28:36, 28:36].reshape(-1, 3).astype(float)
+    assert corners.mean() > 225
+    assert middle[:, 0].mean() > 150
+    assert middle[:, 0].mean() - middle[:, 1:].mean() > 80
+
+
+def test_most_single_object_prompts_come_out_right(pipe: StableDiffusionPipeline) -> None:
+    prompts = [text for text in model.PROMPTS if not any(f" {r} " in text for r in scenes.RELATIONS)]
+    verdicts = [judge.judge(picture, text) for picture, text in zip(draw(pipe, prompts), prompts, strict=True)]
+    assert sum(v.background and v.colours for v in verdicts) >= len(prompts) - 1, verdicts
+    assert sum(v.right for v in verdicts) >= len(prompts) - 2, verdicts
+
+
+def test_prompts_are_captions_without_held_out_pairs() -> None:
+    for text in model.PROMPTS:
+        scene = scenes.scene_from_caption(text, np.random.default_rng(0))
+        assert not scene.pairs & scenes.HELD_OUT
+
+
+def test_a_missing_model_is_an_error_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "DIRECTORY", tmp_path / "absent")
+    with pytest.raises(ModelError, match=r"shapes\.train"):
+        model.model_path()

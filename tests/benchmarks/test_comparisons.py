@@ -1,0 +1,102 @@
+"""Images with and without caching: figures, pictures, the demo's table, the overhead of the loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import offcut
+from offcut.benchmarks import overhead
+from offcut.benchmarks.compare import generate_to_file
+from offcut.benchmarks.demo import demo
+from offcut.benchmarks.generate import Request, generate, psnr
+from offcut.benchmarks.picture import Tile, difference, sheet
+from offcut.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_bundle: Path) -> Iterator[Any]:
+    pipe = offcut.load(tiny_bundle, engine="onnxruntime")
+    yield pipe
+    pipe.unet.close()
+
+
+def test_psnr_of_known_errors() -> None:
+    black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (51, 51, 51))
+    assert psnr(black, black) == math.inf
+    assert psnr(black, grey) == pytest.approx(20 * math.log10(255 / 51))
+
+
+def test_difference_is_brightened_and_clipped() -> None:
+    apart = difference(Image.new("RGB", (2, 2), (10, 0, 0)), Image.new("RGB", (2, 2), (0, 100, 0)), gain=4)
+    assert apart.getpixel((0, 0)) == (40, 255, 0)
+
+
+def test_uncached_and_cached_of_one_seed(pipe: Any) -> None:
+    request = Request("a cat", steps=6, seed=3)
+    uncached = generate(pipe, request, None)
+    again = generate(pipe, request, None)
+    cached = generate(pipe, request, offcut.Uniform(3))
+    assert psnr(uncached.image, again.image) == math.inf
+    assert 15 < psnr(uncached.image, cached.image) < math.inf
+    assert uncached.run.timeline == "######"
+    assert cached.run.timeline == "#..#.."
+    assert len(cached.run.seconds) == 6
+    assert 0 < sum(cached.run.seconds) < cached.seconds
+
+
+def test_every_step_is_announced(pipe: Any) -> None:
+    steps: list[int] = []
+    generate(pipe, Request("a cat", steps=5), None, on_step=lambda: steps.append(1))
+    assert len(steps) == 5
+
+
+def test_the_timeline_is_drawn(pipe: Any) -> None:
+    """Full calls are tall bars and shallow ones short, in the colours of the legend."""
+    cached = generate(pipe, Request("a cat", steps=4), offcut.Uniform(2))
+    picture = sheet([("a cat", [Tile(cached.image, "title", "note", cached.run)])])
+    full, shallow = picture.getcolors(1 << 20), picture.getcolors(1 << 20)
+    colours = {colour for _, colour in full or []} & {colour for _, colour in shallow or []}
+    assert {(214, 92, 54), (86, 146, 166)} <= colours
+
+
+def test_compare_writes_one_picture(pipe: Any, tmp_path: Path) -> None:
+    output = tmp_path / "picture.png"
+    report = generate_to_file(pipe, Request("a cat", steps=4), offcut.Uniform(2), None, output, compare=True)
+    assert Image.open(output).width > 3 * 256
+    assert report["speed_up"] == pytest.approx(report["uncached_seconds"] / report["seconds"])
+    assert (report["full_calls"], report["shallow_calls"], report["cut"]) == (2, 2, "deepcache:0")
+
+
+def test_a_picture_that_cannot_be_written_is_refused_first(pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot write"):
+        generate_to_file(pipe, Request("a cat", steps=4), None, None, tmp_path / "nowhere" / "picture.png")
+
+
+def test_the_demo_tells_the_truth(pipe: Any, tmp_path: Path) -> None:
+    picture = tmp_path / "demo.png"
+    result = demo(pipe, ["a cat", "a dog"], picture, steps=6, intervals=(2, 3), warmup=1)
+    uncached, two, three = result.rows
+    assert (uncached.full_calls, two.full_calls, three.full_calls) == (6, 3, 2)
+    assert uncached.speed_up == 1
+    assert uncached.psnr is None
+    assert two.psnr_worst is not None
+    assert two.psnr is not None
+    assert two.psnr_worst <= two.psnr
+    assert Image.open(picture).height > 2 * 256
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_overhead_counts_and_ratios_agree(tiny_bundle: Path, engine: str) -> None:
+    pipe = offcut.load(tiny_bundle, engine=engine)
+    figures = overhead.measure(pipe, steps=6, interval=3, size=64)
+    pipe.unet.close()
+    assert (figures.full_calls, figures.shallow_calls) == (2, 4)
+    ideal = 2 * figures.full_seconds + 4 * figures.shallow_seconds
+    assert figures.ratio == pytest.approx(figures.wall / ideal)
+    assert figures.shallow_seconds < figures.full_seconds

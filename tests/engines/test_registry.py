@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import offcut.engines.onnxruntime as onnxruntime_module
+import offcut.engines.openvino as openvino_module
+import offcut.engines.registry as registry
+from offcut.engines.base import Probe
+from offcut.engines.registry import ENGINES, choose, engine, probe_all
+from offcut.errors import EngineError
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A CPU with AMX on which both engines work; tests take away from it."""
+    monkeypatch.setattr(onnxruntime_module, "probe", lambda: Probe("1.31.1", ("cpu",), "providers CPU"))
+    monkeypatch.setattr(openvino_module, "probe", lambda: Probe("2026.4.1", ("cpu",), "CPU with FP32, BF16"))
+    monkeypatch.setattr(registry, "_has_amx", lambda: True)
+    return monkeypatch
+
+
+@pytest.mark.smoke
+def test_both_engines_work_here() -> None:
+    for name, probe in probe_all().items():
+        assert probe.usable, name
+        assert probe.version
+        assert "cpu" in probe.devices
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_is_a_module_with_the_protocols_names(name: str) -> None:
+    module = engine(name)
+    assert module.name == name
+    assert module.default_opset in range(20, 25)
+    assert module.extra == "cpu"
+    assert callable(module.probe)
+    assert callable(module.open)
+
+
+@pytest.mark.parametrize("name", ["tensorrt9", "", "..errors", "base"])
+def test_an_unknown_engine_is_refused_with_those_there_are(name: str) -> None:
+    with pytest.raises(EngineError, match="choose auto or one of openvino, onnxruntime"):
+        engine(name)
+
+
+def test_with_amx_auto_is_openvino(machine: pytest.MonkeyPatch) -> None:
+    choice = choose()
+    assert (choice.name, "AMX" in choice.reason) == ("openvino", True)
+
+
+def test_without_amx_auto_is_onnx_runtime(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(registry, "_has_amx", lambda: False)
+    choice = choose()
+    assert (choice.name, choice.reason) == ("onnxruntime", "measured fastest on a cpu without AMX")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_on_cuda_auto_is_what_runs_there(device: str, machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(onnxruntime_module, "probe", lambda: Probe("1.31.1", ("cpu", "cuda"), "providers CUDA, CPU"))
+    assert choose(device).name == "onnxruntime"
+    assert "only one usable" in choose(device).reason
+
+
+def test_the_only_one_usable_is_taken_and_the_other_named(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(openvino_module, "probe", lambda: Probe(None, (), "not installed: pip install 'offcut[cpu]'"))
+    assert choose().name == "onnxruntime"
+    assert choose().reason == "the only one usable on cpu (openvino not)"
+
+
+def test_auto_takes_only_what_the_bundle_holds(machine: pytest.MonkeyPatch) -> None:
+    assert choose(among=["onnxruntime"]).name == "onnxruntime"
+
+
+def test_where_none_is_usable_the_reason_of_each_is_given(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(openvino_module, "probe", lambda: Probe(None, (), "not installed: pip install 'offcut[cpu]'"))
+    with pytest.raises(EngineError) as caught:
+        choose("cuda")
+    assert str(caught.value).startswith("no engine can run on cuda here (openvino: not installed: pip install")
+    assert "onnxruntime: providers CPU" in str(caught.value)
+    with pytest.raises(EngineError, match="none was built"):
+        choose(among=[])
+
+
+BLOCKED = """
+import importlib.abc, importlib.metadata, sys
+
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+BLOCKED, METADATA = sys.argv[1], sys.argv[2] == "too"
+sys.meta_path.insert(0, Block())
+if METADATA:
+    honest = importlib.metadata.version
+    def version(name):
+        if name.startswith(BLOCKED):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return honest(name)
+    importlib.metadata.version = version
+
+from pathlib import Path
+from offcut.engines.base import EngineOptions, Graphs
+from offcut.engines.registry import choose, engine, probe_all
+from offcut.errors import EngineError, MissingExtraError
+probe = probe_all()[BLOCKED]
+print(probe.usable, "|", probe.reason)
+print(choose().name, "|", choose().reason)
+try:
+    engine(BLOCKED).open(Graphs(Path("full.onnx"), {}, {}, {}, {}, 1, "fp32"), EngineOptions())
+except EngineError as error:
+    print(type(error).__name__, "|", error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metadata", ["too", "there"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_package_that_is_missing_or_broken_is_named_with_its_extra(name: str, metadata: str) -> None:
+    """In a process in which the package cannot be imported; it may look installed all the same."""
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, name, metadata], capture_output=True, text=True, check=True, timeout=120
+    )
+    probe, choice, error = done.stdout.splitlines()
+    other = next(one for one in ENGINES if one != name)
+    if metadata == "too":
+        assert probe.startswith("False | not installed: pip install 'offcut[cpu]'")
+    else:
+        assert probe.startswith("False | installed, but it cannot be imported: No module named")
+    assert choice == f"{other} | the only one usable on cpu ({name} not)"
+    assert error == (
+        f"MissingExtraError | the {name} engine needs the package {name}, which is not installed: "
+        "pip install 'offcut[cpu]'"
+    )

@@ -1,0 +1,154 @@
+"""Pipelines for the runtime's tests: offcut's, eager diffusers', and one that caches by call index in eager PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import offcut
+
+PROMPT = "a red square"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Eager layers of a few channels run several times faster on one thread than waiting for others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["onnxruntime", "openvino"])
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def opened(tiny_bundle: Path) -> Iterator[Callable[[str], offcut.UNet]]:
+    """One open UNet for each engine, as opening costs a second."""
+    unets: dict[str, offcut.UNet] = {}
+
+    def open_once(engine: str) -> offcut.UNet:
+        if engine not in unets:
+            unets[engine] = offcut.UNet.load(tiny_bundle, engine)
+        return unets[engine]
+
+    yield open_once
+    for unet in unets.values():
+        unet.close()
+
+
+@pytest.fixture(scope="session")
+def parts(tiny_pipeline_dir: Path) -> dict[str, Any]:
+    """The components of the eager pipeline."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
+    return dict(pipe.components)
+
+
+@pytest.fixture
+def eager(parts: dict[str, Any]) -> StableDiffusionPipeline:
+    """Plain diffusers; the scheduler is the test's own."""
+    return _pipeline(parts)
+
+
+@pytest.fixture
+def pipe(parts: dict[str, Any], opened: Callable[[str], offcut.UNet], engine: str) -> Iterator[Any]:
+    """The same pipeline with the bundle's engines attached, every call full."""
+    unet = opened(engine)
+    yield offcut.attach(_pipeline(parts), unet)
+    unet.set_schedule(None)
+    unet.reset()
+    unet.record_times = False
+
+
+@pytest.fixture
+def generate() -> Callable[..., torch.Tensor]:
+    """Run a pipeline to its latents, [1, 4, 16, 16] unless told otherwise."""
+
+    def run(pipe: Any, *, guidance: float = 5.0, steps: int = 10, seed: int = 1, **settings: Any) -> torch.Tensor:
+        settings = {"prompt": PROMPT, **settings}
+        latents = pipe(
+            guidance_scale=guidance,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+            **settings,
+        ).images
+        assert isinstance(latents, torch.Tensor)
+        assert torch.isfinite(latents).all()
+        return latents
+
+    return run
+
+
+@pytest.fixture
+def decibels() -> Callable[[torch.Tensor, torch.Tensor], float]:
+    """How close some latents are to others, as PSNR relative to the range of those."""
+
+    def measure(latents: torch.Tensor, reference: torch.Tensor) -> float:
+        error = (latents - reference).double().square().mean().sqrt().item()
+        span = float(reference.max() - reference.min())
+        return math.inf if error == 0 else 20 * math.log10(span / error)
+
+    return measure
+
+
+@pytest.fixture
+def cached_by_call() -> Callable[[Any, int, tuple[int, ...]], _CachingReference]:
+    """DeepCache in eager PyTorch, but counting calls, for schedules and schedulers that DeepCache's helper cannot do."""
+    return _CachingReference
+
+
+def _pipeline(parts: dict[str, Any]) -> StableDiffusionPipeline:
+    scheduler = type(parts["scheduler"]).from_config(parts["scheduler"].config)
+    pipe = StableDiffusionPipeline(**{**parts, "scheduler": scheduler}, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class _CachingReference:
+    """While entered, the eager UNet's ``hidden`` at branch k is, on shallow calls, that of the last full call.
+
+    It computes the whole UNet at every call and replaces the one tensor, so it shares nothing with the graph surgery.
+    The decoder's layers are counted from the outermost inwards; ``hidden`` is the first part of their input.
+    """
+
+    def __init__(self, unet: Any, branch: int, full_calls: tuple[int, ...]) -> None:
+        layers = [layer for block in unet.up_blocks for layer in block.resnets]
+        # Each decoder layer joins the skip connection of the encoder that was made at the mirrored place.
+        skips = [unet.conv_in.out_channels]
+        for block in unet.down_blocks:
+            skips += [layer.out_channels for layer in block.resnets]
+            skips += [layer.out_channels for layer in block.downsamplers or []]
+        self._unet, self._layer = unet, layers[-1 - branch]
+        self._hidden_channels = self._layer.in_channels - skips[branch]
+        self._full_calls = full_calls
+        self.calls = 0
+
+    def __enter__(self) -> _CachingReference:
+        self._hooks = [
+            self._unet.register_forward_hook(self._count),
+            self._layer.register_forward_pre_hook(self._replace),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _count(self, *_: object) -> None:
+        self.calls += 1
+
+    def _replace(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        joined, *rest = inputs
+        if self.calls in self._full_calls:
+            self._hidden = joined[:, : self._hidden_channels].clone()
+            return None
+        return torch.cat([self._hidden, joined[:, self._hidden_channels :]], dim=1), *rest

@@ -1,0 +1,218 @@
+"""Nothing of one generation reaches the next, and buffers stay where they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoPipelineForImage2Image, StableDiffusionImg2ImgPipeline
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import offcut
+from offcut.runtime.schedule import Uniform
+
+Generate = Callable[..., torch.Tensor]
+
+
+class Cancelled(Exception):
+    """Raised by a callback."""
+
+
+def poison(unet: offcut.UNet) -> None:
+    """Put NaN into every cached feature, so that reading one that is not this generation's shows in its image."""
+    features = {name for cached in unet._cuts.values() for name in cached}
+    for bound in unet._bound.values():
+        for name in features:
+            bound.buffers[name].fill_(math.nan)
+
+
+@pytest.fixture(params=["attached", "bare"])
+def run(request: pytest.FixtureRequest, pipe: Any, generate: Generate) -> Callable[..., torch.Tensor]:
+    """Generate after poisoning, both with announced generations and with a bare stand-in."""
+    if request.param == "bare":
+        pipe.__class__ = type(pipe).__mro__[2]  # diffusers' own class again
+        assert not hasattr(pipe, "announce_and_call")
+    pipe.unet.set_schedule(Uniform(3), cut="deepcache:1")
+
+    def poisoned(which: Any = pipe, **settings: Any) -> torch.Tensor:
+        poison(pipe.unet)
+        return generate(which, **settings)
+
+    return poisoned
+
+
+def cancel(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+    if step == 4:
+        pipe._interrupt = True
+    return values
+
+
+def fail(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+    if step == 4:
+        raise Cancelled
+    return values
+
+
+def test_a_b_a(pipe: Any, run: Generate) -> None:
+    first = run()
+    assert pipe.unet.last_run.timeline == "#..#..#..#"
+    assert not torch.equal(run(prompt="a blue circle", seed=2), first)
+    assert torch.equal(run(), first)
+
+
+def test_cancel_then_a(pipe: Any, run: Generate) -> None:
+    first = run()
+    assert not torch.equal(run(callback_on_step_end=cancel), first)
+    assert pipe.unet.last_run.timeline == "#..#."
+    assert torch.equal(run(), first)
+
+
+def test_exception_then_a(pipe: Any, run: Generate) -> None:
+    first = run()
+    with pytest.raises(Cancelled):
+        run(callback_on_step_end=fail)
+    assert pipe.unet.last_run.timeline == "#..#."
+    assert torch.equal(run(), first)
+
+
+def test_a_failed_engine_call_then_a(pipe: Any, run: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run()
+    bound = next(reversed(pipe.unet._bound.values()))
+    with monkeypatch.context() as broken:
+        broken.setattr(type(bound), "shallow", lambda bound, cut: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run()
+    assert torch.equal(run(), first)
+
+
+def test_other_shapes_then_a(pipe: Any, run: Generate) -> None:
+    first = run()
+    run(height=32, width=64)
+    run(guidance=1.0)
+    run(num_images_per_prompt=2)
+    assert torch.equal(run(), first)
+
+
+def test_other_schedules_and_cuts_then_a(pipe: Any, run: Generate) -> None:
+    first = run()
+    pipe.unet.set_schedule(Uniform(2, warmup=2), cut="mlperf")
+    assert not torch.equal(run(), first)
+    pipe.unet.set_schedule(Uniform(3), cut="deepcache:1")
+    assert torch.equal(run(), first)
+
+
+@pytest.mark.parametrize("attach", [True, False], ids=["attached", "components"])
+def test_other_img2img_strengths_then_a(pipe: Any, run: Generate, attach: bool) -> None:
+    img2img = (
+        AutoPipelineForImage2Image.from_pipe(pipe) if attach else StableDiffusionImg2ImgPipeline(**pipe.components)
+    )
+    img2img.set_progress_bar_config(disable=True)
+    if attach:
+        offcut.attach(img2img, pipe.unet)
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+
+    text_to_image = run()
+    first = run(img2img, image=image, strength=0.5)
+    assert pipe.unet.last_run.timeline == "#..#."
+    assert pipe.unet.last_run.calls == (5 if attach else None)
+    for strength in (0.9, 0.3):
+        run(img2img, image=image, strength=strength)
+        assert torch.equal(run(img2img, image=image, strength=0.5), first)
+    with pytest.raises(Cancelled):
+        run(img2img, image=image, strength=0.9, callback_on_step_end=fail)
+    assert torch.equal(run(img2img, image=image, strength=1.0), run(img2img, image=image, strength=1.0))
+    assert torch.equal(run(), text_to_image)
+    assert torch.equal(run(img2img, image=image, strength=0.5), first)
+
+
+# Buffers
+
+
+@contextmanager
+def watched(unet: offcut.UNet) -> Iterator[list[set[str]]]:
+    """The ATen operations of each call of ``UNet.forward``."""
+    calls: list[set[str]] = []
+    forward = unet.forward
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls[-1].add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        calls.append(set())
+        with Recorder():
+            return forward(*args, **kwargs)
+
+    unet.forward = recorded
+    try:
+        yield calls
+    finally:
+        del unet.forward
+
+
+def test_from_the_second_call_on_only_the_result_is_allocated_and_nothing_is_read_on_the_host(
+    pipe: Any, generate: Generate
+) -> None:
+    pipe.unet.set_schedule(Uniform(3))
+    pipe.unet._bound.clear()
+    with watched(pipe.unet) as calls:
+        generate(pipe)
+    assert len(calls) == 10
+    assert "zeros" in calls[0]
+    for operations in calls[1:]:
+        # copies into the buffers, a view of the timestep, and the one copy out
+        assert operations <= {"copy_", "view", "_to_copy", "clone", "detach", "alias"}, operations
+        assert "_local_scalar_dense" not in operations  # what .item() and bool() call
+
+
+def test_a_bare_stand_in_reads_the_timestep(pipe: Any, generate: Generate) -> None:
+    pipe.unet.set_schedule(Uniform(3))
+    pipe.__class__ = type(pipe).__mro__[2]
+    with watched(pipe.unet) as calls:
+        generate(pipe)
+    assert all("_local_scalar_dense" in operations for operations in calls)
+
+
+def test_buffers_keep_their_addresses(pipe: Any, generate: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = pipe.unet
+    unet.set_schedule(Uniform(3))
+    generate(pipe)
+    generate(pipe, guidance=1.0)
+
+    def addresses() -> dict[Any, int]:
+        return {
+            (key, name): buffer.data_ptr()
+            for key, bound in unet._bound.items()
+            for name, buffer in bound.buffers.items()
+        }
+
+    before = addresses()
+    assert len(unet._bound) == 2
+    monkeypatch.setattr(unet._pair, "prepare", lambda shapes: pytest.fail("bound again"))
+    for _ in range(2):
+        generate(pipe)
+        generate(pipe, guidance=1.0)
+        unet.set_schedule(Uniform(2), cut="mlperf")
+    assert addresses() == before
+
+
+def test_the_features_are_one_memory_for_both_graphs(pipe: Any, generate: Generate) -> None:
+    """A shallow call reads what is in the buffer that the full call wrote."""
+    pipe.unet.set_schedule(Uniform(3))
+    generate(pipe)
+    bound = next(reversed(pipe.unet._bound.values()))
+    bound.full()
+    bound.shallow("deepcache:0")
+    fresh = bound.buffers["noise_pred"].clone()
+    (name,) = pipe.unet._cuts["deepcache:0"]
+    bound.buffers[name].add_(1)
+    bound.shallow("deepcache:0")
+    assert not torch.equal(bound.buffers["noise_pred"], fresh)
+    poison(pipe.unet)
+    bound.shallow("deepcache:0")
+    assert bound.buffers["noise_pred"].isnan().any()

@@ -1,0 +1,158 @@
+"""The house itself: which floor may import which, what the package exports, and how light it is to import."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import offcut
+import offcut.errors
+
+ROOT = Path(inspect.getfile(offcut)).parent
+# From the ground to the roof. A floor may import those below it.
+FLOORS = ["errors", "exporter", "engines", "runtime", "benchmarks", "cli"]
+PUBLIC = {
+    "Bundle",
+    "DeepCacheSDHelper",
+    "OffcutError",
+    "Quad",
+    "Steps",
+    "UNet",
+    "Uniform",
+    "attach",
+    "build",
+    "export",
+    "find_cuts",
+    "load",
+    "split",
+}
+
+
+def modules() -> list[Path]:
+    found = [ROOT / "errors.py"]
+    for floor in FLOORS[1:]:
+        found += sorted((ROOT / floor).rglob("*.py")) if (ROOT / floor).is_dir() else [ROOT / f"{floor}.py"]
+    return [path for path in found if path.is_file()]
+
+
+def floor_of(module: tuple[str, ...]) -> str:
+    return module[0]
+
+
+def imports(path: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Line and target, inside the package, of each import in a file, wherever it stands in it."""
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - (node.level - 1)]
+            target = (*base, *(node.module.split(".") if node.module else ()))
+            if target:
+                yield node.lineno, target
+            else:  # from . import x, at the top: x is a floor, or a public name
+                yield from ((node.lineno, (alias.name,)) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "offcut":
+            yield node.lineno, tuple(node.module.split(".")[1:]) or ("offcut",)
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, ("offcut",)) for a in node.names if a.name.split(".")[0] == "offcut")
+
+
+def test_there_is_a_file_on_every_floor() -> None:
+    floors = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in modules()}
+    assert floors == set(FLOORS)
+
+
+@pytest.mark.smoke
+def test_imports_run_downward_only() -> None:
+    upward = []
+    for path in modules():
+        own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        for line, target in imports(path):
+            where = floor_of(target)
+            if where not in FLOORS or FLOORS.index(where) > FLOORS.index(own):
+                upward.append(f"{path.relative_to(ROOT)}:{line} imports {'.'.join(target)}")
+    assert upward == []
+
+
+def test_the_checker_sees_an_import_that_runs_upward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "exporter").mkdir()
+    file = tmp_path / "exporter" / "cut.py"
+    file.write_text("from .graph import x\ndef f():\n    from ..cli import main\n    import offcut\n", encoding="utf-8")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    assert list(imports(file)) == [(1, ("exporter", "graph")), (3, ("cli",)), (4, ("offcut",))]
+
+
+@pytest.mark.smoke
+def test_the_public_names_are_these_and_all_there() -> None:
+    assert set(offcut.__all__) == PUBLIC
+    assert sorted(offcut.__all__) == offcut.__all__
+    for name in offcut.__all__:
+        assert getattr(offcut, name).__doc__, name
+    assert set(offcut.__all__) <= set(dir(offcut))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        offcut.nothing  # noqa: B018
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("statement", ["import offcut", "import offcut.cli", "import offcut; offcut.OffcutError"])
+def test_importing_the_package_imports_nothing_heavy(statement: str) -> None:
+    heavy = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "numpy"}
+    assert loaded_after(statement) & heavy == set()
+
+
+def test_every_error_is_in_the_tree_of_the_docstring() -> None:
+    text = offcut.errors.__doc__ or ""
+    drawn: dict[str, str] = {}
+    open_branches: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        if match := re.match(r"^([\s│]*(?:[├└]── )?)(\w+(?:Error|OffcutError))\b", line):
+            depth, name = len(match[1]), match[2]
+            while open_branches and open_branches[-1][0] >= depth:
+                open_branches.pop()
+            drawn[name] = open_branches[-1][1] if open_branches else "Exception"
+            open_branches.append((depth, name))
+    real = {
+        name: kind.__bases__[0].__name__
+        for name, kind in vars(offcut.errors).items()
+        if isinstance(kind, type) and issubclass(kind, Exception)
+    }
+    assert drawn == real
+
+
+def test_every_error_is_the_users_or_ours() -> None:
+    kinds = [kind for kind in vars(offcut.errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    for kind in kinds:
+        assert issubclass(kind, offcut.OffcutError)
+        assert kind.__doc__
+        if kind is not offcut.OffcutError:
+            ours = issubclass(kind, offcut.errors.InternalError)
+            assert ours is not issubclass(kind, offcut.errors.UserError), kind
+
+
+def test_a_missing_extra_says_what_to_install() -> None:
+    error = offcut.errors.MissingExtraError("the tensorrt engine", "tensorrt", "cuda")
+    assert str(error) == (
+        "the tensorrt engine needs the package tensorrt, which is not installed: pip install 'offcut[cuda]'"
+    )
+
+
+def test_no_error_is_defined_elsewhere() -> None:
+    """Private ones, which never leave their module, begin with an underscore."""
+    elsewhere = []
+    for path in modules():
+        if path != ROOT / "errors.py":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef) and node.name.endswith("Error") and not node.name.startswith("_"):
+                    elsewhere.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert elsewhere == []

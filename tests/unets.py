@@ -1,0 +1,133 @@
+"""Small UNets of every family, run by eager PyTorch, ONNX Runtime and OpenVINO without any of offcut's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import _lively, save_unet
+
+Tensors = Mapping[str, torch.Tensor]
+
+SDXL = {
+    # Three levels of two layers: 9 skip connections, as in Stable Diffusion XL.
+    "layers_per_block": 2,
+    "block_out_channels": (8, 16, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 10,
+}
+UNCONDITIONAL = {
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 1,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": 4,
+    "norm_num_groups": 4,
+}
+CONDITIONAL: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "inpaint": {"in_channels": 9},
+    "classes": {"num_class_embeds": 5},
+    "sdxl": SDXL,
+}
+# Each family that is exported in the tests, with the number of its skip connections.
+SKIPS = {"plain": 4, "inpaint": 4, "classes": 4, "sdxl": 9, "unconditional": 4}
+
+
+def save_family(name: str, path: Path) -> Path:
+    """One of ``SKIPS`` with random weights."""
+    if name != "unconditional":
+        return save_unet(path, **CONDITIONAL[name])
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    _lively(UNet2DModel(**UNCONDITIONAL)).save_pretrained(path)
+    return path
+
+
+def random_inputs(
+    folder: Path, *, batch: int, height: int, width: int, sequence: int = 7, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """What a pipeline would pass to this UNet, read off its config by the rules of diffusers."""
+    import json
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    inputs = {
+        "sample": normal(batch, config["in_channels"], height, width),
+        "timestep": torch.randint(0, 1000, (batch,), generator=generator).float(),
+    }
+    if config["_class_name"] == "UNet2DConditionModel":
+        inputs["encoder_hidden_states"] = normal(batch, sequence, config["cross_attention_dim"])
+    if config.get("addition_embed_type") == "text_time":
+        each = config["addition_time_embed_dim"]
+        inputs["text_embeds"] = normal(batch, config["projection_class_embeddings_input_dim"] - 6 * each)
+        inputs["time_ids"] = torch.tensor([[64.0, 48.0, 3.0, 5.0, 64.0, 32.0]]).repeat(batch, 1)
+    if classes := config.get("num_class_embeds"):
+        inputs["class_labels"] = torch.arange(1, batch + 1) % classes
+    return inputs
+
+
+def eager(folder: Path, inputs: Tensors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The UNet's own answer, from diffusers."""
+    import diffusers
+
+    name = "UNet2DModel" if "encoder_hidden_states" not in inputs else "UNet2DConditionModel"
+    unet = getattr(diffusers, name).from_pretrained(folder, torch_dtype=dtype).eval()
+    arguments: dict[str, Any] = {
+        key: value.to(dtype) if value.is_floating_point() and key != "timestep" else value
+        for key, value in inputs.items()
+    }
+    if "text_embeds" in inputs:
+        arguments["added_cond_kwargs"] = {key: arguments.pop(key) for key in ("text_embeds", "time_ids")}
+    with torch.no_grad():
+        answer = unet(**arguments).sample
+    assert isinstance(answer, torch.Tensor)
+    return answer
+
+
+def run(engine: str, graph: Path, inputs: Tensors) -> dict[str, torch.Tensor]:
+    """A graph's outputs by name. Inputs that it does not have are left out."""
+    return {"onnxruntime": _onnxruntime, "openvino": _openvino}[engine](graph, inputs)
+
+
+def _onnxruntime(graph: Path, inputs: Tensors) -> dict[str, torch.Tensor]:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    session = onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+    feed = {argument.name: inputs[argument.name].numpy() for argument in session.get_inputs()}
+    names = [argument.name for argument in session.get_outputs()]
+    return {name: torch.from_numpy(array) for name, array in zip(names, session.run(names, feed), strict=True)}
+
+
+def _openvino(graph: Path, inputs: Tensors) -> dict[str, torch.Tensor]:
+    import onnx
+    import openvino
+
+    # OpenVINO gives a port further names of its own.
+    contract = onnx.load(str(graph), load_external_data=False).graph
+    model = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    results = model({value.name: inputs[value.name].numpy() for value in contract.input})
+    return {value.name: torch.from_numpy(results[value.name].copy()) for value in contract.output}
+
+
+def largest_difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Infinite where a value is not a number, so that NaN is never small."""
+    assert got.shape == expected.shape
+    difference = (got.double() - expected.double()).abs()
+    return float(difference.max()) if bool(torch.isfinite(difference).all()) else float("inf")
