@@ -1,7 +1,7 @@
 """Published architectures with random weights, as diffusers saves them: for latency and parity, not for pictures.
 
-    python -m offcut.benchmarks.architectures sd15 sd15-random
-    python -m offcut.benchmarks.architectures sdxl sdxl-random --dtype float16
+python -m offcut.benchmarks.architectures sd15 sd15-random
+python -m offcut.benchmarks.architectures sdxl sdxl-random --dtype float16
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -20,7 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_COMMANDS = {
+_COMMANDS: dict[Callable[..., None], str] = {
     graphs.export: "offcut export runwayml/stable-diffusion-v1-5 -o sd15-onnx --precision fp16",
     graphs.split: "offcut split sd15-onnx/unet.onnx --cut deepcache:0 -o sd15-split",
     graphs.cuts: "offcut cuts sd15-onnx/unet.onnx --height 64 --width 64",

@@ -127,7 +127,7 @@ class Bundle:
             for entry in self.manifest.engines.values()
             if entry.engine == name
             and (precision is None or self.manifest.variants[entry.variant].precision == precision)
-            and (inference_precision is None or entry.inference_precision == inference_precision)
+            and (inference_precision is None or self._computes_in(entry) == inference_precision)
         ]
         if not found:
             there = ", ".join(self.manifest.engines) or "nothing"
@@ -136,6 +136,9 @@ class Bundle:
         if not with_cut:
             raise CutError(f"{self.path} was not built with the cut {cut}; it has {', '.join(self.cuts)}")
         return with_cut[-1]
+
+    def _computes_in(self, entry: EngineEntry) -> str:
+        return entry.inference_precision or self.manifest.variants[entry.variant].precision
 
     def open_pair(
         self,
@@ -151,7 +154,8 @@ class Bundle:
         Args:
             engine: a name, or ``"auto"`` for the best one here.
             device: as PyTorch spells it.
-            precision, inference_precision: choose among several builds of the engine.
+            precision, inference_precision: choose among several builds of the engine; the newest by default.
+                ``inference_precision="fp32"`` is the one without a hint.
             threads: of a CPU engine; None leaves it to the engine.
 
         Raises:

@@ -73,7 +73,7 @@ class OnnxRuntimePair:
         self.device = torch.device(options.device)
         self.inputs, self.outputs, self.cuts = graphs.inputs, graphs.outputs, graphs.cuts
         self._graphs = graphs
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._stream = _new_stream(self.device)
         self._full = self._session(graphs.full, options)
         self._shallow = {cut: self._session(path, options) for cut, path in graphs.shallow.items()}
         for cut, session in ((None, self._full), *self._shallow.items()):
@@ -180,6 +180,12 @@ class BoundOnnxRuntimePair:
                     buffer_ptr=buffer.data_ptr(),
                 )
         return binding
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
+    import torch
+
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _first_line(error: Exception) -> str:

@@ -35,7 +35,9 @@ BOUNDS: dict[tuple[str, str, str | None], Bounds | str] = {
     ("onnxruntime", "fp16", None): Bounds(parity=1e-2, relative=True, across=5e-3),
     ("onnxruntime", "bf16", None): "ONNX Runtime's CPU provider does not load bf16 graphs",
     ("openvino", "fp32", None): _EXACT,
-    ("openvino", "fp32", "bf16"): Bounds(parity=5e-2, relative=True, across=5e-2),
+    # OpenVINO rounds the graph's inputs too, the timestep among them: 998 becomes 1000, 777 becomes 776. Measured: up
+    # to 0.077 on small UNets with random weights at such a timestep, 0.013 at others and on a trained model.
+    ("openvino", "fp32", "bf16"): Bounds(parity=1e-1, relative=True, across=5e-2),
     ("openvino", "fp16", None): Bounds(parity=1e-2, relative=True, across=1e-2),
     ("openvino", "bf16", None): Bounds(parity=5e-2, relative=True, across=5e-2),
 }

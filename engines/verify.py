@@ -81,7 +81,7 @@ def require(checks: list[Check], what: str) -> None:
     """
     for check in checks:
         if not check.passed:
-            sign = "more" if check.at_least else "at most"
+            sign = "more than" if check.at_least else "at most"
             raise ParityError(
                 f"{what}: {check.name} differs by {check.error:.3g}, but {sign} {check.bound:.3g} is needed; "
                 "try another engine or precision, and please report it"

@@ -130,11 +130,18 @@ def find_cut(cuts: Sequence[Cut], name: str) -> Cut:
     Raises:
         CutError: there is none; the message lists those there are.
     """
+    canonical = canonical_name(name)
     for cut in cuts:
-        if name == cut.name or name in cut.aliases:
+        if cut.name == canonical:
             return cut
     known = ", ".join(cut.name for cut in cuts)
     raise CutError(f"there is no cut {name!r} in this UNet; write {CONVENTIONS}: it has {known}")
+
+
+def canonical_name(name: str) -> str:
+    """offcut's own name for a cut: ``paper:k`` is ``deepcache:k+1``."""
+    paper = re.fullmatch(r"paper:(\d+)", name)
+    return f"deepcache:{int(paper[1]) + 1}" if paper else name
 
 
 def split(
@@ -309,8 +316,8 @@ def _write_full(unet: UNetGraph, cuts: Sequence[Cut], full: Path, link: bool) ->
         value.shape = ir.Shape(tensor.spec.shape)
         value.type = ir.TensorType(model.graph.outputs[0].dtype or ir.DataType.FLOAT)
         model.graph.outputs.append(value)
-    weights = [value.const_value for value in model.graph.initializers.values()]
-    external = {weight.location for weight in weights if isinstance(weight, ir.ExternalTensor)}
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    external = {str(weights.location) for weights in tensors if isinstance(weights, ir.ExternalTensor)}
     if external:
         for location in sorted(external):
             _bring(_beside(unet.path, location), full.parent / location, link)

@@ -231,12 +231,34 @@ def _to_onnx(
         )
     assert onnx_program is not None
     model = onnx_program.model
+    _promote_joined(model)
     parameters = _lay_out_weights(model)
     with _weights_aside(model, parameters), _quiet():
         onnxscript.optimizer.optimize_ir(model)
     _name_dims(model, specs, fixed)
     used = {name: parameter for name, parameter in parameters.items() if name in model.graph.initializers}
     return model, used
+
+
+def _promote_joined(model: ir.Model) -> None:
+    """Cast what a ``Concat`` joins to one dtype. PyTorch promotes it; its ONNX exporter (2.13) leaves that out.
+
+    In SDXL the pooled text embedding, of the UNet's precision, is joined with embedded sizes in float32.
+    """
+    import onnx_ir as ir
+
+    for node in list(model.graph):
+        joined = node.outputs[0].dtype
+        if node.op_type != "Concat" or joined is None:
+            continue
+        for index, value in enumerate(node.inputs):
+            if value is None or value.dtype in (None, joined):
+                continue
+            cast = ir.Node("", "Cast", [value], attributes={"to": ir.AttrInt64("to", joined)})
+            cast.outputs[0].name = f"{node.outputs[0].name}_input_{index}"
+            cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(joined)
+            model.graph.insert_before(node, cast)
+            node.replace_input_with(index, cast.outputs[0])
 
 
 def _lay_out_weights(model: ir.Model) -> dict[str, Parameter]:

@@ -86,9 +86,10 @@ def attach(
     """Replace a pipeline's UNet by a bundle's engines, and let it announce each generation to them.
 
     The pipeline is changed in place. Its class becomes a subclass of the same name, since Python looks up calls of an
-    object in its class; its scheduler, callbacks and hooks are left alone, and ``pipe.unet = another`` undoes it. A
-    pipeline made of its components (``AutoPipelineForImage2Image.from_pipe``) shares its UNet and is attached in the
-    same way: ``offcut.attach(img2img, pipe.unet)``.
+    object in its class; its scheduler, callbacks and hooks are left alone, and ``pipe.unet = another`` undoes it.
+
+    A pipeline made of its components (``AutoPipelineForImage2Image.from_pipe``) shares its UNet, and announces its own
+    generations after ``offcut.attach(img2img, pipe.unet)``.
 
     Args:
         pipe: a diffusers pipeline with a ``unet``.
@@ -137,7 +138,6 @@ class _Announcing:
         call = super().__call__  # type: ignore[misc]
         if not isinstance(unet, UNet):
             return call(*args, **kwargs)
-        self.__dict__.pop("_num_timesteps", None)  # the last call's
         with unet.generation(calls=lambda: _unet_calls(self)):
             return call(*args, **kwargs)
 
@@ -159,7 +159,8 @@ def _announcing(pipeline: type) -> type:
 def _unet_calls(pipe: Any) -> int:
     """How many UNet calls the denoising loop makes that has just begun.
 
-    Most pipelines say so in ``num_timesteps``, after img2img's trimming; the scheduler knows where the others begin.
+    Most pipelines have just said so in ``num_timesteps``, after img2img's trimming; for the others the scheduler knows
+    where they begin.
     """
     if "_num_timesteps" in pipe.__dict__:
         return int(pipe.num_timesteps)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import json
-import logging
 import threading
 import time
 from collections import OrderedDict
@@ -12,31 +9,28 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - see EngineModel.save_pretrained
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from ..engines.base import BoundPair, EnginePair
-from ..errors import BundleError, CutError, EngineError, ScheduleError, UserError
-from .eager_only import EagerOnly
+from ..errors import CutError, EngineError, ScheduleError, UserError
+from ..exporter.cut import canonical_name
 from .generation import Calls, Generation, Run
-from .inputs import engine_inputs, refuse_ignored, same_device, timestep_shape, timestep_value, write_timestep
+from .inputs import engine_inputs, refuse_ignored, timestep_shape, timestep_value, write_timestep
+from .model import EngineModel
 from .schedule import Schedule
 
 if TYPE_CHECKING:
     from ..engines.bundle import Bundle
 
-logger = logging.getLogger(__name__)
-
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
-class UNet(EagerOnly, ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is untyped
+class UNet(EngineModel):
     """Stands in for ``UNet2DConditionModel`` or ``UNet2DModel`` in any diffusers pipeline, and runs a pair of engines.
 
         pipe.unet = offcut.UNet.load("sd15.offcut")
@@ -54,11 +48,8 @@ class UNet(EagerOnly, ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuse
         bound_shapes: for how many sets of input shapes buffers are kept; the one unused for longest goes first.
     """
 
-    config_name = "config.json"
-
     def __init__(self, pair: EnginePair, config: Mapping[str, Any], *, bound_shapes: int = 2) -> None:
-        super().__init__()
-        self.register_to_config(**_with_defaults(config))
+        super().__init__(config, _with_index(pair.device), pair.inputs["sample"].torch_dtype())
         self.record_times = False
         """Whether ``last_run`` has seconds. On a GPU this waits for the device at every call."""
         self.encoder_hid_proj = None
@@ -71,8 +62,6 @@ class UNet(EagerOnly, ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuse
         self._specs = pair.inputs
         self._cuts = pair.cuts
         self._noise_pred = next(iter(pair.outputs))
-        self._device = _with_index(pair.device)
-        self._dtype = pair.inputs["sample"].torch_dtype()
         self._engine = pair.name
         self._output_class = UNet2DConditionOutput if "encoder_hidden_states" in pair.inputs else UNet2DOutput
 
@@ -142,7 +131,7 @@ class UNet(EagerOnly, ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuse
 
         Args:
             schedule: None makes every call full, which costs none.
-            cut: one of ``cuts``; None for the first.
+            cut: one of ``cuts``, in any convention; None for the first.
 
         Raises:
             CutError: there is no such cut.
@@ -154,6 +143,7 @@ class UNet(EagerOnly, ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuse
             there = ", ".join(self._cuts) or "none"
             if cut is None and not self._cuts:
                 raise CutError("this bundle was built without a cut, so it has no shallow graph: build it with --cut")
+            cut = cut and canonical_name(cut)
             if cut is not None and cut not in self._cuts:
                 raise CutError(f"this UNet was not built with the cut {cut!r}; it has {there}")
             cut = cut or next(iter(self._cuts))
@@ -164,7 +154,7 @@ class UNet(EagerOnly, ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuse
 
     @contextmanager
     def generation(self, calls: Calls = None) -> Iterator[Generation]:
-        """Announce that the UNet calls in this block make one generation.
+        """Announce that the UNet calls in this block, all from this thread, make one generation.
 
         Args:
             calls: how many there will be, or a function to ask at the first one; None if nobody knows, which only a
@@ -194,6 +184,11 @@ class UNet(EagerOnly, ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuse
             self._announced.invalidate()
 
     _reset_stateful_cache = reset  # diffusers calls this at the end of a pipeline call
+
+    @property
+    def bound(self) -> BoundPair | None:
+        """The engines bound to the buffers of the last call, for measuring them alone; None before the first call."""
+        return next(reversed(self._bound.values()), None)
 
     @property
     def last_run(self) -> Run | None:
@@ -336,93 +331,12 @@ class UNet(EagerOnly, ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuse
         finally:
             self._busy.release()
 
-    # What diffusers and PyTorch ask of a model
+    # The engines
 
     @property
     def engine(self) -> str:
         """The engine's name, e.g. ``"onnxruntime"``."""
         return self._engine
-
-    @property
-    def device(self) -> torch.device:
-        """Where the engines run."""
-        return self._device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the engines' latents."""
-        return self._dtype
-
-    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
-        """One empty parameter on the engines' device, as model offloading looks there for where a model is."""
-        yield torch.nn.Parameter(torch.empty(0, dtype=self._dtype, device=self._device), requires_grad=False)
-
-    def to(self, *args: Any, **kwargs: Any) -> UNet:
-        """Check that the engines already are there, as ``pipe.to`` asks.
-
-        Moving to the CPU does nothing: offloading asks for it between calls, and engines keep their memory until
-        ``close``.
-
-        Raises:
-            EngineError: another device or floating-point dtype, which takes other engines.
-        """
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is not None and device.type != "cpu" and not same_device(device, self._device):
-            raise EngineError(
-                f"this UNet's engines run on {self._device} and cannot move to {device}: open them there, with "
-                f"offcut.UNet.load(bundle, device={str(device)!r})"
-            )
-        if dtype is not None and dtype.is_floating_point and dtype != self._dtype:
-            raise EngineError(
-                f"this UNet's engines take {self._dtype} and cannot be cast to {dtype}: build a bundle with that "
-                "precision, or give the pipeline's other parts the UNet's dtype"
-            )
-        return self
-
-    def cpu(self) -> UNet:
-        return self.to("cpu")
-
-    def cuda(self, device: int | torch.device | None = None) -> UNet:
-        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
-
-    def half(self) -> UNet:
-        return self.to(torch.float16)
-
-    def float(self) -> UNet:
-        return self.to(torch.float32)
-
-    def bfloat16(self) -> UNet:
-        return self.to(torch.bfloat16)
-
-    def double(self) -> UNet:
-        return self.to(torch.float64)
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write the config, as part of ``pipe.save_pretrained``; the weights stay in the bundle's engines.
-
-        Load the pipeline again with ``from_pretrained(directory, unet=offcut.UNet.load(bundle))``.
-        """
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dict(self.config), indent=2, sort_keys=True, default=str) + "\n"
-        (directory / self.config_name).write_text(text, encoding="utf-8")
-        logger.warning(
-            "%s holds the UNet's config only, as its engines stay in the bundle: load this pipeline with "
-            "from_pretrained(..., unet=offcut.UNet.load(bundle))",
-            directory,
-        )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> NoReturn:
-        """Always an error: engines come from bundles.
-
-        Raises:
-            BundleError: with the way to load a pipeline that was saved with this UNet.
-        """
-        raise BundleError(
-            f"{pretrained_model_name_or_path} holds a UNet's config, while its engines are in a bundle: "
-            "load a pipeline with from_pretrained(..., unet=offcut.UNet.load(bundle))"
-        )
 
     def close(self) -> None:
         """Give back the engines and their memory."""
@@ -433,20 +347,9 @@ class UNet(EagerOnly, ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuse
                 self._pair.close()
             self._pair = None
 
-    def __reduce__(self) -> NoReturn:
-        raise UserError("an open engine cannot be copied or pickled: open another UNet from the same bundle")
-
     def extra_repr(self) -> str:
         schedule = f", {self._schedule!r}, cut={self._cut!r}" if self._schedule is not None else ""
         return f"{self._engine} on {self._device}, {self._dtype}{schedule}"
-
-
-def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with what an older diffusers had not yet written into it, which newer pipelines read."""
-    model = getattr(diffusers, str(config.get("_class_name")), None)
-    parameters = inspect.signature(model).parameters.values() if isinstance(model, type) else ()
-    defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
-    return {**defaults, **config}
 
 
 def _with_index(device: torch.device) -> torch.device:

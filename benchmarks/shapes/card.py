@@ -49,10 +49,10 @@ These pairs can be asked for, to see whether colour and shape combine.
 
 ## Training
 
-Autoencoder: {vae_steps} steps, last mean loss {vae_loss:.4f} (errors of pixels and of pixel differences, objects
-weighted five times); then its decoder alone: {decoder_steps} steps, last mean loss {decoder_loss:.4f}. Text encoder
-and UNet together: {steps} steps with AdamW, 10 % of captions dropped, exponential moving average of the weights
-exported. Their loss is the mean squared error of the velocity:
+Autoencoder: {vae_steps} steps, last mean loss {vae_loss:.4f} (errors of pixels and of pixel differences,
+objects weighted five times); then its decoder alone: {decoder_steps} steps, last mean loss {decoder_loss:.4f}.
+Text encoder and UNet together: {steps} steps with AdamW in batches of {batches} pictures, 10 % of captions
+dropped, exponential moving average of the weights exported. Their loss is the mean squared error of the velocity:
 
 | step | loss |
 |---|---|
@@ -96,9 +96,7 @@ def _scores(scores: Mapping[str, Score]) -> str:
     return "\n" + text + "\n\n" + "\n".join(lines) + "\n"
 
 
-def model_card(
-    run: Path, directory: Path, *, guidance: float, steps: int, scores: Mapping[str, Score]
-) -> str:
+def model_card(run: Path, directory: Path, *, guidance: float, steps: int, scores: Mapping[str, Score]) -> str:
     """The README of the model in `directory`, with the loss curves logged in `run`.
 
     Args:
@@ -122,6 +120,7 @@ def model_card(
         held_out=", ".join(f"{colour} {shape}" for colour, shape in sorted(scenes.HELD_OUT)),
         vae_steps=int(vae_rows[-1]["step"]) if vae_rows else 0,
         vae_loss=vae_rows[-1]["loss"] if vae_rows else float("nan"),
+        batches=", later ".join(dict.fromkeys(str(int(row["batch"])) for row in rows)),
         decoder_steps=int(decoder_rows[-1]["step"]) if decoder_rows else 0,
         decoder_loss=decoder_rows[-1]["loss"] if decoder_rows else float("nan"),
         steps=int(rows[-1]["step"]) if rows else 0,

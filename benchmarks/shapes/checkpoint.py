@@ -46,7 +46,7 @@ class Average:
     The decay grows as (1 + n) / (10 + n) up to `limit`, so that short runs are averaged over their last part only.
     """
 
-    def __init__(self, module: torch.nn.Module, limit: float = 0.998) -> None:
+    def __init__(self, module: torch.nn.Module, limit: float = 0.999) -> None:
         self._module = module
         self._limit = limit
         self.state = {name: value.detach().clone() for name, value in module.state_dict().items()}

@@ -20,20 +20,30 @@ class DenoiserSettings:
     """How text encoder and UNet are trained."""
 
     steps: int = 6000
-    batch: int = 32
+    batch: int = 16
     rate: float = 1e-3
     warmup: int = 200
     drop_caption: float = 0.1
+    early_steps: int = 4000  # in these, three of four pictures have one large object: its shape is learnt sooner
+    bf16: bool = True  # the UNet's products in bf16; 1.4 times as fast on a CPU with AVX512-BF16, slower on one without
     scenes: int = 16000
     seed: int = 2
     save_every: int = 100
     log_every: int = 50
 
 
-def training_set(
-    run: Path, vae: AutoencoderKL, settings: DenoiserSettings, device: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled latents, fp32 [N, 4, 16, 16], and token ids, int64 [N, 32]; kept in `run`/latents.pt for the next run."""
+@dataclass(frozen=True)
+class TrainingSet:
+    """What the networks see of N scenes."""
+
+    latents: torch.Tensor  # [N, 4, 16, 16], fp32, scaled to unit variance
+    tokens: torch.Tensor  # [N, 32], int64
+    early: torch.Tensor  # [M], int64: which of the N have one large object
+    unconditional: torch.Tensor  # [32], int64: the empty caption
+
+
+def training_set(run: Path, vae: AutoencoderKL, settings: DenoiserSettings, device: str) -> TrainingSet:
+    """Encodes random scenes and their captions; the result is kept in `run`/latents.pt for the next run."""
     import torch
 
     digest = hashlib.sha256(repr((settings.scenes, settings.seed, vae.config.scaling_factor)).encode())
@@ -43,7 +53,7 @@ def training_set(
     if path.exists():
         stored = checkpoint.load(path)
         if stored["digest"] == digest.hexdigest():
-            return stored["latents"], stored["tokens"]
+            return TrainingSet(**{name: stored[name] for name in TrainingSet.__dataclass_fields__})
     drawn = vae_stage.training_scenes(settings.scenes, settings.seed)
     parts = []
     with checkpoint.progress("latents", 0, len(drawn)) as report:
@@ -52,8 +62,10 @@ def training_set(
             report(first + len(parts[-1]))
     latents = torch.cat(parts) * vae.config.scaling_factor
     tokens = tokenize(run, [scenes.caption(scene) for scene in drawn])
-    checkpoint.save(path, {"digest": digest.hexdigest(), "latents": latents, "tokens": tokens})
-    return latents, tokens
+    early = torch.tensor([i for i, s in enumerate(drawn) if len(s.items) == 1 and s.items[0].size == "large"])
+    made = TrainingSet(latents, tokens, early, tokenize(run, [""])[0])
+    checkpoint.save(path, {"digest": digest.hexdigest(), **vars(made)})
+    return made
 
 
 def tokenize(run: Path, captions: list[str]) -> torch.Tensor:
@@ -69,10 +81,13 @@ def tokenize(run: Path, captions: list[str]) -> torch.Tensor:
 
 
 def timesteps(batch: int, random: torch.Generator, count: int = 1000) -> torch.Tensor:
-    """One uniform timestep per sample, one from each of `batch` equal ranges, in random order: int64 [B]."""
+    """One timestep per sample, one from each of `batch` equally probable ranges, in random order: int64 [B].
+
+    Noisy steps, where shapes and places are decided, are drawn more often: the density grows as t^0.43.
+    """
     import torch
 
-    spread = (torch.arange(batch) + torch.rand(batch, generator=random)) / batch
+    spread = ((torch.arange(batch) + torch.rand(batch, generator=random)) / batch) ** 0.7
     return (spread * count).long().clamp(max=count - 1)[torch.randperm(batch, generator=random)]
 
 
@@ -81,6 +96,7 @@ class Denoiser:
 
     def __init__(self, settings: DenoiserSettings, device: str) -> None:
         import torch
+        from diffusers.models.attention_processor import AttnProcessor
 
         torch.manual_seed(settings.seed)
         self.settings = settings
@@ -88,6 +104,9 @@ class Denoiser:
         self.step = 0
         self.text_encoder = networks.new_text_encoder().to(device).train()
         self.unet = networks.new_unet().to(device).train()
+        if settings.bf16 and device == "cpu":
+            # torch's fused attention is slower in bf16 than its parts are, on the CPU.
+            self.unet.set_attn_processor(AttnProcessor())
         self.scheduler = networks.new_scheduler()
         self.modules = {"text_encoder": self.text_encoder, "unet": self.unet}
         self.averages = {name: checkpoint.Average(module) for name, module in self.modules.items()}
@@ -114,31 +133,30 @@ class Denoiser:
             module.load_state_dict(state[name])
             self.averages[name].load(state[f"{name}_average"])
 
-    def train_step(self, latents: torch.Tensor, tokens: torch.Tensor, unconditional: torch.Tensor) -> float:
-        """One step on a batch chosen by (seed, step): mean squared error of the predicted velocity.
-
-        Args:
-            latents: scaled latents of the whole training set, [N, 4, 16, 16].
-            tokens: their captions' ids, [N, 32].
-            unconditional: ids of the empty caption, [32].
-        """
+    def train_step(self, data: TrainingSet) -> float:
+        """One step on a batch chosen by (seed, step). Returns the mean squared error of the predicted velocity."""
         import torch
 
         settings, device = self.settings, self.device
         random = torch.Generator().manual_seed(settings.seed * 1_000_003 + self.step)
-        chosen = torch.randint(len(latents), (settings.batch,), generator=random)
+        chosen = torch.randint(len(data.latents), (settings.batch,), generator=random)
+        if self.step < settings.early_steps and len(data.early):
+            large = data.early[torch.randint(len(data.early), (settings.batch,), generator=random)]
+            chosen = torch.where(torch.rand(settings.batch, generator=random) < 0.75, large, chosen)
         dropped = torch.rand(settings.batch, generator=random) < settings.drop_caption
         times = timesteps(settings.batch, random).to(device)
-        noise = torch.randn(settings.batch, *latents.shape[1:], generator=random).to(device)
-        clean = latents[chosen].to(device)
-        ids = torch.where(dropped[:, None], unconditional, tokens[chosen]).to(device)
+        noise = torch.randn(settings.batch, *data.latents.shape[1:], generator=random).to(device)
+        clean = data.latents[chosen].to(device)
+        ids = torch.where(dropped[:, None], data.unconditional, data.tokens[chosen]).to(device)
 
         rate = checkpoint.learning_rate(self.step, settings.steps, settings.rate, settings.warmup)
         self._optimizer.param_groups[0]["lr"] = rate
         text = self.text_encoder(ids)[0]  # [B, 32, 128]
         noisy = self.scheduler.add_noise(clean, noise, times)
         velocity = self.scheduler.get_velocity(clean, noise, times)
-        loss = torch.nn.functional.mse_loss(self.unet(noisy, times, text).sample, velocity)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.bf16):
+            predicted = self.unet(noisy, times, text).sample
+        loss = torch.nn.functional.mse_loss(predicted.float(), velocity)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
@@ -165,18 +183,17 @@ def train_denoiser(
         export: called every `export_every` steps (0: never), just after a checkpoint was written.
     """
     denoiser = Denoiser(settings, device)
-    latents, tokens = training_set(run, vae, settings, device)
-    unconditional = tokenize(run, [""])[0]
+    data = training_set(run, vae, settings, device)
     path = run / "denoiser.pt"
     if resume and path.exists():
         denoiser.load(path)
     log = checkpoint.LossLog(run / "denoiser.jsonl", denoiser.step)
     with checkpoint.progress("denoiser", denoiser.step, settings.steps) as report:
         for _ in _until(denoiser, settings.steps):
-            log.add(denoiser.train_step(latents, tokens, unconditional))
+            log.add(denoiser.train_step(data))
             text = None
             if denoiser.step % settings.log_every == 0 or denoiser.step == settings.steps:
-                row = log.write(denoiser.step)
+                row = log.write(denoiser.step, batch=settings.batch)
                 text = f"loss {row['loss']:.4f}, {row['seconds_per_step']:.2f} s/step"
             report(denoiser.step, text)
             due = export_every > 0 and denoiser.step % export_every == 0

@@ -131,9 +131,7 @@ def _choose(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def _place(
-    rng: np.random.Generator, radii: tuple[float, ...], relation: Relation | None
-) -> list[tuple[float, float]]:
+def _place(rng: np.random.Generator, radii: tuple[float, ...], relation: Relation | None) -> list[tuple[float, float]]:
     """Centres for one object, or for two in their relation, inside the picture and apart from each other."""
     low = [radius + _MARGIN for radius in radii]
     high = [IMAGE_SIZE - edge for edge in low]

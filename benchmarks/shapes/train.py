@@ -58,9 +58,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default.")] = 2,
     vae_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = vae_stage.VaeSettings.steps,
-    steps: Annotated[
-        int, typer.Option(help="Steps of text encoder and UNet.")
-    ] = denoiser_stage.DenoiserSettings.steps,
+    steps: Annotated[int, typer.Option(help="Steps of text encoder and UNet.")] = denoiser_stage.DenoiserSettings.steps,
     decoder_steps: Annotated[
         int, typer.Option(help="Further steps of the decoder at the end.")
     ] = decoder_stage.DecoderSettings.steps,
@@ -70,12 +68,11 @@ def main(
     rate: Annotated[
         float, typer.Option(help="Peak learning rate of text encoder and UNet.")
     ] = denoiser_stage.DenoiserSettings.rate,
-    resume: Annotated[
-        bool, typer.Option(help="Go on from the newest checkpoints; --no-resume starts anew.")
-    ] = True,
-    export_every: Annotated[
-        int, typer.Option(help="Also export every so many steps; 0: at the end only.")
-    ] = 500,
+    bf16: Annotated[
+        bool, typer.Option(help="Compute the UNet in bf16: faster where the CPU or GPU has it.")
+    ] = denoiser_stage.DenoiserSettings.bf16,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoints; --no-resume starts anew.")] = True,
+    export_every: Annotated[int, typer.Option(help="Also export every so many steps; 0: at the end only.")] = 500,
     judged: Annotated[
         int, typer.Option(help="Prompts of each kind that are drawn and judged for the model card.")
     ] = 48,
@@ -96,7 +93,7 @@ def main(
             run,
             out,
             vae=vae_stage.VaeSettings(steps=vae_steps),
-            denoiser=denoiser_stage.DenoiserSettings(steps=steps, batch=batch, rate=rate),
+            denoiser=denoiser_stage.DenoiserSettings(steps=steps, batch=batch, rate=rate, bf16=bf16),
             decoder=decoder_stage.DecoderSettings(steps=decoder_steps),
             device=device,
             resume=resume,

@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from unets import eager, random_inputs
 
 import offcut
 import offcut.engines.build as build_module
 from offcut.engines.precision import BOUNDS, Bounds, bounds
 from offcut.engines.registry import ENGINES, engine
-from offcut.engines.verify import verify_bundle
+from offcut.engines.verify import Check, verify_bundle
 from offcut.errors import EngineError
 from offcut.exporter.load import PRECISIONS
 
@@ -47,6 +46,12 @@ def table(tiny_unet_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
+@pytest.fixture(scope="module")
+def results(table: Path) -> dict[str, list[Check]]:
+    """Every check of every row."""
+    return verify_bundle(offcut.Bundle.open(table))
+
+
 @pytest.fixture
 def row_entry(table: Path, request: pytest.FixtureRequest) -> tuple[offcut.Bundle, str]:
     row: Row = request.param
@@ -64,9 +69,10 @@ def row_entry(table: Path, request: pytest.FixtureRequest) -> tuple[offcut.Bundl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row_entry", BUILT, indirect=True, ids=label)
-def test_a_row_that_is_offered_is_built_and_within_its_bounds(row_entry: tuple[offcut.Bundle, str]) -> None:
-    bundle, key = row_entry
-    checks = verify_bundle(bundle)[key]
+def test_a_row_that_is_offered_is_built_and_within_its_bounds(
+    row_entry: tuple[offcut.Bundle, str], results: dict[str, list[Check]]
+) -> None:
+    checks = results[row_entry[1]]
     assert len(checks) == 1 + 2 * 3 + 4
     for check in checks:
         assert check.passed, f"{check.name}: {check.error:.3g} of {check.bound:.3g}"
@@ -77,13 +83,13 @@ def test_a_row_that_is_offered_is_built_and_within_its_bounds(row_entry: tuple[o
 def test_a_row_is_near_the_full_precision_model_at_other_inputs(
     row_entry: tuple[offcut.Bundle, str], tiny_unet_dir: Path
 ) -> None:
-    """Other inputs and another shape than those it was verified with, and PyTorch in fp32, not in the graph's precision."""
+    """Other inputs and another shape than at the build, and PyTorch in fp32, not in the graph's precision."""
     bundle, key = row_entry
     entry = bundle.manifest.engines[key]
     pair = bundle.open_pair(
         entry.engine,
         precision=bundle.manifest.variants[entry.variant].precision,
-        inference_precision=entry.inference_precision,
+        inference_precision=entry.inference_precision or bundle.manifest.variants[entry.variant].precision,
     )
     inputs = random_inputs(tiny_unet_dir, batch=3, height=16, width=8, sequence=11, seed=5)
     bound = pair.prepare({name: tuple(value.shape) for name, value in inputs.items()})
@@ -113,13 +119,17 @@ def test_the_manifest_says_what_each_engine_computes_in(table: Path) -> None:
 
 
 @pytest.mark.slow
-def test_without_a_wish_nothing_is_computed_in_less_than_full_precision(table: Path, tiny_unet_dir: Path) -> None:
-    """The bundle's newest builds are of fp16 and bf16, and of OpenVINO's hint: they cost quality, so they are asked for."""
+def test_the_newest_build_is_taken_unless_another_is_asked_for(table: Path) -> None:
     bundle = offcut.Bundle.open(table)
-    for name in ENGINES:
-        entry = bundle.entry(name)
-        assert bundle.manifest.variants[entry.variant].precision == "fp32", name
-        assert entry.inference_precision is None, name
+    assert bundle.entry("openvino").variant == "bf16-opset23"
+    for precision in PRECISIONS:
+        assert bundle.entry("openvino", precision=precision).variant == f"{precision}-opset23"
+    hinted = bundle.entry("openvino", precision="fp32", inference_precision="bf16")
+    exact = bundle.entry("openvino", inference_precision="fp32")
+    assert (hinted.inference_precision, exact.inference_precision) == ("bf16", None)
+    assert exact.variant == hinted.variant == "fp32-opset23"
+    with pytest.raises(EngineError, match="holds no such build of onnxruntime"):
+        bundle.entry("onnxruntime", precision="bf16")
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=label)
@@ -151,7 +161,9 @@ def test_full_precision_is_exact_across_the_cut_everywhere() -> None:
 
 
 def test_what_is_not_in_the_table_is_refused_with_what_is() -> None:
-    with pytest.raises(EngineError, match="openvino cannot run fp32 computed in int8: .*; it runs fp32, fp32 computed"):
+    with pytest.raises(
+        EngineError, match=r"openvino cannot run fp32 computed in int8: .*; it runs fp32, fp32 computed"
+    ):
         bounds("openvino", "fp32", "int8")
     with pytest.raises(EngineError, match="onnxruntime cannot run int4"):
         bounds("onnxruntime", "int4")
@@ -160,4 +172,3 @@ def test_what_is_not_in_the_table_is_refused_with_what_is() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_hint_of_the_graphs_own_precision_is_no_hint(precision: str) -> None:
     assert bounds("openvino", precision, precision) == bounds("openvino", precision)
-    assert torch.float32.is_floating_point

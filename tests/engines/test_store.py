@@ -110,7 +110,7 @@ def in_processes(model: Path, donor: Path, target: Path, *children: str) -> list
 def test_two_builds_at_once_leave_one_valid_bundle_with_both(
     cuts: tuple[str, str], tiny_unet_dir: Path, unet_bundle: Path, tmp_path: Path
 ) -> None:
-    """Both are ready to commit before either does. Where they cut differently, the second adds its cut to the first's."""
+    """Both are ready to commit before either does. Where they cut differently, the second adds its cut."""
     target = tmp_path / "b"
     codes = in_processes(tiny_unet_dir, unet_bundle, target, f"{cuts[0]},onnxruntime,meet", f"{cuts[1]},openvino,meet")
     assert codes == [0, 0]
@@ -278,7 +278,7 @@ def test_a_read_only_bundle_can_be_opened_but_not_built_into(
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
     offcut.Bundle.open(bundle).open_pair("onnxruntime").close()
-    with pytest.raises(BundleError, match="cannot write .*: Permission denied"):
+    with pytest.raises(BundleError, match=r"cannot write .*: Permission denied"):
         offcut.build(tiny_unet_dir, bundle, engine="onnxruntime")
 
 

@@ -72,32 +72,29 @@ def test_a_sound_pair_passes_every_check(name: str, graphs: Graphs, reference: R
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_altered_weight_is_found(name: str, graphs: Graphs, reference: Reference) -> None:
-    """One bias of the outermost layer, which full and shallow share: only PyTorch can tell."""
-    bias = ir.load(graphs.full).graph.initializers["conv_out.bias"].const_value
-    if not isinstance(bias, ir.ExternalTensor):
-        pytest.skip("the bias is in the ONNX file")
+    """One number of the outermost layer, which full and shallow share: only PyTorch can tell."""
+    weight = ir.load(graphs.full).graph.initializers["conv_out.weight"].const_value
+    assert isinstance(weight, ir.ExternalTensor)
     weights = graphs.full.parent / "weights.data"
     content = bytearray(weights.read_bytes())
-    assert bias.offset is not None
-    values = torch.frombuffer(content, dtype=torch.float32, count=4, offset=bias.offset)
-    values[2] += 0.01
+    assert weight.offset is not None
+    torch.frombuffer(content, dtype=torch.float32, count=1, offset=weight.offset).add_(0.01)
     weights.write_bytes(content)
     checks = checks_of(name, graphs, reference)
     assert failed(checks) == {"full against PyTorch", *(f"shallow {cut} against PyTorch" for cut in UNET_CUTS)}
-    assert checks["full against PyTorch"].error == pytest.approx(0.01, rel=1e-2)
-    with pytest.raises(ParityError, match=r"the pair: full against PyTorch differs by 0\.01, but at most 0\.0001"):
+    assert 1e-3 < checks["full against PyTorch"].error < 1e-1
+    with pytest.raises(ParityError, match=r"the pair: full against PyTorch differs by 0\.\d+, but at most 0\.0001"):
         require(list(checks.values()), "the pair")
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_shallow_graph_that_computes_something_else_is_found(name: str, graphs: Graphs, reference: Reference) -> None:
-    """Its last addition is of a constant that is off by little: the equality across the cut is bit for bit."""
+    """Its answer is off by a millionth: the equality across the cut is bit for bit."""
     path = graphs.shallow["deepcache:1"]
     model = ir.load(path)
     output = model.graph.outputs[0]
     node = output.producer()
     assert node is not None
-    inner = ir.Value(name="inner", type=output.type)
     factor = ir.Value(name="factor", const_value=ir.tensor([1 + 1e-6], dtype=ir.DataType.FLOAT, name="factor"))
     model.graph.initializers["factor"] = factor
     noise = ir.Value(name="noise_pred", shape=output.shape, type=output.type)
@@ -138,7 +135,7 @@ def test_a_feature_that_is_not_read_is_found(name: str, graphs: Graphs, referenc
     ir.save(model, graphs.shallow["deepcache:0"])
     checks = checks_of(name, graphs, reference)
     assert failed(checks) == {"shallow deepcache:0 without deep_feature_0"}
-    with pytest.raises(ParityError, match="differs by 0, but more 0 is needed|more than 0 is needed"):
+    with pytest.raises(ParityError, match="differs by 0, but more than 0 is needed"):
         require(list(checks.values()), "the pair")
 
 

@@ -102,7 +102,7 @@ def decibels() -> Callable[[torch.Tensor, torch.Tensor], float]:
 
 @pytest.fixture
 def cached_by_call() -> Callable[[Any, int, tuple[int, ...]], _CachingReference]:
-    """DeepCache in eager PyTorch, but counting calls, for schedules and schedulers that DeepCache's helper cannot do."""
+    """DeepCache in eager PyTorch that counts calls, for schedules and schedulers that its own helper cannot do."""
     return _CachingReference
 
 

@@ -195,7 +195,11 @@ def test_saving_and_loading_again(
 
 def test_pipelines_made_of_it(pipe: Any, generate: Generate) -> None:
     image = torch.rand(1, 3, 64, 64)
-    for img2img in (AutoPipelineForImage2Image.from_pipe(pipe), StableDiffusionImg2ImgPipeline(**pipe.components)):
+    for img2img in (
+        AutoPipelineForImage2Image.from_pipe(pipe),
+        StableDiffusionImg2ImgPipeline.from_pipe(pipe, unet=pipe.unet),  # which else keeps modules of known types only
+        StableDiffusionImg2ImgPipeline(**pipe.components),
+    ):
         assert type(img2img) is StableDiffusionImg2ImgPipeline
         assert img2img.unet is pipe.unet
         img2img.set_progress_bar_config(disable=True)

@@ -81,7 +81,7 @@ def test_exception_then_a(pipe: Any, run: Generate) -> None:
 
 def test_a_failed_engine_call_then_a(pipe: Any, run: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run()
-    bound = next(reversed(pipe.unet._bound.values()))
+    bound = pipe.unet.bound
     with monkeypatch.context() as broken:
         broken.setattr(type(bound), "shallow", lambda bound, cut: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -125,6 +125,8 @@ def test_other_img2img_strengths_then_a(pipe: Any, run: Generate, attach: bool) 
     with pytest.raises(Cancelled):
         run(img2img, image=image, strength=0.9, callback_on_step_end=fail)
     assert torch.equal(run(img2img, image=image, strength=1.0), run(img2img, image=image, strength=1.0))
+    run(callback_on_step_end=cancel)  # breaks off above the timestep where the next one begins
+    assert torch.equal(run(img2img, image=image, strength=0.5), first)
     assert torch.equal(run(), text_to_image)
     assert torch.equal(run(img2img, image=image, strength=0.5), first)
 
@@ -133,18 +135,18 @@ def test_other_img2img_strengths_then_a(pipe: Any, run: Generate, attach: bool) 
 
 
 @contextmanager
-def watched(unet: offcut.UNet) -> Iterator[list[set[str]]]:
-    """The ATen operations of each call of ``UNet.forward``."""
-    calls: list[set[str]] = []
+def watched(unet: offcut.UNet) -> Iterator[list[list[str]]]:
+    """The ATen operations of each call of ``UNet.forward``, in order."""
+    calls: list[list[str]] = []
     forward = unet.forward
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            calls[-1].add(function.overloadpacket.__name__)
+            calls[-1].append(function.overloadpacket.__name__)
             return function(*args, **(kwargs or {}))
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
-        calls.append(set())
+        calls.append([])
         with Recorder():
             return forward(*args, **kwargs)
 
@@ -165,9 +167,9 @@ def test_from_the_second_call_on_only_the_result_is_allocated_and_nothing_is_rea
     assert len(calls) == 10
     assert "zeros" in calls[0]
     for operations in calls[1:]:
-        # copies into the buffers, a view of the timestep, and the one copy out
-        assert operations <= {"copy_", "view", "_to_copy", "clone", "detach", "alias"}, operations
-        assert "_local_scalar_dense" not in operations  # what .item() and bool() call
+        # Into the buffers of sample, text and timestep, and out of that of noise_pred. Reading on the host, as .item()
+        # and bool() do, would be _local_scalar_dense.
+        assert operations == ["copy_", "copy_", "view", "copy_", "_to_copy"]
 
 
 def test_a_bare_stand_in_reads_the_timestep(pipe: Any, generate: Generate) -> None:
@@ -205,7 +207,7 @@ def test_the_features_are_one_memory_for_both_graphs(pipe: Any, generate: Genera
     """A shallow call reads what is in the buffer that the full call wrote."""
     pipe.unet.set_schedule(Uniform(3))
     generate(pipe)
-    bound = next(reversed(pipe.unet._bound.values()))
+    bound = pipe.unet.bound
     bound.full()
     bound.shallow("deepcache:0")
     fresh = bound.buffers["noise_pred"].clone()

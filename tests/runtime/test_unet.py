@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from offcut.engines.base import BoundPair
 from offcut.errors import CutError, EngineError, OffcutError, ScheduleError, ShapeError, UserError
 from offcut.exporter.specs import TensorSpec, solve
+from offcut.runtime.pipeline import attach
 from offcut.runtime.schedule import Quad, Steps, Uniform
 from offcut.runtime.unet import UNet
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' use of NumPy
 
 CONFIG = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "cross_attention_dim": 8}
 SAMPLE = TensorSpec("sample", "float32", ("batch", 4, "height", "width"))
@@ -172,6 +175,33 @@ def test_sdxls_conditioning_reaches_the_engine() -> None:
     assert unet.add_embedding.linear_1.in_features == 42
     with pytest.raises(UserError, match="also needs text_embeds, time_ids"):
         unet(**inputs())
+
+
+def test_an_sdxl_pipeline_takes_the_stand_in() -> None:
+    config = {
+        **CONFIG,
+        "sample_size": 8,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 6,
+        "projection_class_embeddings_input_dim": 6 * 6 + 6,
+    }
+    unet = UNet(ArithmeticPair(SAMPLE, TIMESTEP, TEXT, *SDXL), config)
+    scheduler = EulerDiscreteScheduler()
+    pipe = attach(StableDiffusionXLPipeline(None, None, None, None, None, unet, scheduler), unet)
+    pipe.set_progress_bar_config(disable=True)
+    unet.set_schedule(Quad(2, center=2))
+    latents = pipe(
+        prompt_embeds=torch.ones(1, 5, 8),
+        negative_prompt_embeds=torch.zeros(1, 5, 8),
+        pooled_prompt_embeds=torch.ones(1, 6),
+        negative_pooled_prompt_embeds=torch.zeros(1, 6),
+        num_inference_steps=10,
+        denoising_end=0.8,
+        output_type="latent",
+    ).images
+    assert latents.shape == (1, 4, 8, 8)
+    assert unet.last_run is not None
+    assert unet.last_run.full_calls == Quad(2, center=2).full_calls(8)
 
 
 def test_buffers_written_in_inference_mode_serve_outside_it(unet: UNet) -> None:

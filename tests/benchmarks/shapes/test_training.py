@@ -105,9 +105,20 @@ def test_the_log_has_a_line_per_interval_and_forgets_what_was_undone(finished: P
     assert [row["step"] for row in checkpoint.read_log(copy)] == [2]
 
 
-def test_steps_cover_all_noise_levels_evenly() -> None:
+def test_noise_levels_are_spread_over_the_whole_schedule() -> None:
     times = denoiser_stage.timesteps(10, torch.Generator().manual_seed(0))
-    assert sorted(int(t) // 100 for t in times) == list(range(10))
+    bounds = [1000 * (k / 10) ** 0.7 for k in range(11)]
+    for time, low, high in zip(sorted(times.tolist()), bounds[:-1], bounds[1:], strict=True):
+        assert low - 1 <= time <= high
+    assert denoiser_stage.timesteps(1000, torch.Generator().manual_seed(0)).max() <= 999
+
+
+def test_early_steps_prefer_one_large_object(finished: Path) -> None:
+    data = denoiser_stage.training_set(finished / "run", vae_stage.load_vae(finished / "run"), DENOISER, "cpu")
+    drawn = vae_stage.training_scenes(DENOISER.scenes, DENOISER.seed)
+    assert len(data.early) > 0
+    for index in data.early.tolist():
+        assert [item.size for item in drawn[index].items] == ["large"]
 
 
 def test_the_rate_warms_up_and_falls() -> None:
