@@ -28,7 +28,7 @@ Fix = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Variant = Annotated[str | None, typer.Option(help="Of the weight files, e.g. fp16.")]
 Subfolder = Annotated[str | None, typer.Option(help="Of the UNet inside the model; 'unet' in a pipeline.")]
-Cuts = Annotated[list[str] | None, typer.Option("--cut", help="deepcache:K, paper:K or mlperf; give it again for several.")]
+Cuts = Annotated[list[str] | None, typer.Option("--cut", help="deepcache:K, paper:K or mlperf; again for several.")]
 EngineName = Annotated[str, typer.Option("--engine", help="auto, or one of those that offcut doctor lists.")]
 Threads = Annotated[int | None, typer.Option(help="Of a CPU engine; one a core by default.")]
 
