@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDER ?= .venv-older
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 
@@ -14,10 +15,10 @@ demo: $(VENV)/installed  ## build the model that comes with offcut and show it a
 	$(BIN)/offcut demo
 
 test: $(VENV)/installed  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 quick: $(VENV)/installed  ## the test suite without its slow tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 check: $(VENV)/installed-dev types  ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -83,7 +83,9 @@ def demo(
     if as_json:
         print_json(asdict(result))
         return
-    table = Table("interval", "full calls", "image", "speed-up", "UNet", "speed-up", "PSNR mean", "worst", box=SIMPLE)
+    table = Table(box=SIMPLE)
+    for heading in ("interval", "full calls", "image", "", "UNet", " ", "PSNR dB", "worst"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in result.rows:
         table.add_row(
             "uncached" if row.interval == 1 else str(row.interval),
@@ -92,8 +94,8 @@ def demo(
             f"{row.speed_up:.2f}x",
             f"{row.unet_seconds:.2f} s",
             f"{row.unet_speed_up:.2f}x",
-            "" if row.psnr is None else f"{row.psnr:.1f} dB",
-            "" if row.psnr_worst is None else f"{row.psnr_worst:.1f} dB",
+            "" if row.psnr is None else f"{row.psnr:.1f}",
+            "" if row.psnr_worst is None else f"{row.psnr_worst:.1f}",
         )
     out.print(table)
     out.print(

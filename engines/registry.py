@@ -72,6 +72,8 @@ def choose(device: str = "cpu", among: Iterable[str] = ENGINES) -> Choice:
     if not usable:
         reasons = "; ".join(f"{name}: {probe.reason}" for name, probe in found.items()) or "none was built"
         raise EngineError(f"no engine can run on {device} here ({reasons})")
+    if len(among) == 1:
+        return Choice(usable[0], "the only one there is to choose")
     if len(usable) == 1:
         left_out = [name for name in among if name not in usable]
         why = f"the only one usable on {device}" + (f" ({', '.join(left_out)} not)" if left_out else "")

@@ -41,7 +41,9 @@ def staging(bundle: Path) -> Iterator[Path]:
     try:
         yield folder
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # NumPy, which writes the weights, tells of a full disk without a number.
+        cut_short = error.errno is None and "requested and" in str(error)
+        if cut_short or error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BundleError(
                 f"the disk of {bundle} is full; what was in the bundle is unchanged: free some space and build again"
             ) from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from filelock import FileLock
 from models import save_stable_diffusion, save_unet
 
 import offcut
@@ -14,32 +17,54 @@ ENGINES = ["onnxruntime", "openvino"]
 TINY_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "deepcache:4", "mlperf"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Eager layers of a few channels run several times faster on one thread than waiting for others."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
-def tiny_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Makes a directory once for all the processes that run the tests."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make_once(name: str, make: Callable[[Path], object]) -> Path:
+        path, done = shared / name, shared / f"{name}.done"
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                make(path)
+                done.touch()
+        return path
+
+    return make_once
+
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_dir(once: Once) -> Path:
     """A StableDiffusionPipeline with SD 1.5's topology: 4 levels, 2 layers a block, 12 skip connections."""
-    return save_stable_diffusion(tmp_path_factory.mktemp("models") / "tiny-sd")
+    return once("tiny-sd", save_stable_diffusion)
 
 
 @pytest.fixture(scope="session")
-def tiny_unet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_unet_dir(once: Once) -> Path:
     """A bare UNet of two levels, one layer a block: quick to export."""
-    return save_unet(tmp_path_factory.mktemp("models") / "tiny-unet")
+    return once("tiny-unet", save_unet)
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tiny_pipeline_dir: Path, once: Once) -> Path:
     """``tiny_pipeline_dir`` as a bundle with every engine that runs here."""
-    path = tmp_path_factory.mktemp("bundles") / "tiny-sd.offcut"
-    offcut.build(tiny_pipeline_dir, path, cuts=TINY_CUTS, engine=ENGINES)
-    return path
+    return once("tiny-sd.offcut", lambda path: offcut.build(tiny_pipeline_dir, path, cuts=TINY_CUTS, engine=ENGINES))
 
 
 @pytest.fixture(scope="session")
-def unet_bundle(tiny_unet_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unet_bundle(tiny_unet_dir: Path, once: Once) -> Path:
     """``tiny_unet_dir`` as a UNet-only bundle."""
-    path = tmp_path_factory.mktemp("bundles") / "tiny-unet.offcut"
-    offcut.build(tiny_unet_dir, path, engine=ENGINES)
-    return path
+    return once("tiny-unet.offcut", lambda path: offcut.build(tiny_unet_dir, path, engine=ENGINES))
 
 
 @pytest.fixture

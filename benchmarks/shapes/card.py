@@ -50,7 +50,7 @@ These pairs can be asked for, to see whether colour and shape combine.
 ## Training
 
 Autoencoder: {vae_steps} steps, last mean loss {vae_loss:.4f} (errors of pixels and of pixel differences,
-objects weighted five times); then its decoder alone: {decoder_steps} steps, last mean loss {decoder_loss:.4f}.
+objects weighted five times){decoder}.
 Text encoder and UNet together: {steps} steps with AdamW in batches of {batches} pictures, 10 % of captions
 dropped, exponential moving average of the weights exported. Their loss is the mean squared error of the velocity:
 
@@ -81,6 +81,11 @@ def _curve(rows: list[dict[str, float]], points: int = 12) -> str:
     if rows and chosen[-1] is not rows[-1]:
         chosen.append(rows[-1])
     return "\n".join(f"| {int(row['step'])} | {row['loss']:.4f} |" for row in chosen)
+
+
+def _decoder(last: Mapping[str, float]) -> str:
+    """The clause about the decoder's own training, from the last row of its log."""
+    return f"; then its decoder alone: {int(last['step'])} steps, last mean loss {last['loss']:.4f}"
 
 
 def _scores(scores: Mapping[str, Score]) -> str:
@@ -121,8 +126,7 @@ def model_card(run: Path, directory: Path, *, guidance: float, steps: int, score
         vae_steps=int(vae_rows[-1]["step"]) if vae_rows else 0,
         vae_loss=vae_rows[-1]["loss"] if vae_rows else float("nan"),
         batches=", later ".join(dict.fromkeys(str(int(row["batch"])) for row in rows)),
-        decoder_steps=int(decoder_rows[-1]["step"]) if decoder_rows else 0,
-        decoder_loss=decoder_rows[-1]["loss"] if decoder_rows else float("nan"),
+        decoder=_decoder(decoder_rows[-1]) if decoder_rows else "",
         steps=int(rows[-1]["step"]) if rows else 0,
         curve=_curve(rows),
         scores=_scores(scores),

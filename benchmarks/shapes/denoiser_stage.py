@@ -62,8 +62,8 @@ def training_set(run: Path, vae: AutoencoderKL, settings: DenoiserSettings, devi
             report(first + len(parts[-1]))
     latents = torch.cat(parts) * vae.config.scaling_factor
     tokens = tokenize(run, [scenes.caption(scene) for scene in drawn])
-    early = torch.tensor([i for i, s in enumerate(drawn) if len(s.items) == 1 and s.items[0].size == "large"])
-    made = TrainingSet(latents, tokens, early, tokenize(run, [""])[0])
+    early = [i for i, scene in enumerate(drawn) if len(scene.items) == 1 and scene.items[0].size == "large"]
+    made = TrainingSet(latents, tokens, torch.tensor(early, dtype=torch.long), tokenize(run, [""])[0])
     checkpoint.save(path, {"digest": digest.hexdigest(), **vars(made)})
     return made
 

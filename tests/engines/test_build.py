@@ -296,10 +296,10 @@ def _wrong_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_module, "read_reference", read)
 
 
-def _full_disk(where: str) -> Callable[[pytest.MonkeyPatch], None]:
+def _full_disk(where: str, *error: Any) -> Callable[[pytest.MonkeyPatch], None]:
     def arrange(monkeypatch: pytest.MonkeyPatch) -> None:
         def full(*args: Any, **options: Any) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(*(error or (errno.ENOSPC, "No space left on device")))
 
         monkeypatch.setattr(where, full)
 
@@ -318,15 +318,21 @@ FAILURES = [
         _wrong_reference, ParityError, "full against PyTorch differs by 0.0002, but at most 0.0001", id="parity"
     ),
     pytest.param(_full_disk("onnx_ir.save"), BundleError, "the disk of .* is full", id="full disk: graphs"),
+    pytest.param(
+        _full_disk("onnx_ir.save", "4096 requested and 1600 written"),
+        BundleError,
+        "the disk of .* is full",
+        id="full disk: weights, in NumPy's words",
+    ),
     pytest.param(_full_disk("shutil.copyfile"), BundleError, "the disk of .* is full", id="full disk: copies"),
     pytest.param(_full_disk("os.fsync"), BundleError, "the disk of .* is full", id="full disk: manifest"),
-    pytest.param(_interrupted, KeyboardInterrupt, "", id="interrupted"),
+    pytest.param(_interrupted, KeyboardInterrupt, None, id="interrupted"),
 ]
 
 
 @pytest.mark.parametrize(("arrange", "kind", "sentence"), FAILURES)
 def test_a_failure_leaves_no_new_bundle(
-    arrange: Callable[[pytest.MonkeyPatch], None], kind: type[BaseException], sentence: str,
+    arrange: Callable[[pytest.MonkeyPatch], None], kind: type[BaseException], sentence: str | None,
     tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     arrange(monkeypatch)
@@ -338,7 +344,7 @@ def test_a_failure_leaves_no_new_bundle(
 
 @pytest.mark.parametrize(("arrange", "kind", "sentence"), FAILURES)
 def test_a_failure_leaves_a_bundle_as_it_was(
-    arrange: Callable[[pytest.MonkeyPatch], None], kind: type[BaseException], sentence: str,
+    arrange: Callable[[pytest.MonkeyPatch], None], kind: type[BaseException], sentence: str | None,
     tiny_unet_dir: Path, unet_bundle: Path, copied: Copy, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Another cut is asked for, so that there are new graphs, and files to move in."""

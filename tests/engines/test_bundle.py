@@ -370,7 +370,7 @@ def opens_or_is_refused(bundle: Path, manifest: bytes) -> None:
     assert "\n" not in message
 
 
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @FUZZ

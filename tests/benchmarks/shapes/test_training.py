@@ -12,7 +12,7 @@ from offcut.errors import UserError
 
 VAE = vae_stage.VaeSettings(steps=4, batch=2, pictures=4, calibration=4, save_every=2)
 DECODER = decoder_stage.DecoderSettings(steps=4, batch=2, pictures=4, save_every=2)
-DENOISER = denoiser_stage.DenoiserSettings(steps=4, batch=2, scenes=8, save_every=2, log_every=2)
+DENOISER = denoiser_stage.DenoiserSettings(steps=4, batch=2, scenes=24, save_every=2, log_every=2)
 
 
 @pytest.fixture(scope="module")
