@@ -65,8 +65,10 @@ Repeat it with `python -m offcut.benchmarks.shapes.train` (fixed seeds; CPU or C
 ## Limits
 
 It knows the words above and nothing else. Pictures are 64x64 and other sizes were not trained. It was trained for
-hours on a CPU, not to convergence: edges are soft in places, small shapes are often misdrawn, and prompts
-with two objects may swap, merge or lose one. It says how caching changes *this* model's pictures; a figure
+about an hour on two shared CPU cores, far from convergence; the table above says what it obeys. Backgrounds and
+colours of single objects are dependable. Of the shapes, large circles, squares, triangles and crosses are
+recognisable, with soft, wobbly edges; stars, diamonds and small shapes often are not. Relations of two objects are
+mostly ignored. It says how caching changes *this* model's pictures; a figure
 measured here is no figure for Stable Diffusion.
 """
 
