@@ -367,7 +367,8 @@ def _save(model: ir.Model, path: Path) -> None:
         node.doc_string = None
     for value in [*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs]:
         value.metadata_props.clear()
-    model.metadata_props.clear()
+    for owner in (model, model.graph):  # the program as text, in an order that changes from run to run
+        owner.metadata_props.clear()
     (path.parent / WEIGHTS_FILE).unlink(missing_ok=True)
     ir.save(model, path, external_data=WEIGHTS_FILE)
 

@@ -143,11 +143,10 @@ class UNet(EngineModel):
             there = ", ".join(self._cuts) or "none"
             if cut is None and not self._cuts:
                 raise CutError("this bundle was built without a cut, so it has no shallow graph: build it with --cut")
-            cut = cut and canonical_name(cut)
-            if cut is not None and cut not in self._cuts:
+            name = next(iter(self._cuts)) if cut is None else canonical_name(cut)
+            if name not in self._cuts:
                 raise CutError(f"this UNet was not built with the cut {cut!r}; it has {there}")
-            cut = cut or next(iter(self._cuts))
-        self._schedule, self._cut = schedule, cut if schedule is not None else None
+        self._schedule, self._cut = schedule, name if schedule is not None else None
         self._unannounced = None
 
     # Generations

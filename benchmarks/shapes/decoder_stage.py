@@ -1,4 +1,4 @@
-"""The last training stage: the decoder alone, for sharper edges. Latents, and so the UNet, stay what they are."""
+"""The second training stage: the decoder alone, for sharper edges. Latents stay what they are."""
 
 from __future__ import annotations
 

@@ -30,11 +30,12 @@ def train(
     Args:
         run: checkpoints, cached latents and loss logs.
         target: the pipeline's directory, replaced at every export.
-        export_every: also export every so many steps of the second stage; 0 exports at the end only.
+        export_every: also export every so many steps of the last stage; 0 exports at the end only.
         sample_seeds: one row of sample pictures for each, at every export.
         judged: prompts of each kind that are judged for the model card at the last export.
     """
     trained = vae_stage.train_vae(run, vae, device, resume=resume)
+    decoder_stage.train_decoder(run, decoder, device, resume=resume)
     denoiser_stage.train_denoiser(
         run,
         trained,
@@ -44,7 +45,6 @@ def train(
         export_every=export_every,
         export=lambda: _announce(export.export(run, target, seeds=sample_seeds)),
     )
-    decoder_stage.train_decoder(run, decoder, device, resume=resume)
     return export.export(run, target, seeds=sample_seeds, judged=judged)
 
 
@@ -60,7 +60,7 @@ def main(
     vae_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = vae_stage.VaeSettings.steps,
     steps: Annotated[int, typer.Option(help="Steps of text encoder and UNet.")] = denoiser_stage.DenoiserSettings.steps,
     decoder_steps: Annotated[
-        int, typer.Option(help="Further steps of the decoder at the end.")
+        int, typer.Option(help="Further steps of the decoder alone.")
     ] = decoder_stage.DecoderSettings.steps,
     batch: Annotated[
         int, typer.Option(help="Pictures a step of text encoder and UNet.")
@@ -80,7 +80,7 @@ def main(
         bool, typer.Option("--export-only", help="Export the newest checkpoint and stop; training may go on.")
     ] = False,
 ) -> None:
-    """Trains the shapes model (autoencoder, text encoder with UNet, decoder) and exports a diffusers pipeline."""
+    """Trains the shapes model (autoencoder, its decoder, text encoder with UNet) and exports a diffusers pipeline."""
     import torch
 
     if threads:

@@ -1,4 +1,4 @@
-"""The first training stage: the autoencoder, and the latents of the training set that the second stage learns from."""
+"""The first training stage: the autoencoder, and the latents of the training set that the other stages learn from."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ WITH_AND_WITHOUT_GUIDANCE = pytest.mark.parametrize("guidance", [5.0, 1.0], ids=
 
 
 @pytest.fixture(scope="module")
-def once() -> Callable[[Hashable, Callable[[], torch.Tensor]], torch.Tensor]:
+def eager_once() -> Callable[[Hashable, Callable[[], torch.Tensor]], torch.Tensor]:
     """Eager results do not depend on the engine: compute each once."""
     results: dict[Hashable, torch.Tensor] = {}
 
@@ -102,7 +102,7 @@ def test_the_trajectory_is_deepcaches(
     eager: Any,
     generate: Generate,
     decibels: Decibels,
-    once: Callable[..., torch.Tensor],
+    eager_once: Callable[..., torch.Tensor],
     scheduler: type[Any],
     interval: int,
     guidance: float,
@@ -117,10 +117,10 @@ def test_the_trajectory_is_deepcaches(
         finally:
             helper.disable()
 
-    uncached = once((scheduler, guidance), lambda: generate(eager, guidance=guidance))
+    uncached = eager_once((scheduler, guidance), lambda: generate(eager, guidance=guidance))
     for branch in (0, 1, 2):
         helper.set_params(cache_interval=interval, cache_branch_id=branch)
-        expected = once((scheduler, guidance, interval, branch), deepcache)
+        expected = eager_once((scheduler, guidance, interval, branch), deepcache)
         pipe.unet.set_schedule(Uniform(interval), cut=f"deepcache:{branch}")
         latents = generate(pipe, guidance=guidance)
         assert pipe.unet.last_run.full_calls == tuple(range(0, 10, interval))
@@ -146,7 +146,7 @@ def test_schedulers_with_repeated_timesteps_take_the_calls_of_the_schedule(
     generate: Generate,
     decibels: Decibels,
     cached_by_call: Callable[..., Any],
-    once: Callable[..., torch.Tensor],
+    eager_once: Callable[..., torch.Tensor],
     scheduler: type[Any],
     settings: dict[str, Any],
     calls: int,
@@ -154,7 +154,7 @@ def test_schedulers_with_repeated_timesteps_take_the_calls_of_the_schedule(
 ) -> None:
     use(scheduler, pipe, eager, **settings)
     key = (scheduler, str(settings), guidance)
-    uncached = once(key, lambda: generate(eager, guidance=guidance, steps=6))
+    uncached = eager_once(key, lambda: generate(eager, guidance=guidance, steps=6))
     assert decibels(generate(pipe, guidance=guidance, steps=6), uncached) > SAME
     for schedule, cut in ((Uniform(2), "deepcache:0"), (Quad(3, center=4, cooldown=1), "deepcache:2")):
         pipe.unet.set_schedule(schedule, cut=cut)
@@ -169,7 +169,7 @@ def test_schedulers_with_repeated_timesteps_take_the_calls_of_the_schedule(
             assert caching.calls == calls
             return latents
 
-        expected = once((*key, cut), reference)
+        expected = eager_once((*key, cut), reference)
         assert decibels(latents, expected) > SAME
         assert decibels(expected, uncached) < OTHER
 

@@ -389,8 +389,10 @@ def test_schedules_and_cuts(unet: UNet) -> None:
     assert (unet.schedule, unet.cut) == (None, None)
     unet.set_schedule(Steps([3]))
     assert (unet.schedule, unet.cut) == (Steps([3]), "deepcache:0")
-    with pytest.raises(CutError, match=r"'paper:0'; it has deepcache:0, deepcache:1"):
-        unet.set_schedule(Steps([3]), cut="paper:0")
+    unet.set_schedule(Steps([3]), cut="paper:0")
+    assert unet.cut == "deepcache:1"
+    with pytest.raises(CutError, match=r"'paper:7'; it has deepcache:0, deepcache:1"):
+        unet.set_schedule(Steps([3]), cut="paper:7")
     unet.set_schedule(None)
     assert (unet.schedule, unet.cut) == (None, None)
     without = UNet(ArithmeticPair(cuts=()), CONFIG)
