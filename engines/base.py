@@ -2,20 +2,29 @@
 
 The unit is the pair, because what matters is what the two graphs share: the buffers of the cached features,
 and one device and stream.
+
+Some engines open the bundle's ONNX graphs as they are; others compile them, ahead and for one kind of machine, into
+files of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..errors import EngineError
+from ..exporter.load import ModelSource
 from ..exporter.specs import Shape, TensorSpec
+from .profiles import Profile
 
 if TYPE_CHECKING:
     import torch
+
+Setting = str | int | float | bool | tuple[str, ...] | None
+Settings = Mapping[str, Setting]
+"""How an engine compiles, by the names of its own ``SETTINGS``."""
 
 
 class BoundPair(Protocol):
@@ -84,6 +93,8 @@ class Graphs:
         cuts: each cut's cached features by name.
         multiple: height and width of the latent must be multiples of it.
         precision: of the graphs: ``fp32``, ``fp16`` or ``bf16``.
+        profiles: the shapes that a compiled engine takes; none if it takes all.
+        settings: that it was compiled with.
     """
 
     full: Path
@@ -93,6 +104,50 @@ class Graphs:
     cuts: Mapping[str, tuple[str, ...]]
     multiple: int
     precision: str
+    profiles: tuple[Profile, ...] = ()
+    settings: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CompileJob:
+    """What an engine compiles from, and where to.
+
+    Attributes:
+        graphs: the ONNX graphs and their contract.
+        source: the model that they were exported from.
+        fixed: the dimensions that were fixed in the export.
+        profiles: the shapes that are asked for; none leaves all dynamic dimensions dynamic.
+        settings: each of the engine's ``SETTINGS``.
+        device: that it is to run on, ``"cpu"`` or ``"cuda"``, as PyTorch spells it.
+        folder: an empty directory; all that the engine leaves in it becomes part of the bundle.
+        progress: called with a sentence as each stage begins, and again as it advances.
+    """
+
+    graphs: Graphs
+    source: ModelSource
+    fixed: Mapping[str, int]
+    profiles: tuple[Profile, ...]
+    settings: Settings
+    device: str
+    folder: Path
+    progress: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What an engine made of a job.
+
+    Attributes:
+        full: the file that it opens for the full graph, in the job's folder.
+        shallow: the same for each cut's shallow graph.
+        targets: the machines that can run it, any of them, as ``Probe.targets`` names them.
+        profiles: the shapes that it takes; none if it takes all.
+    """
+
+    full: Path
+    shallow: Mapping[str, Path]
+    targets: tuple[str, ...]
+    profiles: tuple[Profile, ...] = ()
 
 
 def check_contract(graphs: Graphs, cut: str | None, inputs: Iterable[str], outputs: Iterable[str]) -> None:
@@ -141,12 +196,16 @@ class Probe:
         devices: those it can run on here, as PyTorch spells them.
         reason: why it cannot be used, or what was found.
         features: what the machine adds that some builds require, e.g. ``"bf16"``.
+        targets: what engines are compiled for on each device here, e.g. ``{"cuda": "sm_89"}``; none where they are not.
+        builds: whether engines can be built here although none can run (TensorRT-RTX without a GPU).
     """
 
     version: str | None
     devices: tuple[str, ...]
     reason: str
     features: frozenset[str] = field(default_factory=frozenset)
+    targets: Mapping[str, str] = field(default_factory=dict)
+    builds: bool = False
 
     @property
     def usable(self) -> bool:
@@ -171,5 +230,21 @@ class Engine(Protocol):
 
         Raises:
             EngineError: the engine refuses a graph or the options; the message is the engine's own first line.
+        """
+        ...
+
+
+@runtime_checkable
+class CompilingEngine(Engine, Protocol):
+    """An engine that compiles the graphs ahead, into files that fit one kind of machine and its own version."""
+
+    SETTINGS: Settings
+    """How it compiles: each setting with its default."""
+
+    def compile(self, job: CompileJob) -> Compiled:
+        """Compile the pair into the job's folder.
+
+        Raises:
+            EngineError: the engine refuses a graph, a profile or a setting.
         """
         ...

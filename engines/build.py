@@ -1,4 +1,4 @@
-"""``build``: a model in, a bundle out: export once, cut, verify each engine against PyTorch, commit.
+"""``build``: a model in, a bundle out: export once, cut, compile and verify each engine, commit.
 
 What the bundle already holds and fits is used again, and said so.
 """
@@ -8,57 +8,33 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from ..errors import BundleError, CutError, EngineError
-from ..exporter.cut import CONVENTIONS, Cut, find_cut, find_cuts, is_cut_name, split_all
-from ..exporter.load import ModelSource, locate
-from ..exporter.reference import REFERENCE_FILE, read_reference
-from ..exporter.trace import GRAPH_FILE, PARAMETERS_FILE, WEIGHTS_FILE, export
-from .base import EngineOptions
-from .bundle import Bundle, digest_file, engine_files
+from ..errors import BundleError
+from ..exporter.reference import read_reference
+from .base import CompileJob, EngineOptions, Settings
+from .bundle import Bundle, engine_files
 from .manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
-    CutEntry,
     EngineEntry,
     FileEntry,
     Manifest,
+    ProfileEntry,
     Source,
-    Tensor,
     Variant,
 )
-from .parts import copy_parts, pipeline_class, weight_files
+from .parts import copy_parts, pipeline_class
+from .plan import Plan, Progress, check_target, make_plan
 from .precision import bounds
-from .registry import choose, engine
-from .store import LOCK_FILE, commit, staging
+from .profiles import Profile
+from .registry import compiler, engine
+from .store import commit, staging
+from .variants import UNET_CONFIG, make_variant
 from .verify import require, verify
-
-Progress = Callable[[str], None]
-_UNET_CONFIG = "unet/config.json"
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What the user asked for, resolved."""
-
-    source: ModelSource
-    weights_digest: str
-    cuts: tuple[str, ...]
-    engines: tuple[str, ...]
-    precision: str
-    opset: int
-    fixed: Mapping[str, int]
-    inference_precision: str | None
-
-    @property
-    def variant(self) -> str:
-        fixed = "".join(f"-{name[0]}{size}" for name, size in sorted(self.fixed.items()))
-        return f"{self.precision}-opset{self.opset}{fixed}"
 
 
 def build(
@@ -71,6 +47,9 @@ def build(
     inference_precision: str | None = None,
     opset: int | None = None,
     dims: Mapping[str, int] | None = None,
+    profiles: Sequence[Profile] = (),
+    settings: Mapping[str, Settings] | None = None,
+    deploy: bool = False,
     device: str = "cpu",
     revision: str | None = None,
     variant: str | None = None,
@@ -88,12 +67,16 @@ def build(
         inference_precision: OpenVINO's hint, ``"bf16"``, for fp32 graphs. Can cost image quality.
         opset: of the ONNX graphs; the engine's best by default.
         dims: fixes ``batch``, ``height``, ``width`` (of the latent) or ``sequence``; the rest stays dynamic.
-        device: that ``auto`` chooses for.
+        profiles: the shapes that compiled engines take; by default all that stay dynamic.
+        settings: how an engine compiles, by the engine's name and the names of its ``SETTINGS``.
+        deploy: leave the ONNX graphs and their weights out, for a bundle whose engines are all compiled.
+        device: that ``auto`` chooses for and engines are verified on, where they run on it.
         revision, variant, subfolder: as in diffusers.
         progress: called with a sentence as each stage begins.
 
     Returns:
-        The bundle, every engine of which was verified against eager PyTorch.
+        The bundle, every engine of which was verified against eager PyTorch, unless it was compiled for a machine that
+        this one is not; its entry says so.
 
     Raises:
         ModelError: the model cannot be read or exported.
@@ -103,8 +86,22 @@ def build(
         BundleError: the directory holds another model, or the disk is full.
     """
     out = Path(out)
-    plan = _plan(
-        model, cuts, engine, precision, inference_precision, opset, dims, device, revision, variant, subfolder, progress
+    plan = make_plan(
+        model,
+        cuts=cuts,
+        engines=engine,
+        precision=precision,
+        inference_precision=inference_precision,
+        opset=opset,
+        dims=dims,
+        profiles=profiles,
+        settings=settings,
+        deploy=deploy,
+        device=device,
+        revision=revision,
+        variant=variant,
+        subfolder=subfolder,
+        progress=progress,
     )
     while True:
         with suppress(_OvertakenError):
@@ -116,206 +113,136 @@ class _OvertakenError(Exception):
     """Another build put the same variant into the bundle, or cut it again, since this one looked."""
 
 
-def _add(plan: _Plan, out: Path, progress: Progress) -> Bundle:
-    _check_target(out, plan)
+def _add(plan: Plan, out: Path, progress: Progress) -> Bundle:
+    check_target(out, plan)
     with staging(out) as staged:
         existing = Bundle.open(out) if (out / MANIFEST_FILE).exists() else None
         before = existing.manifest.variants.get(plan.variant) if existing else None
-        graphs = _variant(plan, existing, out, staged, progress)
-        entries = _engines(plan, graphs, existing, out, staged, progress)
+        variant = make_variant(plan, existing, out, staged, progress)
+        entries = _engines(plan, variant, existing, out, staged, progress)
         parts = _parts(plan, existing, staged)
+        if plan.deploy:
+            variant = _without_graphs(variant, existing, staged)
         progress("commit")
 
         def update(current: Manifest | None, files: dict[str, FileEntry]) -> Manifest:
             if current is not None and current.variants.get(plan.variant) != before:
                 raise _OvertakenError
-            return _merge(current, plan, graphs, entries, parts, files)
+            return _merge(current, plan, variant, entries, parts, files)
 
         commit(out, staged, update)
     return Bundle.open(out)
 
 
-def _plan(
-    model: str | Path,
-    cuts: Sequence[str],
-    engines: str | Sequence[str],
-    precision: str,
-    inference_precision: str | None,
-    opset: int | None,
-    dims: Mapping[str, int] | None,
-    device: str,
-    revision: str | None,
-    variant: str | None,
-    subfolder: str | None,
-    progress: Progress,
-) -> _Plan:
-    names = []
-    for name in [engines] if isinstance(engines, str) else engines:
-        if name == "auto":
-            choice = choose(device)
-            progress(f"engine {choice.name}: {choice.reason}")
-            name = choice.name
-        names.append(name)
-        probe = engine(name).probe()
-        bounds(name, precision, inference_precision)
-        if not probe.usable:
-            raise EngineError(f"the engine {name} cannot be used here: {probe.reason}")
-    if not names:
-        raise EngineError("no engine was named: write auto, or see offcut doctor")
-    if not cuts:
-        raise CutError(f"no cut was named: write {CONVENTIONS}")
-    cuts = [cuts] if isinstance(cuts, str) else cuts
-    for cut in cuts:
-        if not is_cut_name(cut):
-            raise CutError(f"{cut!r} is no name of a cut: write {CONVENTIONS}")
-    source = locate(model, revision=revision, variant=variant, subfolder=subfolder)
-    weights = weight_files(source.folder, variant)
-    together = hashlib.sha256("".join(digest_file(file) for file in weights).encode()).hexdigest()
-    return _Plan(
-        source=source,
-        weights_digest=together,
-        cuts=tuple(dict.fromkeys(cuts)),
-        engines=tuple(dict.fromkeys(names)),
-        precision=precision,
-        opset=opset or engine(names[0]).default_opset,
-        fixed=dict(dims or {}),
-        inference_precision=None if inference_precision == precision else inference_precision,
-    )
-
-
-def _check_target(out: Path, plan: _Plan) -> None:
-    if out.is_file():
-        raise BundleError(f"{out} is a file; give a directory for the bundle")
-    if not (out / MANIFEST_FILE).exists():
-        # With a lock in it, it is what a build left that was killed while it moved its files in.
-        unfinished = (out / LOCK_FILE).exists()
-        if out.is_dir() and not unfinished and any(not path.name.startswith(".") for path in out.iterdir()):
-            raise BundleError(f"{out} is not empty and no bundle; give another directory")
-        return
-    bundle = Bundle.open(out)
-    held, config = bundle.manifest.source, bundle.unet_config
-    ours = json.loads(json.dumps(plan.source.config, default=str))
-    other = [key for key in config.keys() & ours.keys() if key[0] != "_" and config[key] != ours[key]]
-    if other or held.weights_digest != plan.weights_digest:
-        raise BundleError(f"{out} holds another model ({held.model}); give another directory")
-
-
-def _variant(plan: _Plan, existing: Bundle | None, out: Path, staged: Path, progress: Progress) -> Variant:
-    """The export with all the cuts: the bundle's own where it has them, recut where it has others, or a new one."""
-    held = existing.manifest.variants.get(plan.variant) if existing else None
-    if held is None or existing is None:
-        return _export(plan, existing, staged, progress)
-    existing.verify_files([held.full, *held.shallow.values(), held.weights, held.parameters, held.reference])
-    known = find_cuts(out / held.full)
-    wanted = [find_cut(known, name).name for name in plan.cuts]
-    there = [cut.name for cut in held.cuts]
-    if set(wanted) <= set(there):
-        progress(f"reuse the export {plan.variant} and its graphs")
-        return held
-    progress(f"reuse the export {plan.variant}, cut it again")
-    return _cut(plan, staged, out / held.full, [*there, *wanted], held)
-
-
-def _export(plan: _Plan, existing: Bundle | None, staged: Path, progress: Progress) -> Variant:
-    folder = staged / "unet" / plan.variant
-    exported = export(
-        plan.source, folder, precision=plan.precision, opset=plan.opset, dims=plan.fixed, progress=progress
-    )
-    if existing is None:
-        config = json.dumps(plan.source.config, indent=2, default=str)
-        (staged / _UNET_CONFIG).write_text(config + "\n", encoding="utf-8")
-    base = f"unet/{plan.variant}"
-    bare = Variant(
-        name=plan.variant,
-        precision=plan.precision,
-        opset=plan.opset,
-        fixed=dict(plan.fixed),
-        multiple=exported.multiple,
-        inputs=tuple(Tensor.of(spec) for spec in exported.inputs.values()),
-        noise_pred=Tensor.of(exported.outputs["noise_pred"]),
-        cuts=(),
-        full=f"{base}/{GRAPH_FILE}",
-        shallow={},
-        weights=f"{base}/{WEIGHTS_FILE}",
-        parameters=f"{base}/{PARAMETERS_FILE}",
-        reference=f"{base}/{REFERENCE_FILE}",
-    )
-    progress("cut")
-    cut = _cut(plan, staged, exported.path, plan.cuts, bare)
-    exported.path.unlink()
-    return cut
-
-
-def _cut(plan: _Plan, staged: Path, graph: Path, cuts: Sequence[str], variant: Variant) -> Variant:
-    """Cut a graph, whose weights are linked beside the result, and describe it."""
-    folder = staged / "unet" / plan.variant
-    recut = graph.parent != folder
-    # The bundle's files never change, so graphs of another choice of cuts have names of their own.
-    suffix = "-" + hashlib.sha256(" ".join(cuts).encode()).hexdigest()[:8] if recut else ""
-    twins = split_all(graph, cuts, folder, suffix, link=True)
-    base = f"unet/{plan.variant}"
-    return variant.model_copy(
-        update={
-            "full": f"{base}/{twins[0].full.name}",
-            "shallow": {twin.cut.name: f"{base}/{twin.shallow.name}" for twin in twins},
-            "cuts": tuple(_cut_entry(twin.cut) for twin in twins),
-        }
-    )
-
-
-def _cut_entry(cut: Cut) -> CutEntry:
-    return CutEntry(name=cut.name, aliases=cut.aliases, cached=tuple(Tensor.of(spec) for spec in cut.cached))
-
-
 def _engines(
-    plan: _Plan, variant: Variant, existing: Bundle | None, out: Path, staged: Path, progress: Progress
+    plan: Plan, variant: Variant, existing: Bundle | None, out: Path, staged: Path, progress: Progress
 ) -> list[EngineEntry]:
     entries = []
     for name in plan.engines:
-        entry = _entry(plan, variant, name)
-        if existing and existing.manifest.engines.get(entry.key) == entry:
-            progress(f"reuse {entry.key}")
-        else:
+        key = _key(plan, variant, name)
+        held = existing.manifest.engines.get(key) if existing else None
+        if held is not None:
+            progress(f"reuse {key}")
+            entries.append(held)
+            continue
+        entry = _compile(plan, variant, name, key, out, staged, progress)
+        if device := _device(plan, entry):
             progress(f"verify {name}")
-            _prove(plan, variant, entry, out, staged)
-            report = staged / "engines" / entry.key / "build.json"
-            report.parent.mkdir(parents=True)
-            report.write_text(entry.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            _prove(plan, variant, entry, device, out, staged)
+            entry = entry.model_copy(update={"verified": True})
+        else:
+            progress(f"{name} is left unverified: it was compiled for {', '.join(entry.targets)}, which is not here")
+        report = staged / "engines" / key / "build.json"
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(entry.model_dump_json(indent=1) + "\n", encoding="utf-8")
         entries.append(entry)
     return entries
 
 
-def _entry(plan: _Plan, variant: Variant, name: str) -> EngineEntry:
-    module = engine(name)
-    installed = module.probe().version or ""
-    requires = (plan.inference_precision,) if plan.inference_precision not in (None, plan.precision) else ()
+def _key(plan: Plan, variant: Variant, name: str) -> str:
+    """The engine's name and a digest of all that decides what it computes and where it runs."""
+    assert variant.graphs is not None
+    probe = engine(name).probe()
     decides = [
         plan.weights_digest,
         variant.name,
-        variant.full,
+        variant.graphs.full,
         name,
-        installed,
+        probe.version,
         plan.inference_precision,
-        *variant.shallow,
+        *variant.graphs.shallow,
     ]
-    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
-    return EngineEntry(
-        key=f"{name}-{key}",
+    if compiler(name):
+        profiles = [ProfileEntry.of(profile).model_dump() for profile in plan.profiles]
+        decides += [json.dumps(each, sort_keys=True) for each in (dict(probe.targets), plan.settings[name], profiles)]
+        decides.append(plan.device)
+    return f"{name}-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]}"
+
+
+def _compile(
+    plan: Plan, variant: Variant, name: str, key: str, out: Path, staged: Path, progress: Progress
+) -> EngineEntry:
+    """The engine's entry, its files in the staging directory if it has any; not yet verified."""
+    assert variant.graphs is not None
+    requires = (plan.inference_precision,) if plan.inference_precision not in (None, plan.precision) else ()
+    entry = EngineEntry(
+        key=key,
         engine=name,
-        version=installed,
+        version=engine(name).probe().version or "",
         variant=variant.name,
         cuts=tuple(cut.name for cut in variant.cuts),
         inference_precision=plan.inference_precision,
         requires=tuple(need for need in requires if need),
-        full=variant.full,
-        shallow=variant.shallow,
+        targets=(),
+        profiles=(),
+        settings=dict(plan.settings[name]),
+        verified=False,
+        full=variant.graphs.full,
+        shallow=variant.graphs.shallow,
+        files=(),
+    )
+    compiles = compiler(name)
+    if compiles is None:
+        return entry
+    folder = staged / "engines" / key
+    folder.mkdir(parents=True)
+    graphs = _view(plan, variant, entry, out, staged).graphs(entry)
+    job = CompileJob(
+        graphs=graphs,
+        source=plan.source,
+        fixed=plan.fixed,
+        profiles=plan.profiles,
+        settings=plan.settings[name],
+        device=plan.device,
+        folder=folder,
+        progress=progress,
+    )
+    compiled = compiles.compile(job)
+    return entry.model_copy(
+        update={
+            "targets": compiled.targets,
+            "profiles": tuple(ProfileEntry.of(profile) for profile in compiled.profiles),
+            "full": compiled.full.relative_to(staged).as_posix(),
+            "shallow": {cut: file.relative_to(staged).as_posix() for cut, file in compiled.shallow.items()},
+            "files": tuple(sorted(file.relative_to(staged).as_posix() for file in folder.rglob("*") if file.is_file())),
+        }
     )
 
 
-def _prove(plan: _Plan, variant: Variant, entry: EngineEntry, out: Path, staged: Path) -> None:
-    """Open the engine on the graphs, wherever they are now, and hold it against PyTorch."""
+def _device(plan: Plan, entry: EngineEntry) -> str | None:
+    """The device to verify an engine on: the one asked for, or another that it runs on; None if there is none here."""
+    probe = engine(entry.engine).probe()
+    fitting = [kind for kind in probe.devices if not entry.targets or probe.targets.get(kind) in entry.targets]
+    if plan.device.partition(":")[0] in fitting:
+        return plan.device
+    return fitting[0] if fitting else None
+
+
+def _prove(plan: Plan, variant: Variant, entry: EngineEntry, device: str, out: Path, staged: Path) -> None:
+    """Open the engine on the files, wherever they are now, and hold it against PyTorch."""
     bundle = _view(plan, variant, entry, out, staged)
-    pair = engine(entry.engine).open(bundle.graphs(entry), EngineOptions(inference_precision=entry.inference_precision))
+    options = EngineOptions(device, inference_precision=entry.inference_precision)
+    pair = engine(entry.engine).open(bundle.graphs(entry), options)
     try:
         reference = read_reference(bundle.path / variant.reference)
         checks = verify(pair, reference, bounds(entry.engine, variant.precision, entry.inference_precision))
@@ -324,16 +251,32 @@ def _prove(plan: _Plan, variant: Variant, entry: EngineEntry, out: Path, staged:
     require(checks, entry.key)
 
 
-def _view(plan: _Plan, variant: Variant, entry: EngineEntry, out: Path, staged: Path) -> Bundle:
+def _view(plan: Plan, variant: Variant, entry: EngineEntry, out: Path, staged: Path) -> Bundle:
     """The graphs as a bundle of their own: in the staging directory if they were made now, else where they lie."""
-    fresh = (staged / variant.full).exists()
+    assert variant.graphs is not None
+    fresh = entry.compiled or (staged / variant.graphs.full).exists()
     if fresh and not (staged / variant.reference).exists():
+        (staged / variant.reference).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(out / variant.reference, staged / variant.reference)
     manifest = _merge(None, plan, variant, [entry], [], {})
     return Bundle(staged if fresh else out, manifest, "")
 
 
-def _parts(plan: _Plan, existing: Bundle | None, staged: Path) -> list[str]:
+def _without_graphs(variant: Variant, existing: Bundle | None, staged: Path) -> Variant:
+    """Drop the ONNX graphs and their weights, which compiled engines do not need."""
+    assert variant.graphs is not None
+    held = existing.manifest.engines.values() if existing else ()
+    if needing := [entry.key for entry in held if entry.variant == variant.name and not entry.compiled]:
+        raise BundleError(
+            f"{', '.join(needing)} of this bundle opens the ONNX graphs that deploy leaves out: "
+            "build into a directory of its own"
+        )
+    for name in variant.graphs.files:
+        (staged / name).unlink(missing_ok=True)
+    return variant.model_copy(update={"graphs": None})
+
+
+def _parts(plan: Plan, existing: Bundle | None, staged: Path) -> list[str]:
     if existing is not None:
         return list(existing.manifest.parts)
     return copy_parts(plan.source, staged)
@@ -341,7 +284,7 @@ def _parts(plan: _Plan, existing: Bundle | None, staged: Path) -> list[str]:
 
 def _merge(
     current: Manifest | None,
-    plan: _Plan,
+    plan: Plan,
     variant: Variant,
     entries: Sequence[EngineEntry],
     parts: Sequence[str],
@@ -351,9 +294,10 @@ def _merge(
     if current is not None and current.source.weights_digest != plan.weights_digest:
         raise BundleError(f"another build put another model ({current.source.model}) into this bundle meanwhile")
     variants = {**(current.variants if current else {}), variant.name: variant}
+    added = {entry.key: entry for entry in entries}  # last, since the newest build of an engine is the one opened
     engines = {
-        **{key: entry for key, entry in (current.engines if current else {}).items() if entry not in entries},
-        **{entry.key: entry for entry in entries},
+        **{key: entry for key, entry in (current.engines if current else {}).items() if key not in added},
+        **added,
     }
     known = {**(current.files if current else {}), **files}
     return Manifest(
@@ -367,7 +311,7 @@ def _merge(
             variant=plan.source.variant,
             weights_digest=plan.weights_digest,
         ),
-        unet_config=_UNET_CONFIG,
+        unet_config=UNET_CONFIG,
         parts=tuple(parts),
         variants=variants,
         engines=engines,
@@ -377,9 +321,9 @@ def _merge(
 
 def _named(variants: Mapping[str, Variant], engines: Mapping[str, EngineEntry], parts: Sequence[str]) -> set[str]:
     """Every file that the manifest speaks of; what it no longer does, ``prune`` removes."""
-    names = {_UNET_CONFIG, *parts}
+    names = {UNET_CONFIG, *parts}
     for variant in variants.values():
-        names |= {variant.full, *variant.shallow.values(), variant.weights, variant.parameters, variant.reference}
+        names |= {variant.reference, *(variant.graphs.files if variant.graphs else ())}
     for entry in engines.values():
         names |= {*engine_files(entry, variants[entry.variant]), f"engines/{entry.key}/build.json"}
     return names

@@ -179,6 +179,8 @@ class Bundle:
             cuts={name: tuple(tensor.name for tensor in cut.cached) for name, cut in cuts.items()},
             multiple=variant.multiple,
             precision=variant.precision,
+            profiles=tuple(profile.profile() for profile in entry.profiles),
+            settings=entry.settings,
         )
 
 
@@ -194,9 +196,11 @@ def onnx_of(path: str | Path) -> Path:
     if (path / GRAPH_FILE).is_file():
         return path / GRAPH_FILE
     bundle = Bundle.open(path)
-    graph = next(iter(bundle.manifest.variants.values())).full
-    bundle.verify_files([graph])
-    return path / graph
+    for variant in bundle.manifest.variants.values():
+        if variant.graphs is not None:
+            bundle.verify_files([variant.graphs.full])
+            return path / variant.graphs.full
+    raise BundleError(f"{path} was built for deployment and holds no ONNX graph: build it without --deploy")
 
 
 def open_entry(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> EnginePair:
@@ -207,6 +211,17 @@ def open_entry(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> En
         raise EngineError(
             f"{entry.key} needs {', '.join(sorted(missing))}, which this machine does not have ({probe.reason}): "
             "build it again here"
+        )
+    here = probe.targets.get(options.device.partition(":")[0])
+    if entry.targets and here not in entry.targets:
+        raise EngineError(
+            f"{entry.key} was compiled for {', '.join(entry.targets)}, and this machine's {options.device} is "
+            f"{here or 'none of them'}: build it again here"
+        )
+    if entry.compiled and probe.version is not None and probe.version != entry.version:
+        raise EngineError(
+            f"{entry.key} was compiled with {entry.engine} {entry.version} and runs with no other, here is "
+            f"{probe.version}: build it again here"
         )
     if probe.version is not None and _release(probe.version) < _release(entry.version):
         raise EngineError(
@@ -219,7 +234,10 @@ def open_entry(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> En
 
 def engine_files(entry: EngineEntry, variant: Variant) -> list[str]:
     """Every file that opening this engine reads."""
-    return [entry.full, *entry.shallow.values(), variant.weights]
+    if entry.compiled:
+        return list(entry.files)
+    assert variant.graphs is not None
+    return [entry.full, *entry.shallow.values(), variant.graphs.weights]
 
 
 def digest_file(path: Path) -> str:
@@ -254,8 +272,11 @@ def _parse(text: bytes, path: Path) -> Manifest:
             raise BundleError(f"{path}: the engine {key} names the variant {entry.variant}, which is not there")
         if not set(entry.cuts) <= {cut.name for cut in variant.cuts} or set(entry.cuts) != set(entry.shallow):
             raise BundleError(f"{path}: the graphs of the engine {key} do not belong together; build it again")
-        folders = {str(PurePosixPath(file).parent) for file in (entry.full, *entry.shallow.values())}
-        if not folders <= {str(PurePosixPath(variant.weights).parent), f"engines/{entry.key}"}:
+        if entry.compiled:
+            theirs = f"engines/{entry.key}"
+        else:  # graphs of an earlier choice of cuts lie beside the variant's
+            theirs = str(PurePosixPath(variant.graphs.weights).parent) if variant.graphs else ""
+        if {str(PurePosixPath(file).parent) for file in (entry.full, *entry.shallow.values())} != {theirs}:
             raise BundleError(f"{path}: the engine {key} has graphs of another variant than {variant.name}: rebuild")
     for name in manifest.files:
         _inside(path, name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..exporter.specs import TensorSpec
+from .profiles import Profile
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "offcut.json"
@@ -69,8 +70,24 @@ class CutEntry(_Model):
     cached: tuple[Tensor, ...]
 
 
+class Graphs(_Model):
+    """The files of an export: its graphs, one weights file for all of them, and the map of their parameters."""
+
+    full: InsidePath
+    shallow: dict[str, InsidePath]
+    weights: InsidePath
+    parameters: InsidePath
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.full, *self.shallow.values(), self.weights, self.parameters)
+
+
 class Variant(_Model):
-    """An export: a precision, an opset, and dimensions that may be fixed."""
+    """An export: a precision, an opset, and dimensions that may be fixed.
+
+    ``graphs`` is None in a bundle that was built for deployment, whose engines are compiled and need none.
+    """
 
     name: str
     precision: str
@@ -80,17 +97,45 @@ class Variant(_Model):
     inputs: tuple[Tensor, ...]
     noise_pred: Tensor
     cuts: tuple[CutEntry, ...]
-    full: InsidePath
-    shallow: dict[str, InsidePath]
-    weights: InsidePath
-    parameters: InsidePath
+    graphs: Graphs | None
     reference: InsidePath
+
+    @model_validator(mode="after")
+    def _has_the_latents_shape(self) -> Self:
+        """What the graphs write is laid out as the latent is, but for its channels and, inside, its scale."""
+        sample = next((tensor for tensor in self.inputs if tensor.name == "sample"), None)
+        if sample is None:
+            raise ValueError("no input is called sample")
+        for tensor in (self.noise_pred, *(tensor for cut in self.cuts for tensor in cut.cached)):
+            dims = [str(dim).partition("/")[0] if isinstance(dim, str) else None for dim in tensor.shape]
+            latents = [dim if isinstance(dim, str) else None for dim in sample.shape]
+            if len(dims) < 2 or dims[0] != latents[0] or dims[1] is not None or dims[2:] != latents[2:]:
+                raise ValueError(f"{tensor.name} has shape {list(tensor.shape)}, the latent {list(sample.shape)}")
+        return self
+
+
+class ProfileEntry(_Model):
+    """A ``Profile`` on disk."""
+
+    min: dict[str, int]
+    opt: dict[str, int]
+    max: dict[str, int]
+
+    @classmethod
+    def of(cls, profile: Profile) -> ProfileEntry:
+        return cls(min=dict(profile.min), opt=dict(profile.opt), max=dict(profile.max))
+
+    def profile(self) -> Profile:
+        return Profile(self.min, self.opt, self.max)
 
 
 class EngineEntry(_Model):
     """A built engine.
 
-    ``requires`` names what the machine must have; ``version`` is the engine's own, at the build.
+    ``version`` is the engine's own, at the build. ``requires`` names what the machine must have, ``targets`` the kinds
+    of machine that can run it, any of them. A compiled engine lies in ``files``, its log among them, and runs with
+    ``version`` only; one that is not opens the variant's graphs. ``verified`` is False where the machine that built it
+    could not run it.
     """
 
     key: str
@@ -100,8 +145,17 @@ class EngineEntry(_Model):
     cuts: tuple[str, ...]
     inference_precision: str | None
     requires: tuple[str, ...]
+    targets: tuple[str, ...]
+    profiles: tuple[ProfileEntry, ...]
+    settings: dict[str, str | int | float | bool | tuple[str, ...] | None]
+    verified: bool
     full: InsidePath
     shallow: dict[str, InsidePath]
+    files: tuple[InsidePath, ...]
+
+    @property
+    def compiled(self) -> bool:
+        return bool(self.files)
 
 
 class Manifest(_Model):

@@ -40,6 +40,10 @@ BOUNDS: dict[tuple[str, str, str | None], Bounds | str] = {
     ("openvino", "fp32", "bf16"): Bounds(parity=1e-1, relative=True, across=5e-2),
     ("openvino", "fp16", None): Bounds(parity=1e-2, relative=True, across=1e-2),
     ("openvino", "bf16", None): Bounds(parity=5e-2, relative=True, across=5e-2),
+    # The two programs are compiled apart and may be fused differently around the cut.
+    ("inductor", "fp32", None): Bounds(parity=1e-4, relative=False, across=1e-5),
+    ("inductor", "fp16", None): Bounds(parity=1e-2, relative=True, across=1e-2),
+    ("inductor", "bf16", None): Bounds(parity=5e-2, relative=True, across=5e-2),
 }
 
 

@@ -8,10 +8,10 @@ from importlib import import_module
 from typing import cast
 
 from ..errors import EngineError
-from .base import Engine, Probe
+from .base import CompilingEngine, Engine, Probe
 
 # A new engine: one file in this folder, one line here, one row in precision.BOUNDS, one parameter in the tests.
-ENGINES = ("openvino", "onnxruntime")
+ENGINES = ("openvino", "onnxruntime", "inductor")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ def engine(name: str) -> Engine:
     if name not in ENGINES:
         raise EngineError(f"there is no engine {name!r}; choose auto or one of {', '.join(ENGINES)}")
     return cast(Engine, import_module(f".{name}", __package__))
+
+
+def compiler(name: str) -> CompilingEngine | None:
+    """The engine's module if it compiles; None if it opens the ONNX graphs as they are."""
+    module = engine(name)
+    return module if isinstance(module, CompilingEngine) else None
 
 
 def probe_all() -> dict[str, Probe]:

@@ -197,19 +197,36 @@ def export_program(
             assert isinstance(output, torch.Tensor)
             return output
 
-    symbol = {
-        "batch": torch.export.Dim("batch", max=_LARGEST_TRACED_BATCH),
-        "sequence": torch.export.Dim("sequence"),
-        "height": multiple * torch.export.Dim("_height"),
-        "width": multiple * torch.export.Dim("_width"),
-    }
+    symbol = dim_symbols(multiple, largest_batch=_LARGEST_TRACED_BATCH)
     dynamic = tuple(
-        {axis: symbol[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str) and dim not in fixed}
+        {axis: symbol(dim) for axis, dim in enumerate(spec.shape) if isinstance(dim, str) and dim not in fixed}
         for spec in specs
     )
     examples = tuple(example_inputs(specs, dims).values())
     with torch.no_grad(), _quiet():
         return torch.export.export(Flat().eval(), examples, dynamic_shapes=(dynamic,), strict=False)
+
+
+def dim_symbols(multiple: int, largest_batch: int | None = None) -> Callable[[str], Any]:
+    """From a dimension of a ``TensorSpec``, ``"height"`` or ``"height/4"``, to PyTorch's symbol for it.
+
+    Args:
+        multiple: that height and width are a multiple of; no divisor is larger.
+        largest_batch: None for no limit.
+    """
+    import torch
+
+    units = {side: torch.export.Dim(f"_{side}") for side in ("height", "width")}
+    whole = {"batch": torch.export.Dim("batch", max=largest_batch), "sequence": torch.export.Dim("sequence")}
+
+    def symbol(dim: str) -> Any:
+        name, _, divisor = dim.partition("/")
+        if name in whole:
+            return whole[name]
+        factor = multiple // int(divisor or 1)
+        return units[name] if factor == 1 else factor * units[name]
+
+    return symbol
 
 
 def _to_onnx(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import offcut
-import offcut.engines.build as build_module
+import offcut.engines.variants as variants_module
 from offcut.engines.base import EnginePair
 from offcut.exporter.trace import ExportedUNet
 
@@ -22,9 +22,10 @@ def made(unet_bundle: Path) -> ExportedUNet:
     """The export of ``tiny_unet_dir`` that ``unet_bundle`` was built from; its graph has one output more."""
     bundle = offcut.Bundle.open(unet_bundle)
     variant = bundle.manifest.variants["fp32-opset23"]
+    assert variant.graphs is not None
     return ExportedUNet(
-        path=unet_bundle / variant.full,
-        weights=unet_bundle / variant.weights,
+        path=unet_bundle / variant.graphs.full,
+        weights=unet_bundle / variant.graphs.weights,
         inputs={tensor.name: tensor.spec() for tensor in variant.inputs},
         outputs={"noise_pred": variant.noise_pred.spec()},
         parameters={},
@@ -44,7 +45,7 @@ def quick_export(made: ExportedUNet, monkeypatch: pytest.MonkeyPatch) -> list[Pa
         exports.append(out)
         return copy_export(made, out)
 
-    monkeypatch.setattr(build_module, "export", export)
+    monkeypatch.setattr(variants_module, "export", export)
     return exports
 
 
@@ -64,7 +65,7 @@ def every_cut(tiny_unet_dir: Path, made: ExportedUNet, tmp_path_factory: pytest.
     """``tiny_unet_dir`` with every cut, on both engines."""
     path = tmp_path_factory.mktemp("bundles") / "every-cut.offcut"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_module, "export", lambda source, out, **_: copy_export(made, out))
+        patch.setattr(variants_module, "export", lambda source, out, **_: copy_export(made, out))
         offcut.build(tiny_unet_dir, path, cuts=UNET_CUTS, engine=["onnxruntime", "openvino"])
     return path
 

@@ -14,6 +14,8 @@ import torch
 
 import offcut
 import offcut.engines.build as build_module
+import offcut.engines.plan as plan_module
+import offcut.engines.variants as variants_module
 from offcut.engines.registry import Choice
 from offcut.errors import BundleError, CutError, EngineError, ModelError, ParityError, UserError
 from offcut.exporter.reference import Reference
@@ -47,7 +49,7 @@ def test_the_stages_are_announced(tiny_unet_dir: Path, tmp_path: Path, quick_exp
 def test_auto_says_what_it_chose_and_why(
     tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "choose", lambda device: Choice("openvino", "the moon is full"))
+    monkeypatch.setattr(plan_module, "choose", lambda device: Choice("openvino", "the moon is full"))
     bundle, progress = build(tiny_unet_dir, tmp_path / "b", engine="auto")
     assert progress[0] == "engine openvino: the moon is full"
     assert bundle.engines == ["openvino"]
@@ -160,7 +162,7 @@ def test_files_that_were_altered_are_not_used_again(
 @pytest.fixture
 def never(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails a test in which anything is exported."""
-    monkeypatch.setattr(build_module, "export", lambda *args, **options: pytest.fail("a model was exported"))
+    monkeypatch.setattr(variants_module, "export", lambda *args, **options: pytest.fail("a model was exported"))
 
 
 @pytest.mark.parametrize(
@@ -376,7 +378,7 @@ def test_a_weight_that_was_exported_wrong_is_found_before_it_counts(
     tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The chain is held against PyTorch as a whole: here the weights are damaged on their way."""
-    honest = build_module.export
+    honest = variants_module.export
 
     def export(*args: Any, **options: Any) -> Any:
         exported = honest(*args, **options)
@@ -385,7 +387,7 @@ def test_a_weight_that_was_exported_wrong_is_found_before_it_counts(
         exported.weights.write_bytes(weights.numpy().tobytes())
         return exported
 
-    monkeypatch.setattr(build_module, "export", export)
+    monkeypatch.setattr(variants_module, "export", export)
     with pytest.raises(ParityError, match="against PyTorch"):
         build(tiny_unet_dir, tmp_path / "b")
     assert not (tmp_path / "b").exists()

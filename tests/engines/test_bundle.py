@@ -262,7 +262,7 @@ def test_a_path_that_leaves_the_bundle_is_refused(where: str, path: str, unet_bu
             case "shallow":
                 entry_of(raw)["shallow"]["deepcache:0"] = path
             case "weights":
-                raw["variants"]["fp32-opset23"]["weights"] = path
+                raw["variants"]["fp32-opset23"]["graphs"]["weights"] = path
             case _:
                 raw["unet_config"] = path
 

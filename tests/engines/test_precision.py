@@ -9,7 +9,7 @@ import pytest
 from unets import eager, random_inputs
 
 import offcut
-import offcut.engines.build as build_module
+import offcut.engines.variants as variants_module
 from offcut.engines.precision import BOUNDS, Bounds, bounds
 from offcut.engines.registry import ENGINES, engine
 from offcut.engines.verify import Check, verify_bundle
@@ -136,7 +136,7 @@ def test_the_newest_build_is_taken_unless_another_is_asked_for(table: Path) -> N
 def test_a_row_that_cannot_work_is_refused_before_anything_is_exported(
     row: Row, tiny_unet_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "export", lambda *args, **options: pytest.fail("a model was exported"))
+    monkeypatch.setattr(variants_module, "export", lambda *args, **options: pytest.fail("a model was exported"))
     name, precision, hint = row
     reason = BOUNDS[row]
     assert isinstance(reason, str)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import offcut
-import offcut.engines.build as build_module
+from offcut.engines.manifest import MANIFEST_FILE
 from offcut.engines.store import prune
 from offcut.errors import BundleError
 
@@ -27,7 +27,7 @@ import os, shutil, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
 import offcut
-import offcut.engines.build as build_module
+import offcut.engines.variants as variants_module
 import offcut.engines.store as store
 from offcut.exporter.trace import ExportedUNet
 
@@ -38,7 +38,8 @@ variant = offcut.Bundle.open(donor).manifest.variants["fp32-opset23"]
 
 def export(source, out, **options):
     out.mkdir(parents=True)
-    names = {variant.full: "unet.onnx", variant.weights: "weights.data", variant.parameters: "parameters.json",
+    graphs = variant.graphs
+    names = {graphs.full: "unet.onnx", graphs.weights: "weights.data", graphs.parameters: "parameters.json",
              variant.reference: "reference.safetensors"}
     for file, name in names.items():
         shutil.copyfile(donor / file, out / name)
@@ -53,7 +54,7 @@ def die(*args):
 
 
 def child(number, cut, engine, point):
-    build_module.export = export
+    variants_module.export = export
     if point == "moved":
         store._replace = die
 
@@ -295,4 +296,4 @@ def test_nothing_is_left_beside_the_module(monkeypatch: pytest.MonkeyPatch) -> N
 
     assert store._STAGING.startswith(".")
     assert store.LOCK_FILE.startswith(".")
-    assert build_module.MANIFEST_FILE == "offcut.json"
+    assert MANIFEST_FILE == "offcut.json"

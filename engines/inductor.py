@@ -1,0 +1,195 @@
+"""PyTorch's own compiler, ahead of time: AOTInductor packages of both graphs, on the CPU and on CUDA.
+
+The UNet is traced and cut as a PyTorch program, without ONNX. A package is native code: it fits the machine whose
+instruction set it was compiled for, and the version of PyTorch that compiled it. It writes into the pair's buffers.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EngineError
+from ..exporter.program import TwinProgram, UNetProgram
+from ..exporter.specs import Shape
+from .base import Compiled, CompileJob, EngineOptions, Graphs, Probe, Settings
+from .buffers import allocate_pair
+
+if TYPE_CHECKING:
+    import torch
+
+name = "inductor"
+extra = "cpu"
+default_opset = 23
+# What the code may use of the CPU, by PyTorch's name for its capability; another CPU's own if it is not here.
+_MARCH = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
+SETTINGS: Settings = {
+    "max_autotune": False,  # try more kernels for each product; takes minutes more
+}
+
+
+def probe() -> Probe:
+    import torch
+
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    compiler = next((found for found in map(shutil.which, ("g++", "clang++", "c++")) if found), None)
+    if compiler is None:
+        return Probe(torch.__version__, (), "no C++ compiler found: install g++")
+    targets = {device: {"cpu": _cpu_target, "cuda": _cuda_target}[device]() for device in devices}
+    return Probe(torch.__version__, devices, f"compiles with {Path(compiler).name}", targets=targets)
+
+
+def compile(job: CompileJob) -> Compiled:
+    """See ``base.CompilingEngine``; shapes are narrowed by fixing dimensions in the export, not by profiles."""
+    if job.profiles:
+        raise EngineError(
+            "inductor takes no shape profiles: leave dimensions dynamic, or fix them (--fix height=64,...)"
+        )
+    graphs = job.graphs
+    job.progress("trace the UNet for inductor")
+    features = {key: spec for key, spec in graphs.outputs.items() if key != "noise_pred"}
+    unet = UNetProgram(job.source, graphs.precision, graphs.inputs, features, job.fixed, graphs.multiple)
+    job.progress("compile the full graph with inductor")
+    full = _package(unet.full(), job, "full")
+    shallow = {}
+    for cut, cached in graphs.cuts.items():
+        job.progress(f"compile the shallow graph of {cut} with inductor")
+        shallow[cut] = _package(unet.shallow(cached), job, f"shallow-{cut.replace(':', '-')}")
+    return Compiled(full, shallow, (probe().targets[job.device.partition(":")[0]],))
+
+
+def open(graphs: Graphs, options: EngineOptions) -> InductorPair:
+    return InductorPair(graphs, options)
+
+
+class InductorPair:
+    """A package for the full graph and one for each cut; see ``base.EnginePair``."""
+
+    name = name
+
+    def __init__(self, graphs: Graphs, options: EngineOptions) -> None:
+        import torch
+
+        if options.inference_precision not in (None, graphs.precision):
+            raise EngineError(
+                "inductor computes in the precision that was exported; "
+                f"build with precision={options.inference_precision!r}"
+            )
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self.device = torch.device(options.device)
+        self.inputs, self.outputs, self.cuts = graphs.inputs, graphs.outputs, graphs.cuts
+        self._graphs = graphs
+        self._full = _load(graphs.full, self.device)
+        self._shallow = {cut: _load(path, self.device) for cut, path in graphs.shallow.items()}
+
+    def prepare(self, shapes: Mapping[str, Shape]) -> BoundInductorPair:
+        buffers, dims = allocate_pair(self._graphs, shapes, self.device)
+        return BoundInductorPair(self._full, self._shallow, buffers, dims)
+
+    def close(self) -> None:
+        self._full = None
+        self._shallow = {}
+
+
+class BoundInductorPair:
+    """See ``base.BoundPair``."""
+
+    def __init__(
+        self,
+        full: _Package,
+        shallow: Mapping[str, _Package],
+        buffers: Mapping[str, torch.Tensor],
+        dims: Mapping[str, int],
+    ) -> None:
+        self.buffers = buffers
+        self.dims = dims
+        self._full: Any = _call(full, buffers)
+        self._shallow: Any = {cut: _call(package, buffers) for cut, package in shallow.items()}
+
+    def full(self) -> None:
+        self._full()
+
+    def shallow(self, cut: str) -> None:
+        self._shallow[cut]()
+
+    def close(self) -> None:
+        self._full = self._shallow = None
+        self.buffers = {}
+
+
+@dataclass(frozen=True)
+class _Package:
+    """A loaded package, and the names of the tensors that it takes and writes."""
+
+    run: Callable[[list[torch.Tensor], list[torch.Tensor]], object]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def _load(path: Path, device: torch.device) -> _Package:
+    import torch
+
+    names = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    index = device.index or 0 if device.type == "cuda" else -1
+    try:
+        # One call at a time: a pair belongs to one thread, and a CUDA graph can be captured of such a runner only.
+        run = torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=index)
+    except RuntimeError as error:
+        raise EngineError(
+            f"inductor cannot load {path.name}: {str(error).splitlines()[0]}; build it again here"
+        ) from error
+    return _Package(run, tuple(names["inputs"]), tuple(names["outputs"]))
+
+
+def _call(package: _Package, buffers: Mapping[str, torch.Tensor]) -> Callable[[], object]:
+    inputs = [buffers[name] for name in package.inputs]
+    outputs = [buffers[name] for name in package.outputs]
+    return lambda: package.run(inputs, outputs)
+
+
+def _package(twin: TwinProgram, job: CompileJob, stem: str) -> Path:
+    """Compile to ``stem.pt2``, with the names of its inputs and outputs in ``stem.json``."""
+    import torch
+    from torch.export.passes import move_to_device_pass
+
+    path = job.folder / f"{stem}.pt2"
+    configs = {
+        "max_autotune": bool(job.settings["max_autotune"]),
+        "cpp.dynamic_threads": True,  # else the number of threads of the machine that compiled is in the code
+        "cpp.march": _MARCH.get(torch.backends.cpu.get_cpu_capability()),
+    }
+    program = twin.program
+    if job.device != "cpu":
+        program = move_to_device_pass(program, job.device)
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+    except Exception as error:  # its own exceptions, and those of the C++ compiler
+        raise EngineError(f"inductor cannot compile the {stem} graph: {str(error).strip().splitlines()[0]}") from error
+    path.with_suffix(".json").write_text(json.dumps({"inputs": twin.inputs, "outputs": twin.outputs}) + "\n")
+    return path
+
+
+def _cpu_target() -> str:
+    """The instruction sets that decide which kernels are compiled, e.g. ``"x86_64-avx512-bf16-amx"``."""
+    import torch
+
+    has = {
+        "vnni": torch.cpu._is_vnni_supported(),
+        "bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx": torch.cpu._is_amx_tile_supported(),
+    }
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    return "-".join([platform.machine(), capability, *(feature for feature, there in has.items() if there)])
+
+
+def _cuda_target() -> str:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"

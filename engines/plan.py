@@ -1,0 +1,152 @@
+"""What a build was asked for, checked before any work begins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import BundleError, CutError, EngineError
+from ..exporter.cut import CONVENTIONS, is_cut_name
+from ..exporter.load import ModelSource, locate
+from .base import Settings
+from .bundle import Bundle, digest_file
+from .manifest import MANIFEST_FILE
+from .parts import weight_files
+from .precision import bounds
+from .profiles import Profile
+from .registry import choose, compiler, engine
+from .store import LOCK_FILE
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the user asked for, resolved.
+
+    Attributes:
+        settings: of each engine, all of its ``SETTINGS``.
+        device: that engines are verified on, where they run on it.
+        deploy: leave the ONNX graphs and their weights out of the bundle.
+    """
+
+    source: ModelSource
+    weights_digest: str
+    cuts: tuple[str, ...]
+    engines: tuple[str, ...]
+    precision: str
+    opset: int
+    fixed: Mapping[str, int]
+    inference_precision: str | None
+    profiles: tuple[Profile, ...]
+    settings: Mapping[str, Settings]
+    device: str
+    deploy: bool
+
+    @property
+    def variant(self) -> str:
+        fixed = "".join(f"-{name[0]}{size}" for name, size in sorted(self.fixed.items()))
+        return f"{self.precision}-opset{self.opset}{fixed}"
+
+
+def make_plan(
+    model: str | Path,
+    *,
+    cuts: Sequence[str],
+    engines: str | Sequence[str],
+    precision: str,
+    inference_precision: str | None,
+    opset: int | None,
+    dims: Mapping[str, int] | None,
+    profiles: Sequence[Profile],
+    settings: Mapping[str, Settings] | None,
+    deploy: bool,
+    device: str,
+    revision: str | None,
+    variant: str | None,
+    subfolder: str | None,
+    progress: Progress,
+) -> Plan:
+    """Resolve and check what ``build`` was asked for; its arguments, and what it raises."""
+    names = []
+    for name in [engines] if isinstance(engines, str) else engines:
+        if name == "auto":
+            choice = choose(device)
+            progress(f"engine {choice.name}: {choice.reason}")
+            name = choice.name
+        names.append(name)
+        _check_engine(name, precision, inference_precision, deploy)
+    if not names:
+        raise EngineError("no engine was named: write auto, or see offcut doctor")
+    if not cuts:
+        raise CutError(f"no cut was named: write {CONVENTIONS}")
+    cuts = [cuts] if isinstance(cuts, str) else cuts
+    for cut in cuts:
+        if not is_cut_name(cut):
+            raise CutError(f"{cut!r} is no name of a cut: write {CONVENTIONS}")
+    source = locate(model, revision=revision, variant=variant, subfolder=subfolder)
+    weights = weight_files(source.folder, variant)
+    together = hashlib.sha256("".join(digest_file(file) for file in weights).encode()).hexdigest()
+    return Plan(
+        source=source,
+        weights_digest=together,
+        cuts=tuple(dict.fromkeys(cuts)),
+        engines=tuple(dict.fromkeys(names)),
+        precision=precision,
+        opset=opset or engine(names[0]).default_opset,
+        fixed=dict(dims or {}),
+        inference_precision=None if inference_precision == precision else inference_precision,
+        profiles=tuple(profiles),
+        settings=_settings(names, settings or {}),
+        device=device,
+        deploy=deploy,
+    )
+
+
+def _check_engine(name: str, precision: str, inference_precision: str | None, deploy: bool) -> None:
+    probe = engine(name).probe()
+    if not probe.usable and not probe.builds:
+        raise EngineError(f"the engine {name} cannot be used here: {probe.reason}")
+    if deploy and compiler(name) is None:
+        raise EngineError(f"{name} opens the ONNX graphs, which --deploy would leave out: build it without")
+    bounds(name, precision, inference_precision)
+
+
+def _settings(names: Sequence[str], given: Mapping[str, Settings]) -> dict[str, Settings]:
+    """Each engine's settings, its defaults for those that were not given."""
+    if idle := sorted(set(given) - set(names)):
+        raise EngineError(f"settings were given for {', '.join(idle)}, which is not built: name it with engine=")
+    complete = {}
+    for name in names:
+        compiles = compiler(name)
+        known = compiles.SETTINGS if compiles else {}
+        if unknown := sorted(set(given.get(name, {})) - set(known)):
+            there = ", ".join(known) or "none: it opens the ONNX graphs as they are"
+            raise EngineError(f"{name} has no setting {', '.join(unknown)}; it has {there}")
+        complete[name] = {**known, **given.get(name, {})}
+    return complete
+
+
+def check_target(out: Path, plan: Plan) -> None:
+    """Refuse a directory that holds something else.
+
+    Raises:
+        BundleError: it is a file, another model's bundle, or not empty.
+    """
+    if out.is_file():
+        raise BundleError(f"{out} is a file; give a directory for the bundle")
+    if not (out / MANIFEST_FILE).exists():
+        # With a lock in it, it is what a build left that was killed while it moved its files in.
+        unfinished = (out / LOCK_FILE).exists()
+        if out.is_dir() and not unfinished and any(not path.name.startswith(".") for path in out.iterdir()):
+            raise BundleError(f"{out} is not empty and no bundle; give another directory")
+        return
+    bundle = Bundle.open(out)
+    held, config = bundle.manifest.source, bundle.unet_config
+    ours = json.loads(json.dumps(plan.source.config, default=str))
+    other = [key for key in config.keys() & ours.keys() if key[0] != "_" and config[key] != ours[key]]
+    if other or held.weights_digest != plan.weights_digest:
+        raise BundleError(f"{out} holds another model ({held.model}); give another directory")

@@ -1,0 +1,192 @@
+"""The cut on a PyTorch program, for engines that compile without ONNX.
+
+The same joins as in ``cut``, found by the same rule on the graph that ``torch.export`` gives, so that ``deepcache:k``
+and the cached tensors' names mean the same in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import CutError, InternalError
+from .families import example_dims, example_inputs
+from .load import ModelSource, load_unet
+from .specs import TensorSpec
+from .trace import NOISE_PRED, dim_symbols, export_program
+
+if TYPE_CHECKING:
+    import torch
+    from torch.fx import GraphModule, Node
+
+
+@dataclass(frozen=True)
+class ProgramJoin:
+    """A skip connection's ``cat(hidden, skip)``."""
+
+    node: Node
+    hidden: Node
+    skip: Node
+
+
+@dataclass(frozen=True)
+class TwinProgram:
+    """A graph that writes its results into buffers which its caller passes.
+
+    Attributes:
+        program: takes two lists of tensors, ``inputs`` and ``outputs``, and returns nothing.
+        inputs: the names of the first list.
+        outputs: the names of the second.
+    """
+
+    program: torch.export.ExportedProgram
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class UNetProgram:
+    """A UNet traced once, from which full and shallow programs are cut."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        precision: str,
+        specs: Mapping[str, TensorSpec],
+        features: Mapping[str, TensorSpec],
+        fixed: Mapping[str, int],
+        multiple: int,
+    ) -> None:
+        """Load and trace.
+
+        Args:
+            source: the model.
+            precision: of weights and computation.
+            specs: the inputs by name, ``sample`` and ``timestep`` first.
+            features: every tensor that a cut may cache, by its name, e.g. ``deep_feature_0``.
+            fixed: the dimensions that do not stay symbolic.
+            multiple: height and width are multiples of it.
+        """
+        unet = load_unet(source, precision)
+        self._specs, self._features = specs, features
+        self._dims = {**example_dims(source.config), **fixed}
+        self._symbols = dim_symbols(multiple)
+        program = export_program(unet, source.family, tuple(specs.values()), self._dims, fixed, multiple)
+        self._module = module = program.module(check_guards=False)
+        self._joins = find_program_joins(module)
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        self._inputs: dict[Node, str] = dict(zip(placeholders, specs, strict=True))
+        (self._noise_pred,) = module.graph.output_node().all_input_nodes
+
+    def full(self) -> TwinProgram:
+        """Every input to ``noise_pred`` and every feature."""
+        return self._twin((), tuple(self._features))
+
+    def shallow(self, cached: Sequence[str]) -> TwinProgram:
+        """From these features, and the inputs that are still read, to ``noise_pred``."""
+        return self._twin(tuple(cached), ())
+
+    def _twin(self, taken: tuple[str, ...], given: tuple[str, ...]) -> TwinProgram:
+        """The part of the UNet between some features that are given to it and some that it gives."""
+        import torch
+
+        results = [self._noise_pred, *(self._node(name) for name in given)]
+        replaced = {self._node(name): name for name in taken}
+        needed = _needed(results, replaced)
+        graph, values = torch.fx.Graph(), {}
+        names = {node: name for node, name in self._inputs.items() if node in needed} | replaced
+        for node, name in names.items():
+            values[node] = graph.placeholder(name)
+        for node in self._module.graph.nodes:
+            if node in needed and node not in names:
+                values[node] = graph.node_copy(node, values.__getitem__)
+        graph.output(tuple(values[node] for node in results))
+        if unread := [name for node, name in replaced.items() if not values[node].users]:
+            raise InternalError(f"the shallow program does not read {', '.join(unread)}")
+        # A module takes over no more weights than its graph reads.
+        return self._export(torch.fx.GraphModule(self._module, graph), tuple(names.values()), (NOISE_PRED, *given))
+
+    def _node(self, feature: str) -> Node:
+        kind, _, index = feature.rpartition("_")
+        join = self._joins[int(index)]
+        return {"deep_feature": join.hidden, "skip_feature": join.skip}[kind]
+
+    def _export(self, module: GraphModule, read: tuple[str, ...], written: tuple[str, ...]) -> TwinProgram:
+        """Trace the module again with a copy into the caller's buffers at its end."""
+        import torch
+
+        class Into(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.part = module
+
+            def forward(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> tuple[()]:
+                for buffer, result in zip(outputs, self.part(*inputs), strict=True):
+                    buffer.copy_(result)
+                return ()
+
+        sample = self._specs["sample"]
+        channels = int(self._noise_pred.meta["val"].shape[1])
+        noise = TensorSpec(NOISE_PRED, sample.dtype, (sample.shape[0], channels, *sample.shape[2:]))
+        known = {**self._specs, **self._features, NOISE_PRED: noise}
+        lists = [[known[name] for name in names] for names in (read, written)]
+        examples = tuple(list(example_inputs(tuple(specs), self._dims).values()) for specs in lists)
+        dynamic = tuple([self._dynamic(spec) for spec in specs] for specs in lists)
+        with torch.no_grad():
+            program = torch.export.export(Into(), examples, dynamic_shapes=dynamic, strict=False)
+        return TwinProgram(program, read, written)
+
+    def _dynamic(self, spec: TensorSpec) -> dict[int, object]:
+        return {axis: self._symbols(dim) for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
+
+
+def find_program_joins(module: GraphModule) -> list[ProgramJoin]:
+    """The skip connections' concats, outermost first; see ``cut.find_joins`` for the rule.
+
+    Raises:
+        CutError: there is none.
+    """
+    import torch
+
+    behind: dict[Node, int] = {}
+    count = 0
+    found: list[tuple[int, ProgramJoin]] = []
+    for node in module.graph.nodes:
+        bits = 0
+        for value in node.all_input_nodes:
+            bits |= behind[value]
+        if node.target in (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default):
+            bits |= 1 << count
+            count += 1
+        behind[node] = bits
+        if (
+            node.target is not torch.ops.aten.cat.default
+            or len(node.args[0]) != 2
+            or node.args[1:] not in ((1,), (-3,))
+        ):
+            continue
+        first, second = node.args[0]
+        a, b = behind[first], behind[second]
+        if b and a != b and a & b == b:
+            found.append((bits.bit_count(), ProgramJoin(node, first, second)))
+        elif a and a != b and a & b == a:
+            found.append((bits.bit_count(), ProgramJoin(node, second, first)))
+    if not found:
+        raise CutError(
+            f"no skip connection found: looked for a cat of two tensors on axis 1 among {count} convolutions; "
+            "is this a UNet?"
+        )
+    found.sort(key=lambda pair: -pair[0])
+    return [join for _, join in found]
+
+
+def _needed(results: Sequence[Node], given: Mapping[Node, str]) -> set[Node]:
+    """The nodes that must run for these results when some nodes' values are given."""
+    needed: set[Node] = set()
+    pending = list(results)
+    while pending:
+        node = pending.pop()
+        if node not in needed and node not in given:
+            needed.add(node)
+            pending += node.all_input_nodes
+    return needed
