@@ -22,6 +22,7 @@ from ..exporter.cut import canonical_name
 from .generation import Calls, Generation, Run
 from .inputs import engine_inputs, refuse_ignored, timestep_shape, timestep_value, write_timestep
 from .model import EngineModel
+from .ranges import Ranges
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class UNet(EngineModel):
         self._unannounced: Generation | None = None
         self._latest: Generation | None = None
         self._busy = threading.Lock()
+        self._ranges = Ranges(self._device)
 
     @classmethod
     def load(
@@ -174,6 +176,7 @@ class UNet(EngineModel):
         try:
             yield begun
         finally:
+            self._ranges.end()
             self._announced = self._announced_by = None
 
     def reset(self) -> None:
@@ -266,7 +269,8 @@ class UNet(EngineModel):
         write_timestep(bound.buffers["timestep"], timestep)
 
         generation, full = self._begin(tuple(shapes.items()), timestep)
-        seconds = self._run(bound, full)
+        with self._ranges.call(full, more=generation is self._announced):
+            seconds = self._run(bound, full)
         generation.end(full, seconds)
         # Schedulers keep it: PNDM without guidance would see its history overwritten.
         return bound.buffers[self._noise_pred].to(tensors["sample"].dtype, copy=True)
