@@ -22,10 +22,12 @@ app = typer.Typer(
 )
 
 _COMMANDS: dict[Callable[..., None], str] = {
-    graphs.export: "offcut export runwayml/stable-diffusion-v1-5 -o sd15-onnx --precision fp16",
+    graphs.export: "offcut export stable-diffusion-v1-5/stable-diffusion-v1-5 -o sd15-onnx --precision fp16",
     graphs.split: "offcut split sd15-onnx/unet.onnx --cut deepcache:0 -o sd15-split",
     graphs.cuts: "offcut cuts sd15-onnx/unet.onnx --height 64 --width 64",
-    bundles.build: "offcut build runwayml/stable-diffusion-v1-5 -o sd15.offcut --cut deepcache:0",
+    bundles.build: "offcut build stable-diffusion-v1-5/stable-diffusion-v1-5 -o sd15.offcut --cut deepcache:0\n\n"
+    "offcut build sd15-dir -o sd15-rtx.offcut --precision fp16 --engine tensorrt-rtx --compute-capability 89 "
+    "--static 512x512 --dynamic 256..1024 --max-batch 4 --deploy",
     bundles.inspect: "offcut inspect sd15.offcut --json",
     bundles.verify: "offcut verify sd15.offcut",
     bundles.prune: "offcut prune sd15.offcut --dry-run",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 
 from .shell import (
     BundleArgument,
     Cuts,
+    Device,
     Fix,
     Json,
     Model,
@@ -24,11 +26,20 @@ from .shell import (
     out,
     print_contract,
     print_json,
+    settings_of,
     stages,
 )
 
 if TYPE_CHECKING:
     from ..engines.bundle import Bundle
+
+
+def _in(panel: str) -> dict[str, Any]:
+    return {"rich_help_panel": panel}
+
+
+_SHAPES = "Shapes of compiled engines (TensorRT)"
+_COMPILE = "Compiled engines"
 
 
 def build(
@@ -40,26 +51,58 @@ def build(
     inference_precision: Annotated[
         str | None, typer.Option(help="OpenVINO: compute fp32 graphs in bf16. Can cost image quality.")
     ] = None,
+    device: Device = "cpu",
     opset: Opset = None,
     fix: Fix = None,
+    deploy: Annotated[
+        bool, typer.Option("--deploy", help="Leave the ONNX graphs out; every engine must be a compiled one.")
+    ] = False,
+    static: Annotated[
+        list[str] | None, typer.Option(metavar="WxH", help="Image size in pixels; again for several.", **_in(_SHAPES))
+    ] = None,
+    dynamic: Annotated[
+        str | None, typer.Option(metavar="MIN..MAX", help="Sides of an image in pixels, 256..1024.", **_in(_SHAPES))
+    ] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Images a call.", **_in(_SHAPES))] = None,
+    min_shapes: Annotated[
+        str | None, typer.Option(metavar="NAME:AxB,...", help="As trtexec takes them.", **_in(_SHAPES))
+    ] = None,
+    opt_shapes: Annotated[str | None, typer.Option(metavar="NAME:AxB,...", **_in(_SHAPES))] = None,
+    max_shapes: Annotated[str | None, typer.Option(metavar="NAME:AxB,...", **_in(_SHAPES))] = None,
+    compute_capability: Annotated[
+        list[str] | None, typer.Option(help="TensorRT-RTX: GPUs to build for, as 89 or 120.", **_in(_COMPILE))
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="See offcut doctor --settings.", **_in(_COMPILE)),
+    ] = None,
     revision: Revision = None,
     variant: Variant = None,
     subfolder: Subfolder = None,
     as_json: Json = False,
 ) -> None:
-    """Build a bundle: export, cut, verify each engine against PyTorch."""
+    """Build a bundle: export, cut, compile, verify each engine against PyTorch."""
     from ..engines.build import build as run_build
+    from ..engines.sizes import Sizes
 
+    names = engine or ["auto"]
+    settings = settings_of(setting or [], names)
+    if compute_capability:
+        settings.setdefault("tensorrt-rtx", {})["compute_capabilities"] = tuple(compute_capability)
     with stages() as stage:
         bundle = run_build(
             model,
             output,
             cuts=cut or ["deepcache:0"],
-            engine=engine or "auto",
+            engine=names,
             precision=precision,
             inference_precision=inference_precision,
             opset=opset,
             dims=dims_of(fix),
+            profiles=Sizes(tuple(static or ()), dynamic, max_batch, min_shapes, opt_shapes, max_shapes),
+            settings=settings,
+            deploy=deploy,
+            device=device,
             revision=revision,
             variant=variant,
             subfolder=subfolder,
@@ -78,6 +121,7 @@ def inspect(bundle: BundleArgument, as_json: Json = False) -> None:
 def verify(
     bundle: BundleArgument,
     expect_digest: Annotated[str | None, typer.Option(help="Fail unless the bundle has this digest.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; each engine's own by default.")] = None,
     as_json: Json = False,
 ) -> None:
     """Check every file's digest, and every engine against PyTorch and across its cuts; exit 1 if one fails."""
@@ -85,7 +129,7 @@ def verify(
     from ..engines.verify import verify_bundle
 
     with stages() as stage:
-        results = verify_bundle(Bundle.open(bundle, expect_digest), stage)
+        results = verify_bundle(Bundle.open(bundle, expect_digest), stage, device)
     passed = all(check.passed for checks in results.values() for check in checks)
     if as_json:
         rows = [
@@ -123,16 +167,28 @@ def prune(
     out.print(f"{'would free' if dry_run else 'freed'} {pruned.bytes / 2**20:.1f} MiB in {len(pruned.files)} files")
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    settings: Annotated[bool, typer.Option("--settings", help="Also list what --set takes, for each engine.")] = False,
+    as_json: Json = False,
+) -> None:
     """Say which engines can be used on this machine, and why not."""
-    from ..engines.registry import machine, probe_all
+    from ..engines.registry import compiler, machine, probe_all
 
     with stages() as stage:
         stage("look at the engines")
         facts, probes = machine(), probe_all()
+    known = {name: dict(found.SETTINGS) if (found := compiler(name)) else {} for name in probes}
     if as_json:
         engines = {
-            name: {"usable": probe.usable, "version": probe.version, "devices": probe.devices, "reason": probe.reason}
+            name: {
+                "usable": probe.usable,
+                "builds": probe.usable or probe.builds,
+                "version": probe.version,
+                "devices": probe.devices,
+                "targets": dict(probe.targets),
+                "reason": probe.reason,
+                "settings": known[name],
+            }
             for name, probe in probes.items()
         }
         print_json({**facts, "engines": engines})
@@ -141,9 +197,14 @@ def doctor(as_json: Json = False) -> None:
         out.print(f"{name}: {fact}", highlight=False)
     table = Table("engine", "usable", "version", "devices", "found", box=SIMPLE)
     for name, probe in probes.items():
-        mark = "[green]yes[/]" if probe.usable else "[red]no[/]"
-        table.add_row(name, mark, probe.version or "", ", ".join(probe.devices), probe.reason)
+        mark = "[green]yes[/]" if probe.usable else "[yellow]builds[/]" if probe.builds else "[red]no[/]"
+        table.add_row(name, mark, probe.version or "", ", ".join(probe.devices), escape(probe.reason))
     out.print(table)
+    if settings:
+        for name, values in known.items():
+            for setting, value in values.items():
+                default = ",".join(value) if isinstance(value, tuple) else "" if value is None else str(value).lower()
+                out.print(f"--set {name}.{setting}={default}", highlight=False)
 
 
 def _print_bundle(bundle: Bundle, as_json: bool) -> None:

@@ -30,6 +30,7 @@ Variant = Annotated[str | None, typer.Option(help="Of the weight files, e.g. fp1
 Subfolder = Annotated[str | None, typer.Option(help="Of the UNet inside the model; 'unet' in a pipeline.")]
 Cuts = Annotated[list[str] | None, typer.Option("--cut", help="deepcache:K, paper:K or mlperf; again for several.")]
 EngineName = Annotated[str, typer.Option("--engine", help="auto, or one of those that offcut doctor lists.")]
+Device = Annotated[str, typer.Option(help="cpu, or cuda as PyTorch spells it.")]
 Threads = Annotated[int | None, typer.Option(help="Of a CPU engine; one a core by default.")]
 
 
@@ -87,6 +88,32 @@ def dims_of(text: str | None) -> dict[str, int]:
             )
         dims[name] = int(size)
     return dims
+
+
+def settings_of(texts: list[str], engines: list[str]) -> dict[str, dict[str, Any]]:
+    """``["inductor.max_autotune=true"]`` by engine; the engine may be left out where only one is built.
+
+    A value is ``true``, ``false``, a number, several separated by commas, or text.
+    """
+    settings: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        engine, dot, setting = name.rpartition(".")
+        if not equals or not setting or (not dot and len(engines) > 1):
+            raise typer.BadParameter(f"{text!r} is not ENGINE.NAME=VALUE", param_hint="--set")
+        settings.setdefault(engine or engines[0], {})[setting] = _value(value)
+    return settings
+
+
+def _value(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
+    if "," in text:
+        return tuple(part for part in text.split(",") if part)
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        return text or None
 
 
 def print_contract(contract: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypedDict, runtime_checkable
 
 from ..errors import EngineError
 from ..exporter.load import ModelSource
@@ -142,12 +142,14 @@ class Compiled:
         shallow: the same for each cut's shallow graph.
         targets: the machines that can run it, any of them, as ``Probe.targets`` names them.
         profiles: the shapes that it takes; none if it takes all.
+        later_versions: whether later versions of the engine can run it too.
     """
 
     full: Path
     shallow: Mapping[str, Path]
     targets: tuple[str, ...]
     profiles: tuple[Profile, ...] = ()
+    later_versions: bool = False
 
 
 def check_contract(graphs: Graphs, cut: str | None, inputs: Iterable[str], outputs: Iterable[str]) -> None:
@@ -180,11 +182,29 @@ class EngineOptions:
         threads: of the CPU engines; None leaves it to the engine (one a core).
         inference_precision: computes fp32 graphs in ``"bf16"`` where the engine has a hint for it. Costs image quality
             (relative error of one call about 1e-2). Fixed when the bundle is built.
+        cuda_graphs: record a compiled engine's calls once for each shape and replay them, which saves the host's work
+            of launching every kernel. Of the NVIDIA engines; TensorRT-RTX cannot with plans that stream their weights.
+        weight_budget: device memory for the weights of a pair, in bytes; the others stay on the host and are streamed
+            at each call, which is slower. None keeps all on the device. Of TensorRT plans built with weight streaming.
+        runtime_cache: directory where TensorRT-RTX keeps the kernels that it compiles for this GPU; None compiles them
+            at each start. They are machine code: name a directory that only you can write to.
     """
 
     device: str = "cpu"
     threads: int | None = None
     inference_precision: str | None = None
+    cuda_graphs: bool = True
+    weight_budget: int | None = None
+    runtime_cache: Path | None = None
+
+
+class OpenOptions(TypedDict, total=False):
+    """Those of ``EngineOptions`` that a caller chooses freely, as keyword arguments."""
+
+    threads: int | None
+    cuda_graphs: bool
+    weight_budget: int | None
+    runtime_cache: Path | None
 
 
 @dataclass(frozen=True)
@@ -240,6 +260,9 @@ class CompilingEngine(Engine, Protocol):
 
     SETTINGS: Settings
     """How it compiles: each setting with its default."""
+
+    HELPERS: frozenset[str]
+    """Those settings that only help the build, such as a cache file: the bundle does not record them."""
 
     def compile(self, job: CompileJob) -> Compiled:
         """Compile the pair into the job's folder.

@@ -14,9 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..errors import BundleError
-from ..exporter.reference import read_reference
-from .base import CompileJob, EngineOptions, Settings
-from .bundle import Bundle, engine_files
+from ..exporter.load import load_unet
+from ..exporter.reference import write_reference
+from .base import Compiled, CompileJob, EngineOptions, Graphs, Setting, Settings
+from .bundle import Bundle, devices_of, engine_files
 from .manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
@@ -29,12 +30,12 @@ from .manifest import (
 )
 from .parts import copy_parts, pipeline_class
 from .plan import Plan, Progress, check_target, make_plan
-from .precision import bounds
 from .profiles import Profile
 from .registry import compiler, engine
+from .sizes import Sizes
 from .store import commit, staging
 from .variants import UNET_CONFIG, make_variant
-from .verify import require, verify
+from .verify import require, verify_entry
 
 
 def build(
@@ -47,7 +48,7 @@ def build(
     inference_precision: str | None = None,
     opset: int | None = None,
     dims: Mapping[str, int] | None = None,
-    profiles: Sequence[Profile] = (),
+    profiles: Sequence[Profile] | Sizes = (),
     settings: Mapping[str, Settings] | None = None,
     deploy: bool = False,
     device: str = "cpu",
@@ -67,7 +68,8 @@ def build(
         inference_precision: OpenVINO's hint, ``"bf16"``, for fp32 graphs. Can cost image quality.
         opset: of the ONNX graphs; the engine's best by default.
         dims: fixes ``batch``, ``height``, ``width`` (of the latent) or ``sequence``; the rest stays dynamic.
-        profiles: the shapes that compiled engines take; by default all that stay dynamic.
+        profiles: the shapes that compiled engines take, as profiles or in a user's words (``Sizes``); by default the
+            engine's own choice.
         settings: how an engine compiles, by the engine's name and the names of its ``SETTINGS``.
         deploy: leave the ONNX graphs and their weights out, for a bundle whose engines are all compiled.
         device: that ``auto`` chooses for and engines are verified on, where they run on it.
@@ -174,7 +176,7 @@ def _key(plan: Plan, variant: Variant, name: str) -> str:
     ]
     if compiler(name):
         profiles = [ProfileEntry.of(profile).model_dump() for profile in plan.profiles]
-        decides += [json.dumps(each, sort_keys=True) for each in (dict(probe.targets), plan.settings[name], profiles)]
+        decides += [json.dumps(each, sort_keys=True) for each in (dict(probe.targets), _recorded(plan, name), profiles)]
         decides.append(plan.device)
     return f"{name}-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]}"
 
@@ -195,7 +197,9 @@ def _compile(
         requires=tuple(need for need in requires if need),
         targets=(),
         profiles=(),
-        settings=dict(plan.settings[name]),
+        settings=_recorded(plan, name),
+        references=(),
+        later_versions=False,
         verified=False,
         full=variant.graphs.full,
         shallow=variant.graphs.shallow,
@@ -218,8 +222,11 @@ def _compile(
         progress=progress,
     )
     compiled = compiles.compile(job)
+    references = _references(plan, graphs, compiled, folder, progress)
     return entry.model_copy(
         update={
+            "references": tuple(file.relative_to(staged).as_posix() for file in references),
+            "later_versions": compiled.later_versions,
             "targets": compiled.targets,
             "profiles": tuple(ProfileEntry.of(profile) for profile in compiled.profiles),
             "full": compiled.full.relative_to(staged).as_posix(),
@@ -229,10 +236,32 @@ def _compile(
     )
 
 
+def _recorded(plan: Plan, name: str) -> dict[str, Setting]:
+    """The settings that decide what is built."""
+    compiles = compiler(name)
+    helpers = compiles.HELPERS if compiles else frozenset()
+    return {setting: value for setting, value in plan.settings[name].items() if setting not in helpers}
+
+
+def _references(plan: Plan, graphs: Graphs, compiled: Compiled, folder: Path, progress: Progress) -> list[Path]:
+    """What eager PyTorch computes at the smallest sizes of each profile, where the variant's own are not covered."""
+    if not compiled.profiles:
+        return []
+    import torch
+
+    progress("compute PyTorch's answers at the sizes of the profiles")
+    device = plan.device if torch.device(plan.device).type == "cuda" and torch.cuda.is_available() else "cpu"
+    unet = load_unet(plan.source, plan.precision).to(device)
+    paths = []
+    for index, profile in enumerate(compiled.profiles):
+        paths.append(folder / f"reference-{index}.safetensors")
+        write_reference(unet, plan.source.family, tuple(graphs.inputs.values()), profile.min, paths[-1])
+    return paths
+
+
 def _device(plan: Plan, entry: EngineEntry) -> str | None:
     """The device to verify an engine on: the one asked for, or another that it runs on; None if there is none here."""
-    probe = engine(entry.engine).probe()
-    fitting = [kind for kind in probe.devices if not entry.targets or probe.targets.get(kind) in entry.targets]
+    fitting = devices_of(entry)
     if plan.device.partition(":")[0] in fitting:
         return plan.device
     return fitting[0] if fitting else None
@@ -244,8 +273,7 @@ def _prove(plan: Plan, variant: Variant, entry: EngineEntry, device: str, out: P
     options = EngineOptions(device, inference_precision=entry.inference_precision)
     pair = engine(entry.engine).open(bundle.graphs(entry), options)
     try:
-        reference = read_reference(bundle.path / variant.reference)
-        checks = verify(pair, reference, bounds(entry.engine, variant.precision, entry.inference_precision))
+        checks = verify_entry(bundle, entry, pair)
     finally:
         pair.close()
     require(checks, entry.key)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Unpack
 
 from pydantic import ValidationError
 
 from ..errors import BundleError, CutError, EngineError
 from ..exporter.trace import GRAPH_FILE
-from .base import EngineOptions, EnginePair, Graphs
+from .base import EngineOptions, EnginePair, Graphs, OpenOptions
 from .manifest import MANIFEST_FILE, SCHEMA_VERSION, EngineEntry, Manifest, Variant, schema_of
 from .registry import Choice, choose, engine
 
@@ -147,7 +148,7 @@ class Bundle:
         device: str = "cpu",
         precision: str | None = None,
         inference_precision: str | None = None,
-        threads: int | None = None,
+        **options: Unpack[OpenOptions],
     ) -> EnginePair:
         """Open the full graph and its shallow graphs on a device.
 
@@ -156,7 +157,7 @@ class Bundle:
             device: as PyTorch spells it.
             precision, inference_precision: choose among several builds of the engine; the newest by default.
                 ``inference_precision="fp32"`` is the one without a hint.
-            threads: of a CPU engine; None leaves it to the engine.
+            options: ``threads``, ``cuda_graphs``, ``weight_budget``, ``runtime_cache``: see ``EngineOptions``.
 
         Raises:
             BundleError: a file is damaged.
@@ -164,7 +165,12 @@ class Bundle:
         """
         name = self.choose_engine(engine, device).name
         entry = self.entry(name, precision=precision, inference_precision=inference_precision)
-        return open_entry(self, entry, EngineOptions(device, threads, entry.inference_precision))
+        if not entry.verified:
+            warnings.warn(
+                f"{entry.key} could not be run where it was built: check it once here with offcut verify {self.path}",
+                stacklevel=2,
+            )
+        return open_entry(self, entry, EngineOptions(device, inference_precision=entry.inference_precision, **options))
 
     def graphs(self, entry: EngineEntry) -> Graphs:
         """The files of an engine and their contract."""
@@ -218,7 +224,7 @@ def open_entry(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> En
             f"{entry.key} was compiled for {', '.join(entry.targets)}, and this machine's {options.device} is "
             f"{here or 'none of them'}: build it again here"
         )
-    if entry.compiled and probe.version is not None and probe.version != entry.version:
+    if entry.compiled and not entry.later_versions and probe.version not in (None, entry.version):
         raise EngineError(
             f"{entry.key} was compiled with {entry.engine} {entry.version} and runs with no other, here is "
             f"{probe.version}: build it again here"
@@ -230,6 +236,12 @@ def open_entry(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> En
         )
     bundle.verify_files(engine_files(entry, bundle.manifest.variants[entry.variant]))
     return module.open(bundle.graphs(entry), options)
+
+
+def devices_of(entry: EngineEntry) -> list[str]:
+    """The kinds of device here that can run a built engine."""
+    probe = engine(entry.engine).probe()
+    return [kind for kind in probe.devices if not entry.targets or probe.targets.get(kind) in entry.targets]
 
 
 def engine_files(entry: EngineEntry, variant: Variant) -> list[str]:

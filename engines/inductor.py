@@ -1,7 +1,8 @@
 """PyTorch's own compiler, ahead of time: AOTInductor packages of both graphs, on the CPU and on CUDA.
 
 The UNet is traced and cut as a PyTorch program, without ONNX. A package is native code: it fits the machine whose
-instruction set it was compiled for, and the version of PyTorch that compiled it. It writes into the pair's buffers.
+instruction set it was compiled for, and the version of PyTorch that compiled it. It writes into the pair's buffers; on
+CUDA its calls are recorded as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..exporter.program import TwinProgram, UNetProgram
 from ..exporter.specs import Shape
 from .base import Compiled, CompileJob, EngineOptions, Graphs, Probe, Settings
 from .buffers import allocate_pair
+from .cuda import CudaGraphs, PairStream
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +33,8 @@ _MARCH = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
 SETTINGS: Settings = {
     "max_autotune": False,  # try more kernels for each product; takes minutes more
 }
+
+HELPERS: frozenset[str] = frozenset()
 
 
 def probe() -> Probe:
@@ -84,13 +88,15 @@ class InductorPair:
             torch.set_num_threads(options.threads)
         self.device = torch.device(options.device)
         self.inputs, self.outputs, self.cuts = graphs.inputs, graphs.outputs, graphs.cuts
-        self._graphs = graphs
-        self._full = _load(graphs.full, self.device)
+        self._graphs, self._options = graphs, options
+        self._stream = PairStream(self.device) if self.device.type == "cuda" else None
+        self._full: Any = _load(graphs.full, self.device)
         self._shallow = {cut: _load(path, self.device) for cut, path in graphs.shallow.items()}
 
     def prepare(self, shapes: Mapping[str, Shape]) -> BoundInductorPair:
         buffers, dims = allocate_pair(self._graphs, shapes, self.device)
-        return BoundInductorPair(self._full, self._shallow, buffers, dims)
+        graphs = CudaGraphs() if self._stream is not None and self._options.cuda_graphs else None
+        return BoundInductorPair(self._full, self._shallow, buffers, dims, self._stream, graphs)
 
     def close(self) -> None:
         self._full = None
@@ -106,21 +112,39 @@ class BoundInductorPair:
         shallow: Mapping[str, _Package],
         buffers: Mapping[str, torch.Tensor],
         dims: Mapping[str, int],
+        stream: PairStream | None,
+        graphs: CudaGraphs | None,
     ) -> None:
         self.buffers = buffers
         self.dims = dims
+        self._stream, self._graphs = stream, graphs
+        self._addresses = tuple(buffer.data_ptr() for buffer in buffers.values())
         self._full: Any = _call(full, buffers)
         self._shallow: Any = {cut: _call(package, buffers) for cut, package in shallow.items()}
 
     def full(self) -> None:
-        self._full()
+        self._run("full", self._full)
 
     def shallow(self, cut: str) -> None:
-        self._shallow[cut]()
+        self._run(cut, self._shallow[cut])
 
     def close(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+        if self._graphs is not None:
+            self._graphs.close()
         self._full = self._shallow = None
         self.buffers = {}
+
+    def _run(self, key: str, call: Callable[[], None]) -> None:
+        if self._stream is None:
+            call()
+            return
+        with self._stream.ordered():
+            if self._graphs is None:
+                call()
+            else:
+                self._graphs.run(key, self._addresses, call)
 
 
 @dataclass(frozen=True)
@@ -138,19 +162,22 @@ def _load(path: Path, device: torch.device) -> _Package:
     names = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     index = device.index or 0 if device.type == "cuda" else -1
     try:
-        # One call at a time: a pair belongs to one thread, and a CUDA graph can be captured of such a runner only.
-        run = torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=index)
+        # A CUDA graph can be captured of an unlocked runner only. On the CPU threads take turns.
+        unlocked = device.type == "cuda"
+        run = torch._inductor.aoti_load_package(str(path), run_single_threaded=unlocked, device_index=index)
     except RuntimeError as error:
-        raise EngineError(
-            f"inductor cannot load {path.name}: {str(error).splitlines()[0]}; build it again here"
-        ) from error
+        raise EngineError(f"inductor refuses {path.name}: {str(error).splitlines()[0]}; build it again here") from error
     return _Package(run, tuple(names["inputs"]), tuple(names["outputs"]))
 
 
-def _call(package: _Package, buffers: Mapping[str, torch.Tensor]) -> Callable[[], object]:
+def _call(package: _Package, buffers: Mapping[str, torch.Tensor]) -> Callable[[], None]:
     inputs = [buffers[name] for name in package.inputs]
     outputs = [buffers[name] for name in package.outputs]
-    return lambda: package.run(inputs, outputs)
+
+    def call() -> None:
+        package.run(inputs, outputs)
+
+    return call
 
 
 def _package(twin: TwinProgram, job: CompileJob, stem: str) -> Path:

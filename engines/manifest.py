@@ -134,8 +134,9 @@ class EngineEntry(_Model):
 
     ``version`` is the engine's own, at the build. ``requires`` names what the machine must have, ``targets`` the kinds
     of machine that can run it, any of them. A compiled engine lies in ``files``, its log among them, and runs with
-    ``version`` only; one that is not opens the variant's graphs. ``verified`` is False where the machine that built it
-    could not run it.
+    ``version`` only, unless it was built for ``later_versions`` too; one that is not opens the variant's graphs.
+    ``references`` are PyTorch's answers at sizes that its profiles cover, in place of the variant's. ``verified`` is
+    False where the machine that built it could not run it.
     """
 
     key: str
@@ -148,6 +149,8 @@ class EngineEntry(_Model):
     targets: tuple[str, ...]
     profiles: tuple[ProfileEntry, ...]
     settings: dict[str, str | int | float | bool | tuple[str, ...] | None]
+    references: tuple[InsidePath, ...]
+    later_versions: bool
     verified: bool
     full: InsidePath
     shallow: dict[str, InsidePath]

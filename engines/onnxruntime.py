@@ -1,7 +1,7 @@
 """ONNX Runtime, on the CPU and on CUDA, bound to PyTorch's memory.
 
 On CUDA the pair owns a stream, since ONNX Runtime takes its stream when a session is made and takes stream 0 for
-none; events order it with the caller's stream.
+none.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ..errors import EngineError, MissingExtraError
 from ..exporter.specs import Shape
 from .base import EngineOptions, Graphs, Probe, check_contract
 from .buffers import allocate_pair
+from .cuda import PairStream
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,7 @@ class OnnxRuntimePair:
         self.device = torch.device(options.device)
         self.inputs, self.outputs, self.cuts = graphs.inputs, graphs.outputs, graphs.cuts
         self._graphs = graphs
-        self._stream = _new_stream(self.device)
+        self._stream = PairStream(self.device) if self.device.type == "cuda" else None
         self._full = self._session(graphs.full, options)
         self._shallow = {cut: self._session(path, options) for cut, path in graphs.shallow.items()}
         for cut, session in ((None, self._full), *self._shallow.items()):
@@ -108,7 +109,8 @@ class OnnxRuntimePair:
         provider_options: dict[str, str] = {}
         if self._stream is not None:
             index = self.device.index or 0
-            provider_options = {"device_id": str(index), "user_compute_stream": str(self._stream.cuda_stream)}
+            provider_options = {"device_id": str(index), "user_compute_stream": str(self._stream.stream.cuda_stream)}
+            provider_options["use_tf32"] = "0"  # fp32 graphs are computed in fp32
         try:
             session = onnxruntime.InferenceSession(path, settings, providers=[(provider, provider_options)])
         except Exception as error:  # its exceptions share no public base
@@ -128,7 +130,7 @@ class BoundOnnxRuntimePair:
         buffers: Mapping[str, torch.Tensor],
         dims: Mapping[str, int],
         device: torch.device,
-        stream: torch.cuda.Stream | None,
+        stream: PairStream | None,
     ) -> None:
         import onnxruntime
 
@@ -156,12 +158,8 @@ class BoundOnnxRuntimePair:
         if self._stream is None:
             session.run_with_iobinding(binding, self._run_options)
             return
-        import torch
-
-        caller = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(caller)
-        session.run_with_iobinding(binding, self._run_options)
-        caller.wait_stream(self._stream)
+        with self._stream.ordered():
+            session.run_with_iobinding(binding, self._run_options)
 
     def _bind(self, session: Any) -> Any:
         binding = session.io_binding()
@@ -180,12 +178,6 @@ class BoundOnnxRuntimePair:
                     buffer_ptr=buffer.data_ptr(),
                 )
         return binding
-
-
-def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
-    import torch
-
-    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _first_line(error: Exception) -> str:

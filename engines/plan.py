@@ -10,14 +10,16 @@ from pathlib import Path
 
 from ..errors import BundleError, CutError, EngineError
 from ..exporter.cut import CONVENTIONS, is_cut_name
-from ..exporter.load import ModelSource, locate
+from ..exporter.families import downsampling
+from ..exporter.load import PRECISIONS, ModelSource, locate
 from .base import Settings
 from .bundle import Bundle, digest_file
 from .manifest import MANIFEST_FILE
 from .parts import weight_files
 from .precision import bounds
-from .profiles import Profile
+from .profiles import Profile, trained_side
 from .registry import choose, compiler, engine
+from .sizes import Sizes
 from .store import LOCK_FILE
 
 Progress = Callable[[str], None]
@@ -61,7 +63,7 @@ def make_plan(
     inference_precision: str | None,
     opset: int | None,
     dims: Mapping[str, int] | None,
-    profiles: Sequence[Profile],
+    profiles: Sequence[Profile] | Sizes,
     settings: Mapping[str, Settings] | None,
     deploy: bool,
     device: str,
@@ -78,7 +80,7 @@ def make_plan(
             progress(f"engine {choice.name}: {choice.reason}")
             name = choice.name
         names.append(name)
-        _check_engine(name, precision, inference_precision, deploy)
+        _check_engine(name, precision, inference_precision, device, deploy)
     if not names:
         raise EngineError("no engine was named: write auto, or see offcut doctor")
     if not cuts:
@@ -87,6 +89,8 @@ def make_plan(
     for cut in cuts:
         if not is_cut_name(cut):
             raise CutError(f"{cut!r} is no name of a cut: write {CONVENTIONS}")
+    if profiles and not any(compiler(name) for name in names):
+        raise EngineError(f"{names[0]} takes every size, so it needs no profile: leave the sizes out")
     source = locate(model, revision=revision, variant=variant, subfolder=subfolder)
     weights = weight_files(source.folder, variant)
     together = hashlib.sha256("".join(digest_file(file) for file in weights).encode()).hexdigest()
@@ -99,27 +103,37 @@ def make_plan(
         opset=opset or engine(names[0]).default_opset,
         fixed=dict(dims or {}),
         inference_precision=None if inference_precision == precision else inference_precision,
-        profiles=tuple(profiles),
+        profiles=_profiles(source, precision, dict(dims or {}), profiles),
         settings=_settings(names, settings or {}),
         device=device,
         deploy=deploy,
     )
 
 
-def _check_engine(name: str, precision: str, inference_precision: str | None, deploy: bool) -> None:
+def _check_engine(name: str, precision: str, inference_precision: str | None, device: str, deploy: bool) -> None:
     probe = engine(name).probe()
     if not probe.usable and not probe.builds:
         raise EngineError(f"the engine {name} cannot be used here: {probe.reason}")
     if deploy and compiler(name) is None:
         raise EngineError(f"{name} opens the ONNX graphs, which --deploy would leave out: build it without")
-    bounds(name, precision, inference_precision)
+    bounds(name, precision, inference_precision, device)
+
+
+def _profiles(
+    source: ModelSource, precision: str, fixed: Mapping[str, int], wanted: Sequence[Profile] | Sizes
+) -> tuple[Profile, ...]:
+    if not isinstance(wanted, Sizes):
+        return tuple(wanted)
+    inputs = {spec.name: spec.fixed(fixed) for spec in source.family.inputs(source.config, PRECISIONS[precision])}
+    native = trained_side(source.config.get("sample_size"))
+    return wanted.profiles(inputs, multiple=downsampling(source.config), native=native)
 
 
 def _settings(names: Sequence[str], given: Mapping[str, Settings]) -> dict[str, Settings]:
     """Each engine's settings, its defaults for those that were not given."""
     if idle := sorted(set(given) - set(names)):
         raise EngineError(f"settings were given for {', '.join(idle)}, which is not built: name it with engine=")
-    complete = {}
+    complete: dict[str, Settings] = {}
     for name in names:
         compiles = compiler(name)
         known = compiles.SETTINGS if compiles else {}

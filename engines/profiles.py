@@ -1,13 +1,29 @@
-"""Shape profiles: the ranges of sizes that an engine was compiled for."""
+"""Shape profiles: the ranges of sizes that an engine is compiled for, from what a user writes to what a graph takes.
+
+Users write image pixels, width before height (``512x768`` is a portrait); profiles hold the latent's sizes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import ShapeError
+from ..errors import EngineError, ShapeError
+from ..exporter.specs import Shape, TensorSpec, solve, symbols
 
 Dims = Mapping[str, int]
+Range = tuple[int, int, int]
+"""Smallest, best and largest size of one dimension."""
+
+VAE_SCALE = 8
+"""Image pixels a latent pixel, in every Stable Diffusion."""
+
+# CLIP gives 77 tokens whatever the prompt; pipelines for long prompts join up to a few such windows. Below 77 there is
+# nothing to serve, and the narrower the range, the better the kernels that suit all of it.
+_SEQUENCE: Range = (77, 77, 4 * 77)
+_PIXELS = (256, 1024)
+_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -22,6 +38,12 @@ class Profile:
     opt: Dims
     max: Dims
 
+    @classmethod
+    def of(cls, ranges: Mapping[str, Range]) -> Profile:
+        """From each dimension's smallest, best and largest size."""
+        smallest, best, largest = ({name: sizes[place] for name, sizes in ranges.items()} for place in range(3))
+        return cls(smallest, best, largest)
+
     def covers(self, dims: Dims) -> bool:
         return all(self.min[name] <= dims[name] <= self.max[name] for name in self.min)
 
@@ -35,6 +57,11 @@ class Profile:
         for name in self.min:
             sizes *= self.max[name] - self.min[name] + 1
         return sizes
+
+    def shapes(self, specs: Iterable[TensorSpec]) -> dict[str, tuple[Shape, Shape, Shape]]:
+        """The smallest, best and largest shape of each of a graph's inputs, a shallow graph's cached features too."""
+        specs = list(specs)
+        return {spec.name: (spec.resolve(self.min), spec.resolve(self.opt), spec.resolve(self.max)) for spec in specs}
 
 
 def select(profiles: Sequence[Profile], dims: Dims) -> int:
@@ -52,6 +79,176 @@ def select(profiles: Sequence[Profile], dims: Dims) -> int:
         f"no profile of this engine covers {asked}; the nearest that one does: {valid} "
         "(build with other shapes for more)"
     )
+
+
+def in_pixels(
+    inputs: Mapping[str, TensorSpec],
+    *,
+    multiple: int,
+    fixed: Iterable[str] = (),
+    static: Sequence[str] = (),
+    dynamic: str | None = None,
+    max_batch: int | None = None,
+    guidance: bool = True,
+    native: int = 512,
+    scale: int = VAE_SCALE,
+) -> tuple[Profile, ...]:
+    """Profiles from the easy spelling: a static one for each size, a dynamic one if asked for or if there is no other.
+
+    Args:
+        inputs: the full graph's.
+        multiple: of the latent's height and width, as the UNet needs it.
+        fixed: dimensions that the export fixes although these specs do not.
+        static: sizes of images, each ``WIDTHxHEIGHT`` in pixels. Such a profile takes one image a call, or up to
+            ``max_batch`` where that is given.
+        dynamic: ``SMALLEST..LARGEST`` side of an image, in pixels; by default 256..1024.
+        max_batch: images a call; 4 by default for the dynamic profile. The UNet's batch is twice that with guidance.
+        guidance: classifier-free guidance doubles the UNet's batch. A batch of 1 is covered by dynamic profiles anyway.
+        native: the side that the dynamic profile is tuned for, in pixels: what the model was trained on.
+        scale: image pixels a latent pixel.
+
+    Raises:
+        ShapeError: a size is no multiple of what the UNet needs, or is not written so.
+        EngineError: a dimension was fixed in the export, or is one that nothing is known about.
+    """
+    free = [name for name in symbols(inputs.values()) if name not in set(fixed)]
+    if (static or dynamic) and not {"height", "width"} <= set(free):
+        raise EngineError("this export has a fixed height and width: leave --static and --dynamic out, or export again")
+    if max_batch is not None and max_batch < 1:
+        raise ShapeError(f"--max-batch is a number of images, at least 1, not {max_batch}")
+    per = 2 if guidance else 1
+    profiles = []
+    for size in static:
+        batch = (per, per, per) if max_batch is None else (1, per, per * max_batch)
+        width, height = _static(size, multiple, scale)
+        profiles.append(_profile(free, batch=batch, height=(height,) * 3, width=(width,) * 3))
+    if dynamic or not static:
+        side = _dynamic(dynamic, multiple, native, scale)
+        batch = (1, per, per * (max_batch or _IMAGES))
+        profiles.append(_profile(free, batch=batch, height=side, width=side))
+    return tuple(profiles)
+
+
+def in_shapes(
+    inputs: Mapping[str, TensorSpec],
+    *,
+    multiple: int,
+    min_shapes: str | None,
+    opt_shapes: str | None,
+    max_shapes: str | None,
+) -> Profile:
+    """One profile from trtexec's spelling, e.g. ``sample:1x4x64x64,timestep:1,encoder_hidden_states:1x77x768``.
+
+    Args:
+        inputs: the full graph's; all three must name every one of them, in the latent's sizes.
+        multiple: of the latent's height and width, as the UNet needs it.
+
+    Raises:
+        ShapeError: one of the three is missing, is not written so, or does not fit the graph.
+    """
+    options = {"--min-shapes": min_shapes, "--opt-shapes": opt_shapes, "--max-shapes": max_shapes}
+    if missing := [option for option, text in options.items() if not text]:
+        raise ShapeError(f"{' and '.join(missing)} must be given too: a profile needs its min, opt and max shapes")
+    smallest, best, largest = (_dims(inputs, multiple, option, text or "") for option, text in options.items())
+    profile = Profile(smallest, best, largest)
+    check([profile], inputs, multiple)
+    return profile
+
+
+def trained_side(sample_size: int | Sequence[int] | None, scale: int = VAE_SCALE) -> int:
+    """The side of the images that a UNet was trained on, in pixels, from ``sample_size`` in its config."""
+    if not sample_size:
+        return 512
+    return (sample_size if isinstance(sample_size, int) else max(sample_size)) * scale
+
+
+def check(profiles: Iterable[Profile], inputs: Mapping[str, TensorSpec], multiple: int) -> None:
+    """Hold profiles against a graph.
+
+    Raises:
+        ShapeError: one names other dimensions than the graph leaves open, is upside down, or has a height or width that
+            the UNet cannot take.
+    """
+    free = symbols(inputs.values())
+    for profile in profiles:
+        for sizes in (profile.min, profile.opt, profile.max):
+            if set(sizes) != set(free):
+                raise ShapeError(
+                    f"a profile gives {', '.join(sizes) or 'no dimension'}, but this graph leaves "
+                    f"{', '.join(free) or 'none'} open: give just those"
+                )
+            for side in {"height", "width"} & set(free):
+                if sizes[side] % multiple:
+                    raise ShapeError(
+                        f"a profile gives the latent the {side} {sizes[side]}, but this UNet needs a multiple of "
+                        f"{multiple}: the nearest is {_round(sizes[side], multiple)}"
+                    )
+        for name in free:
+            if not 1 <= profile.min[name] <= profile.opt[name] <= profile.max[name]:
+                raise ShapeError(
+                    f"a profile's {name} goes from {profile.min[name]} over {profile.opt[name]} to "
+                    f"{profile.max[name]}: give min <= opt <= max, at least 1"
+                )
+
+
+def _profile(free: Iterable[str], **known: Range) -> Profile:
+    ranges = {"sequence": _SEQUENCE, **known}
+    if unknown := [name for name in free if name not in ranges]:
+        raise EngineError(f"no range is known for {', '.join(unknown)}: give --min-shapes, --opt-shapes, --max-shapes")
+    return Profile.of({name: ranges[name] for name in free})
+
+
+def _static(size: str, multiple: int, scale: int) -> tuple[int, int]:
+    """The latent's width and height."""
+    match = re.fullmatch(r"(\d+)x(\d+)", size.strip())
+    if match is None:
+        raise ShapeError(f"--static {size} is no size: write WIDTHxHEIGHT in pixels, e.g. 512x768")
+    width, height = (_latent(f"--static {size}", int(side), multiple, scale) for side in match.groups())
+    return width, height
+
+
+def _dynamic(sides: str | None, multiple: int, native: int, scale: int) -> Range:
+    """The latent's smallest, best and largest side."""
+    if sides is None:
+        smallest, best, largest = (_round(side // scale, multiple) for side in (_PIXELS[0], native, _PIXELS[1]))
+        return min(smallest, best), best, max(largest, best)
+    match = re.fullmatch(r"(\d+)\.\.(\d+)", sides.strip())
+    if match is None:
+        raise ShapeError(f"--dynamic {sides} is no range: write SMALLEST..LARGEST in pixels, e.g. 256..1024")
+    smallest, largest = (_latent(f"--dynamic {sides}", int(side), multiple, scale) for side in match.groups())
+    if smallest > largest:
+        raise ShapeError(f"--dynamic {sides} runs backwards: write the smaller side first")
+    return smallest, min(max(_round(native // scale, multiple), smallest), largest), largest
+
+
+def _latent(option: str, pixels: int, multiple: int, scale: int) -> int:
+    step = multiple * scale
+    if pixels % step or not pixels:
+        raise ShapeError(
+            f"{option}: {pixels} pixels are no multiple of {step}, which this UNet needs; "
+            f"the nearest is {_round(pixels, step)}"
+        )
+    return pixels // scale
+
+
+def _dims(inputs: Mapping[str, TensorSpec], multiple: int, option: str, text: str) -> Dims:
+    shapes: dict[str, Shape] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"([^:]+):(\d+(?:x\d+)*)", part.strip())
+        if match is None:
+            raise ShapeError(f"{option}: {part.strip()!r} is no shape: write NAME:AxBxC, e.g. sample:1x4x64x64")
+        shapes[match[1]] = tuple(int(size) for size in match[2].split("x"))
+    if set(shapes) != set(inputs):
+        raise ShapeError(f"{option} gives {', '.join(shapes)}, but this graph's inputs are {', '.join(inputs)}")
+    try:
+        return solve(inputs, shapes, multiple)
+    except ShapeError as error:
+        raise ShapeError(f"{option}: {error}") from error
+
+
+def _round(size: int, multiple: int) -> int:
+    """The nearest multiple that is not 0."""
+    return max(multiple, (size + multiple // 2) // multiple * multiple)
 
 
 def _distance(sizes: Dims, dims: Dims) -> float:

@@ -10,8 +10,11 @@ from typing import cast
 from ..errors import EngineError
 from .base import CompilingEngine, Engine, Probe
 
-# A new engine: one file in this folder, one line here, one row in precision.BOUNDS, one parameter in the tests.
-ENGINES = ("openvino", "onnxruntime", "inductor")
+# A new engine: one file in this folder ("_" for a "-" in its name), one line here, one row in precision.BOUNDS, one
+# parameter in the tests.
+ENGINES = ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime", "inductor")
+
+_COMPILED_FOR_CUDA = ("tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ def engine(name: str) -> Engine:
     """
     if name not in ENGINES:
         raise EngineError(f"there is no engine {name!r}; choose auto or one of {', '.join(ENGINES)}")
-    return cast(Engine, import_module(f".{name}", __package__))
+    return cast(Engine, import_module(f".{name.replace('-', '_')}", __package__))
 
 
 def compiler(name: str) -> CompilingEngine | None:
@@ -65,8 +68,9 @@ def machine() -> dict[str, str]:
 def choose(device: str = "cpu", among: Iterable[str] = ENGINES) -> Choice:
     """The best engine here for this device, and why: the rule behind ``engine="auto"``.
 
-    OpenVINO where the CPU multiplies bf16 matrices (AMX), as it was measured fastest there even on fp32 graphs;
-    otherwise ONNX Runtime.
+    On CUDA TensorRT, then TensorRT-RTX, which compile the graphs for the GPU; otherwise ONNX Runtime. On a CPU
+    OpenVINO where it multiplies bf16 matrices (AMX), as it was measured fastest there even on fp32 graphs; otherwise
+    ONNX Runtime.
 
     Raises:
         EngineError: none is usable; the message says why for each.
@@ -86,6 +90,8 @@ def choose(device: str = "cpu", among: Iterable[str] = ENGINES) -> Choice:
         return Choice(usable[0], why)
     if device == "cpu" and "openvino" in usable and _has_amx():
         return Choice("openvino", "this CPU has AMX, where OpenVINO was measured faster than ONNX Runtime")
+    if kind == "cuda" and (compiled := [name for name in _COMPILED_FOR_CUDA if name in usable]):
+        return Choice(compiled[0], "compiles the graphs for this GPU")
     if "onnxruntime" in usable:
         return Choice(
             "onnxruntime", f"measured fastest on a {device} without AMX" if device == "cpu" else "runs on CUDA"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import ParityError
 from ..exporter.reference import Reference, read_reference
 from .base import BoundPair, EngineOptions, EnginePair
-from .bundle import Bundle, open_entry
+from .bundle import Bundle, devices_of, open_entry
+from .manifest import EngineEntry
 from .precision import Bounds, bounds
 
 if TYPE_CHECKING:
@@ -51,8 +52,29 @@ def verify(pair: EnginePair, reference: Reference, limits: Bounds) -> list[Check
         bound_pair.close()
 
 
-def verify_bundle(bundle: Bundle, progress: Callable[[str], None] = lambda step: None) -> dict[str, list[Check]]:
+def verify_entry(bundle: Bundle, entry: EngineEntry, pair: EnginePair) -> list[Check]:
+    """Hold an opened engine of a bundle against PyTorch's answers, at every size that was kept for it."""
+    variant = bundle.manifest.variants[entry.variant]
+    limits = bounds(entry.engine, variant.precision, entry.inference_precision, pair.device.type)
+    checks = []
+    for name in entry.references or (variant.reference,):
+        reference = read_reference(bundle.path / name)
+        found = verify(pair, reference, limits)
+        if len(entry.references) > 1:
+            size = "x".join(str(size) for size in reference.inputs["sample"].shape)
+            found = [replace(check, name=f"{check.name} at {size}") for check in found]
+        checks += found
+    return checks
+
+
+def verify_bundle(
+    bundle: Bundle, progress: Callable[[str], None] = lambda step: None, device: str | None = None
+) -> dict[str, list[Check]]:
     """Check every file of a bundle and hold each of its engines against its reference.
+
+    Args:
+        progress: called with a sentence as each stage begins.
+        device: to verify on; None for the first that an engine of the bundle runs on here.
 
     Raises:
         BundleError: a file is damaged.
@@ -63,11 +85,10 @@ def verify_bundle(bundle: Bundle, progress: Callable[[str], None] = lambda step:
     results = {}
     for key, entry in bundle.manifest.engines.items():
         progress(f"verify {key}")
-        variant = bundle.manifest.variants[entry.variant]
-        pair = open_entry(bundle, entry, EngineOptions(inference_precision=entry.inference_precision))
+        where = device or next(iter(devices_of(entry)), "cpu")
+        pair = open_entry(bundle, entry, EngineOptions(where, inference_precision=entry.inference_precision))
         try:
-            reference = read_reference(bundle.path / variant.reference)
-            results[key] = verify(pair, reference, bounds(entry.engine, variant.precision, entry.inference_precision))
+            results[key] = verify_entry(bundle, entry, pair)
         finally:
             pair.close()
     return results

@@ -135,9 +135,14 @@ def family_of(config: Config) -> Family:
     return FAMILIES[name]
 
 
+def downsampling(config: Config) -> int:
+    """What the latent's height and width must be a multiple of."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
 def example_dims(config: Config) -> dict[str, int]:
     """Small dimensions that every graph of this config accepts; no two alike, so that none is taken for another."""
-    multiple = 2 ** (len(config["block_out_channels"]) - 1)
+    multiple = downsampling(config)
     return {"batch": 2, "height": 2 * multiple, "width": 3 * multiple, "sequence": 7}
 
 

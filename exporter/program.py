@@ -46,7 +46,12 @@ class TwinProgram:
 
 
 class UNetProgram:
-    """A UNet traced once, from which full and shallow programs are cut."""
+    """A UNet traced once, from which full and shallow programs are cut.
+
+    Attributes:
+        module: the whole UNet as PyTorch traced it.
+        features: every tensor that a cut may cache, by its name.
+    """
 
     def __init__(
         self,
@@ -68,11 +73,11 @@ class UNetProgram:
             multiple: height and width are multiples of it.
         """
         unet = load_unet(source, precision)
-        self._specs, self._features = specs, features
+        self._specs, self.features = specs, features
         self._dims = {**example_dims(source.config), **fixed}
         self._symbols = dim_symbols(multiple)
         program = export_program(unet, source.family, tuple(specs.values()), self._dims, fixed, multiple)
-        self._module = module = program.module(check_guards=False)
+        self.module = module = program.module(check_guards=False)
         self._joins = find_program_joins(module)
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         self._inputs: dict[Node, str] = dict(zip(placeholders, specs, strict=True))
@@ -80,7 +85,7 @@ class UNetProgram:
 
     def full(self) -> TwinProgram:
         """Every input to ``noise_pred`` and every feature."""
-        return self._twin((), tuple(self._features))
+        return self._twin((), tuple(self.features))
 
     def shallow(self, cached: Sequence[str]) -> TwinProgram:
         """From these features, and the inputs that are still read, to ``noise_pred``."""
@@ -97,14 +102,14 @@ class UNetProgram:
         names = {node: name for node, name in self._inputs.items() if node in needed} | replaced
         for node, name in names.items():
             values[node] = graph.placeholder(name)
-        for node in self._module.graph.nodes:
+        for node in self.module.graph.nodes:
             if node in needed and node not in names:
                 values[node] = graph.node_copy(node, values.__getitem__)
         graph.output(tuple(values[node] for node in results))
         if unread := [name for node, name in replaced.items() if not values[node].users]:
             raise InternalError(f"the shallow program does not read {', '.join(unread)}")
         # A module takes over no more weights than its graph reads.
-        return self._export(torch.fx.GraphModule(self._module, graph), tuple(names.values()), (NOISE_PRED, *given))
+        return self._export(torch.fx.GraphModule(self.module, graph), tuple(names.values()), (NOISE_PRED, *given))
 
     def _node(self, feature: str) -> Node:
         kind, _, index = feature.rpartition("_")
@@ -128,7 +133,7 @@ class UNetProgram:
         sample = self._specs["sample"]
         channels = int(self._noise_pred.meta["val"].shape[1])
         noise = TensorSpec(NOISE_PRED, sample.dtype, (sample.shape[0], channels, *sample.shape[2:]))
-        known = {**self._specs, **self._features, NOISE_PRED: noise}
+        known = {**self._specs, **self.features, NOISE_PRED: noise}
         lists = [[known[name] for name in names] for names in (read, written)]
         examples = tuple(list(example_inputs(tuple(specs), self._dims).values()) for specs in lists)
         dynamic = tuple([self._dynamic(spec) for spec in specs] for specs in lists)

@@ -28,13 +28,15 @@ class Reference:
 def write_reference(
     unet: torch.nn.Module, family: Family, specs: tuple[TensorSpec, ...], dims: Mapping[str, int], path: Path
 ) -> None:
-    """Run the UNet once at these dimensions and keep inputs and output."""
+    """Run the UNet once at these dimensions, where it is, and keep inputs and output."""
     import torch
     from safetensors.torch import save
 
     inputs = example_inputs(specs, dims)
+    device = next(unet.parameters()).device
     with torch.no_grad():
-        noise_pred = unet(**family.arguments(inputs), return_dict=False)[0]
+        given = {name: tensor.to(device) for name, tensor in inputs.items()}
+        noise_pred = unet(**family.arguments(given), return_dict=False)[0].cpu()
     # save_file would hide a full disk in an error of its own, and keep other users from reading.
     path.write_bytes(save({**inputs, _OUTPUT: noise_pred.contiguous()}))
 

@@ -36,6 +36,11 @@ class TensorSpec:
         """The concrete shape for these dimensions, e.g. ``{"batch": 2, "height": 64, "width": 64}``."""
         return tuple(_value(dim, dims) for dim in self.shape)
 
+    def fixed(self, dims: Mapping[str, int]) -> TensorSpec:
+        """The same with these dimensions no longer free; others stay symbols."""
+        shape = tuple(dims.get(dim, dim) if isinstance(dim, str) else dim for dim in self.shape)
+        return TensorSpec(self.name, self.dtype, shape)
+
     def torch_dtype(self) -> torch.dtype:
         import torch
 

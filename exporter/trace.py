@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InternalError, ModelError
-from .families import Family, example_dims, example_inputs
+from .families import Family, downsampling, example_dims, example_inputs
 from .load import PRECISIONS, ModelSource, load_unet, locate
 from .reference import REFERENCE_FILE, write_reference
 from .specs import TensorSpec, symbols
@@ -136,7 +136,7 @@ def trace(
     if wrong := sorted(name for name, size in fixed.items() if name not in symbols(specs) or size < 1):
         known = ", ".join(symbols(specs))
         raise ModelError(f"dims: {', '.join(wrong)} cannot be fixed; give a size of at least 1 for any of {known}")
-    multiple = 2 ** (len(config["block_out_channels"]) - 1)
+    multiple = downsampling(config)
     for side in ("height", "width"):
         if fixed.get(side, 0) % multiple:
             raise ModelError(f"the latent's {side} cannot be {fixed[side]}: this UNet needs a multiple of {multiple}")
@@ -153,8 +153,8 @@ def trace(
     _save(model, out / GRAPH_FILE)
     names = {name: asdict(parameter) for name, parameter in parameters.items()}
     (out / PARAMETERS_FILE).write_text(json.dumps(names, indent=1), encoding="utf-8")
-    inputs = tuple(_fix(spec, fixed) for spec in specs)
-    noise = _fix(TensorSpec(NOISE_PRED, specs[0].dtype, ("batch", config["out_channels"], "height", "width")), fixed)
+    inputs = tuple(spec.fixed(fixed) for spec in specs)
+    noise = TensorSpec(NOISE_PRED, specs[0].dtype, ("batch", config["out_channels"], "height", "width")).fixed(fixed)
     return ExportedUNet(
         path=out / GRAPH_FILE,
         weights=out / WEIGHTS_FILE,
@@ -366,11 +366,6 @@ def _name_dims(model: ir.Model, specs: tuple[TensorSpec, ...], fixed: Mapping[st
         for value in node.outputs:
             if value is not output and value.shape is not None and not value.shape.is_static():
                 value.shape = None
-
-
-def _fix(spec: TensorSpec, fixed: Mapping[str, int]) -> TensorSpec:
-    shape = tuple(fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape)
-    return TensorSpec(spec.name, spec.dtype, shape)
 
 
 def _save(model: ir.Model, path: Path) -> None:

@@ -78,6 +78,12 @@ def timestep_value(timestep: torch.Tensor | float) -> float:
     return float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
 
 
+def _is_fractional(timestep: torch.Tensor | float) -> bool:
+    if isinstance(timestep, torch.Tensor):
+        return timestep.is_floating_point() and bool((timestep != timestep.trunc()).any())
+    return timestep != int(timestep)
+
+
 def write_timestep(buffer: torch.Tensor, timestep: torch.Tensor | float) -> None:
     """Write a timestep into the engine's buffer, broadcast and cast as that one needs.
 
@@ -89,13 +95,14 @@ def write_timestep(buffer: torch.Tensor, timestep: torch.Tensor | float) -> None
         ShapeError: another number of timesteps than the engine takes.
         UserError: a fractional timestep, and an engine that takes integers.
     """
-    if not isinstance(timestep, torch.Tensor):
-        timestep = torch.tensor(timestep)
-    if timestep.is_floating_point() and not buffer.is_floating_point() and bool((timestep != timestep.trunc()).any()):
+    if not buffer.is_floating_point() and _is_fractional(timestep):
         raise UserError(
             f"the scheduler has fractional timesteps ({timestep_value(timestep):.3f}), but this engine takes integers: "
             "choose a scheduler without (DDIM, PNDM), or export the UNet with offcut"
         )
+    if not isinstance(timestep, torch.Tensor):
+        buffer.fill_(timestep)  # a copy from the host would wait for the device
+        return
     if timestep.numel() == 1:
         timestep = timestep.reshape(())
     elif timestep.shape != buffer.shape:

@@ -7,12 +7,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from diffusers import DiffusionPipeline
 from packaging.version import Version
 
+from ..engines.base import OpenOptions
 from ..errors import BundleError, UserError
 from .unet import UNet
 
@@ -27,8 +28,7 @@ def load(
     device: str = "cpu",
     precision: str | None = None,
     inference_precision: str | None = None,
-    threads: int | None = None,
-    **from_pretrained: Any,
+    **arguments: Any,
 ) -> DiffusionPipeline:
     """The pipeline of a bundle, its UNet replaced by the bundle's engines.
 
@@ -37,8 +37,9 @@ def load(
 
     Args:
         bundle: an opened bundle or its directory.
-        engine, device, precision, inference_precision, threads: as in ``UNet.load``.
-        from_pretrained: for ``DiffusionPipeline.from_pretrained``, e.g. ``scheduler=`` or ``safety_checker=None``.
+        engine, device, precision, inference_precision: as in ``UNet.load``.
+        arguments: ``UNet.load``'s others, e.g. ``threads=``; the rest is for ``DiffusionPipeline.from_pretrained``,
+            e.g. ``scheduler=`` or ``safety_checker=None``.
 
     Raises:
         BundleError: the bundle is damaged, or holds a bare UNet.
@@ -53,20 +54,21 @@ def load(
             "with a pipeline of your own"
         )
     opened.verify_files(opened.manifest.parts)
+    options = {name: arguments.pop(name) for name in OpenOptions.__annotations__ if name in arguments}
     unet = UNet.load(
         opened,
         engine,
         device=device,
         precision=precision,
         inference_precision=inference_precision,
-        threads=threads,
+        **options,
     )
     settings: dict[str, Any] = {"local_files_only": True, "variant": _variant(opened), **_dtype(unet.dtype)}
-    if {"dtype", "torch_dtype"} & set(from_pretrained):
+    if {"dtype", "torch_dtype"} & set(arguments):
         settings = {key: value for key, value in settings.items() if key not in ("dtype", "torch_dtype")}
     try:
         with _expecting_stand_in():
-            pipe = DiffusionPipeline.from_pretrained(opened.path, unet=unet, **(settings | from_pretrained))
+            pipe = DiffusionPipeline.from_pretrained(opened.path, unet=unet, **(settings | arguments))
         return attach(pipe.to(unet.device), unet)
     except BaseException:
         unet.close()
@@ -81,7 +83,7 @@ def attach(
     device: str | None = None,
     precision: str | None = None,
     inference_precision: str | None = None,
-    threads: int | None = None,
+    **options: Unpack[OpenOptions],
 ) -> DiffusionPipeline:
     """Replace a pipeline's UNet by a bundle's engines, and let it announce each generation to them.
 
@@ -94,7 +96,7 @@ def attach(
     Args:
         pipe: a diffusers pipeline with a ``unet``.
         bundle: an opened bundle, its directory, or an open ``UNet``.
-        engine, precision, inference_precision, threads: as in ``UNet.load``.
+        engine, precision, inference_precision, options: as in ``UNet.load``.
         device: None for the pipeline's own.
 
     Returns:
@@ -117,7 +119,7 @@ def attach(
             device=device or _spelled(pipe.device),
             precision=precision,
             inference_precision=inference_precision,
-            threads=threads,
+            **options,
         )
     if differing := _differences(replaced.config, unet.config):
         raise BundleError(

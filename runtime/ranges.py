@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -48,13 +48,9 @@ class Ranges:
             self._close_gap = None
 
     def _open(self, name: str) -> Callable[[], None]:
-        recorded = torch.profiler.record_function(name)
-        recorded.__enter__()
-        handle = torch.cuda.nvtx.range_start(name) if self._nvtx else None  # type: ignore[no-untyped-call]
-
-        def close() -> None:
-            if handle is not None:
-                torch.cuda.nvtx.range_end(handle)  # type: ignore[no-untyped-call]
-            recorded.__exit__(None, None, None)
-
-        return close
+        opened = ExitStack()
+        if torch._C._autograd._profiler_enabled():  # it is an operation of its own, which nobody else needs
+            opened.enter_context(torch.profiler.record_function(name))
+        if self._nvtx:
+            opened.callback(torch.cuda.nvtx.range_end, torch.cuda.nvtx.range_start(name))
+        return opened.close

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - see EngineModel.save_pretrained
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from ..engines.base import BoundPair, EnginePair
+from ..engines.base import BoundPair, EnginePair, OpenOptions
 from ..errors import CutError, EngineError, ScheduleError, UserError
 from ..exporter.cut import canonical_name
 from .generation import Calls, Generation, Run
@@ -86,7 +86,7 @@ class UNet(EngineModel):
         device: str = "cpu",
         precision: str | None = None,
         inference_precision: str | None = None,
-        threads: int | None = None,
+        **options: Unpack[OpenOptions],
     ) -> UNet:
         """Open a bundle's engines.
 
@@ -95,7 +95,8 @@ class UNet(EngineModel):
             engine: a name, or ``"auto"`` for the best of the bundle's that runs here.
             device: as PyTorch spells it.
             precision, inference_precision: choose among several builds of the engine.
-            threads: of a CPU engine; None leaves it to the engine.
+            options: ``threads`` of a CPU engine; ``cuda_graphs=False``, ``weight_budget`` in bytes and
+                ``runtime_cache``, a directory, of NVIDIA's: see ``engines.base.EngineOptions``.
 
         Raises:
             BundleError: the bundle is damaged or is none.
@@ -105,7 +106,7 @@ class UNet(EngineModel):
 
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         pair = opened.open_pair(
-            engine, device=device, precision=precision, inference_precision=inference_precision, threads=threads
+            engine, device=device, precision=precision, inference_precision=inference_precision, **options
         )
         return cls(pair, opened.unet_config)
 

@@ -38,6 +38,23 @@ def test_the_readme_runs(desk: Path) -> None:
     assert (desk / "out.png").stat().st_size > 1000
 
 
+def test_commands_for_larger_models_have_the_options_that_there_are() -> None:
+    """They stand in ``bash`` blocks; each is parsed, not run."""
+    from typer.main import get_command
+
+    from offcut.cli import app
+
+    blocks = re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line]
+    assert lines
+    group = get_command(app)
+    for line in lines:
+        program, name, *arguments = shlex.split(line)
+        assert program == "offcut"
+        command = group.commands[name]  # type: ignore[attr-defined]
+        command.make_context(name, arguments).close()
+
+
 def test_the_readme_links_to_files_that_exist() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
     assert links

@@ -15,21 +15,30 @@ from offcut.engines.base import EnginePair
 from offcut.exporter.trace import ExportedUNet
 
 UNET_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]
+ONNX_ENGINES = ("onnxruntime", "openvino")
+"""Engines that open the bundle's ONNX graphs."""
+
+CPU_ENGINES = (*ONNX_ENGINES, pytest.param("inductor", marks=pytest.mark.slow))
+"""Engines whose pairs run everywhere."""
 
 
 @pytest.fixture(scope="session")
 def made(unet_bundle: Path) -> ExportedUNet:
     """The export of ``tiny_unet_dir`` that ``unet_bundle`` was built from; its graph has one output more."""
-    bundle = offcut.Bundle.open(unet_bundle)
+    return _exported(unet_bundle)
+
+
+def _exported(path: Path) -> ExportedUNet:
+    bundle = offcut.Bundle.open(path)
     variant = bundle.manifest.variants["fp32-opset23"]
     assert variant.graphs is not None
     return ExportedUNet(
-        path=unet_bundle / variant.graphs.full,
-        weights=unet_bundle / variant.graphs.weights,
+        path=path / variant.graphs.full,
+        weights=path / variant.graphs.weights,
         inputs={tensor.name: tensor.spec() for tensor in variant.inputs},
         outputs={"noise_pred": variant.noise_pred.spec()},
         parameters={},
-        reference=unet_bundle / variant.reference,
+        reference=path / variant.reference,
         precision="fp32",
         opset=23,
         multiple=variant.multiple,
@@ -70,13 +79,32 @@ def every_cut(tiny_unet_dir: Path, made: ExportedUNet, tmp_path_factory: pytest.
     return path
 
 
+@pytest.fixture(scope="session")
+def compiled_bundle(every_cut: Path, tiny_unet_dir: Path, once: Callable[..., Path]) -> Path:
+    """The same, compiled by inductor; the ONNX graphs are left out."""
+
+    def build(path: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            made = _exported(every_cut)
+            patch.setattr(variants_module, "export", lambda source, out, **_: copy_export(made, out))
+            offcut.build(tiny_unet_dir, path, cuts=UNET_CUTS, engine="inductor", deploy=True)
+
+    return once("compiled.offcut", build)
+
+
 @pytest.fixture
-def open_pair(every_cut: Path) -> Iterator[Callable[..., EnginePair]]:
-    """Open an engine of ``every_cut``, or of another bundle; closed at the end."""
+def bundle_of(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """The bundle that holds an engine's build of ``tiny_unet_dir``."""
+    return lambda name: request.getfixturevalue("every_cut" if name in ONNX_ENGINES else "compiled_bundle")
+
+
+@pytest.fixture
+def open_pair(bundle_of: Callable[[str], Path]) -> Iterator[Callable[..., EnginePair]]:
+    """Open an engine of ``tiny_unet_dir``'s bundle, or of another one; closed at the end."""
     opened: list[EnginePair] = []
 
-    def get(engine: str, bundle: Path = every_cut, **options: Any) -> EnginePair:
-        pair = offcut.Bundle.open(bundle).open_pair(engine, **options)
+    def get(engine: str, bundle: Path | None = None, **options: Any) -> EnginePair:
+        pair = offcut.Bundle.open(bundle or bundle_of(engine)).open_pair(engine, **options)
         opened.append(pair)
         return pair
 

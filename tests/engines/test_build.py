@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import offcut
-import offcut.engines.build as build_module
 import offcut.engines.plan as plan_module
 import offcut.engines.variants as variants_module
+import offcut.engines.verify as verify_module
 from offcut.engines.registry import Choice
 from offcut.errors import BundleError, CutError, EngineError, ModelError, ParityError, UserError
 from offcut.exporter.reference import Reference
@@ -168,7 +168,11 @@ def never(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "sentence"),
     [
-        ({"engine": "tensorflow"}, EngineError, "there is no engine 'tensorflow'; choose auto or one of openvino"),
+        (
+            {"engine": "tensorflow"},
+            EngineError,
+            "there is no engine 'tensorflow'; choose auto or one of tensorrt, tensorrt-rtx, openvino",
+        ),
         ({"engine": ["onnxruntime", "tpu"]}, EngineError, "there is no engine 'tpu'"),
         ({"engine": []}, EngineError, "no engine was named"),
         ({"engine": "onnxruntime", "precision": "bf16"}, EngineError, "onnxruntime cannot run bf16: .* it runs fp32"),
@@ -289,13 +293,13 @@ def test_a_model_that_cannot_be_loaded_leaves_nothing(tmp_path: Path, tiny_unet_
 
 
 def _wrong_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = build_module.read_reference
+    true = verify_module.read_reference
 
     def read(path: Path) -> Reference:
         reference = true(path)
         return Reference(reference.inputs, reference.noise_pred + 2e-4)
 
-    monkeypatch.setattr(build_module, "read_reference", read)
+    monkeypatch.setattr(verify_module, "read_reference", read)
 
 
 def _full_disk(where: str, *error: Any) -> Callable[[pytest.MonkeyPatch], None]:
@@ -312,7 +316,7 @@ def _interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build_module, "verify", interrupt)
+    monkeypatch.setattr(verify_module, "verify", interrupt)
 
 
 FAILURES = [

@@ -12,10 +12,14 @@ from offcut.engines.base import Probe
 from offcut.engines.registry import ENGINES, choose, engine, probe_all
 from offcut.errors import EngineError
 
+from .conftest import ONNX_ENGINES
+
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A CPU with AMX on which both engines work; tests take away from it."""
+    """A CPU with AMX on which ONNX Runtime and OpenVINO work, and nothing else; tests take away from it."""
+    for name in ENGINES:
+        monkeypatch.setattr(engine(name), "probe", lambda: Probe(None, (), "not here"))
     monkeypatch.setattr(onnxruntime_module, "probe", lambda: Probe("1.31.1", ("cpu",), "providers CPU"))
     monkeypatch.setattr(openvino_module, "probe", lambda: Probe("2026.4.1", ("cpu",), "CPU with FP32, BF16"))
     monkeypatch.setattr(registry, "_has_amx", lambda: True)
@@ -23,8 +27,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.smoke
-def test_both_engines_work_here() -> None:
-    for name, probe in probe_all().items():
+def test_the_engines_of_the_cpu_work_here() -> None:
+    probes = probe_all()
+    assert tuple(probes) == ENGINES
+    for name in (*ONNX_ENGINES, "inductor"):
+        probe = probes[name]
         assert probe.usable, name
         assert probe.version
         assert "cpu" in probe.devices
@@ -35,14 +42,14 @@ def test_an_engine_is_a_module_with_the_protocols_names(name: str) -> None:
     module = engine(name)
     assert module.name == name
     assert module.default_opset in range(20, 25)
-    assert module.extra == "cpu"
+    assert module.extra in ("cpu", "cuda", "rtx")
     assert callable(module.probe)
     assert callable(module.open)
 
 
 @pytest.mark.parametrize("name", ["tensorrt9", "", "..errors", "base"])
 def test_an_unknown_engine_is_refused_with_those_there_are(name: str) -> None:
-    with pytest.raises(EngineError, match="choose auto or one of openvino, onnxruntime"):
+    with pytest.raises(EngineError, match="choose auto or one of tensorrt, tensorrt-rtx, openvino"):
         engine(name)
 
 
@@ -67,7 +74,7 @@ def test_on_cuda_auto_is_what_runs_there(device: str, machine: pytest.MonkeyPatc
 def test_the_only_one_usable_is_taken_and_the_other_named(machine: pytest.MonkeyPatch) -> None:
     machine.setattr(openvino_module, "probe", lambda: Probe(None, (), "not installed: pip install 'offcut[cpu]'"))
     assert choose().name == "onnxruntime"
-    assert choose().reason == "the only one usable on cpu (openvino not)"
+    assert choose().reason == "the only one usable on cpu (tensorrt, tensorrt-rtx, openvino, inductor not)"
 
 
 def test_auto_takes_only_what_the_bundle_holds(machine: pytest.MonkeyPatch) -> None:
@@ -78,7 +85,8 @@ def test_where_none_is_usable_the_reason_of_each_is_given(machine: pytest.Monkey
     machine.setattr(openvino_module, "probe", lambda: Probe(None, (), "not installed: pip install 'offcut[cpu]'"))
     with pytest.raises(EngineError) as caught:
         choose("cuda")
-    assert str(caught.value).startswith("no engine can run on cuda here (openvino: not installed: pip install")
+    assert str(caught.value).startswith("no engine can run on cuda here (tensorrt: not here; ")
+    assert "openvino: not installed: pip install" in str(caught.value)
     assert "onnxruntime: providers CPU" in str(caught.value)
     with pytest.raises(EngineError, match="none was built"):
         choose(among=[])
@@ -118,19 +126,19 @@ except EngineError as error:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("metadata", ["too", "there"])
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ONNX_ENGINES)
 def test_a_package_that_is_missing_or_broken_is_named_with_its_extra(name: str, metadata: str) -> None:
     """In a process in which the package cannot be imported; it may look installed all the same."""
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED, name, metadata], capture_output=True, text=True, check=True, timeout=120
     )
     probe, choice, error = done.stdout.splitlines()
-    other = next(one for one in ENGINES if one != name)
+    other = next(one for one in ONNX_ENGINES if one != name)
     if metadata == "too":
         assert probe.startswith("False | not installed: pip install 'offcut[cpu]'")
     else:
         assert probe.startswith("False | installed, but it cannot be imported: No module named")
-    assert choice == f"{other} | the only one usable on cpu ({name} not)"
+    assert choice.startswith(f"{other} | ")
     assert error == (
         f"MissingExtraError | the {name} engine needs the package {name}, which is not installed: "
         "pip install 'offcut[cpu]'"

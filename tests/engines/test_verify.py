@@ -13,12 +13,12 @@ import torch
 import offcut
 from offcut.engines.base import EngineOptions, Graphs
 from offcut.engines.precision import Bounds, bounds
-from offcut.engines.registry import ENGINES, engine
+from offcut.engines.registry import engine
 from offcut.engines.verify import Check, require, verify, verify_bundle
 from offcut.errors import BundleError, ParityError
 from offcut.exporter.reference import Reference, read_reference
 
-from .conftest import UNET_CUTS
+from .conftest import ONNX_ENGINES, UNET_CUTS
 
 EXACT = bounds("onnxruntime", "fp32")
 
@@ -53,7 +53,7 @@ def failed(checks: dict[str, Check]) -> set[str]:
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ONNX_ENGINES)
 def test_a_sound_pair_passes_every_check(name: str, graphs: Graphs, reference: Reference) -> None:
     checks = checks_of(name, graphs, reference)
     assert failed(checks) == set()
@@ -70,7 +70,7 @@ def test_a_sound_pair_passes_every_check(name: str, graphs: Graphs, reference: R
     require(list(checks.values()), "the pair")
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ONNX_ENGINES)
 def test_an_altered_weight_is_found(name: str, graphs: Graphs, reference: Reference) -> None:
     """One number of the outermost layer, which full and shallow share: only PyTorch can tell."""
     weight = ir.load(graphs.full).graph.initializers["conv_out.weight"].const_value
@@ -87,7 +87,7 @@ def test_an_altered_weight_is_found(name: str, graphs: Graphs, reference: Refere
         require(list(checks.values()), "the pair")
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ONNX_ENGINES)
 def test_a_shallow_graph_that_computes_something_else_is_found(name: str, graphs: Graphs, reference: Reference) -> None:
     """Its answer is off by a millionth: the equality across the cut is bit for bit."""
     path = graphs.shallow["deepcache:1"]
@@ -105,7 +105,7 @@ def test_a_shallow_graph_that_computes_something_else_is_found(name: str, graphs
     assert failed(checks_of(name, graphs, reference)) == {"shallow deepcache:1 against full"}
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ONNX_ENGINES)
 def test_a_feature_that_is_not_read_is_found(name: str, graphs: Graphs, reference: Reference) -> None:
     """A shallow graph that computes everything itself would pass every comparison, and save nothing."""
     model = ir.load(graphs.full)

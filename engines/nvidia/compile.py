@@ -1,0 +1,134 @@
+"""ONNX graphs in, plans out: one plan for the full graph and one for each cut, with the same profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from ...errors import EngineError
+from ...exporter.specs import TensorSpec
+from ..base import Compiled, CompileJob
+from ..profiles import Profile, check, in_pixels, trained_side
+from .flavour import Flavour, load, this_gpu
+from .log import Messages, listening
+from .progress import Phases, monitor
+from .settings import config, targets, timing_cache
+
+LOG = "build.log"
+
+
+def compile(flavour: Flavour, job: CompileJob) -> Compiled:
+    """Compile the pair; see ``base.CompilingEngine``. The log of it is left beside the plans.
+
+    Raises:
+        EngineError: the library refuses a graph, in its words, or a setting cannot be met here.
+        ShapeError: a profile does not fit the graphs.
+    """
+    with _gpu(job.device):
+        return _compile(flavour, load(flavour), job)
+
+
+def _compile(flavour: Flavour, trt: Any, job: CompileJob) -> Compiled:
+    named = targets(flavour, trt, job.settings)
+    graphs = job.graphs
+    # No fused kernel takes attention in fp32, so its scores are held in memory: 17 GB for one guided image of 1024x1024
+    # in SD 1.5. Four images would need more than the builder admits.
+    images = 1 if graphs.precision == "fp32" else None
+    native = trained_side(job.source.config.get("sample_size"))
+    profiles = job.profiles or in_pixels(graphs.inputs, multiple=graphs.multiple, max_batch=images, native=native)
+    check(profiles, graphs.inputs, graphs.multiple)
+    shallow = {cut: job.folder / f"shallow-{cut.replace(':', '-')}.plan" for cut in graphs.shallow}
+    full = job.folder / "full.plan"
+    with listening(job.folder / LOG) as messages:
+        build = _Builder(flavour, trt, job, named, profiles, messages)
+        build(graphs.full, full, graphs.inputs.values())
+        for cut, onnx in graphs.shallow.items():
+            features = [graphs.outputs[name] for name in graphs.cuts[cut]]
+            build(onnx, shallow[cut], [*graphs.inputs.values(), *features])
+    _forget_paths(job.folder / LOG, graphs.full.parent)
+    later = bool(job.settings["version_compatible"])
+    return Compiled(full, shallow, named, profiles, later_versions=later)
+
+
+def _forget_paths(log: Path, folder: Path) -> None:
+    """The log goes where the bundle goes, and has no use there for this machine's directories."""
+    text = log.read_text(encoding="utf-8")
+    log.write_text(text.replace(f"{folder}/", ""), encoding="utf-8")
+
+
+class _Builder:
+    """Builds one graph after the other with the same settings."""
+
+    def __init__(
+        self,
+        flavour: Flavour,
+        trt: Any,
+        job: CompileJob,
+        named: tuple[str, ...],
+        profiles: tuple[Profile, ...],
+        messages: Messages,
+    ) -> None:
+        self._flavour, self._trt, self._job, self._named = flavour, trt, job, named
+        self._profiles, self._messages = profiles, messages
+
+    def __call__(self, onnx: Path, plan: Path, inputs: Iterable[TensorSpec]) -> None:
+        """Write the plan of one graph, whose inputs are among these."""
+        from polygraphy.backend.trt import EngineBytesFromNetwork
+        from polygraphy.exception import PolygraphyException
+
+        specs = {spec.name: spec for spec in inputs}
+        self._job.progress(f"compile {plan.stem} for {', '.join(self._named)}")
+        phases = Phases(plan.stem, self._job.progress)
+        self._messages.forget()
+        try:
+            builder, network, parser = self._parse(onnx)
+            names = [network.get_input(index).name for index in range(network.num_inputs)]
+            profiles = [_polygraphy_profile(profile, [specs[name] for name in names]) for profile in self._profiles]
+            settings = self._job.settings
+            configure = config(self._flavour, self._trt, settings, self._named, profiles, monitor(self._trt, phases))
+            cache = timing_cache(settings)
+            plan.write_bytes(EngineBytesFromNetwork((builder, network, parser), configure, cache)())
+        except PolygraphyException as error:
+            if phases.failure is not None:
+                raise phases.failure from None
+            raise EngineError(f"{self._flavour.name} refuses {onnx.name}: {self._why(str(error))}") from error
+
+    def _parse(self, onnx: Path) -> Any:
+        """The builder, the network and the parser; the weights are found beside the file."""
+        from polygraphy.backend.trt import NetworkFromOnnxPath, SetDecomposableAttentions
+
+        network = NetworkFromOnnxPath(str(onnx), strongly_typed=True)
+        if hasattr(self._trt.LayerType, "ATTENTION_INPUT"):
+            # An attention that no fused kernel takes, such as one in fp32, is otherwise refused.
+            network = SetDecomposableAttentions(network)
+        return network()
+
+    def _why(self, summary: str) -> str:
+        reason = self._messages.reason(summary.splitlines()[0])
+        if "CUDA driver" in reason and this_gpu() is None:
+            return f"this build needs an NVIDIA GPU, and here is none: build where there is one ({reason})"
+        if "OutOfMemory" in reason:
+            or_in_fp16 = ", or in fp16" if self._job.graphs.precision == "fp32" else ""
+            remedy = f"build for smaller images or fewer{or_in_fp16}"
+            return f"the largest shapes need more memory than it has: {remedy} ({reason})"
+        return reason
+
+
+def _gpu(device: str) -> AbstractContextManager[Any]:
+    """The GPU that TensorRT times its kernels on, if one of several is asked for."""
+    if ":" not in device:
+        return nullcontext()
+    import torch
+
+    return torch.cuda.device(device)
+
+
+def _polygraphy_profile(profile: Profile, specs: Iterable[TensorSpec]) -> Any:
+    from polygraphy.backend.trt import Profile as PolygraphyProfile
+
+    shapes = PolygraphyProfile()
+    for name, (smallest, best, largest) in profile.shapes(specs).items():
+        shapes.add(name, min=smallest, opt=best, max=largest)
+    return shapes

@@ -1,0 +1,174 @@
+"""A plan on a GPU, and the execution contexts that run it.
+
+Unproven until it ran on a GPU: nothing here works without a driver.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import EngineError, ShapeError
+from .flavour import Flavour
+from .log import Messages
+
+if TYPE_CHECKING:
+    import torch
+
+
+class LoadedPlan:
+    """A deserialised plan and what its contexts are made with.
+
+    Args:
+        runtime: TensorRT's; kept for as long as the plan is.
+        data: the plan's bytes, their digest checked.
+        cache: where TensorRT-RTX keeps the kernels that it compiles for this GPU; None to compile them each time.
+            It is machine code: keep it where only you can write.
+        eager: compile kernels for a shape before its first run, not beside it; a CUDA graph records what is there.
+
+    Attributes:
+        inputs, outputs: their names.
+
+    Raises:
+        EngineError: TensorRT refuses the plan, in its words.
+    """
+
+    def __init__(
+        self,
+        flavour: Flavour,
+        trt: Any,
+        runtime: Any,
+        path: Path,
+        data: bytes,
+        messages: Messages,
+        *,
+        cache: Path | None,
+        eager: bool,
+    ) -> None:
+        self._flavour, self._trt, self._runtime = flavour, trt, runtime
+        self.path = path
+        self.engine = runtime.deserialize_cuda_engine(data)
+        if self.engine is None:
+            raise EngineError(f"{flavour.name} refuses {path.name}: {messages.reason()}")
+        names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
+        modes = {name: self.engine.get_tensor_mode(name) for name in names}
+        self.inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT]
+        self.outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
+        self._cache_file = cache
+        self._cache: Any = None
+        self._how = self._runtime_config(eager) if flavour.rtx else trt.ExecutionContextAllocationStrategy.USER_MANAGED
+
+    def context(self) -> Any:
+        """A new execution context without scratch memory."""
+        context = self.engine.create_execution_context(self._how)
+        if context is None:
+            raise EngineError(f"{self._flavour.name} has no memory left for {self.path.name}: use smaller shapes")
+        return context
+
+    @property
+    def streamable(self) -> int:
+        """Bytes of weights that can be streamed; 0 if the plan was not built for it."""
+        return int(self.engine.streamable_weights_size)
+
+    def stream_weights(self, resident: int) -> None:
+        """Keep this many bytes of the streamable weights on the GPU; before any context is made."""
+        self.engine.weight_streaming_budget_v2 = resident
+
+    def save_cache(self) -> None:
+        """Keep the kernels that were compiled here for the next time."""
+        if self._cache is None or self._cache_file is None:
+            return
+        self._cache_file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self._cache_file.with_suffix(f".{os.getpid()}")
+        fresh.write_bytes(self._cache.serialize())
+        os.replace(fresh, self._cache_file)
+
+    def _runtime_config(self, eager: bool) -> Any:
+        trt = self._trt
+        config = self.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        strategies = trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if eager else strategies.LAZY
+        if self._cache_file is not None:
+            self._cache = config.create_runtime_cache()
+            if self._cache_file.is_file():
+                self._cache.deserialize(self._cache_file.read_bytes())
+            config.set_runtime_cache(self._cache)
+        return config
+
+
+class BoundContext:
+    """An execution context at one profile and one set of shapes.
+
+    Args:
+        profile: index of the profile that covers the shapes.
+        buffers: the tensors that it reads and writes, by name; others may be among them.
+        stream: handle of the CUDA stream that it will run on.
+
+    Attributes:
+        scratch: bytes of scratch memory that it needs.
+        names: of its inputs and outputs.
+
+    Raises:
+        ShapeError: the plan does not take these shapes, or writes others than the buffers have.
+    """
+
+    def __init__(self, plan: LoadedPlan, profile: int, buffers: Mapping[str, torch.Tensor], stream: int) -> None:
+        self.names = (*plan.inputs, *plan.outputs)
+        self._file = plan.path.name
+        self._context = plan.context()
+        self._pointed: tuple[int, ...] = ()
+        if not self._context.set_optimization_profile_async(profile, stream):
+            raise EngineError(f"{self._file} has no profile {profile}: build the bundle again")
+        taken = [self._context.set_input_shape(name, tuple(buffers[name].shape)) for name in plan.inputs]
+        if not all(taken) or self._context.infer_shapes():
+            shapes = ", ".join(f"{name} {list(buffers[name].shape)}" for name in plan.inputs)
+            raise ShapeError(f"{self._file} does not take {shapes}: build it with a profile for them")
+        for name in plan.outputs:
+            if (made := tuple(self._context.get_tensor_shape(name))) != tuple(buffers[name].shape):
+                raise ShapeError(
+                    f"{self._file} writes {name} as {list(made)}, the bundle says {list(buffers[name].shape)}: "
+                    "build the bundle again"
+                )
+
+        # For these shapes. A profile's own bound is for its largest: tens of GB where attention is not fused.
+        needed = self._context.update_device_memory_size_for_shapes()
+        self.scratch = int(needed or plan.engine.get_device_memory_size_for_profile_v2(profile))
+
+    def point(self, buffers: Mapping[str, torch.Tensor], scratch: int, size: int) -> tuple[int, ...]:
+        """Point it to the memory to use, where it is not pointed there yet; gives all the addresses.
+
+        Args:
+            scratch, size: address and bytes of the scratch memory.
+        """
+        addresses = (scratch, size, *(buffers[name].data_ptr() for name in self.names))
+        if addresses != self._pointed:
+            self._context.set_device_memory(scratch, size)
+            for name, address in zip(self.names, addresses[2:], strict=True):
+                self._context.set_tensor_address(name, address)
+            self._pointed = addresses
+        return addresses
+
+    def enqueue(self, stream: int) -> None:
+        """Enqueue the graph on this stream."""
+        if not self._context.execute_async_v3(stream):
+            raise EngineError(f"TensorRT could not run {self._file}: its log, on the screen, says why")
+
+
+def share_budget(budget: int, shallow: Mapping[str, int], full: int) -> tuple[dict[str, int], int]:
+    """Split a budget of device memory for weights: the shallow graphs first, which run most, the full graph the rest.
+
+    Args:
+        budget: bytes for the pair.
+        shallow, full: bytes of each plan's streamable weights.
+
+    Returns:
+        The bytes that each shallow plan, and the full one, keeps on the GPU.
+    """
+    resident = {}
+    for cut, size in sorted(shallow.items(), key=lambda item: item[1]):
+        resident[cut] = min(size, budget)
+        budget -= resident[cut]
+    return resident, min(full, budget)

@@ -1,0 +1,33 @@
+"""One workbench on the CPU for all the checks that need no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from offcut.benchmarks.gpu.workbench import Options, Workbench
+
+ON_CPU = Options(
+    device="cpu",
+    engines=("onnxruntime", "openvino"),
+    precisions=("fp32",),
+    performance=True,
+    architectures=("small",),
+    steps=6,
+    interval=3,
+    rounds=2,
+)
+
+
+@pytest.fixture(scope="session")
+def bench(once: Callable[[str, Callable[[Path], object]], Path]) -> Workbench:
+    """Builds the small model's bundle at the first check that asks for it."""
+
+    def build(folder: Path) -> None:
+        made = Workbench(ON_CPU, folder)
+        for engine in ON_CPU.engines:
+            made.bundle(engine, "fp32")
+
+    return Workbench(ON_CPU, once("gpu-check", build))

@@ -1,0 +1,205 @@
+"""A check's four answers, and what is kept of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from offcut.benchmarks.gpu.check import Check, Claim, NotRun, Outcome, Result, first_line, perform, select
+from offcut.benchmarks.gpu.isolate import perform_apart
+from offcut.benchmarks.gpu.report import Report, markdown, read, report_as_json, write
+from offcut.benchmarks.gpu.workbench import Options, Workbench
+from offcut.errors import EngineError, ParityError
+
+
+def check(identifier: str, *claims: Claim, error: Exception | None = None, obstacle: str | None = None) -> Check:
+    def run(bench: Workbench) -> Outcome:
+        if error is not None:
+            raise error
+        return Outcome(claims, {"closeness": math.inf})
+
+    return Check(identifier, f"title of {identifier}", run, "onnxruntime", obstacle)
+
+
+TRUE, FALSE = Claim("one, apples", 1.0, "<=", 1.0), Claim("two, apples", 2.0, "<=", 1.0)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> list[Result]:
+    checks = [
+        check("a/passes", TRUE),
+        check("a/fails", TRUE, FALSE),
+        check("a/raises", error=ValueError("the first line\nthe second")),
+        check("b/was-refused", error=NotRun("the package x is not installed")),
+        check("b/has-an-obstacle", FALSE, obstacle="no GPU"),
+        check("b/built-wrongly", error=ParityError("differs by 0.5")),
+        check("b/claims-nothing"),
+    ]
+    bench = Workbench(Options(), tmp_path)
+    return [perform(each, bench) for each in checks]
+
+
+def test_each_check_ends_in_one_of_four_ways_and_none_stops_the_next(results: list[Result]) -> None:
+    assert [result.status for result in results] == [
+        "passed",
+        "failed",
+        "error",
+        "not run",
+        "not run",
+        "failed",
+        "error",
+    ]
+    assert [result.reason for result in results[:6]] == [
+        "",
+        "two, apples is 2, but <= 1 is needed",
+        "ValueError: the first line",
+        "the package x is not installed",
+        "no GPU",
+        "differs by 0.5",
+    ]
+    assert "could not fail" in results[6].reason
+    assert "ValueError" in results[2].trace
+    assert not results[0].trace
+
+
+@pytest.mark.parametrize(
+    ("value", "sign", "bound", "holds"),
+    [
+        (1, "<=", 1, True),
+        (2, "<=", 1, False),
+        (1, ">=", 1, True),
+        (1, ">", 1, False),
+        (1, "==", 1, True),
+        (math.inf, ">=", 80, True),
+        (-math.inf, ">=", 80, False),
+        (math.nan, "<=", 1, False),
+        (math.nan, ">=", 1, False),
+    ],
+)
+def test_a_claim_holds_or_not(value: float, sign: str, bound: float, holds: bool) -> None:
+    assert Claim("x", value, sign, bound).holds is holds  # type: ignore[arg-type]
+
+
+def test_an_errors_first_line_names_a_class_that_is_not_ours() -> None:
+    assert first_line(EngineError("no engine\nmore")) == "no engine"
+    assert first_line(KeyError("x")) == "KeyError: 'x'"
+    assert first_line(RuntimeError()) == "RuntimeError"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "chosen"),
+    [
+        (None, ["a/x/1", "a/y/1", "b/x/2"]),
+        ("a", ["a/x/1", "a/y/1"]),
+        ("a/*", ["a/x/1", "a/y/1"]),
+        ("*/x/*", ["a/x/1", "b/x/2"]),
+        ("b/x/2", ["b/x/2"]),
+        ("c", []),
+    ],
+)
+def test_a_pattern_chooses_by_id(pattern: str | None, chosen: list[str]) -> None:
+    checks = [check(identifier, TRUE) for identifier in ("a/x/1", "a/y/1", "b/x/2")]
+    assert [each.id for each in select(checks, pattern)] == chosen
+
+
+def test_a_report_comes_back_as_it_was_written(results: list[Result], tmp_path: Path) -> None:
+    report = Report("2026-01-01T00:00:00+00:00", "python -m x", {"gpu": "none", "odd": "a|b"}, results)
+    write(report, tmp_path)
+    back = read(tmp_path / "result.json")
+    assert report_as_json(back)["checks"][0] == report_as_json(report)["checks"][0]
+    assert [(r.id, r.status, r.reason, r.claims, r.seconds) for r in back.results] == [
+        (r.id, r.status, r.reason, r.claims, r.seconds) for r in results
+    ]
+    raw = json.loads((tmp_path / "result.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert raw["schema_version"] == 1
+    assert raw["counts"] == {"passed": 1, "failed": 2, "error": 2, "not run": 2}
+    assert raw["checks"][0]["figures"] == {"closeness": "inf"}
+    assert raw["checks"][1]["claims"][1] == {
+        "name": "two, apples",
+        "value": 2.0,
+        "sign": "<=",
+        "bound": 1.0,
+        "holds": False,
+    }
+    assert raw["checks"][2]["traceback"] == "tracebacks.txt"
+    traces = (tmp_path / "tracebacks.txt").read_text()
+    assert "a/raises" in traces
+    assert "the second" in traces
+
+
+def test_the_reports_tables_hold_every_check_claim_and_reason(results: list[Result]) -> None:
+    text = markdown(Report("today", "python -m x", {"gpu": "a|b"}, results))
+    for result in results:
+        assert f"`{result.id}`" in text
+        assert result.reason in text
+        for claim in result.claims:
+            assert claim.name in text
+    assert "**FAILED** two, apples: 2 (<= 1)" in text
+    assert "| gpu | a\\|b |" in text
+    assert text.count("## ") == 2
+    assert "Disproven or broken: 1 passed, 2 failed, 2 error, 2 not run" in text
+
+
+@pytest.mark.parametrize(
+    ("statuses", "verdict"),
+    [
+        (["not run", "not run"], "Nothing was proven, no check was run: no GPU"),
+        (["passed", "not run"], "All that was run passed: 1 passed, 1 not run"),
+        ([], "Nothing was proven, no check was run: no check was chosen"),
+    ],
+)
+def test_a_verdict_says_no_more_than_was_run(statuses: list[str], verdict: str) -> None:
+    results = [Result("a/b", "t", status, "no GPU" if status == "not run" else "") for status in statuses]  # type: ignore[arg-type]
+    assert Report("", "", {}, results).verdict == verdict
+
+
+WORKER = """
+import json, os, signal, sys
+for wanted in json.load(sys.stdin)["checks"]:
+    print(json.dumps({"begin": wanted}), flush=True)
+    if wanted == "a/crashes":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if wanted == "a/hangs":
+        import time
+        time.sleep(60)
+    print(json.dumps({"progress": "slow"}), flush=True)
+    print(json.dumps({"result": {"id": wanted, "title": "t", "status": "passed", "reason": "", "claims": [],
+          "figures": {}, "seconds": 1.0, "trace": ""}}), flush=True)
+"""
+
+
+def apart(identifiers: list[str], worker: str, tmp_path: Path) -> dict[str, Result]:
+    results: list[Result] = []
+    perform_apart(
+        [check(identifier, TRUE) for identifier in identifiers],
+        Options(device="cpu"),
+        tmp_path,
+        tmp_path / "log.txt",
+        timeout=2,
+        progress=lambda step: None,
+        finished=results.append,
+        worker=(sys.executable, "-c", worker),
+    )
+    assert len(results) == len(identifiers)
+    return {result.id: result for result in results}
+
+
+def test_a_crash_is_the_error_of_one_check_and_the_others_go_on(tmp_path: Path) -> None:
+    found = apart(["a/one", "a/crashes", "a/hangs", "a/two"], WORKER, tmp_path)
+    assert [found[name].status for name in ("a/one", "a/crashes", "a/hangs", "a/two")] == [
+        "passed",
+        "error",
+        "error",
+        "passed",
+    ]
+    assert found["a/crashes"].reason == "its process was ended by SIGSEGV during this check; see log.txt"
+    assert "after 2 s" in found["a/hangs"].reason
+
+
+def test_a_process_that_does_not_begin_is_an_error_of_every_check(tmp_path: Path) -> None:
+    found = apart(["a/one", "a/two"], "raise SystemExit(3)", tmp_path)
+    assert {result.reason for result in found.values()} == {"its process ended with 3 before it began; see log.txt"}

@@ -1,0 +1,163 @@
+"""The device-neutral checks on the CPU: they pass on a sound engine, and each fails on an unsound one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from offcut.benchmarks.gpu import correctness, lifetime, streams
+from offcut.benchmarks.gpu.check import Outcome
+from offcut.benchmarks.gpu.exercise import apart
+from offcut.benchmarks.gpu.workbench import CUT, Workbench
+from offcut.engines.base import BoundPair
+
+pytestmark = pytest.mark.slow
+
+CHECKS = [correctness.parity, correctness.trajectory, correctness.interleaved, lifetime.threads]
+
+
+def broken(outcome: Outcome) -> list[str]:
+    return [claim.name for claim in outcome.claims if not claim.holds]
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_a_sound_engine_passes(check: Callable[..., Outcome], engine: str, bench: Workbench) -> None:
+    assert broken(check(bench, engine, "fp32")) == []
+
+
+def test_replays_equal_launches_and_an_engine_that_records_none_is_found(bench: Workbench) -> None:
+    assert broken(streams.cuda_graphs(bench, "onnxruntime", "fp32")) == ["calls of 10 that were replayed"]
+
+
+class _Spoilt:
+    """A bound pair whose calls are spoilt by a test."""
+
+    def __init__(self, bound: BoundPair, spoil: Callable[[BoundPair, str | None], None]) -> None:
+        self.buffers, self.dims = bound.buffers, bound.dims
+        self._bound, self._spoil = bound, spoil
+
+    def full(self) -> None:
+        self._bound.full()
+        self._spoil(self._bound, None)
+
+    def shallow(self, cut: str) -> None:
+        self._bound.shallow(cut)
+        self._spoil(self._bound, cut)
+
+    def close(self) -> None:
+        self._bound.close()
+
+
+@pytest.fixture
+def spoil(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make every pair that the workbench opens misbehave; ``when`` chooses among them by ``cuda_graphs``."""
+    original = bench.pair
+
+    def apply(change: Callable[[BoundPair, str | None], None], when: Callable[[bool], bool] = lambda _: True) -> None:
+        @contextmanager
+        def pair(*arguments: Any, cuda_graphs: bool = True, **how: Any) -> Iterator[Any]:
+            with original(*arguments, cuda_graphs=cuda_graphs, **how) as opened:
+                prepare = opened.prepare
+                if when(cuda_graphs):
+                    opened.prepare = lambda shapes: _Spoilt(prepare(shapes), change)  # type: ignore[method-assign]
+                yield opened
+
+        monkeypatch.setattr(bench, "pair", pair)
+
+    return apply
+
+
+def nudge_shallow(bound: BoundPair, cut: str | None) -> None:
+    """Shallow calls that ignore the cache by a hair."""
+    if cut is not None:
+        bound.buffers["noise_pred"].mul_(1.02)
+
+
+def forget_the_features(bound: BoundPair, cut: str | None) -> None:
+    """Features that are not those of the last full call."""
+    if cut is None:
+        bound.buffers["deep_feature_0"].zero_()
+
+
+@pytest.mark.parametrize("change", [nudge_shallow, forget_the_features])
+def test_a_wrong_shallow_call_fails_parity_and_trajectory(
+    change: Callable[[BoundPair, str | None], None], spoil: Callable[..., None], bench: Workbench
+) -> None:
+    spoil(change)
+    assert any("shallow deepcache:0" in name for name in broken(correctness.parity(bench, "onnxruntime", "fp32")))
+    failed = broken(correctness.trajectory(bench, "onnxruntime", "fp32"))
+    assert failed == ["cached trajectory, PSNR to eager PyTorch cached alike, dB"]
+
+
+def test_an_engine_that_never_caches_fails_the_trajectory(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from offcut.runtime.unet import UNet
+
+    monkeypatch.setattr(UNet, "_enqueue", lambda self, bound, full: bound.full())
+    failed = broken(correctness.trajectory(bench, "onnxruntime", "fp32"))
+    assert failed == ["cached trajectory, PSNR to eager PyTorch cached alike, dB"]
+
+
+def test_a_bound_that_nothing_meets_fails(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(correctness.TRAJECTORY, "fp32", 1e6)
+    assert len(broken(correctness.trajectory(bench, "onnxruntime", "fp32"))) == 2
+
+
+def test_pairs_that_share_their_features_fail_when_they_take_turns(
+    spoil: Callable[..., None], bench: Workbench
+) -> None:
+    seen: list[BoundPair] = []
+
+    def overwrite(bound: BoundPair, cut: str | None) -> None:
+        """A full call of one bound pair leaves nothing of the others' features."""
+        if bound not in seen:
+            seen.append(bound)
+        for other in seen:
+            if cut is None and other is not bound and other.buffers:
+                other.buffers["deep_feature_0"].zero_()
+
+    spoil(overwrite)
+    failed = broken(correctness.interleaved(bench, "onnxruntime", "fp32"))
+    assert failed == ["smaller shape, relative difference to itself alone"]
+
+
+def test_a_replay_that_differs_fails(spoil: Callable[..., None], bench: Workbench) -> None:
+    calls = 0
+
+    def stale(bound: BoundPair, cut: str | None) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            bound.buffers["noise_pred"].mul_(1.0001)
+
+    spoil(stale, when=lambda graphs: graphs)
+    failed = broken(streams.cuda_graphs(bench, "onnxruntime", "fp32"))
+    assert "relative difference of replayed to launched calls" in failed
+
+
+def test_threads_that_meet_fail(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from offcut.benchmarks.gpu.peers import EngineDenoiser
+
+    original, seen = EngineDenoiser.predict, []
+
+    def predict(self: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        import threading
+
+        if threading.current_thread() is not threading.main_thread():
+            seen.append(sample)
+            sample = seen[0]
+        return original(self, sample, timestep)
+
+    monkeypatch.setattr(EngineDenoiser, "predict", predict)
+    assert any("two threads" in name for name in broken(lifetime.threads(bench, "onnxruntime", "fp32")))
+
+
+def test_values_that_are_not_finite_are_infinitely_far_apart() -> None:
+    one = torch.ones(3)
+    assert apart(one * float("nan"), one) == float("inf")
+    assert apart(one, one) == 0
+    assert CUT == "deepcache:0"

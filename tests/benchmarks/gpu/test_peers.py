@@ -1,0 +1,120 @@
+"""The peers compute what they should: by hand, by DeepCache's helper, and through a compiler's front end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from offcut.benchmarks.gpu import models, peers
+from offcut.benchmarks.gpu.trajectory import Loop, decibels
+from offcut.runtime.schedule import Uniform
+
+SAME = 110.0
+"""Decibels from which two trajectories count as the same one."""
+
+XL = {
+    "sample_size": 16,
+    "layers_per_block": 2,
+    "block_out_channels": (16, 32, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 10,
+}
+
+
+@pytest.fixture(scope="module", params=["small", "xl"])
+def unet(request: pytest.FixtureRequest) -> Any:
+    """One UNet with attention in its outermost layer, and one without, with SDXL's conditioning."""
+    if request.param == "small":
+        return models.small_unet()
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**XL).eval()
+
+
+@pytest.fixture
+def setting(unet: Any) -> tuple[Loop, peers.Conditioning]:
+    noise = models.noise(unet.config, 1, 16, torch.float32, "cpu")
+    return Loop(noise, 6), models.conditioning(unet.config, 2, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_the_unet_cached_by_hand_is_deepcaches_helper(unet: Any, setting: Any, interval: int) -> None:
+    loop, given = setting
+    theirs = loop.generate(peers.HelperDenoiser(unet, given, interval))
+    ours = loop.generate(peers.CachedDenoiser(peers.CachedUNet(unet), given, Uniform(interval)))
+    assert decibels(ours, theirs) >= SAME
+    uncached = loop.generate(peers.CachedDenoiser(peers.CachedUNet(unet), given, None))
+    assert decibels(uncached, ours) >= SAME if interval == 1 else decibels(uncached, ours) < 80
+
+
+def test_the_full_half_is_diffusers_own_forward(unet: Any, setting: Any) -> None:
+    loop, given = setting
+    sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = unet(sample, loop.timesteps[2], return_dict=False, **given)[0]
+        got, feature = peers.CachedUNet(unet).full(sample, loop.timesteps[2], given)
+        again = peers.CachedUNet(unet).shallow(sample, loop.timesteps[2], given, feature)
+    assert torch.equal(got, expected)
+    assert torch.equal(again, expected)
+
+
+def test_the_helper_leaves_the_unet_as_it_was(unet: Any, setting: Any) -> None:
+    loop, given = setting
+    forward = unet.forward
+    with peers.HelperDenoiser(unet, given, 2).generation(loop.timesteps):
+        assert unet.forward is not forward
+    assert unet.forward == forward
+
+
+def test_the_shallow_weights_are_those_that_the_shallow_half_reads(unet: Any, setting: Any) -> None:
+    loop, given = setting
+    cached = peers.CachedUNet(unet)
+    sample = torch.zeros(2, 4, 16, 16)
+    with torch.no_grad():
+        feature = cached.full(sample, loop.timesteps[0], given)[1]
+    unet.requires_grad_(True)
+    cached.shallow(sample, loop.timesteps[0], given, feature).sum().backward()
+    read = {id(parameter) for parameter in unet.parameters() if parameter.grad is not None}
+    unet.zero_grad(set_to_none=True)
+    unet.requires_grad_(False)
+    assert {id(parameter) for parameter in cached.shallow_parameters()} == read
+
+
+@pytest.mark.slow
+def test_both_halves_go_through_the_compilers_front_end_whole(unet: Any, setting: Any) -> None:
+    loop, given = setting
+    cached = peers.CachedUNet(unet)
+
+    def compile(half: Any) -> Any:
+        return torch.compile(half, backend="eager", fullgraph=True, dynamic=False)
+
+    eager = loop.generate(peers.CachedDenoiser(cached, given, Uniform(2)))
+    through = loop.generate(peers.CachedDenoiser(cached, given, Uniform(2), compile))
+    assert decibels(through, eager) >= SAME
+
+
+def test_half_precision_lies_between_the_bounds_of_the_trajectory_check() -> None:
+    """The bound must let eager PyTorch in half precision pass, and a loop without the cache fail."""
+    from offcut.benchmarks.gpu.correctness import SCHEDULE, STEPS, TRAJECTORY
+
+    def latents(dtype: torch.dtype, cached: bool) -> torch.Tensor:
+        unet = models.small_unet().to(dtype)
+        loop = Loop(models.noise(unet.config, 1, 16, dtype, "cpu"), STEPS)
+        given = models.conditioning(unet.config, 2, dtype, "cpu")
+        return loop.generate(peers.CachedDenoiser(peers.CachedUNet(unet), given, SCHEDULE if cached else None))
+
+    exact = latents(torch.float32, True)
+    uncached = decibels(latents(torch.float32, False), exact)
+    for precision in ("fp16", "bf16"):
+        rounded = decibels(latents(getattr(torch, models.DTYPES[precision]), True), exact)
+        assert rounded > TRAJECTORY[precision] > uncached

@@ -1,0 +1,107 @@
+"""Timing, counting and interleaving, on the CPU: what the figures mean, and that their claims can fail."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from offcut.benchmarks.gpu import performance, roofline
+from offcut.benchmarks.gpu.clock import Clock, interleaved, warm_up
+from offcut.benchmarks.gpu.performance import Contest
+from offcut.benchmarks.gpu.trajectory import Loop
+from offcut.benchmarks.gpu.workbench import Workbench
+
+CONTEST = Contest("small", "onnxruntime", "fp32", 1)
+
+
+class _Sleeper:
+    """Takes so many seconds a call, and notes when it is called."""
+
+    def __init__(self, name: str, seconds: float, order: list[str]) -> None:
+        self.name = name
+        self._seconds, self._order = seconds, order
+
+    @contextmanager
+    def generation(self, timesteps: torch.Tensor) -> Iterator[None]:
+        self._order.append(self.name)
+        yield
+
+    def predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        time.sleep(self._seconds)
+        return torch.zeros_like(sample)
+
+
+def test_contestants_take_turns_after_their_warm_up() -> None:
+    order: list[str] = []
+    loop = Loop(torch.randn(1, 4, 8, 8), 2)
+    sleepers = [_Sleeper("a", 0.0, order), _Sleeper("b", 0.02, order)]
+    warm_up(loop, sleepers)
+    assert order == ["a", "b"] * 2
+    fast, slow = interleaved(Clock("cpu"), loop, sleepers, 3)
+    assert order == ["a", "b"] * 5
+    assert slow - fast >= 0.03  # two calls of 20 ms
+
+
+@pytest.mark.slow
+def test_the_loops_figures_belong_together(bench: Workbench) -> None:
+    outcome = performance.loop(bench, CONTEST)
+    figures: Any = outcome.figures
+    claims = {claim.name: claim for claim in outcome.claims}
+    full, shallow = figures["full calls"], figures["shallow calls"]
+    assert (full, shallow) == (2, 4)
+    for where in ("inside", "alone"):
+        ideal = full * figures[f"full call {where}, ms"] + shallow * figures[f"shallow call {where}, ms"]
+        (claim,) = (claim for name, claim in claims.items() if name.startswith("wall") and where in name)
+        assert claim.value == pytest.approx(figures["loop, ms"] / ideal)
+        assert (claim.sign, claim.bound) == ("<=", 1.02)
+    assert figures["speed-up"] == pytest.approx(figures["loop uncached, ms"] / figures["loop, ms"])
+    assert 0 < figures["shallow call alone, ms"] < figures["full call alone, ms"]
+
+
+@pytest.mark.slow
+def test_a_loop_with_work_beside_its_engine_calls_fails(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Loop.run
+
+    def dawdle(self: Loop, denoiser: Any) -> torch.Tensor:
+        latents = original(self, denoiser)
+        time.sleep(1.0)
+        return latents
+
+    monkeypatch.setattr(Loop, "run", dawdle)
+    assert all(not claim.holds for claim in performance.loop(bench, CONTEST).claims)
+
+
+@pytest.mark.slow
+def test_deepcaches_helper_is_raced_on_the_same_loop(bench: Workbench) -> None:
+    outcome = performance.against_helper(bench, CONTEST)
+    (claim,) = outcome.claims
+    figures: Any = outcome.figures
+    assert claim.value == pytest.approx(figures["helper's loop, ms"] / figures["loop, ms"])
+    assert (claim.sign, claim.bound) == (">=", 1.5)
+
+
+def test_the_work_is_that_of_the_published_model() -> None:
+    full, shallow = roofline.count("sd15", "fp16", 2)
+    assert full.flops / 1e12 == pytest.approx(1.6, rel=0.05)  # 0.8 TFLOP for each image of 512 x 512
+    assert 0.05 < shallow.flops / full.flops < 0.15
+    assert full.bytes > 2 * 859e6  # 859 M parameters
+    assert shallow.bytes < 0.1 * full.bytes
+
+
+def test_twice_the_batch_is_twice_the_work() -> None:
+    one, two = (roofline.count("small", "fp32", batch)[1] for batch in (2, 4))
+    assert two.flops == pytest.approx(2 * one.flops, rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_roofline_holds_both_graphs_below_the_ceiling(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = roofline.roofline(bench, CONTEST)
+    assert len(outcome.claims) == 2
+    assert {"matrix product, TFLOP/s", "copy, GB/s", "full, TFLOP/s", "shallow, GB/s at least"} <= set(outcome.figures)
+    monkeypatch.setattr(roofline, "ceilings", lambda *_: (1.0, 1.0))
+    assert not any(claim.holds for claim in roofline.roofline(bench, CONTEST).claims)

@@ -1,0 +1,149 @@
+"""What needs neither a GPU nor TensorRT: progress, the split of a budget, which library, where it is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from offcut.engines import onnxruntime, tensorrt, tensorrt_rtx
+from offcut.engines.base import Probe
+from offcut.engines.nvidia.flavour import TENSORRT, load, probe
+from offcut.engines.nvidia.plan import share_budget
+from offcut.engines.nvidia.progress import Phases
+from offcut.engines.nvidia.settings import targets
+from offcut.engines.registry import Choice, choose, compiler
+from offcut.errors import EngineError
+
+# ---- progress
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def phases(said: list[str]) -> Phases:
+    return Phases("full", said.append)
+
+
+def test_a_long_phase_is_told_at_each_quarter(phases: Phases, said: list[str]) -> None:
+    phases.start("Timing tactics", None, 40)
+    assert all(phases.step("Timing tactics", done) for done in range(40))
+    phases.finish("Timing tactics")
+    expected = ["timing tactics", *(f"timing tactics, {share} %" for share in (25, 50, 75))]
+    assert said == [f"full: {sentence}" for sentence in expected]
+
+
+def test_short_phases_are_told_near_the_root_only(phases: Phases, said: list[str]) -> None:
+    phases.start("Building", None, 2)
+    phases.start("Optimizing", "Building", 3)
+    phases.start("Reformatting", "Optimizing", 1)
+    phases.step("Reformatting", 0)
+    phases.finish("Reformatting")
+    phases.start("Timing", "Optimizing", 8)
+    assert said == ["full: building", "full: optimizing", "full: timing"]
+
+
+def test_an_error_while_telling_stops_the_build_and_is_kept() -> None:
+    def say(sentence: str) -> None:
+        raise KeyboardInterrupt
+
+    phases = Phases("full", say)
+    phases.start("Building", None, 2)
+    assert phases.step("Building", 0) is False
+    assert isinstance(phases.failure, KeyboardInterrupt)
+
+
+def test_a_step_of_a_phase_that_never_began_is_let_through(phases: Phases, said: list[str]) -> None:
+    assert phases.step("Unknown", 3) is True
+    phases.finish("Unknown")
+    assert said == []
+
+
+# ---- weight streaming
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (0, ({"small": 0, "large": 0}, 0)),
+        (7, ({"small": 7, "large": 0}, 0)),
+        (50, ({"small": 10, "large": 40}, 0)),
+        (500, ({"small": 10, "large": 90}, 400)),
+        (5000, ({"small": 10, "large": 90}, 1000)),
+    ],
+)
+def test_shallow_graphs_keep_their_weights_first(budget: int, expected: tuple[dict[str, int], int]) -> None:
+    assert share_budget(budget, {"large": 90, "small": 10}, 1000) == expected
+
+
+# ---- which library
+
+
+@pytest.mark.usefixtures("trt")
+def test_a_process_works_with_one_of_the_two() -> None:
+    with pytest.raises(EngineError, match="already works with tensorrt-rtx, and cannot with tensorrt too"):
+        load(TENSORRT)
+
+
+def test_on_cuda_auto_prefers_what_is_compiled_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Probe("1.0", ("cuda",), "a GPU", targets={"cuda": "sm_89"})
+    for module in (onnxruntime, tensorrt_rtx):
+        monkeypatch.setattr(module, "probe", lambda: runs)
+    assert choose("cuda") == Choice("tensorrt-rtx", "compiles the graphs for this GPU")
+    monkeypatch.setattr(tensorrt, "probe", lambda: runs)
+    assert choose("cuda:1").name == "tensorrt"
+    assert choose("cuda", ["onnxruntime", "tensorrt-rtx"]).name == "tensorrt-rtx"
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_both_compile_and_share_their_settings(name: str) -> None:
+    module = compiler(name)
+    assert module is not None
+    shared = {"optimization_level", "workspace_mib", "weight_streaming", "refittable", "strip_plan"}
+    assert shared < set(module.SETTINGS)
+    assert ("compute_capabilities" in module.SETTINGS) is (name == "tensorrt-rtx")
+    assert ({"hardware_compatibility", "timing_cache"} < set(module.SETTINGS)) is (name == "tensorrt")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_enterprise_tensorrt_builds_nothing_without_a_gpu() -> None:
+    module: Any = compiler("tensorrt")
+    with pytest.raises(EngineError, match="tensorrt builds for the GPU of the machine, and here is none: build there"):
+        targets(TENSORRT, None, module.SETTINGS)
+    assert not probe(TENSORRT).builds
+
+
+MISSING = """
+import importlib.abc, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == sys.argv[1]:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Block())
+from offcut.engines import onnxruntime, tensorrt, tensorrt_rtx
+from offcut.engines.base import Probe
+from offcut.engines.nvidia.flavour import TENSORRT_RTX, load
+from offcut.errors import MissingExtraError
+try:
+    load(TENSORRT_RTX)
+except MissingExtraError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("module", "package"), [("tensorrt_rtx", "tensorrt-rtx"), ("polygraphy", "polygraphy")])
+def test_what_is_missing_is_named_with_its_extra(module: str, package: str) -> None:
+    if package != "polygraphy":
+        pytest.importorskip("polygraphy", reason="polygraphy is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", MISSING, module], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == (
+        f"the tensorrt-rtx engine needs the package {package}, which is not installed: pip install 'offcut[rtx]'"
+    )

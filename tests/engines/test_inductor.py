@@ -1,0 +1,133 @@
+"""What is inductor's own; what every engine promises is in ``test_pairs``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import offcut
+import offcut.engines.inductor as inductor
+from offcut.engines.base import Probe
+from offcut.engines.profiles import Profile
+from offcut.engines.sizes import Sizes
+from offcut.engines.verify import verify_bundle
+from offcut.errors import BundleError, EngineError
+
+from .conftest import UNET_CUTS
+
+
+@pytest.mark.slow
+def test_a_bundle_for_deployment_holds_no_graph_and_no_weights(compiled_bundle: Path) -> None:
+    bundle = offcut.Bundle.open(compiled_bundle)
+    (variant,) = bundle.manifest.variants.values()
+    assert variant.graphs is None
+    assert not [path for path in compiled_bundle.rglob("*") if path.suffix in (".onnx", ".data")]
+    (entry,) = bundle.manifest.engines.values()
+    assert entry.verified
+    assert entry.compiled
+    assert entry.targets == (inductor.probe().targets["cpu"],)
+    assert set(entry.shallow) == set(UNET_CUTS)
+    assert {*entry.files} <= {*bundle.manifest.files}
+
+
+@pytest.mark.slow
+def test_it_is_verified_again_from_what_the_bundle_holds(compiled_bundle: Path) -> None:
+    (checks,) = verify_bundle(offcut.Bundle.open(compiled_bundle)).values()
+    assert len(checks) == 1 + 2 * len(UNET_CUTS) + 4 + 2
+    assert all(check.passed for check in checks)
+
+
+@pytest.mark.slow
+def test_a_shallow_package_holds_its_own_weights_only(compiled_bundle: Path) -> None:
+    entry = offcut.Bundle.open(compiled_bundle).entry("inductor")
+    full, shallow = ((compiled_bundle / file).stat().st_size for file in (entry.full, entry.shallow["deepcache:0"]))
+    assert shallow < 0.5 * full
+    names = json.loads((compiled_bundle / entry.shallow["deepcache:0"]).with_suffix(".json").read_text("utf-8"))
+    assert "deep_feature_0" in names["inputs"]
+    assert names["outputs"] == ["noise_pred"]
+
+
+@pytest.mark.slow
+def test_the_stand_in_runs_it(compiled_bundle: Path) -> None:
+    unet = offcut.UNet.load(compiled_bundle)
+    assert unet.engine == "inductor"
+    unet.set_schedule(offcut.Uniform(3), cut="deepcache:1")
+    sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 16)
+    with unet.generation(calls=4):
+        for timestep in (900, 600, 300, 0):
+            assert torch.isfinite(unet(sample, timestep, text).sample).all()
+    assert unet.last_run is not None
+    assert unet.last_run.timeline == "#..#"
+    unet.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("here", "sentence"),
+    [
+        (
+            Probe(torch.__version__, ("cpu",), "", targets={"cpu": "other"}),
+            "was compiled for .*, and this machine",
+        ),
+        (Probe("9.9.9", ("cpu",), "", targets=inductor.probe().targets), "runs with no other, here is 9.9.9"),
+        (Probe(torch.__version__, (), "no C++ compiler found"), "cannot run on cpu here: no C"),
+    ],
+    ids=["another CPU", "another PyTorch", "nothing"],
+)
+def test_it_is_refused_where_it_does_not_fit(
+    here: Probe, sentence: str, compiled_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inductor, "probe", lambda: here)
+    monkeypatch.setattr(inductor, "open", lambda *args: pytest.fail("native code was loaded"))
+    with pytest.raises(EngineError, match=sentence):
+        offcut.Bundle.open(compiled_bundle).open_pair("inductor")
+
+
+@pytest.mark.slow
+def test_an_altered_package_is_refused_before_it_is_loaded(
+    compiled_bundle: Path, copied: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = offcut.Bundle.open(copied(compiled_bundle))
+    monkeypatch.setattr(inductor, "open", lambda *args: pytest.fail("native code was loaded"))
+    package = bundle.path / bundle.entry("inductor").full
+    content = bytearray(package.read_bytes())
+    content[len(content) // 2] ^= 1
+    package.write_bytes(content)
+    with pytest.raises(BundleError, match=r"full\.pt2 was altered"):
+        bundle.open_pair("inductor")
+
+
+def test_profiles_are_refused_with_what_to_do(tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]) -> None:
+    sizes = {"batch": 2, "height": 8, "width": 8, "sequence": 7}
+    with pytest.raises(EngineError, match=r"takes no shape profiles: .*--fix"):
+        offcut.build(tiny_unet_dir, tmp_path / "b", engine="inductor", profiles=[Profile(sizes, sizes, sizes)])
+
+
+def test_profiles_for_an_engine_that_takes_every_shape_are_refused(tiny_unet_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="onnxruntime takes every size"):
+        offcut.build(tiny_unet_dir, tmp_path / "b", engine="onnxruntime", profiles=Sizes(max_batch=2))
+
+
+def test_engines_that_open_the_graphs_cannot_do_without_them(tiny_unet_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="onnxruntime opens the ONNX graphs, which --deploy would leave out"):
+        offcut.build(tiny_unet_dir, tmp_path / "b", engine="onnxruntime", deploy=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"inductor": {"turbo": True}}, "inductor has no setting turbo; it has max_autotune"),
+        ({"tensorrt": {}}, "settings were given for tensorrt, which is not built"),
+        ({"inductor": {}, "onnxruntime": {"a": 1}}, "onnxruntime has no setting a; it has none: it opens"),
+    ],
+)
+def test_settings_that_nobody_takes_are_refused(
+    settings: dict[str, dict[str, object]], sentence: str, tiny_unet_dir: Path, tmp_path: Path
+) -> None:
+    engines = ["inductor", "onnxruntime"]
+    with pytest.raises(EngineError, match=sentence):
+        offcut.build(tiny_unet_dir, tmp_path / "b", engine=engines, settings=settings)  # type: ignore[arg-type]

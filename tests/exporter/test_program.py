@@ -1,0 +1,71 @@
+"""The cut on PyTorch programs: the same joins as in the ONNX graph, and the same numbers as eager PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from unets import SKIPS, eager, largest_difference, random_inputs
+
+from offcut.exporter.cut import find_cuts
+from offcut.exporter.load import locate
+from offcut.exporter.program import TwinProgram, UNetProgram, find_program_joins
+
+from .conftest import Family
+
+
+def trace(family: Family) -> tuple[UNetProgram, dict[str, tuple[str, ...]]]:
+    """The program of a family, and each cut's cached tensors by name."""
+    cuts = {cut.name: tuple(spec.name for spec in cut.cached) for cut in find_cuts(family.graph)}
+    features = {spec.name: spec for cut in find_cuts(family.graph) for spec in cut.cached}
+    source = locate(family.model)
+    return UNetProgram(source, "fp32", family.graph.inputs, features, {}, family.graph.multiple), cuts
+
+
+def run(twin: TwinProgram, tensors: dict[str, torch.Tensor]) -> None:
+    """Call it as an engine does; its results are in the tensors afterwards."""
+    twin.program.module()([tensors[name] for name in twin.inputs], [tensors[name] for name in twin.outputs])
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "sdxl" else ()) for name in SKIPS]
+)
+def test_every_cut_gives_what_eager_pytorch_gives(name: str, family: Callable[[str], Family]) -> None:
+    made = family(name)
+    program, cuts = trace(made)
+    dims = {"batch": 3, "height": 16, "width": 8, "sequence": 5}
+    inputs = random_inputs(made.model, **dims, seed=3)
+    full = program.full()
+    tensors = dict(inputs)
+    for spec in (*program.features.values(), made.graph.outputs["noise_pred"]):
+        tensors[spec.name] = torch.full(spec.resolve(dims), float("nan"))
+    run(full, tensors)
+    expected = eager(made.model, inputs)
+    assert largest_difference(tensors["noise_pred"], expected) <= 1e-4
+    for cut, cached in cuts.items():
+        shallow = program.shallow(cached)
+        tensors["noise_pred"].fill_(float("nan"))
+        run(shallow, tensors)
+        assert largest_difference(tensors["noise_pred"], expected) <= 1e-4, cut
+        assert set(shallow.inputs) <= {*inputs, *cached}
+        assert set(cached) <= set(shallow.inputs)
+
+
+def test_the_joins_are_counted_from_the_outermost(plain: Family) -> None:
+    program, _ = trace(plain)
+    joins = find_program_joins(program.module)
+    assert len(joins) == SKIPS["plain"]
+    order = {node: index for index, node in enumerate(program.module.graph.nodes)}
+    assert all(order[outer.node] > order[inner.node] for outer, inner in pairwise(joins))
+    for join in joins:
+        assert order[join.skip] < order[join.hidden]
+
+
+def test_a_shallow_program_grows_with_the_cut(plain: Family) -> None:
+    program, _ = trace(plain)
+    sizes = [len(program.shallow((f"deep_feature_{k}",)).program.graph.nodes) for k in range(SKIPS["plain"])]
+    assert sizes == sorted(sizes)
+    weights = [len(program.shallow((f"deep_feature_{k}",)).program.state_dict) for k in range(2)]
+    assert 0 < weights[0] < weights[1] < len(program.full().program.state_dict)
