@@ -119,12 +119,14 @@ def _add(plan: Plan, out: Path, progress: Progress) -> Bundle:
     check_target(out, plan)
     with staging(out) as staged:
         existing = Bundle.open(out) if (out / MANIFEST_FILE).exists() else None
+        if plan.deploy and existing is not None:
+            _check_deployable(existing, plan.variant)
         before = existing.manifest.variants.get(plan.variant) if existing else None
         variant = make_variant(plan, existing, out, staged, progress)
         entries = _engines(plan, variant, existing, out, staged, progress)
         parts = _parts(plan, existing, staged)
         if plan.deploy:
-            variant = _without_graphs(variant, existing, staged)
+            variant = _without_graphs(variant, staged)
         progress("commit")
 
         def update(current: Manifest | None, files: dict[str, FileEntry]) -> Manifest:
@@ -252,6 +254,8 @@ def _references(plan: Plan, graphs: Graphs, compiled: Compiled, folder: Path, pr
     progress("compute PyTorch's answers at the sizes of the profiles")
     device = plan.device if torch.device(plan.device).type == "cuda" and torch.cuda.is_available() else "cpu"
     unet = load_unet(plan.source, plan.precision).to(device)
+    if device == "cpu":
+        unet.float()  # a CPU may lack the precision; the weights are rounded to it all the same
     paths = []
     for index, profile in enumerate(compiled.profiles):
         paths.append(folder / f"reference-{index}.safetensors")
@@ -290,15 +294,18 @@ def _view(plan: Plan, variant: Variant, entry: EngineEntry, out: Path, staged: P
     return Bundle(staged if fresh else out, manifest, "")
 
 
-def _without_graphs(variant: Variant, existing: Bundle | None, staged: Path) -> Variant:
-    """Drop the ONNX graphs and their weights, which compiled engines do not need."""
-    assert variant.graphs is not None
-    held = existing.manifest.engines.values() if existing else ()
-    if needing := [entry.key for entry in held if entry.variant == variant.name and not entry.compiled]:
+def _check_deployable(existing: Bundle, variant: str) -> None:
+    held = existing.manifest.engines.values()
+    if needing := [entry.key for entry in held if entry.variant == variant and not entry.compiled]:
         raise BundleError(
             f"{', '.join(needing)} of this bundle opens the ONNX graphs that deploy leaves out: "
             "build into a directory of its own"
         )
+
+
+def _without_graphs(variant: Variant, staged: Path) -> Variant:
+    """Drop the ONNX graphs and their weights, which compiled engines do not need."""
+    assert variant.graphs is not None
     for name in variant.graphs.files:
         (staged / name).unlink(missing_ok=True)
     return variant.model_copy(update={"graphs": None})

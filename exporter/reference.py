@@ -28,14 +28,18 @@ class Reference:
 def write_reference(
     unet: torch.nn.Module, family: Family, specs: tuple[TensorSpec, ...], dims: Mapping[str, int], path: Path
 ) -> None:
-    """Run the UNet once at these dimensions, where it is, and keep inputs and output."""
+    """Run the UNet once at these dimensions, where it is and in its own precision, and keep inputs and output."""
     import torch
     from safetensors.torch import save
 
     inputs = example_inputs(specs, dims)
-    device = next(unet.parameters()).device
+    weight = next(unet.parameters())
+    halves = (torch.float16, torch.bfloat16)
+    given = {
+        name: tensor.to(weight.device, weight.dtype if tensor.dtype in halves else tensor.dtype)
+        for name, tensor in inputs.items()
+    }
     with torch.no_grad():
-        given = {name: tensor.to(device) for name, tensor in inputs.items()}
         noise_pred = unet(**family.arguments(given), return_dict=False)[0].cpu()
     # save_file would hide a full disk in an error of its own, and keep other users from reading.
     path.write_bytes(save({**inputs, _OUTPUT: noise_pred.contiguous()}))

@@ -58,18 +58,15 @@ dropped, exponential moving average of the weights exported. Their loss is the m
 |---|---|
 {curve}
 
-Repeat it with `python -m offcut.benchmarks.shapes.train` (fixed seeds; CPU or CUDA).
+{history}Repeat it with `python -m offcut.benchmarks.shapes.train` (fixed seeds; CPU or CUDA).
 
 ## What it obeys
 {scores}
 ## Limits
 
-It knows the words above and nothing else. Pictures are 64x64 and other sizes were not trained. It was trained for
-about an hour on two shared CPU cores, far from convergence; the table above says what it obeys. Backgrounds and
-colours of single objects are dependable. Of the shapes, large circles, squares, triangles and crosses are
-recognisable, with soft, wobbly edges; stars, diamonds and small shapes often are not. Relations of two objects are
-mostly ignored. It says how caching changes *this* model's pictures; a figure
-measured here is no figure for Stable Diffusion.
+It knows the words above and nothing else. Pictures are 64x64 and other sizes were not trained. It was trained on two
+shared CPU cores and would gain from more; the table above says what it obeys. It says how caching changes *this*
+model's pictures; a figure measured here is no figure for Stable Diffusion.
 """
 
 
@@ -88,6 +85,12 @@ def _curve(rows: list[dict[str, float]], points: int = 12) -> str:
 def _decoder(last: Mapping[str, float]) -> str:
     """The clause about the decoder's own training, from the last row of its log."""
     return f"; then its decoder alone: {int(last['step'])} steps, last mean loss {last['loss']:.4f}"
+
+
+def _history(run: Path) -> str:
+    """What `run`/history.md tells of a run whose settings changed on the way; nothing if there is none."""
+    path = run / "history.md"
+    return path.read_text(encoding="utf-8").strip() + "\n\n" if path.exists() else ""
 
 
 def _scores(scores: Mapping[str, Score]) -> str:
@@ -132,4 +135,5 @@ def model_card(run: Path, directory: Path, *, guidance: float, steps: int, score
         steps=int(rows[-1]["step"]) if rows else 0,
         curve=_curve(rows),
         scores=_scores(scores),
+        history=_history(run),
     )

@@ -66,6 +66,24 @@ def test_the_stand_in_runs_it(compiled_bundle: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_engine_that_opens_the_graphs_brings_them_back(
+    compiled_bundle: Path, copied: Callable[[Path], Path], tiny_unet_dir: Path, quick_export: list[Path]
+) -> None:
+    path = copied(compiled_bundle)
+    bundle = offcut.build(tiny_unet_dir, path, engine="onnxruntime", cuts=["deepcache:0"])
+    assert len(quick_export) == 1
+    assert bundle.engines == ["inductor", "onnxruntime"]
+    (variant,) = bundle.manifest.variants.values()
+    assert variant.graphs is not None
+    assert {cut.name for cut in variant.cuts} == set(UNET_CUTS)
+    for name in bundle.engines:
+        bundle.open_pair(name).close()
+    with pytest.raises(BundleError, match="opens the ONNX graphs that deploy leaves out"):
+        offcut.build(tiny_unet_dir, path, engine="inductor", cuts=UNET_CUTS, deploy=True)
+    bundle.verify_files()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("here", "sentence"),
     [
