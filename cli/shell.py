@@ -46,7 +46,10 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def stages() -> Iterator[Callable[[str], None]]:
-    """A spinner on standard error with the present stage; finished stages stay, with their seconds."""
+    """A spinner on standard error with the present stage; finished stages stay, with their seconds.
+
+    A sentence that is indented is a detail of the present stage, and is gone with the next one.
+    """
     began: list[tuple[str, float]] = []
 
     def finish() -> None:
@@ -57,6 +60,9 @@ def stages() -> Iterator[Callable[[str], None]]:
     with err.status("...") as status:
 
         def begin(stage: str) -> None:
+            if stage.startswith(" ") and began:
+                status.update(f"{began[0][0]}[dim]{stage}[/]")
+                return
             finish()
             began.append((stage, time.perf_counter()))
             status.update(stage)

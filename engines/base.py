@@ -120,7 +120,7 @@ class CompileJob:
         settings: each of the engine's ``SETTINGS``.
         device: that it is to run on, ``"cpu"`` or ``"cuda"``, as PyTorch spells it.
         folder: an empty directory; all that the engine leaves in it becomes part of the bundle.
-        progress: called with a sentence as each stage begins, and again as it advances.
+        progress: called with a sentence as each stage begins, and with an indented one as it advances.
     """
 
     graphs: Graphs

@@ -61,7 +61,7 @@ class Phases:
 
     def _tell(self, sentence: str) -> None:
         if self.failure is None:
-            self._say(f"{self._what}: {sentence[0].lower()}{sentence[1:]}")
+            self._say(f"  {self._what}: {sentence[0].lower()}{sentence[1:]}")
 
     def _keep_failure(self, note: Callable[..., None], *arguments: object) -> None:
         try:

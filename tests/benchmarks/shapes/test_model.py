@@ -64,11 +64,11 @@ def test_a_red_circle_on_white_is_red_and_on_white(pipe: StableDiffusionPipeline
     assert middle[:, 0].mean() - middle[:, 1:].mean() > 80
 
 
-def test_single_objects_have_their_colours_and_at_least_half_their_shapes(pipe: StableDiffusionPipeline) -> None:
+def test_single_objects_have_their_colours_and_but_for_one_their_shapes(pipe: StableDiffusionPipeline) -> None:
     prompts = [text for text in model.PROMPTS if not any(f" {r} " in text for r in scenes.RELATIONS)]
     verdicts = [judge.judge(picture, text) for picture, text in zip(draw(pipe, prompts), prompts, strict=True)]
-    assert sum(v.background and v.colours for v in verdicts) >= len(prompts) - 1, verdicts
-    assert sum(v.right for v in verdicts) >= len(prompts) // 2, verdicts  # one in six by chance
+    assert all(v.background and v.count and v.colours for v in verdicts), verdicts
+    assert sum(v.right for v in verdicts) >= len(prompts) - 1, verdicts  # one shape in six by chance
 
 
 def test_prompts_are_captions_without_held_out_pairs() -> None:

@@ -104,8 +104,8 @@ def test_the_build_tells_how_far_it_is(built: tuple[offcut.Bundle, list[str]]) -
     _, said = built
     first = said.index("compile full for sm_89, sm_120")
     second = said.index("compile shallow-deepcache-0 for sm_89, sm_120")
-    assert any(sentence.startswith("full: ") and sentence.endswith("50 %") for sentence in said[first:second])
-    assert any(sentence.startswith("shallow-deepcache-0: ") for sentence in said[second:])
+    assert any(sentence.startswith("  full: ") and sentence.endswith("50 %") for sentence in said[first:second])
+    assert any(sentence.startswith("  shallow-deepcache-0: ") for sentence in said[second:])
     assert len(said) < 100
     assert len(set(said)) > 10
 

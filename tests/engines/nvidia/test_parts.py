@@ -36,7 +36,7 @@ def test_a_long_phase_is_told_at_each_quarter(phases: Phases, said: list[str]) -
     assert all(phases.step("Timing tactics", done) for done in range(40))
     phases.finish("Timing tactics")
     expected = ["timing tactics", *(f"timing tactics, {share} %" for share in (25, 50, 75))]
-    assert said == [f"full: {sentence}" for sentence in expected]
+    assert said == [f"  full: {sentence}" for sentence in expected]
 
 
 def test_short_phases_are_told_near_the_root_only(phases: Phases, said: list[str]) -> None:
@@ -46,7 +46,7 @@ def test_short_phases_are_told_near_the_root_only(phases: Phases, said: list[str
     phases.step("Reformatting", 0)
     phases.finish("Reformatting")
     phases.start("Timing", "Optimizing", 8)
-    assert said == ["full: building", "full: optimizing", "full: timing"]
+    assert said == ["  full: building", "  full: optimizing", "  full: timing"]
 
 
 def test_an_error_while_telling_stops_the_build_and_is_kept() -> None:
