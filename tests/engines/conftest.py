@@ -84,7 +84,10 @@ def compiled_bundle(every_cut: Path, tiny_unet_dir: Path, once: Callable[..., Pa
     """The same, compiled by inductor; the ONNX graphs are left out."""
 
     def build(path: Path) -> None:
+        from torch._inductor import config
+
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(config.aot_inductor, "compile_wrapper_opt_level", "O0")  # the host's code: sooner, not faster
             made = _exported(every_cut)
             patch.setattr(variants_module, "export", lambda source, out, **_: copy_export(made, out))
             offcut.build(tiny_unet_dir, path, cuts=UNET_CUTS, engine="inductor", deploy=True)
