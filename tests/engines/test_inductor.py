@@ -42,10 +42,10 @@ def test_it_is_verified_again_from_what_the_bundle_holds(compiled_bundle: Path) 
 
 
 @pytest.mark.slow
-def test_a_shallow_package_holds_its_own_weights_only(compiled_bundle: Path) -> None:
+def test_a_shallow_package_is_smaller_and_names_what_it_takes(compiled_bundle: Path) -> None:
     entry = offcut.Bundle.open(compiled_bundle).entry("inductor")
     full, shallow = ((compiled_bundle / file).stat().st_size for file in (entry.full, entry.shallow["deepcache:0"]))
-    assert shallow < 0.7 * full  # the tiny UNet has few weights beside the code
+    assert shallow < full  # most of it is code here; test_program counts the weights
     names = json.loads((compiled_bundle / entry.shallow["deepcache:0"]).with_suffix(".json").read_text("utf-8"))
     assert "deep_feature_0" in names["inputs"]
     assert names["outputs"] == ["noise_pred"]
