@@ -1,0 +1,117 @@
+"""What ``offcut bench latency`` measured: a row for each contestant, and the ratios between them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict, Field, computed_field
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value below which ``percent`` % of the values lie, interpolated linearly between neighbours.
+
+    Raises:
+        ValueError: no values, or a percentage outside 0..100.
+    """
+    if not values or not 0 <= percent <= 100:
+        raise ValueError(f"there is no {percent} % percentile of {len(values)} values")
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+class Contestant(BaseModel):
+    """One row: an engine or a peer, with or without caching.
+
+    Times are in seconds. ``loops`` are the denoising loops (scheduler, guidance and UNet calls; text encoder and VAE
+    outside), one for each round; ``images`` are whole pipeline calls. ``full`` and ``shallow`` are the engine's own
+    calls inside those loops, ``full_alone`` and ``shallow_alone`` the same calls back to back outside of them.
+    """
+
+    model_config = ConfigDict(extra="ignore")  # the derived figures are written beside the measured ones
+
+    name: str = Field(description="unique in a run, e.g. 'offcut openvino fp32' or 'diffusers eager bf16'")
+    family: str = Field(description="'offcut' for ours, else the peer: diffusers, DeepCache, torch.compile, optimum...")
+    engine: str = Field(description="what computes: pytorch, onnxruntime, openvino, inductor, tensorrt...")
+    precision: str = Field(description="fp32, bf16..., as computed")
+    caching: str | None = Field(None, description="the schedule and cut in words; None where every call is full")
+    settings: dict[str, str] = Field(default_factory=dict, description="fixed before the run, one entry each")
+    not_run: str | None = Field(None, description="the exact reason, where it could not be measured")
+    loops: list[float] = []
+    images: list[float] = []
+    full: list[float] = []
+    shallow: list[float] = []
+    full_alone: list[float] = []
+    shallow_alone: list[float] = []
+    full_calls: int = Field(0, description="of one loop")
+    shallow_calls: int = 0
+    load_seconds: float | None = Field(None, description="to open it, before the first call")
+    warm_up_seconds: float | None = Field(None, description="the calls that were not measured, compilation included")
+    host_peak_bytes: int | None = Field(None, description="largest resident memory of its process")
+    device_peak_bytes: int | None = None
+    size_bytes: int | None = Field(None, description="of what it reads from disk")
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def loop(self) -> float | None:
+        """Median seconds of a denoising loop."""
+        return statistics.median(self.loops) if self.loops else None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def wall_over_ideal(self) -> float | None:
+        """The loop over the sum of its engine calls, medians inside the loop; 1 is the limit."""
+        return self._over(self.full, self.shallow)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def wall_over_ideal_alone(self) -> float | None:
+        """The same with the calls' times alone."""
+        return self._over(self.full_alone, self.shallow_alone)
+
+    def percentiles(self, percents: Sequence[float] = (50, 90, 99)) -> Mapping[float, float]:
+        """Of the loops' seconds; empty where nothing was measured."""
+        return {percent: percentile(self.loops, percent) for percent in percents} if self.loops else {}
+
+    def ideal(self, full: Sequence[float], shallow: Sequence[float]) -> float | None:
+        """``full_calls * t_full + shallow_calls * t_shallow`` with the medians of these; None where one is missing."""
+        if not full or (self.shallow_calls and not shallow):
+            return None
+        cheap = self.shallow_calls * statistics.median(shallow) if self.shallow_calls else 0.0
+        return self.full_calls * statistics.median(full) + cheap
+
+    def _over(self, full: Sequence[float], shallow: Sequence[float]) -> float | None:
+        ideal = self.ideal(full, shallow)
+        return None if ideal is None or self.loop is None else self.loop / ideal
+
+
+class Latency(BaseModel):
+    """One interleaved run of several contestants on one model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    steps: int
+    height: int = Field(description="of the image, in pixels")
+    width: int
+    images_per_call: int
+    guidance: float
+    scheduler: str
+    rounds: int = Field(description="each round runs every contestant once, in turn")
+    threads: int | None = None
+    clock: str = Field(description="what was read, and what lies between its two readings")
+    contestants: list[Contestant]
+
+    def speed_up(self, name: str, base: str) -> float | None:
+        """How many times faster ``name``'s loop is than ``base``'s: the median over rounds of the ratio within a round.
+
+        None where one of them was not measured.
+        """
+        rows = {row.name: row for row in self.contestants}
+        ours, theirs = rows[name].loops, rows[base].loops
+        if not ours or not theirs:
+            return None
+        return statistics.median(b / a for a, b in zip(ours, theirs, strict=False))

@@ -1,0 +1,1 @@
+"""``offcut bench quality``: what caching costs, and what fewer steps would have cost at the same latency."""

@@ -1,0 +1,70 @@
+"""What ``offcut bench quality`` measured: a row for each way to spend less than the uncached run does."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Estimate(BaseModel):
+    """A mean with its 95 % confidence interval."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    mean: float
+    low: float
+    high: float
+
+
+class QualityRow(BaseModel):
+    """One setting, over all prompts and seeds, against the uncached run of the same prompts and seeds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(description="unique in a run, e.g. 'ddim 50, uniform:5 warmup 2, deepcache:0'")
+    kind: str = Field(description="'uncached', 'cached', or 'fewer steps' (uncached, at a cached row's latency)")
+    sampler: str = Field(description="the diffusers scheduler, e.g. ddim, dpm++ 2m, euler ancestral")
+    steps: int
+    schedule: str | None = Field(None, description="as set_schedule's argument prints; None where every call is full")
+    cut: str | None = None
+    interval: int | None = None
+    warmup: int | None = None
+    full_calls: int
+    shallow_calls: int
+    images: int
+    cost: float = Field(description="of one image, full calls; a shallow call counts as the reference ratio")
+    cost_here: float = Field(description="the same with this model's own ratio of shallow to full")
+    psnr: Estimate | None = Field(None, description="dB, against the uncached image; None for the uncached row")
+    psnr_worst: float | None = None
+    ssim: Estimate | None = None
+    distance: Estimate | None = Field(None, description="perceptual, of the judge network's features")
+    accuracy: Estimate | None = Field(None, description="share of prompts that came out right, 0..1")
+    accuracy_change: Estimate | None = Field(None, description="against the uncached run, paired by prompt and seed")
+    frechet: float | None = Field(None, description="distance to drawn scenes of the same captions, judge features")
+    samples: list[str] = Field(default_factory=list, description="PNG files beside result.json")
+
+
+class Claim(BaseModel):
+    """A claim of the literature, put to this run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str
+    agrees: bool | None = Field(description="None: this run cannot tell")
+    evidence: str
+
+
+class Quality(BaseModel):
+    """One run over many settings."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    engine: str
+    guidance: float
+    images: int = Field(description="of each row")
+    shallow_over_full: float = Field(
+        description="the reference ratio that `cost` uses, measured on Stable Diffusion 1.5"
+    )
+    shallow_over_full_here: float
+    rows: list[QualityRow]
+    claims: list[Claim] = []

@@ -1,0 +1,137 @@
+"""What a benchmark leaves behind: one ``result.json``, with enough in it to repeat the run and to doubt it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import UserError
+from .latency.record import Latency
+from .quality.record import Quality
+
+SCHEMA = 1
+"""Of ``result.json``; a reader refuses a later one."""
+
+NAME = "result.json"
+
+
+class Environment(BaseModel):
+    """The machine and what was installed on it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    cpu: str
+    cores: int
+    memory_gib: float
+    system: str
+    python: str
+    gpu: str | None = None
+    packages: dict[str, str] = Field(description="distribution name: version, of those that matter to the figures")
+    load: float | None = Field(None, description="the system's 1-minute load average when the run began")
+
+
+class Result(BaseModel):
+    """One run of ``offcut bench``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = SCHEMA
+    title: str
+    command: str = Field(description="the command line that made it")
+    started: datetime
+    seconds: float = Field(ge=0, description="of the whole run")
+    environment: Environment
+    latency: Latency | None = None
+    quality: Quality | None = None
+
+    def save(self, folder: Path) -> Path:
+        """Writes ``result.json`` into a folder, over an older one only when it is whole. Returns its path."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / NAME
+        beside = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            beside.replace(path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise UserError(f"cannot write {path}: {error.strerror}; give another directory with -o") from error
+        return path
+
+
+def read(path: Path) -> Result:
+    """Reads a ``result.json``, or that of a folder.
+
+    Raises:
+        UserError: there is none, or it is not one that this version of offcut reads.
+    """
+    file = path / NAME if path.is_dir() else path
+    try:
+        return Result.model_validate_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}; give what offcut bench wrote") from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise UserError(f"{file} is no result of this version's offcut bench: {first}") from error
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of ``result.json``."""
+    return Result.model_json_schema()
+
+
+def command_line(arguments: Sequence[str] | None = None) -> str:
+    """The command as a user would type it; ``sys.argv`` without the path to its program."""
+    given = list(sys.argv if arguments is None else arguments)
+    return shlex.join([Path(given[0]).name, *given[1:]])
+
+
+def now() -> datetime:
+    """The present moment, in UTC, to the second."""
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+def environment(packages: Sequence[str]) -> Environment:
+    """This machine, with the versions of those of ``packages`` that are installed."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import psutil
+    import torch
+
+    installed = {}
+    for package in packages:
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return Environment(
+        cpu=_cpu(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        python=platform.python_version(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        packages=installed,
+        load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    )
+
+
+def _cpu() -> str:
+    """The processor's name, with those of its matrix and vector extensions that decide figures here."""
+    import platform
+
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    fields = dict(line.split("\t", 1) for line in text.splitlines() if "\t" in line)
+    values = {name.strip(): value.lstrip("\t: ").strip() for name, value in fields.items()}
+    flags = set(values.get("flags", "").split())
+    known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+    extensions = ", ".join(flag for flag in known if flag in flags)
+    name = values.get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({extensions})" if extensions else name
