@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UserError
 from .latency.record import Latency
+from .mlperf.record import MlPerf
 from .quality.record import Quality
 
 SCHEMA = 1
@@ -50,6 +51,7 @@ class Result(BaseModel):
     environment: Environment
     latency: Latency | None = None
     quality: Quality | None = None
+    mlperf: MlPerf | None = None
 
     def save(self, folder: Path) -> Path:
         """Writes ``result.json`` into a folder, over an older one only when it is whole. Returns its path."""

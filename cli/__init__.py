@@ -8,7 +8,7 @@ from collections.abc import Callable
 import typer
 
 from ..errors import UserError
-from . import bundles, graphs, images
+from . import bench, bundles, graphs, images
 from .shell import err
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ _COMMANDS: dict[Callable[..., None], str] = {
 }
 for _command, _example in _COMMANDS.items():
     app.command(epilog=f"Example:  {_example}")(_command)
+app.add_typer(bench.app)
 
 
 def main() -> None:
