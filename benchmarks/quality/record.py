@@ -40,7 +40,8 @@ class QualityRow(BaseModel):
     accuracy: Estimate | None = Field(None, description="share of prompts that came out right, 0..1")
     accuracy_change: Estimate | None = Field(None, description="against the uncached run, paired by prompt and seed")
     frechet: float | None = Field(None, description="distance to drawn scenes of the same captions, judge features")
-    samples: list[str] = Field(default_factory=list, description="PNG files beside result.json")
+    samples: list[str] = Field(default_factory=list, description="PNG files beside result.json, of sample_prompts")
+    timeline: str | None = Field(None, description="a character for each UNet call: '#' full, '.' shallow")
 
 
 class Claim(BaseModel):
@@ -68,3 +69,4 @@ class Quality(BaseModel):
     shallow_over_full_here: float
     rows: list[QualityRow]
     claims: list[Claim] = []
+    sample_prompts: list[str] = Field(default_factory=list, description="what each row's samples show, in their order")
