@@ -12,8 +12,9 @@ import torch
 
 from ...runtime.schedule import Schedule, Uniform
 from ...runtime.unet import UNet
+from ..latency.clock import Clock, Marks, TimedPair
 from .check import Claim, Outcome
-from .clock import Clock, MarkedDenoiser, Marks, TimedPair, interleaved, warm_up
+from .clock import MarkedDenoiser, interleaved, warm_up
 from .exercise import wait
 from .lifetime import MIB, used_memory
 from .models import DTYPES, SIDE, conditioning, eager_unet, meta_unet, noise

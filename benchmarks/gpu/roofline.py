@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..latency.clock import Clock
 from .check import Claim, Outcome
-from .clock import Clock
 from .models import DTYPES, SIDE, conditioning, meta_unet, noise
 from .peers import CachedUNet
 from .performance import Contest

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from offcut.benchmarks.gpu import performance, roofline
-from offcut.benchmarks.gpu.clock import Clock, interleaved, warm_up
+from offcut.benchmarks.gpu.clock import interleaved, warm_up
 from offcut.benchmarks.gpu.performance import Contest
 from offcut.benchmarks.gpu.trajectory import Loop
 from offcut.benchmarks.gpu.workbench import Workbench
+from offcut.benchmarks.latency.clock import Clock
 
 CONTEST = Contest("small", "onnxruntime", "fp32", 1)
 
