@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from . import mlperf
+from . import compare, mlperf
 
 app = typer.Typer(
     name="bench",
@@ -16,6 +16,7 @@ app = typer.Typer(
 )
 
 _COMMANDS: dict[Callable[..., None], str] = {
+    compare.compare: "offcut bench compare before/ after/ --threshold 5%",
     mlperf.mlperf: "offcut bench mlperf --scenario SingleStream --interval 5",
 }
 for _command, _example in _COMMANDS.items():

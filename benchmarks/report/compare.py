@@ -1,0 +1,255 @@
+"""What changed between two results, beyond what noise explains."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ...errors import UserError
+from ..latency.record import Contestant, Latency
+from ..quality.record import Estimate, Quality, QualityRow
+from ..record import Environment, Result
+from .findings import base_of
+from .noise import Interval, by_round, difference, ratio
+
+Verdict = Literal["worse", "better", "small", "noise", "unknown", "appeared", "vanished"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure of one row.
+
+    Attributes:
+        section: ``latency`` or ``quality``.
+        row: the row's name.
+        figure: which of its figures, with the unit that ``old`` and ``new`` are in.
+        old, new: the figure; None where it was not measured.
+        percent: the change, signed so that more is worse, in percent or percentage points (see ``compare``).
+        low, high: where ``percent`` lies by the noise estimate; None where there is none.
+        verdict: ``worse`` or ``better``: beyond noise and threshold; ``small``: beyond noise only; ``noise``;
+            ``unknown``: nothing tells the noise; ``appeared``, ``vanished``: only one result measured it.
+        note: more about it, or nothing.
+    """
+
+    section: str
+    row: str
+    figure: str
+    verdict: Verdict
+    old: float | None = None
+    new: float | None = None
+    percent: float | None = None
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All of it; ``warnings`` are sentences on why the figures may not be of the same thing."""
+
+    changes: tuple[Change, ...]
+    warnings: tuple[str, ...]
+
+    def worse(self, *, allow_missing: bool = False) -> tuple[Change, ...]:
+        """What a user's CI should stop at: worse figures, and rows that are no longer measured."""
+        bad = ("worse",) if allow_missing else ("worse", "vanished")
+        return tuple(change for change in self.changes if change.verdict in bad)
+
+
+def compare(old: Result, new: Result, threshold: float = 0.05, confidence: float = 0.99) -> Comparison:
+    """Rows matched by name.
+
+    A change counts as ``worse`` or ``better`` where its interval excludes no change and the change itself exceeds the
+    threshold: of seconds relative; of PSNR relative, as root mean square error; of the perceptual distance relative; of
+    SSIM and accuracy in points. On another machine, loops are compared as ratios to a base row of the same round.
+
+    Args:
+        threshold: 0.05 is 5 %.
+        confidence: of the latency intervals. Those of quality are the result's own, 95 %.
+
+    Raises:
+        UserError: the results share no section, or ran different tasks.
+    """
+    changes: list[Change] = []
+    warnings = list(_environments(old.environment, new.environment))
+    if old.latency and new.latency:
+        _same_task("latency", _LATENCY_TASK, old.latency, new.latency)
+        if old.latency.threads != new.latency.threads:
+            warnings.append(f"threads differ: {old.latency.threads} and {new.latency.threads}")
+        warnings += _settings(old.latency, new.latency)
+        base, moved = None, other_machine(old.environment, new.environment)
+        if moved:
+            base = _shared_base(old.latency, new.latency)
+            warnings.append(
+                f"seconds do not transfer between machines: times are compared as ratios to {base!r}, round by round"
+                if base
+                else "seconds do not transfer between machines, and no row is in both results to take ratios to"
+            )
+        changes += _latency(old.latency, new.latency, base, threshold, confidence, lost=moved and base is None)
+    if old.quality and new.quality:
+        _same_task("quality", _QUALITY_TASK, old.quality, new.quality)
+        changes += _quality(old.quality, new.quality, threshold)
+    for section in ("latency", "quality"):
+        if (getattr(old, section) is None) is not (getattr(new, section) is None):
+            warnings.append(f"only one of the results has {section} figures")
+    if not changes:
+        raise UserError("the two results have no row in common to compare; give two of the same offcut bench command")
+    return Comparison(tuple(changes), tuple(warnings))
+
+
+def other_machine(old: Environment, new: Environment) -> bool:
+    """Whether seconds do not transfer."""
+    return (old.cpu, old.cores, old.gpu) != (new.cpu, new.cores, new.gpu)
+
+
+_LATENCY_TASK = ("model", "steps", "height", "width", "images_per_call", "guidance", "scheduler")
+_QUALITY_TASK = ("model", "guidance")
+
+
+def _same_task(section: str, names: Sequence[str], old: Latency | Quality, new: Latency | Quality) -> None:
+    apart = [name for name in names if getattr(old, name) != getattr(new, name)]
+    if apart:
+        said = ", ".join(f"{name} {getattr(old, name)!r} and {getattr(new, name)!r}" for name in apart)
+        raise UserError(f"the two {section} results ran different tasks ({said}); compare runs of the same one")
+
+
+def _environments(old: Environment, new: Environment) -> Iterator[str]:
+    for name in ("cpu", "cores", "memory_gib", "gpu", "system", "python"):
+        if getattr(old, name) != getattr(new, name):
+            yield f"{name.removesuffix('_gib')} differs: {getattr(old, name)} and {getattr(new, name)}"
+    for package in sorted(old.packages.keys() | new.packages.keys()):
+        before, after = old.packages.get(package, "none"), new.packages.get(package, "none")
+        if before != after:
+            yield f"{package} differs: {before} and {after}"
+    for which, environment in (("older", old), ("newer", new)):
+        if environment.load is not None and environment.load > 0.5:
+            yield f"the machine was not idle when the {which} run began: load average {environment.load:g}"
+
+
+def _settings(old: Latency, new: Latency) -> Iterator[str]:
+    after = {row.name: row for row in new.contestants}
+    for row in old.contestants:
+        if row.name not in after:
+            continue
+        mine, theirs = _fixed(row), _fixed(after[row.name])
+        for name in sorted(mine.keys() | theirs.keys()):
+            if mine.get(name) != theirs.get(name):
+                yield f"{row.name}: {name} differs: {mine.get(name, 'none')} and {theirs.get(name, 'none')}"
+
+
+def _fixed(row: Contestant) -> dict[str, str]:
+    own = {"engine": row.engine, "precision": row.precision, "caching": row.caching or "none"}
+    if row.loops:
+        own |= {"full calls": str(row.full_calls), "shallow calls": str(row.shallow_calls)}
+    return own | row.settings
+
+
+def _shared_base(old: Latency, new: Latency) -> str | None:
+    measured = {row.name for row in new.contestants if row.loops}
+    shared = [row for row in old.contestants if row.loops and row.name in measured]
+    base = base_of(shared)
+    return base.name if base else None
+
+
+_SECONDS = (("loop", "loops"), ("full call", "full"), ("shallow call", "shallow"))
+
+
+def _latency(
+    old: Latency, new: Latency, base: str | None, threshold: float, confidence: float, lost: bool
+) -> Iterator[Change]:
+    before, after = ({row.name: row for row in run.contestants} for run in (old, new))
+    for name in [*before, *(name for name in after if name not in before)]:
+        first, second = before.get(name), after.get(name)
+        ran = [row is not None and bool(row.loops) for row in (first, second)]
+        if not first or not second or not all(ran):
+            if any(ran):
+                reason = (second.not_run if second else None) or ""
+                yield Change("latency", name, "row", "vanished" if ran[0] else "appeared", note=reason)
+            continue
+        for figure, field in _SECONDS:
+            values = [by_round(getattr(row, field), len(row.loops)) for row in (first, second)]
+            if not all(values) or (name == base and field == "loops"):
+                continue
+            unit = "s"
+            if base:
+                values = [_over(each, run[base].loops) for each, run in zip(values, (before, after), strict=True)]
+                unit = f"of {base}"
+            interval = None if lost else ratio(*values, confidence)
+            yield _judged(
+                "latency", name, f"{figure}, {unit}", statistics.median(values[0]), statistics.median(values[1]),
+                _percent(interval), threshold, missing="another machine" if lost else "one round only",
+            )  # fmt: skip
+
+
+def _over(values: Sequence[float], base: Sequence[float]) -> list[float]:
+    return [value / other for value, other in zip(values, base, strict=False)]
+
+
+def _percent(interval: Interval | None) -> Interval | None:
+    if interval is None:
+        return None
+    return Interval(*(100 * (value - 1) for value in (interval.estimate, interval.low, interval.high)))
+
+
+_ESTIMATES = (("psnr", "dB"), ("ssim", ""), ("distance", ""), ("accuracy", ""))
+
+
+def _quality(old: Quality, new: Quality, threshold: float) -> Iterator[Change]:
+    before, after = ({row.name: row for row in run.rows} for run in (old, new))
+    for name in [*before, *(name for name in after if name not in before)]:
+        first, second = before.get(name), after.get(name)
+        if not first or not second:
+            yield Change("quality", name, "row", "vanished" if first else "appeared")
+            continue
+        if (first.full_calls, first.shallow_calls) != (second.full_calls, second.shallow_calls):
+            yield _calls(name, first, second, threshold)
+        for metric, unit in _ESTIMATES:
+            mine, theirs = getattr(first, metric), getattr(second, metric)
+            if mine is None or theirs is None:
+                if mine is not theirs:
+                    yield Change("quality", name, metric, "vanished" if mine else "appeared")
+                continue
+            label = f"{metric}, {unit}" if unit else metric
+            yield _judged("quality", name, label, mine.mean, theirs.mean, _loss(metric, mine, theirs), threshold)
+        if first.frechet is not None and second.frechet is not None:
+            yield _judged(
+                "quality", name, "frechet", first.frechet, second.frechet, None, threshold, missing="no interval"
+            )
+
+
+def _calls(name: str, first: QualityRow, second: QualityRow, threshold: float) -> Change:
+    """A count has no noise."""
+    percent = 100 * (second.cost / first.cost - 1)
+    exact = Interval(percent, percent, percent)
+    return _judged("quality", name, "cost, full calls", first.cost, second.cost, exact, threshold)
+
+
+def _loss(metric: str, old: Estimate, new: Estimate) -> Interval:
+    """The change in percent or points, of which more is worse."""
+    first, second = (Interval(each.mean, each.low, each.high) for each in (old, new))
+    apart = difference(first, second)
+    if metric == "distance":
+        scale = 100 / first.estimate if first.estimate else math.inf
+        values = [value * scale if value else 0.0 for value in (apart.estimate, apart.low, apart.high)]
+        return Interval(*values)
+    if metric == "psnr":  # 20 log10 of the error, so that a difference in dB is a ratio of errors
+        values = [100 * (10 ** (-value / 20) - 1) for value in (apart.estimate, apart.high, apart.low)]
+        return Interval(*values)
+    return Interval(-100 * apart.estimate, -100 * apart.high, -100 * apart.low)
+
+
+def _judged(
+    section: str, row: str, figure: str, old: float, new: float, percent: Interval | None, threshold: float,
+    missing: str = "",
+) -> Change:  # fmt: skip
+    if percent is None:
+        return Change(section, row, figure, "noise" if old == new else "unknown", old, new, note=missing)
+    verdict: Verdict = "noise"
+    if percent.excludes(0):
+        verdict = "small"
+        if abs(percent.estimate) > 100 * threshold:
+            verdict = "worse" if percent.estimate > 0 else "better"
+    return Change(section, row, figure, verdict, old, new, percent.estimate, percent.low, percent.high)

@@ -1,0 +1,110 @@
+"""What tables and plots have to know beyond a single row: who is compared with whom, which rows nothing beats."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ..latency.record import Contestant, Latency
+from ..quality.record import QualityRow
+
+OURS = "offcut"
+
+
+def measured(rows: Iterable[Contestant]) -> list[Contestant]:
+    """Those with a loop's time."""
+    return [row for row in rows if row.loops]
+
+
+def base_of(rows: Sequence[Contestant]) -> Contestant | None:
+    """What ratios are taken to: eager diffusers in fp32, else the first diffusers row, else the first uncached one."""
+    plain = [row for row in rows if row.loops and not row.caching]
+    for fits in (
+        lambda row: row.name == "diffusers eager fp32",
+        lambda row: row.family == "diffusers" and row.precision == "fp32",
+        lambda row: row.family == "diffusers",
+        lambda row: row.family != OURS,
+        lambda row: True,
+    ):
+        if found := next(filter(fits, plain), None):
+            return found
+    return None
+
+
+def fastest(rows: Iterable[Contestant], fits: Callable[[Contestant], bool]) -> Contestant | None:
+    """The shortest median loop among the measured rows that fit."""
+    return min((row for row in rows if row.loops and fits(row)), key=lambda row: row.loop or 0.0, default=None)
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """Whom every row is compared with; None where there is nobody."""
+
+    base: Contestant | None
+    peer: Contestant | None
+    caching_peer: Contestant | None
+
+    @classmethod
+    def of(cls, latency: Latency) -> Rivals:
+        """The base, the fastest peer that caches nothing, the fastest that does."""
+        rows = latency.contestants
+        return cls(
+            base_of(rows),
+            fastest(rows, lambda row: row.family != OURS and not row.caching),
+            fastest(rows, lambda row: row.family != OURS and bool(row.caching)),
+        )
+
+
+def uncached_twin(latency: Latency, row: Contestant) -> Contestant | None:
+    """The measured row of the same family, engine and precision that caches nothing."""
+    kin = (row.family, row.engine, row.precision)
+    twins = [other for other in latency.contestants if (other.family, other.engine, other.precision) == kin]
+    same = [other for other in twins if other.loops and not other.caching]
+    return max(same, key=lambda other: other.settings == row.settings, default=None)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How many times faster, within a round: the median, and the least and most favourable round."""
+
+    times: float
+    least: float
+    most: float
+
+    @property
+    def less_time(self) -> float:
+        """The share of the time that is saved, at the median."""
+        return 1 - 1 / self.times
+
+
+def gain(row: Contestant, over: Contestant) -> Gain | None:
+    """Of a row's loops over another's; None where one of them was not measured."""
+    ratios = [theirs / ours for ours, theirs in zip(row.loops, over.loops, strict=False)]
+    return Gain(statistics.median(ratios), min(ratios), max(ratios)) if ratios else None
+
+
+def reference(rows: Sequence[QualityRow], row: QualityRow) -> QualityRow | None:
+    """The uncached row that a row is measured against: its sampler's, with as many steps, else with the most."""
+    uncached = [other for other in rows if other.kind == "uncached" and other.sampler == row.sampler]
+    return max(uncached, key=lambda other: (other.steps == row.steps and bool(row.schedule), other.steps), default=None)
+
+
+def speed(rows: Sequence[QualityRow], row: QualityRow) -> float | None:
+    """How many times cheaper than its reference, by the reference ratio of shallow to full."""
+    against = reference(rows, row)
+    return against.cost / row.cost if against and row.cost > 0 else None
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other equals or beats in both, by falling first coordinate.
+
+    More is better in both. Of equal points the first counts.
+    """
+    order = sorted(range(len(points)), key=lambda index: (-points[index][0], -points[index][1], index))
+    best, kept = float("-inf"), []
+    for index in order:
+        if points[index][1] > best:
+            best = points[index][1]
+            kept.append(index)
+    return kept
