@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from ..shell import EngineName, Json, Threads, out, print_json, stages
 
 
-class ScenarioName(str, Enum):
+class ScenarioName(StrEnum):
     """MLPerf's names."""
 
     SINGLE_STREAM = "SingleStream"

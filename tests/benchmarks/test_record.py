@@ -1,4 +1,4 @@
-"""``result.json``: what is written is read back; what is not ours is refused; derived figures follow from the measured."""
+"""``result.json``: what is written is read back, what is not ours is refused, derived figures follow the measured."""
 
 from pathlib import Path
 
