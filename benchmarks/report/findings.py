@@ -57,11 +57,10 @@ class Rivals:
 
 
 def uncached_twin(latency: Latency, row: Contestant) -> Contestant | None:
-    """The measured row of the same family, engine and precision that caches nothing."""
-    kin = (row.family, row.engine, row.precision)
-    twins = [other for other in latency.contestants if (other.family, other.engine, other.precision) == kin]
-    same = [other for other in twins if other.loops and not other.caching]
-    return max(same, key=lambda other: other.settings == row.settings, default=None)
+    """The fastest row of the same engine and precision that caches nothing, of the same family if there is one."""
+    kin = [other for other in measured(latency.contestants) if not other.caching]
+    same = [other for other in kin if (other.engine, other.precision) == (row.engine, row.precision)]
+    return min(same, key=lambda other: (other.family != row.family, other.loop), default=None)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def test_nothing_is_known_of_the_noise_of_one_round() -> None:
 
 @pytest.mark.parametrize("rounds", [3, 5])
 def test_false_alarms_are_as_rare_as_the_confidence_says(rounds: int) -> None:
-    """A bootstrap of the median fails this for three rounds: about one alarm in four at 95 %."""
+    """A percentile bootstrap of the medians of three rounds would not pass: it is wrong about one time in eight."""
     chance = random.Random(7)
     trials, alarms = 2000, 0
     for _ in range(trials):
