@@ -12,13 +12,16 @@ from ..errors import BundleError, CutError, EngineError
 from ..exporter.cut import CONVENTIONS, is_cut_name
 from ..exporter.families import downsampling
 from ..exporter.load import PRECISIONS, ModelSource, locate
+from ..exporter.quantize import Scheme
 from .base import Settings
 from .bundle import Bundle, digest_file
+from .calibrate import Calibrator
 from .manifest import MANIFEST_FILE
 from .parts import weight_files
 from .precision import bounds
 from .profiles import Profile, trained_side
 from .registry import choose, compiler, engine
+from .schemes import LOW_PRECISIONS, scheme_of
 from .sizes import Sizes
 from .store import LOCK_FILE
 
@@ -33,6 +36,7 @@ class Plan:
         settings: of each engine, all of its ``SETTINGS``.
         device: that engines are verified on, where they run on it.
         deploy: leave the ONNX graphs and their weights out of the bundle.
+        scheme, calibrator: how the graphs are rounded, and on what; None where they are not.
     """
 
     source: ModelSource
@@ -47,11 +51,18 @@ class Plan:
     settings: Mapping[str, Settings]
     device: str
     deploy: bool
+    scheme: Scheme | None
+    calibrator: Calibrator | None
+
+    @property
+    def base(self) -> str:
+        """Precision of what goes in and out of the graphs: theirs, or what surrounds the rounded layers."""
+        return self.scheme.base if self.scheme else self.precision
 
     @property
     def variant(self) -> str:
         fixed = "".join(f"-{name[0]}{size}" for name, size in sorted(self.fixed.items()))
-        return f"{self.precision}-opset{self.opset}{fixed}"
+        return f"{self.scheme.label if self.scheme else self.precision}-opset{self.opset}{fixed}"
 
 
 def make_plan(
@@ -70,6 +81,7 @@ def make_plan(
     revision: str | None,
     variant: str | None,
     subfolder: str | None,
+    calibrator: Calibrator | None,
     progress: Progress,
 ) -> Plan:
     """Resolve and check what ``build`` was asked for; its arguments, and what it raises."""
@@ -91,23 +103,42 @@ def make_plan(
             raise CutError(f"{cut!r} is no name of a cut: write {CONVENTIONS}")
     if profiles and not any(compiler(name) for name in names):
         raise EngineError(f"{names[0]} takes every size, so it needs no profile: leave the sizes out")
+    scheme = _scheme(names, precision, calibrator)
     source = locate(model, revision=revision, variant=variant, subfolder=subfolder)
-    weights = weight_files(source.folder, variant)
-    together = hashlib.sha256("".join(digest_file(file) for file in weights).encode()).hexdigest()
     return Plan(
         source=source,
-        weights_digest=together,
+        weights_digest=weights_digest(source),
         cuts=tuple(dict.fromkeys(cuts)),
         engines=tuple(dict.fromkeys(names)),
         precision=precision,
         opset=opset or engine(names[0]).default_opset,
         fixed=dict(dims or {}),
         inference_precision=None if inference_precision == precision else inference_precision,
-        profiles=_profiles(source, precision, dict(dims or {}), profiles),
+        profiles=_profiles(source, scheme.base if scheme else precision, dict(dims or {}), profiles),
         settings=_settings(names, settings or {}),
         device=device,
         deploy=deploy,
+        scheme=scheme,
+        calibrator=calibrator if scheme else None,
     )
+
+
+def _scheme(names: Sequence[str], precision: str, calibrator: Calibrator | None) -> Scheme | None:
+    """How the graphs are rounded; the engines of one build share them."""
+    schemes = list(dict.fromkeys(scheme_of(name, precision) for name in names))
+    if len(schemes) > 1:
+        raise EngineError(
+            f"{' and '.join(names)} take {precision} graphs of different kinds: build them one after the other"
+        )
+    if precision in LOW_PRECISIONS and calibrator is None:
+        raise EngineError(f"{precision} needs to know what to calibrate on: pass calibration=offcut.Calibration()")
+    return schemes[0]
+
+
+def weights_digest(source: ModelSource) -> str:
+    """A digest of the UNet's weights as the user gave them."""
+    weights = weight_files(source.folder, source.variant)
+    return hashlib.sha256("".join(digest_file(file) for file in weights).encode()).hexdigest()
 
 
 def _check_engine(name: str, precision: str, inference_precision: str | None, device: str, deploy: bool) -> None:

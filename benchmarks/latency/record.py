@@ -53,6 +53,15 @@ class Contestant(BaseModel):
     host_peak_bytes: int | None = Field(None, description="largest resident memory of its process")
     device_peak_bytes: int | None = None
     size_bytes: int | None = Field(None, description="of what it reads from disk")
+    difference: float | None = Field(
+        None, description="of its final latents from Latency.reference's: the norm of the difference over the norm"
+    )
+    speed_ups: dict[str, float] = Field(default_factory=dict, description="over the contestants named, round by round")
+    best_peer: str | None = Field(None, description="the fastest of the same precision that is not offcut")
+    best_caching_peer: str | None = Field(None, description="the fastest of those that cache")
+    of_ideal: float | None = Field(
+        None, description="the speed-up over the same engine uncached, of the one that its own calls allow"
+    )
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -104,6 +113,12 @@ class Latency(BaseModel):
     threads: int | None = None
     clock: str = Field(description="what was read, and what lies between its two readings")
     contestants: list[Contestant]
+    reference: str | None = Field(None, description="the contestant whose latents the others' are held against")
+    warm_up: int | None = Field(None, description="loops before the first measured one, cut short once all graphs ran")
+    idle_cpu_share: float | None = Field(
+        None, description="of a core: the most that waiting processes used together during another's measured loop"
+    )
+    reopened: int | None = Field(None, description="how often a process was closed for want of memory, and came back")
 
     def speed_up(self, name: str, base: str) -> float | None:
         """How many times faster ``name``'s loop is than ``base``'s: the median over rounds of the ratio within a round.

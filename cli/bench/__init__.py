@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from . import compare, mlperf
+from . import compare, latency, mlperf, quality, report
 
 app = typer.Typer(
     name="bench",
@@ -16,7 +16,14 @@ app = typer.Typer(
 )
 
 _COMMANDS: dict[Callable[..., None], str] = {
+    report.report: "offcut bench report bench-latency/ bench-quality/ -o report/",
+    report.schema: "offcut bench schema > result.schema.json",
     compare.compare: "offcut bench compare before/ after/ --threshold 5%",
+    latency.latency: "offcut bench latency sd15.offcut --steps 20 --interval 5 --iterations 5\n\n"
+    "offcut bench latency sd15.offcut --model stable-diffusion-v1-5 --peer deepcache --peer diffusers --height 256 "
+    "--width 256 --export-times times.csv -o bench-sd15",
+    quality.quality: "offcut bench quality\n\noffcut bench quality --plan full -o bench-quality --engine onnxruntime\n\n"
+    "offcut bench quality --interval 3 --interval 10 --sampler ddim --schedule quad --images 200",
     mlperf.mlperf: "offcut bench mlperf --scenario SingleStream --interval 5",
 }
 for _command, _example in _COMMANDS.items():

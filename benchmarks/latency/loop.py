@@ -1,0 +1,198 @@
+"""The measured work: a diffusers pipeline's denoising loop from given embeddings and latents, and whole calls of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...engines.bundle import Bundle
+from ...errors import UserError
+from .case import Case
+
+if TYPE_CHECKING:
+    import torch
+
+INPUTS = "inputs.safetensors"
+
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+"""Those whose call takes embeddings and latents and needs no image."""
+
+CLOCK = (
+    "{clock}; a loop is one call of the diffusers pipeline with prompt embeddings and initial latents given and the "
+    "latent returned: the scheduler's set-up and steps, guidance and UNet calls lie inside, text encoder and VAE "
+    "outside"
+)
+
+_SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+def pipeline_name(bundle: Bundle) -> str:
+    """The class in diffusers that runs the loop of this bundle; a bare UNet's is told by its conditioning.
+
+    Raises:
+        UserError: it is none that a prompt alone drives.
+    """
+    name = bundle.manifest.pipeline
+    if name is None:
+        config = bundle.unet_config
+        if config["_class_name"] == "UNet2DConditionModel":
+            name = PIPELINES[config.get("addition_embed_type") == "text_time"]
+    if name not in PIPELINES or bundle.unet_config["in_channels"] != bundle.unet_config["out_channels"]:
+        raise UserError(
+            f"offcut bench latency runs text-to-image pipelines ({', '.join(PIPELINES)}), and {bundle.path} is of "
+            f"{name or bundle.unet_config['_class_name']}: use offcut run, or unet.record_times in a loop of your own"
+        )
+    return name
+
+
+def build_pipeline(case: Case, bundle: Bundle, unet: Any, dtype: torch.dtype) -> Any:
+    """The pipeline around a UNet, with the case's scheduler; its other parts only where the case asks for images."""
+    import diffusers
+
+    pipeline = getattr(diffusers, pipeline_name(bundle))
+    if case.end_to_end:
+        bundle.verify_files(bundle.manifest.parts)
+        given = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        given = given if "safety_checker" in inspect.signature(pipeline).parameters else {}
+        pipe = pipeline.from_pretrained(
+            bundle.path, unet=unet, torch_dtype=dtype, variant=_variant(bundle), local_files_only=True, **given
+        )
+    else:
+        parts: dict[str, Any] = {
+            each.name: None if each.default is inspect.Parameter.empty else each.default
+            for each in inspect.signature(pipeline).parameters.values()
+        }
+        if "requires_safety_checker" in parts:
+            parts["requires_safety_checker"] = False
+        pipe = pipeline(**{**parts, "unet": unet, "scheduler": _own_scheduler(bundle)})
+    pipe.scheduler = with_class(pipe.scheduler, case.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def with_class(scheduler: Any, name: str) -> Any:
+    """The scheduler of this class with the same noise schedule.
+
+    Raises:
+        UserError: diffusers has none of this name.
+    """
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    if not hasattr(kind, "from_config"):
+        raise UserError(f"diffusers has no scheduler {name}: give one by its class, e.g. DDIMScheduler")
+    assert kind is not None
+    return kind.from_config(scheduler.config)
+
+
+def _own_scheduler(bundle: Bundle) -> Any:
+    import diffusers
+
+    folder = bundle.path / "scheduler"
+    if bundle.manifest.pipeline is None or not folder.is_dir():
+        return diffusers.DDIMScheduler(**_SCHEDULER, clip_sample=False, steps_offset=1)
+    bundle.verify_files([name for name in bundle.manifest.parts if name.startswith("scheduler/")])
+    return diffusers.DDIMScheduler.from_pretrained(bundle.path, subfolder="scheduler", local_files_only=True)
+
+
+def prepare_inputs(case: Case, bundle: Bundle) -> dict[str, Any]:
+    """Encode the prompt, draw the latents, and write both for all contestants, in fp32.
+
+    Without a text encoder in the bundle the embeddings are random, of its usual length.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    config = bundle.unet_config
+    generator = torch.Generator("cpu").manual_seed(case.seed)
+    scale = vae_scale(bundle)
+    shape = (case.images, config["in_channels"], case.height // scale, case.width // scale)
+    inputs = {"latents": torch.randn(shape, generator=generator)}
+    encoder = bundle.path / "text_encoder"
+    if encoder.is_dir() and bundle.manifest.pipeline is not None:
+        import diffusers
+
+        bundle.verify_files(bundle.manifest.parts)
+        pipeline = getattr(diffusers, pipeline_name(bundle))
+        pipe = pipeline.from_pretrained(
+            bundle.path, unet=None, vae=None, variant=_variant(bundle), local_files_only=True
+        )
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        with torch.no_grad():
+            encoded = pipe.encode_prompt(
+                case.prompt, device="cpu", num_images_per_prompt=case.images, do_classifier_free_guidance=True
+            )
+        inputs |= {name: tensor.float() for name, tensor in zip(names, encoded, strict=False) if tensor is not None}
+    else:
+        tokens = (case.images, 77, config["cross_attention_dim"])
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            inputs[name] = torch.randn(tokens, generator=generator)
+        if config.get("addition_embed_type") == "text_time":
+            width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+            for name in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
+                inputs[name] = torch.randn((case.images, width), generator=generator)
+    save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, Path(case.folder) / INPUTS)
+    return {"inputs": {name: list(tensor.shape) for name, tensor in inputs.items()}}
+
+
+def read_inputs(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """What every contestant's loop begins with, in its dtype and on its device."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(Path(case.folder) / INPUTS)
+    if case.guidance <= 1:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("negative")}
+    return {name: tensor.to(case.device, dtype) for name, tensor in tensors.items()}
+
+
+def denoise(pipe: Any, case: Case, inputs: Mapping[str, Any], *, calls: int | None = None) -> Any:
+    """One loop; the final latents [images, channels, height, width].
+
+    Args:
+        calls: stop after so many steps; None for the whole loop.
+    """
+    return _call(pipe, case, calls, **inputs, output_type="latent")
+
+
+def draw(pipe: Any, case: Case, *, calls: int | None = None) -> Any:
+    """One whole pipeline call, from the prompt to pictures; ``calls`` as in ``denoise``."""
+    import torch
+
+    generator = torch.Generator("cpu").manual_seed(case.seed)
+    return _call(pipe, case, calls, prompt=[case.prompt] * case.images, generator=generator)
+
+
+def _call(pipe: Any, case: Case, calls: int | None, **given: Any) -> Any:
+    def step_ended(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if calls is not None and step + 1 >= calls:
+            pipeline._interrupt = True  # diffusers' own way to end a loop early
+        return tensors
+
+    return pipe(
+        **given,
+        num_inference_steps=case.steps,
+        guidance_scale=case.guidance,
+        height=case.height,
+        width=case.width,
+        **({} if calls is None else {"callback_on_step_end": step_ended}),
+    ).images
+
+
+def vae_scale(bundle: Bundle) -> int:
+    """Pixels of the image for one of the latent."""
+    import json
+
+    name = "vae/config.json"
+    if name not in bundle.manifest.parts:
+        return 8
+    bundle.verify_files([name])
+    config = json.loads((bundle.path / name).read_text(encoding="utf-8"))
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
+def _variant(bundle: Bundle) -> str | None:
+    """The file name variant of the bundle's parts, where they have one."""
+    variant = bundle.manifest.source.variant
+    return variant if any(f".{variant}." in part for part in bundle.manifest.parts) else None
