@@ -11,6 +11,8 @@ from . import words
 from .findings import OURS, Gain, Rivals, fastest, gain, measured, reference, speed, uncached_twin
 from .noise import Interval, difference
 
+_SPACE = "\N{NO-BREAK SPACE}"
+
 ASKED = 0.25
 """The share of the time that has to be saved."""
 
@@ -52,17 +54,18 @@ def _faster(latencies: Sequence[Latency]) -> Answer:
         sentences.append(
             f"{latency.model}: {row.name}, caching, {_less(over)} a denoising loop than {rivals.base.name}."
         )
-        twin = uncached_twin(latency, row)
+        twin, told = uncached_twin(latency, row), [rivals.base]
         others = [("the same engine and precision without caching", twin)]
         others += [("the fastest peer without caching", rivals.peer), ("the fastest caching peer", rivals.caching_peer)]
         for kind, other in others:
             against = gain(row, other) if other else None
             if other is None or against is None:
                 sentences.append(f"Against {kind}: not measured.")
-            elif other is not rivals.base:
-                sentences.append(f"Against {kind}, {other.name}: {_less(against)}.")
+            elif other in told:
+                sentences.append(f"{other.name} is also {kind}.")
             else:
-                sentences.append(f"That is also {kind}.")
+                sentences.append(f"Against {kind}, {other.name}, it {_less(against)}.")
+                told.append(other)
     if not latencies:
         sentences.append("These results have no latency figures.")
     verdict = "Not measured" if not verdicts else verdicts[0] if len(set(verdicts)) == 1 else "It depends"
@@ -78,7 +81,7 @@ def _verdict(over: Gain) -> str:
 def _less(over: Gain) -> str:
     said = "less" if over.less_time >= 0 else "more"
     return (
-        f"takes {words.percent(abs(over.less_time))} {said} time ({words.times(over.times)} faster; "
+        f"takes {words.percent(abs(over.less_time))} {said} time ({words.times(over.times)} as fast; "
         f"{words.times(over.least)} to {words.times(over.most)} over the rounds)"
     )
 
@@ -100,10 +103,11 @@ def _quality(latencies: Sequence[Latency], qualities: Sequence[Quality]) -> Answ
                 sentences.append(sentence)
                 lows += [psnr] if psnr is not None else []
         sentences += _timed(latencies, quality)
-    verdict = (
-        f"{min(lows):.0f} to {max(lows):.0f} dB" if len(lows) > 1 else f"{lows[0]:.0f} dB" if lows else "See below"
-    )
-    return Answer(question, verdict if not lows else f"PSNR {verdict}", tuple(sentences))
+    if not lows:
+        return Answer(question, "See the sentences", tuple(sentences))
+    span = [f"{low:.0f}" for low in sorted({round(low) for low in lows})]
+    verdict = f"PSNR {span[0]} to {span[-1]}" if len(span) > 1 else f"PSNR {span[0]}"
+    return Answer(question, f"{verdict}{_SPACE}dB", tuple(sentences))
 
 
 def _of_sampler(rows: Sequence[QualityRow], against: QualityRow) -> Iterator[tuple[str, float | None]]:
@@ -120,18 +124,16 @@ def _of_sampler(rows: Sequence[QualityRow], against: QualityRow) -> Iterator[tup
     said = (
         f"{place}: of the settings that save at least {words.percent(ASKED)}, {best.name} is closest to the uncached "
     )
-    said += f"images: {words.times(faster)} faster, PSNR {words.estimate(psnr)} dB"
+    said += f"images: {words.times(faster)} as fast, PSNR {words.estimate(psnr)} dB"
     said += f", {best.psnr_worst:.1f} dB for the worst image" if best.psnr_worst is not None else ""
     if best.accuracy_change is not None:
         change = words.estimate(best.accuracy_change, 1, 100, sign=True)
         told = "" if best.accuracy_change.low > 0 or best.accuracy_change.high < 0 else ", which is within noise"
         said += f"; prompts that come out right change by {change} points{told}"
+    if (rival := _as_fast(rows, kin, best)) and rival.psnr is not None:
+        said += f". Fewer steps instead, {rival.name}, are {words.times(speed(rows, rival))} as fast, with "
+        said += f"{words.estimate(rival.psnr)} dB: {_told(psnr, rival.psnr)}"
     yield said + ".", psnr.mean
-    if rival := _as_fast(rows, kin, best):
-        other = rival.psnr
-        assert other is not None  # by _as_fast
-        yield f"{place}: {rival.name}, uncached, is {words.times(speed(rows, rival))} faster and has "\
-            f"{words.estimate(other)} dB: {_told(psnr, other)}.", None  # fmt: skip
 
 
 def _as_fast(rows: Sequence[QualityRow], kin: Sequence[QualityRow], best: QualityRow) -> QualityRow | None:
@@ -173,7 +175,7 @@ def _on_top(latencies: Sequence[Latency]) -> Answer:
         alone = uncached_twin(latency, ours) if ours else None
         if base and ours and alone and (first := gain(alone, base)) and (both := gain(ours, base)):
             sentences.append(
-                f"From {base.name}, {alone.name} alone is {words.times(first.times)} faster, with caching on top "
+                f"From {base.name}, {alone.name} alone is {words.times(first.times)} as fast, with caching on top "
                 f"{words.times(both.times)}."
             )
     verdict = "Partly measured" if sentences else "Not measured"

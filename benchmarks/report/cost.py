@@ -178,6 +178,7 @@ def _timelines(rows: Sequence[QualityRow]) -> Markup | None:
 
 
 def _table(rows: Sequence[QualityRow]) -> Markup:
+    external = sorted({name for row in rows for name in row.external})
     columns = [
         Column("setting"),
         Column("full + shallow", "UNet calls of an image"),
@@ -188,20 +189,24 @@ def _table(rows: Sequence[QualityRow]) -> Markup:
         Column("distance", "perceptual, by the judge network's features"),
         Column("right, %", "share of the prompts that came out right"),
         Column("change, points", "against the uncached run, paired by prompt and seed"),
+        Column("by rules, %", "the same share by the rule-based judge"),
         Column("Fréchet", "distance to drawn scenes of the same captions"),
+        *(Column(name, "by a network that was given to the run") for name in external),
     ]
     lines = [
         [
             join(row.name, " ", tag("span", row.kind, class_="badge") if row.kind != "cached" else None),
             f"{row.full_calls} + {row.shallow_calls}",
             words.times(speed(rows, row)),
-            words.estimate(row.psnr),
+            words.stacked(row.psnr),
             words.NONE if row.psnr_worst is None else f"{row.psnr_worst:.1f}",
-            words.estimate(row.ssim, 4),
-            words.estimate(row.distance, 4),
-            words.estimate(row.accuracy, 0, 100),
-            words.estimate(row.accuracy_change, 1, 100, sign=True),
+            words.stacked(row.ssim, 4),
+            words.stacked(row.distance, 4),
+            words.stacked(row.accuracy, 0, 100),
+            words.stacked(row.accuracy_change, 1, 100, sign=True),
+            words.stacked(row.accuracy_by_rules, 0, 100),
             words.NONE if row.frechet is None else words.digits(row.frechet),
+            *(words.digits(row.external[name]) if name in row.external else words.NONE for name in external),
         ]
         for row in rows
     ]

@@ -46,13 +46,13 @@ class Rivals:
     caching_peer: Contestant | None
 
     @classmethod
-    def of(cls, latency: Latency) -> Rivals:
-        """The base, the fastest peer that caches nothing, the fastest that does."""
-        rows = latency.contestants
+    def of(cls, latency: Latency, precision: str | None = None) -> Rivals:
+        """The base, the fastest peer that caches nothing, the fastest that does; of one precision if it is given."""
+        peers = [row for row in latency.contestants if row.family != OURS and precision in (None, row.precision)]
         return cls(
-            base_of(rows),
-            fastest(rows, lambda row: row.family != OURS and not row.caching),
-            fastest(rows, lambda row: row.family != OURS and bool(row.caching)),
+            base_of(latency.contestants),
+            fastest(peers, lambda row: not row.caching),
+            fastest(peers, lambda row: bool(row.caching)),
         )
 
 

@@ -125,9 +125,8 @@ def _answers(results: Sequence[Result]) -> Markup:
     cards = [
         tag(
             "article",
-            tag("h3", answer.question),
-            tag("p", answer.verdict, class_="answer"),
-            [tag("p", sentence) for sentence in answer.sentences],
+            tag("div", tag("h3", answer.question), tag("p", answer.verdict, class_="answer")),
+            tag("div", [tag("p", sentence) for sentence in answer.sentences]),
         )
         for answer in answers(latencies, qualities)
     ]

@@ -6,8 +6,9 @@ text has a fixed view box of about its width on the page. Colours are the page's
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .findings import front
@@ -93,6 +94,10 @@ def timeline(calls: str, title: str) -> Markup:
     return svg(title, tag("title", title), marks, class_="timeline", width="100%", height=18)
 
 
+Box = tuple[float, float, float, float]
+"""Left, top, width, height."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One setting: how many times cheaper it is, what it scores with its interval, and to which series it belongs."""
@@ -115,7 +120,7 @@ def scatter(points: Sequence[Point], title: str, unit: str, *, more_is_better: b
     sign = 1 if more_is_better else -1
     best = front([(point.speed, sign * point.value) for point in points])
     left, right = _range([1.0, *(point.speed for point in points)], 0.06)
-    low, high = _range([edge for point in points for edge in (point.low, point.high)], 0.04)
+    low, high = _range([edge for point in points for edge in (point.low, point.high)], 0.07)
 
     def x(speed: float) -> float:
         return _LEFT + (speed - left) / (right - left) * (_WIDTH - _LEFT - _RIGHT)
@@ -126,6 +131,8 @@ def scatter(points: Sequence[Point], title: str, unit: str, *, more_is_better: b
     drawn = [*_axes(x, y, (left, right), (low, high), unit)]
     drawn += [_stairs([(x(points[index].speed), y(points[index].value)) for index in best])]
     boxes = [(x(point.speed) - 6, y(point.value) - 6, 12.0, 12.0) for point in points]
+    boxes += [(x(point.speed) - 1, y(point.high), 2.0, y(point.low) - y(point.high)) for point in points]
+    boxes += _covered([(x(points[index].speed), y(points[index].value)) for index in best])
     for index, point in enumerate(points):
         drawn.append(_mark(point, x(point.speed), y(point.value), y(point.low), y(point.high), index in best))
     for index in [*best, *(index for index in range(len(points)) if index not in best)]:
@@ -146,7 +153,7 @@ def _axes(x, y, across: tuple[float, float], up: tuple[float, float], unit: str)
     for tick in nice_ticks(*up):
         drawn.append(tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y(tick), y2=y(tick), class_="grid"))
         drawn.append(tag("text", f"{tick:g}", x=_LEFT - 6, y=y(tick) + 4, text_anchor="end", class_="tick"))
-    for tick in nice_ticks(*across):
+    for tick in nice_ticks(*across, about=6):
         drawn.append(tag("line", x1=x(tick), x2=x(tick), y1=_TOP, y2=bottom, class_="grid"))
         drawn.append(tag("text", f"{tick:g}{TIMES}", x=x(tick), y=bottom + 16, text_anchor="middle", class_="tick"))
     drawn.append(tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=bottom, y2=bottom, class_="axis"))
@@ -163,6 +170,13 @@ def _stairs(corners: Sequence[tuple[float, float]]) -> Markup:
     return tag("path", d=path or "M0 0", class_="front")
 
 
+def _covered(corners: Sequence[tuple[float, float]]) -> Iterator[Box]:
+    """Where the stairs run, for labels to stay clear of."""
+    for (right, level), (left, end) in itertools.pairwise(corners):
+        yield left, level - 1, right - left, 2.0
+        yield left - 1, min(level, end), 2.0, abs(end - level)
+
+
 def _mark(point: Point, x: float, y: float, low: float, high: float, best: bool) -> Markup:
     kind = f"{point.series.replace(' ', '-')}{' best' if best else ''}"
     said = (
@@ -174,9 +188,6 @@ def _mark(point: Point, x: float, y: float, low: float, high: float, best: bool)
     else:
         shape = tag("path", d=f"M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6z")
     return tag("g", tag("title", said), whisker, shape, class_=f"point {kind}")
-
-
-Box = tuple[float, float, float, float]
 
 
 def _label(text: str, x: float, y: float, taken: list[Box]) -> Markup | None:

@@ -48,7 +48,7 @@ def shown(image: Image | None, said: str) -> Markup:
         return tag("span", "missing", class_="missing", title=said)
     kind = "small" if image.width <= 128 else None  # in whole pixels, not blurred up
     attributes: dict[str, Any] = {"width": image.width, "height": image.height, "class_": kind}
-    return tag("img", src=_address(image), alt=said, loading="lazy", **attributes)
+    return tag("img", src=_address(image), alt=said, **attributes)
 
 
 def _address(image: Image) -> str:

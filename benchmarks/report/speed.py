@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..latency.record import Contestant, Latency
 from . import plots, words
-from .findings import OURS, Rivals, gain, measured
+from .findings import OURS, Rivals, gain, measured, uncached_twin
 from .markup import Markup, join, tag
 from .tables import Cell, Column, table
 
@@ -15,13 +15,12 @@ from .tables import Cell, Column, table
 def section(latency: Latency, key: str) -> Markup:
     """``key`` makes its id unique on the page."""
     rows = sorted(measured(latency.contestants), key=lambda row: row.loop or 0.0)
-    rivals = Rivals.of(latency)
     return tag(
         "section",
         tag("h2", "Latency"),
         tag("p", _task(latency), class_="lead"),
         _bars(rows) if rows else tag("p", "Nothing could be measured."),
-        _ratios(rows, rivals) if rows else None,
+        _ratios(latency, rows) if rows else None,
         _calls(rows) if rows else None,
         _not_run([row for row in latency.contestants if not row.loops]),
         _settings(latency.contestants),
@@ -93,59 +92,59 @@ def _legend(rows: Sequence[Contestant]) -> Markup:
     return tag("ul", [tag("li", tag("i", class_=kind), text) for kind, text in entries], class_="legend")
 
 
-def _ratios(rows: Sequence[Contestant], rivals: Rivals) -> Markup:
-    others = [
-        (heading, other)
-        for heading, other in (
-            ("vs base", rivals.base),
-            ("vs best peer", rivals.peer),
-            ("vs best caching peer", rivals.caching_peer),
-        )
-        if other is not None
-    ]
+def _ratios(latency: Latency, rows: Sequence[Contestant]) -> Markup:
+    base = Rivals.of(latency).base
     columns = [
         Column("contestant"),
         Column("loop p50"),
         Column("p90"),
         Column("p99"),
-        *(
-            Column(heading, f"times faster than {other.name}, median of the ratios within a round")
-            for heading, other in others
-        ),
+        Column("vs base", f"times as fast as {base.name if base else 'nothing'}: median of the ratios within a round"),
+        Column("vs uncached", "times as fast as the same engine and precision without caching"),
+        Column("vs best peer", "times as fast as the fastest peer of the same precision that does not cache"),
+        Column("vs best caching peer", "times as fast as the fastest peer of the same precision that caches"),
         Column("wall / ideal", "the loop over the sum of its engine calls, timed inside it; 1 is the limit"),
         Column("alone", "the same with the calls timed back to back outside the loop"),
+        Column("difference", "of its final latents from the reference's: norm of the difference over the norm"),
         Column("memory", "largest resident memory of its process"),
         Column("load", "to open it, before the first call"),
         Column("size", "of what it reads from disk"),
     ]
 
     def cells(row: Contestant) -> list[Cell]:
-        ranks = row.percentiles()
-        gains = [gain(row, other) for _, other in others]
+        ranks, rivals = row.percentiles(), Rivals.of(latency, row.precision)
+        twin = uncached_twin(latency, row) if row.caching else None
+        memory = row.host_peak_bytes if row.device_peak_bytes is None else row.device_peak_bytes
         return [
             _name(row),
             *(words.seconds(ranks[percent]) for percent in (50, 90, 99)),
-            *(words.times(each.times if each else None) for each in gains),
+            *(_times(row, other) for other in (base, twin, rivals.peer, rivals.caching_peer)),
             *(
                 words.NONE if each is None else f"{each:.3f}"
                 for each in (row.wall_over_ideal, row.wall_over_ideal_alone)
             ),
-            words.size(row.device_peak_bytes if row.device_peak_bytes is not None else row.host_peak_bytes),
+            words.NONE if row.difference is None else f"{row.difference:.1e}",
+            words.size(memory),
             words.seconds(row.load_seconds),
             words.size(row.size_bytes),
         ]
 
-    said = [f"{heading.removeprefix('vs ')} is {other.name}" for heading, other in others]
     few = min(len(row.loops) for row in rows)
-    note = f"Times faster: {words.listed(said)}; above 1 is faster than it."
+    note = f"Times as fast: above 1 is faster. Base is {base.name}. " if base else ""
+    note += "Peers are compared within a precision; their names show on hover. "
     if few <= 10:
-        note += f" Of {few} round{'s' if few != 1 else ''} p90 and p99 say little: they lie between the slowest two."
+        note += f"Of {few} round{'s' if few != 1 else ''} p90 and p99 say little: they lie between the slowest two."
     marks = ["ours" if row.family == OURS else None for row in rows]
     return join(
         tag("h3", "Ratios"),
-        tag("p", note if said else "No row to take ratios to.", class_="note"),
+        tag("p", note, class_="note"),
         table("Loops, fastest first", columns, [cells(row) for row in rows], marks),
     )
+
+
+def _times(row: Contestant, other: Contestant | None) -> Cell:
+    more = gain(row, other) if other is not None else None
+    return words.NONE if more is None or other is None else tag("span", words.times(more.times), title=other.name)
 
 
 def _calls(rows: Sequence[Contestant]) -> Markup:
@@ -211,4 +210,6 @@ def _settings(rows: Sequence[Contestant]) -> Markup:
         }
         pairs = [join(tag("dt", name), tag("dd", value)) for name, value in (fixed | row.settings).items()]
         blocks.append(tag("details", tag("summary", row.name), tag("dl", pairs, class_="facts")))
-    return join(tag("h3", "Settings"), tag("p", "Fixed before the run.", class_="note"), blocks)
+    return join(
+        tag("h3", "Settings"), tag("p", "Fixed before the run.", class_="note"), tag("div", blocks, class_="settings")
+    )

@@ -10,10 +10,11 @@ from typing import Any
 
 from ...errors import UserError
 from ..latency.record import Contestant
-from ..quality.record import Estimate, QualityRow
+from ..quality.record import QualityRow
 from ..record import Result
 from .findings import Rivals, gain, reference, speed
 from .markup import Markup, tag
+from .words import NONE
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,20 @@ Cell = Markup | str
 def table(
     caption: str, columns: Sequence[Column], rows: Iterable[Sequence[Cell]], marks: Sequence[str | None] = ()
 ) -> Markup:
-    """The first column names the row. ``marks`` are CSS classes of the rows. The frame can be scrolled by keyboard."""
+    """The first column names the row. ``marks`` are CSS classes of the rows. The frame can be scrolled by keyboard.
+
+    Columns in which no row has anything are left out.
+    """
+    lines = list(rows)
+    kept = [index for index in range(len(columns)) if index == 0 or any(line[index] != NONE for line in lines)]
+    columns = [columns[index] for index in kept]
     head = [
         tag("th", column.heading, scope="col", title=column.meaning, class_=None if column.numeric else "words")
         for column in columns
     ]
     body = []
-    for index, row in enumerate(rows):
+    for index, line in enumerate(lines):
+        row = [line[place] for place in kept]
         cells = [tag("th", row[0], scope="row")]
         for column, cell in zip(columns[1:], row[1:], strict=True):
             cells.append(tag("td", cell, class_="number" if column.numeric else None))
@@ -60,13 +68,19 @@ def write_csv(results: Sequence[Result], folder: Path) -> list[Path]:
             path = folder / name
             try:
                 with path.open("w", encoding="utf-8", newline="") as file:
-                    writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+                    writer = csv.DictWriter(file, _columns(lines), lineterminator="\n")
                     writer.writeheader()
                     writer.writerows(lines)
             except OSError as error:
                 raise UserError(f"cannot write {path}: {error.strerror}; give another directory with -o") from error
             written.append(path)
     return written
+
+
+def _columns(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All that some line has; an estimate that only some have keeps its three columns together."""
+    fullest = max(lines, key=len)
+    return list(dict.fromkeys([*fullest, *(name for line in lines for name in line)]))
 
 
 def latency_lines(result: Result) -> list[Mapping[str, Any]]:
@@ -109,6 +123,7 @@ def latency_lines(result: Result) -> list[Mapping[str, Any]]:
             "host_peak_bytes": row.host_peak_bytes,
             "device_peak_bytes": row.device_peak_bytes,
             "size_bytes": row.size_bytes,
+            "difference": row.difference,
             "not_run": row.not_run,
         }
 
@@ -122,28 +137,27 @@ def quality_lines(result: Result) -> list[Mapping[str, Any]]:
         return []
 
     def line(row: QualityRow) -> dict[str, Any]:
-        plain = row.model_dump(exclude={"samples", *_ESTIMATES})
         against = reference(quality.rows, row)
-        estimates: dict[str, Any] = {}
-        for name in _ESTIMATES:
-            value: Estimate | None = getattr(row, name)
-            estimates |= {
-                f"{name}{ending}": getattr(value, part) if value else None
-                for ending, part in (("", "mean"), ("_low", "low"), ("_high", "high"))
-            }
         return {
             "run": result.title,
             "started": result.started.isoformat(),
-            **plain,
+            **flat(row.model_dump(exclude={"samples"})),
             "times_cheaper": speed(quality.rows, row),
             "reference": against.name if against else None,
-            **estimates,
         }
 
     return [line(row) for row in quality.rows]
 
 
-_ESTIMATES = ("psnr", "ssim", "distance", "accuracy", "accuracy_change")
+def flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """An estimate as three columns, its mean under the field's own name; another mapping as a column for each entry."""
+    line: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            line |= {name if key == "mean" else f"{name}_{key}": each for key, each in value.items()}
+        else:
+            line[name] = value
+    return line
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ..quality.record import Estimate
+from .markup import Markup, join, tag
 
 NONE, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 
@@ -54,6 +55,14 @@ def estimate(value: Estimate | None, places: int = 1, scale: float = 1, sign: bo
     form = f"{'+' if sign else ''}.{places}f"
     mean, low, high = (scale * each for each in (value.mean, value.low, value.high))
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def stacked(value: Estimate | None, places: int = 1, scale: float = 1, sign: bool = False) -> Markup | str:
+    """The mean above its interval, for a narrow column."""
+    if value is None:
+        return NONE
+    mean, _, interval = estimate(value, places, scale, sign).partition(" ")
+    return join(mean, tag("small", interval))
 
 
 def listed(words: list[str]) -> str:
