@@ -182,7 +182,7 @@ def _table(rows: Sequence[QualityRow]) -> Markup:
     columns = [
         Column("setting"),
         Column("full + shallow", "UNet calls of an image"),
-        Column("faster", "full calls of the uncached row over this row's, with shallow calls at the reference ratio"),
+        Column("speed", "full calls of the uncached row over this row's, with shallow calls at the reference ratio"),
         Column("PSNR, dB"),
         Column("worst", "of all images, in dB"),
         Column("SSIM"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def write_report(results: Sequence[Result], folder: Path, *, samples: Sequence[P
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}; give another directory with -o") from error
     tables.write_csv(results, folder)
     return path

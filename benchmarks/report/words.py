@@ -52,7 +52,7 @@ def estimate(value: Estimate | None, places: int = 1, scale: float = 1, sign: bo
     """``35.1 [34.2, 36.0]``."""
     if value is None:
         return NONE
-    form = f"{'+' if sign else ''}.{places}f"
+    form = f"{'+' if sign else ''}z.{places}f"  # z: no minus before a zero
     mean, low, high = (scale * each for each in (value.mean, value.low, value.high))
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 

@@ -1,0 +1,223 @@
+"""The page: well-formed, self-contained, with every value escaped; and what stands in it is what the result says."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from results import contestant, draw_samples, latency, machine, quality, result
+from typer.testing import CliRunner
+
+from offcut.benchmarks.latency.record import Contestant
+from offcut.benchmarks.record import Result
+from offcut.benchmarks.report.page import page, write_report
+from offcut.cli import app
+from offcut.errors import UserError
+
+HOSTILE = "<script>alert('x')</script> & \"quoted\""
+VOID = {"br", "img", "input", "meta", "line", "rect", "circle", "path"}
+NO_IMAGES = Path("none")
+
+
+class Reader(HTMLParser):
+    """Checks the nesting, and keeps elements and the text of each."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len({name for name, _ in attrs}) == len(attrs)
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    folder = tmp_path_factory.mktemp("both")
+    made = result(latency=latency(), quality=quality())
+    draw_samples(quality(), folder)
+    made.save(folder)
+    return made, folder
+
+
+def test_the_page_is_well_formed_and_its_ids_are_unique(both: tuple[Result, Path]) -> None:
+    made, folder = both
+    read = Reader(page([made, made, result()], [folder] * 3))
+    ids = [attributes["id"] for _, attributes in read.elements if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    links = {attributes["href"] for attributes in read.all("a")}
+    assert links <= {f"#{key}" for key in ids}
+    assert len(read.all("section")) == len(links) - 1  # all but the link to the content itself
+
+
+def test_nothing_is_fetched_and_nothing_runs(both: tuple[Result, Path]) -> None:
+    made, folder = both
+    text = page([made], [folder])
+    read = Reader(text)
+    for _, attributes in read.elements:
+        for name in ("src", "href", "action", "data", "xlink:href", "srcset"):
+            address = attributes.get(name) or "#"
+            assert address.startswith(("data:image/png;base64,", "#")), address
+        assert not [name for name in attributes if name.startswith("on")]
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert read.all("script") == read.all("link") == read.all("iframe") == []
+
+
+def test_every_value_is_escaped() -> None:
+    """A result in which each text is markup gives a page with the same elements as one of plain texts."""
+
+    def marked(value: Any, kind: str = "") -> Any:
+        if isinstance(value, dict):
+            return {key: marked(each, key) for key, each in value.items()}
+        if isinstance(value, list):
+            return [marked(each, kind) for each in value]
+        kept = ("kind", "family", "timeline", "started", "samples")
+        return f"{value}{HOSTILE}" if isinstance(value, str) and kind not in kept else value
+
+    plain = result(latency=latency(), quality=quality())
+    hostile = Result.model_validate(marked(plain.model_dump(mode="json")))
+    clean, read = Reader(page([plain], [NO_IMAGES])), Reader(page([hostile], [NO_IMAGES]))
+    assert read.all("script") == []
+    assert [tag for tag, _ in read.elements if tag in ("img", "section", "article")] == [
+        tag for tag, _ in clean.elements if tag in ("img", "section", "article")
+    ]
+    text = "".join(read.text)
+    for value in (hostile.command, hostile.title, hostile.environment.cpu, "optimum onnxruntime fp32" + HOSTILE):
+        assert value in text
+
+
+def test_bars_name_every_measured_contestant_and_the_rest_says_why_not() -> None:
+    made = latency()
+    read = Reader(page([result(latency=made)], [NO_IMAGES]))
+    titles = [attributes["aria-label"] or "" for attributes in read.all("svg") if attributes.get("class") == "bar"]
+    for row in made.contestants:
+        assert sum(title.startswith(f"{row.name}:") for title in titles) == bool(row.loops)
+    assert sum("; ideal " in title for title in titles) == sum(bool(row.full) for row in made.contestants)
+    assert "optimum-onnx is not installed: pip install 'offcut[optimum]'" in read.text
+
+
+def test_samples_stand_in_the_page_beside_their_differences(both: tuple[Result, Path]) -> None:
+    made, folder = both
+    assert made.quality is not None
+    images = {attributes["alt"]: attributes["src"] for attributes in Reader(page([made], [folder])).all("img")}
+    assert len([alt for alt in images if alt and alt.startswith("a red circle, uncached")]) == 1
+    row = next(row for row in made.quality.rows if row.interval == 5)
+
+    def drawn(alt: str) -> Image.Image:
+        address = images[alt]
+        assert address is not None
+        return Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
+
+    cached = drawn(f"a red circle, {row.name}")
+    with Image.open(folder / row.samples[0]) as saved:
+        assert cached.tobytes() == saved.tobytes()
+    apart = drawn(f"a red circle, {row.name}: difference to the uncached image")
+    assert apart.getpixel((0, 0)) == (0, 0, 0)
+    assert max(high for _, high in apart.getextrema()) == 255
+
+
+def test_a_sample_outside_of_the_folder_or_no_image_is_missing(tmp_path: Path) -> None:
+    measured = quality()
+    draw_samples(measured, tmp_path / "in")
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (tmp_path / "in" / "text.png").write_text("no image")
+    first = measured.rows[0]
+    first.samples = ["../secret.png", "text.png", "absent.png"]
+    read = Reader(page([result(quality=measured)], [tmp_path / "in"]))
+    assert read.text.count("missing") == 3 + 3 * 3  # themselves, and the differences to them
+    shown = [attributes["alt"] for attributes in read.all("img")]
+    assert shown.count("a red circle, uncached") == 2  # of three samplers
+
+
+def test_doubts_are_visible() -> None:
+    busy = result(latency=latency(rounds=2), environment=machine(load=3.2))
+    elsewhere = result(quality=quality(), environment=machine(cpu="another"))
+    text = " ".join(Reader(page([busy, elsewhere], [NO_IMAGES] * 2)).text)
+    assert "The machine was not idle: load average 3.2" in text
+    assert "2 round(s): too few" in text
+    assert "different machines" in text
+    assert "not idle" not in page([result()], [NO_IMAGES])
+
+
+def test_a_page_of_little_is_still_a_page() -> None:
+    nobody = Contestant(name="x", family="x", engine="x", precision="fp32", not_run="no x here")
+    lonely = contestant("offcut openvino fp32", 1.0, rounds=1)
+    bare = quality(rows=quality().rows[:1], claims=[])
+    for made in (
+        result(latency=latency(contestants=[nobody])),
+        result(latency=latency(contestants=[])),
+        result(latency=latency(contestants=[lonely], rounds=1)),
+        result(quality=bare),
+        result(quality=quality(rows=[])),
+    ):
+        Reader(page([made], [NO_IMAGES]))
+
+
+def test_files_are_written_whole_and_csv_has_what_the_result_has(both: tuple[Result, Path], tmp_path: Path) -> None:
+    made, folder = both
+    assert made.latency is not None
+    assert made.quality is not None
+    path = write_report([made, result()], tmp_path / "new", samples=[folder, folder])
+    assert sorted(file.name for file in path.parent.iterdir()) == ["latency.csv", "quality.csv", "report.html"]
+    with (path.parent / "latency.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * len(made.latency.contestants)
+    for row, contestant_ in zip(rows, made.latency.contestants, strict=False):
+        assert row["name"] == contestant_.name
+        assert row["loop_p50"] == ("" if contestant_.loop is None else str(contestant_.loop))
+        assert row["not_run"] == (contestant_.not_run or "")
+    with (path.parent / "quality.csv").open(encoding="utf-8", newline="") as file:
+        (first, second, *_) = csv.DictReader(file)
+    assert (first["psnr"], first["times_cheaper"]) == ("", "1.0")
+    assert (second["psnr"], second["psnr_low"], second["reference"]) == ("46.9", "46.0", "ddim 50")
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="give another directory"):
+        write_report([result()], tmp_path / "file")
+    (tmp_path / "latency.csv").mkdir()
+    with pytest.raises(UserError, match=r"latency\.csv"):
+        write_report([result()], tmp_path)
+
+
+def test_the_commands(both: tuple[Result, Path], tmp_path: Path) -> None:
+    _, folder = both
+    result().save(tmp_path / "latency")
+    run = CliRunner().invoke(
+        app, ["bench", "report", str(tmp_path / "latency"), str(folder / "result.json"), "-o", str(tmp_path / "out")]
+    )
+    assert run.exit_code == 0, run.output
+    assert run.stdout == f"{tmp_path / 'out' / 'report.html'}\n"
+    assert "data:image/png" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    schema = json.loads(CliRunner().invoke(app, ["bench", "schema"]).stdout)
+    assert "latency" in schema["properties"]
+    missing = CliRunner().invoke(app, ["bench", "report", str(tmp_path)])
+    assert isinstance(missing.exception, UserError)
