@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .shell import BundleArgument, EngineName, Json, Threads, bar, err, out, print_json, quiet_libraries, stages
+from .shell import (
+    BundleArgument,
+    Device,
+    EngineName,
+    Json,
+    Provider,
+    Threads,
+    bar,
+    err,
+    out,
+    print_json,
+    quiet_libraries,
+    stages,
+)
 
 if TYPE_CHECKING:
+    from ..engines.base import OpenOptions
     from ..runtime.schedule import Schedule
 
 
@@ -27,6 +41,8 @@ def run(
     ] = None,
     cut: Annotated[str | None, typer.Option(help="One of the bundle's; its first by default.")] = None,
     engine: EngineName = "auto",
+    device: Device = "cpu",
+    provider: Provider = None,
     threads: Threads = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.")] = 7.5,
@@ -42,7 +58,7 @@ def run(
 
     chosen = _schedule(schedule, interval, warmup)
     request = Request(prompt, negative_prompt, steps, guidance, seed, height, width)
-    pipe = _load(bundle, engine, threads)
+    pipe = _load(bundle, engine, device=device, provider=provider, threads=threads)
     with bar(steps * (2 if compare else 1)) as step:
         report = generate_to_file(pipe, request, chosen, cut, output, compare=compare, on_step=step)
     if as_json:
@@ -77,7 +93,7 @@ def demo(
 
     with stages() as stage:
         run_build(model_path(), bundle, engine=engine, progress=stage)
-    pipe = _load(bundle, engine, None)
+    pipe = _load(bundle, engine)
     with bar(len(PROMPTS) * (1 + len(INTERVALS)) * steps) as step:
         result = run_demo(pipe, PROMPTS, output, steps=steps, on_step=step)
     if as_json:
@@ -105,17 +121,17 @@ def demo(
     out.print(f"[bold]{result.picture}[/]")
 
 
-def _load(bundle: Path, engine: str, threads: int | None) -> Any:
+def _load(bundle: Path, engine: str, device: str = "cpu", **options: Unpack[OpenOptions]) -> Any:
     from ..engines.bundle import Bundle
     from ..runtime.pipeline import load
 
     opened = Bundle.open(bundle)
-    choice = opened.choose_engine(engine)
+    choice = opened.choose_engine(engine, device)
     err.print(f"engine {choice.name}: {choice.reason}", highlight=False)
     quiet_libraries()
     with stages() as stage:
         stage("load the bundle")
-        return load(opened, engine=choice.name, threads=threads)
+        return load(opened, engine=choice.name, device=device, **options)
 
 
 def _schedule(text: str | None, interval: int, warmup: int) -> Schedule | None:

@@ -31,6 +31,10 @@ Subfolder = Annotated[str | None, typer.Option(help="Of the UNet inside the mode
 Cuts = Annotated[list[str] | None, typer.Option("--cut", help="deepcache:K, paper:K or mlperf; again for several.")]
 EngineName = Annotated[str, typer.Option("--engine", help="auto, or one of those that offcut doctor lists.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda as PyTorch spells it.")]
+Provider = Annotated[
+    str | None,
+    typer.Option(help="Of ONNX Runtime on cuda: cuda, tensorrt or tensorrt-rtx. The last two compile first."),
+]
 Threads = Annotated[int | None, typer.Option(help="Of a CPU engine; one a core by default.")]
 
 

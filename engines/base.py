@@ -93,8 +93,10 @@ class Graphs:
         cuts: each cut's cached features by name.
         multiple: height and width of the latent must be multiples of it.
         precision: of the graphs: ``fp32``, ``fp16`` or ``bf16``.
-        profiles: the shapes that a compiled engine takes; none if it takes all.
+        profiles: the shapes that a compiled engine takes, or that one which compiles when it is opened should; none
+            for all.
         settings: that it was compiled with.
+        cache: directory in the bundle for what an engine compiles when it is opened; None if there is none.
     """
 
     full: Path
@@ -106,6 +108,7 @@ class Graphs:
     precision: str
     profiles: tuple[Profile, ...] = ()
     settings: Settings = field(default_factory=dict)
+    cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -182,12 +185,17 @@ class EngineOptions:
         threads: of the CPU engines; None leaves it to the engine (one a core).
         inference_precision: computes fp32 graphs in ``"bf16"`` where the engine has a hint for it. Costs image quality
             (relative error of one call about 1e-2). Fixed when the bundle is built.
-        cuda_graphs: record a compiled engine's calls once for each shape and replay them, which saves the host's work
-            of launching every kernel. Of the NVIDIA engines; TensorRT-RTX cannot with plans that stream their weights.
+        cuda_graphs: record the calls once for each shape and replay them, which saves the host's work of launching
+            every kernel. On CUDA; TensorRT-RTX cannot with plans that stream their weights, ONNX Runtime's TensorRT
+            provider not at all. ONNX Runtime captures in CUDA's global mode: another thread that allocates device
+            memory at that moment gets an error.
         weight_budget: device memory for the weights of a pair, in bytes; the others stay on the host and are streamed
             at each call, which is slower. None keeps all on the device. Of TensorRT plans built with weight streaming.
-        runtime_cache: directory where TensorRT-RTX keeps the kernels that it compiles for this GPU; None compiles them
-            at each start. They are machine code: name a directory that only you can write to.
+        runtime_cache: directory where TensorRT-RTX keeps the kernels that it compiles for this GPU, and ONNX Runtime's
+            TensorRT providers their engines; None compiles the kernels at each start, and keeps the engines in the
+            bundle. They are machine code: name a directory that only you can write to.
+        provider: of ONNX Runtime on CUDA: ``"cuda"``, or ``"tensorrt"`` or ``"tensorrt-rtx"``, which compile the graphs
+            when they are opened or first run. None is ``"cuda"``.
     """
 
     device: str = "cpu"
@@ -196,6 +204,7 @@ class EngineOptions:
     cuda_graphs: bool = True
     weight_budget: int | None = None
     runtime_cache: Path | None = None
+    provider: str | None = None
 
 
 class OpenOptions(TypedDict, total=False):
@@ -205,6 +214,7 @@ class OpenOptions(TypedDict, total=False):
     cuda_graphs: bool
     weight_budget: int | None
     runtime_cache: Path | None
+    provider: str | None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from ..errors import BundleError, CutError, EngineError
 from ..exporter.trace import GRAPH_FILE
 from .base import EngineOptions, EnginePair, Graphs, OpenOptions
+from .cache import CACHE_FOLDER
 from .manifest import MANIFEST_FILE, SCHEMA_VERSION, EngineEntry, Manifest, Variant, schema_of
 from .registry import Choice, choose, engine
 
@@ -157,7 +158,8 @@ class Bundle:
             device: as PyTorch spells it.
             precision, inference_precision: choose among several builds of the engine; the newest by default.
                 ``inference_precision="fp32"`` is the one without a hint.
-            options: ``threads``, ``cuda_graphs``, ``weight_budget``, ``runtime_cache``: see ``EngineOptions``.
+            options: ``threads``, ``cuda_graphs``, ``weight_budget``, ``runtime_cache``, ``provider``: see
+                ``EngineOptions``.
 
         Raises:
             BundleError: a file is damaged.
@@ -177,6 +179,9 @@ class Bundle:
         variant = self.manifest.variants[entry.variant]
         cuts = {cut.name: cut for cut in variant.cuts if cut.name in entry.cuts}
         outputs = [variant.noise_pred, *(tensor for cut in cuts.values() for tensor in cut.cached)]
+        # An engine that opens the ONNX graphs takes every size; what compiles them for it should know the bundle's.
+        others = [other for other in self.manifest.engines.values() if other.variant == entry.variant]
+        profiles = entry.profiles if entry.compiled else [each for other in others for each in other.profiles]
         return Graphs(
             full=self.path / entry.full,
             shallow={cut: self.path / file for cut, file in entry.shallow.items()},
@@ -185,8 +190,9 @@ class Bundle:
             cuts={name: tuple(tensor.name for tensor in cut.cached) for name, cut in cuts.items()},
             multiple=variant.multiple,
             precision=variant.precision,
-            profiles=tuple(profile.profile() for profile in entry.profiles),
+            profiles=tuple(profile.profile() for profile in profiles),
             settings=entry.settings,
+            cache=self.path / CACHE_FOLDER / entry.key,
         )
 
 
@@ -211,6 +217,8 @@ def onnx_of(path: str | Path) -> Path:
 
 def open_entry(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> EnginePair:
     """Check that a built engine fits this machine and its files are whole, and open it."""
+    if options.provider is not None and entry.engine != "onnxruntime":
+        raise EngineError(f"{entry.engine} has no providers, onnxruntime has: open that, or leave provider out")
     module = engine(entry.engine)
     probe = module.probe()
     if missing := set(entry.requires) - probe.features:

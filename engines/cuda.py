@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
 Enqueue = Callable[[], None]
+Graph = TypeVar("Graph")
 
 
 class PairStream:
@@ -129,3 +130,27 @@ class CudaGraphs:
         held = self._held.pop(key, None)
         if held is not None and held.graph is not None:
             held.graph.reset()
+
+
+class GraphIds:
+    """The numbers under which ONNX Runtime keeps its CUDA graphs.
+
+    Each session and thread captures in the third run under a number, after two that allocate. Every later run replays
+    that: at the addresses of the capture, whatever is bound by then. So a number stands for one graph bound to one set
+    of buffers, and no other set ever gets it: neither one of the same shapes, nor one that comes to lie at the same
+    place after the first was freed.
+    """
+
+    OFF = -1
+    """Runs under it are neither captured nor replayed."""
+
+    def __init__(self) -> None:
+        self._last = 0  # a number that ONNX Runtime uses itself
+        self._lock = threading.Lock()
+
+    def take(self, graphs: Iterable[Graph]) -> dict[Graph, int]:
+        """A fresh number for each of these graphs, which are being bound to new buffers."""
+        with self._lock:
+            numbers = {graph: self._last + place for place, graph in enumerate(graphs, start=1)}
+            self._last += len(numbers)
+        return numbers

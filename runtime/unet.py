@@ -96,7 +96,8 @@ class UNet(EngineModel):
             device: as PyTorch spells it.
             precision, inference_precision: choose among several builds of the engine.
             options: ``threads`` of a CPU engine; ``cuda_graphs=False``, ``weight_budget`` in bytes and
-                ``runtime_cache``, a directory, of NVIDIA's: see ``engines.base.EngineOptions``.
+                ``runtime_cache``, a directory, of NVIDIA's; ``provider`` of ONNX Runtime's: see
+                ``engines.base.EngineOptions``.
 
         Raises:
             BundleError: the bundle is damaged or is none.

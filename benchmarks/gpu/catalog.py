@@ -44,6 +44,12 @@ def catalog(options: Options) -> list[Check]:
             ("streams/no-sync", "UNet.forward never waits for the device", streams.no_sync, "cuda"),
             ("streams/side-stream", "a caller's own stream is in order with the engine's", streams.side_stream, "cuda"),
             ("streams/cuda-graphs", "replayed calls equal launched ones, buffers stay", streams.cuda_graphs, "cuda"),
+            (
+                "streams/moved-buffers",
+                "what was recorded for buffers that are gone is not replayed for others",
+                streams.moved_buffers,
+                "cuda",
+            ),
             ("memory/allocations", "steady state allocates noise_pred and nothing else", lifetime.allocations, "cuda"),
             ("memory/close", "closing gives the memory back", lifetime.close, "cuda"),
             ("threads/two", "two threads with a UNet each do not meet", lifetime.threads, None),
@@ -51,7 +57,11 @@ def catalog(options: Options) -> list[Check]:
             obstacle = _obstacle(options, engine, options.precisions)
             if obstacle is None and device == "cuda" and not options.device.startswith("cuda"):
                 obstacle = f"it is about CUDA, and this run is on {options.device}"
-            if obstacle is None and name == "streams/cuda-graphs" and engine not in streams.RECORDING:
+            if (
+                obstacle is None
+                and name in ("streams/cuda-graphs", "streams/moved-buffers")
+                and engine not in streams.RECORDING
+            ):
                 obstacle = f"{engine} records no CUDA graphs"
             checks.append(
                 Check(

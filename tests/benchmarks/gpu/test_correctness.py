@@ -17,7 +17,13 @@ from offcut.engines.base import BoundPair
 
 pytestmark = pytest.mark.slow
 
-CHECKS = [correctness.parity, correctness.trajectory, correctness.interleaved, lifetime.threads]
+CHECKS = [
+    correctness.parity,
+    correctness.trajectory,
+    correctness.interleaved,
+    lifetime.threads,
+    streams.moved_buffers,
+]
 
 
 def broken(outcome: Outcome) -> list[str]:
@@ -161,3 +167,21 @@ def test_values_that_are_not_finite_are_infinitely_far_apart() -> None:
     assert apart(one * float("nan"), one) == float("inf")
     assert apart(one, one) == 0
     assert CUT == "deepcache:0"
+
+
+def test_calls_that_reach_the_memory_of_closed_buffers_are_found(spoil: Callable[..., None], bench: Workbench) -> None:
+    """As a graph does that is replayed for another pair than it was captured for."""
+    captured: dict[str, torch.Tensor] = {}
+
+    def replay(bound: BoundPair, cut: str | None) -> None:
+        if not captured:
+            captured.update(bound.buffers)
+        if (ours := bound.buffers["noise_pred"]) is not captured["noise_pred"]:
+            captured["noise_pred"].copy_(ours)
+            ours.zero_()
+
+    spoil(replay, when=lambda cuda_graphs: cuda_graphs)
+    assert broken(streams.moved_buffers(bench, "onnxruntime", "fp32")) == [
+        "relative difference of the second pair to launched calls",
+        "values overwritten where the first pair's buffers were",
+    ]

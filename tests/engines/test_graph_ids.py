@@ -1,0 +1,102 @@
+"""The numbers of ONNX Runtime's CUDA graphs, held against its rules for any order of binding, running and closing.
+
+The rules are those of its CUDA provider: each session and thread counts runs under a number, captures in the third,
+and replays from then on at the addresses of the capture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from offcut.engines.cuda import GraphIds
+
+GRAPHS = (None, "deepcache:0", "mlperf")
+Address = int
+
+
+@dataclass
+class Session:
+    """What ONNX Runtime keeps of one graph's session."""
+
+    runs: dict[tuple[int, int], int] = field(default_factory=dict)
+    captured: dict[tuple[int, int], Address] = field(default_factory=dict)
+
+    def run(self, thread: int, number: int, bound: Address) -> Address:
+        """The address that it reads and writes."""
+        key = (thread, number)
+        if number == GraphIds.OFF:
+            return bound
+        self.runs[key] = self.runs.get(key, 0) + 1
+        if self.runs[key] >= 3:
+            return self.captured.setdefault(key, bound)
+        return bound
+
+
+@dataclass(eq=False)
+class Bound:
+    address: Address
+    numbers: dict[str | None, int]
+
+
+class Life(RuleBasedStateMachine):
+    """Bound pairs come and go, the addresses of closed ones come back, and threads take turns."""
+
+    bound = Bundle("bound")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids = GraphIds()
+        self.sessions = {graph: Session() for graph in GRAPHS}
+        self.given: list[int] = []
+        self.free: list[Address] = []
+        self.highest: Address = 0
+
+    @rule(target=bound, reuse=st.booleans())
+    def prepare(self, reuse: bool) -> Bound:
+        if reuse and self.free:
+            address = self.free.pop()
+        else:
+            self.highest += 1
+            address = self.highest
+        numbers = self.ids.take(GRAPHS)
+        self.given += numbers.values()
+        return Bound(address, numbers)
+
+    @rule(pair=bound, graph=st.sampled_from(GRAPHS), thread=st.integers(0, 1), times=st.integers(1, 4))
+    def run(self, pair: Bound, graph: str | None, thread: int, times: int) -> None:
+        for _ in range(times):
+            touched = self.sessions[graph].run(thread, pair.numbers[graph], pair.address)
+            assert touched == pair.address
+
+    @rule(pair=consumes(bound))
+    def close(self, pair: Bound) -> None:
+        self.free.append(pair.address)
+
+    @invariant()
+    def no_number_is_given_twice(self) -> None:
+        assert len(set(self.given)) == len(self.given)
+        assert not {0, GraphIds.OFF} & set(self.given)
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_every_graph_has_a_number_of_its_own() -> None:
+    ids = GraphIds()
+    first, second = ids.take(GRAPHS), ids.take(GRAPHS)
+    assert set(first) == set(second) == set(GRAPHS)
+    assert len({*first.values(), *second.values()}) == 2 * len(GRAPHS)
+
+
+def test_threads_that_bind_at_once_get_different_numbers() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    ids = GraphIds()
+    with ThreadPoolExecutor(8) as pool:
+        taken = [number for numbers in pool.map(lambda _: ids.take(GRAPHS), range(200)) for number in numbers.values()]
+    assert len(set(taken)) == 600
