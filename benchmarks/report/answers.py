@@ -46,14 +46,15 @@ def _faster(latencies: Sequence[Latency]) -> Answer:
     for latency in latencies:
         row, rivals = _ours(latency), Rivals.of(latency)
         if row is None or rivals.base is None:
-            sentences.append(f"{latency.model}: nothing of offcut's that caches was measured beside another row.")
+            sentences.append(
+                f"{words.model(latency.model)}: nothing of offcut's that caches was measured beside another row."
+            )
             continue
         over = gain(row, rivals.base)
         assert over is not None  # both are measured
         verdicts.append(_verdict(over))
-        sentences.append(
-            f"{latency.model}: {row.name}, caching, {_less(over)} a denoising loop than {rivals.base.name}."
-        )
+        model = words.model(latency.model)
+        sentences.append(f"{model}: {row.name}, caching, {_less(over)} a denoising loop than {rivals.base.name}.")
         twin, told = uncached_twin(latency, row), [rivals.base]
         others = [("the same engine and precision without caching", twin)]
         others += [("the fastest peer without caching", rivals.peer), ("the fastest caching peer", rivals.caching_peer)]
@@ -80,8 +81,9 @@ def _verdict(over: Gain) -> str:
 
 def _less(over: Gain) -> str:
     said = "less" if over.less_time >= 0 else "more"
+    share = words.percent(abs(over.less_time), 1 if over.less_time > 0.95 else 0)
     return (
-        f"takes {words.percent(abs(over.less_time))} {said} time ({words.times(over.times)} as fast; "
+        f"takes {share} {said} time ({words.times(over.times)} as fast; "
         f"{words.times(over.least)} to {words.times(over.most)} over the rounds)"
     )
 
@@ -93,9 +95,9 @@ def _quality(latencies: Sequence[Latency], qualities: Sequence[Quality]) -> Answ
     sentences: list[str] = []
     lows: list[float] = []
     for quality in qualities:
-        if elsewhere := [latency.model for latency in latencies if latency.model != quality.model]:
+        if elsewhere := [words.model(latency.model) for latency in latencies if latency.model != quality.model]:
             sentences.append(
-                f"Quality was measured on another model than the latency: {quality.model}, not "
+                f"Quality was measured on another model than the latency: {words.model(quality.model)}, not "
                 f"{words.listed(elsewhere)}. The order of settings is likelier to carry over than the figures."
             )
         for against in (row for row in quality.rows if row.kind == "uncached"):
@@ -145,7 +147,7 @@ def _told(cached: Estimate, fewer: Estimate) -> str:
     ours, theirs = (Interval(each.mean, each.low, each.high) for each in (cached, fewer))
     apart = difference(theirs, ours)
     if not apart.excludes(0):
-        return "which of the two is closer cannot be told"
+        return "their intervals do not tell which is closer"
     return "caching is closer" if apart.estimate > 0 else "fewer steps are closer"
 
 

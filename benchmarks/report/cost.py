@@ -56,8 +56,8 @@ def section(quality: Quality, folder: Path, key: str) -> Markup:
 
 def _task(quality: Quality) -> str:
     return (
-        f"{quality.model} on {quality.engine}, guidance {quality.guidance:g}, {quality.images} images a row, each "
-        f"beside the uncached image of the same prompt and seed. Speed is counted in full UNet calls: a shallow call "
+        f"{words.model(quality.model)} on {quality.engine}, guidance {quality.guidance:g}, {quality.images} images a "
+        f"row, each beside the uncached image of the same prompt and seed. Speed is counted in full UNet calls: a shallow call "
         f"counts as {words.percent(quality.shallow_over_full, 1)} of a full one, as measured on Stable Diffusion 1.5; "
         f"on this model it takes {words.percent(quality.shallow_over_full_here, 1)}. Intervals are 95 %."
     )
@@ -94,7 +94,9 @@ def short(row: QualityRow) -> str:
     if row.kind == "uncached":
         return "uncached"
     if row.kind == "cached":
-        return f"N={row.interval}" if row.interval else (row.schedule or "cached")
+        kind = (row.schedule or "cached").partition(":")[0]
+        interval = f"N={row.interval}" if kind == "uniform" else f"{kind} {row.interval or ''}".strip()
+        return interval if row.cut in (None, "deepcache:0") else f"{interval} {row.cut}"
     return f"{row.steps} steps"
 
 
@@ -195,7 +197,7 @@ def _table(rows: Sequence[QualityRow]) -> Markup:
     ]
     lines = [
         [
-            join(row.name, " ", tag("span", row.kind, class_="badge") if row.kind != "cached" else None),
+            join(row.name, " ", tag("span", row.kind, class_="badge") if row.kind == "fewer steps" else None),
             f"{row.full_calls} + {row.shallow_calls}",
             words.times(speed(rows, row)),
             words.stacked(row.psnr),

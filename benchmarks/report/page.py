@@ -29,7 +29,7 @@ def write_report(results: Sequence[Result], folder: Path, *, samples: Sequence[P
         samples: the folder of each result's sample images; ``folder`` itself by default.
 
     Raises:
-        UserError: a file cannot be written.
+        UserError: there is nothing to show, or a file cannot be written.
     """
     text = page(results, samples or [folder] * len(results))
     path = folder / NAME
@@ -48,8 +48,8 @@ def write_report(results: Sequence[Result], folder: Path, *, samples: Sequence[P
 
 def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
     """The page's text; ``samples`` are the folders of each result's images."""
-    if not results:
-        raise ValueError("a report is of at least one result")
+    if not any(result.latency or result.quality for result in results):
+        raise UserError("these results have neither latency nor quality figures, which is what a report shows")
     sections, links = [], [("answers", "In short")]
     for index, (result, folder) in enumerate(zip(results, samples, strict=True)):
         of = f": {result.title}" if len(results) > 2 else ""
@@ -116,7 +116,8 @@ def _doubts(results: Sequence[Result]) -> Iterator[str]:
                 "suffer less than seconds, but do suffer."
             )
         if result.latency and result.latency.rounds < 3:
-            yield f"“{result.title}” has {result.latency.rounds} round(s): too few to know its noise."
+            rounds = "one round" if result.latency.rounds == 1 else f"{result.latency.rounds} rounds"
+            yield f"“{result.title}” has {rounds}: too few to know its noise."
     if len({(result.environment.cpu, result.environment.gpu) for result in results}) > 1:
         yield "These results are of different machines: seconds of one cannot be set against seconds of another."
 
@@ -179,6 +180,6 @@ def _limits(results: Sequence[Result]) -> Iterator[str]:
             yield f"{skipped} contestant{'s were' if skipped != 1 else ' was'} not run; the reasons stand above."
     for quality in (result.quality for result in results if result.quality):
         yield (
-            f"Quality is that of {quality.model}, over {quality.images} images a row: PSNR and SSIM say how far an "
-            "image moved, not whether it got worse."
+            f"Quality is that of {words.model(quality.model)}, over {quality.images} images a row: PSNR and SSIM say "
+            "how far an image moved, not whether it got worse."
         )

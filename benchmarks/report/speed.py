@@ -32,8 +32,8 @@ def _task(latency: Latency) -> str:
     threads = f", {latency.threads} thread{'s' if latency.threads != 1 else ''}" if latency.threads else ""
     images = "1 image" if latency.images_per_call == 1 else f"{latency.images_per_call} images"
     return (
-        f"{latency.model}: {latency.steps} steps of {latency.scheduler}, {latency.width} by {latency.height} pixels, "
-        f"{images} a call, guidance {latency.guidance:g}{threads}. {latency.rounds} round"
+        f"{words.model(latency.model)}: {latency.steps} steps of {latency.scheduler}, {latency.width} by "
+        f"{latency.height} pixels, {images} a call, guidance {latency.guidance:g}{threads}. {latency.rounds} round"
         f"{'s' if latency.rounds != 1 else ''}, each running every contestant once, in turn."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import PurePath
 
 from ..quality.record import Estimate
 from .markup import Markup, join, tag
@@ -31,7 +32,9 @@ def seconds(value: float | None) -> str:
 
 
 def times(value: float | None) -> str:
-    return NONE if value is None else f"{value:.2f}{TIMES}"
+    if value is None:
+        return NONE
+    return f"{value:.2f}{TIMES}" if value < 10 else f"{digits(value)}{TIMES}"
 
 
 def percent(share: float, places: int = 0) -> str:
@@ -63,6 +66,11 @@ def stacked(value: Estimate | None, places: int = 1, scale: float = 1, sign: boo
         return NONE
     mean, _, interval = estimate(value, places, scale, sign).partition(" ")
     return join(mean, tag("small", interval))
+
+
+def model(name: str) -> str:
+    """A model's name; of a local directory its last part."""
+    return PurePath(name).name if PurePath(name).is_absolute() else name
 
 
 def listed(words: list[str]) -> str:

@@ -79,6 +79,7 @@ def latency(
     from ...benchmarks.latency.plan import Wanted, plan
     from ...benchmarks.latency.run import Options, measure
     from ...benchmarks.latency.table import export_times as write_times
+    from ...benchmarks.report.page import write_report
     from ...engines.bundle import Bundle
     from ...errors import UserError
 
@@ -125,6 +126,7 @@ def latency(
         latency=measured,
     )
     path = result.save(output)
+    write_report([result], output)
     if export_times is not None:
         write_times(measured, export_times)
     if as_json:

@@ -161,7 +161,7 @@ def test_doubts_are_visible() -> None:
     elsewhere = result(quality=quality(), environment=machine(cpu="another"))
     text = " ".join(Reader(page([busy, elsewhere], [NO_IMAGES] * 2)).text)
     assert "The machine was not idle: load average 3.2" in text
-    assert "2 round(s): too few" in text
+    assert "2 rounds: too few" in text
     assert "different machines" in text
     assert "not idle" not in page([result()], [NO_IMAGES])
 
@@ -178,6 +178,12 @@ def test_a_page_of_little_is_still_a_page() -> None:
         result(quality=quality(rows=[])),
     ):
         Reader(page([made], [NO_IMAGES]))
+
+
+def test_a_result_without_figures_is_refused() -> None:
+    nothing = result().model_copy(update={"latency": None})
+    with pytest.raises(UserError, match="neither latency nor quality"):
+        page([nothing], [NO_IMAGES])
 
 
 def test_files_are_written_whole_and_csv_has_what_the_result_has(both: tuple[Result, Path], tmp_path: Path) -> None:
