@@ -6,11 +6,12 @@ of inputs are those that diffusers' own ``forward`` and optimum's exporter use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from .residuals import ADAPTERS, argument_of, nest
 from .specs import TensorSpec
 
 if TYPE_CHECKING:
@@ -28,22 +29,38 @@ class Family:
         unet_class: the class in diffusers, as ``_class_name`` in its config.
         inputs: from the UNet's config and the latent's dtype to the graph's inputs, ``sample`` and ``timestep`` first.
         nested: inputs that ``forward`` takes inside a dict, as name -> the dict's argument.
+        takes_residuals: whether ControlNets and T2I-Adapters exist for it.
     """
 
     name: str
     unet_class: str
     inputs: Callable[[Config, str], tuple[TensorSpec, ...]]
     nested: Mapping[str, str]
+    takes_residuals: bool = False
+
+    def specs(self, config: Config, dtype: str, adapters: Sequence[str] = ()) -> tuple[TensorSpec, ...]:
+        """The graph's inputs, those of ``ADAPTERS`` behind the UNet's own.
+
+        Raises:
+            ModelError: an unknown kind of adapter, or one that does not fit this family.
+        """
+        if unknown := [name for name in adapters if name not in ADAPTERS or not self.takes_residuals]:
+            there = ", ".join(ADAPTERS) if self.takes_residuals else "none"
+            raise ModelError(f"a {self.unet_class} takes no adapter called {unknown[0]!r}; it takes {there}")
+        extra = [spec for name in dict.fromkeys(adapters) for spec in ADAPTERS[name](config, dtype)]
+        return (*self.inputs(config, dtype), *extra)
 
     def arguments(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The keyword arguments of the UNet's ``forward`` for these graph inputs."""
         arguments: dict[str, Any] = {}
         for name, tensor in tensors.items():
+            if argument_of(name) is not None:
+                continue
             if name in self.nested:
                 arguments.setdefault(self.nested[name], {})[name] = tensor
             else:
                 arguments[name] = tensor
-        return arguments
+        return arguments | nest(tensors)
 
 
 def _latent_inputs(config: Config, dtype: str) -> list[TensorSpec]:
@@ -114,6 +131,7 @@ FAMILIES: dict[str, Family] = {
             unet_class="UNet2DConditionModel",
             inputs=_conditional,
             nested={"text_embeds": "added_cond_kwargs", "time_ids": "added_cond_kwargs"},
+            takes_residuals=True,
         ),
         Family(name="unet2d", unet_class="UNet2DModel", inputs=_unconditional, nested={}),
     )

@@ -38,8 +38,8 @@ class TensorSpec:
 
     def fixed(self, dims: Mapping[str, int]) -> TensorSpec:
         """The same with these dimensions no longer free; others stay symbols."""
-        shape = tuple(dims.get(dim, dim) if isinstance(dim, str) else dim for dim in self.shape)
-        return TensorSpec(self.name, self.dtype, shape)
+        known = (_value(dim, dims) if isinstance(dim, str) and _symbol(dim) in dims else dim for dim in self.shape)
+        return TensorSpec(self.name, self.dtype, tuple(known))
 
     def torch_dtype(self) -> torch.dtype:
         import torch
@@ -58,7 +58,7 @@ def symbols(specs: Iterable[TensorSpec]) -> tuple[str, ...]:
     for spec in specs:
         for dim in spec.shape:
             if isinstance(dim, str):
-                seen.setdefault(dim.partition("/")[0])
+                seen.setdefault(_symbol(dim))
     return tuple(seen)
 
 
@@ -84,7 +84,7 @@ def solve(specs: Mapping[str, TensorSpec], shapes: Mapping[str, Shape], multiple
         if len(shape) != len(spec.shape):
             raise ShapeError(f"{name} has shape {list(shape)}, but the engine takes {list(spec.shape)}")
         for got, want in zip(shape, spec.shape, strict=True):
-            expected = dims.setdefault(want, got) if isinstance(want, str) else want
+            expected = want if isinstance(want, int) else _expected(want, got, dims)
             if got != expected:
                 raise ShapeError(
                     f"{name} has shape {list(shape)}, but the engine takes {list(spec.shape)}"
@@ -100,6 +100,16 @@ def solve(specs: Mapping[str, TensorSpec], shapes: Mapping[str, Shape], multiple
                 f"the nearest is {valid}"
             )
     return dims
+
+
+def _expected(want: str, got: int, dims: dict[str, int]) -> int:
+    """What this symbol stands for; on its first use what was given. Divided ones come after the whole ones."""
+    return _value(want, dims) if "/" in want else dims.setdefault(want, got)
+
+
+def _symbol(dim: str) -> str:
+    """``height`` of ``height/4``."""
+    return dim.partition("/")[0]
 
 
 def _value(dim: Dim, dims: Mapping[str, int]) -> int:

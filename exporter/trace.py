@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,6 +83,7 @@ def export(
     precision: str = "fp32",
     opset: int = DEFAULT_OPSET,
     dims: Mapping[str, int] | None = None,
+    adapters: Sequence[str] = (),
     revision: str | None = None,
     variant: str | None = None,
     subfolder: str | None = None,
@@ -97,6 +98,7 @@ def export(
         precision: of weights and computation. fp16 and bf16 can cost image quality.
         opset: of the ONNX file.
         dims: fixes dimensions (``{"batch": 2, "height": 64}``); those left out stay dynamic.
+        adapters: of ``residuals.ADAPTERS``; gives the graph the inputs that a ControlNet or T2I-Adapter fills.
         revision, variant, subfolder: as in diffusers.
         progress: called with the name of each stage as it begins.
 
@@ -113,7 +115,15 @@ def export(
     progress("load")
     unet = load_unet(source, precision)
     return trace(
-        unet, source.family, source.config, Path(out), precision=precision, opset=opset, dims=dims, progress=progress
+        unet,
+        source.family,
+        source.config,
+        Path(out),
+        precision=precision,
+        opset=opset,
+        dims=dims,
+        adapters=adapters,
+        progress=progress,
     )
 
 
@@ -126,13 +136,14 @@ def trace(
     precision: str = "fp32",
     opset: int = DEFAULT_OPSET,
     dims: Mapping[str, int] | None = None,
+    adapters: Sequence[str] = (),
     progress: Progress = lambda step: None,
 ) -> ExportedUNet:
     """Export this UNet; see ``export``. Its weights must already have the precision."""
     if opset not in OPSETS:
         raise ModelError(f"opset {opset} is not supported; choose {OPSETS.start} to {OPSETS.stop - 1}")
     fixed = dict(dims or {})
-    specs = family.inputs(config, PRECISIONS[precision])
+    specs = family.specs(config, PRECISIONS[precision], adapters)
     if wrong := sorted(name for name, size in fixed.items() if name not in symbols(specs) or size < 1):
         known = ", ".join(symbols(specs))
         raise ModelError(f"dims: {', '.join(wrong)} cannot be fixed; give a size of at least 1 for any of {known}")
@@ -252,6 +263,7 @@ def _to_onnx(
     parameters = _lay_out_weights(model)
     with _weights_aside(model, parameters), _quiet():
         onnxscript.optimizer.optimize_ir(model)
+    _measure_the_sample(model, specs)
     _name_dims(model, specs, fixed)
     used = {name: parameter for name, parameter in parameters.items() if name in model.graph.initializers}
     return model, used
@@ -349,14 +361,53 @@ def _weights_aside(model: ir.Model, names: Iterable[str]) -> Iterator[None]:
             graph.initializers[name] = value
 
 
+def _measure_the_sample(model: ir.Model, specs: tuple[TensorSpec, ...]) -> None:
+    """Read sizes off the sample, where the exporter took another input for its size, such as a residual.
+
+    It takes any input that has the size; a shallow graph would then need that input for its shape alone.
+    """
+    import onnx_ir as ir
+
+    sample = model.graph.inputs[0]
+    axes = {dim: axis for axis, dim in enumerate(specs[0].shape) if isinstance(dim, str)}
+    shapes = {spec.name: spec.shape for spec in specs[1:]}
+
+    def made(before: ir.Node, kind: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
+        node = ir.node(kind, inputs, attributes)
+        node.outputs[0].name = f"{before.outputs[0].name}_{len(model.graph)}"
+        model.graph.insert_before(before, node)
+        return node.outputs[0]
+
+    for node in list(model.graph):
+        measured = shapes.get(str(node.inputs[0].name)) if node.op_type == "Shape" and node.inputs[0] else None
+        if measured is None or not node.inputs[0].is_graph_input():
+            continue
+        bounds = [node.attributes[name].as_int() if name in node.attributes else None for name in ("start", "end")]
+        dims = measured[slice(*bounds)]
+        if not all(isinstance(dim, int) or dim.partition("/")[0] in axes for dim in dims):
+            continue  # the text's length
+        parts = []
+        for dim in dims:
+            if isinstance(dim, int):
+                parts.append(made(node, "Constant", [], value_ints=[dim]))
+                continue
+            symbol, _, divisor = dim.partition("/")
+            part = made(node, "Shape", [sample], start=axes[symbol], end=axes[symbol] + 1)
+            if divisor:
+                part = made(node, "Div", [part, made(node, "Constant", [], value_ints=[int(divisor)])])
+            parts.append(part)
+        node.outputs[0].replace_all_uses_with(parts[0] if len(parts) == 1 else made(node, "Concat", parts, axis=0))
+        model.graph.remove(node, safe=True)
+
+
 def _name_dims(model: ir.Model, specs: tuple[TensorSpec, ...], fixed: Mapping[str, int]) -> None:
     """Call the inputs' and the output's symbolic dimensions batch, height, width and sequence."""
     import onnx_ir as ir
 
-    shapes = {spec.name: spec.shape for spec in specs}
+    shapes = {spec.name: spec.fixed(fixed).shape for spec in specs}
     for value in model.graph.inputs:
         dims = shapes[str(value.name)]
-        value.shape = ir.Shape([fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in dims])
+        value.shape = ir.Shape(dims)
     output = model.graph.outputs[0]
     assert output.shape is not None
     named = ("batch", output.shape[1], "height", "width")
