@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -153,11 +154,17 @@ def _told(cached: Estimate, fewer: Estimate) -> str:
 
 def _timed(latencies: Sequence[Latency], quality: Quality) -> Iterator[str]:
     """The quality of the very setting that was timed, where a row has it."""
-    timed = {row.caching for latency in latencies if (row := _ours(latency)) is not None}
+    ours = [_ours(latency) for latency in latencies]
+    timed = [contestant.caching for contestant in ours if contestant is not None and contestant.caching]
     for row in quality.rows:
-        matched = [text for text in timed if text and row.schedule and row.schedule in text and (row.cut or "") in text]
+        matched = any(_names(text, row.schedule) and _names(text, row.cut) for text in timed)
         if matched and row.psnr is not None:
             yield f"The setting that was timed above, {row.name}: PSNR {words.estimate(row.psnr)} dB."
+
+
+def _names(text: str, part: str | None) -> bool:
+    """Whether a text names a schedule or a cut, and not just one that begins alike."""
+    return bool(part) and re.search(rf"(?<![\w:]){re.escape(part or '')}(?![\w:=])", text) is not None
 
 
 def _on_top(latencies: Sequence[Latency]) -> Answer:

@@ -170,18 +170,24 @@ def _latency(
                 yield Change("latency", name, "row", "vanished" if ran[0] else "appeared", note=reason)
             continue
         for figure, field in _SECONDS:
-            values = [by_round(getattr(row, field), len(row.loops)) for row in (first, second)]
-            if not all(values) or (name == base and field == "loops"):
+            mine, theirs = (by_round(getattr(row, field), len(row.loops)) for row in (first, second))
+            if not mine or not theirs or (name == base and field == "loops"):
                 continue
             unit = "s"
             if base:
-                values = [_over(each, run[base].loops) for each, run in zip(values, (before, after), strict=True)]
+                mine, theirs = _over(mine, before[base].loops), _over(theirs, after[base].loops)
                 unit = f"of {base}"
-            interval = None if lost else ratio(*values, confidence)
+            percent = None if lost else _percent(ratio(mine, theirs, confidence))
             yield _judged(
-                "latency", name, f"{figure}, {unit}", statistics.median(values[0]), statistics.median(values[1]),
-                _percent(interval), threshold, missing="another machine" if lost else "one round only",
-            )  # fmt: skip
+                "latency",
+                name,
+                f"{figure}, {unit}",
+                statistics.median(mine),
+                statistics.median(theirs),
+                percent,
+                threshold,
+                missing="another machine" if lost else "one round only",
+            )
 
 
 def _over(values: Sequence[float], base: Sequence[float]) -> list[float]:

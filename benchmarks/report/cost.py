@@ -57,9 +57,9 @@ def section(quality: Quality, folder: Path, key: str) -> Markup:
 def _task(quality: Quality) -> str:
     return (
         f"{words.model(quality.model)} on {quality.engine}, guidance {quality.guidance:g}, {quality.images} images a "
-        f"row, each beside the uncached image of the same prompt and seed. Speed is counted in full UNet calls: a shallow call "
-        f"counts as {words.percent(quality.shallow_over_full, 1)} of a full one, as measured on Stable Diffusion 1.5; "
-        f"on this model it takes {words.percent(quality.shallow_over_full_here, 1)}. Intervals are 95 %."
+        "row, each beside the uncached image of the same prompt and seed. Speed is counted in full UNet calls: a "
+        f"shallow call counts as {words.percent(quality.shallow_over_full, 1)} of a full one, as measured on Stable "
+        f"Diffusion 1.5; on this model it takes {words.percent(quality.shallow_over_full_here, 1)}. Intervals are 95 %."
     )
 
 

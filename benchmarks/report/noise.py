@@ -90,6 +90,5 @@ def student(freedom: float, confidence: float) -> float:
 def _area(power: float, end: float) -> float:
     """Of cos(x) ** power from 0 to ``end``, by Simpson's rule."""
     width = end / _INTERVALS
-    total = 1.0 + math.cos(end) ** power
-    total += sum((4 if index % 2 else 2) * math.cos(index * width) ** power for index in range(1, _INTERVALS))
-    return total * width / 3
+    heights = [math.pow(math.cos(index * width), power) for index in range(_INTERVALS + 1)]
+    return width / 3 * (heights[0] + 4 * sum(heights[1:-1:2]) + 2 * sum(heights[2:-1:2]) + heights[-1])

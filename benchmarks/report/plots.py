@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .findings import front
@@ -89,8 +89,9 @@ def timeline(calls: str, title: str) -> Markup:
     for index, call in enumerate(calls):
         full = call == "#"
         x, top = index * width, 0 if full else 12
-        box = {"x": f"{x:.3f}%", "width": f"{width * 0.8:.3f}%", "y": top, "height": 18 - top}
-        marks.append(tag("rect", class_="full" if full else "shallow", **box))
+        mark = "full" if full else "shallow"
+        place = {"x": f"{x:.3f}%", "width": f"{width * 0.8:.3f}%"}
+        marks.append(tag("rect", class_=mark, y=top, height=18 - top, **place))
     return svg(title, tag("title", title), marks, class_="timeline", width="100%", height=18)
 
 
@@ -147,7 +148,13 @@ def _range(values: Sequence[float], margin: float) -> tuple[float, float]:
     return low - spare, high + spare
 
 
-def _axes(x, y, across: tuple[float, float], up: tuple[float, float], unit: str) -> list[Markup]:  # type: ignore[no-untyped-def]
+def _axes(
+    x: Callable[[float], float],
+    y: Callable[[float], float],
+    across: tuple[float, float],
+    up: tuple[float, float],
+    unit: str,
+) -> list[Markup]:
     bottom = _HEIGHT - _BOTTOM
     drawn = []
     for tick in nice_ticks(*up):

@@ -105,8 +105,9 @@ def test_fewer_steps_may_win(psnr: object, says: str) -> None:
 def test_another_model_and_a_setting_that_was_timed_are_told() -> None:
     timed = contestant(CACHED, 1.0, 0.1, caching="uniform:5:warmup=2, deepcache:0")
     case = latency(contestants=[timed, contestant("diffusers eager fp32", 2.0)])
-    said = answers([case], [changed()])[1].sentences
+    said = answers([case], [changed(schedule="uniform:5")])[1].sentences
     assert "Quality was measured on another model than the latency" in said[0]
+    assert len(said) == 3  # nor is uniform:5 taken for uniform:5:warmup=2
     assert said[-1].startswith("The setting that was timed above, ddim 50, uniform:5:warmup=2, deepcache:0: PSNR 35.1")
 
 
