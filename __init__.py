@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import OffcutError
     from .exporter.cut import find_cuts, split
     from .exporter.trace import export
+    from .runtime.calibration import Calibration
     from .runtime.deepcache import DeepCacheSDHelper
     from .runtime.pipeline import attach, load
     from .runtime.schedule import Quad, Steps, Uniform
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "Bundle": "engines.bundle",
+    "Calibration": "runtime.calibration",
     "DeepCacheSDHelper": "runtime.deepcache",
     "OffcutError": "errors",
     "Quad": "runtime.schedule",
@@ -38,6 +40,7 @@ _WHERE = {
 
 __all__ = [
     "Bundle",
+    "Calibration",
     "DeepCacheSDHelper",
     "OffcutError",
     "Quad",

@@ -18,7 +18,6 @@ from .shell import (
     Json,
     Model,
     Opset,
-    Precision,
     Revision,
     Subfolder,
     Variant,
@@ -40,6 +39,7 @@ def _in(panel: str) -> dict[str, Any]:
 
 _SHAPES = "Shapes of compiled engines (TensorRT)"
 _COMPILE = "Compiled engines"
+_LOW = "Low precision (int8, fp8)"
 
 
 def build(
@@ -47,7 +47,9 @@ def build(
     output: Annotated[Path, typer.Option("-o", "--output", help="The bundle's directory; added to if it is one.")],
     cut: Cuts = None,
     engine: Annotated[list[str] | None, typer.Option(help="auto, or a name; again for several.")] = None,
-    precision: Precision = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, bf16, int8 or fp8 (TensorRT). All but fp32 can cost image quality.")
+    ] = "fp32",
     inference_precision: Annotated[
         str | None, typer.Option(help="OpenVINO: compute fp32 graphs in bf16. Can cost image quality.")
     ] = None,
@@ -76,6 +78,20 @@ def build(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="See offcut doctor --settings.", **_in(_COMPILE)),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts, one a line, to calibrate on; some by default.", **_in(_LOW)),
+    ] = None,
+    calibration_samples: Annotated[int | None, typer.Option(help="Images to denoise.", **_in(_LOW))] = None,
+    calibration_steps: Annotated[int | None, typer.Option(help="Of each image.", **_in(_LOW))] = None,
+    calibration_interval: Annotated[
+        int | None, typer.Option(help="Of the cached schedule that is calibrated on.", **_in(_LOW))
+    ] = None,
+    calibration_size: Annotated[int | None, typer.Option(help="Side of the images in pixels.", **_in(_LOW))] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Layers not to round, as 'mid_block*'; again for more.", **_in(_LOW)),
+    ] = None,
     revision: Revision = None,
     variant: Variant = None,
     subfolder: Subfolder = None,
@@ -83,7 +99,23 @@ def build(
 ) -> None:
     """Build a bundle: export, cut, compile, verify each engine against PyTorch."""
     from ..engines.build import build as run_build
+    from ..engines.schemes import LOW_PRECISIONS
     from ..engines.sizes import Sizes
+    from ..runtime.calibration import Calibration, read_prompts
+
+    wanted: dict[str, Any] = {
+        "prompts": read_prompts(calibrate) if calibrate else None,
+        "samples": calibration_samples,
+        "steps": calibration_steps,
+        "interval": calibration_interval,
+        "size": calibration_size,
+        "keep": tuple(keep) if keep else None,
+    }
+    given = {name: value for name, value in wanted.items() if value is not None}
+    if given and precision not in LOW_PRECISIONS:
+        raise typer.BadParameter(f"{precision} is not calibrated: leave the calibration out, or write int8")
+    if given.get("prompts"):
+        given.setdefault("samples", len(given["prompts"]))
 
     names = engine or ["auto"]
     settings = settings_of(setting or [], names)
@@ -106,6 +138,7 @@ def build(
             revision=revision,
             variant=variant,
             subfolder=subfolder,
+            calibration=Calibration(**given) if precision in LOW_PRECISIONS else None,
             progress=stage,
         )
     _print_bundle(bundle, as_json)
@@ -229,6 +262,10 @@ def _print_bundle(bundle: Bundle, as_json: bool) -> None:
     for variant in manifest.variants.values():
         cached = {tensor.name: tensor for cut in variant.cuts for tensor in cut.cached}
         out.print(f"[bold]{variant.name}[/]")
+        if rounded := variant.quantization:
+            out.print(
+                f"  {rounded.rounded} layers rounded, {len(rounded.kept)} kept in {rounded.base}", highlight=False
+            )
         print_contract(
             {
                 "inputs": {tensor.name: tensor.spec() for tensor in variant.inputs},

@@ -18,6 +18,7 @@ from ..exporter.load import load_unet
 from ..exporter.reference import write_reference
 from .base import Compiled, CompileJob, EngineOptions, Graphs, Setting, Settings
 from .bundle import Bundle, devices_of, engine_files
+from .calibrate import Calibrator
 from .manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
@@ -55,6 +56,7 @@ def build(
     revision: str | None = None,
     variant: str | None = None,
     subfolder: str | None = None,
+    calibration: Calibrator | None = None,
     progress: Progress = lambda step: None,
 ) -> Bundle:
     """Build a bundle, or add to one.
@@ -64,7 +66,8 @@ def build(
         out: the bundle's directory.
         cuts: names of cuts; see ``find_cuts``.
         engine: a name, several, or ``"auto"``.
-        precision: of the exported graphs: ``fp32``, ``fp16``, ``bf16``. The latter two can cost image quality.
+        precision: of the exported graphs: ``fp32``, ``fp16``, ``bf16``; ``int8`` or ``fp8`` for the convolutions and
+            linear layers, but for the sensitive ones. All but the first can cost image quality.
         inference_precision: OpenVINO's hint, ``"bf16"``, for fp32 graphs. Can cost image quality.
         opset: of the ONNX graphs; the engine's best by default.
         dims: fixes ``batch``, ``height``, ``width`` (of the latent) or ``sequence``; the rest stays dynamic.
@@ -74,6 +77,7 @@ def build(
         deploy: leave the ONNX graphs and their weights out, for a bundle whose engines are all compiled.
         device: that ``auto`` chooses for and engines are verified on, where they run on it.
         revision, variant, subfolder: as in diffusers.
+        calibration: what ``int8`` and ``fp8`` are calibrated on: an ``offcut.Calibration``.
         progress: called with a sentence as each stage begins.
 
     Returns:
@@ -103,6 +107,7 @@ def build(
         revision=revision,
         variant=variant,
         subfolder=subfolder,
+        calibrator=calibration,
         progress=progress,
     )
     while True:
@@ -253,7 +258,7 @@ def _references(plan: Plan, graphs: Graphs, compiled: Compiled, folder: Path, pr
 
     progress("compute PyTorch's answers at the sizes of the profiles")
     device = plan.device if torch.device(plan.device).type == "cuda" and torch.cuda.is_available() else "cpu"
-    unet = load_unet(plan.source, plan.precision).to(device)
+    unet = load_unet(plan.source, plan.base).to(device)
     if device == "cpu":
         unet.float()  # a CPU may lack the precision; the weights are rounded to it all the same
     paths = []

@@ -83,6 +83,23 @@ class Graphs(_Model):
         return (self.full, *self.shallow.values(), self.weights, self.parameters)
 
 
+class Quantization(_Model):
+    """How a variant was rounded to a low precision.
+
+    ``scheme`` names what is rounded and ``base`` the precision of the rest. ``calibration`` is all that decided the
+    ranges, ``method`` how they were chosen. ``kept`` are the layers that were not rounded, those among them whose own
+    signal-to-noise ratio would have been below ``least_sqnr`` dB.
+    """
+
+    scheme: str
+    base: str
+    method: str
+    least_sqnr: float
+    calibration: dict[str, str | int | float | bool | tuple[str, ...] | None]
+    kept: tuple[str, ...]
+    rounded: Annotated[int, Field(ge=0)]
+
+
 class Variant(_Model):
     """An export: a precision, an opset, and dimensions that may be fixed.
 
@@ -99,6 +116,7 @@ class Variant(_Model):
     cuts: tuple[CutEntry, ...]
     graphs: Graphs | None
     reference: InsidePath
+    quantization: Quantization | None = None
 
     @model_validator(mode="after")
     def _has_the_latents_shape(self) -> Self:

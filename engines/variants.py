@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import BundleError
 from ..exporter.cut import Cut, find_cut, find_cuts, split_all
 from ..exporter.reference import REFERENCE_FILE
-from ..exporter.trace import PARAMETERS_FILE, WEIGHTS_FILE, export
+from ..exporter.trace import PARAMETERS_FILE, WEIGHTS_FILE, ExportedUNet, export
 from .bundle import Bundle
-from .manifest import CutEntry, Graphs, Tensor, Variant
+from .calibrate import quantized
+from .manifest import CutEntry, Graphs, Quantization, Tensor, Variant
 from .plan import Plan, Progress
 
 UNET_CONFIG = "unet/config.json"
@@ -23,6 +26,7 @@ def make_variant(plan: Plan, existing: Bundle | None, out: Path, staged: Path, p
     there = [cut.name for cut in held.cuts] if held else []
     if held is None or existing is None or held.graphs is None:
         return _export(plan, existing is None, there, staged, progress)
+    _check_calibration(plan, held)
     existing.verify_files([*held.graphs.files, held.reference])
     known = find_cuts(out / held.graphs.full)
     wanted = [find_cut(known, name).name for name in plan.cuts]
@@ -36,9 +40,7 @@ def make_variant(plan: Plan, existing: Bundle | None, out: Path, staged: Path, p
 
 def _export(plan: Plan, first: bool, there: Sequence[str], staged: Path, progress: Progress) -> Variant:
     folder = staged / "unet" / plan.variant
-    exported = export(
-        plan.source, folder, precision=plan.precision, opset=plan.opset, dims=plan.fixed, progress=progress
-    )
+    exported, quantization = _exported(plan, folder, [*there, *plan.cuts], progress)
     if first:
         config = json.dumps(plan.source.config, indent=2, default=str)
         (staged / UNET_CONFIG).write_text(config + "\n", encoding="utf-8")
@@ -56,7 +58,40 @@ def _export(plan: Plan, first: bool, there: Sequence[str], staged: Path, progres
         cuts=cuts,
         graphs=graphs,
         reference=f"unet/{plan.variant}/{REFERENCE_FILE}",
+        quantization=quantization,
     )
+
+
+def _exported(
+    plan: Plan, folder: Path, cuts: Sequence[str], progress: Progress
+) -> tuple[ExportedUNet, Quantization | None]:
+    """The export in the plan's precision; one in low precision is made from a full one, aside."""
+    if plan.scheme is None:
+        made = export(
+            plan.source, folder, precision=plan.precision, opset=plan.opset, dims=plan.fixed, progress=progress
+        )
+        return made, None
+    assert plan.calibrator is not None
+    aside = folder.with_name(f"{folder.name}-base")
+    base = export(plan.source, aside, precision=plan.scheme.base, opset=plan.opset, dims=plan.fixed, progress=progress)
+    folder.mkdir(parents=True)
+    try:
+        return quantized(base, folder, plan.source, plan.scheme, cuts, plan.calibrator, progress)
+    finally:
+        shutil.rmtree(aside)
+
+
+def _check_calibration(plan: Plan, held: Variant) -> None:
+    """Refuse to add to a variant that was calibrated in another way than is asked for now."""
+    if plan.calibrator is None or held.quantization is None:
+        return
+    was = held.quantization
+    asked = (plan.calibrator.record(), plan.calibrator.method, plan.calibrator.least_sqnr)
+    if (was.calibration, was.method, was.least_sqnr) != asked:
+        raise BundleError(
+            f"this bundle's {held.name} was calibrated in another way: give the same calibration as then, "
+            "or build into another directory"
+        )
 
 
 def _cut(plan: Plan, staged: Path, graph: Path, names: Sequence[str]) -> tuple[Graphs, tuple[CutEntry, ...]]:

@@ -29,10 +29,14 @@ def write_reference(
     unet: torch.nn.Module, family: Family, specs: tuple[TensorSpec, ...], dims: Mapping[str, int], path: Path
 ) -> None:
     """Run the UNet once at these dimensions, where it is and in its own precision, and keep inputs and output."""
+    write_answer(unet, family, example_inputs(specs, dims), path)
+
+
+def write_answer(unet: torch.nn.Module, family: Family, inputs: Mapping[str, torch.Tensor], path: Path) -> None:
+    """The same for inputs that are there."""
     import torch
     from safetensors.torch import save
 
-    inputs = example_inputs(specs, dims)
     weight = next(unet.parameters())
     halves = (torch.float16, torch.bfloat16)
     given = {

@@ -20,6 +20,7 @@ ROOT = Path(inspect.getfile(offcut)).parent
 FLOORS = ["errors", "exporter", "engines", "runtime", "benchmarks", "cli"]
 PUBLIC = {
     "Bundle",
+    "Calibration",
     "DeepCacheSDHelper",
     "OffcutError",
     "Quad",

@@ -1,0 +1,77 @@
+"""A graph that also says how its tensors are distributed, without handing them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# Steps between the values that are looked at: prime, so that no axis of the tensor is always met at the same places.
+_STRIDES = (1, 7, 31, 127, 509, 2039, 8191)
+_SAMPLE = 1 << 16
+KINDS = ("low", "high", "sample")
+
+
+def stride(size: int) -> int:
+    """Between the values of a tensor of this size that are looked at."""
+    return next((step for step in _STRIDES if size // step <= _SAMPLE), _STRIDES[-1])
+
+
+def observe(graph: Path, out: Path, strides: Mapping[str, int]) -> list[str]:
+    """Write the graph with outputs that describe some of its tensors.
+
+    Args:
+        out: an ONNX file in the graph's directory: it uses the same weights.
+        strides: of the tensors by name; those that the graph does not have are left out.
+
+    Returns:
+        The names of the tensors that are described. For each there are outputs ``name/low`` and ``name/high``, its
+        extremes, and ``name/sample``, every so-manieth of its values; all float32.
+    """
+    import onnx_ir as ir
+
+    model = ir.load(graph)
+    values = {str(value.name): value for value in model.graph.inputs}
+    values |= {str(value.name): value for node in model.graph for value in node.outputs}
+    seen = [name for name in strides if name in values]
+    for name in seen:
+        _describe(model.graph, values[name], strides[name])
+    ir.save(model, out)
+    return seen
+
+
+def _describe(graph: ir.Graph, value: ir.Value, step: int) -> None:
+    import numpy as np
+    import onnx_ir as ir
+
+    name = str(value.name)
+
+    def constant(label: str, number: int) -> ir.Value:
+        tensor = ir.tensor(np.array([number], np.int64), name=f"{name}/{label}")
+        made = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.register_initializer(made)
+        return made
+
+    whole = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+    exact = whole.outputs[0]
+    line = ir.node("Reshape", [exact, constant("line", -1)])
+    ends = [constant("begin", 0), constant("end", np.iinfo(np.int64).max), constant("axis", 0), constant("step", step)]
+    described = {
+        "low": ir.node("ReduceMin", [exact], {"keepdims": 0}),
+        "high": ir.node("ReduceMax", [exact], {"keepdims": 0}),
+        "sample": ir.node("Slice", [line.outputs[0], *ends]),
+    }
+    nodes = [whole, line, *described.values()]
+    for kind, node in described.items():
+        output = node.outputs[0]
+        output.name, output.type = f"{name}/{kind}", ir.TensorType(ir.DataType.FLOAT)
+        output.shape = ir.Shape([None] if kind == "sample" else [])
+        graph.outputs.append(output)
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], nodes)
+    else:
+        graph.insert_after(producer, nodes)

@@ -1,0 +1,191 @@
+"""``Calibration``: what a graph in low precision is calibrated on, the inputs that it will really see.
+
+With caching the shallow graph works on features of an earlier step, and the latents drift from those of an uncached
+run. So the pipeline itself is run, its UNet in the place where the bundle's will be, with a cached schedule.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from ..exporter.families import downsampling, example_inputs
+from ..exporter.histogram import METHODS
+from ..exporter.load import ModelSource
+from .schedule import Uniform
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ..engines.base import EnginePair
+    from .unet import UNet
+
+PROMPTS = (
+    "a photograph of a mountain lake in the morning",
+    "a portrait of an old fisherman, oil painting",
+    "a red circle on a white background",
+    "a busy street at night in the rain, neon lights",
+    "a bowl of fruit on a wooden table",
+    "a small blue house beside a green tree",
+    "an astronaut on the surface of the moon",
+    "a close-up of a cat's face",
+)
+"""What is drawn where no prompts are given."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images to denoise while the tensors of the UNet are watched, and how the graph is rounded after that.
+
+    Attributes:
+        prompts: drawn in turn.
+        samples: images; each goes through the next cut of the bundle.
+        steps: of the scheduler, for each image.
+        interval, warmup: of the cached schedule, ``Uniform(interval, warmup=warmup)``.
+        guidance: scale, for pipelines that take it.
+        size: the image's height and width in pixels; None is the model's own.
+        seed: of the initial noise.
+        method: how ranges are chosen from what was seen: ``minmax``, ``percentile`` or ``mse``.
+        keep: patterns of layers that are not rounded, as ``"mid_block*"``, beside those that never are.
+        least_sqnr: layers whose own signal-to-quantisation-noise ratio is lower, in dB, are not rounded either.
+
+    Raises:
+        UserError: a number is out of its range.
+    """
+
+    prompts: tuple[str, ...] = PROMPTS
+    samples: int = 4
+    steps: int = 20
+    interval: int = 3
+    warmup: int = 1
+    guidance: float = 7.5
+    size: int | None = None
+    seed: int = 0
+    method: str = "minmax"
+    keep: tuple[str, ...] = ()
+    least_sqnr: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("steps", 1), ("interval", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"the calibration's {name} is {getattr(self, name)}: give at least {least}")
+        if not self.prompts:
+            raise UserError("the calibration has no prompt: give at least one")
+        if self.method not in METHODS:
+            raise UserError(f"there is no method {self.method!r} to choose ranges: choose {', '.join(METHODS)}")
+
+    def record(self) -> dict[str, str | int | float | bool | tuple[str, ...] | None]:
+        """What decides which inputs are seen; of the prompts their SHA-256, one a line."""
+        names = ("samples", "steps", "interval", "warmup", "guidance", "size", "seed", "keep")
+        digest = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
+        return {"prompts_sha256": digest, **{name: getattr(self, name) for name in names}}
+
+    def run(self, pair: EnginePair, source: ModelSource, progress: Progress) -> None:
+        """Denoise with this pair as the UNet; see ``engines.calibrate.Calibrator``."""
+        from .unet import UNet
+
+        unet = UNet(pair, source.config)
+        pipe = _text_to_image(source, unet)
+        if pipe is None:
+            progress("calibrate on latents denoised from noise with random conditioning: no text-to-image pipeline here")
+        for sample in range(self.samples):
+            cut = unet.cuts[sample % len(unet.cuts)]
+            progress(f"  image {sample + 1} of {self.samples}, {cut}")
+            unet.set_schedule(Uniform(self.interval, warmup=self.warmup), cut=cut)
+            if pipe is None:
+                self._denoise_noise(unet, pair, source, sample)
+            else:
+                self._draw(pipe, sample)
+
+    def _draw(self, pipe: Any, sample: int) -> None:
+        import torch
+
+        taken = inspect.signature(pipe.__call__).parameters
+        asked = {"height": self.size, "width": self.size, "guidance_scale": self.guidance, "output_type": "latent"}
+        pipe(
+            self.prompts[sample % len(self.prompts)],
+            num_inference_steps=self.steps,
+            generator=torch.Generator("cpu").manual_seed(self.seed + sample),
+            **{name: value for name, value in asked.items() if name in taken and value is not None},
+        )
+
+    def _denoise_noise(self, unet: UNet, pair: EnginePair, source: ModelSource, sample: int) -> None:
+        import torch
+
+        scheduler = _ddim(source)
+        scheduler.set_timesteps(self.steps)
+        inputs = example_inputs(tuple(pair.inputs.values()), self._dims(source), seed=self.seed + sample)
+        latents = inputs.pop("sample")
+        others = source.family.arguments({name: value for name, value in inputs.items() if name != "timestep"})
+        channels = next(iter(pair.outputs.values())).shape[1]
+        with torch.no_grad(), unet.generation(calls=self.steps):
+            for timestep in scheduler.timesteps:
+                # The noise predicted may have fewer channels than the input (inpainting), or more (its variance).
+                given = scheduler.scale_model_input(latents, timestep)
+                noise = unet(given, timestep, **others).sample
+                assert isinstance(channels, int)
+                width = min(channels, latents.shape[1])
+                drawn = scheduler.step(noise[:, :width].float(), timestep, latents[:, :width].float()).prev_sample
+                latents = torch.cat([drawn.to(latents.dtype), latents[:, width:]], dim=1)
+
+    def _dims(self, source: ModelSource) -> dict[str, int]:
+        """Two latents of the size that the model was trained on, unless the export fixes another."""
+        from ..engines.profiles import VAE_SCALE, trained_side
+
+        multiple = downsampling(source.config)
+        pixels = self.size or trained_side(source.config.get("sample_size"))
+        side = max(multiple, pixels // VAE_SCALE // multiple * multiple)
+        return {"batch": 2, "height": side, "width": side, "sequence": 77}
+
+
+def read_prompts(file: Path) -> tuple[str, ...]:
+    """The prompts of a text file, one a line; empty lines are left out.
+
+    Raises:
+        UserError: it cannot be read, or holds none.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts in {file}: give a text file with one a line") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise UserError(f"{file} holds no prompt: write one a line")
+    return prompts
+
+
+def _text_to_image(source: ModelSource, unet: UNet) -> DiffusionPipeline | None:
+    """The model's pipeline around this UNet, if it draws from a prompt alone."""
+    import diffusers
+
+    from .pipeline import _dtype, _expecting_stand_in, attach
+
+    if not source.is_pipeline:
+        return None
+    name = diffusers.DiffusionPipeline.load_config(source.root)["_class_name"]
+    taken = inspect.signature(getattr(diffusers, name).__call__).parameters
+    if "prompt" not in taken or "image" in taken:
+        return None
+    with _expecting_stand_in():
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            source.root, unet=unet, local_files_only=True, variant=source.variant, **_dtype(unet.dtype)
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return attach(pipe, unet)
+
+
+def _ddim(source: ModelSource) -> Any:
+    """DDIM with the noise schedule of the model's own scheduler, where it has one."""
+    from diffusers import DDIMScheduler
+
+    folder = source.root / "scheduler"
+    if source.is_pipeline and (folder / "scheduler_config.json").is_file():
+        return DDIMScheduler.from_pretrained(folder)
+    return DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
