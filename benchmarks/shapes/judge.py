@@ -25,7 +25,10 @@ _TILTS = tuple(math.radians(degrees) for degrees in (-10, -5, 0, 5, 10))
 
 @dataclass(frozen=True)
 class SeenObject:
-    """One connected patch: nearest colour and shape, centre in pixels, and its overlap with the ideal shape (IoU)."""
+    """One connected patch: nearest colour and shape, centre in pixels, and its overlap with the ideal shape (IoU).
+
+    Where the judge network saw it, its certainty that an object is there stands in for the overlap.
+    """
 
     colour: str
     shape: str
@@ -77,14 +80,22 @@ def judge(picture: npt.NDArray[np.uint8], text: str) -> Verdict:
     Raises:
         ValueError: `text` is no caption of `scenes`, or the picture has another shape or dtype.
     """
+    return compare(text, *look(picture))
+
+
+def compare(text: str, background: str, objects: tuple[SeenObject, ...]) -> Verdict:
+    """Compares what was seen, by `look` or by the judge network, with a caption.
+
+    Raises:
+        ValueError: `text` is no caption of `scenes`.
+    """
     asked = scenes.scene_from_caption(text, np.random.default_rng(0))
-    background, objects = look(picture)
 
     def fits(wanted: Callable[[scenes.Item, SeenObject], bool], *, related: bool = False) -> bool:
         """Whether some assignment of the objects to the caption's items satisfies `wanted` throughout."""
         return any(
             all(wanted(item, seen) for item, seen in zip(asked.items, order, strict=True))
-            and (not related or _related(asked.relation, order))
+            and (not related or asked.relation is None or stands(asked.relation, order[0], order[1]))
             for order in permutations(objects)
         )
 
@@ -98,10 +109,9 @@ def judge(picture: npt.NDArray[np.uint8], text: str) -> Verdict:
     )
 
 
-def _related(relation: scenes.Relation | None, order: tuple[SeenObject, ...]) -> bool:
-    if relation is None:
-        return True
-    right, down = order[1].x - order[0].x, order[1].y - order[0].y
+def stands(relation: scenes.Relation, first: SeenObject, second: SeenObject) -> bool:
+    """Whether the first object is in this relation to the second: less than 45 degrees off it."""
+    right, down = second.x - first.x, second.y - first.y
     return {
         "above": down > abs(right),
         "below": -down > abs(right),

@@ -1,0 +1,69 @@
+"""The network itself: what lies at each place of a picture, and the background."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .. import scenes
+
+CELL = 4
+"""Height and width, in pixels, of the cells whose contents the network names."""
+
+POOLED = 160
+"""Width of the features for the Fréchet distance."""
+
+CELLS = scenes.IMAGE_SIZE // CELL
+
+
+class Maps(NamedTuple):
+    """Logits: whether an object's centre is in a cell, the colour and shape of the object there, the background."""
+
+    centre: torch.Tensor  # [B, 16, 16]
+    colour: torch.Tensor  # [B, 8, 16, 16]
+    shape: torch.Tensor  # [B, 6, 16, 16]
+    background: torch.Tensor  # [B, 5]
+
+
+class Features(NamedTuple):
+    """What the layers see, from fine to coarse and back, and the vector for the Fréchet distance."""
+
+    maps: tuple[torch.Tensor, ...]  # [B, 32, 32, 32], [B, 64, 16, 16], [B, 96, 8, 8], [B, 64, 16, 16]
+    pooled: torch.Tensor  # [B, 160]
+
+
+def _layer(channels: int, made: int, size: int = 3, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(channels, made, size, stride=stride, padding=size // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(made), nn.ReLU())
+
+
+class JudgeNetwork(nn.Module):
+    """A convolutional network that goes down to cells of 8 pixels, to see whole objects, and back up to 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Sequential(_layer(3, 32, size=5, stride=2), _layer(32, 32))
+        self.middle = nn.Sequential(_layer(32, 64, stride=2), _layer(64, 64))
+        self.coarse = nn.Sequential(_layer(64, 96, stride=2), _layer(96, 96), _layer(96, 96))
+        self.back = nn.Conv2d(96, 64, 1)
+        self.joined = _layer(64, 64)
+        self.objects = nn.Conv2d(64, 1 + len(scenes.COLOURS) + len(scenes.SHAPES), 1)
+        self.ground = nn.Linear(96, len(scenes.BACKGROUNDS))
+
+    def features(self, pictures: torch.Tensor) -> Features:
+        """Of pictures [B, 3, 64, 64], fp32 in [-1, 1]."""
+        fine = self.fine(pictures)
+        middle = self.middle(fine)
+        coarse = self.coarse(middle)
+        joined = self.joined(middle + nn.functional.interpolate(self.back(coarse), scale_factor=2.0))
+        pooled = torch.cat([coarse.mean(dim=(2, 3)), joined.mean(dim=(2, 3))], dim=1)
+        return Features((fine, middle, coarse, joined), pooled)
+
+    def forward(self, pictures: torch.Tensor) -> Maps:
+        """Of pictures [B, 3, 64, 64], fp32 in [-1, 1]."""
+        features = self.features(pictures)
+        sizes = [1, len(scenes.COLOURS), len(scenes.SHAPES)]
+        centre, colour, shape = self.objects(features.maps[-1]).split(sizes, dim=1)
+        return Maps(centre[:, 0], colour, shape, self.ground(features.maps[2].mean(dim=(2, 3))))

@@ -1,0 +1,173 @@
+"""The trained judge network: reads pictures, and measures distances between them by its features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from ....errors import ModelError
+from .. import judge, scenes, vae_stage
+from .network import CELL, CELLS, Features, JudgeNetwork
+
+DIRECTORY = Path(__file__).parent / "weights"
+WEIGHTS = "judge.safetensors"
+
+Pictures = npt.NDArray[np.uint8]
+"""uint8 (N, 64, 64, 3), sRGB."""
+
+_SEEN = 0.5  # heat from which a cell holds an object's centre
+_APART = 5  # cells on a side of the square in which only the hottest counts; drawn objects are further apart
+_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the network sees in one picture: the background, and the objects, the most certain first."""
+
+    background: str
+    objects: tuple[judge.SeenObject, ...]
+
+    def verdict(self, text: str) -> judge.Verdict:
+        """Which parts of a caption the picture obeys, as `judge.judge` says it.
+
+        Raises:
+            ValueError: `text` is no caption of `scenes`.
+        """
+        return judge.compare(text, self.background, self.objects)
+
+
+class JudgeNet:
+    """The network with its weights, in fp32 on the CPU; the same picture always gives the same answer."""
+
+    def __init__(self, network: JudgeNetwork) -> None:
+        self._network = network.eval()
+
+    @classmethod
+    def load(cls, directory: Path = DIRECTORY) -> JudgeNet:
+        """The network stored in a directory; the one that comes with offcut by default.
+
+        Raises:
+            ModelError: there is none, or another version's.
+        """
+        from safetensors.torch import load_file
+
+        path = directory / WEIGHTS
+        if not path.exists():
+            raise ModelError(
+                f"the judge network is missing from {directory}; "
+                "reinstall offcut, or train it with `python -m offcut.benchmarks.shapes.train_judge`"
+            )
+        network = JudgeNetwork()
+        state = network.state_dict()
+        weights = load_file(path)
+        if weights.keys() != {name for name, value in state.items() if value.is_floating_point()}:
+            raise ModelError(
+                f"{path} holds another network than this version's; "
+                "train it again with `python -m offcut.benchmarks.shapes.train_judge`"
+            )
+        network.load_state_dict(state | {name: value.float() for name, value in weights.items()})
+        return cls(network)
+
+    def save(self, directory: Path) -> Path:
+        """Writes the weights in fp16. Returns their path."""
+        from safetensors.torch import save_file
+
+        directory.mkdir(parents=True, exist_ok=True)
+        state = self._network.state_dict()
+        weights = {name: value.half().contiguous() for name, value in state.items() if value.is_floating_point()}
+        save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+        (directory / WEIGHTS).chmod(0o644)
+        return directory / WEIGHTS
+
+    def read(self, pictures: Pictures) -> list[Reading]:
+        """What is to be seen in each picture.
+
+        Raises:
+            ValueError: another shape or dtype than uint8 (N, 64, 64, 3).
+        """
+        readings = []
+        for signal in _signals(pictures):
+            with torch.inference_mode():
+                maps = self._network(signal)
+            heat = maps.centre.sigmoid()
+            highest = functional.max_pool2d(heat[:, None], _APART, stride=1, padding=_APART // 2)[:, 0]
+            peaks = (heat == highest) & (heat > _SEEN)
+            colours, shapes = maps.colour.argmax(dim=1), maps.shape.argmax(dim=1)
+            for index, ground in enumerate(maps.background.argmax(dim=1).tolist()):
+                found = [
+                    judge.SeenObject(
+                        list(scenes.COLOURS)[int(colours[index, row, column])],
+                        scenes.SHAPES[int(shapes[index, row, column])],
+                        *_middle(heat[index], row, column),
+                        float(heat[index, row, column]),
+                    )
+                    for row, column in peaks[index].nonzero().tolist()
+                ]
+                found.sort(key=lambda seen: -seen.overlap)
+                readings.append(Reading(list(scenes.BACKGROUNDS)[ground], tuple(found)))
+        return readings
+
+    def pooled(self, pictures: Pictures) -> npt.NDArray[np.float64]:
+        """The features for the Fréchet distance, (N, 160): means over the picture of the two deepest layers.
+
+        Raises:
+            ValueError: another shape or dtype than uint8 (N, 64, 64, 3).
+        """
+        parts = [features.pooled for features in self._features(pictures)]
+        return np.asarray(torch.cat(parts).double().numpy())
+
+    def distance(self, first: Pictures, second: Pictures) -> npt.NDArray[np.float64]:
+        """The perceptual distance of each pair of pictures, (N,): 0 for equal ones, at most 2.
+
+        As LPIPS without learned weights (arXiv 1801.03924, equation 1): in each of four layers, features of each place
+        are brought to length 1; squared differences are summed over channels, then averaged over places and layers.
+
+        Raises:
+            ValueError: another shape or dtype than uint8 (N, 64, 64, 3), or not as many of both.
+        """
+        if first.shape != second.shape:
+            raise ValueError(f"the pictures are {first.shape} and {second.shape}; pass as many of both.")
+        parts = []
+        for one, other in zip(self._features(first), self._features(second), strict=True):
+            layers = [
+                (functional.normalize(a, dim=1) - functional.normalize(b, dim=1)).square().sum(dim=1).mean(dim=(1, 2))
+                for a, b in zip(one.maps, other.maps, strict=True)
+            ]
+            parts.append(torch.stack(layers).mean(dim=0))
+        return np.asarray(torch.cat(parts).double().numpy())
+
+    def _features(self, pictures: Pictures) -> Iterator[Features]:
+        for signal in _signals(pictures):
+            with torch.inference_mode():  # closed before the yield: it would hold in the caller, too
+                features = self._network.features(signal)
+            yield features
+
+
+def _signals(pictures: Pictures) -> Iterator[torch.Tensor]:
+    """Batches [B, 3, 64, 64] in [-1, 1]."""
+    expected = (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3)
+    if pictures.ndim != 4 or pictures.shape[1:] != expected or pictures.dtype != np.uint8 or not len(pictures):
+        raise ValueError(f"the pictures are {pictures.dtype} {pictures.shape}; pass uint8 (N, *{expected}), N > 0.")
+    for first in range(0, len(pictures), _BATCH):
+        yield vae_stage.to_signal(pictures[first : first + _BATCH].transpose(0, 3, 1, 2))
+
+
+def _middle(heat: torch.Tensor, row: int, column: int) -> tuple[float, float]:
+    """x and y, in pixels, of the heat's centre of mass around a cell of a map [16, 16]."""
+    top, left = max(0, row - 1), max(0, column - 1)
+    window = heat[top : min(CELLS, row + 2), left : min(CELLS, column + 2)]
+    total = float(window.sum())
+    x = float((window.sum(dim=0) * torch.arange(window.shape[1])).sum()) / total + left
+    y = float((window.sum(dim=1) * torch.arange(window.shape[0])).sum()) / total + top
+    return (x + 0.5) * CELL, (y + 0.5) * CELL
+
+
+def verdicts(net: JudgeNet, pictures: Pictures, texts: Sequence[str]) -> list[judge.Verdict]:
+    """Whether each picture obeys its caption, by the network."""
+    return [reading.verdict(text) for reading, text in zip(net.read(pictures), texts, strict=True)]

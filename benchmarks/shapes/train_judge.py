@@ -1,0 +1,65 @@
+"""Trains the judge network and writes it with its card: `python -m offcut.benchmarks.shapes.train_judge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...errors import UserError
+from .judge_net import card, stage
+from .judge_net.network import POOLED
+from .judge_net.reader import DIRECTORY, JudgeNet
+from .model import model_path
+
+RUN = Path(__file__).parent / "judge_net" / "run"
+
+
+def train_judge(run: Path, target: Path, settings: stage.JudgeSettings, *, judged: int, resume: bool = True) -> Path:
+    """Trains, stores in fp16, and measures what was stored. Returns `target`.
+
+    Args:
+        run: checkpoint, softened pictures and loss log.
+        target: gets the weights and their README.
+        judged: drawn scenes that are read for the card, none of them from training.
+    """
+    JudgeNet(stage.train_judge(run, settings, resume=resume)).save(target)
+    net, vae = JudgeNet.load(target), model_path() / "vae"
+    read = card.evaluations(net, vae, judged, settings.seed + 1)
+    distances = card.measure(net, vae, judged, settings.seed + 2)
+    text = card.judge_card(run, target, settings.pictures, settings.batch, read, distances, judged, POOLED)
+    (target / "README.md").write_text(text, encoding="utf-8")
+    return target
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Directory of the weights and their card.")] = DIRECTORY,
+    run: Annotated[Path, typer.Option(help="Directory of the checkpoint and the log.")] = RUN,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default.")] = 2,
+    steps: Annotated[int, typer.Option(help="Of training.")] = stage.JudgeSettings.steps,
+    judged: Annotated[int, typer.Option(help="Drawn scenes that are read for the card.", min=2)] = 2000,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint; --no-resume starts anew.")] = True,
+) -> None:
+    """Trains the judge network on drawn scenes, and publishes how it reads new ones."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        made = train_judge(run, out, stage.JudgeSettings(steps=steps), judged=judged, resume=resume)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    print(f"exported to {made}")
+
+
+def application() -> typer.Typer:
+    """The command line: one command, `main`."""
+    app = typer.Typer(add_completion=False)
+    app.command()(main)
+    return app
+
+
+if __name__ == "__main__":
+    application()()

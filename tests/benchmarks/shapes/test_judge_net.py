@@ -1,0 +1,189 @@
+"""The judge network: it reads drawn scenes, its distances order disturbances, its training repeats itself."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offcut.benchmarks.quality.metrics import frechet
+from offcut.benchmarks.shapes import checkpoint, judge, model, scenes, vae_stage
+from offcut.benchmarks.shapes.judge_net import data, stage
+from offcut.benchmarks.shapes.judge_net.evaluate import NONE, evaluate
+from offcut.benchmarks.shapes.judge_net.network import CELL
+from offcut.benchmarks.shapes.judge_net.reader import DIRECTORY, WEIGHTS, JudgeNet, Reading, verdicts
+from offcut.errors import ModelError
+
+DRAWN = data.judged_scenes(200, 987)
+
+
+@pytest.fixture(scope="module")
+def net() -> JudgeNet:
+    return JudgeNet.load()
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    return np.stack([scenes.render(scene) for scene in DRAWN])
+
+
+def test_it_takes_less_than_a_megabyte() -> None:
+    assert sum(path.stat().st_size for path in DIRECTORY.iterdir()) < 1_000_000
+
+
+def test_it_reads_drawn_scenes_with_all_pairs(net: JudgeNet, pictures: np.ndarray) -> None:
+    result = evaluate(DRAWN, net.read(pictures))
+    assert result.scenes == 200
+    assert {"one object", "two objects", "held-out pair"} == result.by_kind.keys()
+    assert result.right >= 0.98, result.by_kind
+
+
+def test_its_card_publishes_what_it_reads() -> None:
+    text = (DIRECTORY / "README.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| as drawn |"))
+    assert float(row.split("|")[-2].strip(" %")) >= 98
+    for name in ("Colour", "Shape", "Relation", "Count", "Background"):
+        assert float(re.search(rf"^{name}, ([\d.]+)% right:$", text, re.MULTILINE)[1]) >= 98  # type: ignore[index]
+    for word in (*scenes.COLOURS, *scenes.SHAPES, *scenes.RELATIONS, *scenes.BACKGROUNDS):
+        assert f"\n| {word} | " in text
+
+
+def test_it_agrees_with_the_rules_on_drawn_scenes(net: JudgeNet, pictures: np.ndarray) -> None:
+    """Asked for the caption and for another one's, both judges say the same."""
+    captions = [scenes.caption(scene) for scene in DRAWN[:8]]
+    for texts in (captions, captions[1:] + captions[:1]):
+        ruled = [judge.judge(picture, text) for picture, text in zip(pictures, texts, strict=False)]
+        assert verdicts(net, pictures[:8], texts) == ruled
+
+
+def test_an_empty_picture_has_no_object(net: JudgeNet) -> None:
+    (reading,) = net.read(np.full((1, 64, 64, 3), scenes.BACKGROUNDS["teal"], dtype=np.uint8))
+    assert reading == Reading("teal", ())
+
+
+def test_distances_are_zero_between_equals_and_grow_with_blur_shift_and_noise(
+    net: JudgeNet, pictures: np.ndarray
+) -> None:
+    few = pictures[:16]
+    random = np.random.default_rng(0)
+
+    def noisy(deviation: float) -> np.ndarray:
+        return np.clip(few + random.normal(scale=deviation, size=few.shape), 0, 255).astype(np.uint8)
+
+    def blurred(times: int) -> np.ndarray:
+        values = few.astype(np.float64)
+        for _ in range(times):
+            padded = np.pad(values, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+            values = sum(padded[:, y : y + 64, x : x + 64] for y in range(3) for x in range(3)) / 9
+        return values.astype(np.uint8)
+
+    assert net.distance(few, few).max() == 0
+    np.testing.assert_allclose(net.distance(few, noisy(4)), net.distance(noisy(0), noisy(4)), rtol=0.5)
+    for steps in (
+        [blurred(1), blurred(3), blurred(9)],
+        [np.roll(few, pixels, axis=2) for pixels in (1, 2, 4)],
+        [noisy(deviation) for deviation in (3, 10, 30)],
+    ):
+        means = [net.distance(few, disturbed).mean() for disturbed in steps]
+        assert 0 < means[0] < means[1] < means[2] <= 2, means
+
+
+def test_reading_leaves_gradients_as_they_were(net: JudgeNet, pictures: np.ndarray) -> None:
+    for act in (net.read, net.pooled, lambda some: net.distance(some, some)):
+        act(pictures[:2])
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_the_frechet_distance_grows_with_what_is_wrong(net: JudgeNet, pictures: np.ndarray) -> None:
+    first, other = net.pooled(pictures[:100]), net.pooled(pictures[100:])
+    noise = np.random.default_rng(0).normal(scale=40, size=pictures[:100].shape)
+    noisy = np.clip(pictures[:100] + noise, 0, 255).astype(np.uint8)
+    one_colour = pictures[:100][..., ::-1].copy()  # red and blue change places
+    undisturbed = frechet(first, other)
+    assert frechet(first, first) == pytest.approx(0, abs=1e-6)
+    assert frechet(net.pooled(noisy), other) > 1.5 * undisturbed
+    assert frechet(net.pooled(one_colour), other) > undisturbed
+
+
+def test_evaluation_counts_each_kind_of_fault() -> None:
+    scene = next(scene for scene in DRAWN if scene.relation == "above")
+    seen = tuple(judge.SeenObject(item.colour, item.shape, item.x, item.y, 1.0) for item in scene.items)
+    right = Reading(scene.background, seen)
+    wrong_colour = dataclasses.replace(seen[0], colour=next(c for c in scenes.COLOURS if c != seen[0].colour))
+    faulty = {
+        "background": Reading(next(b for b in scenes.BACKGROUNDS if b != scene.background), seen),
+        "colour": Reading(scene.background, (wrong_colour, seen[1])),
+        "count": Reading(scene.background, (*seen, dataclasses.replace(seen[0], x=seen[0].x + 20))),
+        "relation": Reading(scene.background, seen[1:]),
+    }
+    assert evaluate([scene], [right]).right == 1
+    for name, reading in faulty.items():
+        result = evaluate([scene], [reading])
+        assert result.right == 0, name
+        assert result.matrices[name].right < 1, name
+    assert evaluate([scene], [faulty["relation"]]).matrices["relation"].counts["above", NONE] == 1
+
+
+@given(st.integers(0, 10_000), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_targets_are_hottest_where_the_objects_are_also_in_a_mirror(seed: int, mirrored: bool) -> None:
+    scene = data.judged_scenes(1, seed)[0]
+    labels = data.labels_of([scene]).mirrored(torch.tensor([mirrored]))
+    heat, colour, shape = data.targets(labels)
+    for item in scene.items:
+        x = 64 - item.x if mirrored else item.x
+        row, column = int(item.y // CELL), int(min(x, 63.999) // CELL)
+        assert heat[0, row, column] > 0.6
+        assert list(scenes.COLOURS)[int(colour[0, row, column])] == item.colour
+        assert scenes.SHAPES[int(shape[0, row, column])] == item.shape
+    assert (heat > 0.6).sum() <= 4 * len(scene.items)
+
+
+def test_a_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = stage.JudgeSettings(steps=4, batch=4, pictures=12, softened=4, save_every=2)
+    whole = stage.train_judge(tmp_path / "whole", small).state_dict()
+    save = checkpoint.save
+
+    def cut_off(path: Path, state: Any) -> None:
+        save(path, state)
+        if path.name == "judge.pt":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            stage.train_judge(tmp_path / "cut", small)
+    assert checkpoint.load(tmp_path / "cut" / "judge.pt")["step"] == 2
+    resumed = stage.train_judge(tmp_path / "cut", small).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_softened_pictures_are_near_the_drawn_ones(pictures: np.ndarray) -> None:
+    drawn = vae_stage.draw(DRAWN[:4])
+    soft = data.softened(drawn, model.model_path() / "vae", 0.0, 1)
+    assert soft.shape == drawn.shape
+    assert 0 < np.abs(soft.astype(int) - drawn).mean() < 8
+
+
+def test_what_it_cannot_read_is_refused(net: JudgeNet, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        net.read(np.zeros((1, 64, 64, 3), dtype=np.float32))
+    with pytest.raises(ValueError, match="64"):
+        net.pooled(np.zeros((1, 32, 32, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="as many"):
+        net.distance(np.zeros((1, 64, 64, 3), dtype=np.uint8), np.zeros((2, 64, 64, 3), dtype=np.uint8))
+    with pytest.raises(ModelError, match="train_judge"):
+        JudgeNet.load(tmp_path)
+    from safetensors.torch import save_file
+
+    save_file({"other": torch.zeros(1)}, tmp_path / WEIGHTS)
+    with pytest.raises(ModelError, match="another network"):
+        JudgeNet.load(tmp_path)
