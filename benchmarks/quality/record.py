@@ -37,10 +37,12 @@ class QualityRow(BaseModel):
     psnr_worst: float | None = None
     ssim: Estimate | None = None
     distance: Estimate | None = Field(None, description="perceptual, of the judge network's features")
-    accuracy: Estimate | None = Field(None, description="share of prompts that came out right, 0..1")
+    accuracy: Estimate | None = Field(None, description="share of prompts right, 0..1, by the judge network")
     accuracy_change: Estimate | None = Field(None, description="against the uncached run, paired by prompt and seed")
+    accuracy_by_rules: Estimate | None = Field(None, description="the same by the rule-based judge")
     frechet: float | None = Field(None, description="distance to drawn scenes of the same captions, judge features")
     samples: list[str] = Field(default_factory=list, description="PNG files beside result.json, of sample_prompts")
+    external: dict[str, float] = Field(default_factory=dict, description="LPIPS, CLIP score, FID by networks given")
     timeline: str | None = Field(None, description="a character for each UNet call: '#' full, '.' shallow")
 
 
@@ -67,6 +69,8 @@ class Quality(BaseModel):
         description="the reference ratio that `cost` uses, measured on Stable Diffusion 1.5"
     )
     shallow_over_full_here: float
+    ratios: dict[str, float] = Field(default_factory=dict, description="the reference ratio of each cut in the rows")
+    ratios_here: dict[str, float] = Field(default_factory=dict, description="this model's own, on this machine")
     rows: list[QualityRow]
     claims: list[Claim] = []
     sample_prompts: list[str] = Field(default_factory=list, description="what each row's samples show, in their order")

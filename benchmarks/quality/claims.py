@@ -1,0 +1,121 @@
+"""Claims of the DeepCache paper (arXiv 2312.00858), put to a run. A claim holds or fails by a confidence interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from . import metrics, plan
+from .plan import Setting
+from .record import Claim, Estimate
+from .scores import Scored
+
+Scores = Mapping[Setting, Scored]
+Compare = Callable[[Scored, Scored], Estimate]
+Goal = Literal["matches", "beats"]
+
+FEWEST = 200
+"""Pictures of a row below which nothing is claimed: of so many, all alike, an event of 1.5 % may still be absent."""
+
+ACCURACY_MARGIN = 0.02
+"""Share of prompts by which a row may fall behind and still match."""
+
+FRECHET_MARGIN = 0.1
+"""The same for the Fréchet distance, as a share of the other's."""
+
+_RESAMPLES = 200  # of a Fréchet distance; each costs an eigenvalue problem
+
+
+def claims(
+    settings: Sequence[Setting], scores: Scores, features: metrics.Values, ratios: Mapping[str, float]
+) -> list[Claim]:
+    """Those that the settings allow: caching against fewer steps for each sampler, and quad against uniform.
+
+    Args:
+        features: of the drawn scenes, (N, D).
+    """
+    frechet = _frechet_difference(features)
+    found = []
+    for sampler in dict.fromkeys(setting.sampler for setting in settings):
+        plain = [row for row in settings if row.sampler == sampler and row.cut == plan.CUTS[0] and _plain(row)]
+        pairs = [(row, other) for row in plain if (other := plan.counterpart(row, settings, ratios))]
+        if pairs:
+            how = f"{sampler}: at the latency of fewer steps, uniform caching"
+            found += [
+                _claim(f"{how} stays nearer to the uncached picture", pairs, scores, _psnr, "beats", 0.0, "dB PSNR"),
+                _claim(f"{how} obeys as many prompts", pairs, scores, _right, "matches", ACCURACY_MARGIN, "of prompts"),
+                _claim(
+                    f"{how} has no larger Fréchet distance", pairs, scores, frechet, "matches", FRECHET_MARGIN, "of it"
+                ),
+            ]
+        for quad in (row for row in settings if row.sampler == sampler and (row.schedule or "").startswith("quad:10")):
+            uniform = next((row for row in plain if row.interval == 10), None)
+            if uniform and quad.cut == uniform.cut:
+                pair = [(quad, uniform)]
+                how = f"{sampler}: at N = 10, the non-uniform schedule beats the uniform one"
+                found += [
+                    _claim(f"{how} in PSNR", pair, scores, _psnr, "beats", 0.0, "dB"),
+                    _claim(f"{how} in Fréchet distance", pair, scores, frechet, "beats", 0.0, "of it"),
+                ]
+    return found
+
+
+def _plain(setting: Setting) -> bool:
+    """Whether it is a uniform schedule without warm-up, as the paper compares."""
+    return setting.schedule == f"uniform:{setting.interval}"
+
+
+def _claim(
+    text: str,
+    pairs: Sequence[tuple[Setting, Setting]],
+    scores: Scores,
+    compare: Compare,
+    goal: Goal,
+    margin: float,
+    unit: str,
+) -> Claim:
+    """Agrees where every pair does, disagrees where one does, else cannot be told; nor from fewer than `FEWEST`."""
+    verdicts, evidence = [], []
+    for first, second in pairs:
+        advantage = compare(scores[first], scores[second])
+        enough = len(scores[first].right) >= FEWEST
+        verdicts.append(verdict(advantage, goal, margin) if enough else None)
+        word = {True: "agrees", False: "disagrees", None: "cannot tell"}[verdicts[-1]]
+        evidence.append(
+            f"{first.name} over {second.name}: {advantage.mean:+.3g} {unit} "
+            f"[{advantage.low:+.3g}, {advantage.high:+.3g}], {word}"
+        )
+    agrees = False if False in verdicts else None if None in verdicts else True
+    tolerated = f"; a lag of {margin:g} counts as a match" if goal == "matches" else ""
+    return Claim(text=text, agrees=agrees, evidence="; ".join(evidence) + tolerated)
+
+
+def verdict(advantage: Estimate, goal: Goal, margin: float) -> bool | None:
+    """Whether the first is better ("beats") or no more than a margin worse ("matches"), by the 95 % interval.
+
+    It fails to beat where it is worse for certain, and to match where it is worse for certain and not within the margin
+    for certain. Otherwise the pictures are too few to tell.
+    """
+    holds = advantage.low > 0 if goal == "beats" else advantage.low >= -margin
+    return True if holds else False if advantage.high < 0 else None
+
+
+def _psnr(first: Scored, second: Scored) -> Estimate:
+    return metrics.estimate(first.psnr - second.psnr)
+
+
+def _right(first: Scored, second: Scored) -> Estimate:
+    return metrics.estimate(first.right - second.right)
+
+
+def _frechet_difference(drawn: metrics.Values) -> Compare:
+    def compare(first: Scored, second: Scored) -> Estimate:
+        """By how much the first's distance is smaller, as a share of the second's; prompts are resampled together."""
+
+        def advantage(rows: metrics.Rows) -> float:
+            theirs = metrics.frechet(second.features[rows], drawn[rows])
+            return 1 - metrics.frechet(first.features[rows], drawn[rows]) / theirs
+
+        return metrics.estimate_of(advantage, len(drawn), resamples=_RESAMPLES)
+
+    return compare

@@ -1,0 +1,205 @@
+"""The pictures of a setting: generated in batches, and kept in parts, so that a run that was cut off goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import InternalError, UserError
+from .metrics import Pictures
+from .plan import Setting
+
+PART = 128
+"""Pictures of a part: what a run that is cut off has to make again at most."""
+
+Progress = Callable[[int], None]
+"""Told of every UNet call: how many pictures it was for."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every setting of a run is asked for.
+
+    Attributes:
+        prompts: one for each picture; picture i starts from the noise of seed `seed + i`.
+        guidance: scale.
+        batch: pictures of one call of the pipeline.
+        identity: of all else that pictures depend on: the bundle and its engine.
+    """
+
+    prompts: tuple[str, ...]
+    guidance: float
+    seed: int
+    batch: int
+    identity: str
+
+    def key(self, setting: Setting, first: int) -> str:
+        """A short digest of what decides the pictures of the part that begins at picture `first`."""
+        prompts = self.prompts[first : first + PART]
+        parts = [self.identity, self.guidance, self.seed, self.batch, first, prompts, setting.name]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Made:
+    """The pictures of a setting.
+
+    Attributes:
+        pictures: uint8 (N, 64, 64, 3).
+        full, shallow: median seconds of one UNet call, for each part where the times were taken; NaN for no such call.
+        timeline: of a generation, as `Run.timeline`.
+    """
+
+    pictures: Pictures
+    full: tuple[float, ...]
+    shallow: tuple[float, ...]
+    timeline: str
+
+
+def make(pipe: Any, task: Task, setting: Setting, folder: Path, on_call: Progress = lambda count: None) -> Made:
+    """Generates the pictures of a setting, but for the parts that lie in `folder` already.
+
+    Args:
+        pipe: from ``offcut.load``, any scheduler.
+        folder: gets a file for each part, written beside its place and renamed, so that it is always whole.
+
+    Raises:
+        UserError: `folder` cannot be written.
+    """
+    parts = []
+    for first in range(0, len(task.prompts), PART):
+        path = folder / f"{task.key(setting, first)}.npz"
+        part = _read(path)
+        if part is None:
+            part = _part(pipe, task, setting, first, on_call)
+            _write(path, part)
+        parts.append(part)
+    timelines = {part.timeline for part in parts}
+    if len(timelines) != 1:
+        raise InternalError(f"{setting.name}: parts of one setting ran different calls: {', '.join(timelines)}")
+    return Made(
+        np.concatenate([part.pictures for part in parts]),
+        sum((part.full for part in parts), ()),
+        sum((part.shallow for part in parts), ()),
+        timelines.pop(),
+    )
+
+
+def missing(task: Task, setting: Setting, folder: Path) -> int:
+    """How many pictures of a setting are still to be made."""
+    starts = range(0, len(task.prompts), PART)
+    absent = [first for first in starts if not (folder / f"{task.key(setting, first)}.npz").exists()]
+    return sum(len(task.prompts[first : first + PART]) for first in absent)
+
+
+def scheduler(config: Any, sampler: str) -> Any:
+    """The diffusers scheduler of that name in `plan.SAMPLERS`, on the noise schedule of a pipeline's own."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
+
+    classes = {
+        "ddim": DDIMScheduler,
+        "dpm++ 2m": DPMSolverMultistepScheduler,
+        "euler ancestral": EulerAncestralDiscreteScheduler,
+    }
+    return classes[sampler].from_config(config)
+
+
+def _part(pipe: Any, task: Task, setting: Setting, first: int, on_call: Progress) -> Made:
+    own = pipe.scheduler
+    pipe.scheduler = scheduler(own.config, setting.sampler)
+    pipe.unet.set_schedule(setting.parsed, cut=setting.cut)
+    pipe.unet.record_times = True
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        pictures, runs = [], []
+        end = min(first + PART, len(task.prompts))
+        for start in range(first, end, task.batch):
+            pictures.append(_batch(pipe, task, setting, range(start, min(start + task.batch, end)), on_call))
+            runs.append(pipe.unet.last_run)
+    finally:
+        pipe.scheduler = own
+    medians = []
+    for kind in (True, False):
+        times = [seconds for run in runs for full, seconds in zip(run.full, run.seconds, strict=True) if full is kind]
+        medians.append((float(np.median(times)) if times else float("nan"),))
+    return Made(np.concatenate(pictures), *medians, runs[0].timeline)
+
+
+def _batch(pipe: Any, task: Task, setting: Setting, places: range, on_call: Progress) -> Pictures:
+    import torch
+
+    def step_ended(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_call(len(places))
+        return tensors
+
+    images = pipe(
+        [task.prompts[place] for place in places],
+        num_inference_steps=setting.steps,
+        guidance_scale=task.guidance,
+        generator=[torch.Generator().manual_seed(task.seed + place) for place in places],
+        callback_on_step_end=step_ended,
+        output_type="np",
+    ).images
+    return np.asarray(np.rint(images * 255).astype(np.uint8))
+
+
+def _read(path: Path) -> Made | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            return Made(
+                kept["pictures"], (float(kept["full"]),), (float(kept["shallow"]),), str(kept["timeline"].item())
+            )
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, and its pictures are made again") from error
+
+
+def _write(path: Path, part: Made) -> None:
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            np.savez_compressed(
+                file,
+                pictures=part.pictures,
+                full=np.float64(part.full[0]),
+                shallow=np.float64(part.shallow[0]),
+                timeline=np.str_(part.timeline),
+            )
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; give another directory with -o") from error
+
+
+def prompts(count: int, seed: int) -> tuple[str, ...]:
+    """So many captions, kinds in turn: one object, two objects, a pair of colour and shape that was never trained."""
+    from ..shapes.score import KINDS
+    from ..shapes.score import prompts as of_kind
+
+    each = [of_kind(kind, -(-count // len(KINDS)), seed + index) for index, kind in enumerate(KINDS)]
+    return tuple(text for row in zip(*each, strict=True) for text in row)[:count]
+
+
+def drawn(texts: Sequence[str], seed: int) -> Pictures:
+    """A scene drawn for each caption; what a caption leaves open is drawn from `seed`."""
+    from ..shapes import scenes
+
+    random = np.random.default_rng(seed)
+    return np.stack([scenes.render(scenes.scene_from_caption(text, random)) for text in texts])
+
+
+def time_full_call(pipe: Any, task: Task) -> float:
+    """Seconds of a full UNet call for one picture of a batch: the median of a short generation."""
+    setting = Setting("ddim", 8)
+    one = Task(task.prompts[: task.batch], task.guidance, task.seed, task.batch, task.identity)
+    made = _part(pipe, one, setting, 0, lambda count: None)
+    return made.full[0] / len(made.pictures)

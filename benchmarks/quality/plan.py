@@ -1,0 +1,223 @@
+"""Which settings a quality run compares, and what each costs."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ...errors import UserError
+from ...exporter.cut import canonical_name
+from ...runtime.schedule import Quad, Schedule, Uniform, parse
+from ..latency.record import Latency
+
+SAMPLERS = ("ddim", "dpm++ 2m", "euler ancestral")
+"""Two deterministic ones, and one that adds fresh noise at every step."""
+
+INTERVALS = (1, 2, 3, 5, 10)
+CUTS = ("deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3")
+WARMUPS = (0, 1, 2, 3)
+
+SHALLOW_OVER_FULL: Mapping[str, float] = {
+    "deepcache:0": 0.10,
+    "deepcache:1": 0.25,
+    "deepcache:2": 0.40,
+    "deepcache:3": 0.50,
+}
+"""A shallow call's time over a full one's on Stable Diffusion 1.5."""
+
+_BASE = 5  # the interval around which the other axes vary
+_TOLERANCE = 0.06  # a planned number of steps stands in for another that differs by at most this share
+
+Kind = Literal["uniform", "quad"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to make the pictures.
+
+    Attributes:
+        sampler: one of `SAMPLERS`.
+        steps: of the sampler; each is one UNet call.
+        schedule: in its text form; None where every call is full.
+        cut: of the shallow calls; None where there are none.
+        fewer: whether this is an uncached run at a cached one's latency.
+    """
+
+    sampler: str
+    steps: int
+    schedule: str | None = None
+    cut: str | None = None
+    fewer: bool = False
+
+    @property
+    def name(self) -> str:
+        """Unique in a run, e.g. ``ddim 50, uniform:5:warmup=2, deepcache:0``."""
+        ways = "uncached" if self.schedule is None else f"{self.schedule}, {self.cut}"
+        return f"{self.sampler} {self.steps}, {ways}"
+
+    @property
+    def kind(self) -> str:
+        """As `QualityRow.kind`."""
+        return "fewer steps" if self.fewer else "uncached" if self.schedule is None else "cached"
+
+    @property
+    def parsed(self) -> Schedule | None:
+        """The schedule."""
+        return None if self.schedule is None else parse(self.schedule)
+
+    @property
+    def interval(self) -> int | None:
+        """N of a uniform or quad schedule; 1 where every call is full."""
+        schedule = self.parsed
+        if schedule is None:
+            return 1
+        return schedule.interval if isinstance(schedule, Uniform | Quad) else None
+
+    @property
+    def full_calls(self) -> int:
+        """Of one image."""
+        schedule = self.parsed
+        return self.steps if schedule is None else len(schedule.full_calls(self.steps))
+
+    def cost(self, ratios: Mapping[str, float]) -> float:
+        """Of one image in full calls, where a shallow call costs its cut's ratio."""
+        shallow = self.steps - self.full_calls
+        return self.full_calls + (shallow * ratios[self.cut] if self.cut else 0.0)
+
+
+def cached(sampler: str, steps: int, kind: Kind, interval: int, cut: str = CUTS[0], warmup: int = 0) -> Setting:
+    """A setting with caching, or without where the interval is 1.
+
+    The centre of a quad schedule is the paper's, call 15 of 50, in proportion to the steps.
+    """
+    if interval == 1:
+        return Setting(sampler, steps)
+    center = round(0.3 * steps)
+    schedule = Uniform(interval, warmup=warmup) if kind == "uniform" else Quad(interval, center, warmup=warmup)
+    return Setting(sampler, steps, str(schedule), canonical_name(cut))
+
+
+def full_plan(steps: int) -> list[Setting]:
+    """Each axis around DDIM, interval 5, uniform, `deepcache:0`, no warm-up; other samplers at half the steps."""
+    rows = [cached("ddim", steps, "uniform", interval) for interval in INTERVALS]
+    rows += [cached("ddim", steps, "quad", interval) for interval in (_BASE, 10)]
+    rows += [cached("ddim", steps, "uniform", _BASE, cut) for cut in CUTS[1:]]
+    rows += [cached("ddim", steps, "uniform", _BASE, warmup=warmup) for warmup in WARMUPS[1:]]
+    for sampler in SAMPLERS[1:]:
+        half = max(4, steps // 2)
+        rows += [cached(sampler, half, "uniform", interval) for interval in (1, 3, _BASE, 10)]
+        rows.append(cached(sampler, half, "uniform", _BASE, warmup=2))
+        rows.append(cached(sampler, half, "quad", 10))
+    return rows
+
+
+def quick_plan(steps: int) -> list[Setting]:
+    """A few rows that touch every part: both schedules, two intervals, one ancestral row."""
+    rows = [cached("ddim", steps, "uniform", interval) for interval in (1, 3, 10)]
+    rows.append(cached("ddim", steps, "quad", 10))
+    half = max(4, steps // 2)
+    return rows + [cached("euler ancestral", half, "uniform", interval, warmup=2) for interval in (1, 3)]
+
+
+def product_plan(
+    steps: int,
+    samplers: Sequence[str],
+    kinds: Sequence[Kind],
+    intervals: Sequence[int],
+    cuts: Sequence[str],
+    warmups: Sequence[int],
+) -> list[Setting]:
+    """Every combination, and the uncached run of each sampler.
+
+    Raises:
+        UserError: an unknown sampler.
+        ScheduleError, CutError: another value that cannot be.
+    """
+    for sampler in samplers:
+        if sampler not in SAMPLERS:
+            raise UserError(f"{sampler!r} is no sampler here: choose one of {', '.join(SAMPLERS)}")
+    rows = [Setting(sampler, steps) for sampler in samplers]
+    rows += [
+        cached(sampler, steps, kind, interval, cut, warmup)
+        for sampler in samplers
+        for kind in kinds
+        for interval in intervals
+        for cut in cuts
+        for warmup in warmups
+    ]
+    return list(dict.fromkeys(rows))
+
+
+def with_fewer_steps(settings: Sequence[Setting], ratios: Mapping[str, float]) -> list[Setting]:
+    """The settings, then for each cached one the uncached run with the nearest number of steps at the same cost.
+
+    One such run serves all cached ones whose costs differ from it by at most 6 %.
+    """
+    rows = list(dict.fromkeys(settings))
+    made: list[Setting] = []
+    for setting in (row for row in rows if row.schedule):
+        steps = max(1, round(setting.cost(ratios)))
+        if steps < setting.steps and not any(_fits(other, setting, ratios) for other in made):
+            made.append(Setting(setting.sampler, steps, fewer=True))
+    return rows + made
+
+
+def reference_ratios(settings: Sequence[Setting], given: Mapping[str, float]) -> dict[str, float]:
+    """A shallow call's time over a full one's on Stable Diffusion 1.5, for the cuts of the settings.
+
+    Args:
+        given: by cut, in place of what was measured for this project.
+
+    Raises:
+        UserError: a ratio is not between 0 and 1, or none is known for a cut.
+    """
+    ratios = {**SHALLOW_OVER_FULL, **{canonical_name(cut): ratio for cut, ratio in given.items()}}
+    for setting in settings:
+        if setting.cut and setting.cut not in ratios:
+            raise UserError(
+                f"no shallow call of {setting.cut} was measured on Stable Diffusion 1.5: say what share of a full one "
+                f"it takes, e.g. --shallow-ratio {setting.cut}=0.2"
+            )
+    for cut, ratio in ratios.items():
+        if not 0 < ratio < 1:
+            raise UserError(f"the shallow ratio of {cut} is {ratio:g}, but must lie between 0 and 1")
+    return ratios
+
+
+def measured_ratios(latency: Latency) -> dict[str, float]:
+    """The same by cut, from a run of ``offcut bench latency``: medians of the calls alone, else of those in the loops.
+
+    Raises:
+        UserError: the run has no cached contestant.
+    """
+    ratios: dict[str, list[float]] = {}
+    for row in latency.contestants:
+        named = re.search(r"(deepcache|paper):\d+|mlperf", row.caching or "")
+        full, shallow = row.full_alone or row.full, row.shallow_alone or row.shallow
+        if row.family == "offcut" and named and full and shallow:
+            ratio = statistics.median(shallow) / statistics.median(full)
+            ratios.setdefault(canonical_name(named[0]), []).append(ratio)
+    if not ratios:
+        raise UserError("the latency result has no cached row of offcut's: measure one with offcut bench latency")
+    return {cut: statistics.median(values) for cut, values in ratios.items()}
+
+
+def counterpart(setting: Setting, rows: Iterable[Setting], ratios: Mapping[str, float]) -> Setting | None:
+    """The run with fewer steps that costs nearest to a cached setting's; None if none is planned for it."""
+    cost = setting.cost(ratios)
+    same = [row for row in rows if row.fewer and row.sampler == setting.sampler]
+    nearest = min(same, key=lambda row: abs(row.steps - cost), default=None)
+    return nearest if nearest and _fits(nearest, setting, ratios) else None
+
+
+def _fits(fewer: Setting, setting: Setting, ratios: Mapping[str, float]) -> bool:
+    cost = setting.cost(ratios)
+    return fewer.sampler == setting.sampler and abs(fewer.steps - cost) <= max(0.5, _TOLERANCE * cost)
+
+
+def reference(setting: Setting, rows: Iterable[Setting]) -> Setting:
+    """The uncached run with all steps that a row is compared with: the sampler's own."""
+    return next(row for row in rows if row.kind == "uncached" and row.sampler == setting.sampler)

@@ -1,0 +1,152 @@
+"""Makes every setting's pictures, and says how near to the uncached ones, how right, and how like drawings they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..shapes.judge_net.reader import JudgeNet
+from . import claims, metrics, pictures, plan
+from .external import External
+from .pictures import Made, Task
+from .plan import Setting
+from .record import Quality, QualityRow
+from .scores import Scored, score
+
+SAMPLES = 4
+"""Prompts whose pictures are kept as PNG files."""
+
+Stage = Callable[[str], None]
+
+
+def run(
+    pipe: Any,
+    task: Task,
+    settings: Sequence[Setting],
+    folder: Path,
+    *,
+    ratios: Mapping[str, float],
+    model: str,
+    external: External | None = None,
+    on_call: pictures.Progress = lambda count: None,
+    stage: Stage = lambda text: None,
+) -> Quality:
+    """Makes and scores the pictures of all settings.
+
+    Args:
+        pipe: from ``offcut.load``, of the shapes model.
+        settings: each cached or shortened one with its sampler's uncached one among them.
+        folder: of ``result.json``; gets the pictures (``pictures/``) and the samples (``samples/``).
+        ratios: a shallow call's time over a full one's on Stable Diffusion 1.5, by cut.
+        model: its name in the result.
+        external: networks of the user's for further figures.
+        on_call: told of every UNet call.
+        stage: told what is being done between the pictures.
+
+    Raises:
+        UserError: `folder` cannot be written, or something in it is damaged.
+        MissingExtraError: torchmetrics is missing.
+    """
+    metrics.require_torchmetrics()
+    made = {}
+    for setting in settings:
+        stage(setting.name)
+        made[setting] = pictures.make(pipe, task, setting, folder / "pictures", on_call)
+    here = {cut: _ratio(cut, made) for cut in dict.fromkeys(setting.cut for setting in settings) if cut}
+
+    net = JudgeNet.load()
+    truth = pictures.drawn(task.prompts, task.seed)
+    features = net.pooled(truth)
+    scored = {}
+    for setting in settings:
+        stage(f"judge: {setting.name}")
+        scored[setting] = score(net, task, made[setting], made[plan.reference(setting, settings)])
+    stage("confidence intervals")
+    rows = []
+    for setting in settings:
+        base = plan.reference(setting, settings)
+        row = _row(setting, made[setting].timeline, scored[setting], scored[base], features, ratios, here)
+        row.samples = _samples(folder, setting, made[setting])
+        if external:
+            against = None if setting == base else made[base].pictures
+            row.external = external.figures(made[setting].pictures, task.prompts, against, truth)
+        rows.append(row)
+    stage("claims")
+    found = claims.claims(settings, scored, features, ratios)
+    first = next((setting.cut for setting in settings if setting.cut), plan.CUTS[0])
+    return Quality(
+        model=model,
+        engine=pipe.unet.engine,
+        guidance=task.guidance,
+        images=len(task.prompts),
+        shallow_over_full=ratios[first],
+        shallow_over_full_here=here.get(first, float(ratios[first])),
+        ratios={cut: ratios[cut] for cut in here},
+        ratios_here=here,
+        rows=rows,
+        claims=found,
+        sample_prompts=list(task.prompts[:SAMPLES]),
+    )
+
+
+def _ratio(cut: str, made: Mapping[Setting, Made]) -> float:
+    """Shallow over full on this model: the median over parts of the ratio within a part, of all rows with this cut."""
+    pairs = [
+        shallow / full
+        for setting, each in made.items()
+        if setting.cut == cut
+        for full, shallow in zip(each.full, each.shallow, strict=True)
+    ]
+    return float(np.nanmedian(pairs))
+
+
+def _row(
+    setting: Setting,
+    timeline: str,
+    scored: Scored,
+    base: Scored,
+    features: metrics.Values,
+    ratios: Mapping[str, float],
+    here: Mapping[str, float],
+) -> QualityRow:
+    own = scored is base
+    schedule = setting.parsed
+    return QualityRow(
+        name=setting.name,
+        kind=setting.kind,
+        sampler=setting.sampler,
+        steps=setting.steps,
+        schedule=setting.schedule,
+        cut=setting.cut,
+        interval=setting.interval,
+        warmup=schedule.warmup if schedule else None,
+        full_calls=timeline.count("#"),
+        shallow_calls=timeline.count("."),
+        images=len(scored.right),
+        cost=setting.cost(ratios),
+        cost_here=setting.cost(here),
+        psnr=None if own else metrics.estimate(scored.psnr),
+        psnr_worst=None if own else float(scored.psnr.min()),
+        ssim=None if own else metrics.estimate(scored.ssim),
+        distance=None if own else metrics.estimate(scored.distance),
+        accuracy=metrics.estimate(scored.right),
+        accuracy_change=None if own else metrics.estimate(scored.right - base.right),
+        accuracy_by_rules=metrics.estimate(scored.right_by_rules),
+        frechet=metrics.frechet(scored.features, features),
+        timeline=timeline,
+    )
+
+
+def _samples(folder: Path, setting: Setting, made: Made) -> list[str]:
+    from PIL import Image
+
+    slug = re.sub(r"[^a-z0-9]+", "-", setting.name.lower()).strip("-")
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    names = [f"samples/{slug}-{index}.png" for index in range(min(SAMPLES, len(made.pictures)))]
+    for name, picture in zip(names, made.pictures, strict=False):
+        Image.fromarray(picture).save(folder / name, optimize=True)
+    return names

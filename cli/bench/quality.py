@@ -1,0 +1,284 @@
+"""``offcut bench quality``: what caching costs in quality, beside what fewer steps cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE
+from rich.table import Table
+
+from ..shell import EngineName, Json, Threads, err, out, print_json, quiet_libraries, stages
+
+if TYPE_CHECKING:
+    from ...benchmarks.quality.pictures import Task
+    from ...benchmarks.quality.plan import Setting
+    from ...benchmarks.quality.record import Estimate, Quality, QualityRow
+
+_PACKAGES = ("offcut", "torch", "diffusers", "transformers", "onnxruntime", "openvino", "torchmetrics", "numpy")
+_IMAGES = {"quick": 32, "full": 1000}
+
+
+class Plan(StrEnum):
+    """Which settings are compared."""
+
+    QUICK = "quick"
+    FULL = "full"
+
+
+class Kind(StrEnum):
+    """Schedules of the paper."""
+
+    UNIFORM = "uniform"
+    QUAD = "quad"
+
+
+def quality(
+    bundle: Annotated[
+        Path, typer.Argument(metavar="[BUNDLE]", help="The shapes model's bundle; built there if absent.")
+    ] = Path("shapes-quality.offcut"),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Directory of result.json; a run that was cut off goes on there.")
+    ] = Path("bench-quality"),
+    plan: Annotated[Plan, typer.Option(help="full varies interval, cut, schedule, warm-up and sampler.")] = Plan.QUICK,
+    images: Annotated[int | None, typer.Option(help="Of each setting; 32, or 1000 in the full plan.", min=2)] = None,
+    steps: Annotated[int, typer.Option(help="Of DDIM; the plans give other samplers half of them.", min=8)] = 50,
+    interval: Annotated[
+        list[int] | None,
+        typer.Option(help="Instead of a plan: every combination of these. Again for several.", min=1),
+    ] = None,
+    sampler: Annotated[
+        list[str] | None, typer.Option(help="Of a combination: ddim, dpm++ 2m, euler ancestral. Again for several.")
+    ] = None,
+    cut: Annotated[
+        list[str] | None, typer.Option(help="Of a combination, e.g. deepcache:1. Again for several.")
+    ] = None,
+    warmup: Annotated[
+        list[int] | None, typer.Option(help="Of a combination: first calls that are full. Again for several.", min=0)
+    ] = None,
+    schedule: Annotated[list[Kind] | None, typer.Option(help="Of a combination. Again for both.")] = None,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.")] = 3.0,
+    seed: Annotated[int, typer.Option(help="Of the prompts, and of the first image's noise.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Images of a pipeline call.", min=1)] = 16,
+    engine: EngineName = "auto",
+    threads: Threads = None,
+    shallow_ratio: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CUT=RATIO", help="A shallow call's time over a full one's, for equal latency."),
+    ] = None,
+    latency: Annotated[
+        Path | None, typer.Option(help="Take these ratios from what offcut bench latency wrote on Stable Diffusion.")
+    ] = None,
+    lpips: Annotated[Path | None, typer.Option(help="Also LPIPS: torchvision's weights of its backbone.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="Also CLIP score: directory of a CLIP model and processor.")] = None,
+    fid: Annotated[Path | None, typer.Option(help="Also FID: a TorchScript network from uint8 pictures.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the settings and the time they take.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare cached runs with the uncached one, and with fewer steps at equal latency, on the shapes model."""
+    from ...benchmarks import record
+    from ...benchmarks.quality import metrics, pictures
+    from ...benchmarks.quality.plan import reference_ratios, with_fewer_steps
+    from ...benchmarks.quality.run import run
+    from ...benchmarks.report.page import write_report
+    from ...engines.bundle import Bundle
+    from ...runtime.pipeline import load
+
+    metrics.require_torchmetrics()
+    began, started = time.perf_counter(), record.now()
+    environment = record.environment(_PACKAGES)
+    asked = _settings(plan, steps, sampler, schedule, interval, cut, warmup)
+    ratios = reference_ratios(asked, _given(shallow_ratio or [], latency))
+    settings = with_fewer_steps(asked, ratios)
+    networks = _networks(lpips, clip, fid)
+    _build(bundle, engine, list(dict.fromkeys(setting.cut for setting in settings if setting.cut)))
+    opened = Bundle.open(bundle)
+    choice = opened.choose_engine(engine)
+    err.print(f"engine {choice.name}: {choice.reason}", highlight=False)
+    quiet_libraries()
+    pipe = load(opened, engine=choice.name, threads=threads)
+    versions = [f"{name} {environment.packages.get(name)}" for name in ("diffusers", choice.name)]
+    task = pictures.Task(
+        prompts=pictures.prompts(images or _IMAGES[plan], 1000 + seed),
+        guidance=guidance,
+        seed=seed,
+        batch=batch,
+        identity=" ".join([opened.digest, choice.name, *versions]),
+    )
+    _announce(pipe, task, settings, output, ratios)
+    if dry_run:
+        return
+    total = sum(setting.steps * pictures.missing(task, setting, output / "pictures") for setting in settings)
+    with _progress(total) as (on_call, stage):
+        measured = run(
+            pipe,
+            task,
+            settings,
+            output,
+            ratios=ratios,
+            model="shapes",
+            external=networks,
+            on_call=on_call,
+            stage=stage,
+        )
+    result = record.Result(
+        title="What caching costs in quality, on the shapes model",
+        command=record.command_line(),
+        started=started,
+        seconds=round(time.perf_counter() - began, 1),
+        environment=environment,
+        quality=measured,
+    )
+    path = result.save(output)
+    write_report([result], output)
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+        return
+    _print(measured)
+    out.print(f"[bold]{path}[/]")
+
+
+def _settings(
+    plan: Plan,
+    steps: int,
+    samplers: Sequence[str] | None,
+    kinds: Sequence[Kind] | None,
+    intervals: Sequence[int] | None,
+    cuts: Sequence[str] | None,
+    warmups: Sequence[int] | None,
+) -> list[Setting]:
+    from ...benchmarks.quality.plan import full_plan, product_plan, quick_plan
+
+    if any(given is not None for given in (samplers, kinds, intervals, cuts, warmups)):
+        return product_plan(
+            steps,
+            samplers or ["ddim"],
+            [kind.value for kind in kinds or [Kind.UNIFORM]],  # type: ignore[misc]
+            intervals or [5],
+            cuts or ["deepcache:0"],
+            warmups or [0],
+        )
+    return full_plan(steps) if plan == Plan.FULL else quick_plan(steps)
+
+
+def _given(texts: Sequence[str], latency: Path | None) -> dict[str, float]:
+    """Ratios by cut: those of a latency result, then those given by hand."""
+    from ...benchmarks import record
+    from ...benchmarks.quality.plan import measured_ratios
+    from ...errors import UserError
+
+    ratios: dict[str, float] = {}
+    if latency is not None:
+        measured = record.read(latency).latency
+        if measured is None:
+            raise UserError(f"{latency} holds no latency: give what offcut bench latency wrote")
+        ratios |= measured_ratios(measured)
+    for text in texts:
+        name, _, value = text.rpartition("=")
+        try:
+            ratios[name or "deepcache:0"] = float(value)
+        except ValueError as error:
+            raise typer.BadParameter(f"{text!r} is not CUT=RATIO", param_hint="--shallow-ratio") from error
+    return ratios
+
+
+def _networks(lpips: Path | None, clip: Path | None, fid: Path | None) -> Any:
+    if lpips is None and clip is None and fid is None:
+        return None
+    from ...benchmarks.quality.external import External
+
+    return External(lpips=lpips, clip=clip, fid=fid)
+
+
+def _build(bundle: Path, engine: str, cuts: Sequence[str]) -> None:
+    """Builds the shapes model's bundle where there is none; one that lacks a cut gets it."""
+    from ...benchmarks.shapes.model import model_path
+    from ...engines.build import build
+
+    with stages() as stage:
+        build(model_path(), bundle, cuts=list(cuts) or None, engine=engine, progress=stage)
+
+
+def _announce(pipe: Any, task: Task, settings: Sequence[Setting], output: Path, ratios: dict[str, float]) -> None:
+    """What is to come, and how long it takes, by a batch that is timed."""
+    from ...benchmarks.quality import pictures
+
+    missing = {setting: pictures.missing(task, setting, output / "pictures") for setting in settings}
+    kinds = {kind: sum(setting.kind == kind for setting in settings) for kind in ("uncached", "cached", "fewer steps")}
+    counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    err.print(f"{len(settings)} settings ({counted}) of {len(task.prompts)} images", highlight=False)
+    if not any(missing.values()):
+        return
+    full = pictures.time_full_call(pipe, task)
+    calls = sum(setting.cost(ratios) * count for setting, count in missing.items())
+    hours, minutes = divmod(round(full * calls / 60), 60)
+    err.print(
+        f"to make: {sum(missing.values())} images, as much as {calls:,.0f} full UNet calls of {1000 * full:.1f} ms: "
+        f"about {hours} h {minutes:02d} min, more where a shallow call takes a larger share than on Stable Diffusion",
+        highlight=False,
+    )
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
+    """A bar over the UNet calls, with the time that is left; what is being done stands before it."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, speed_estimate_period=300) as progress:
+        task = progress.add_task("", total=total)
+        yield (
+            lambda count: progress.advance(task, count),
+            lambda text: progress.update(task, description=text),
+        )
+
+
+def _print(measured: Quality) -> None:
+    table = Table(box=SIMPLE)
+    for heading in ("setting", "cost", "PSNR", "SSIM", "right %", "change", "Fréchet"):
+        table.add_column(heading, justify="left" if heading == "setting" else "right", no_wrap=True)
+    for sampler in dict.fromkeys(row.sampler for row in measured.rows):
+        for row in sorted((row for row in measured.rows if row.sampler == sampler), key=lambda row: -row.cost):
+            table.add_row(
+                _short(row),
+                f"{row.cost:.1f}",
+                _mean(row.psnr, 1),
+                _mean(row.ssim, 3),
+                _mean(row.accuracy, 1, 100),
+                _interval(row.accuracy_change),
+                "" if row.frechet is None else f"{row.frechet:.3f}",
+            )
+        table.add_section()
+    out.print(table)
+    out.print(
+        f"{measured.images} images a row, {measured.engine}. cost: full UNet calls, a shallow one counted as on Stable "
+        f"Diffusion 1.5 ({_ratios(measured.ratios)}); here it took {_ratios(measured.ratios_here)}. PSNR (dB), SSIM: "
+        "to the uncached image. change: of right %, paired, 95 % interval. Fréchet: to drawn scenes.",
+        highlight=False,
+    )
+    for claim in measured.claims:
+        word = {True: "[green]agrees[/]", False: "[red]disagrees[/]", None: "[yellow]cannot tell[/]"}[claim.agrees]
+        out.print(f"{word}  {claim.text}", highlight=False)
+
+
+def _short(row: QualityRow) -> str:
+    if row.schedule is None:
+        return f"{row.sampler} {row.steps}" + (", uncached" if row.kind == "uncached" else "")
+    return f"  {row.schedule}, {(row.cut or '').replace('deepcache:', 'cut ')}"
+
+
+def _mean(value: Estimate | None, digits: int, scale: float = 1) -> str:
+    return "" if value is None else f"{value.mean * scale:.{digits}f}"
+
+
+def _interval(value: Estimate | None) -> str:
+    return "" if value is None else f"{100 * value.low:+.1f}..{100 * value.high:+.1f}"
+
+
+def _ratios(ratios: dict[str, float]) -> str:
+    return ", ".join(f"{cut} {ratio:.2f}" for cut, ratio in ratios.items())

@@ -1,0 +1,103 @@
+"""Figures of pictures: against closed forms, and intervals against theory."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from offcut.benchmarks.generate import psnr as psnr_of_two
+from offcut.benchmarks.quality import metrics
+from offcut.errors import MissingExtraError, UserError
+
+
+def noise(seed: int, count: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, size=(count, 64, 64, 3), dtype=np.uint8)
+
+
+def test_psnr_is_that_of_offcut_run_and_finite_for_equal_pictures() -> None:
+    first, second = noise(0), noise(1)
+    single = [psnr_of_two(Image.fromarray(a), Image.fromarray(b)) for a, b in zip(first, second, strict=True)]
+    np.testing.assert_allclose(metrics.psnr(first, second), single)
+    assert metrics.psnr(first, first).tolist() == [metrics.EQUAL] * 3
+    least = first.copy()
+    least[:, 0, 0, 0] ^= 1
+    assert (metrics.psnr(first, least) < metrics.EQUAL).all()
+
+
+def test_ssim_is_one_for_equals_and_falls_with_noise() -> None:
+    first = np.repeat(np.repeat(noise(0)[:, :8, :8], 8, axis=1), 8, axis=2)
+    random = np.random.default_rng(1)
+
+    def disturbed(deviation: float) -> np.ndarray:
+        return np.clip(first + random.normal(scale=deviation, size=first.shape), 0, 255).astype(np.uint8)
+
+    np.testing.assert_allclose(metrics.ssim(first, first), 1)
+    slight, strong = metrics.ssim(first, disturbed(5)), metrics.ssim(first, disturbed(50))
+    assert ((slight < 1) & (slight > strong)).all()
+    alone = [metrics.ssim(first[place : place + 1], disturbed(0)[place : place + 1])[0] for place in range(3)]
+    np.testing.assert_allclose(alone, metrics.ssim(first, disturbed(0)))
+
+
+def test_without_torchmetrics_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"offcut\[bench\]"):
+        metrics.require_torchmetrics()
+
+
+@given(st.floats(-3, 3), st.floats(0.2, 4), st.integers(1, 6))
+@settings(max_examples=30, deadline=None)
+def test_frechet_is_the_closed_form_where_covariances_commute(shift: float, scale: float, width: int) -> None:
+    """``C2 = s² C1`` and means apart by d: ``|d|² + (1 - s)² tr(C1)``."""
+    features = np.random.default_rng(width).normal(size=(50, width))
+    other = (features - features.mean(axis=0)) * scale + features.mean(axis=0) + shift
+    expected = width * shift**2 + (1 - scale) ** 2 * features.var(axis=0, ddof=1).sum()
+    assert metrics.frechet(features, other) == pytest.approx(expected, abs=1e-6)
+    assert metrics.frechet(other, features) == pytest.approx(expected, abs=1e-6)
+
+
+def test_frechet_needs_two_pictures() -> None:
+    with pytest.raises(UserError, match="at least two"):
+        metrics.frechet(np.zeros((1, 4)), np.zeros((5, 4)))
+
+
+def test_frechet_is_biased_upward_by_few_pictures() -> None:
+    random = np.random.default_rng(0)
+    few, many = (metrics.frechet(*random.normal(size=(2, count, 20))) for count in (50, 2000))
+    assert few > 5 * many
+
+
+def test_an_estimate_is_that_of_theory_and_repeats_itself() -> None:
+    values = np.random.default_rng(0).normal(size=400)
+    made = metrics.estimate(values)
+    half = 1.96 * values.std() / np.sqrt(400)
+    assert made.mean == pytest.approx(values.mean())
+    assert made.low == pytest.approx(values.mean() - half, abs=0.15 * half)
+    assert made.high == pytest.approx(values.mean() + half, abs=0.15 * half)
+    assert made == metrics.estimate(values)
+    assert made != metrics.estimate(values, seed=1)
+
+
+def test_pairing_tells_apart_what_two_means_cannot() -> None:
+    random = np.random.default_rng(0)
+    base = random.normal(scale=5, size=300)
+    better = base + 0.2 + random.normal(scale=0.1, size=300)
+    assert metrics.estimate(better).low < base.mean()
+    assert metrics.estimate(better - base).low > 0.15
+
+
+def test_the_interval_of_a_figure_that_resampling_raises_is_reflected() -> None:
+    """Resampling raises a Fréchet distance; the interval must not follow it upward."""
+    random = np.random.default_rng(0)
+    first, second = random.normal(size=(300, 10)), random.normal(size=(300, 10)) + 0.5
+    drawn = [random.integers(300, size=300) for _ in range(50)]
+    raised = np.mean([metrics.frechet(first[rows], second[rows]) for rows in drawn])
+    made = metrics.estimate_of(lambda rows: metrics.frechet(first[rows], second[rows]), 300, resamples=100)
+    assert raised > made.mean
+    assert made.low < made.mean < made.high
+    assert made.mean - made.low > made.high - made.mean
+
+
+def test_pictures_that_do_not_pair_are_refused() -> None:
+    with pytest.raises(ValueError, match="as many"):
+        metrics.psnr(noise(0, 2), noise(0, 3))

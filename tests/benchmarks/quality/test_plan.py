@@ -1,0 +1,93 @@
+"""Plans: what they vary, what rows cost, and which runs with fewer steps stand beside them."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offcut.benchmarks.latency.record import Contestant, Latency
+from offcut.benchmarks.quality import plan
+from offcut.benchmarks.quality.plan import SHALLOW_OVER_FULL, Setting
+from offcut.errors import UserError
+
+PLANS = {"full": plan.full_plan(50), "quick": plan.quick_plan(50)}
+
+
+def test_the_full_plan_varies_every_axis() -> None:
+    rows = PLANS["full"]
+    cached = [row for row in rows if row.kind == "cached"]
+    assert {row.interval for row in rows} == set(plan.INTERVALS)
+    assert {row.cut for row in cached} == set(plan.CUTS)
+    assert {row.parsed.warmup for row in cached if row.parsed} == set(plan.WARMUPS)
+    assert {row.sampler for row in cached} == set(plan.SAMPLERS)
+    assert {row.parsed.kind for row in cached if row.parsed} == {"uniform", "quad"}
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("steps", [8, 16, 50])
+def test_every_cached_row_has_an_uncached_one_and_fewer_steps_at_its_cost(name: str, steps: int) -> None:
+    made = {"full": plan.full_plan, "quick": plan.quick_plan}[name](steps)
+    rows = plan.with_fewer_steps(made, SHALLOW_OVER_FULL)
+    assert len({row.name for row in rows}) == len(rows)
+    for row in rows:
+        base = plan.reference(row, rows)
+        assert base.schedule is None
+        assert not base.fewer
+        assert base.steps >= row.steps
+        if row.schedule:
+            other = plan.counterpart(row, rows, SHALLOW_OVER_FULL)
+            assert other is not None
+            cost = row.cost(SHALLOW_OVER_FULL)
+            assert abs(other.steps - cost) <= max(0.5, 0.06 * cost)
+
+
+@given(st.integers(20, 60), st.sampled_from(["uniform", "quad"]), st.integers(2, 10), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_a_cost_is_full_calls_and_the_share_of_shallow_ones(steps: int, kind: str, interval: int, warmup: int) -> None:
+    row = plan.cached("ddim", steps, kind, interval, "paper:0", warmup)  # type: ignore[arg-type]
+    assert row.cut == "deepcache:1"
+    assert row.parsed is not None
+    full = len(row.parsed.full_calls(steps))
+    assert row.cost({"deepcache:1": 0.25}) == pytest.approx(full + 0.25 * (steps - full))
+    assert row.cost({"deepcache:1": 1.0}) == pytest.approx(steps)
+
+
+def test_interval_one_is_the_uncached_run() -> None:
+    assert plan.cached("ddim", 50, "uniform", 1) == Setting("ddim", 50)
+    made = plan.product_plan(20, ["ddim"], ["uniform"], [1, 3], ["deepcache:0"], [0, 2])
+    assert [row.kind for row in made] == ["uncached", "cached", "cached"]
+
+
+def test_what_cannot_be_planned_is_refused() -> None:
+    with pytest.raises(UserError, match="no sampler"):
+        plan.product_plan(20, ["heun"], ["uniform"], [3], ["deepcache:0"], [0])
+    with pytest.raises(UserError, match="between 0 and 1"):
+        plan.reference_ratios([], {"deepcache:0": 1.5})
+    with pytest.raises(UserError, match=r"--shallow-ratio deepcache:7="):
+        plan.reference_ratios([plan.cached("ddim", 50, "uniform", 5, "deepcache:7")], {})
+
+
+def latency(**row: object) -> Latency:
+    contestant = {"name": "a", "family": "offcut", "engine": "openvino", "precision": "fp32", **row}
+    return Latency(
+        model="sd15",
+        steps=3,
+        height=512,
+        width=512,
+        images_per_call=1,
+        guidance=7.5,
+        scheduler="DDIMScheduler",
+        rounds=3,
+        clock="monotonic",
+        contestants=[Contestant(**contestant)],
+    )
+
+
+def test_ratios_come_from_a_latency_run_and_those_given_by_hand_go_before_them() -> None:
+    row = {"caching": "uniform:5, paper:0", "full_alone": [1.0, 1.2, 1.1], "shallow_alone": [0.22], "full": [9.0]}
+    ratios = plan.measured_ratios(latency(**row))
+    assert ratios == {"deepcache:1": pytest.approx(0.2)}
+    asked = [plan.cached("ddim", 50, "uniform", 5, "deepcache:1")]
+    assert plan.reference_ratios(asked, ratios)["deepcache:1"] == pytest.approx(0.2)
+    assert plan.reference_ratios(asked, ratios)["deepcache:0"] == SHALLOW_OVER_FULL["deepcache:0"]
+    with pytest.raises(UserError, match="no cached row"):
+        plan.measured_ratios(latency(full_alone=[1.0]))
