@@ -188,11 +188,7 @@ def _pytorch(case: Case, peers: Sequence[str], precision: str, parameters: int) 
             kind="deepcache-regional",
             cached=True,
             house=f"compiled blocks {precision}",
-            settings=settings
-            | {
-                "compile": "unet.compile_repeated_blocks(fullgraph=True, dynamic=False), then the helper, left on; two whole loops "
-                "more to warm up"
-            },
+            settings=settings | {"compile": f"unet.compile_repeated_blocks(fullgraph=True, dynamic=False), {on}"},
             not_run=helper,
             **compiled,
         )
@@ -202,8 +198,7 @@ def _pytorch(case: Case, peers: Sequence[str], precision: str, parameters: int) 
             kind="deepcache-compiled",
             cached=True,
             house=f"compiled, helped {precision}",
-            settings=settings
-            | {"compile": "torch.compile(unet), then the helper, left on; two whole loops more to warm up"},
+            settings=settings | {"compile": f"torch.compile(unet), {on}"},
             not_run=helper,
             **compiled,
         )

@@ -98,6 +98,12 @@ def plan(bundle: Bundle, wanted: Wanted, folder: Path) -> tuple[Case, list[Entra
     return case, entrants
 
 
+def model_name(bundle: Bundle) -> str:
+    """What the bundle was built from: a hub id, or a directory's name wherever that lies."""
+    name = bundle.manifest.source.model
+    return Path(name).name if Path(name).is_absolute() else name
+
+
 def _check_scheduler(name: str) -> None:
     import diffusers
 

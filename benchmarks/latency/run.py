@@ -108,7 +108,7 @@ def _row(entrant: Entrant, case: Case) -> Contestant:
         engine=entrant.engine,
         precision=entrant.precision,
         caching=f"{case.schedule}, {case.cut}" if entrant.cached else None,
-        settings=entrant.settings,
+        settings=dict(entrant.settings),
         not_run=entrant.not_run,
         size_bytes=entrant.size,
     )
@@ -212,6 +212,9 @@ class _Run:
             process.opened.add(entrant.name)
             if row.load_seconds is None:
                 row.load_seconds, row.warm_up_seconds = answer["load"], answer["warm_up"]
+            if entrant.python is not None:
+                installed = ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
+                row.settings["environment"] = f"another: {installed}"
             _note_memory(row, answer)
         return answer
 

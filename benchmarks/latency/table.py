@@ -31,10 +31,10 @@ def _loops(rows: Sequence[Contestant], percents: Sequence[float]) -> Table:
     images = any(row.images for row in rows)
     table = _table("denoising loop", *(f"p{percent:g} s" for percent in percents))
     for heading in (*(("image s",) if images else ()), "x eager", "x peer", "x cached"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         found = row.percentiles(percents)
-        cells = [f"{found[percent]:.3f}" for percent in percents]
+        cells = [_short(found[percent]) for percent in percents]
         if images:
             cells.append(_median(row.images))
         ratios = [_eager(row), row.best_peer, row.best_caching_peer]
@@ -44,7 +44,7 @@ def _loops(rows: Sequence[Contestant], percents: Sequence[float]) -> Table:
 
 
 def _calls(rows: Sequence[Contestant]) -> Table:
-    table = _table("UNet calls, s", "full", "alone", "shallow", "alone", "wall/ideal", "alone", "of ideal")
+    table = _table("UNet calls", "full s", "alone", "shallow", "alone", "/ideal", "alone", "of it")
     for row in rows:
         ratios = (row.wall_over_ideal, row.wall_over_ideal_alone, row.of_ideal)
         cells = ["" if ratio is None else f"{ratio:.3f}" for ratio in ratios]
@@ -55,12 +55,12 @@ def _calls(rows: Sequence[Contestant]) -> Table:
 
 def _memory(rows: Sequence[Contestant]) -> Table:
     device = any(row.device_peak_bytes for row in rows)
-    heads = ("GiB", *(("device",) if device else ()), "on disk", "load s", "warm-up", "calls", "differs")
+    heads = ("GiB", *(("device",) if device else ()), "on disk", "load s", "warm-up", "calls", "diff.")
     table = _table("", *heads)
     for row in rows:
         cells = [_gib(row.host_peak_bytes), *([_gib(row.device_peak_bytes)] if device else []), _gib(row.size_bytes)]
         times = (row.load_seconds, row.warm_up_seconds)
-        cells += ["" if seconds is None else f"{seconds:.1f}" for seconds in times]
+        cells += ["" if seconds is None else _short(seconds) for seconds in times]
         differs = "" if row.difference is None else f"{row.difference:.0e}"
         table.add_row(_name(row), *cells, f"{row.full_calls}+{row.shallow_calls}", differs)
     return table
@@ -81,13 +81,14 @@ def notes(latency: Latency) -> list[str]:
         f"{latency.rounds} rounds, contestants in turn.",
         f"Clock: {latency.clock}.",
         "x eager: over diffusers eager of the same precision, round by round; x peer, x cached: over the "
-        "fastest of the same precision that is not offcut, and that caches. wall/ideal: the loop over the sum of its "
-        "UNet calls; of ideal: the speed-up over the same engine uncached, of what those calls allow.",
+        "fastest of the same precision that is not offcut, and that caches. /ideal: the loop over the sum of its "
+        "UNet calls, as timed in it and alone; of it: the speed-up over the same engine uncached, of what those calls "
+        "allow.",
         "GiB: largest resident memory of the process, which may be shared (settings in the result say with whom); on "
         "disk: GiB of the files it reads; load s: without the first call, files' digests checked; warm-up in seconds.",
     ]
     if latency.reference is not None:
-        said.append(f"differs: the final latents from those of {latency.reference}, norm over norm.")
+        said.append(f"diff.: the final latents from those of {latency.reference}, norm over norm.")
     if latency.reopened:
         said.append(f"Memory was short: {latency.reopened} times a process was closed and opened again.")
     if latency.idle_cpu_share is not None:
@@ -122,7 +123,7 @@ def _table(first: str, *headings: str) -> Table:
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column(first, no_wrap=True)
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
@@ -137,11 +138,16 @@ def _eager(row: Contestant) -> str | None:
 
 
 def _ratio(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}"
+    return "" if ratio is None else _short(ratio)
 
 
 def _median(seconds: Sequence[float]) -> str:
-    return f"{statistics.median(seconds):.3f}" if seconds else ""
+    return _short(statistics.median(seconds)) if seconds else ""
+
+
+def _short(value: float) -> str:
+    """With three digits, or all of those before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def _gib(size: int | None) -> str:

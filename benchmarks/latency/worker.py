@@ -89,7 +89,7 @@ class House:
         if self._shared.case.end_to_end:
             with runner.turn():
                 draw(runner.pipe, self._shared.case, calls=calls)
-        return {"load": load, "warm_up": time.perf_counter() - began, **self._memory()}
+        return {"load": load, "warm_up": time.perf_counter() - began, "versions": versions(), **self._memory()}
 
     def loop(self, name: str) -> dict[str, Any]:
         """One measured loop: its seconds, and those of the UNet's calls in it."""
@@ -169,6 +169,19 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Of the packages in this process's environment that decide what a peer does."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("torch", "diffusers", "transformers", "onnxruntime", "optimum-onnx"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _device_used(device: str) -> int:

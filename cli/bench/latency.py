@@ -76,7 +76,7 @@ def latency(
     import tempfile
 
     from ...benchmarks import record
-    from ...benchmarks.latency.plan import Wanted, plan
+    from ...benchmarks.latency.plan import Wanted, model_name, plan
     from ...benchmarks.latency.run import Options, measure
     from ...benchmarks.latency.table import export_times as write_times
     from ...benchmarks.report.page import write_report
@@ -116,7 +116,7 @@ def latency(
         stage("check the bundle and the peers' model")
         case, entrants = plan(opened, wanted, Path(folder))
         options = Options(log, iterations, duration, warm_up, timeout=timeout, progress=stage)
-        measured = measure(case, entrants, options, opened.manifest.source.model)
+        measured = measure(case, entrants, options, model_name(opened))
     result = record.Result(
         title=f"Latency of {bundle.name}",
         command=record.command_line(),

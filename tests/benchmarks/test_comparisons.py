@@ -1,4 +1,4 @@
-"""Images with and without caching: figures, pictures, the demo's table, the overhead of the loop."""
+"""Images with and without caching: figures, pictures, the demo's table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 import offcut
-from offcut.benchmarks import overhead
 from offcut.benchmarks.compare import generate_to_file
 from offcut.benchmarks.demo import demo
 from offcut.benchmarks.generate import Request, generate, psnr
@@ -89,14 +88,3 @@ def test_the_demo_tells_the_truth(pipe: Any, tmp_path: Path) -> None:
     assert two.psnr is not None
     assert two.psnr_worst <= two.psnr
     assert Image.open(picture).height > 2 * 256
-
-
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_overhead_counts_and_ratios_agree(tiny_bundle: Path, engine: str) -> None:
-    pipe = offcut.load(tiny_bundle, engine=engine)
-    figures = overhead.measure(pipe, steps=6, interval=3, size=64)
-    pipe.unet.close()
-    assert (figures.full_calls, figures.shallow_calls) == (2, 4)
-    ideal = 2 * figures.full_seconds + 4 * figures.shallow_seconds
-    assert figures.ratio == pytest.approx(figures.wall / ideal)
-    assert figures.shallow_seconds < figures.full_seconds

@@ -1,0 +1,50 @@
+"""Bundles of bare UNets, which have no pipeline: they run in diffusers' own, SDXL's too, several images at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from unets import save_family
+
+import offcut
+from offcut.benchmarks.latency.loop import INPUTS, pipeline_name
+from offcut.benchmarks.latency.plan import Wanted, plan
+from offcut.benchmarks.latency.ratios import relative_difference
+from offcut.benchmarks.latency.worker import House
+from offcut.engines.bundle import Bundle
+from offcut.errors import UserError
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "pipeline"), [("plain", "StableDiffusionPipeline"), ("sdxl", "StableDiffusionXLPipeline")]
+)
+def test_a_bare_unet_is_measured_in_its_familys_pipeline(family: str, pipeline: str, tmp_path: Path) -> None:
+    model = save_family(family, tmp_path / "model")
+    bundle = offcut.build(model, tmp_path / "bundle", engine="onnxruntime")
+    assert pipeline_name(bundle) == pipeline
+    wanted = Wanted(steps=4, schedule="uniform:2", images=2, threads=1, guidance=5, peers=("diffusers", "engine"))
+    case, entrants = plan(bundle, wanted, tmp_path)
+    house = House()
+    house.answer({"do": "inputs", "case": case.as_json()})
+    assert load_file(tmp_path / INPUTS)["latents"].shape[0] == 2
+    latents = {}
+    for entrant in entrants:
+        if entrant.precision == "fp32":
+            house = House()
+            house.answer({"do": "open", "case": case.as_json(), "entrant": entrant.as_json(), "calls": 2, "warm_up": 1})
+            answer = house.answer({"do": "loop", "name": entrant.name})
+            assert len(answer["full"]) == (2 if entrant.cached else 4)
+            latents[entrant.family] = load_file(answer["latents"])["latents"]
+    assert relative_difference(latents["onnxruntime"], latents["diffusers"]) < 1e-4
+    assert relative_difference(latents["offcut"], latents["diffusers"]) > 1e-4
+
+
+@pytest.mark.slow
+def test_a_unet_that_no_prompt_drives_is_refused(tmp_path: Path) -> None:
+    model = save_family("unconditional", tmp_path / "model")
+    bundle = offcut.build(model, tmp_path / "bundle", engine="onnxruntime")
+    with pytest.raises(UserError, match=r"text-to-image pipelines .* is of UNet2DModel"):
+        plan(Bundle.open(bundle.path), Wanted(), tmp_path)

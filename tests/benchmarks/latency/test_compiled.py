@@ -1,0 +1,90 @@
+"""Contestants that are compiled as they run, through the compiler's front end alone: do they compute and cache?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offcut.benchmarks.latency.case import Case, Entrant
+from offcut.benchmarks.latency.plan import Wanted, plan
+from offcut.benchmarks.latency.ratios import relative_difference
+from offcut.benchmarks.latency.worker import House
+from offcut.engines.bundle import Bundle
+
+EAGER, HELPER = "diffusers eager bf16", "DeepCache eager bf16"
+COMPILED, BLOCKS, WHOLE = "torch.compile bf16", "DeepCache compile-blocks bf16", "DeepCache compile bf16"
+
+
+@pytest.fixture(scope="module")
+def answers(
+    tiny_bundle: Path, tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """One measured loop of each, with its final latents."""
+    from safetensors.torch import load_file
+
+    folder = tmp_path_factory.mktemp("compiled")
+    wanted = Wanted(
+        tiny_pipeline_dir, steps=6, schedule="uniform:3", threads=1, peers=("diffusers", "deepcache", "compile")
+    )
+    case, entrants = plan(Bundle.open(tiny_bundle), wanted, folder)
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+        House().answer({"do": "inputs", "case": case.as_json()})
+        for entrant in entrants:
+            if entrant.precision == "bf16" and entrant.kind != "offcut":
+                made[entrant.name] = _loop(case, entrant)
+                made[entrant.name]["latents"] = load_file(made[entrant.name]["latents"])["latents"]
+    yield made
+    torch._dynamo.reset()
+
+
+def _loop(case: Case, entrant: Entrant) -> dict[str, Any]:
+    torch._dynamo.reset()  # each has a process of its own in a run
+    torch._dynamo.utils.counters.clear()
+    house = House()
+    opened = house.answer(
+        {"do": "open", "case": case.as_json(), "entrant": entrant.as_json(), "calls": 2, "warm_up": 1}
+    )
+    compiled = torch._dynamo.utils.counters["frames"]["total"]
+    answer = house.answer({"do": "loop", "name": entrant.name})
+    answer["compiled"] = compiled
+    answer["compiled late"] = torch._dynamo.utils.counters["frames"]["total"] - compiled
+    answer["alone"] = house.answer({"do": "alone", "name": entrant.name, "repeats": 2})
+    assert opened["warm_up"] > 0
+    return answer
+
+
+@pytest.mark.slow
+def test_all_are_there_and_the_compiled_ones_are_compiled_before_they_are_measured(
+    answers: dict[str, dict[str, Any]],
+) -> None:
+    assert set(answers) == {EAGER, HELPER, COMPILED, BLOCKS, WHOLE}
+    for name, answer in answers.items():
+        assert (answer["compiled"] > 0) is (name not in (EAGER, HELPER)), name
+        assert answer["compiled late"] == 0, name
+
+
+@pytest.mark.slow
+def test_the_compiled_ones_compute_what_the_eager_ones_do(answers: dict[str, dict[str, Any]]) -> None:
+    uncached, cached = answers[EAGER]["latents"], answers[HELPER]["latents"]
+    apart = relative_difference(cached, uncached)
+    assert apart > 1e-2
+    assert relative_difference(answers[COMPILED]["latents"], uncached) < apart / 10
+    for name in (BLOCKS, WHOLE):
+        assert relative_difference(answers[name]["latents"], cached) < apart / 10, name
+        assert relative_difference(answers[name]["latents"], uncached) > apart / 2, name
+
+
+@pytest.mark.slow
+def test_their_calls_are_told_apart(answers: dict[str, dict[str, Any]]) -> None:
+    for name, answer in answers.items():
+        cached = name in (HELPER, BLOCKS, WHOLE)
+        assert (len(answer["full"]), len(answer["shallow"])) == ((2, 4) if cached else (6, 0))
+        assert set(answer["alone"]) == ({"full", "shallow"} if cached else {"full"})
+        assert sum(answer["full"]) + sum(answer["shallow"]) < answer["loop"]

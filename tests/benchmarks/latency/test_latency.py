@@ -1,0 +1,239 @@
+"""The run for real, on a small pipeline: engines, eager PyTorch and DeepCache's helper in turns."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from offcut.benchmarks import record
+from offcut.benchmarks.latency.case import Entrant
+from offcut.benchmarks.latency.contestants import OPTIMUM_MISSING, PEERS
+from offcut.benchmarks.latency.plan import Wanted, plan
+from offcut.benchmarks.latency.record import Contestant, Latency
+from offcut.benchmarks.latency.table import KINDS, notes, tables
+from offcut.cli.bench import _COMMANDS
+from offcut.engines.bundle import Bundle
+from offcut.errors import CutError, EngineError, UserError
+
+STEPS, INTERVAL, ROUNDS = 6, 3, 2
+OURS, UNCACHED = "offcut onnxruntime fp32", "onnxruntime fp32 full only"
+EAGER, HELPER = "diffusers eager fp32", "DeepCache eager fp32"
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+def offcut(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "offcut", "bench", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def done(tiny_bundle: Path, tiny_pipeline_dir: Path, once: Once) -> Path:
+    """A run of the command; its directory."""
+
+    def run(folder: Path) -> None:
+        result = offcut(
+            "latency", tiny_bundle, "--model", tiny_pipeline_dir, "--engine", "onnxruntime",
+            "--peer", "diffusers", "--peer", "deepcache", "--peer", "engine", "--peer", "optimum",
+            "--steps", str(STEPS), "--interval", str(INTERVAL), "--iterations", str(ROUNDS), "--threads", "1",
+            "--end-to-end", "-o", folder, "--export-times", folder / "times.csv", "--json",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout) == json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        assert "round 2: " + OURS in result.stderr
+
+    return once("bench-latency", run)
+
+
+@pytest.fixture(scope="module")
+def latency(done: Path) -> Latency:
+    measured = record.read(done).latency
+    assert measured is not None
+    return measured
+
+
+@pytest.fixture(scope="module")
+def rows(latency: Latency) -> dict[str, Contestant]:
+    return {row.name: row for row in latency.contestants}
+
+
+@pytest.mark.slow
+def test_every_contestant_is_measured_or_says_why_not(rows: dict[str, Contestant]) -> None:
+    assert list(rows) == [
+        EAGER, HELPER, "diffusers eager bf16", "DeepCache eager bf16", "optimum onnxruntime fp32", OURS, UNCACHED,
+    ]  # fmt: skip
+    for row in rows.values():
+        if row.name.startswith("optimum"):
+            assert row.not_run in (None, OPTIMUM_MISSING)
+            continue
+        assert row.not_run is None, row.not_run
+        cached = row.caching is not None
+        assert len(row.loops) == len(row.images) == ROUNDS
+        assert (row.full_calls, row.shallow_calls) == ((2, 4) if cached else (6, 0))
+        assert (len(row.full), len(row.shallow)) == (ROUNDS * row.full_calls, ROUNDS * row.shallow_calls)
+        assert len(row.full_alone) == 5
+        assert len(row.shallow_alone) == (5 if cached else 0)
+        assert sum(row.full) + sum(row.shallow) < sum(row.loops)
+        assert row.wall_over_ideal is not None
+        assert row.load_seconds is not None
+        assert row.warm_up_seconds is not None
+        assert row.settings["threads"] == "1"
+        assert (row.host_peak_bytes or 0) > 2**26
+        assert (row.size_bytes or 0) > 2**15
+    shared = f"shared with {UNCACHED}: so are load time and peak memory"
+    assert rows[OURS].settings["process"] == shared
+
+
+@pytest.mark.slow
+def test_all_compute_the_same_loop(rows: dict[str, Contestant], latency: Latency) -> None:
+    """Cached runs are far from the uncached ones and near each other; bf16 lies in between."""
+    differences = {name: row.difference for name, row in rows.items() if row.not_run is None}
+    assert latency.reference == EAGER
+    assert differences[EAGER] == 0
+    assert 0 < (differences[UNCACHED] or 0) < 1e-4
+    assert (differences[OURS] or 0) > 1e-3
+    assert differences[OURS] == pytest.approx(differences[HELPER], rel=1e-3)
+    assert 1e-4 < (differences["diffusers eager bf16"] or 0) < (differences["DeepCache eager bf16"] or 0) < 1
+
+
+@pytest.mark.slow
+def test_the_ratios_follow_from_the_loops(rows: dict[str, Contestant]) -> None:
+    ours = rows[OURS]
+    pairs = zip(rows[EAGER].loops, ours.loops, strict=True)
+    assert ours.speed_ups[EAGER] == pytest.approx(statistics.median(theirs / our for theirs, our in pairs))
+    assert ours.best_caching_peer == HELPER
+    assert ours.best_peer in (EAGER, HELPER, UNCACHED, "optimum onnxruntime fp32")
+    assert set(ours.speed_ups) >= {EAGER, "diffusers eager bf16", HELPER, UNCACHED, ours.best_peer}
+    ideal = ours.ideal(ours.full, ours.shallow)
+    assert ideal is not None
+    possible = STEPS * statistics.median(ours.full) / ideal
+    assert ours.of_ideal == pytest.approx(ours.speed_ups[UNCACHED] / possible)
+    assert rows[EAGER].of_ideal is None
+
+
+@pytest.mark.slow
+def test_every_time_is_exported(done: Path, latency: Latency) -> None:
+    with (done / "times.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == sum(len(getattr(row, kind)) for row in latency.contestants for kind in KINDS)
+    loops = [float(line["seconds"]) for line in lines if (line["contestant"], line["kind"]) == (OURS, "loops")]
+    assert loops == next(row for row in latency.contestants if row.name == OURS).loops
+
+
+@pytest.mark.slow
+def test_the_tables_show_every_row_whole(latency: Latency) -> None:
+    console = Console(width=100, record=True, file=Path("/dev/null").open("w", encoding="utf-8"))  # noqa: SIM115
+    for table in tables(latency, (50, 90, 99)):
+        console.print(table)
+    text = console.export_text()
+    assert "…" not in text
+    for row in latency.contestants:
+        assert row.name in text
+    assert any(EAGER in note for note in notes(latency))
+    assert any("monotonic" in note for note in notes(latency))
+
+
+def planned(bundle: Path, folder: Path, **wanted: object) -> list[Entrant]:
+    return plan(Bundle.open(bundle), Wanted(steps=STEPS, schedule="uniform:3", **wanted), folder)[1]  # type: ignore[arg-type]
+
+
+def test_without_the_model_the_engines_still_run_and_the_peers_say_so(
+    unet_bundle: Path, tmp_path: Path, copied: Callable[[Path], Path]
+) -> None:
+    bundle = copied(unet_bundle)
+    manifest = json.loads((bundle / "offcut.json").read_text(encoding="utf-8"))
+    manifest["source"]["model"] = "some/hub-id"
+    (bundle / "offcut.json").write_text(json.dumps(manifest), encoding="utf-8")
+    reasons = {entrant.name: entrant.not_run for entrant in planned(bundle, tmp_path)}
+    missing = "the peers need the PyTorch weights of some/hub-id: give their directory with --model"
+    assert reasons[EAGER] == reasons[HELPER] == reasons["torch.compile bf16"] == missing
+    assert reasons[OURS] is reasons[UNCACHED] is None
+
+
+def test_the_helper_says_which_schedules_it_cannot_follow(
+    tiny_bundle: Path, tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    wanted = Wanted(tiny_pipeline_dir, steps=STEPS, schedule="quad:3:center=2", cut="mlperf")
+    reasons = {entrant.name: entrant.not_run for entrant in plan(Bundle.open(tiny_bundle), wanted, tmp_path)[1]}
+    assert reasons[HELPER] is not None
+    assert reasons[HELPER].startswith("DeepCache's helper knows uniform intervals without warm-up only, not quad:3")
+    assert reasons[EAGER] is reasons[OURS] is None
+
+
+def test_houses_share_weights_and_hold_only_their_own(
+    tiny_bundle: Path, tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    houses: dict[str, list[Entrant]] = {}
+    for entrant in planned(tiny_bundle, tmp_path, model=tiny_pipeline_dir):
+        houses.setdefault(entrant.house, []).append(entrant)
+    for members in houses.values():
+        assert len({(member.engine, member.precision, member.python) for member in members}) == 1
+    assert {member.name for member in houses["eager bf16"]} == {"diffusers eager bf16", "DeepCache eager bf16"}
+    assert {member.kind for members in houses.values() for member in members} >= {"compiled", "deepcache-regional"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "error", "says"),
+    [
+        ({"engines": ("inductor",)}, UserError, "not inductor: add it with offcut build"),
+        ({"engines": ("abacus",)}, EngineError, "no engine 'abacus'"),
+        ({"peers": ("diffuser",)}, UserError, "there is no peer 'diffuser': write all, none"),
+        ({"pythons": {"optimum": "/no/python"}}, UserError, "/no/python is no program"),
+        ({"pythons": {"diffusers": sys.executable}}, UserError, "needs no environment of its own"),
+        ({"cut": "deepcache:7"}, CutError, "was not built with the cut deepcache:7"),
+        ({"height": 65}, UserError, "an image side of 65 pixels does not fit"),
+        ({"scheduler": "NoScheduler"}, UserError, "diffusers has no scheduler NoScheduler"),
+        ({"model": Path("/no/model")}, UserError, "/no/model is no directory"),
+        ({"end_to_end": True}, UserError, "draws no images"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(
+    unet_bundle: Path, tmp_path: Path, wanted: dict[str, object], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        planned(unet_bundle, tmp_path, **wanted)
+
+
+def test_another_models_weights_are_refused(unet_bundle: Path, tiny_unet_dir: Path, tmp_path: Path) -> None:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(tiny_unet_dir)
+    with torch.no_grad():
+        unet.conv_out.bias.add_(1)
+    unet.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="holds other weights than those that"):
+        planned(unet_bundle, tmp_path, model=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--interval", "3", "--schedule", "quad:3"], "exclude one another"),
+        (["--percentile", "50,101"], "not a list such as 50,90,99"),
+        (["--peer-python", "optimum"], "is not NAME=PATH"),
+        (["--steps", "3", "--schedule", "steps:0,1,2"], "give more --steps"),
+    ],
+)
+def test_bad_options_end_the_command_before_anything_runs(
+    unet_bundle: Path, tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    result = offcut("latency", unet_bundle, "-o", tmp_path / "out", *arguments)
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert says in " ".join(result.stderr.replace("│", " ").split())
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_help_has_examples_and_every_peer() -> None:
+    text = offcut("latency", "--help").stdout
+    assert "Example:" in text
+    assert all(peer in text for peer in PEERS)
+    assert "latency" in {command.__name__ for command in _COMMANDS}
