@@ -149,8 +149,9 @@ def _open_clip(folder: Path) -> Any:
 def _open_fid(file: Path) -> Any:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
+    load: Any = torch.jit.load  # which has no annotations
     try:
-        network = torch.jit.load(file, map_location="cpu").eval()
+        network = load(file, map_location="cpu").eval()
         with torch.inference_mode():
             shape = network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).shape
     except (RuntimeError, ValueError, OSError, AttributeError) as error:

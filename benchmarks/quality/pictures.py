@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -125,11 +126,12 @@ def _part(pipe: Any, task: Task, setting: Setting, first: int, on_call: Progress
             runs.append(pipe.unet.last_run)
     finally:
         pipe.scheduler = own
-    medians = []
-    for kind in (True, False):
+
+    def median(kind: bool) -> float:
         times = [seconds for run in runs for full, seconds in zip(run.full, run.seconds, strict=True) if full is kind]
-        medians.append((float(np.median(times)) if times else float("nan"),))
-    return Made(np.concatenate(pictures), *medians, runs[0].timeline)
+        return float(np.median(times)) if times else float("nan")
+
+    return Made(np.concatenate(pictures), (median(True),), (median(False),), runs[0].timeline)
 
 
 def _batch(pipe: Any, task: Task, setting: Setting, places: range, on_call: Progress) -> Pictures:
@@ -158,7 +160,7 @@ def _read(path: Path) -> Made | None:
             return Made(
                 kept["pictures"], (float(kept["full"]),), (float(kept["shallow"]),), str(kept["timeline"].item())
             )
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}); delete it, and its pictures are made again") from error
 
 

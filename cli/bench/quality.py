@@ -158,7 +158,7 @@ def _settings(
         return product_plan(
             steps,
             samplers or ["ddim"],
-            [kind.value for kind in kinds or [Kind.UNIFORM]],  # type: ignore[misc]
+            [kind.value for kind in kinds or [Kind.UNIFORM]],
             intervals or [5],
             cuts or ["deepcache:0"],
             warmups or [0],
@@ -197,11 +197,12 @@ def _networks(lpips: Path | None, clip: Path | None, fid: Path | None) -> Any:
 
 def _build(bundle: Path, engine: str, cuts: Sequence[str]) -> None:
     """Builds the shapes model's bundle where there is none; one that lacks a cut gets it."""
+    from ...benchmarks.quality.plan import CUTS
     from ...benchmarks.shapes.model import model_path
     from ...engines.build import build
 
     with stages() as stage:
-        build(model_path(), bundle, cuts=list(cuts) or None, engine=engine, progress=stage)
+        build(model_path(), bundle, cuts=cuts or [CUTS[0]], engine=engine, progress=stage)
 
 
 def _announce(pipe: Any, task: Task, settings: Sequence[Setting], output: Path, ratios: dict[str, float]) -> None:

@@ -1,0 +1,79 @@
+"""Pictures are kept in parts: each is made once, and only what a part depends on makes it anew."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from offcut.benchmarks.quality import pictures
+from offcut.benchmarks.quality.pictures import Made, Task
+from offcut.benchmarks.quality.plan import Setting
+from offcut.benchmarks.shapes import scenes
+from offcut.errors import UserError
+
+TASK = Task(pictures.prompts(9, 1000), guidance=3.0, seed=0, batch=4, identity="bundle engine")
+SETTING = Setting("ddim", 8)
+
+
+def test_prompts_are_balanced_distinct_and_the_same_again() -> None:
+    texts = pictures.prompts(30, 1000)
+    assert texts == pictures.prompts(30, 1000) != pictures.prompts(30, 1001)
+    assert texts[:7] == pictures.prompts(7, 1000)
+    made = [scenes.scene_from_caption(text, np.random.default_rng(0)) for text in texts]
+    assert [len(scene.items) for scene in made] == [1, 2, 1] * 10
+    assert [bool(scene.pairs & scenes.HELD_OUT) for scene in made] == [False, False, True] * 10
+
+
+def test_a_drawn_scene_is_of_its_caption() -> None:
+    drawn = pictures.drawn(TASK.prompts, 1)
+    assert drawn.shape == (9, 64, 64, 3)
+    assert (drawn == pictures.drawn(TASK.prompts, 1)).all()
+    ground = scenes.scene_from_caption(TASK.prompts[0], np.random.default_rng(0)).background
+    assert tuple(drawn[0, 0, 0]) == scenes.BACKGROUNDS[ground]
+
+
+def test_every_cause_of_a_picture_is_in_its_key() -> None:
+    keys = [
+        TASK.key(SETTING, 0),
+        TASK.key(SETTING, pictures.PART),
+        TASK.key(dataclasses.replace(SETTING, steps=9), 0),
+        TASK.key(dataclasses.replace(SETTING, schedule="uniform:2", cut="deepcache:0"), 0),
+        TASK.key(dataclasses.replace(SETTING, sampler="euler ancestral"), 0),
+    ]
+    changes = {"prompts": TASK.prompts[:8], "guidance": 2.0, "seed": 1, "batch": 3, "identity": "another"}
+    keys += [dataclasses.replace(TASK, **{name: value}).key(SETTING, 0) for name, value in changes.items()]
+    assert len(set(keys)) == len(keys)
+    assert TASK.key(dataclasses.replace(SETTING, fewer=True), 0) == keys[0]  # the same pictures under another name
+
+
+def test_what_was_kept_is_read_back_and_damage_is_named(tmp_path: Path) -> None:
+    part = Made(pictures.drawn(TASK.prompts, 0), (0.5,), (float("nan"),), "#" * 8)
+    path = tmp_path / f"{TASK.key(SETTING, 0)}.npz"
+    assert pictures.missing(TASK, SETTING, tmp_path) == 9
+    pictures._write(path, part)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    assert pictures.missing(TASK, SETTING, tmp_path) == 0
+    again = pictures.make(None, TASK, SETTING, tmp_path)  # without a pipeline: nothing is to be made
+    assert (again.pictures == part.pictures).all()
+    assert again.full == part.full
+    assert np.isnan(again.shallow[0])
+    assert again.timeline == part.timeline
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="delete it"):
+        pictures.make(None, TASK, SETTING, tmp_path)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++ 2m", "euler ancestral"])
+def test_a_sampler_keeps_the_models_noise_schedule(sampler: str) -> None:
+    from offcut.benchmarks.shapes.networks import new_scheduler
+
+    own = new_scheduler()
+    made = pictures.scheduler(own.config, sampler)
+    assert made.config.prediction_type == "v_prediction"
+    assert made.config.timestep_spacing == "trailing"
+    assert (made.alphas_cumprod == own.alphas_cumprod).all()
+    made.set_timesteps(20)
+    assert float(made.timesteps[0]) == 999

@@ -1,0 +1,181 @@
+"""``offcut bench quality`` on the shapes model: rows, pictures, going on after a cut, bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import offcut
+from offcut.benchmarks import record
+from offcut.benchmarks.quality import pictures, plan
+from offcut.benchmarks.quality.pictures import Task
+from offcut.benchmarks.quality.record import Quality
+from offcut.benchmarks.quality.run import run
+from offcut.benchmarks.shapes.model import model_path
+from offcut.cli.bench import app
+from offcut.errors import UserError
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("torchmetrics")
+
+SETTINGS = plan.with_fewer_steps(
+    [*plan.product_plan(8, ["ddim", "euler ancestral"], ["uniform"], [3], ["deepcache:0"], [0])], plan.SHALLOW_OVER_FULL
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    return once("shapes.offcut", lambda path: offcut.build(model_path(), path, engine="onnxruntime"))
+
+
+@pytest.fixture(scope="module")
+def pipe(bundle: Path) -> Any:
+    return offcut.load(bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return Task(pictures.prompts(6, 1000), guidance=3.0, seed=0, batch=4, identity="test")
+
+
+@pytest.fixture(scope="module")
+def whole(pipe: Any, task: Task, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Quality]:
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(pipe, task, SETTINGS, folder, ratios=plan.SHALLOW_OVER_FULL, model="shapes")
+
+
+def test_each_row_has_its_figures_and_pictures(whole: tuple[Path, Quality], task: Task) -> None:
+    folder, quality = whole
+    assert [row.kind for row in quality.rows] == ["uncached"] * 2 + ["cached"] * 2 + ["fewer steps"] * 2
+    assert quality.sample_prompts == list(task.prompts[:4])
+    for row in quality.rows:
+        assert (row.full_calls, row.shallow_calls) == (row.timeline.count("#"), row.timeline.count("."))  # type: ignore[union-attr]
+        assert row.full_calls + row.shallow_calls == row.steps
+        assert row.images == 6
+        assert row.accuracy is not None
+        assert row.frechet is not None
+        if row.kind == "uncached":
+            assert row.psnr is None
+        else:
+            assert row.psnr is not None
+            assert row.psnr_worst is not None
+            assert row.psnr_worst <= row.psnr.mean < 60
+            assert row.ssim is not None
+            assert row.distance is not None
+            assert 0 < row.ssim.mean < 1
+            assert row.distance.mean > 0
+        for name in row.samples:
+            assert Image.open(folder / name).size == (64, 64)
+    assert 0 < quality.ratios_here["deepcache:0"] < 1
+    assert all(claim.agrees is None for claim in quality.claims)  # six pictures prove nothing
+    assert quality.claims
+
+
+def test_a_picture_does_not_depend_on_its_place_in_a_batch(pipe: Any, task: Task, tmp_path: Path) -> None:
+    small = Task(task.prompts, task.guidance, task.seed, 1, task.identity)
+    for setting in SETTINGS[1:3]:
+        together = pictures.make(pipe, task, setting, tmp_path).pictures
+        alone = pictures.make(pipe, small, setting, tmp_path).pictures
+        assert np.abs(together.astype(int) - alone).max() <= 1
+
+
+def test_the_uncached_row_is_what_diffusers_draws(pipe: Any, whole: tuple[Path, Quality], task: Task) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    eager = StableDiffusionPipeline.from_pretrained(model_path())
+    eager.set_progress_bar_config(disable=True)
+    made = eager(
+        list(task.prompts[:2]),
+        num_inference_steps=8,
+        guidance_scale=3.0,
+        generator=[torch.Generator().manual_seed(index) for index in range(2)],
+        output_type="np",
+    ).images
+    kept = pictures.make(pipe, task, SETTINGS[0], whole[0] / "pictures").pictures[:2]
+    assert np.abs(np.rint(made * 255) - kept).max() <= 2
+
+
+def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(
+    pipe: Any, task: Task, whole: tuple[Path, Quality], tmp_path: Path
+) -> None:
+    calls = []
+
+    def cut_off(count: int) -> None:
+        calls.append(count)
+        if len(calls) == 20:  # in the second row
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, task, SETTINGS, tmp_path, ratios=plan.SHALLOW_OVER_FULL, model="shapes", on_call=cut_off)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
+    assert len(kept) == 1
+    again = run(pipe, task, SETTINGS, tmp_path, ratios=plan.SHALLOW_OVER_FULL, model="shapes")
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
+    figures = ("psnr", "ssim", "distance", "accuracy", "frechet", "timeline", "samples")
+    for first, second in zip(whole[1].rows, again.rows, strict=True):
+        assert all(getattr(first, name) == getattr(second, name) for name in figures)
+
+
+def test_the_command_leaves_a_result_and_does_nothing_twice(bundle: Path, tmp_path: Path) -> None:
+    arguments = [
+        "quality",
+        str(bundle),
+        "-o",
+        str(tmp_path / "out"),
+        "--images",
+        "3",
+        "--steps",
+        "8",
+        "--interval",
+        "4",
+    ]
+    arguments += ["--engine", "onnxruntime", "--threads", "1", "--json"]
+    first = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert first.exit_code == 0, first.output
+    result = record.read(tmp_path / "out")
+    assert result.quality is not None
+    assert [row.kind for row in result.quality.rows] == ["uncached", "cached", "fewer steps"]
+    printed = json.loads(first.stdout)
+    assert printed["quality"]["rows"][1]["interval"] == 4
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "pictures").iterdir()}
+    second = CliRunner().invoke(app, arguments[:-1], catch_exceptions=False)
+    assert second.exit_code == 0
+    assert "uniform:4" in second.stdout
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+def test_a_dry_run_says_what_is_to_come_and_makes_nothing(bundle: Path, tmp_path: Path) -> None:
+    arguments = ["quality", str(bundle), "-o", str(tmp_path / "out"), "--dry-run", "--interval", "4", "--images", "2"]
+    result = CliRunner().invoke(app, [*arguments, "--engine", "onnxruntime", "--steps", "8"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert re.search(r"3 settings \(1 uncached, 1 cached, 1 fewer steps\) of 2 images", result.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sampler", "heun"], "is no sampler here"),
+        (["--shallow-ratio", "deepcache:0=2"], "between 0 and 1"),
+        (["--cut", "nowhere:1"], "nowhere"),
+        (["--latency", "absent.json"], "cannot read"),
+        (["--fid", "absent.pt"], "TorchScript"),
+        (["--lpips", "absent.pth"], "torchvision"),
+    ],
+)
+def test_bad_input_is_one_sentence(bundle: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    command = ["quality", str(bundle), "-o", str(tmp_path / "out"), *arguments]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code != 0
+    assert isinstance(result.exception, UserError)
+    assert message in str(result.exception)
+    assert not (tmp_path / "out").exists()
