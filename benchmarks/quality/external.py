@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import MissingExtraError, UserError
+from ...errors import UserError
 from .metrics import Pictures, require_torchmetrics
 
 _BACKBONES = {"alexnet": "alex", "vgg16": "vgg", "squeezenet1_1": "squeeze"}
@@ -82,7 +82,13 @@ def _open_lpips(weights: Path) -> Any:
     try:
         import torchvision  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError("LPIPS", "torchvision", "bench") from error
+        raise UserError(
+            "LPIPS needs the package torchvision, which is not installed: pip install torchvision"
+        ) from error
+    except RuntimeError as error:
+        raise UserError(
+            f"torchvision does not fit this PyTorch ({_first_line(error)}): install both from one place"
+        ) from error
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     net = next((name for start, name in _BACKBONES.items() if weights.name.startswith(start)), None)
