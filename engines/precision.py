@@ -66,6 +66,8 @@ CUDA_BOUNDS: dict[tuple[str, str, str | None], Bounds | str] = {
     (engine, precision, None): Bounds(parity=bound, relative=True, across=bound)
     for engine in ("onnxruntime", "inductor")
     for precision, bound in (("fp32", 5e-3), ("fp16", 1e-2), ("bf16", 5e-2))
+} | {
+    ("onnxruntime", "int8", None): "its CUDA provider has no convolution in int8; tensorrt and tensorrt-rtx do",
 }
 
 

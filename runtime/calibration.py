@@ -94,7 +94,7 @@ class Calibration:
         unet = UNet(pair, source.config)
         pipe = _text_to_image(source, unet)
         if pipe is None:
-            progress("calibrate on latents denoised from noise with random conditioning: no text-to-image pipeline here")
+            progress("calibrate on latents denoised from noise, with random conditioning: there is no pipeline")
         for sample in range(self.samples):
             cut = unet.cuts[sample % len(unet.cuts)]
             progress(f"  image {sample + 1} of {self.samples}, {cut}")

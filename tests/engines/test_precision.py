@@ -12,6 +12,7 @@ import offcut
 import offcut.engines.variants as variants_module
 from offcut.engines.precision import BOUNDS, Bounds, bounds
 from offcut.engines.registry import ENGINES, compiler, engine
+from offcut.engines.schemes import LOW_PRECISIONS, scheme_of
 from offcut.engines.verify import Check, verify_bundle
 from offcut.errors import EngineError
 from offcut.exporter.load import PRECISIONS
@@ -44,6 +45,7 @@ def table(tiny_unet_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
                 engine=name,
                 precision=precision,
                 inference_precision=hint,
+                calibration=offcut.Calibration(samples=2, steps=6),
             )
     return path
 
@@ -113,8 +115,10 @@ def test_the_manifest_says_what_each_engine_computes_in(table: Path) -> None:
     bundle = offcut.Bundle.open(table)
     for key, entry in bundle.manifest.engines.items():
         variant = bundle.manifest.variants[entry.variant]
-        assert variant.name == f"{variant.precision}-opset23"
-        assert variant.noise_pred.dtype == PRECISIONS[variant.precision]
+        base = variant.quantization.base if variant.quantization else variant.precision
+        scheme = scheme_of(entry.engine, variant.precision)
+        assert variant.name == f"{scheme.label if scheme else variant.precision}-opset23"
+        assert variant.noise_pred.dtype == PRECISIONS[base]
         assert entry.requires == ((entry.inference_precision,) if entry.inference_precision else ())
         report = json.loads((table / "engines" / key / "build.json").read_text(encoding="utf-8"))
         assert report["inference_precision"] == entry.inference_precision
@@ -123,7 +127,7 @@ def test_the_manifest_says_what_each_engine_computes_in(table: Path) -> None:
 @pytest.mark.slow
 def test_the_newest_build_is_taken_unless_another_is_asked_for(table: Path) -> None:
     bundle = offcut.Bundle.open(table)
-    assert bundle.entry("openvino").variant == "bf16-opset23"
+    assert bundle.entry("openvino").variant == "int8-opset23"
     for precision in PRECISIONS:
         assert bundle.entry("openvino", precision=precision).variant == f"{precision}-opset23"
     hinted = bundle.entry("openvino", precision="fp32", inference_precision="bf16")
@@ -151,7 +155,7 @@ def test_a_row_that_cannot_work_is_refused_before_anything_is_exported(
 
 def test_every_engine_and_precision_has_a_row() -> None:
     for name in ENGINES:
-        for precision in PRECISIONS:
+        for precision in (*PRECISIONS, *LOW_PRECISIONS):
             assert (name, precision, None) in BOUNDS
 
 
