@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -55,14 +56,15 @@ class Result(BaseModel):
 
     def save(self, folder: Path) -> Path:
         """Writes ``result.json`` into a folder, over an older one only when it is whole. Returns its path."""
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / NAME
         beside = path.with_suffix(f".{os.getpid()}.tmp")
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
             beside.replace(path)
         except OSError as error:
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):
+                beside.unlink()
             raise UserError(f"cannot write {path}: {error.strerror}; give another directory with -o") from error
         return path
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offcut.benchmarks import record
@@ -79,8 +79,12 @@ def test_a_missing_file_and_a_folder_that_cannot_be_written_are_refused(tmp_path
     with pytest.raises(UserError, match="cannot write"):
         result().save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        result().save(tmp_path / "file")
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.floats(0, 100))
 def test_a_percentile_lies_between_the_values_as_numpy_has_it(values: list[float], percent: float) -> None:
     numpy = pytest.importorskip("numpy")
