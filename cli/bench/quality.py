@@ -241,7 +241,7 @@ def _progress(total: int) -> Iterator[tuple[Callable[[int], None], Callable[[str
 
 def _print(measured: Quality) -> None:
     table = Table(box=SIMPLE)
-    for heading in ("setting", "cost", "PSNR", "SSIM", "right %", "change", "Fréchet"):
+    for heading in ("setting", "cost", "PSNR", "right %", "change", "Fréchet"):
         table.add_column(heading, justify="left" if heading == "setting" else "right", no_wrap=True)
     for sampler in dict.fromkeys(row.sampler for row in measured.rows):
         for row in sorted((row for row in measured.rows if row.sampler == sampler), key=lambda row: -row.cost):
@@ -249,7 +249,6 @@ def _print(measured: Quality) -> None:
                 _short(row),
                 f"{row.cost:.1f}",
                 _mean(row.psnr, 1),
-                _mean(row.ssim, 3),
                 _mean(row.accuracy, 1, 100),
                 _interval(row.accuracy_change),
                 "" if row.frechet is None else f"{row.frechet:.3f}",
@@ -258,7 +257,7 @@ def _print(measured: Quality) -> None:
     out.print(table)
     out.print(
         f"{measured.images} images a row, {measured.engine}. cost: full UNet calls, a shallow one counted as on Stable "
-        f"Diffusion 1.5 ({_ratios(measured.ratios)}); here it took {_ratios(measured.ratios_here)}. PSNR (dB), SSIM: "
+        f"Diffusion 1.5 ({_ratios(measured.ratios)}); here it took {_ratios(measured.ratios_here)}. PSNR: dB, "
         "to the uncached image. change: of right %, paired, 95 % interval. Fréchet: to drawn scenes.",
         highlight=False,
     )

@@ -120,9 +120,16 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(
     assert len(kept) == 1
     again = run(pipe, task, SETTINGS, tmp_path, ratios=plan.SHALLOW_OVER_FULL, model="shapes")
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
-    figures = ("psnr", "ssim", "distance", "accuracy", "frechet", "timeline", "samples")
-    for first, second in zip(whole[1].rows, again.rows, strict=True):
-        assert all(getattr(first, name) == getattr(second, name) for name in figures)
+    for setting in SETTINGS:
+        first, second = (pictures.make(None, task, setting, folder / "pictures") for folder in (whole[0], tmp_path))
+        assert (first.pictures == second.pictures).all()
+    for one, other in zip(whole[1].rows, again.rows, strict=True):
+        assert (one.name, one.timeline, one.samples) == (other.name, other.timeline, other.samples)
+        assert one.frechet == pytest.approx(other.frechet, rel=1e-6)
+        for name in ("psnr", "ssim", "distance", "accuracy"):
+            first_figure, second_figure = getattr(one, name), getattr(other, name)
+            if first_figure is not None:
+                assert first_figure.model_dump() == pytest.approx(second_figure.model_dump(), rel=1e-6), name
 
 
 def test_the_command_leaves_a_result_and_does_nothing_twice(bundle: Path, tmp_path: Path) -> None:
