@@ -82,12 +82,11 @@ class Process:
 
     def resident(self) -> int:
         """Its memory at present, in bytes; 0 once it has ended."""
-        import psutil
+        return self._memory("rss")
 
-        try:
-            return int(psutil.Process(self._process.pid).memory_info().rss) if self._process else 0
-        except psutil.NoSuchProcess:
-            return 0
+    def mapped(self) -> int:
+        """What of it is mapped from files, in bytes; 0 where the system does not tell."""
+        return self._memory("shared")
 
     def cpu_seconds(self) -> float:
         """Processor time that it has used so far, all threads together."""
@@ -115,6 +114,14 @@ class Process:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
+
+    def _memory(self, kind: str) -> int:
+        import psutil
+
+        try:
+            return int(getattr(psutil.Process(self._process.pid).memory_info(), kind, 0)) if self._process else 0
+        except psutil.NoSuchProcess:
+            return 0
 
     def _ending(self, code: int) -> str:
         if code == -signal.SIGKILL:

@@ -174,7 +174,7 @@ class _Run:
                 return answer
         waiting = [other for other in self._open.values() if other is not process]
         before, began = sum(other.cpu_seconds() for other in waiting), time.perf_counter()
-        answer = process.ask("loop", name=entrant.name)
+        answer = process.ask("loop", name=entrant.name, calls=self._calls if entrant.cached else 1)
         if "error" in answer:
             return answer
         used = sum(other.cpu_seconds() for other in waiting) - before
@@ -225,7 +225,9 @@ class _Run:
         if entrant.house not in self._open:
             need = self._needs.get(entrant.house, entrant.need) + RESERVE
             resident = {house: process.resident() for house, process in self._open.items()}
-            for house in to_close(resident, following, need, psutil.virtual_memory().available):
+            # The system counts what is mapped from files as available; to who is to run again soon it is not.
+            available = psutil.virtual_memory().available - sum(other.mapped() for other in self._open.values())
+            for house in to_close(resident, following, need, available):
                 self._open.pop(house).close()
                 self._closed.add(house)
             self.reopened += entrant.house in self._closed

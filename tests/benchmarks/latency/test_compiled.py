@@ -51,10 +51,10 @@ def _loop(case: Case, entrant: Entrant) -> dict[str, Any]:
     opened = house.answer(
         {"do": "open", "case": case.as_json(), "entrant": entrant.as_json(), "calls": 2, "warm_up": 1}
     )
-    compiled = torch._dynamo.utils.counters["frames"]["total"]
-    answer = house.answer({"do": "loop", "name": entrant.name})
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    answer = house.answer({"do": "loop", "name": entrant.name, "calls": 2})
     answer["compiled"] = compiled
-    answer["compiled late"] = torch._dynamo.utils.counters["frames"]["total"] - compiled
+    answer["compiled late"] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled
     answer["alone"] = house.answer({"do": "alone", "name": entrant.name, "repeats": 2})
     assert opened["warm_up"] > 0
     return answer

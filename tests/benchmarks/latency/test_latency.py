@@ -47,7 +47,7 @@ def done(tiny_bundle: Path, tiny_pipeline_dir: Path, once: Once) -> Path:
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         assert json.loads(result.stdout) == json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        assert "round 2: " + OURS in result.stderr
+        assert f"round 2: {OURS}" in result.stderr, result.stderr
 
     return once("bench-latency", run)
 
