@@ -39,7 +39,9 @@ class QualityRow(BaseModel):
     distance: Estimate | None = Field(None, description="perceptual, of the judge network's features")
     accuracy: Estimate | None = Field(None, description="share of prompts right, 0..1, by the judge network")
     accuracy_change: Estimate | None = Field(None, description="against the uncached run, paired by prompt and seed")
-    accuracy_by_rules: Estimate | None = Field(None, description="the same by the rule-based judge")
+    accuracy_by_rules: Estimate | None = Field(
+        None, description="the same by the rule-based judge, of the first 200 images"
+    )
     frechet: float | None = Field(None, description="distance to drawn scenes of the same captions, judge features")
     samples: list[str] = Field(default_factory=list, description="PNG files beside result.json, of sample_prompts")
     external: dict[str, float] = Field(default_factory=dict, description="LPIPS, CLIP score, FID by networks given")

@@ -39,6 +39,18 @@ def test_ssim_is_one_for_equals_and_falls_with_noise() -> None:
     np.testing.assert_allclose(alone, metrics.ssim(first, disturbed(0)))
 
 
+def test_ssim_in_single_precision_is_that_in_double() -> None:
+    import torch
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    first = np.full((2, 64, 64, 3), 20, dtype=np.uint8)  # flat and dark, where rounding matters most
+    first[1, 20:40, 20:40] = 250
+    second = first + np.random.default_rng(0).integers(0, 4, size=first.shape, dtype=np.uint8)
+    tensors = [torch.from_numpy(side).permute(0, 3, 1, 2).double() for side in (first, second)]
+    double = structural_similarity_index_measure(*tensors, data_range=255.0, reduction="none")
+    np.testing.assert_allclose(metrics.ssim(first, second), double.numpy(), atol=5e-4)
+
+
 def test_without_torchmetrics_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"offcut\[bench\]"):

@@ -125,11 +125,11 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(
         assert (first.pictures == second.pictures).all()
     for one, other in zip(whole[1].rows, again.rows, strict=True):
         assert (one.name, one.timeline, one.samples) == (other.name, other.timeline, other.samples)
-        assert one.frechet == pytest.approx(other.frechet, rel=1e-6)
+        assert one.frechet == pytest.approx(other.frechet, rel=1e-4)
         for name in ("psnr", "ssim", "distance", "accuracy"):
             first_figure, second_figure = getattr(one, name), getattr(other, name)
             if first_figure is not None:
-                assert first_figure.model_dump() == pytest.approx(second_figure.model_dump(), rel=1e-6), name
+                assert first_figure.model_dump() == pytest.approx(second_figure.model_dump(), rel=1e-4), name
 
 
 def test_the_command_leaves_a_result_and_does_nothing_twice(bundle: Path, tmp_path: Path) -> None:
