@@ -11,7 +11,6 @@ from ..shapes.judge_net.reader import JudgeNet, verdicts
 from . import metrics
 from .pictures import Made, Task
 
-
 RULED = 200
 """Pictures of a setting that the rules judge as well: a slow judge, to hold the network's against."""
 
