@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .shell import (
+    Adapters,
     BundleArgument,
     Cuts,
     Device,
@@ -92,6 +93,11 @@ def build(
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Layers not to round, as 'mid_block*'; again for more.", **_in(_LOW)),
     ] = None,
+    sensitive: Annotated[
+        float | None,
+        typer.Option(metavar="DB", help="Nor layers so much noisier than the median one; 8 by default.", **_in(_LOW)),
+    ] = None,
+    adapter: Adapters = None,
     revision: Revision = None,
     variant: Variant = None,
     subfolder: Subfolder = None,
@@ -110,6 +116,7 @@ def build(
         "interval": calibration_interval,
         "size": calibration_size,
         "keep": tuple(keep) if keep else None,
+        "sensitive": sensitive,
     }
     given = {name: value for name, value in wanted.items() if value is not None}
     if given and precision not in LOW_PRECISIONS:
@@ -135,6 +142,7 @@ def build(
             settings=settings,
             deploy=deploy,
             device=device,
+            adapters=adapter,
             revision=revision,
             variant=variant,
             subfolder=subfolder,

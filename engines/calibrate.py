@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import ModelError
@@ -36,14 +37,20 @@ Settings = dict[str, str | int | float | bool | tuple[str, ...] | None]
 class Calibrator(Protocol):
     """Runs trajectories, and says how a graph is to be rounded; ``offcut.Calibration`` is one."""
 
-    method: str
-    """How ranges are chosen: one of ``exporter.histogram.METHODS``."""
+    @property
+    def method(self) -> str:
+        """How ranges are chosen: one of ``exporter.histogram.METHODS``."""
+        ...
 
-    keep: tuple[str, ...]
-    """Patterns of layers to leave in the graph's own precision."""
+    @property
+    def keep(self) -> tuple[str, ...]:
+        """Patterns of layers to leave in the graph's own precision."""
+        ...
 
-    least_sqnr: float
-    """Signal to quantisation noise in dB that a layer must have to be rounded."""
+    @property
+    def sensitive(self) -> float:
+        """How far below the median layer's a layer's signal-to-noise ratio may be, in dB, for it to be rounded."""
+        ...
 
     def run(self, pair: EnginePair, source: ModelSource, progress: Progress) -> None:
         """Denoise with this pair as the UNet, with a cached schedule, through every cut."""
@@ -92,9 +99,10 @@ def quantized(
 
     progress("measure what rounding costs each layer")
     ratios = _ratios(exported.path, scheme, ranges, layers, chosen, moments)
-    sensitive = {name for name, ratio in ratios.items() if ratio < calibrator.least_sqnr}
+    least = median(ratios.values()) - calibrator.sensitive if ratios else 0.0
+    sensitive = {name for name, ratio in ratios.items() if ratio < least}
     kept |= sensitive
-    worst = f", {len(sensitive)} of them below {calibrator.least_sqnr:g} dB" if sensitive else ""
+    worst = f", {len(sensitive)} of them as they would be below {least:.0f} dB" if sensitive else ""
     progress(f"round {len(layers) - len(kept)} layers to {scheme.name}; {len(kept)} stay in {scheme.base}{worst}")
     quantize(exported.path, out / GRAPH_FILE, scheme, ranges, chosen - sensitive)
     _write_parameters(exported, out, chosen - sensitive)
@@ -104,7 +112,7 @@ def quantized(
         scheme=scheme.label,
         base=scheme.base,
         method=calibrator.method,
-        least_sqnr=calibrator.least_sqnr,
+        sensitive=calibrator.sensitive,
         calibration=calibrator.record(),
         kept=tuple(layer.name for layer in layers if layer.name in kept),
         rounded=len(layers) - len(kept),

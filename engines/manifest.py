@@ -88,13 +88,13 @@ class Quantization(_Model):
 
     ``scheme`` names what is rounded and ``base`` the precision of the rest. ``calibration`` is all that decided the
     ranges, ``method`` how they were chosen. ``kept`` are the layers that were not rounded, those among them whose own
-    signal-to-noise ratio would have been below ``least_sqnr`` dB.
+    signal-to-noise ratio would have been more than ``sensitive`` dB below the median layer's.
     """
 
     scheme: str
     base: str
     method: str
-    least_sqnr: float
+    sensitive: float
     calibration: dict[str, str | int | float | bool | tuple[str, ...] | None]
     kept: tuple[str, ...]
     rounded: Annotated[int, Field(ge=0)]

@@ -69,9 +69,11 @@ class ObservingPair:
         import torch
 
         self.device = torch.device("cpu")
-        self.cuts = {twin.cut.name: tuple(spec.name for spec in twin.cached) for twin in twins}
+        self.cuts: Mapping[str, tuple[str, ...]] = {
+            twin.cut.name: tuple(spec.name for spec in twin.cached) for twin in twins
+        }
         self.inputs, features = inputs, {spec.name: spec for twin in twins for spec in twin.cached}
-        self.outputs = {**outputs, **features}
+        self.outputs: Mapping[str, TensorSpec] = {**outputs, **features}
         self.histograms: dict[str, Histogram] = defaultdict(Histogram)
         self.moments = Moments()
         shallow = {twin.cut.name: twin.shallow for twin in twins}
@@ -106,9 +108,7 @@ class ObservingPair:
             try:
                 self.histograms[known].add(sample, float(low), float(high))
             except ValueError as error:
-                raise ModelError(
-                    f"{known} overflows while calibrating: try another prompt, or fewer guidance"
-                ) from error
+                raise ModelError(f"{known} overflows while calibrating: try other prompts, or less guidance") from error
         for name, array in outputs.items():
             buffers[name].copy_(torch.from_numpy(array))
 

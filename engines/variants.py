@@ -68,7 +68,13 @@ def _exported(
     """The export in the plan's precision; one in low precision is made from a full one, aside."""
     if plan.scheme is None:
         made = export(
-            plan.source, folder, precision=plan.precision, opset=plan.opset, dims=plan.fixed, progress=progress
+            plan.source,
+            folder,
+            precision=plan.precision,
+            opset=plan.opset,
+            dims=plan.fixed,
+            adapters=plan.adapters,
+            progress=progress,
         )
         return made, None
     assert plan.calibrator is not None
@@ -86,8 +92,8 @@ def _check_calibration(plan: Plan, held: Variant) -> None:
     if plan.calibrator is None or held.quantization is None:
         return
     was = held.quantization
-    asked = (plan.calibrator.record(), plan.calibrator.method, plan.calibrator.least_sqnr)
-    if (was.calibration, was.method, was.least_sqnr) != asked:
+    asked = (plan.calibrator.record(), plan.calibrator.method, plan.calibrator.sensitive)
+    if (was.calibration, was.method, was.sensitive) != asked:
         raise BundleError(
             f"this bundle's {held.name} was calibrated in another way: give the same calibration as then, "
             "or build into another directory"

@@ -113,4 +113,4 @@ class Histogram:
     def _centres(self) -> npt.NDArray[np.float64]:
         import numpy as np
 
-        return (np.arange(BINS) + 0.5) * (2 * self._limit / BINS) - self._limit
+        return (np.arange(BINS, dtype=np.float64) + 0.5) * (2 * self._limit / BINS) - self._limit

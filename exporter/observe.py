@@ -51,7 +51,7 @@ def _describe(graph: ir.Graph, value: ir.Value, step: int) -> None:
 
     def constant(label: str, number: int) -> ir.Value:
         tensor = ir.tensor(np.array([number], np.int64), name=f"{name}/{label}")
-        made = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        made = ir.Value(name=tensor.name, shape=ir.Shape([1]), type=ir.TensorType(tensor.dtype), const_value=tensor)
         graph.register_initializer(made)
         return made
 

@@ -278,7 +278,7 @@ class _Rewriter:
         import onnx_ir as ir
 
         tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._graph.register_initializer(value)
         return value
 
@@ -308,7 +308,7 @@ def _layer(node: ir.Node) -> Layer:
 
 def _channels(node: ir.Node, dims: int) -> int:
     """The weight's axis of output channels."""
-    if node.op_type == "Conv" or (node.op_type == "Gemm" and node.attributes.get_int("transB", 0)):
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1):
         return 0
     return dims - 1
 
@@ -338,7 +338,8 @@ def _array(steps: Any, dtype: str) -> npt.NDArray[Any]:
 
     steps = np.asarray(steps)
     if dtype.startswith("float8"):
-        return np.clip(steps, -_LARGEST_FP8, _LARGEST_FP8).astype(ml_dtypes.float8_e4m3fn)
-    limits = np.iinfo(dtype)
-    lowest = -127 if dtype == "int8" else limits.min
-    return np.clip(np.rint(steps), lowest, limits.max).astype(dtype)
+        rounded = np.clip(steps, -_LARGEST_FP8, _LARGEST_FP8).astype(ml_dtypes.float8_e4m3fn)
+    else:
+        lowest, highest = (-127, 127) if dtype == "int8" else (0, 255)
+        rounded = np.clip(np.rint(steps), lowest, highest).astype(dtype)
+    return np.asarray(rounded)

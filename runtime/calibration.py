@@ -54,7 +54,8 @@ class Calibration:
         seed: of the initial noise.
         method: how ranges are chosen from what was seen: ``minmax``, ``percentile`` or ``mse``.
         keep: patterns of layers that are not rounded, as ``"mid_block*"``, beside those that never are.
-        least_sqnr: layers whose own signal-to-quantisation-noise ratio is lower, in dB, are not rounded either.
+        sensitive: layers whose own signal-to-quantisation-noise ratio lies more than so many dB below the median
+            layer's are not rounded either.
 
     Raises:
         UserError: a number is out of its range.
@@ -70,7 +71,7 @@ class Calibration:
     seed: int = 0
     method: str = "minmax"
     keep: tuple[str, ...] = ()
-    least_sqnr: float = 20.0
+    sensitive: float = 8.0
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("steps", 1), ("interval", 1), ("warmup", 0)):

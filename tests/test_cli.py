@@ -135,6 +135,11 @@ def test_run_compares(tiny_bundle: Path, tmp_path: Path) -> None:
         (["build", "{model}", "-o", "{out}", "--precision", "fp12"], "fp12"),
         (["build", "{model}", "-o", "{out}", "--engine", "abacus"], "abacus"),
         (["build", "{model}", "-o", "{out}", "--engine", "onnxruntime", "--precision", "bf16"], "does not load bf16"),
+        (
+            ["build", "{model}", "-o", "{out}", "--precision", "int8", "--calibrate", "{missing}"],
+            "cannot read the prompts",
+        ),
+        (["build", "{model}", "-o", "{out}", "--engine", "openvino", "--precision", "fp8"], "no CPU computes in fp8"),
         (["export", "{model}", "-o", "{out}", "--opset", "7"], "opset 7"),
         (["cuts", "{model}/config.json"], "not a readable ONNX file"),
         (["split", "{missing}"], "is not there"),

@@ -98,19 +98,20 @@ def test_what_cannot_be_rounded_is_refused_before_the_export(
 
 
 def test_sensitive_layers_are_kept(made: ExportedUNet, tiny_unet_dir: Path, tmp_path: Path) -> None:
-    kept = {}
-    for least in (0.0, 35.0, 1000.0):
-        base = copy_export(made, tmp_path / f"base-{least}")
-        calibration = offcut.Calibration(samples=1, steps=4, least_sqnr=least)
+    kept, rounded = {}, {}
+    for margin in (-1000.0, 2.0, 1000.0):
+        base = copy_export(made, tmp_path / f"base-{margin}")
+        calibration = offcut.Calibration(samples=1, steps=4, sensitive=margin)
         scheme = SCHEMES["openvino", "int8"]
-        out = tmp_path / f"out-{least}"
+        out = tmp_path / f"out-{margin}"
         out.mkdir()
         source = locate(tiny_unet_dir)
         _, record = quantized(base, out, source, scheme, ["deepcache:0"], calibration, lambda step: None)
-        kept[least] = set(record.kept)
+        kept[margin] = set(record.kept)
         assert record.rounded + len(record.kept) == len(find_layers(read(base.path).model))
-    assert kept[0.0] < kept[35.0] < kept[1000.0]
-    assert record.rounded == 0
+        rounded[margin] = record.rounded
+    assert kept[1000.0] < kept[2.0] < kept[-1000.0]
+    assert rounded[-1000.0] == 0
 
 
 def test_stale_features_widen_the_ranges(pair: ObservingPair) -> None:

@@ -1,0 +1,120 @@
+"""What a calibration runs, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import offcut
+from offcut.engines.base import BoundPair, EnginePair
+from offcut.errors import UserError
+from offcut.exporter.load import locate
+from offcut.runtime.calibration import read_prompts
+
+
+class Counted:
+    """A pair whose calls are written down, with the latents' shape."""
+
+    def __init__(self, pair: EnginePair) -> None:
+        self._pair = pair
+        self.calls: list[tuple[str, tuple[int, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pair, name)
+
+    def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> BoundPair:
+        bound = self._pair.prepare(shapes)
+        full, shallow, calls = bound.full, bound.shallow, self.calls
+
+        def counted_full() -> None:
+            calls.append(("full", tuple(bound.buffers["sample"].shape)))
+            full()
+
+        def counted_shallow(cut: str) -> None:
+            calls.append((cut, tuple(bound.buffers["sample"].shape)))
+            shallow(cut)
+
+        bound.full, bound.shallow = counted_full, counted_shallow  # type: ignore[method-assign]
+        return bound
+
+
+def test_a_pipeline_is_run_on_its_prompts_through_every_cut(tiny_bundle: Path, tiny_pipeline_dir: Path) -> None:
+    pair = Counted(offcut.Bundle.open(tiny_bundle).open_pair("onnxruntime"))
+    calibration = offcut.Calibration(prompts=("a", "b"), samples=2, steps=5, interval=2, warmup=0)
+    calibration.run(pair, locate(tiny_pipeline_dir), lambda step: None)
+    names = [name for name, _ in pair.calls]
+    first, second = list(pair.cuts)[:2]
+    assert names == ["full", first, "full", first, "full", "full", second, "full", second, "full"]
+    assert {shape for _, shape in pair.calls} == {(2, 4, 16, 16)}, "with guidance, at the model's own size"
+    pair.close()
+
+
+def test_a_bare_unet_denoises_noise_and_says_so(unet_bundle: Path, tiny_unet_dir: Path) -> None:
+    pair = Counted(offcut.Bundle.open(unet_bundle).open_pair("onnxruntime"))
+    said: list[str] = []
+    offcut.Calibration(samples=1, steps=4, interval=2, warmup=0).run(pair, locate(tiny_unet_dir), said.append)
+    assert [name for name, _ in pair.calls] == ["full", "deepcache:0", "full", "deepcache:0"]
+    assert any("denoised from noise" in sentence for sentence in said)
+    pair.close()
+
+
+def test_the_record_tells_prompts_apart() -> None:
+    one, other = offcut.Calibration(prompts=("a",)), offcut.Calibration(prompts=("b",))
+    assert one.record() != other.record()
+    assert one.record() == offcut.Calibration(prompts=("a",)).record()
+    assert "a" not in one.record().values()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"samples": 0}, "samples is 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"interval": 0}, "interval is 0"),
+        ({"warmup": -1}, "warmup is -1"),
+        ({"prompts": ()}, "no prompt"),
+        ({"method": "guess"}, "no method 'guess'"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        offcut.Calibration(**settings)
+
+
+def test_prompts_are_read_line_by_line(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n\n  a dog \n", encoding="utf-8")
+    assert read_prompts(file) == ("a cat", "a dog")
+    file.write_text("\n", encoding="utf-8")
+    with pytest.raises(UserError, match="holds no prompt"):
+        read_prompts(file)
+    with pytest.raises(UserError, match="cannot read the prompts"):
+        read_prompts(tmp_path / "missing")
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot read the prompts"):
+        read_prompts(file)
+
+
+def test_noise_is_the_same_for_the_same_seed(unet_bundle: Path, tiny_unet_dir: Path) -> None:
+    latents = []
+    for _ in range(2):
+        pair = offcut.Bundle.open(unet_bundle).open_pair("onnxruntime")
+        kept: list[torch.Tensor] = []
+        counted = Counted(pair)
+        prepare = counted.prepare
+
+        def prepare_and_keep(shapes: Any, prepare: Any = prepare, kept: Any = kept) -> BoundPair:
+            bound = prepare(shapes)
+            kept.append(bound.buffers["noise_pred"])
+            return bound
+
+        counted.prepare = prepare_and_keep  # type: ignore[method-assign]
+        offcut.Calibration(samples=1, steps=3).run(counted, locate(tiny_unet_dir), lambda step: None)
+        latents.append(kept[0].clone())
+        pair.close()
+    assert torch.equal(*latents)
+    assert latents[0].abs().max() > 0
