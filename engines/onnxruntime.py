@@ -19,6 +19,7 @@ from .base import EngineOptions, Graphs, Probe, check_contract
 from .buffers import allocate_pair
 from .cache import EngineCache
 from .cuda import GraphIds, PairStream
+from .fusion import with_own_attention
 from .providers import PROVIDERS, Provider, covering, find, first_line, provider_of, provider_options
 
 if TYPE_CHECKING:
@@ -80,14 +81,14 @@ class OnnxRuntimePair:
         self.inputs, self.outputs, self.cuts = graphs.inputs, graphs.outputs, graphs.cuts
         self._graphs, self._options = graphs, options
         self._provider = provider_of(options.provider, self.device.type)
-        self._devices = None if self._provider is None else find(self._provider)
+        self._devices: Any = None if self._provider is None else find(self._provider)
         self._cache = self._make_cache()
         self._stream = PairStream(self.device) if self._provider is not None else None
         captures = self._provider is not None and self._provider.graph_id is not None and options.cuda_graphs
         self._ids = GraphIds() if captures else None
         with self._cached() as cache:
             self._full = self._session(None, cache)
-            self._shallow = {cut: self._session(cut, cache) for cut in graphs.shallow}
+            self._shallow: dict[str | None, Any] = {cut: self._session(cut, cache) for cut in graphs.shallow}
         for cut, session in ((None, self._full), *self._shallow.items()):
             inputs, outputs = session.get_inputs(), session.get_outputs()
             check_contract(graphs, cut, [i.name for i in inputs], [o.name for o in outputs])
@@ -140,7 +141,9 @@ class OnnxRuntimePair:
             settings.intra_op_num_threads = self._options.threads
         provider = self._provider
         if provider is None:
-            return _open(path, settings, _CPU, providers=[_CPU])
+            fused = with_own_attention(path) if self._graphs.precision == "fp32" else None
+            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+            return _open(path, settings, _CPU, fused, providers=[_CPU])
         asked = self._ask(provider, cut, None if cache is None else cache / path.stem)
         if provider.caches:  # what it cannot compile must not end up on the CPU unnoticed
             settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -224,11 +227,13 @@ class BoundOnnxRuntimePair:
             session.run_with_iobinding(binding, options)
 
 
-def _open(path: Path, settings: Any, provider: str, graphs: bool = False, **how: Any) -> Any:
+def _open(
+    path: Path, settings: Any, provider: str, content: bytes | None = None, graphs: bool = False, **how: Any
+) -> Any:
     import onnxruntime
 
     try:
-        session = onnxruntime.InferenceSession(path, settings, **how)
+        session = onnxruntime.InferenceSession(content or path, settings, **how)
     except Exception as error:  # its exceptions share no public base
         remedy = "; open it with cuda_graphs=False" if graphs and "graph capture" in str(error) else ""
         raise EngineError(f"onnxruntime refuses {path.name}: {first_line(error)}{remedy}") from error

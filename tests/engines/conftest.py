@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ from offcut.engines.base import EnginePair
 from offcut.exporter.trace import ExportedUNet
 
 UNET_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]
+COMPILED_CUTS = ["deepcache:0"]
+"""Of the bundle that inductor compiles for every shape: each cut is another program to compile."""
+
+BF16_CUTS = ["mlperf"]
+BF16_SIZES = {"batch": 2, "height": 8, "width": 12, "sequence": 7}
+"""Of the one that it compiles in bf16, for one shape, which takes half the time."""
+
 ONNX_ENGINES = ("onnxruntime", "openvino")
 """Engines that open the bundle's ONNX graphs."""
 
@@ -81,18 +89,43 @@ def every_cut(tiny_unet_dir: Path, made: ExportedUNet, tmp_path_factory: pytest.
 
 @pytest.fixture(scope="session")
 def compiled_bundle(every_cut: Path, tiny_unet_dir: Path, once: Callable[..., Path]) -> Path:
-    """The same, compiled by inductor; the ONNX graphs are left out."""
+    """The same, compiled by inductor in fp32 for every shape, with ``COMPILED_CUTS``; the ONNX graphs are left out."""
 
     def build(path: Path) -> None:
-        from torch._inductor import config
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(config.aot_inductor, "compile_wrapper_opt_level", "O0")  # the host's code: sooner, not faster
+        with pytest.MonkeyPatch.context() as patch, _quick_host_code():
             made = _exported(every_cut)
             patch.setattr(variants_module, "export", lambda source, out, **_: copy_export(made, out))
-            offcut.build(tiny_unet_dir, path, cuts=UNET_CUTS, engine="inductor", deploy=True)
+            offcut.build(tiny_unet_dir, path, cuts=COMPILED_CUTS, engine="inductor", deploy=True)
 
     return once("compiled.offcut", build)
+
+
+@pytest.fixture(scope="session")
+def compiled_bf16_bundle(tiny_unet_dir: Path, once: Callable[..., Path]) -> Path:
+    """``tiny_unet_dir`` compiled by inductor in bf16 for ``BF16_SIZES`` alone, with ``BF16_CUTS``."""
+
+    def build(path: Path) -> None:
+        with _quick_host_code():
+            offcut.build(
+                tiny_unet_dir,
+                path,
+                cuts=BF16_CUTS,
+                engine="inductor",
+                precision="bf16",
+                dims=BF16_SIZES,
+                deploy=True,
+            )
+
+    return once("compiled-bf16.offcut", build)
+
+
+@contextmanager
+def _quick_host_code() -> Iterator[None]:
+    """Compile what calls the kernels sooner, not faster."""
+    from torch._inductor import config
+
+    with config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+        yield
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from offcut.engines.precision import bounds
 from offcut.engines.registry import engine
 from offcut.errors import EngineError, ShapeError
 
-from .conftest import CPU_ENGINES, ONNX_ENGINES, UNET_CUTS
+from .conftest import COMPILED_CUTS, CPU_ENGINES, ONNX_ENGINES, UNET_CUTS
 
 OpenPair = Callable[..., EnginePair]
 Tensors = Mapping[str, torch.Tensor]
@@ -41,6 +41,12 @@ def same(name: str, got: torch.Tensor, full: torch.Tensor) -> bool:
     return float((got - full).abs().max() / full.abs().max()) <= bounds(name, "fp32").across
 
 
+def as_its_graph(name: str, got: torch.Tensor, answer: torch.Tensor) -> bool:
+    """As near to the graph's answer as the engine's own operators in it allow: ONNX Runtime has one for attention."""
+    allowed = max(bounds(name, "fp32").across, 1e-5 if name == "onnxruntime" else 0.0)
+    return float((got - answer).abs().max() / answer.abs().max()) <= allowed
+
+
 def oracle(name: str) -> str:
     """The library that runs the same ONNX graph, without offcut: the engine's own where it has one."""
     return name if name in ONNX_ENGINES else "onnxruntime"
@@ -53,9 +59,10 @@ def test_the_contract_is_the_bundles(name: str, open_pair: OpenPair) -> None:
     assert pair.device == torch.device("cpu")
     assert list(pair.inputs) == ["sample", "timestep", "encoder_hidden_states"]
     assert next(iter(pair.outputs)) == "noise_pred"
-    assert list(pair.cuts) == UNET_CUTS
-    assert pair.cuts["deepcache:2"] == ("deep_feature_2",)
-    assert pair.cuts["mlperf"] == ("deep_feature_1", "skip_feature_1")
+    assert list(pair.cuts) == (UNET_CUTS if name in ONNX_ENGINES else COMPILED_CUTS)
+    assert pair.cuts["deepcache:0"] == ("deep_feature_0",)
+    if "mlperf" in pair.cuts:
+        assert pair.cuts["mlperf"] == ("deep_feature_1", "skip_feature_1")
 
 
 @pytest.mark.parametrize("dims", [(1, 4, 4, 1), (2, 8, 12, 77), (6, 16, 4, 7)])
@@ -64,12 +71,13 @@ def test_one_pair_serves_every_shape(
 ) -> None:
     sizes = dict(zip(("batch", "height", "width", "sequence"), dims, strict=True))
     inputs = inputs_of(tiny_unet_dir, **sizes)
-    bound = bind(open_pair(name), inputs)
+    pair = open_pair(name)
+    bound = bind(pair, inputs)
     assert bound.dims == sizes
     bound.full()
     full = bound.buffers["noise_pred"].clone()
     assert largest_difference(full, eager(tiny_unet_dir, inputs)) <= 1e-4
-    for cut in UNET_CUTS:
+    for cut in pair.cuts:
         bound.buffers["noise_pred"].fill_(float("nan"))
         bound.shallow(cut)
         assert same(name, bound.buffers["noise_pred"], full), cut
@@ -101,11 +109,12 @@ def test_what_full_leaves_in_the_buffers_is_what_its_graph_gives(
     name: str, open_pair: OpenPair, tiny_unet_dir: Path, every_cut: Path
 ) -> None:
     inputs = inputs_of(tiny_unet_dir)
-    bound = bind(open_pair(name), inputs)
+    pair = open_pair(name)
+    bound = bind(pair, inputs)
     bound.full()
-    graph = every_cut / "unet" / "fp32-opset23" / "full.onnx"
-    for output, value in run(oracle(name), graph, inputs).items():
-        assert same(name, bound.buffers[output], value), output
+    answers = run(oracle(name), every_cut / "unet" / "fp32-opset23" / "full.onnx", inputs)
+    for output in pair.outputs:
+        assert as_its_graph(name, bound.buffers[output], answers[output]), output
 
 
 def test_a_shallow_call_leaves_the_features_as_they_are(name: str, open_pair: OpenPair, tiny_unet_dir: Path) -> None:
@@ -132,7 +141,7 @@ def test_a_shallow_call_computes_from_new_inputs_and_old_features(
     bound.shallow("deepcache:0")
     graph = every_cut / "unet" / "fp32-opset23" / "shallow-deepcache-0.onnx"
     expected = run(oracle(name), graph, {**second, "deep_feature_0": feature})["noise_pred"]
-    assert same(name, bound.buffers["noise_pred"], expected)
+    assert as_its_graph(name, bound.buffers["noise_pred"], expected)
 
 
 def test_buffers_stay_where_they_are(name: str, open_pair: OpenPair, tiny_unet_dir: Path) -> None:
@@ -156,8 +165,8 @@ def test_two_bound_pairs_share_nothing(name: str, open_pair: OpenPair, tiny_unet
     one.full()
     expected = one.buffers["noise_pred"].clone()
     two.full()
-    one.shallow("deepcache:2")
-    assert torch.equal(one.buffers["noise_pred"], expected)
+    one.shallow(list(pair.cuts)[-1])
+    assert same(name, one.buffers["noise_pred"], expected)
 
 
 def test_two_threads_get_the_bits_that_one_gets(name: str, open_pair: OpenPair, tiny_unet_dir: Path) -> None:
@@ -171,7 +180,7 @@ def test_two_threads_get_the_bits_that_one_gets(name: str, open_pair: OpenPair, 
         answers = []
         for step in range(12):
             bound.buffers["timestep"].fill_(float(step))
-            bound.full() if step % 3 == 0 else bound.shallow("deepcache:1")
+            bound.full() if step % 3 == 0 else bound.shallow(list(pair.cuts)[-1])
             answers.append(bound.buffers["noise_pred"].clone())
         bound.close()
         return answers
