@@ -142,7 +142,9 @@ class OnnxRuntimePair:
         provider = self._provider
         if provider is None:
             fused = with_own_attention(path) if self._graphs.precision == "fp32" else None
-            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+            if fused is not None:  # the weights stay where they are
+                key = "session.model_external_initializers_file_folder_path"
+                settings.add_session_config_entry(key, str(path.parent))
             return _open(path, settings, _CPU, fused, providers=[_CPU])
         asked = self._ask(provider, cut, None if cache is None else cache / path.stem)
         if provider.caches:  # what it cannot compile must not end up on the CPU unnoticed
