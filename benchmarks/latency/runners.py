@@ -173,7 +173,8 @@ def open_offcut(entrant: Entrant, shared: Shared) -> Runner:
 
     def open_unet() -> tuple[UNet, Marks]:
         entry = bundle.manifest.engines[entrant.build or ""]
-        entry = entry.model_copy(update={"shallow": {case.cut: entry.shallow[case.cut]}, "cuts": (case.cut,)})
+        # The other cuts' shallow graphs would only take memory; the full graph writes their features all the same.
+        entry = entry.model_copy(update={"shallow": {case.cut: entry.shallow[case.cut]}})
         options = EngineOptions(case.device, case.threads, inference_precision=entry.inference_precision)
         pair = TimedPair(open_entry(bundle, entry, options), Marks(Clock(case.device)))
         return UNet(pair, bundle.unet_config), pair.marks
