@@ -37,30 +37,35 @@ class Contestant(BaseModel):
     family: str = Field(description="'offcut' for ours, else the peer: diffusers, DeepCache, torch.compile, optimum...")
     engine: str = Field(description="what computes: pytorch, onnxruntime, openvino, inductor, tensorrt...")
     precision: str = Field(description="fp32, bf16..., as computed")
-    caching: str | None = Field(None, description="the schedule and cut in words; None where every call is full")
+    caching: str | None = Field(
+        default=None, description="the schedule and cut in words; None where every call is full"
+    )
     settings: dict[str, str] = Field(default_factory=dict, description="fixed before the run, one entry each")
-    not_run: str | None = Field(None, description="the exact reason, where it could not be measured")
+    not_run: str | None = Field(default=None, description="the exact reason, where it could not be measured")
     loops: list[float] = []
     images: list[float] = []
     full: list[float] = []
     shallow: list[float] = []
     full_alone: list[float] = []
     shallow_alone: list[float] = []
-    full_calls: int = Field(0, description="of one loop")
+    full_calls: int = Field(default=0, description="of one loop")
     shallow_calls: int = 0
-    load_seconds: float | None = Field(None, description="to open it, before the first call")
-    warm_up_seconds: float | None = Field(None, description="the calls that were not measured, compilation included")
-    host_peak_bytes: int | None = Field(None, description="largest resident memory of its process")
+    load_seconds: float | None = Field(default=None, description="to open it, before the first call")
+    warm_up_seconds: float | None = Field(
+        default=None, description="the calls that were not measured, compilation included"
+    )
+    host_peak_bytes: int | None = Field(default=None, description="largest resident memory of its process")
     device_peak_bytes: int | None = None
-    size_bytes: int | None = Field(None, description="of what it reads from disk")
+    size_bytes: int | None = Field(default=None, description="of what it reads from disk")
     difference: float | None = Field(
-        None, description="of its final latents from Latency.reference's: the norm of the difference over the norm"
+        default=None,
+        description="of its final latents from Latency.reference's: the norm of the difference over the norm",
     )
     speed_ups: dict[str, float] = Field(default_factory=dict, description="over the contestants named, round by round")
-    best_peer: str | None = Field(None, description="the fastest of the same precision that is not offcut")
-    best_caching_peer: str | None = Field(None, description="the fastest of those that cache")
+    best_peer: str | None = Field(default=None, description="the fastest of the same precision that is not offcut")
+    best_caching_peer: str | None = Field(default=None, description="the fastest of those that cache")
     of_ideal: float | None = Field(
-        None, description="the speed-up over the same engine uncached, of the one that its own calls allow"
+        default=None, description="the speed-up over the same engine uncached, of the one that its own calls allow"
     )
 
     @computed_field  # type: ignore[prop-decorator]
@@ -113,12 +118,17 @@ class Latency(BaseModel):
     threads: int | None = None
     clock: str = Field(description="what was read, and what lies between its two readings")
     contestants: list[Contestant]
-    reference: str | None = Field(None, description="the contestant whose latents the others' are held against")
-    warm_up: int | None = Field(None, description="loops before the first measured one, cut short once all graphs ran")
-    idle_cpu_share: float | None = Field(
-        None, description="of a core: the most that waiting processes used together during another's measured loop"
+    reference: str | None = Field(default=None, description="the contestant whose latents the others' are held against")
+    warm_up: int | None = Field(
+        default=None, description="loops before the first measured one, cut short once all graphs ran"
     )
-    reopened: int | None = Field(None, description="how often a process was closed for want of memory, and came back")
+    idle_cpu_share: float | None = Field(
+        default=None,
+        description="of a core: the most that waiting processes used together during another's measured loop",
+    )
+    reopened: int | None = Field(
+        default=None, description="how often a process was closed for want of memory, and came back"
+    )
 
     def speed_up(self, name: str, base: str) -> float | None:
         """How many times faster ``name``'s loop is than ``base``'s: the median over rounds of the ratio within a round.

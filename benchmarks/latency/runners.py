@@ -276,7 +276,7 @@ def _torch_unet(entrant: Entrant, shared: Shared) -> Any:
     """diffusers' UNet with the weights that the bundle was built from, in the entrant's precision."""
     case = shared.case
     assert case.model is not None
-    unet = load_unet(locate(case.model, variant=shared.bundle.manifest.source.variant), entrant.precision)
+    unet: Any = load_unet(locate(case.model, variant=shared.bundle.manifest.source.variant), entrant.precision)
     layout = torch.channels_last if entrant.settings.get("memory format") == "channels_last" else None
     return unet.to(case.device) if layout is None else unet.to(case.device, memory_format=layout)
 
