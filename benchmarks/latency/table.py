@@ -44,12 +44,12 @@ def _loops(rows: Sequence[Contestant], percents: Sequence[float]) -> Table:
 
 
 def _calls(rows: Sequence[Contestant]) -> Table:
-    table = _table("UNet calls", "full s", "alone", "shallow", "alone", "/ideal", "alone", "of it")
+    table = _table("UNet calls", "full ms", "alone", "shallow", "alone", "/ideal", "alone", "of it")
     for row in rows:
         ratios = (row.wall_over_ideal, row.wall_over_ideal_alone, row.of_ideal)
         cells = ["" if ratio is None else f"{ratio:.3f}" for ratio in ratios]
         times = (row.full, row.full_alone, row.shallow, row.shallow_alone)
-        table.add_row(_name(row), *(_median(each) for each in times), *cells)
+        table.add_row(_name(row), *(_median([1e3 * seconds for seconds in each]) for each in times), *cells)
     return table
 
 
