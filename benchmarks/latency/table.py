@@ -120,7 +120,7 @@ def export_times(latency: Latency, path: Path) -> None:
 
 
 def _table(first: str, *headings: str) -> Table:
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE, padding=(0, 0, 0, 0), pad_edge=False)
     table.add_column(first, no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
