@@ -5,6 +5,7 @@ The trajectories are run from above, by a ``Calibrator``: the pipeline and the s
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -92,10 +93,12 @@ def quantized(
     finally:
         pair.close()
         shutil.rmtree(folder)  # its link to the weights, too: onnx_ir reads none that have two
-    moments = pair.moments.chosen()
+    moments, histograms = pair.moments.chosen(), pair.histograms
+    del pair, graph
+    gc.collect()  # the pipeline lies in cycles, with the weights of its other parts
     if not moments:
         raise ModelError("the calibration made no call of the UNet: give it at least one sample and one step")
-    ranges = _ranges(pair.histograms, scheme, calibrator.method)
+    ranges = _ranges(histograms, scheme, calibrator.method)
 
     progress("measure what rounding costs each layer")
     ratios = _ratios(exported.path, scheme, ranges, layers, chosen, moments)

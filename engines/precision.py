@@ -44,8 +44,10 @@ BOUNDS: dict[tuple[str, str, str | None], Bounds | str] = {
     ("inductor", "fp32", None): Bounds(parity=1e-4, relative=False, across=1e-5),
     ("inductor", "fp16", None): Bounds(parity=1e-2, relative=True, across=1e-2),
     ("inductor", "bf16", None): Bounds(parity=5e-2, relative=True, across=5e-2),
-    ("openvino", "int8", None): Bounds(parity=2.5e-1, relative=True, across=5e-2),
-    ("onnxruntime", "int8", None): Bounds(parity=2.5e-1, relative=True, across=5e-2),
+    # Held to inputs of the calibration, at which these were measured: 0.006 (OpenVINO) and 0.012 on the shapes model,
+    # 0.02 on SD 1.5's architecture with random weights; nothing across the cut.
+    ("openvino", "int8", None): Bounds(parity=1e-1, relative=True, across=1e-2),
+    ("onnxruntime", "int8", None): Bounds(parity=1e-1, relative=True, across=1e-2),
     ("inductor", "int8", None): "it compiles the PyTorch model, which is not rounded; the engines of ONNX graphs are",
     # With Q/DQ around them these CPUs' convolutions would be computed in fp32 all the same, only more slowly.
     **{
