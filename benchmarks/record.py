@@ -18,7 +18,7 @@ from .latency.record import Latency
 from .mlperf.record import MlPerf
 from .quality.record import Quality
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 """Of ``result.json``; a reader refuses a later one."""
 
 NAME = "result.json"

@@ -10,6 +10,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from .shell import (
+    Adapters,
     Fix,
     Json,
     Model,
@@ -36,6 +37,7 @@ def export(
     precision: Precision = "fp32",
     opset: Opset = None,
     fix: Fix = None,
+    adapter: Adapters = None,
     revision: Revision = None,
     variant: Variant = None,
     subfolder: Subfolder = None,
@@ -52,6 +54,7 @@ def export(
             precision=precision,
             opset=opset or DEFAULT_OPSET,
             dims=dims_of(fix),
+            adapters=adapter or (),
             revision=revision,
             variant=variant,
             subfolder=subfolder,

@@ -25,6 +25,14 @@ Fix = Annotated[
     str | None,
     typer.Option(metavar="NAME=SIZE,...", help="Fix dimensions: batch, height and width of the latent, sequence."),
 ]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        help="controlnet or t2i-adapter: gives the graphs their inputs; again for both. "
+        "A bundle has those of the model's own pipeline by default.",
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Variant = Annotated[str | None, typer.Option(help="Of the weight files, e.g. fp16.")]
 Subfolder = Annotated[str | None, typer.Option(help="Of the UNet inside the model; 'unet' in a pipeline.")]

@@ -56,6 +56,7 @@ def build(
     revision: str | None = None,
     variant: str | None = None,
     subfolder: str | None = None,
+    adapters: Sequence[str] | None = None,
     calibration: Calibrator | None = None,
     progress: Progress = lambda step: None,
 ) -> Bundle:
@@ -77,6 +78,8 @@ def build(
         deploy: leave the ONNX graphs and their weights out, for a bundle whose engines are all compiled.
         device: that ``auto`` chooses for and engines are verified on, where they run on it.
         revision, variant, subfolder: as in diffusers.
+        adapters: ``"controlnet"`` or ``"t2i-adapter"``; gives the graphs the inputs that these fill. By default those
+            that the model's own pipeline has.
         calibration: what ``int8`` and ``fp8`` are calibrated on: an ``offcut.Calibration``.
         progress: called with a sentence as each stage begins.
 
@@ -107,6 +110,7 @@ def build(
         revision=revision,
         variant=variant,
         subfolder=subfolder,
+        adapters=adapters,
         calibrator=calibration,
         progress=progress,
     )

@@ -27,6 +27,9 @@ from .store import LOCK_FILE
 
 Progress = Callable[[str], None]
 
+# A pipeline's parts that add to the UNet's skip connections, and the adapters whose inputs they need.
+_PARTS = {"controlnet": "controlnet", "adapter": "t2i-adapter"}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -36,6 +39,7 @@ class Plan:
         settings: of each engine, all of its ``SETTINGS``.
         device: that engines are verified on, where they run on it.
         deploy: leave the ONNX graphs and their weights out of the bundle.
+        adapters: whose inputs the graphs have.
         scheme, calibrator: how the graphs are rounded, and on what; None where they are not.
     """
 
@@ -51,6 +55,7 @@ class Plan:
     settings: Mapping[str, Settings]
     device: str
     deploy: bool
+    adapters: tuple[str, ...]
     scheme: Scheme | None
     calibrator: Calibrator | None
 
@@ -62,7 +67,8 @@ class Plan:
     @property
     def variant(self) -> str:
         fixed = "".join(f"-{name[0]}{size}" for name, size in sorted(self.fixed.items()))
-        return f"{self.scheme.label if self.scheme else self.precision}-opset{self.opset}{fixed}"
+        adapters = "".join(f"-{name}" for name in sorted(self.adapters))
+        return f"{self.scheme.label if self.scheme else self.precision}-opset{self.opset}{fixed}{adapters}"
 
 
 def make_plan(
@@ -81,6 +87,7 @@ def make_plan(
     revision: str | None,
     variant: str | None,
     subfolder: str | None,
+    adapters: Sequence[str] | None,
     calibrator: Calibrator | None,
     progress: Progress,
 ) -> Plan:
@@ -105,6 +112,9 @@ def make_plan(
         raise EngineError(f"{names[0]} takes every size, so it needs no profile: leave the sizes out")
     scheme = _scheme(names, precision, calibrator)
     source = locate(model, revision=revision, variant=variant, subfolder=subfolder)
+    taken = tuple(dict.fromkeys(_adapters_of(source) if adapters is None else adapters))
+    if taken and scheme:
+        raise EngineError(f"{precision} is calibrated without adapters: build {', '.join(taken)} in fp32, fp16 or bf16")
     return Plan(
         source=source,
         weights_digest=weights_digest(source),
@@ -114,10 +124,11 @@ def make_plan(
         opset=opset or engine(names[0]).default_opset,
         fixed=dict(dims or {}),
         inference_precision=None if inference_precision == precision else inference_precision,
-        profiles=_profiles(source, scheme.base if scheme else precision, dict(dims or {}), profiles),
+        profiles=_profiles(source, scheme.base if scheme else precision, taken, dict(dims or {}), profiles),
         settings=_settings(names, settings or {}),
         device=device,
         deploy=deploy,
+        adapters=taken,
         scheme=scheme,
         calibrator=calibrator if scheme else None,
     )
@@ -151,13 +162,26 @@ def _check_engine(name: str, precision: str, inference_precision: str | None, de
 
 
 def _profiles(
-    source: ModelSource, precision: str, fixed: Mapping[str, int], wanted: Sequence[Profile] | Sizes
+    source: ModelSource,
+    precision: str,
+    adapters: Sequence[str],
+    fixed: Mapping[str, int],
+    wanted: Sequence[Profile] | Sizes,
 ) -> tuple[Profile, ...]:
     if not isinstance(wanted, Sizes):
         return tuple(wanted)
-    inputs = {spec.name: spec.fixed(fixed) for spec in source.family.inputs(source.config, PRECISIONS[precision])}
+    specs = source.family.specs(source.config, PRECISIONS[precision], adapters)
+    inputs = {spec.name: spec.fixed(fixed) for spec in specs}
     native = trained_side(source.config.get("sample_size"))
     return wanted.profiles(inputs, multiple=downsampling(source.config), native=native)
+
+
+def _adapters_of(source: ModelSource) -> list[str]:
+    """The adapters that the model's own pipeline has."""
+    if not source.is_pipeline:
+        return []
+    parts = json.loads((source.root / "model_index.json").read_text(encoding="utf-8"))
+    return [adapter for part, adapter in _PARTS.items() if parts.get(part, [None])[0] is not None]
 
 
 def _settings(names: Sequence[str], given: Mapping[str, Settings]) -> dict[str, Settings]:

@@ -45,9 +45,11 @@ def nest(tensors: Mapping[str, Any]) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for name, tensor in tensors.items():
         argument = argument_of(name)
+        if argument is None:
+            continue
         if argument in _TUPLES.values():
             arguments.setdefault(argument, []).append(tensor)  # a list: the UNet takes T2I-Adapters' maps off it
-        elif argument is not None:
+        else:
             arguments[argument] = tensor
     return arguments
 

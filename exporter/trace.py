@@ -379,9 +379,10 @@ def _measure_the_sample(model: ir.Model, specs: tuple[TensorSpec, ...]) -> None:
         return node.outputs[0]
 
     for node in list(model.graph):
-        measured = shapes.get(str(node.inputs[0].name)) if node.op_type == "Shape" and node.inputs[0] else None
-        if measured is None or not node.inputs[0].is_graph_input():
+        value = node.inputs[0] if node.op_type == "Shape" else None
+        if value is None or value.name not in shapes or not value.is_graph_input():
             continue
+        measured = shapes[value.name]
         bounds = [node.attributes[name].as_int() if name in node.attributes else None for name in ("start", "end")]
         dims = measured[slice(*bounds)]
         if not all(isinstance(dim, int) or dim.partition("/")[0] in axes for dim in dims):

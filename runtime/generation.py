@@ -75,6 +75,17 @@ class Generation:
         self._full: list[bool] = []
         self._seconds: list[float] = []
 
+    @property
+    def next_is_full(self) -> bool:
+        """Whether the next call is full even if its shapes are those of the last one.
+
+        Raises:
+            ScheduleError: as ``begin``.
+        """
+        calls = self._resolve()
+        scheduled = self._schedule is None or self._schedule.is_full(len(self._full), calls)
+        return scheduled or not self._readable
+
     def begin(self, shapes: Hashable, timestep: float | None = None) -> bool:
         """Whether the call that now begins is full.
 
@@ -85,9 +96,7 @@ class Generation:
         Raises:
             ScheduleError: the schedule does not fit the number of calls, or that number is none.
         """
-        calls = self._resolve()
-        scheduled = self._schedule is None or self._schedule.is_full(len(self._full), calls)
-        full = scheduled or not self._readable or shapes != self._shapes
+        full = self.next_is_full or shapes != self._shapes
         self._readable = False  # until this call has completed
         self._shapes = shapes
         if timestep is not None:

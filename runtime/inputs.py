@@ -8,14 +8,15 @@ from typing import Any
 import torch
 
 from ..errors import ShapeError, UserError
+from ..exporter.residuals import argument_of
 from ..exporter.specs import TensorSpec
 
 _REMEDIES = {
     "attention_mask": "leave it out",
     "encoder_attention_mask": "leave it out, and pad prompts to the full length",
-    "down_block_additional_residuals": "ControlNets and T2I-Adapters need the eager UNet",
-    "mid_block_additional_residual": "ControlNets and T2I-Adapters need the eager UNet",
-    "down_intrablock_additional_residuals": "ControlNets and T2I-Adapters need the eager UNet",
+    "down_block_additional_residuals": "build the bundle with --adapter controlnet",
+    "mid_block_additional_residual": "build the bundle with --adapter controlnet",
+    "down_intrablock_additional_residuals": "build the bundle with --adapter t2i-adapter",
     "image_embeds": "IP-Adapters need the eager UNet",
 }
 
@@ -41,13 +42,15 @@ def engine_inputs(
 ) -> dict[str, torch.Tensor]:
     """The tensors among these arguments, in the order of the engine's inputs, without the timestep.
 
+    Residuals of a ControlNet or T2I-Adapter may be left out.
+
     Raises:
         UserError: an input is missing, unknown to the engine, no tensor, or on another device.
     """
     tensors = {name: value for name, value in given.items() if value is not None}
     for name, value in tensors.items():
         if name not in specs:
-            remedy = _REMEDIES.get(name, "it was built for another kind of model")
+            remedy = _REMEDIES.get(argument_of(name) or name, "it was built for another kind of model")
             raise UserError(f"this UNet has no input {name}, which the pipeline passes: {remedy}")
         if not isinstance(value, torch.Tensor):
             raise UserError(f"{name} is a {type(value).__name__}, but the engine takes a tensor")
@@ -55,11 +58,12 @@ def engine_inputs(
             raise UserError(
                 f"{name} is on {value.device}, but this UNet's engines run on {device}: call pipe.to({str(device)!r})"
             )
-    if missing := [name for name in specs if name not in tensors and name != "timestep"]:
+    optional = {name for name in specs if argument_of(name) is not None}
+    if missing := [name for name in specs if name not in tensors and name not in optional | {"timestep"}]:
         raise UserError(
             f"this UNet also needs {', '.join(missing)}, which was not passed: use the pipeline of its own family"
         )
-    return {name: tensors[name] for name in specs if name != "timestep"}
+    return {name: tensors[name] for name in specs if name in tensors and name != "timestep"}
 
 
 def same_device(one: torch.device, other: torch.device) -> bool:

@@ -15,6 +15,7 @@ from packaging.version import Version
 
 from ..engines.base import OpenOptions
 from ..errors import BundleError, UserError
+from .controlnet import reuse
 from .unet import UNet
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def attach(
     device: str | None = None,
     precision: str | None = None,
     inference_precision: str | None = None,
+    reuse_controlnet: bool = False,
     **options: Unpack[OpenOptions],
 ) -> DiffusionPipeline:
     """Replace a pipeline's UNet by a bundle's engines, and let it announce each generation to them.
@@ -98,12 +100,13 @@ def attach(
         bundle: an opened bundle, its directory, or an open ``UNet``.
         engine, precision, inference_precision, options: as in ``UNet.load``.
         device: None for the pipeline's own.
+        reuse_controlnet: let the pipeline's ControlNets run on full calls only. Costs image quality.
 
     Returns:
         The same pipeline.
 
     Raises:
-        UserError: the pipeline has no UNet.
+        UserError: the pipeline has no UNet, or no ControlNet to reuse.
         BundleError: the bundle is damaged, or was built from another kind of UNet.
         EngineError: the engine is missing or cannot run here.
     """
@@ -126,6 +129,8 @@ def attach(
             f"the bundle was built from another kind of UNet than this pipeline has ({'; '.join(differing)}): "
             "build one from the pipeline's own"
         )
+    if reuse_controlnet:
+        reuse(pipe, unet)
     pipe.unet = unet
     pipe.__class__ = _announcing(type(pipe))  # type: ignore[arg-type]  # types are hashable
     return pipe

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Unpack
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - see EngineModel.save_pretrained
@@ -19,6 +20,9 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from ..engines.base import BoundPair, EnginePair, OpenOptions
 from ..errors import CutError, EngineError, ScheduleError, UserError
 from ..exporter.cut import canonical_name
+from ..exporter.residuals import argument_of, flatten
+from ..exporter.specs import solve
+from ..exporter.trace import SAMPLE
 from .generation import Calls, Generation, Run
 from .inputs import engine_inputs, refuse_ignored, timestep_shape, timestep_value, write_timestep
 from .model import EngineModel
@@ -68,6 +72,7 @@ class UNet(EngineModel):
 
         self._bound: OrderedDict[Shapes, BoundPair] = OrderedDict()
         self._bound_shapes = bound_shapes
+        self._heard: WeakKeyDictionary[BoundPair, set[str]] = WeakKeyDictionary()
         self._schedule: Schedule | None = None
         self._cut: str | None = None
         self._announced: Generation | None = None
@@ -190,6 +195,15 @@ class UNet(EngineModel):
     _reset_stateful_cache = reset  # diffusers calls this at the end of a pipeline call
 
     @property
+    def next_is_full(self) -> bool:
+        """Whether the call that comes next, at the last call's shapes, runs the full graph.
+
+        For what computes inputs of the UNet that a shallow call hardly reads; see ``controlnet``. True where no
+        generation was announced.
+        """
+        return self._announced is None or self._announced.next_is_full
+
+    @property
     def bound(self) -> BoundPair | None:
         """The engines bound to the buffers of the last call, for measuring them alone; None before the first call."""
         return next(reversed(self._bound.values()), None)
@@ -212,9 +226,9 @@ class UNet(EngineModel):
         attention_mask: torch.Tensor | None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
-        down_block_additional_residuals: Any = None,
-        mid_block_additional_residual: Any = None,
-        down_intrablock_additional_residuals: Any = None,
+        down_block_additional_residuals: Sequence[torch.Tensor] | None = None,
+        mid_block_additional_residual: torch.Tensor | None = None,
+        down_intrablock_additional_residuals: Sequence[torch.Tensor] | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
@@ -227,6 +241,8 @@ class UNet(EngineModel):
             class_labels: [batch].
             timestep_cond: [batch, width].
             added_cond_kwargs: for SDXL ``text_embeds`` [batch, width] and ``time_ids`` [batch, 6].
+            down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals: of a
+                ControlNet or T2I-Adapter, for a bundle that was built with their inputs. None counts as zero.
             return_dict: whether to return diffusers' output object or a tuple.
 
         Returns:
@@ -245,16 +261,19 @@ class UNet(EngineModel):
             cross_attention_kwargs,
             attention_mask=attention_mask,
             encoder_attention_mask=encoder_attention_mask,
-            down_block_additional_residuals=down_block_additional_residuals,
-            mid_block_additional_residual=mid_block_additional_residual,
-            down_intrablock_additional_residuals=down_intrablock_additional_residuals,
         )
+        residuals = {
+            "down_block_additional_residuals": down_block_additional_residuals,
+            "mid_block_additional_residual": mid_block_additional_residual,
+            "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
+        }
         given = {
             "sample": sample,
             "encoder_hidden_states": encoder_hidden_states,
             "class_labels": class_labels,
             "timestep_cond": timestep_cond,
             **(added_cond_kwargs or {}),
+            **flatten(residuals),
         }
         tensors = engine_inputs(given, self._specs, self._device)
         with self._exclusively(), torch.no_grad():
@@ -265,9 +284,14 @@ class UNet(EngineModel):
         batch = tensors["sample"].shape[0]
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         shapes["timestep"] = timestep_shape(self._specs, batch)
+        silent = [name for name in self._specs if name not in shapes]  # residuals that nobody passed
+        if silent:
+            dims = solve({SAMPLE: self._specs[SAMPLE]}, {SAMPLE: shapes[SAMPLE]})
+            shapes |= {name: self._specs[name].resolve(dims) for name in silent}
         bound = self._bind(shapes)
         for name, tensor in tensors.items():
             bound.buffers[name].copy_(tensor)
+        self._silence(bound, tensors, silent)
         write_timestep(bound.buffers["timestep"], timestep)
 
         generation, full = self._begin(tuple(shapes.items()), timestep)
@@ -276,6 +300,14 @@ class UNet(EngineModel):
         generation.end(full, seconds)
         # Schedulers keep it: PNDM without guidance would see its history overwritten.
         return bound.buffers[self._noise_pred].to(tensors["sample"].dtype, copy=True)
+
+    def _silence(self, bound: BoundPair, passed: Iterable[str], silent: Iterable[str]) -> None:
+        """Zero the residuals that an earlier call passed and this one does not; new buffers are zero."""
+        heard = self._heard.setdefault(bound, set())
+        for name in heard.intersection(silent):
+            bound.buffers[name].zero_()
+        heard.difference_update(silent)
+        heard.update(name for name in passed if argument_of(name) is not None)
 
     def _begin(self, shapes: Shapes, timestep: torch.Tensor | float) -> tuple[Generation, bool]:
         """The generation that this call belongs to, and whether the call is full."""

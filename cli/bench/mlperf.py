@@ -69,7 +69,7 @@ def mlperf(
         measured = run(
             load_pipeline(bundle, engine=engine, threads=threads),
             output,
-            scenarios=[name.value for name in scenario or ScenarioName],  # type: ignore[misc]
+            scenarios=[name.value for name in scenario or ScenarioName],
             schedules=[None if n == 1 else Uniform(n, warmup=warmup) for n in interval or (1, 5)],
             cut=cut,
             samples=samples,

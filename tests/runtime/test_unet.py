@@ -226,9 +226,9 @@ def test_gradients_are_refused_not_dropped(unet: UNet) -> None:
     [
         ({"attention_mask": torch.ones(2, 5)}, "attention_mask.*leave it out"),
         ({"encoder_attention_mask": torch.ones(2, 5)}, "encoder_attention_mask"),
-        ({"down_block_additional_residuals": (torch.ones(1),)}, "ControlNets"),
-        ({"mid_block_additional_residual": torch.ones(1)}, "ControlNets"),
-        ({"down_intrablock_additional_residuals": (torch.ones(1),)}, "T2I-Adapters"),
+        ({"down_block_additional_residuals": (torch.ones(1),)}, "--adapter controlnet"),
+        ({"mid_block_additional_residual": torch.ones(1)}, "--adapter controlnet"),
+        ({"down_intrablock_additional_residuals": (torch.ones(1),)}, "--adapter t2i-adapter"),
         ({"cross_attention_kwargs": {"scale": 0.5}}, "fuse the LoRA at that scale"),
         ({"cross_attention_kwargs": {"gligen": {}}}, "gligen"),
         ({"added_cond_kwargs": {"image_embeds": [torch.ones(1)]}}, "IP-Adapters"),
