@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ..record import Result
-from . import cost, speed, tables, words
+from . import cost, load, speed, tables, words
 from .answers import answers
 from .markup import Markup, join, tag
 
@@ -48,8 +48,8 @@ def write_report(results: Sequence[Result], folder: Path, *, samples: Sequence[P
 
 def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
     """The page's text; ``samples`` are the folders of each result's images."""
-    if not any(result.latency or result.quality for result in results):
-        raise UserError("these results have neither latency nor quality figures, which is what a report shows")
+    if not any(result.latency or result.quality or result.mlperf for result in results):
+        raise UserError("these results have no figures that a report could show: neither latency, quality nor load")
     sections, links = [], [("answers", "In short")]
     for index, (result, folder) in enumerate(zip(results, samples, strict=True)):
         of = f": {result.title}" if len(results) > 2 else ""
@@ -59,6 +59,9 @@ def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
         if result.quality:
             sections.append(cost.section(result.quality, folder, f"quality-{index}"))
             links.append((f"quality-{index}", f"Quality{of}"))
+        if result.mlperf:
+            sections.append(load.section(result.mlperf, f"load-{index}"))
+            links.append((f"load-{index}", f"Load{of}"))
     links.append(("runs", "How it was measured"))
     title = " · ".join(dict.fromkeys(result.title for result in results))
     head = tag(

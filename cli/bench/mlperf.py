@@ -53,6 +53,7 @@ def mlperf(
     from ...benchmarks import record
     from ...benchmarks.mlperf.loadgen import Shortened, version
     from ...benchmarks.mlperf.run import run
+    from ...benchmarks.report.page import write_report
     from ...benchmarks.shapes.model import model_path
     from ...engines.build import build
     from ...runtime.pipeline import load as load_pipeline
@@ -88,7 +89,8 @@ def mlperf(
         environment=environment,
         mlperf=measured,
     )
-    path = result.save(output)
+    result.save(output)
+    path = write_report([result], output)
     if as_json:
         print_json(result.model_dump(mode="json"))
     else:

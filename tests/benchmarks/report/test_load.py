@@ -1,0 +1,61 @@
+"""LoadGen's verdicts on the page: as it gave them, escaped, and never passed for a submission."""
+
+from pathlib import Path
+
+from results import machine
+
+from offcut.benchmarks.mlperf.record import MlPerf, ScenarioRun
+from offcut.benchmarks.record import Result, now
+from offcut.benchmarks.report.page import write_report
+
+
+def run(**changed: object) -> ScenarioRun:
+    given = {
+        "scenario": "Server",
+        "caching": "uniform:5:warmup=2, deepcache:0",
+        "valid": True,
+        "metric": "Completed samples per second",
+        "value": 1.25,
+        "images": 64,
+        "accuracy": 0.5,
+        "accuracy_images": 32,
+        "settings": {"least duration": "10 s (MLPerf: 600 s)"},
+    }
+    return ScenarioRun.model_validate(given | changed)
+
+
+def test_the_page_says_what_loadgen_said(tmp_path: Path) -> None:
+    late = run(
+        scenario="SingleStream",
+        caching=None,
+        valid=False,
+        reasons=["<b>too few</b> queries"],
+        metric="90.0th percentile latency",
+        value=0.5,
+        accuracy=None,
+    )
+    measured = MlPerf(
+        model="shapes",
+        engine="openvino",
+        steps=20,
+        guidance=3.0,
+        scheduler="DDIMScheduler",
+        batch=8,
+        loadgen="6.0",
+        runs=[run(), late],
+    )
+    result = Result(
+        title="load", command="offcut bench mlperf", started=now(), seconds=9, environment=machine(), mlperf=measured
+    )
+    assert not result.latency
+    text = write_report([result], tmp_path).read_text(encoding="utf-8")
+    for said in (
+        "VALID",
+        "1.25 images/s",
+        "50% of 32",
+        "least duration: 10 s (MLPerf: 600 s)",
+        "this is no submission",
+    ):
+        assert said in text
+    assert "INVALID: &lt;b&gt;too few&lt;/b&gt; queries" in text
+    assert not list(tmp_path.glob("*.csv"))
