@@ -56,17 +56,25 @@ class Result(BaseModel):
 
     def save(self, folder: Path) -> Path:
         """Writes ``result.json`` into a folder, over an older one only when it is whole. Returns its path."""
-        path = folder / NAME
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            beside.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                beside.unlink()
-            raise UserError(f"cannot write {path}: {error.strerror}; give another directory with -o") from error
-        return path
+        return write_whole(folder / NAME, self.model_dump_json(indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Writes a file, its folder too, over an older one only when it is whole. Returns its path.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror}; give another directory with -o") from error
+    return path
 
 
 def read(path: Path) -> Result:

@@ -17,7 +17,7 @@ from .base import Settings
 from .bundle import Bundle, digest_file
 from .calibrate import Calibrator
 from .manifest import MANIFEST_FILE
-from .parts import weight_files
+from .parts import INDEX_FILE, weight_files
 from .precision import bounds
 from .profiles import Profile, trained_side
 from .registry import choose, compiler, engine
@@ -180,7 +180,7 @@ def _adapters_of(source: ModelSource) -> list[str]:
     """The adapters that the model's own pipeline has."""
     if not source.is_pipeline:
         return []
-    parts = json.loads((source.root / "model_index.json").read_text(encoding="utf-8"))
+    parts = json.loads((source.root / INDEX_FILE).read_text(encoding="utf-8"))
     return [adapter for part, adapter in _PARTS.items() if parts.get(part, [None])[0] is not None]
 
 

@@ -7,12 +7,12 @@ caching does, and is off unless asked for.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from .extend import extended
 
 if TYPE_CHECKING:
     from .unet import UNet
@@ -31,7 +31,7 @@ def reuse(pipe: Any, unet: UNet) -> None:
     if controlnet is None:
         raise UserError(f"{type(pipe).__name__} has no ControlNet whose feature maps could be reused: leave that out")
     for net in getattr(controlnet, "nets", [controlnet]):
-        net.__class__ = _reusing(type(net))  # type: ignore[arg-type]  # types are hashable
+        net.__class__ = extended(type(net), _Reusing, "forward", "forward_or_reuse")  # type: ignore[arg-type]  # types are hashable
         net.__dict__["_offcut_unet"] = weakref.ref(unet)
         net.__dict__["_offcut_kept"] = None
 
@@ -66,17 +66,3 @@ def _question(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
     shapes = tuple(tuple(value.shape) for value in (*args, *kwargs.values()) if hasattr(value, "shape"))
     plain = {name: value for name, value in kwargs.items() if isinstance(value, (bool, int, float, str))}
     return (shapes, *sorted(plain.items()))
-
-
-@functools.cache
-def _reusing(controlnet: type) -> type:
-    """The subclass that reuses; it answers to the same name, and pipelines still know it for a ControlNet."""
-    if issubclass(controlnet, _Reusing):
-        return controlnet
-
-    @functools.wraps(controlnet.forward)  # type: ignore[attr-defined]
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.forward_or_reuse(*args, **kwargs)
-
-    names = {name: getattr(controlnet, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(controlnet.__name__, (_Reusing, controlnet), {**names, "forward": forward})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from packaging.version import Version
 from ..engines.base import OpenOptions
 from ..errors import BundleError, UserError
 from .controlnet import reuse
+from .extend import extended
 from .unet import UNet
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def attach(
     if reuse_controlnet:
         reuse(pipe, unet)
     pipe.unet = unet
-    pipe.__class__ = _announcing(type(pipe))  # type: ignore[arg-type]  # types are hashable
+    pipe.__class__ = extended(type(pipe), _Announcing, "__call__", "announce_and_call")  # type: ignore[arg-type]
     return pipe
 
 
@@ -147,20 +147,6 @@ class _Announcing:
             return call(*args, **kwargs)
         with unet.generation(calls=lambda: _unet_calls(self)):
             return call(*args, **kwargs)
-
-
-@functools.cache
-def _announcing(pipeline: type) -> type:
-    """The subclass that announces its generations; it answers to the same name, which diffusers saves and looks up."""
-    if issubclass(pipeline, _Announcing):
-        return pipeline
-
-    @functools.wraps(pipeline.__call__)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.announce_and_call(*args, **kwargs)
-
-    names = {name: getattr(pipeline, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(pipeline.__name__, (_Announcing, pipeline), {**names, "__call__": __call__})
 
 
 def _unet_calls(pipe: Any) -> int:

@@ -18,6 +18,7 @@ from .peers import Conditioning
 from .workbench import CUT, Workbench
 
 if TYPE_CHECKING:
+    from ...engines.bundle import Bundle
     from ...runtime.unet import UNet
 
 RECORDING = ("tensorrt", "tensorrt-rtx", "inductor", "onnxruntime")
@@ -111,11 +112,7 @@ def cuda_graphs(bench: Workbench, engine: str, precision: str) -> Outcome:
     """Calls replayed from CUDA graphs against the same calls launched one by one."""
     seeds = tuple(range(5))
     bundle = bench.bundle(engine, precision)
-    with bench.pair(bundle, engine, cuda_graphs=False) as pair:
-        bound = bind(pair, 2, SIDE["small"])
-        plain = stale_answers(pair, bound, CUT, seeds)
-        repeated = farthest(stale_answers(pair, bound, CUT, seeds), plain)
-        bound.close()
+    plain, repeated = _launched(bench, bundle, engine, seeds)
     with bench.pair(bundle, engine) as pair:
         bound = bind(pair, 2, SIDE["small"])
         before = addresses(bound)
@@ -146,11 +143,7 @@ def moved_buffers(bench: Workbench, engine: str, precision: str) -> Outcome:
     the first, whose memory others have by then."""
     seeds = tuple(range(5))
     bundle = bench.bundle(engine, precision)
-    with bench.pair(bundle, engine, cuda_graphs=False) as pair:
-        bound = bind(pair, 2, SIDE["small"])
-        plain = stale_answers(pair, bound, CUT, seeds)
-        repeated = farthest(stale_answers(pair, bound, CUT, seeds), plain)
-        bound.close()
+    plain, repeated = _launched(bench, bundle, engine, seeds)
     with bench.pair(bundle, engine) as pair:
         first = bind(pair, 2, SIDE["small"])
         stale_answers(pair, first, CUT, seeds)
@@ -177,6 +170,18 @@ def inputs(unet: UNet, precision: str, device: str, seed: int = 0) -> tuple[torc
     """A sample [2, channels, 16, 16] and its conditioning."""
     dtype = getattr(torch, DTYPES[precision])
     return noise(unet.config, 2, SIDE["small"], dtype, device, seed), conditioning(unet.config, 2, dtype, device)
+
+
+def _launched(
+    bench: Workbench, bundle: Bundle, engine: str, seeds: tuple[int, ...]
+) -> tuple[list[torch.Tensor], float]:
+    """The answers of calls that are launched one by one, and how far off the same calls' second answers are."""
+    with bench.pair(bundle, engine, cuda_graphs=False) as pair:
+        bound = bind(pair, 2, SIDE["small"])
+        plain = stale_answers(pair, bound, CUT, seeds)
+        repeated = farthest(stale_answers(pair, bound, CUT, seeds), plain)
+        bound.close()
+    return plain, repeated
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ class Shared:
         return sum(seconds for _, seconds in self.made.values())
 
 
-class Runner:
+class Runner(ABC):
     """A contestant that is open: a pipeline, its UNet's calls marked.
 
     Attributes:
@@ -67,9 +68,9 @@ class Runner:
         """The house's model is in this contestant's state inside, and nobody's outside."""
         yield
 
+    @abstractmethod
     def call_alone(self, full: bool) -> Callable[[], object] | None:
         """The UNet's latest full or shallow call, to be repeated; None if there was none. Call it inside a turn."""
-        raise NotImplementedError
 
 
 class OffcutRunner(Runner):

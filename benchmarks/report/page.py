@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
 from ...errors import UserError
-from ..record import Result
+from ..record import Result, write_whole
 from . import cost, load, speed, tables, words
 from .answers import answers
 from .markup import Markup, join, tag
@@ -32,16 +30,7 @@ def write_report(results: Sequence[Result], folder: Path, *, samples: Sequence[P
         UserError: there is nothing to show, or a file cannot be written.
     """
     text = page(results, samples or [folder] * len(results))
-    path = folder / NAME
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            beside.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}; give another directory with -o") from error
+    path = write_whole(folder / NAME, text)
     tables.write_csv(results, folder)
     return path
 

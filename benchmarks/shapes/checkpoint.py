@@ -112,6 +112,11 @@ class LossLog:
         self._losses, self._since = [], now
         return row
 
+    def line(self, step: int, **more: float) -> str:
+        """Writes as ``write`` does, and returns the line's words for the progress bar."""
+        row = self.write(step, **more)
+        return f"loss {row['loss']:.4f}, {row['seconds_per_step']:.2f} s/step"
+
 
 def read_log(path: Path) -> list[dict[str, float]]:
     """All lines of a loss log, oldest first; an absent file is an empty log."""

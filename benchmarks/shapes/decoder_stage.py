@@ -65,8 +65,7 @@ def train_decoder(run: Path, settings: DecoderSettings, device: str, *, resume: 
             log.add(loss.item())
             done, text = step + 1, None
             if done % 25 == 0 or done == settings.steps:
-                row = log.write(done)
-                text = f"loss {row['loss']:.4f}, {row['seconds_per_step']:.2f} s/step"
+                text = log.line(done)
             report(done, text)
             if done % settings.save_every == 0 or done == settings.steps:
                 state = {"step": done, "finished": done == settings.steps, "optimizer": optimizer.state_dict()}

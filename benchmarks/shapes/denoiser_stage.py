@@ -209,8 +209,7 @@ def train_denoiser(
             log.add(denoiser.train_step(data))
             text = None
             if denoiser.step % settings.log_every == 0 or denoiser.step == settings.steps:
-                row = log.write(denoiser.step, batch=settings.batch)
-                text = f"loss {row['loss']:.4f}, {row['seconds_per_step']:.2f} s/step"
+                text = log.line(denoiser.step, batch=settings.batch)
             report(denoiser.step, text)
             due = export_every > 0 and denoiser.step % export_every == 0
             if due or denoiser.step % settings.save_every == 0 or denoiser.step == settings.steps:

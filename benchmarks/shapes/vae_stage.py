@@ -103,8 +103,7 @@ def train_vae(run: Path, settings: VaeSettings, device: str, *, resume: bool) ->
                 done = step + 1
                 text = None
                 if done % 25 == 0 or done == settings.steps:
-                    row = log.write(done)
-                    text = f"loss {row['loss']:.4f}, {row['seconds_per_step']:.2f} s/step"
+                    text = log.line(done)
                 report(done, text)
                 if done % settings.save_every == 0 or done == settings.steps:
                     checkpoint.save(path, _state(done, vae, optimizer))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..shell import BundleArgument, Device, Json, Threads, err, out, print_json, stages
+from .outcome import Outcome
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "openvino", "DeepCache", "offcut")
 _LOOP = {"rich_help_panel": "The denoising loop"}
@@ -75,11 +75,9 @@ def latency(
     """
     import tempfile
 
-    from ...benchmarks import record
     from ...benchmarks.latency.plan import Wanted, model_name, plan
     from ...benchmarks.latency.run import Options, measure
     from ...benchmarks.latency.table import export_times as write_times
-    from ...benchmarks.report.page import write_report
     from ...engines.bundle import Bundle
     from ...errors import UserError
 
@@ -105,7 +103,7 @@ def latency(
         end_to_end=end_to_end,
     )
     opened = Bundle.open(bundle)
-    began, started, environment = time.perf_counter(), record.now(), record.environment(_PACKAGES)
+    outcome = Outcome(_PACKAGES)
     log = output / "processes.log"
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -117,16 +115,7 @@ def latency(
         case, entrants = plan(opened, wanted, Path(folder))
         options = Options(log, iterations, duration, warm_up, timeout=timeout, progress=stage)
         measured = measure(case, entrants, options, model_name(opened))
-    result = record.Result(
-        title=f"Latency of {bundle.name}",
-        command=record.command_line(),
-        started=started,
-        seconds=round(time.perf_counter() - began, 1),
-        environment=environment,
-        latency=measured,
-    )
-    path = result.save(output)
-    write_report([result], output)
+    result, path = outcome.save(output, f"Latency of {bundle.name}", latency=measured)
     if export_times is not None:
         write_times(measured, export_times)
     if as_json:

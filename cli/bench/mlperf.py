@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..shell import EngineName, Json, Threads, out, print_json, stages
+from .outcome import Outcome
 
 
 class ScenarioName(StrEnum):
@@ -50,10 +50,8 @@ def mlperf(
     as_json: Json = False,
 ) -> None:
     """Run MLPerf's LoadGen, text-to-image in shape, uncached and cached. Shortened: no submission."""
-    from ...benchmarks import record
     from ...benchmarks.mlperf.loadgen import Shortened, version
     from ...benchmarks.mlperf.run import run
-    from ...benchmarks.report.page import write_report
     from ...benchmarks.shapes.model import model_path
     from ...engines.build import build
     from ...runtime.pipeline import load as load_pipeline
@@ -61,8 +59,7 @@ def mlperf(
     from ..shell import quiet_libraries
 
     version()
-    began, started = time.perf_counter(), record.now()
-    environment = record.environment(("torch", "diffusers", "onnxruntime", "openvino", "mlcommons-loadgen"))
+    outcome = Outcome(("torch", "diffusers", "onnxruntime", "openvino", "mlcommons-loadgen"))
     with stages() as stage:
         build(model_path(), bundle, engine=engine, progress=stage)
         quiet_libraries()
@@ -81,16 +78,7 @@ def mlperf(
             accuracy=accuracy,
             stage=stage,
         )
-    result = record.Result(
-        title="MLPerf's load generator on the shapes model",
-        command=record.command_line(),
-        started=started,
-        seconds=round(time.perf_counter() - began, 1),
-        environment=environment,
-        mlperf=measured,
-    )
-    result.save(output)
-    path = write_report([result], output)
+    result, path = outcome.save(output, "MLPerf's load generator on the shapes model", mlperf=measured)
     if as_json:
         print_json(result.model_dump(mode="json"))
     else:

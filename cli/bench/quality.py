@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -14,6 +13,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..shell import EngineName, Json, Threads, err, out, print_json, quiet_libraries, stages
+from .outcome import Outcome
 
 if TYPE_CHECKING:
     from ...benchmarks.quality.pictures import Task
@@ -81,17 +81,14 @@ def quality(
     as_json: Json = False,
 ) -> None:
     """Compare cached runs with the uncached one, and with fewer steps at equal latency, on the shapes model."""
-    from ...benchmarks import record
     from ...benchmarks.quality import metrics, pictures
     from ...benchmarks.quality.plan import reference_ratios, with_fewer_steps
     from ...benchmarks.quality.run import run
-    from ...benchmarks.report.page import write_report
     from ...engines.bundle import Bundle
     from ...runtime.pipeline import load
 
     metrics.require_torchmetrics()
-    began, started = time.perf_counter(), record.now()
-    environment = record.environment(_PACKAGES)
+    outcome = Outcome(_PACKAGES)
     asked = _settings(plan, steps, sampler, schedule, interval, cut, warmup)
     ratios = reference_ratios(asked, _given(shallow_ratio or [], latency))
     settings = with_fewer_steps(asked, ratios)
@@ -102,7 +99,7 @@ def quality(
     err.print(f"engine {choice.name}: {choice.reason}", highlight=False)
     quiet_libraries()
     pipe = load(opened, engine=choice.name, threads=threads)
-    versions = [f"{name} {environment.packages.get(name)}" for name in ("diffusers", choice.name)]
+    versions = [f"{name} {outcome.environment.packages.get(name)}" for name in ("diffusers", choice.name)]
     task = pictures.Task(
         prompts=pictures.prompts(images or _IMAGES[plan], 1000 + seed),
         guidance=guidance,
@@ -126,16 +123,7 @@ def quality(
             on_call=on_call,
             stage=stage,
         )
-    result = record.Result(
-        title="What caching costs in quality, on the shapes model",
-        command=record.command_line(),
-        started=started,
-        seconds=round(time.perf_counter() - began, 1),
-        environment=environment,
-        quality=measured,
-    )
-    path = result.save(output)
-    write_report([result], output)
+    result, path = outcome.save(output, "What caching costs in quality, on the shapes model", quality=measured)
     if as_json:
         print_json(result.model_dump(mode="json"))
         return

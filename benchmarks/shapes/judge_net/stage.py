@@ -87,8 +87,7 @@ def train_judge(run: Path, settings: JudgeSettings, *, vae: Path | None = None, 
                 log.add(loss.item())
                 done, text = step + 1, None
                 if done % 25 == 0 or done == settings.steps:
-                    row = log.write(done)
-                    text = f"loss {row['loss']:.4f}, {row['seconds_per_step']:.2f} s/step"
+                    text = log.line(done)
                 report(done, text)
                 if done % settings.save_every == 0 or done == settings.steps:
                     state = {"step": done, "network": network.state_dict(), "average": average.state}
