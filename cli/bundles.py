@@ -17,12 +17,14 @@ from .shell import (
     Device,
     Fix,
     Json,
+    Loras,
     Model,
     Opset,
     Revision,
     Subfolder,
     Variant,
     dims_of,
+    loras_of,
     out,
     print_contract,
     print_json,
@@ -98,6 +100,7 @@ def build(
         typer.Option(metavar="DB", help="Nor layers so much noisier than the median one; 8 by default.", **_in(_LOW)),
     ] = None,
     adapter: Adapters = None,
+    lora: Loras = None,
     revision: Revision = None,
     variant: Variant = None,
     subfolder: Subfolder = None,
@@ -143,6 +146,7 @@ def build(
             deploy=deploy,
             device=device,
             adapters=adapter,
+            loras=loras_of(lora),
             revision=revision,
             variant=variant,
             subfolder=subfolder,
@@ -257,6 +261,8 @@ def _print_bundle(bundle: Bundle, as_json: bool) -> None:
     out.print(
         f"[bold]{bundle.path}[/]: {manifest.source.model}, {manifest.pipeline or 'UNet only'}, {total / 2**20:.0f} MiB"
     )
+    for lora in manifest.source.loras:
+        out.print(f"  with the LoRA {lora.name} at {lora.scale:g}", highlight=False)
     table = Table(box=SIMPLE)
     table.add_column("engine", no_wrap=True)
     for heading in ("version", "graphs", "computes in", "cuts"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
@@ -14,10 +15,12 @@ from .shell import (
     Device,
     EngineName,
     Json,
+    Loras,
     Provider,
     Threads,
     bar,
     err,
+    loras_of,
     out,
     print_json,
     quiet_libraries,
@@ -44,6 +47,7 @@ def run(
     device: Device = "cpu",
     provider: Provider = None,
     threads: Threads = None,
+    lora: Loras = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.")] = 7.5,
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
@@ -59,6 +63,7 @@ def run(
     chosen = _schedule(schedule, interval, warmup)
     request = Request(prompt, negative_prompt, steps, guidance, seed, height, width)
     pipe = _load(bundle, engine, device=device, provider=provider, threads=threads)
+    _load_loras(pipe, loras_of(lora))
     with bar(steps * (2 if compare else 1)) as step:
         report = generate_to_file(pipe, request, chosen, cut, output, compare=compare, on_step=step)
     if as_json:
@@ -132,6 +137,17 @@ def _load(bundle: Path, engine: str, device: str = "cpu", **options: Unpack[Open
     with stages() as stage:
         stage("load the bundle")
         return load(opened, engine=choice.name, device=device, **options)
+
+
+def _load_loras(pipe: Any, loras: Mapping[str | Path, float]) -> None:
+    if not loras:
+        return
+    with stages() as stage:
+        for path, scale in loras.items():
+            stage(f"load the LoRA {Path(path).name} at {scale:g}")
+            name = pipe.unet.load_lora(path, scale)
+            if left := pipe.unet.peft_config[name].text_encoder:
+                err.print(f"{left} layers of it are a text encoder's and are left out", highlight=False)
 
 
 def _schedule(text: str | None, interval: int, warmup: int) -> Schedule | None:

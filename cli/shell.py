@@ -33,6 +33,10 @@ Adapters = Annotated[
         "A bundle has those of the model's own pipeline by default.",
     ),
 ]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[:SCALE]", help="A LoRA of kohya, diffusers or PEFT; again for several."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Variant = Annotated[str | None, typer.Option(help="Of the weight files, e.g. fp16.")]
 Subfolder = Annotated[str | None, typer.Option(help="Of the UNet inside the model; 'unet' in a pipeline.")]
@@ -54,6 +58,13 @@ def quiet_libraries() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def loras_of(given: list[str] | None) -> dict[str | Path, float]:
+    """``FILE[:SCALE]`` as paths with scales."""
+    from ..exporter.lora import Scaled
+
+    return {each.path: each.scale for each in map(Scaled.parse, given or ())}
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol, TypedDict, runtime_checkable
 
 from ..errors import EngineError
 from ..exporter.load import ModelSource
+from ..exporter.parameters import read_parameters
 from ..exporter.specs import Shape, TensorSpec
 from .profiles import Profile
 
@@ -78,6 +79,20 @@ class EnginePair(Protocol):
         """
         ...
 
+    def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Replace weights in the full graph and in every shallow graph that has them; all others are as built.
+
+        Pairs that were bound before are not to be used any more.
+
+        Args:
+            weights: by PyTorch's parameter name, in its layout and the graphs' dtype. None brings back the built ones,
+                bit for bit.
+
+        Raises:
+            EngineError: the engine cannot; then all graphs have the weights that they had before.
+        """
+        ...
+
     def close(self) -> None: ...
 
 
@@ -97,6 +112,7 @@ class Graphs:
             for all.
         settings: that it was compiled with.
         cache: directory in the bundle for what an engine compiles when it is opened; None if there is none.
+        parameters: file with the map from PyTorch's parameters to the graphs' weights; None if it was left out.
     """
 
     full: Path
@@ -109,6 +125,21 @@ class Graphs:
     profiles: tuple[Profile, ...] = ()
     settings: Settings = field(default_factory=dict)
     cache: Path | None = None
+    parameters: Path | None = None
+
+    def as_stored(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """PyTorch's parameters by the name of the ONNX initializer, in its layout.
+
+        Raises:
+            EngineError: the map is not there.
+        """
+        if self.parameters is None:
+            raise EngineError("this bundle was built for deployment and knows no weights by name: build it without")
+        places = read_parameters(self.parameters)
+        return {
+            places[name].initializer: (value.T if places[name].transposed else value).contiguous()
+            for name, value in weights.items()
+        }
 
 
 @dataclass(frozen=True)

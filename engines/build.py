@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..errors import BundleError
 from ..exporter.load import load_unet
+from ..exporter.lora import find
 from ..exporter.reference import write_reference
 from .base import Compiled, CompileJob, EngineOptions, Graphs, Setting, Settings
 from .bundle import Bundle, devices_of, engine_files
@@ -24,6 +25,7 @@ from .manifest import (
     SCHEMA_VERSION,
     EngineEntry,
     FileEntry,
+    FusedLora,
     Manifest,
     ProfileEntry,
     Source,
@@ -57,6 +59,7 @@ def build(
     variant: str | None = None,
     subfolder: str | None = None,
     adapters: Sequence[str] | None = None,
+    loras: Mapping[str | Path, float] | None = None,
     calibration: Calibrator | None = None,
     progress: Progress = lambda step: None,
 ) -> Bundle:
@@ -80,6 +83,7 @@ def build(
         revision, variant, subfolder: as in diffusers.
         adapters: ``"controlnet"`` or ``"t2i-adapter"``; gives the graphs the inputs that these fill. By default those
             that the model's own pipeline has.
+        loras: LoRA files to fuse into the UNet, with their scales.
         calibration: what ``int8`` and ``fp8`` are calibrated on: an ``offcut.Calibration``.
         progress: called with a sentence as each stage begins.
 
@@ -111,6 +115,7 @@ def build(
         variant=variant,
         subfolder=subfolder,
         adapters=adapters,
+        loras=loras or {},
         calibrator=calibration,
         progress=progress,
     )
@@ -354,6 +359,7 @@ def _merge(
             revision=plan.source.revision,
             variant=plan.source.variant,
             weights_digest=plan.weights_digest,
+            loras=tuple(FusedLora(name=find(each.path).name, scale=each.scale) for each in plan.source.loras),
         ),
         unet_config=UNET_CONFIG,
         parts=tuple(parts),

@@ -16,6 +16,7 @@ from typing import Any, Unpack
 from pydantic import ValidationError
 
 from ..errors import BundleError, CutError, EngineError
+from ..exporter.parameters import StoredWeights
 from ..exporter.trace import GRAPH_FILE
 from .base import EngineOptions, EnginePair, Graphs, OpenOptions
 from .cache import CACHE_FOLDER
@@ -165,14 +166,47 @@ class Bundle:
             BundleError: a file is damaged.
             EngineError: the engine cannot be used here, or was built for another machine or version.
         """
+        entry = self.find(engine, device=device, precision=precision, inference_precision=inference_precision)
+        return self.pair(entry, device=device, **options)
+
+    def find(
+        self,
+        engine: str = "auto",
+        *,
+        device: str = "cpu",
+        precision: str | None = None,
+        inference_precision: str | None = None,
+    ) -> EngineEntry:
+        """The build that ``open_pair`` opens for these arguments; raises what it raises."""
         name = self.choose_engine(engine, device).name
-        entry = self.entry(name, precision=precision, inference_precision=inference_precision)
+        return self.entry(name, precision=precision, inference_precision=inference_precision)
+
+    def pair(self, entry: EngineEntry, *, device: str = "cpu", **options: Unpack[OpenOptions]) -> EnginePair:
+        """A build, opened; ``open_pair`` says with which options, and what it raises."""
         if not entry.verified:
             warnings.warn(
                 f"{entry.key} could not be run where it was built: check it once here with offcut verify {self.path}",
                 stacklevel=2,
             )
         return open_entry(self, entry, EngineOptions(device, inference_precision=entry.inference_precision, **options))
+
+    def weights(self, entry: EngineEntry) -> StoredWeights:
+        """The weights that an engine was built with.
+
+        Raises:
+            BundleError: they were left out of a bundle for deployment, or a file is damaged.
+            EngineError: they are rounded to low precision.
+        """
+        variant = self.manifest.variants[entry.variant]
+        if variant.graphs is None:
+            raise BundleError(f"{self.path} was built for deployment and holds no weights: build it without --deploy")
+        if variant.quantization is not None:
+            raise EngineError(
+                f"the weights of {entry.key} are rounded to {variant.precision}, and nothing can be added to them: "
+                "fuse LoRAs when it is built"
+            )
+        self.verify_files([variant.graphs.full, variant.graphs.weights, variant.graphs.parameters])
+        return StoredWeights(self.path / variant.graphs.full, self.path / variant.graphs.parameters)
 
     def graphs(self, entry: EngineEntry) -> Graphs:
         """The files of an engine and their contract."""
@@ -193,6 +227,7 @@ class Bundle:
             profiles=tuple(profile.profile() for profile in profiles),
             settings=entry.settings,
             cache=self.path / CACHE_FOLDER / entry.key,
+            parameters=self.path / variant.graphs.parameters if variant.graphs else None,
         )
 
 

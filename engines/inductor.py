@@ -98,6 +98,11 @@ class InductorPair:
         graphs = CudaGraphs() if self._stream is not None and self._options.cuda_graphs else None
         return BoundInductorPair(self._full, self._shallow, buffers, dims, self._stream, graphs)
 
+    def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
+        full = _load(self._graphs.full, self.device, weights)
+        shallow = {cut: _load(path, self.device, weights) for cut, path in self._graphs.shallow.items()}
+        self._full, self._shallow = full, shallow
+
     def close(self) -> None:
         self._full = None
         self._shallow = {}
@@ -156,7 +161,7 @@ class _Package:
     outputs: tuple[str, ...]
 
 
-def _load(path: Path, device: torch.device) -> _Package:
+def _load(path: Path, device: torch.device, weights: Mapping[str, torch.Tensor] | None = None) -> _Package:
     import torch
 
     names = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -167,7 +172,16 @@ def _load(path: Path, device: torch.device) -> _Package:
         run = torch._inductor.aoti_load_package(str(path), run_single_threaded=unlocked, device_index=index)
     except RuntimeError as error:
         raise EngineError(f"inductor refuses {path.name}: {str(error).splitlines()[0]}; build it again here") from error
+    held = set(run.get_constant_fqns()) if weights else set()
+    given = {_constant(name): value.to(device) for name, value in (weights or {}).items() if _constant(name) in held}
+    if given:
+        run.load_constants(given, check_full_update=False)
     return _Package(run, tuple(names["inputs"]), tuple(names["outputs"]))
+
+
+def _constant(parameter: str) -> str:
+    """What a parameter of the UNet is called in a package."""
+    return f"part.unet.{parameter}"
 
 
 def _call(package: _Package, buffers: Mapping[str, torch.Tensor]) -> Callable[[], None]:

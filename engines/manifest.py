@@ -38,6 +38,13 @@ class FileEntry(_Model):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+class FusedLora(_Model):
+    """A LoRA that is part of the UNet's weights; their digest holds that of its file."""
+
+    name: str
+    scale: float
+
+
 class Source(_Model):
     """Where the model came from; ``weights_digest`` is that of the UNet's weights as the user gave them."""
 
@@ -45,6 +52,7 @@ class Source(_Model):
     revision: str | None
     variant: str | None
     weights_digest: str
+    loras: tuple[FusedLora, ...] = ()
 
 
 class Tensor(_Model):

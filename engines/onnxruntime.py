@@ -20,6 +20,7 @@ from .buffers import allocate_pair
 from .cache import EngineCache
 from .cuda import GraphIds, PairStream
 from .fusion import with_own_attention
+from .initializers import give, with_weights
 from .providers import PROVIDERS, Provider, covering, find, first_line, provider_of, provider_options
 
 if TYPE_CHECKING:
@@ -99,6 +100,18 @@ class OnnxRuntimePair:
         ids = self._ids.take(sessions) if self._ids is not None else dict.fromkeys(sessions, GraphIds.OFF)
         return BoundOnnxRuntimePair(sessions, buffers, dims, self._provider, self._stream, ids)
 
+    def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
+        if self._cache is not None and weights:
+            raise EngineError(
+                f"ONNX Runtime's {self._options.provider} provider keeps engines with the weights that they were built "
+                "with: open the bundle with provider cuda for other ones"
+            )
+        stored = self._graphs.as_stored(weights) if weights else {}
+        with self._cached() as cache:
+            full = self._session(None, cache, stored)
+            shallow: dict[str | None, Any] = {cut: self._session(cut, cache, stored) for cut in self._graphs.shallow}
+        self._full, self._shallow = full, shallow
+
     def close(self) -> None:
         self._full = None
         self._shallow = {}
@@ -126,7 +139,7 @@ class OnnxRuntimePair:
         with self._cache.trusted() as folder:
             yield folder
 
-    def _session(self, cut: str | None, cache: Path | None) -> Any:
+    def _session(self, cut: str | None, cache: Path | None, weights: Mapping[str, torch.Tensor] | None = None) -> Any:
         try:
             import onnxruntime
         except ImportError as error:
@@ -140,23 +153,40 @@ class OnnxRuntimePair:
         if self._options.threads:
             settings.intra_op_num_threads = self._options.threads
         provider = self._provider
+        content = with_own_attention(path) if provider is None and self._graphs.precision == "fp32" else None
+        held: list[Any] = []
+        if weights:
+            content, beside = with_weights(content or path.read_bytes(), weights)
+            held = give(settings, beside, _ELEMENT_TYPES)
+        if content is not None:  # the weights stay where they are
+            key = "session.model_external_initializers_file_folder_path"
+            settings.add_session_config_entry(key, str(path.parent))
+        session = self._open_on(provider, path, cut, cache, settings, content)
+        del held  # what the session was opened from
+        return session
+
+    def _open_on(
+        self,
+        provider: Provider | None,
+        path: Path,
+        cut: str | None,
+        cache: Path | None,
+        settings: Any,
+        content: bytes | None,
+    ) -> Any:
         if provider is None:
-            fused = with_own_attention(path) if self._graphs.precision == "fp32" else None
-            if fused is not None:  # the weights stay where they are
-                key = "session.model_external_initializers_file_folder_path"
-                settings.add_session_config_entry(key, str(path.parent))
-            return _open(path, settings, _CPU, fused, providers=[_CPU])
+            return _open(path, settings, _CPU, content, providers=[_CPU])
         asked = self._ask(provider, cut, None if cache is None else cache / path.stem)
         if provider.caches:  # what it cannot compile must not end up on the CPU unnoticed
             settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         if provider.plugin is not None:
             settings.add_provider_for_devices([self._devices[self.device.index or 0]], asked)
-            return _open(path, settings, provider.name)
+            return _open(path, settings, provider.name, content)
         providers: list[tuple[str, dict[str, str]]] = [(provider.name, asked)]
         if provider.caches:  # runs what TensorRT cannot
             cuda = PROVIDERS["cuda"]
             providers.append((cuda.name, self._ask(cuda, cut, None)))
-        return _open(path, settings, provider.name, providers=providers, graphs=self._ids is not None)
+        return _open(path, settings, provider.name, content, providers=providers, graphs=self._ids is not None)
 
     def _ask(self, provider: Provider, cut: str | None, cache: Path | None) -> dict[str, str]:
         assert self._stream is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError, MissingExtraError
@@ -70,16 +71,10 @@ class OpenVinoPair:
         }
         if options.threads:
             settings["INFERENCE_NUM_THREADS"] = options.threads
-        core = openvino.Core()
-
-        def compile_model(path: Any) -> Any:
-            try:
-                return core.compile_model(path, "CPU", settings)
-            except RuntimeError as error:
-                raise EngineError(f"openvino refuses {path.name}: {_reason(error)}") from error
-
-        self._full = compile_model(graphs.full)
-        self._shallow = {cut: compile_model(path) for cut, path in graphs.shallow.items()}
+        self._settings = settings
+        self._core = openvino.Core()
+        self._full = self._compile(graphs.full)
+        self._shallow = {cut: self._compile(path) for cut, path in graphs.shallow.items()}
         known = {*graphs.inputs, *graphs.outputs}
         for cut, model in ((None, self._full), *self._shallow.items()):
             inputs, outputs = ([_name(port, known) for port in ports] for ports in (model.inputs, model.outputs))
@@ -89,9 +84,26 @@ class OpenVinoPair:
         buffers, dims = allocate_pair(self._graphs, shapes, self.device)
         return BoundOpenVinoPair(self._full, self._shallow, buffers, dims)
 
+    def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
+        stored = self._graphs.as_stored(weights) if weights else {}
+        full = self._compile(self._graphs.full, stored)
+        shallow = {cut: self._compile(path, stored) for cut, path in self._graphs.shallow.items()}
+        self._full, self._shallow = full, shallow
+
     def close(self) -> None:
         self._full = None
         self._shallow = {}
+
+    def _compile(self, path: Path, weights: Mapping[str, torch.Tensor] | None = None) -> Any:
+        try:
+            model = self._core.read_model(path)
+            for node in model.get_ops() if weights else ():
+                value = (weights or {}).get(node.get_friendly_name())
+                if value is not None and node.get_type_name() == "Constant":
+                    node.output(0).replace(_constant(value).output(0))
+            return self._core.compile_model(model, "CPU", self._settings)
+        except RuntimeError as error:
+            raise EngineError(f"openvino refuses {path.name}: {_reason(error)}") from error
 
 
 class BoundOpenVinoPair:
@@ -131,6 +143,12 @@ def _request(model: Any, tensors: Mapping[str, Any]) -> Any:
 def _name(port: Any, known: Container[str]) -> str:
     """A port's name in the ONNX file; OpenVINO gives it further ones of its own."""
     return next((name for name in port.names if name in known), str(port.any_name))
+
+
+def _constant(value: torch.Tensor) -> Any:
+    import openvino
+
+    return openvino.op.Constant(_view(value), shared_memory=False)
 
 
 def _view(buffer: torch.Tensor) -> Any:

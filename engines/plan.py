@@ -12,6 +12,7 @@ from ..errors import BundleError, CutError, EngineError
 from ..exporter.cut import CONVENTIONS, is_cut_name
 from ..exporter.families import downsampling
 from ..exporter.load import PRECISIONS, ModelSource, locate
+from ..exporter.lora import Scaled, find, read
 from ..exporter.quantize import Scheme
 from .base import Settings
 from .bundle import Bundle, digest_file
@@ -88,6 +89,7 @@ def make_plan(
     variant: str | None,
     subfolder: str | None,
     adapters: Sequence[str] | None,
+    loras: Mapping[str | Path, float],
     calibrator: Calibrator | None,
     progress: Progress,
 ) -> Plan:
@@ -111,7 +113,11 @@ def make_plan(
     if profiles and not any(compiler(name) for name in names):
         raise EngineError(f"{names[0]} takes every size, so it needs no profile: leave the sizes out")
     scheme = _scheme(names, precision, calibrator)
-    source = locate(model, revision=revision, variant=variant, subfolder=subfolder)
+    wanted = [Scaled(Path(path), float(scale)) for path, scale in loras.items()]
+    source = locate(model, revision=revision, variant=variant, subfolder=subfolder, loras=wanted)
+    for each in wanted:
+        if left := read(each.path, source.config).text_encoder:
+            progress(f"{each.path.name} has {left} layers of a text encoder, which are left out")
     taken = tuple(dict.fromkeys(_adapters_of(source) if adapters is None else adapters))
     if taken and scheme:
         raise EngineError(f"{precision} is calibrated without adapters: build {', '.join(taken)} in fp32, fp16 or bf16")
@@ -147,9 +153,10 @@ def _scheme(names: Sequence[str], precision: str, calibrator: Calibrator | None)
 
 
 def weights_digest(source: ModelSource) -> str:
-    """A digest of the UNet's weights as the user gave them."""
-    weights = weight_files(source.folder, source.variant)
-    return hashlib.sha256("".join(digest_file(file) for file in weights).encode()).hexdigest()
+    """A digest of the UNet's weights as the user gave them, and of the LoRAs that are fused into them."""
+    parts = [digest_file(file) for file in weight_files(source.folder, source.variant)]
+    parts += [f"{digest_file(find(each.path))}*{each.scale}" for each in source.loras]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def _check_engine(name: str, precision: str, inference_precision: str | None, device: str, deploy: bool) -> None:

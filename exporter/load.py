@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from .families import Family, family_of
+from .lora import Scaled, fuse, read
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +30,7 @@ class ModelSource:
         revision: the hub's commit, or None for a local directory.
         variant: of the weight files, as in ``model.fp16.safetensors``.
         config: the UNet's config.
+        loras: to be fused into the UNet when it is loaded.
     """
 
     name: str
@@ -36,6 +39,7 @@ class ModelSource:
     revision: str | None
     variant: str | None
     config: dict[str, Any]
+    loras: tuple[Scaled, ...] = ()
 
     @property
     def is_pipeline(self) -> bool:
@@ -52,7 +56,12 @@ class ModelSource:
 
 
 def locate(
-    model: str | Path, *, revision: str | None = None, variant: str | None = None, subfolder: str | None = None
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    loras: Sequence[Scaled] = (),
 ) -> ModelSource:
     """Find a model, fetching it from the hub if ``model`` is no local directory.
 
@@ -61,9 +70,10 @@ def locate(
         revision: a branch, tag or commit of the hub's repository.
         variant: of the weight files, e.g. ``"fp16"``.
         subfolder: of the UNet; ``"unet"`` in a pipeline.
+        loras: files of LoRAs to be fused into the UNet.
 
     Raises:
-        ModelError: nothing there that can be exported.
+        ModelError: nothing there that can be exported, or a LoRA that cannot be read.
     """
     root = Path(model).expanduser()
     commit = None
@@ -79,13 +89,15 @@ def locate(
             f"{model} has no {Path(subfolder) / 'config.json'}; "
             "give a diffusers pipeline or UNet directory (subfolder= names the UNet's folder)"
         )
-    source = ModelSource(str(model), root, subfolder, commit, variant, _read_config(config_file))
+    source = ModelSource(str(model), root, subfolder, commit, variant, _read_config(config_file), tuple(loras))
     family_of(source.config)
+    for each in source.loras:
+        read(each.path, source.config)
     return source
 
 
 def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
-    """The UNet in evaluation mode on the CPU, its weights in this precision.
+    """The UNet in evaluation mode on the CPU, its weights in this precision, its LoRAs fused.
 
     Raises:
         ModelError: the weights are missing, not safetensors, truncated, or do not fit the config.
@@ -119,7 +131,9 @@ def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
             "download or save the model again"
         )
     assert isinstance(unet, torch.nn.Module)
-    return unet.eval().requires_grad_(False)
+    unet = unet.eval().requires_grad_(False)
+    fuse(unet, source.loras, source.config)
+    return unet
 
 
 def _fetch(model: str, revision: str | None, variant: str | None) -> tuple[Path, str]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InternalError, ModelError
 from .families import Family, downsampling, example_dims, example_inputs
 from .load import PRECISIONS, ModelSource, load_unet, locate
+from .parameters import Parameter
 from .reference import REFERENCE_FILE, write_reference
 from .specs import TensorSpec, symbols
 
@@ -39,14 +40,6 @@ NOISE_PRED = "noise_pred"
 _LARGEST_TRACED_BATCH = 63
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """Where a PyTorch parameter went: the initializer's name, and whether it is stored transposed."""
-
-    initializer: str
-    transposed: bool
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ def _refusal(what: str, remedy: str) -> Callable[..., NoReturn]:
 
 _EAGER = "use the eager UNet for it"
 _lora = _refusal(
-    "LoRA adapters are added to a UNet's layers",
-    "fuse them before the build (pipe.fuse_lora(), pipe.save_pretrained(...), then offcut build), and load adapters of "
-    "a text encoder with pipe.load_lora_into_text_encoder",
+    "PEFT wraps a UNet's layers",
+    "load LoRAs with pipe.load_lora_weights or pipe.unet.load_lora, which change the weights themselves",
 )
 _ip_adapter = _refusal("an IP-Adapter replaces a UNet's attention layers", _EAGER)
 _freeu = _refusal("FreeU rescales features inside a UNet's decoder", _EAGER)
@@ -42,13 +41,10 @@ class EagerOnly:
     set_default_attn_processor = _attention
     set_attention_backend = _attention
 
-    load_lora_adapter = _lora
     load_attn_procs = _lora
     save_lora_adapter = _lora
     add_adapter = _lora
     set_adapter = _lora
-    set_adapters = _lora
-    delete_adapters = _lora
     enable_adapters = _lora
     disable_adapters = _lora
     enable_lora = _lora
@@ -63,9 +59,6 @@ class EagerOnly:
     enable_group_offload = _offload
 
     enable_gradient_checkpointing = _training
-
-    def unload_lora(self) -> None:
-        """There is none: what ``pipe.unload_lora_weights()`` asks for is already so."""
 
     @property
     def attn_processors(self) -> Mapping[str, Any]:

@@ -31,7 +31,7 @@ def refuse_ignored(sample: torch.Tensor, cross_attention_kwargs: Mapping[str, An
             continue
         raise UserError(
             f"the pipeline passes cross_attention_kwargs={{{name!r}: ...}}, which compiled engines have no input for: "
-            + ("fuse the LoRA at that scale before the build" if name == "scale" else "leave it out")
+            + ("give the scale to pipe.set_adapters or pipe.unet.load_lora" if name == "scale" else "leave it out")
         )
     if sample.requires_grad and torch.is_grad_enabled():
         raise UserError("engines compute no gradients: call the UNet under torch.no_grad(), or use the eager UNet")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,17 +25,19 @@ from ..exporter.specs import solve
 from ..exporter.trace import SAMPLE
 from .generation import Calls, Generation, Run
 from .inputs import engine_inputs, refuse_ignored, timestep_shape, timestep_value, write_timestep
+from .loras import TakesLoras
 from .model import EngineModel
 from .ranges import Ranges
 from .schedule import Schedule
 
 if TYPE_CHECKING:
     from ..engines.bundle import Bundle
+    from ..exporter.parameters import StoredWeights
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
-class UNet(EngineModel):
+class UNet(TakesLoras, EngineModel):
     """Stands in for ``UNet2DConditionModel`` or ``UNet2DModel`` in any diffusers pipeline, and runs a pair of engines.
 
         pipe.unet = offcut.UNet.load("sd15.offcut")
@@ -51,9 +53,17 @@ class UNet(EngineModel):
         pair: the opened engines, which this object then owns and closes.
         config: the UNet's config as diffusers wrote it, with ``_class_name``.
         bound_shapes: for how many sets of input shapes buffers are kept; the one unused for longest goes first.
+        stored: gives the weights that the engines were built with, for LoRAs; None if nobody has them.
     """
 
-    def __init__(self, pair: EnginePair, config: Mapping[str, Any], *, bound_shapes: int = 2) -> None:
+    def __init__(
+        self,
+        pair: EnginePair,
+        config: Mapping[str, Any],
+        *,
+        bound_shapes: int = 2,
+        stored: Callable[[], StoredWeights] | None = None,
+    ) -> None:
         super().__init__(config, _with_index(pair.device), pair.inputs["sample"].torch_dtype())
         self.record_times = False
         """Whether ``last_run`` has seconds. On a GPU this waits for the device at every call."""
@@ -70,6 +80,8 @@ class UNet(EngineModel):
         self._engine = pair.name
         self._output_class = UNet2DConditionOutput if "encoder_hidden_states" in pair.inputs else UNet2DOutput
 
+        self._loras = {}
+        self._stored = stored
         self._bound: OrderedDict[Shapes, BoundPair] = OrderedDict()
         self._bound_shapes = bound_shapes
         self._heard: WeakKeyDictionary[BoundPair, set[str]] = WeakKeyDictionary()
@@ -111,10 +123,9 @@ class UNet(EngineModel):
         from ..engines.bundle import Bundle
 
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        pair = opened.open_pair(
-            engine, device=device, precision=precision, inference_precision=inference_precision, **options
-        )
-        return cls(pair, opened.unet_config)
+        entry = opened.find(engine, device=device, precision=precision, inference_precision=inference_precision)
+        pair = opened.pair(entry, device=device, **options)
+        return cls(pair, opened.unet_config, stored=lambda: opened.weights(entry))
 
     # The schedule
 
@@ -370,6 +381,20 @@ class UNet(EngineModel):
 
     # The engines
 
+    def _refit(self, weights: Mapping[str, torch.Tensor]) -> None:
+        if self._announced is not None:
+            raise UserError("LoRAs cannot change during a generation: load them before the pipeline is called")
+        with self._exclusively():
+            if self._pair is None:
+                raise EngineError("this UNet was closed: open it again with offcut.UNet.load")
+            self._pair.refit(weights)
+            self._unbind()
+        self._unannounced = None
+
+    def _unbind(self) -> None:
+        while self._bound:
+            self._bound.popitem()[1].close()
+
     @property
     def engine(self) -> str:
         """The engine's name, e.g. ``"onnxruntime"``."""
@@ -378,8 +403,7 @@ class UNet(EngineModel):
     def close(self) -> None:
         """Give back the engines and their memory."""
         with self._exclusively():
-            while self._bound:
-                self._bound.popitem()[1].close()
+            self._unbind()
             if self._pair is not None:
                 self._pair.close()
             self._pair = None

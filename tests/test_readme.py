@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from loras import save_lora
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,9 +19,10 @@ BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, flags=re.MULTILINE | 
 
 @pytest.fixture(scope="module")
 def desk(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory in which the hub id that the README uses is a local directory."""
+    """A working directory in which the hub id that the README uses is a local directory, and which has its LoRA."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(tiny_pipeline_dir, folder / "stable-diffusion-v1-5" / "stable-diffusion-v1-5")
+    save_lora("kohya", tiny_pipeline_dir, folder / "loras").rename(folder / "loras" / "style.safetensors")
     return folder
 
 

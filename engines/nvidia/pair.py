@@ -59,6 +59,7 @@ class NvidiaPair:
         self.weights_version = 0  # CUDA graphs of earlier weights are not replayed
         self._flavour = flavour
         self._filled = not graphs.settings.get("strip_plan")
+        self._refitted: dict[str, torch.Tensor] = {}  # by the name of the ONNX initializer
         self._digests: dict[Cut, str] = {}
         self._plans: dict[Cut, LoadedPlan] | None = self._load()
 
@@ -80,26 +81,40 @@ class NvidiaPair:
         """Replace weights in the full graph and in every shallow graph that has them, or in none.
 
         Args:
-            weights: by the name of the ONNX initializer, in its layout and dtype. For stripped plans the first time all
-                of them.
+            weights: by PyTorch's parameter name, in its layout and the graphs' dtype; all others are as built. For
+                stripped plans the first time all of them.
 
         Raises:
-            EngineError: the plans do not take them; all have the weights then that they had before, or, if TensorRT
-                failed halfway, those that they were built with.
+            EngineError: the plans do not take them; all have the weights then that they had before.
         """
+        before, now = self._refitted, self.graphs.as_stored(weights)
+        if set(before) - set(now):
+            self.restore()
+        if not now:
+            return
+        try:
+            self._refit(now)
+        except EngineError:
+            if before and not self._refitted:
+                self._refit(before)
+            raise
+
+    def _refit(self, weights: Mapping[str, torch.Tensor]) -> None:
         with listening() as messages, self.stream.ordered() as stream:
             done = refit(self._trt, self._logger(), self.plans.values(), weights, stream)
             self.weights_version += 1
         self._filled = True
         if not done:
             self.restore()
-            raise EngineError(f"{self.name} failed to refit ({messages.reason()}): the weights are those of the build")
+            raise EngineError(f"{self.name} failed to refit ({messages.reason()}): the weights are those of before")
+        self._refitted = dict(weights)
 
     def restore(self) -> None:
         """Put back the weights that the plans were built with, bit for bit: the plans are loaded again."""
         self.stream.synchronize()
         self._filled = not self.graphs.settings.get("strip_plan")
         self.weights_version += 1
+        self._refitted = {}
         self._plans = None  # a pair that cannot load them is closed, not half refitted
         self._plans = self._load()
 

@@ -1,0 +1,76 @@
+"""Where a UNet's parameters went in its export, and the way back: from the files to PyTorch's parameters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Where a PyTorch parameter went: the initializer's name, and whether it is stored transposed."""
+
+    initializer: str
+    transposed: bool
+
+
+def read_parameters(path: Path) -> dict[str, Parameter]:
+    """The parameter map of an export, from its file."""
+    listed = json.loads(path.read_text(encoding="utf-8"))
+    return {name: Parameter(**place) for name, place in listed.items()}
+
+
+class StoredWeights:
+    """An export's weights by the names of PyTorch's parameters. One at a time is read; the file stays where it is.
+
+    Attributes:
+        shapes: of PyTorch's parameters by name.
+    """
+
+    def __init__(self, graph: Path, parameters: Path) -> None:
+        """
+        Args:
+            graph: the full graph's ONNX file, its weights beside it.
+            parameters: the file with the parameter map of its export.
+        """
+        import onnx_ir as ir
+
+        self._parameters = read_parameters(parameters)
+        self._initializers = ir.load(graph).graph.initializers
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: self._shape(parameter)
+            for name, parameter in self._parameters.items()
+            if parameter.initializer in self._initializers
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        """A parameter as PyTorch has it, in the export's dtype, in memory of its own.
+
+        Raises:
+            ModelError: it is stored in another form, as rounded weights are.
+        """
+        import torch
+
+        parameter = self._parameters[name]
+        stored = self._initializers[parameter.initializer].const_value
+        if stored is None or stored.dtype.name not in _DTYPES:
+            raise ModelError(f"the weight {name} is stored in low precision, to which nothing can be added")
+        dtype = getattr(torch, _DTYPES[stored.dtype.name])
+        tensor = torch.frombuffer(bytearray(stored.tobytes()), dtype=dtype).view(tuple(stored.shape.numpy()))
+        return tensor.T.contiguous() if parameter.transposed else tensor
+
+    def _shape(self, parameter: Parameter) -> tuple[int, ...]:
+        shape = self._initializers[parameter.initializer].shape
+        assert shape is not None
+        sizes = tuple(int(size) for size in shape.numpy())
+        return sizes[::-1] if parameter.transposed else sizes

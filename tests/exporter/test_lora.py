@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from loras import KINDS, fused_by_diffusers, save_lora
+from safetensors.torch import load_file, save_file
+
+from offcut.errors import ModelError
+from offcut.exporter.lora import Scaled, fuse, read
+
+
+def config_of(pipeline: Path) -> dict[str, object]:
+    return dict(json.loads((pipeline / "unet" / "config.json").read_text()))
+
+
+def fused(pipeline: Path, loras: list[tuple[Path, float]]) -> dict[str, torch.Tensor]:
+    unet = UNet2DConditionModel.from_pretrained(pipeline / "unet")
+    fuse(unet, [Scaled(path, scale) for path, scale in loras], config_of(pipeline))
+    return dict(unet.named_parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fused_lora_is_what_diffusers_and_peft_make_of_it(kind: str, tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+    path = save_lora(kind, tiny_pipeline_dir, tmp_path / kind)
+    got, expected = fused(tiny_pipeline_dir, [(path, 1.0)]), fused_by_diffusers(tiny_pipeline_dir, [(path, 1.0)])
+    plain = UNet2DConditionModel.from_pretrained(tiny_pipeline_dir / "unet").state_dict()
+    assert set(got) == set(expected)
+    for name, weight in expected.items():
+        torch.testing.assert_close(got[name], weight, rtol=0, atol=2e-6, msg=name)
+    changed = [name for name in expected if not torch.equal(got[name], plain[name])]
+    assert len(changed) == len(read(path, config_of(tiny_pipeline_dir)).layers) > 20
+
+
+def test_several_are_added_with_their_scales(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+    loras = [
+        (save_lora("kohya", tiny_pipeline_dir, tmp_path / "a", seed=1, rank=2, alpha=1.0), 0.5),
+        (save_lora("diffusers", tiny_pipeline_dir, tmp_path / "b", seed=2, rank=5, alpha=10.0), -1.25),
+    ]
+    got, expected = fused(tiny_pipeline_dir, loras), fused_by_diffusers(tiny_pipeline_dir, loras)
+    for name, weight in expected.items():
+        torch.testing.assert_close(got[name], weight, rtol=0, atol=2e-6, msg=name)
+
+
+def test_a_text_encoders_layers_are_counted_and_left_out(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+    lora = read(save_lora("kohya", tiny_pipeline_dir, tmp_path), config_of(tiny_pipeline_dir))
+    assert lora.text_encoder == 4
+    assert not [name for name in lora.layers if "text" in name]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (
+            "input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+        ),
+        ("input_blocks_8_1_proj_in", "down_blocks.2.attentions.1.proj_in"),
+        (
+            "middle_block_1_transformer_blocks_0_attn2_to_out_0",
+            "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0",
+        ),
+        (
+            "output_blocks_1_1_transformer_blocks_0_ff_net_0_proj",
+            "up_blocks.0.attentions.1.transformer_blocks.0.ff.net.0.proj",
+        ),
+        ("output_blocks_5_1_proj_out", "up_blocks.1.attentions.2.proj_out"),
+    ],
+)
+def test_kohyas_names_of_sdxl_are_those_of_the_original_code(theirs: str, ours: str, tmp_path: Path) -> None:
+    file = tmp_path / "xl.safetensors"
+    save_file({f"lora_unet_{theirs}.lora_{side}.weight": torch.zeros(2, 2) for side in ("down", "up")}, file)
+    assert set(read(file, {"layers_per_block": 2}).layers) == {f"{ours}.weight"}
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("lora_unet_conv_in.hada_w1_a", "LoHa"),
+        ("lora_unet_conv_in.lokr_w1", "LoKr"),
+        ("lora_unet_conv_in.dora_scale", "DoRA"),
+        ("lora_unet_conv_in.lora_mid.weight", "Tucker"),
+    ],
+)
+def test_other_kinds_are_named(key: str, said: str, tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "other.safetensors"
+    save_file({key: torch.zeros(2, 2)}, file)
+    with pytest.raises(ModelError, match=said):
+        read(file, config_of(tiny_pipeline_dir))
+
+
+def test_a_lora_of_another_model_is_refused_and_nothing_changed(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+    good = save_lora("peft", tiny_pipeline_dir, tmp_path / "good")
+    tensors = load_file(good / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("attn2.to_k.lora_A.weight"))
+    tensors[name] = torch.randn(3, 768)
+    save_file(tensors, tmp_path / "bad.safetensors")
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline_dir / "unet")
+    before = {key: value.clone() for key, value in unet.state_dict().items()}
+    with pytest.raises(ModelError, match=r"bad is for another model: its .*to_k is 16 x 768"):
+        fuse(unet, [Scaled(good), Scaled(tmp_path / "bad.safetensors")], config_of(tiny_pipeline_dir))
+    assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"text_encoder.a.lora_A.weight": (2, 4), "text_encoder.a.lora_B.weight": (4, 2)}, "no layers of a UNet"),
+        ({"unet.conv_in.lora_A.weight": (2, 4)}, "half of a product"),
+        ({"unet.conv_in.lora_A.weight": (2, 4), "unet.conv_in.lora_B.weight": (4, 3)}, "two ranks"),
+        ({"unet.conv_in.weight": (2, 4)}, "no part of a LoRA"),
+    ],
+)
+def test_a_damaged_file_is_refused(
+    tensors: dict[str, tuple[int, ...]], said: str, tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "lora.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, file)
+    with pytest.raises(ModelError, match=said):
+        read(file, config_of(tiny_pipeline_dir))
+
+
+def test_a_path_that_holds_none_is_refused(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+    config = config_of(tiny_pipeline_dir)
+    (tmp_path / "lora.bin").write_bytes(b"")
+    (tmp_path / "short.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    for path, said in (
+        (tmp_path / "none.safetensors", "not there"),
+        (tmp_path, "holds no LoRA"),
+        (tmp_path / "lora.bin", "no safetensors file"),
+        (tmp_path / "short.safetensors", "no readable safetensors"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            read(path, config)
+
+
+def test_a_scale_is_written_behind_the_file(tmp_path: Path) -> None:
+    assert Scaled.parse("a/b.safetensors") == Scaled(Path("a/b.safetensors"), 1.0)
+    assert Scaled.parse("a/b.safetensors:0.5") == Scaled(Path("a/b.safetensors"), 0.5)
+    assert Scaled.parse("C:/b.safetensors") == Scaled(Path("C:/b.safetensors"))
+    with pytest.raises(ModelError, match="no scale"):
+        Scaled.parse("b.safetensors:half")

@@ -1,0 +1,116 @@
+"""LoRA files of every kind, as their trainers write them, and what diffusers with PEFT makes of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+TARGETS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv_in",
+    "conv_shortcut",
+)
+KINDS = ("diffusers", "peft", "kohya", "processors")
+
+
+def save_lora(kind: str, pipeline: Path, out: Path, *, seed: int = 0, rank: int = 3, alpha: float = 6.0) -> Path:
+    """A LoRA with random weights for a pipeline's UNet; gives the file, for ``peft`` the directory.
+
+    Args:
+        kind: ``diffusers`` and ``peft`` as these save it; ``kohya`` with its names and alphas, and with a text encoder;
+            ``processors`` as diffusers wrote attention processors before it took PEFT.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    unet = _adapted(pipeline, seed, rank, alpha)
+    if kind == "diffusers":
+        from diffusers import StableDiffusionPipeline
+        from peft.utils import get_peft_model_state_dict
+
+        StableDiffusionPipeline.save_lora_weights(
+            out,
+            unet_lora_layers=get_peft_model_state_dict(unet),
+            unet_lora_adapter_metadata=dict(unet.peft_config["default"].to_dict()),
+        )
+        return out / "pytorch_lora_weights.safetensors"
+    pairs = {
+        name.removesuffix(".lora_A.default"): (module.weight.detach(), unet.get_submodule(_other(name)).weight.detach())
+        for name, module in unet.named_modules()
+        if name.endswith(".lora_A.default")
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    for name, (down, up) in pairs.items():
+        if kind == "peft":
+            tensors |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+        elif kind == "kohya":
+            flat = f"lora_unet_{name.replace('.', '_')}"
+            tensors |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
+            tensors[f"{flat}.alpha"] = torch.tensor(alpha)
+        elif ".to_" in name:
+            head, _, layer = name.removesuffix(".0").rpartition(".")
+            tensors |= {f"unet.{head}.processor.{layer}_lora.{side}.weight": half for side, half in _sides(down, up)}
+    if kind == "kohya":
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            layer = f"lora_te_text_model_encoder_layers_0_self_attn_{part}"
+            tensors[f"{layer}.lora_down.weight"] = torch.randn(rank, 32)
+            tensors[f"{layer}.lora_up.weight"] = torch.randn(32, rank)
+            tensors[f"{layer}.alpha"] = torch.tensor(alpha)
+    tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    if kind == "peft":
+        save_file(tensors, out / "adapter_model.safetensors")
+        settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": list(TARGETS)}
+        (out / "adapter_config.json").write_text(json.dumps(settings))
+        return out
+    save_file(tensors, out / f"{kind}.safetensors")
+    return out / f"{kind}.safetensors"
+
+
+def fused_by_diffusers(pipeline: Path, loras: list[tuple[Path, float]]) -> dict[str, torch.Tensor]:
+    """The UNet's weights after diffusers and PEFT loaded and fused these files."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline)
+    names = [f"lora{index}" for index in range(len(loras))]
+    for name, (path, _) in zip(names, loras, strict=True):
+        if path.is_dir():
+            from peft import PeftModel
+
+            merged = PeftModel.from_pretrained(pipe.unet, path).merge_and_unload()
+            return {key: value.detach().clone() for key, value in merged.named_parameters()}
+        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+    pipe.set_adapters(names, [scale for _, scale in loras])
+    pipe.fuse_lora(components=["unet"], adapter_names=names)
+    pipe.unload_lora_weights()
+    return {key: value.detach().clone() for key, value in pipe.unet.named_parameters()}
+
+
+def _adapted(pipeline: Path, seed: int, rank: int, alpha: float) -> Any:
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
+
+    unet = UNet2DConditionModel.from_pretrained(pipeline / "unet")
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS)))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return unet
+
+
+def _other(name: str) -> str:
+    return name.replace(".lora_A.", ".lora_B.")
+
+
+def _sides(down: torch.Tensor, up: torch.Tensor) -> tuple[tuple[str, torch.Tensor], ...]:
+    return (("down", down), ("up", up))

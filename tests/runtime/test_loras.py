@@ -1,0 +1,129 @@
+"""LoRAs on an open UNet, held against diffusers with PEFT and against a bundle that was built with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from loras import save_lora
+
+import offcut
+from offcut.errors import ModelError, UserError
+from offcut.runtime.schedule import Uniform
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def files(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    out = tmp_path_factory.mktemp("loras")
+    return {
+        "a": save_lora("kohya", tiny_pipeline_dir, out / "a", seed=1),
+        "b": save_lora("diffusers", tiny_pipeline_dir, out / "b", seed=2, rank=4, alpha=2.0),
+    }
+
+
+@pytest.fixture
+def unet(tiny_bundle: Path, engine: str) -> Iterator[offcut.UNet]:
+    opened = offcut.UNet.load(tiny_bundle, engine, threads=1)
+    opened.set_schedule(Uniform(3))
+    yield opened
+    opened.close()
+
+
+def answers(unet: offcut.UNet) -> list[torch.Tensor]:
+    """A full and a shallow call."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(2, 7, unet.config.cross_attention_dim, generator=generator)
+    with unet.generation(calls=2):
+        return [unet(torch.randn(2, 4, 16, 16, generator=generator), t, text).sample for t in (900, 850)]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def image(pipe: Any, **arguments: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    made = pipe("a red square", num_inference_steps=STEPS, generator=generator, output_type="latent", **arguments)
+    assert isinstance(made.images, torch.Tensor)
+    return made.images
+
+
+def test_from_a_to_b_and_back_leaves_no_trace(unet: offcut.UNet, files: dict[str, Path]) -> None:
+    plain = answers(unet)
+    name = unet.load_lora(files["a"], 0.5)
+    with_a = answers(unet)
+    unet.unload_lora(name)
+    assert same(answers(unet), plain)
+    unet.load_lora(files["b"], name="b")
+    with_b = answers(unet)
+    unet.unload_lora()
+    unet.load_lora(files["a"], 0.5)
+    assert same(answers(unet), with_a)
+    differ = [not torch.equal(one, other) for one, other in ((plain[1], with_a[1]), (with_a[0], with_b[0]))]
+    assert all(differ)
+
+
+def test_the_pipeline_equals_eager_diffusers(
+    unet: offcut.UNet, files: dict[str, Path], tiny_pipeline_dir: Path, engine: str
+) -> None:
+    """Two LoRAs, one with a text encoder; the UNet's layers by offcut, the text encoder's by diffusers."""
+    eager = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
+    pipe = offcut.attach(StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir), unet)
+    unet.set_schedule(None)
+    plain = image(eager)
+    for each in (eager, pipe):
+        for name, file in files.items():
+            each.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+        each.set_adapters(["a", "b"], [0.5, 0.75])
+    assert unet.loras == {"a": 0.5, "b": 0.75}
+    torch.testing.assert_close(image(pipe), image(eager), rtol=0, atol=2e-4)
+    assert pipe.get_list_adapters() == eager.get_list_adapters()
+    for each in (eager, pipe):
+        each.set_adapters("b")
+    torch.testing.assert_close(image(pipe), image(eager), rtol=0, atol=2e-4)
+    for each in (eager, pipe):
+        each.unload_lora_weights()
+    assert unet.loras == {}
+    torch.testing.assert_close(image(eager), plain, rtol=0, atol=0)
+    torch.testing.assert_close(image(pipe), plain, rtol=0, atol=2e-4)
+
+
+def test_a_lora_fused_when_the_bundle_is_built_is_the_same_bit_for_bit(
+    tiny_pipeline_dir: Path, files: dict[str, Path], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    wanted: dict[str | Path, float] = {files["a"]: 0.5, files["b"]: 0.25}
+    offcut.build(tiny_pipeline_dir / "unet", tmp_path / "fused.offcut", engine="onnxruntime", loras=wanted)
+    fused = offcut.UNet.load(tmp_path / "fused.offcut", threads=1)
+    swapped = offcut.UNet.load(tiny_bundle, "onnxruntime", threads=1)
+    for path, scale in wanted.items():
+        swapped.load_lora(path, scale)
+    for each in (fused, swapped):
+        each.set_schedule(Uniform(3), cut="deepcache:0")
+    assert same(answers(fused), answers(swapped))
+    recorded = offcut.Bundle.open(tmp_path / "fused.offcut").manifest.source.loras
+    assert [(each.name, each.scale) for each in recorded] == [
+        ("kohya.safetensors", 0.5),
+        ("pytorch_lora_weights.safetensors", 0.25),
+    ]
+
+
+def test_what_cannot_be_loaded_leaves_the_weights_alone(
+    unet: offcut.UNet, files: dict[str, Path], tmp_path: Path
+) -> None:
+    unet.load_lora(files["a"])
+    before = answers(unet)
+    (tmp_path / "none.safetensors").write_bytes(b"none")
+    with pytest.raises(ModelError, match="no readable safetensors"):
+        unet.load_lora(tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match="no LoRA 'b': it has kohya"):
+        unet.unload_lora("b")
+    with unet.generation(calls=2), pytest.raises(UserError, match="cannot change during a generation"):
+        unet.unload_lora()
+    assert unet.loras == {"kohya": 1.0}
+    assert same(answers(unet), before)
