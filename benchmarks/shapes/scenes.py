@@ -237,7 +237,7 @@ def _outline(shape: str) -> npt.NDArray[np.float32]:
     return np.stack([x, -lengths * np.sin(angles)], axis=1).astype(np.float32)
 
 
-def _distance(points: npt.NDArray[np.float32], item: Item) -> npt.NDArray[np.float32]:
+def distance(points: npt.NDArray[np.float32], item: Item) -> npt.NDArray[np.float32]:
     """Signed distance in pixels from each point, (n, 2), to the item's edge; negative inside. Returns (n,)."""
     local = points - np.array([item.x, item.y], dtype=np.float32)
     if item.shape == "circle":
@@ -273,7 +273,7 @@ def mask(shape: str, x: float, y: float, area: float, angle: float) -> npt.NDArr
     item = Item("red", shape, "small", False, x - float(centre[0]), y - float(centre[1]), radius, angle)
     rows, columns = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE].astype(np.float32) + np.float32(0.5)
     points = np.stack([columns.ravel(), rows.ravel()], axis=1)
-    return (_distance(points, item) <= 0).reshape(IMAGE_SIZE, IMAGE_SIZE)
+    return (distance(points, item) <= 0).reshape(IMAGE_SIZE, IMAGE_SIZE)
 
 
 def render(scene: Scene) -> npt.NDArray[np.uint8]:
@@ -289,7 +289,7 @@ def render(scene: Scene) -> npt.NDArray[np.uint8]:
         top, bottom = (int(np.clip(item.y + s * (item.radius + 2), 0, IMAGE_SIZE)) for s in (-1, 1))
         rows, columns = np.mgrid[top:bottom, left:right].astype(np.float32) + np.float32(0.5)
         points = np.stack([columns.ravel(), rows.ravel()], axis=1)
-        cover = np.clip(0.5 - _distance(points, item), 0, 1).reshape(rows.shape)[..., None]
+        cover = np.clip(0.5 - distance(points, item), 0, 1).reshape(rows.shape)[..., None]
         window = picture[top:bottom, left:right]
         window += cover * (np.array(COLOURS[item.colour], dtype=np.float32) - window)
     return np.rint(picture).astype(np.uint8)
