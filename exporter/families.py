@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 
 NOISE_PRED = "noise_pred"
+FEWEST_FRAMES = 2  # PyTorch traces a symbolic size as at least 2; OpenVINO 2026.4 convolves a single frame wrongly
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Family:
         output_class: of what ``forward`` returns, in the module of the UNet's class.
         positions: what ``forward`` calls its third and fourth argument.
         channels: the axis of the latent that holds them.
-        frames: from the config to the number of frames that the UNet was trained for, and the largest that it takes
-            (None for no limit). None for images.
+        frames: from the config to the number of frames that the UNet was trained for, and the largest that it takes,
+            None for no limit. None for images.
     """
 
     name: str
@@ -75,22 +76,19 @@ class Family:
         """How many frames a video has that the UNet was trained for; None for images."""
         return self.frames(config)[0] if self.frames else None
 
-    def limits(self, config: Config) -> dict[str, int]:
-        """The largest size of those dimensions that the weights bound."""
-        most = self.frames(config)[1] if self.frames else None
-        return {} if most is None else {"frames": most}
-
     def check_limits(self, config: Config, dims: Mapping[str, int]) -> None:
-        """Hold sizes against the weights' own bounds.
+        """Hold sizes against what the weights and the trace allow.
 
         Raises:
-            ShapeError: a video of more frames than the UNet has positions for.
+            ShapeError: a video of too many frames or of one.
         """
-        for name, most in self.limits(config).items():
-            if dims.get(name, 0) > most:
-                raise ShapeError(
-                    f"this {self.unet_class} has positions for at most {most} {name}, not {dims[name]}: make fewer"
-                )
+        if self.frames is None or "frames" not in dims:
+            return
+        wanted, most = dims["frames"], self.frames(config)[1]
+        if wanted < FEWEST_FRAMES:
+            raise ShapeError(f"a video has at least {FEWEST_FRAMES} frames, not {wanted}: make more")
+        if most is not None and wanted > most:
+            raise ShapeError(f"this {self.unet_class} knows at most {most} frames, not {wanted}: make fewer")
 
     def arguments(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The keyword arguments of the UNet's ``forward`` for these graph inputs."""
@@ -275,7 +273,9 @@ def downsampling(config: Config) -> int:
 def example_dims(config: Config) -> dict[str, int]:
     """Small dimensions that every graph of this config accepts; no two alike, so that none is taken for another."""
     multiple = downsampling(config)
-    return {"batch": 2, "height": 2 * multiple, "width": 3 * multiple, "sequence": 7, "frames": 5}
+    dims = {"batch": 2, "height": 2 * multiple, "width": 3 * multiple, "sequence": 7}
+    frames = family_of(config).frames
+    return dims if frames is None else dims | {"frames": min(5, frames(config)[1] or 5)}
 
 
 def example_inputs(specs: tuple[TensorSpec, ...], dims: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
