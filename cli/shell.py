@@ -23,7 +23,9 @@ Precision = Annotated[str, typer.Option(help="Of the graphs: fp32, fp16 or bf16.
 Opset = Annotated[int | None, typer.Option(help="ONNX opset; the engine's best by default.")]
 Fix = Annotated[
     str | None,
-    typer.Option(metavar="NAME=SIZE,...", help="Fix dimensions: batch, frames, height and width of the latent, sequence."),
+    typer.Option(
+        metavar="NAME=SIZE,...", help="Fix dimensions: batch, frames, height and width of the latent, sequence."
+    ),
 ]
 Adapters = Annotated[
     list[str] | None,

@@ -235,9 +235,9 @@ def find_joins(model: ir.Model) -> list[Join]:
 
 
 def kept_nodes(model: ir.Model, cached: set[str]) -> set[ir.Node]:
-    """The nodes that still run when these tensors are given."""
+    """The nodes that still run for ``noise_pred`` when these tensors are given."""
     kept: set[ir.Node] = set()
-    pending = [value.producer() for value in model.graph.outputs if value.name not in cached]
+    pending = [model.graph.outputs[0].producer()]  # a graph that was cut before has features among its outputs
     while pending:
         node = pending.pop()
         if node is None or node in kept:

@@ -414,9 +414,7 @@ def _measure_the_sample(model: ir.Model, specs: tuple[TensorSpec, ...]) -> None:
         model.graph.remove(node, safe=True)
 
 
-def _name_dims(
-    model: ir.Model, specs: tuple[TensorSpec, ...], noise: TensorSpec, fixed: Mapping[str, int]
-) -> None:
+def _name_dims(model: ir.Model, specs: tuple[TensorSpec, ...], noise: TensorSpec, fixed: Mapping[str, int]) -> None:
     """Call the inputs' and the output's symbolic dimensions batch, frames, height, width and sequence."""
     import onnx_ir as ir
 

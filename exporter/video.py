@@ -1,4 +1,4 @@
-"""What tracing a video UNet with a symbolic number of frames takes: products of dimensions that PyTorch can reason about.
+"""What it takes to trace a video UNet with a symbolic number of frames.
 
 Inside, every video UNet of diffusers has its frames one after the other, ``[batch*frames, channels, height, width]``.
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import _lively, _tokenizer
+from models import _lively, text_to_latent_parts
 
 SKIPS = {"svd": 4, "animatediff": 4, "text-to-video": 4}
 """Each family with the number of its skip connections."""
@@ -81,3 +81,65 @@ def random_inputs(name: str, *, batch: int, frames: int, height: int, width: int
     repeated = batch * frames if name == "animatediff" else batch
     inputs["encoder_hidden_states"] = normal(repeated, sequence, 16)
     return inputs
+
+
+def save_video_pipeline(name: str, path: Path) -> Path:
+    """The diffusers pipeline of one of ``SKIPS``; its videos have 3 frames of 32x32 and its latents are 8x8."""
+    import diffusers
+
+    unet = new_unet(name)
+    if name == "svd":
+        diffusers.StableVideoDiffusionPipeline(**_image_to_latent_parts(), unet=unet).save_pretrained(path)
+        return path
+    parts = text_to_latent_parts(path, width=16)
+    if name == "text-to-video":
+        diffusers.TextToVideoSDPipeline(**parts, unet=unet).save_pretrained(path)
+        return path
+    adapter = diffusers.MotionAdapter(
+        block_out_channels=unet.config.block_out_channels,
+        motion_layers_per_block=1,
+        motion_num_attention_heads=2,
+        motion_max_seq_length=8,
+        motion_norm_num_groups=8,
+    )
+    # Its own weights are those that the UNet has: diffusers joined them when it was loaded.
+    diffusers.AnimateDiffPipeline(**parts, unet=unet, motion_adapter=adapter).save_pretrained(path)
+    return path
+
+
+def _image_to_latent_parts() -> dict[str, Any]:
+    """Of Stable Video Diffusion: image encoder and processor, VAE, scheduler."""
+    import diffusers
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        projection_dim=16,
+        image_size=224,
+        patch_size=56,
+    )
+    vae = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 3, layers_per_block=1
+    )
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        timestep_type="continuous",
+        timestep_spacing="leading",
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=700.0,
+        steps_offset=1,
+        interpolation_type="linear",
+    )
+    return {
+        "image_encoder": CLIPVisionModelWithProjection(vision).eval(),
+        "feature_extractor": CLIPImageProcessor(),
+        "vae": vae.eval(),
+        "scheduler": scheduler,
+    }
