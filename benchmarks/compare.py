@@ -1,4 +1,4 @@
-"""``offcut run``: one image to a file, beside the uncached one if asked."""
+"""``offcut run``: one image or video to a file, beside the uncached one if asked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..runtime.schedule import Schedule
-from .generate import Generated, Request, generate, psnr, warm_up
+from .animation import check_suffix, save
+from .generate import Generated, Request, arguments, generate, makes_videos, psnr_of_all, warm_up
 from .picture import Tile, difference, sheet
 
 _GAIN = 4.0
@@ -22,16 +23,24 @@ def generate_to_file(
     output: Path,
     *,
     compare: bool = False,
+    fps: float = 8.0,
     on_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Generate an image and write it; with ``compare`` the picture shows uncached, cached and difference.
+    """Generate an image or a video and write it; with ``compare`` it shows uncached, cached and difference.
+
+    Args:
+        fps: frames a second of a video.
 
     Returns:
         The figures of the run: calls, seconds, and beside the uncached run speed-up and PSNR in dB.
 
     Raises:
-        UserError: the picture cannot be written; found out before anything is generated.
+        UserError: the request does not fit the pipeline, or the picture cannot be written; found out before anything is
+            generated.
     """
+    arguments(pipe, request)
+    if makes_videos(pipe):
+        check_suffix(output)
     try:
         with output.open("ab"):
             pass
@@ -48,6 +57,7 @@ def generate_to_file(
         "cut": cached.run.cut,
         "steps": request.steps,
         "seed": request.seed,
+        "frames": len(cached.pictures),
         "calls": len(cached.run.full),
         "full_calls": len(cached.run.full_calls),
         "shallow_calls": len(cached.run.full) - len(cached.run.full_calls),
@@ -56,23 +66,26 @@ def generate_to_file(
         "unet_seconds": sum(cached.run.seconds),
     }
     if uncached is None:
-        cached.image.save(output, format="PNG")
+        save(cached.pictures, output, fps)
         return report
     report |= {
         "uncached_seconds": uncached.seconds,
         "uncached_unet_seconds": sum(uncached.run.seconds),
         "speed_up": uncached.seconds / cached.seconds,
-        "psnr": psnr(uncached.image, cached.image),
+        "psnr": psnr_of_all(uncached.pictures, cached.pictures),
     }
-    _picture(request.prompt, uncached, cached, report).save(output, format="PNG")
+    title = request.prompt or str(request.image)
+    frames = range(len(cached.pictures))
+    save([_picture(title, uncached, cached, report, frame) for frame in frames], output, fps)
     return report
 
 
-def _picture(prompt: str, uncached: Generated, cached: Generated, report: dict[str, Any]) -> Any:
-    apart = difference(uncached.image, cached.image, _GAIN)
+def _picture(title: str, uncached: Generated, cached: Generated, report: dict[str, Any], frame: int) -> Any:
+    before, after = uncached.pictures[frame], cached.pictures[frame]
+    apart = difference(before, after, _GAIN)
     tiles = [
-        Tile(uncached.image, "every call full", f"{uncached.seconds:.2f} s", uncached.run),
-        Tile(cached.image, str(report["schedule"]), f"{cached.seconds:.2f} s   {report['speed_up']:.2f}x", cached.run),
+        Tile(before, "every call full", f"{uncached.seconds:.2f} s", uncached.run),
+        Tile(after, str(report["schedule"]), f"{cached.seconds:.2f} s   {report['speed_up']:.2f}x", cached.run),
         Tile(apart, f"difference x{_GAIN:g}", f"PSNR {report['psnr']:.1f} dB"),
     ]
-    return sheet([(prompt, tiles)])
+    return sheet([(title, tiles)])

@@ -1,14 +1,16 @@
-"""One image, timed: the same prompt and seed with and without caching."""
+"""One image or video, timed: the same prompt and seed with and without caching."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InternalError
+from ..errors import InternalError, UserError
 from ..runtime.generation import Run
 from ..runtime.schedule import Schedule, Steps
 
@@ -23,35 +25,44 @@ class Request:
     """What to generate.
 
     Attributes:
-        prompt, negative_prompt: texts.
+        prompt, negative_prompt: texts; a prompt of None is for pipelines that take none.
         steps: of the scheduler.
-        guidance: scale; 1.0 or less runs without classifier-free guidance.
+        guidance: scale; 1.0 or less runs without classifier-free guidance, None is the pipeline's own default.
         seed: of the initial noise.
         height, width: of the image in pixels; None is the model's own size.
+        image: the file of the image that the pipeline starts from.
+        frames: of a video; None is the pipeline's own number.
     """
 
-    prompt: str
+    prompt: str | None
     negative_prompt: str | None = None
     steps: int = 50
-    guidance: float = 7.5
+    guidance: float | None = 7.5
     seed: int = 0
     height: int | None = None
     width: int | None = None
+    image: Path | None = None
+    frames: int | None = None
 
 
 @dataclass(frozen=True)
 class Generated:
-    """An image and how it was made.
+    """An image or a video and how it was made.
 
     Attributes:
-        image: the picture.
+        pictures: the frames of a video; of an image one.
         seconds: wall time of the whole pipeline call.
         run: the UNet's calls, full and shallow, with the engine's seconds of each.
     """
 
-    image: Image
+    pictures: tuple[Image, ...]
     seconds: float
     run: Run
+
+    @property
+    def image(self) -> Image:
+        """The picture; of a video the first frame."""
+        return self.pictures[0]
 
 
 def generate(
@@ -64,42 +75,101 @@ def generate(
     """Run a pipeline that ``offcut.load`` or ``attach`` gave once, with this schedule; None makes every call full."""
     import torch
 
-    def step_ended(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step()
-        return tensors
-
+    asked = arguments(pipe, request)
     pipe.unet.set_schedule(schedule, cut=cut)
     pipe.unet.record_times = True
     pipe.set_progress_bar_config(disable=True)
     started = time.perf_counter()
-    images = pipe(
-        request.prompt,
-        negative_prompt=request.negative_prompt,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        height=request.height,
-        width=request.width,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        callback_on_step_end=step_ended,
-    ).images
+    made = pipe(**asked, **_after_each_step(pipe, on_step), generator=torch.Generator("cpu").manual_seed(request.seed))
     seconds = time.perf_counter() - started
     run = pipe.unet.last_run
     if run is None:
         raise InternalError("the pipeline did not call the UNet")
-    return Generated(images[0], seconds, run)
+    return Generated(tuple(made.frames[0] if makes_videos(pipe) else made.images[:1]), seconds, run)
+
+
+def makes_videos(pipe: Any) -> bool:
+    return "num_frames" in _parameters(pipe)
+
+
+def arguments(pipe: Any, request: Request) -> dict[str, Any]:
+    """What a pipeline is called with for this request, seed and callbacks left out.
+
+    Raises:
+        UserError: the request lacks what the pipeline needs, or has what it does not take.
+    """
+    taken, kind = _parameters(pipe), type(pipe).__name__
+    if "prompt" in taken and request.prompt is None:
+        raise UserError(f"{kind} draws from a prompt: give one")
+    if "image" in taken and request.image is None:
+        raise UserError(f"{kind} starts from an image: give its file with --image")
+    if unread := [name for name in ("video", "mask_image") if name in taken]:
+        raise UserError(
+            f"{kind} starts from a {unread[0].replace('_', ' ')}, which offcut run does not read: use it from Python"
+        )
+    guidance = "guidance_scale" if "guidance_scale" in taken else "max_guidance_scale"
+    optional = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "image": request.image,
+        "num_frames": request.frames,
+    }
+    if idle := [name for name, value in optional.items() if value is not None and name not in taken]:
+        raise UserError(f"{kind} takes no {idle[0].replace('_', ' ').removeprefix('num ')}: leave it out")
+    asked = optional | {
+        "image": None if request.image is None else _opened(request.image),
+        "num_inference_steps": request.steps,
+        guidance: request.guidance,
+        "height": request.height,
+        "width": request.width,
+        "output_type": "pil",
+    }
+    return {name: value for name, value in asked.items() if value is not None and name in taken}
+
+
+def _parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(pipe.__call__).parameters
+
+
+def _after_each_step(pipe: Any, on_step: OnStep) -> dict[str, Any]:
+    """The callback under the name and with the arguments that this pipeline has for it."""
+
+    def step_ended(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step()
+        return tensors
+
+    if "callback_on_step_end" in _parameters(pipe):
+        return {"callback_on_step_end": step_ended}
+    return {"callback": lambda step, timestep, latents: on_step()}
+
+
+def _opened(file: Path) -> Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(file).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UserError(f"{file} is no image that Pillow reads: give a PNG or JPEG") from error
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or 'it is damaged'}; give another image") from error
 
 
 def warm_up(pipe: Any, request: Request, cut: str | None = None) -> None:
     """Run both graphs once at the request's shapes; engines prepare their kernels on the first call."""
-    brief = Request(request.prompt, request.negative_prompt, 3, request.guidance, 0, request.height, request.width)
-    generate(pipe, brief, Steps([0, 2]), cut)
+    generate(pipe, replace(request, steps=3, seed=0), Steps([0, 2]), cut)
 
 
 def psnr(first: Image, second: Image) -> float:
     """Peak signal-to-noise ratio of two RGB images in decibels; infinite where they are equal."""
+    return psnr_of_all([first], [second])
+
+
+def psnr_of_all(first: Sequence[Image], second: Sequence[Image]) -> float:
+    """The same over all the frames of two videos."""
     import numpy as np
 
-    a = np.asarray(first.convert("RGB"), dtype=np.float64)
-    b = np.asarray(second.convert("RGB"), dtype=np.float64)
+    a, b = (
+        np.stack([np.asarray(picture.convert("RGB"), dtype=np.float64) for picture in each]) for each in (first, second)
+    )
     error = float(np.mean((a - b) ** 2))
     return math.inf if error == 0 else 10 * math.log10(255.0**2 / error)

@@ -105,6 +105,7 @@ def cuts(
     height: Annotated[int, typer.Option(help="Of the latent: the image's / 8 for Stable Diffusion.")] = 64,
     width: Annotated[int, typer.Option(help="Of the latent.")] = 64,
     sequence: Annotated[int, typer.Option(help="Text tokens.")] = 77,
+    frames: Annotated[int, typer.Option(help="Of a video.")] = 16,
     as_json: Json = False,
 ) -> None:
     """List a UNet's cuts: what each caches, what its shallow graph costs, and the speed-up to expect."""
@@ -113,7 +114,8 @@ def cuts(
     from ..engines.bundle import onnx_of
     from ..exporter.measure import measure_cuts
 
-    costs = measure_cuts(onnx_of(model), {"batch": batch, "height": height, "width": width, "sequence": sequence})
+    dims = {"batch": batch, "frames": frames, "height": height, "width": width, "sequence": sequence}
+    costs = measure_cuts(onnx_of(model), dims)
     if as_json:
         print_json([asdict(cost) for cost in costs])
         return

@@ -1,4 +1,4 @@
-"""Commands that make images: run, demo."""
+"""Commands that make images and videos: run, demo."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
 def run(
     bundle: BundleArgument,
-    prompt: str,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The PNG to write.")] = Path("out.png"),
+    prompt: Annotated[str | None, typer.Argument(help="What to show, for pipelines that draw from text.")] = None,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The PNG to write; of a video .png, .webp or .gif.")
+    ] = Path("out.png"),
     steps: Annotated[int, typer.Option(help="Of the scheduler.", min=1)] = 50,
     interval: Annotated[int, typer.Option(help="Full UNet every N calls; 1 is uncached. Costs quality.", min=1)] = 5,
     warmup: Annotated[int, typer.Option(help="First calls that are always full.", min=0)] = 2,
@@ -49,23 +51,31 @@ def run(
     threads: Threads = None,
     lora: Loras = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.")] = 7.5,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Guidance scale; 1 switches it off. 7.5, or a video pipeline's own."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
     height: Annotated[int | None, typer.Option(help="Of the image, in pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Of the image, in pixels.")] = None,
+    image: Annotated[Path | None, typer.Option(help="To start from, for pipelines that do.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Of a video; the pipeline's own number by default.", min=1)] = None,
+    fps: Annotated[float, typer.Option(help="Frames a second that the video is written with.", min=0.1)] = 8,
     compare: Annotated[bool, typer.Option("--compare", help="Also run uncached; one picture of both.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Generate an image, with and without caching if you like."""
+    """Generate an image or a video, with and without caching if you like."""
     from ..benchmarks.compare import generate_to_file
-    from ..benchmarks.generate import Request
+    from ..benchmarks.generate import Request, makes_videos
 
     chosen = _schedule(schedule, interval, warmup)
-    request = Request(prompt, negative_prompt, steps, guidance, seed, height, width)
     pipe = _load(bundle, engine, device=device, provider=provider, threads=threads)
     _load_loras(pipe, loras_of(lora))
+    if guidance is None and not makes_videos(pipe):
+        guidance = 7.5
+    request = Request(prompt, negative_prompt, steps, guidance, seed, height, width, image, frames)
     with bar(steps * (2 if compare else 1)) as step:
-        report = generate_to_file(pipe, request, chosen, cut, output, compare=compare, on_step=step)
+        report = generate_to_file(pipe, request, chosen, cut, output, compare=compare, fps=fps, on_step=step)
     if as_json:
         print_json(report)
         return

@@ -23,7 +23,9 @@ Precision = Annotated[str, typer.Option(help="Of the graphs: fp32, fp16 or bf16.
 Opset = Annotated[int | None, typer.Option(help="ONNX opset; the engine's best by default.")]
 Fix = Annotated[
     str | None,
-    typer.Option(metavar="NAME=SIZE,...", help="Fix dimensions: batch, height and width of the latent, sequence."),
+    typer.Option(
+        metavar="NAME=SIZE,...", help="Fix dimensions: batch, frames, height and width of the latent, sequence."
+    ),
 ]
 Adapters = Annotated[
     list[str] | None,
@@ -111,9 +113,9 @@ def dims_of(text: str | None) -> dict[str, int]:
         name, _, size = part.partition("=")
         if not part:
             continue
-        if name not in ("batch", "height", "width", "sequence") or not size.isdigit() or int(size) < 1:
+        if name not in ("batch", "frames", "height", "width", "sequence") or not size.isdigit() or int(size) < 1:
             raise typer.BadParameter(
-                f"{part!r} is not batch=, height=, width= or sequence= with a size", param_hint="--fix"
+                f"{part!r} is not batch=, frames=, height=, width= or sequence= with a size", param_hint="--fix"
             )
         dims[name] = int(size)
     return dims

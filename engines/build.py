@@ -74,7 +74,7 @@ def build(
             linear layers, but for the sensitive ones. All but the first can cost image quality.
         inference_precision: OpenVINO's hint, ``"bf16"``, for fp32 graphs. Can cost image quality.
         opset: of the ONNX graphs; the engine's best by default.
-        dims: fixes ``batch``, ``height``, ``width`` (of the latent) or ``sequence``; the rest stays dynamic.
+        dims: fixes ``batch``, ``frames``, ``height``, ``width`` (of the latent) or ``sequence``; others stay dynamic.
         profiles: the shapes that compiled engines take, as profiles or in a user's words (``Sizes``); by default the
             engine's own choice.
         settings: how an engine compiles, by the engine's name and the names of its ``SETTINGS``.

@@ -7,13 +7,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from ..exporter.specs import TensorSpec
+from ..exporter.specs import DIM_PATTERN, Dim, TensorSpec, factors
 from .profiles import Profile
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "offcut.json"
-# A dimension that is not fixed; ``height/4`` is a quarter of it.
-_SYMBOL = r"^(batch|sequence|height|width)(/[1-9][0-9]*)?$"
 
 
 def _inside(path: str) -> str:
@@ -60,7 +58,7 @@ class Tensor(_Model):
 
     name: str
     dtype: Literal["float32", "float16", "bfloat16", "int64"]
-    shape: tuple[Annotated[int, Field(ge=1, strict=True)] | Annotated[str, Field(pattern=_SYMBOL)], ...]
+    shape: tuple[Annotated[int, Field(ge=1, strict=True)] | Annotated[str, Field(pattern=DIM_PATTERN)], ...]
 
     @classmethod
     def of(cls, spec: TensorSpec) -> Tensor:
@@ -128,16 +126,22 @@ class Variant(_Model):
 
     @model_validator(mode="after")
     def _has_the_latents_shape(self) -> Self:
-        """What the graphs write is laid out as the latent is, but for its channels and, inside, its scale."""
+        """The noise is laid out as the latent is, but for its channels, and so are the cached features, but for their
+        scale and that a video's frames are one after the other in them."""
         sample = next((tensor for tensor in self.inputs if tensor.name == "sample"), None)
         if sample is None:
             raise ValueError("no input is called sample")
+        latents = [_symbols_in(dim) for dim in sample.shape]
+        features = [sum(latents[:-2], ()), (), *latents[-2:]]
         for tensor in (self.noise_pred, *(tensor for cut in self.cuts for tensor in cut.cached)):
-            dims = [str(dim).partition("/")[0] if isinstance(dim, str) else None for dim in tensor.shape]
-            latents = [dim if isinstance(dim, str) else None for dim in sample.shape]
-            if len(dims) < 2 or dims[0] != latents[0] or dims[1] is not None or dims[2:] != latents[2:]:
+            expected = latents if tensor is self.noise_pred else features
+            if len(sample.shape) < 3 or [_symbols_in(dim) for dim in tensor.shape] != expected:
                 raise ValueError(f"{tensor.name} has shape {list(tensor.shape)}, the latent {list(sample.shape)}")
         return self
+
+
+def _symbols_in(dim: Dim) -> tuple[str, ...]:
+    return factors(dim).symbols if isinstance(dim, str) else ()
 
 
 class ProfileEntry(_Model):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import BundleError, CutError, EngineError
+from ..errors import BundleError, CutError, EngineError, ModelError
 from ..exporter.cut import CONVENTIONS, is_cut_name
 from ..exporter.families import downsampling
 from ..exporter.load import PRECISIONS, ModelSource, locate
@@ -118,6 +118,7 @@ def make_plan(
     for each in wanted:
         if left := read(each.path, source.config).text_encoder:
             progress(f"{each.path.name} has {left} layers of a text encoder, which are left out")
+    _check_video(source, precision if scheme else None)
     taken = tuple(dict.fromkeys(_adapters_of(source) if adapters is None else adapters))
     if taken and scheme:
         raise EngineError(f"{precision} is calibrated without adapters: build {', '.join(taken)} in fp32, fp16 or bf16")
@@ -138,6 +139,19 @@ def make_plan(
         scheme=scheme,
         calibrator=calibrator if scheme else None,
     )
+
+
+def _check_video(source: ModelSource, low_precision: str | None) -> None:
+    """Refuse what cannot be done with videos: calibration, and an AnimateDiff pipeline whose UNet has no motion yet."""
+    if source.family.is_video and low_precision:
+        raise EngineError(f"{low_precision} is calibrated on images: build a video UNet in fp32, fp16 or bf16")
+    if not source.is_pipeline or source.family.is_video:
+        return
+    if json.loads((source.root / INDEX_FILE).read_text(encoding="utf-8")).get("motion_adapter", [None])[0] is not None:
+        raise ModelError(
+            f"{source.name} keeps its motion adapter apart from its UNet, and diffusers joins them when it loads them: "
+            "load it with diffusers, save it with save_pretrained, and build from that"
+        )
 
 
 def _scheme(names: Sequence[str], precision: str, calibrator: Calibrator | None) -> Scheme | None:
@@ -180,7 +194,8 @@ def _profiles(
     specs = source.family.specs(source.config, PRECISIONS[precision], adapters)
     inputs = {spec.name: spec.fixed(fixed) for spec in specs}
     native = trained_side(source.config.get("sample_size"))
-    return wanted.profiles(inputs, multiple=downsampling(source.config), native=native)
+    frames = source.family.trained_frames(source.config)
+    return wanted.profiles(inputs, multiple=downsampling(source.config), native=native, frames=frames)
 
 
 def _adapters_of(source: ModelSource) -> list[str]:

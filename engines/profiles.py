@@ -92,6 +92,7 @@ def in_pixels(
     guidance: bool = True,
     native: int = 512,
     scale: int = VAE_SCALE,
+    frames: int | None = None,
 ) -> tuple[Profile, ...]:
     """Profiles from the easy spelling: a static one for each size, a dynamic one if asked for or if there is no other.
 
@@ -102,10 +103,12 @@ def in_pixels(
         static: sizes of images, each ``WIDTHxHEIGHT`` in pixels. Such a profile takes one image a call, or up to
             ``max_batch`` where that is given.
         dynamic: ``SMALLEST..LARGEST`` side of an image, in pixels; by default 256..1024.
-        max_batch: images a call; 4 by default for the dynamic profile. The UNet's batch is twice that with guidance.
+        max_batch: images a call; 4 by default for the dynamic profile, of videos 1. The UNet's batch is twice that with
+            guidance.
         guidance: classifier-free guidance doubles the UNet's batch. A batch of 1 is covered by dynamic profiles anyway.
         native: the side that the dynamic profile is tuned for, in pixels: what the model was trained on.
         scale: image pixels a latent pixel.
+        frames: of every video, where the UNet makes videos: the number that it was trained for.
 
     Raises:
         ShapeError: a size is no multiple of what the UNet needs, or is not written so.
@@ -117,15 +120,16 @@ def in_pixels(
     if max_batch is not None and max_batch < 1:
         raise ShapeError(f"--max-batch is a number of images, at least 1, not {max_batch}")
     per = 2 if guidance else 1
+    length = {} if frames is None else {"frames": (frames,) * 3}
     profiles = []
     for size in static:
         batch = (per, per, per) if max_batch is None else (1, per, per * max_batch)
         width, height = _static(size, multiple, scale)
-        profiles.append(_profile(free, batch=batch, height=(height,) * 3, width=(width,) * 3))
+        profiles.append(_profile(free, batch=batch, height=(height,) * 3, width=(width,) * 3, **length))
     if dynamic or not static:
         side = _dynamic(dynamic, multiple, native, scale)
-        batch = (1, per, per * (max_batch or _IMAGES))
-        profiles.append(_profile(free, batch=batch, height=side, width=side))
+        batch = (1, per, per * (max_batch or (_IMAGES if frames is None else 1)))
+        profiles.append(_profile(free, batch=batch, height=side, width=side, **length))
     return tuple(profiles)
 
 

@@ -32,13 +32,16 @@ class Sizes:
         """Whether anything was asked."""
         return self != Sizes()
 
-    def profiles(self, inputs: Mapping[str, TensorSpec], *, multiple: int, native: int) -> tuple[Profile, ...]:
+    def profiles(
+        self, inputs: Mapping[str, TensorSpec], *, multiple: int, native: int, frames: int | None = None
+    ) -> tuple[Profile, ...]:
         """The profiles for a graph; none if nothing was asked.
 
         Args:
             inputs: of the full graph.
             multiple: of the latent's height and width.
             native: the side that the model was trained on, in pixels.
+            frames: the length that it was trained on, where it makes videos.
 
         Raises:
             ShapeError: a size is written wrongly, cannot be, or both spellings are mixed.
@@ -55,6 +58,7 @@ class Sizes:
                 dynamic=self.dynamic,
                 max_batch=self.max_batch,
                 native=native,
+                frames=frames,
             )
         if easy:
             raise ShapeError(

@@ -11,6 +11,7 @@ convolutions. So the cut works on any exporter's UNet, whatever its nodes are ca
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -21,9 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CutError, InternalError, ModelError
+from .families import NOISE_PRED
 from .graph import PROBE, UNetGraph, infer_shapes, read
-from .specs import Dim, Shape, TensorSpec
-from .trace import NOISE_PRED, WEIGHTS_FILE, ExportedUNet
+from .specs import Dim, Factors, Shape, TensorSpec, factors
+from .trace import WEIGHTS_FILE, ExportedUNet
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,7 +40,8 @@ class CachedTensor:
 
     Attributes:
         value: its name in the graph that was cut.
-        spec: its name in both graphs of the pair, dtype and shape, ``[batch, channels, height/d, width/d]``.
+        spec: its name in both graphs of the pair, dtype and shape, ``[batch, channels, height/d, width/d]``; of a video
+            ``batch*frames`` in place of ``batch``.
     """
 
     value: str
@@ -232,9 +235,9 @@ def find_joins(model: ir.Model) -> list[Join]:
 
 
 def kept_nodes(model: ir.Model, cached: set[str]) -> set[ir.Node]:
-    """The nodes that still run when these tensors are given."""
+    """The nodes that still run for ``noise_pred`` when these tensors are given."""
     kept: set[ir.Node] = set()
-    pending = [value.producer() for value in model.graph.outputs if value.name not in cached]
+    pending = [model.graph.outputs[0].producer()]  # a graph that was cut before has features among its outputs
     while pending:
         node = pending.pop()
         if node is None or node in kept:
@@ -274,18 +277,25 @@ def _cached(name: str, value: ir.Value, unet: UNetGraph, shapes: dict[str, Shape
             f"cannot tell the shape of {value.name}; export the UNet with shape inference, or with offcut export"
         )
     sample = unet.inputs["sample"]
-    probed = sample.resolve(PROBE)
-    dims: list[Dim] = [sample.shape[0], shape[1]]
-    for axis in range(2, len(shape)):
-        symbol = sample.shape[axis]
-        ratio, rest = divmod(probed[axis], shape[axis])
+    dims: list[Dim] = [_leading(sample, shape[0]), shape[1]]
+    for symbol, whole, part in zip(sample.shape[-2:], sample.resolve(PROBE)[-2:], shape[2:], strict=True):
+        ratio, rest = divmod(whole, part)
         if isinstance(symbol, int):
-            dims.append(shape[axis])
+            dims.append(part)
         elif rest:
             raise CutError(f"{value.name} is not a whole fraction of the latent's {symbol}, so it cannot be cached")
         else:
             dims.append(symbol if ratio == 1 else f"{symbol}/{ratio}")
     return CachedTensor(str(value.name), TensorSpec(name, sample.dtype, tuple(dims)))
+
+
+def _leading(sample: TensorSpec, size: int) -> Dim:
+    """A feature's first dimension: the latent's batch, or of a video all frames of all videos, one after the other."""
+    symbols = [symbol for dim in sample.shape[:-2] if isinstance(dim, str) for symbol in factors(dim).symbols]
+    number, rest = divmod(size, math.prod(PROBE[symbol] for symbol in symbols))
+    if rest:
+        raise CutError(f"a skip connection holds {size} images, no multiple of the latent's {' and '.join(symbols)}")
+    return str(Factors(number, tuple(symbols), 1)) if symbols else size
 
 
 def _mlperf(joins: Sequence[Join], unet: UNetGraph, shapes: dict[str, Shape]) -> Cut | None:
@@ -294,7 +304,7 @@ def _mlperf(joins: Sequence[Join], unet: UNetGraph, shapes: dict[str, Shape]) ->
     The block's own joins are those at the latent's resolution. Its first one takes the deep feature; every skip but the
     outermost, which conv_in makes afresh, is kept and goes stale.
     """
-    latent = unet.inputs["sample"].resolve(PROBE)[2:]
+    latent = unet.inputs["sample"].resolve(PROBE)[-2:]
     block = [k for k, join in enumerate(joins) if shapes.get(str(join.skip.name), ())[2:] == latent]
     if len(block) < 2:
         return None

@@ -7,10 +7,10 @@ of inputs are those that diffusers' own ``forward`` and optimum's exporter use.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError
+from ..errors import ModelError, ShapeError
 from .residuals import ADAPTERS, argument_of, nest
 from .specs import TensorSpec
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 Config = Mapping[str, Any]
+
+NOISE_PRED = "noise_pred"
+FEWEST_FRAMES = 2  # PyTorch traces a symbolic size as at least 2; OpenVINO 2026.4 convolves a single frame wrongly
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,22 @@ class Family:
         inputs: from the UNet's config and the latent's dtype to the graph's inputs, ``sample`` and ``timestep`` first.
         nested: inputs that ``forward`` takes inside a dict, as name -> the dict's argument.
         takes_residuals: whether ControlNets and T2I-Adapters exist for it.
+        output_class: of what ``forward`` returns, in the module of the UNet's class.
+        positions: what ``forward`` calls its third and fourth argument.
+        channels: the axis of the latent that holds them.
+        frames: from the config to the number of frames that the UNet was trained for, and the largest that it takes,
+            None for no limit. None for images.
     """
 
     name: str
     unet_class: str
     inputs: Callable[[Config, str], tuple[TensorSpec, ...]]
-    nested: Mapping[str, str]
+    nested: Mapping[str, str] = field(default_factory=dict)
     takes_residuals: bool = False
+    output_class: str = "UNet2DConditionOutput"
+    positions: tuple[str, str] = ("encoder_hidden_states", "class_labels")
+    channels: int = 1
+    frames: Callable[[Config], tuple[int, int | None]] | None = None
 
     def specs(self, config: Config, dtype: str, adapters: Sequence[str] = ()) -> tuple[TensorSpec, ...]:
         """The graph's inputs, those of ``ADAPTERS`` behind the UNet's own.
@@ -49,6 +61,34 @@ class Family:
             raise ModelError(f"a {self.unet_class} takes no adapter called {unknown[0]!r}; it takes {there}")
         extra = [spec for name in dict.fromkeys(adapters) for spec in ADAPTERS[name](config, dtype)]
         return (*self.inputs(config, dtype), *extra)
+
+    def noise(self, config: Config, dtype: str) -> TensorSpec:
+        """The output: the latent's shape with ``out_channels``."""
+        shape = list(self.inputs(config, dtype)[0].shape)
+        shape[self.channels] = config["out_channels"]
+        return TensorSpec(NOISE_PRED, dtype, tuple(shape))
+
+    @property
+    def is_video(self) -> bool:
+        return self.frames is not None
+
+    def trained_frames(self, config: Config) -> int | None:
+        """How many frames a video has that the UNet was trained for; None for images."""
+        return self.frames(config)[0] if self.frames else None
+
+    def check_limits(self, config: Config, dims: Mapping[str, int]) -> None:
+        """Hold sizes against what the weights and the trace allow.
+
+        Raises:
+            ShapeError: a video of too many frames or of one.
+        """
+        if self.frames is None or "frames" not in dims:
+            return
+        wanted, most = dims["frames"], self.frames(config)[1]
+        if wanted < FEWEST_FRAMES:
+            raise ShapeError(f"a video has at least {FEWEST_FRAMES} frames, not {wanted}: make more")
+        if most is not None and wanted > most:
+            raise ShapeError(f"this {self.unet_class} knows at most {most} frames, not {wanted}: make fewer")
 
     def arguments(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The keyword arguments of the UNet's ``forward`` for these graph inputs."""
@@ -82,24 +122,7 @@ def _unconditional(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
 
 
 def _conditional(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
-    inputs = _latent_inputs(config, dtype)
-    width = config["encoder_hid_dim"] or config["cross_attention_dim"]
-    if not isinstance(width, int):
-        raise ModelError("cross_attention_dim differs from block to block, which offcut cannot export yet")
-    inputs.append(TensorSpec("encoder_hidden_states", dtype, ("batch", "sequence", width)))
-
-    if config["encoder_hid_dim_type"] not in (None, "text_proj"):
-        raise ModelError(f"encoder_hid_dim_type={config['encoder_hid_dim_type']!r} cannot be exported yet")
-
-    addition = config["addition_embed_type"]
-    if addition == "text_time":
-        time_ids = _time_ids(config)
-        pooled = config["projection_class_embeddings_input_dim"] - time_ids * config["addition_time_embed_dim"]
-        inputs.append(TensorSpec("text_embeds", dtype, ("batch", pooled)))
-        inputs.append(TensorSpec("time_ids", dtype, ("batch", time_ids)))
-    elif addition is not None:
-        raise ModelError(f"addition_embed_type={addition!r} cannot be exported yet; offcut knows 'text_time' (SDXL)")
-
+    inputs = [*_latent_inputs(config, dtype), _text(config, dtype), *_size_conditioning(config, dtype)]
     kind = config["class_embed_type"]
     if kind == "projection":
         width = config["projection_class_embeddings_input_dim"]
@@ -108,10 +131,65 @@ def _conditional(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
         inputs.append(TensorSpec("class_labels", "int64", ("batch",)))
     elif kind is not None:
         raise ModelError(f"class_embed_type={kind!r} cannot be exported yet")
+    return (*inputs, *_guidance_embedding(config, dtype))
 
-    if config["time_cond_proj_dim"] is not None:
-        inputs.append(TensorSpec("timestep_cond", dtype, ("batch", config["time_cond_proj_dim"])))
-    return tuple(inputs)
+
+def _image_to_video(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
+    # The image is in the latent's last channels, and its CLIP embedding is the one token.
+    count = config["projection_class_embeddings_input_dim"] // config["addition_time_embed_dim"]
+    return (
+        TensorSpec("sample", dtype, ("batch", "frames", config["in_channels"], "height", "width")),
+        TensorSpec("timestep", "float32", ("batch",)),
+        TensorSpec("encoder_hidden_states", dtype, ("batch", 1, _text_width(config))),
+        TensorSpec("added_time_ids", dtype, ("batch", count)),
+    )
+
+
+def _text_to_video(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
+    return (*_video_latents(config, dtype), _text(config, dtype), *_guidance_embedding(config, dtype))
+
+
+def _motion(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
+    # AnimateDiff's pipelines repeat the text for every frame, since prompts may change in the course of a video.
+    text = _text(config, dtype, batch="batch*frames")
+    sizes = _size_conditioning(config, dtype)
+    return (*_video_latents(config, dtype), text, *sizes, *_guidance_embedding(config, dtype))
+
+
+def _video_latents(config: Config, dtype: str) -> list[TensorSpec]:
+    return [
+        TensorSpec("sample", dtype, ("batch", config["in_channels"], "frames", "height", "width")),
+        TensorSpec("timestep", "float32", ("batch",)),
+    ]
+
+
+def _text(config: Config, dtype: str, batch: str = "batch") -> TensorSpec:
+    if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
+        raise ModelError(f"encoder_hid_dim_type={config['encoder_hid_dim_type']!r} cannot be exported yet")
+    return TensorSpec("encoder_hidden_states", dtype, (batch, "sequence", _text_width(config)))
+
+
+def _text_width(config: Config) -> int:
+    width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
+    if not isinstance(width, int):
+        raise ModelError("cross_attention_dim differs from block to block, which offcut cannot export yet")
+    return width
+
+
+def _size_conditioning(config: Config, dtype: str) -> list[TensorSpec]:
+    addition = config["addition_embed_type"]
+    if addition is None:
+        return []
+    if addition != "text_time":
+        raise ModelError(f"addition_embed_type={addition!r} cannot be exported yet; offcut knows 'text_time' (SDXL)")
+    time_ids = _time_ids(config)
+    pooled = config["projection_class_embeddings_input_dim"] - time_ids * config["addition_time_embed_dim"]
+    return [TensorSpec("text_embeds", dtype, ("batch", pooled)), TensorSpec("time_ids", dtype, ("batch", time_ids))]
+
+
+def _guidance_embedding(config: Config, dtype: str) -> list[TensorSpec]:
+    width = config["time_cond_proj_dim"]
+    return [] if width is None else [TensorSpec("timestep_cond", dtype, ("batch", width))]
 
 
 def _time_ids(config: Config) -> int:
@@ -123,6 +201,8 @@ def _time_ids(config: Config) -> int:
     return 5 if total == 1280 + 5 * each else 6
 
 
+_ADDED = {"text_embeds": "added_cond_kwargs", "time_ids": "added_cond_kwargs"}
+
 FAMILIES: dict[str, Family] = {
     family.unet_class: family
     for family in (
@@ -130,10 +210,42 @@ FAMILIES: dict[str, Family] = {
             name="unet2d-condition",
             unet_class="UNet2DConditionModel",
             inputs=_conditional,
-            nested={"text_embeds": "added_cond_kwargs", "time_ids": "added_cond_kwargs"},
+            nested=_ADDED,
             takes_residuals=True,
         ),
-        Family(name="unet2d", unet_class="UNet2DModel", inputs=_unconditional, nested={}),
+        Family(
+            name="unet2d",
+            unet_class="UNet2DModel",
+            inputs=_unconditional,
+            output_class="UNet2DOutput",
+            positions=("class_labels", "class_labels"),
+        ),
+        Family(
+            name="unet-spatio-temporal",
+            unet_class="UNetSpatioTemporalConditionModel",
+            inputs=_image_to_video,
+            output_class="UNetSpatioTemporalConditionOutput",
+            positions=("encoder_hidden_states", "added_time_ids"),
+            channels=2,
+            frames=lambda config: (config["num_frames"], None),
+        ),
+        Family(
+            name="unet-motion",
+            unet_class="UNetMotionModel",
+            inputs=_motion,
+            nested=_ADDED,
+            output_class="UNetMotionOutput",
+            positions=("encoder_hidden_states", "timestep_cond"),
+            # Motion modules were trained on 16 frames; their sinusoidal positions reach further.
+            frames=lambda config: (min(16, config["motion_max_seq_length"]), config["motion_max_seq_length"]),
+        ),
+        Family(
+            name="unet3d-condition",
+            unet_class="UNet3DConditionModel",
+            inputs=_text_to_video,
+            output_class="UNet3DConditionOutput",
+            frames=lambda config: (16, None),
+        ),
     )
 }
 
@@ -161,7 +273,9 @@ def downsampling(config: Config) -> int:
 def example_dims(config: Config) -> dict[str, int]:
     """Small dimensions that every graph of this config accepts; no two alike, so that none is taken for another."""
     multiple = downsampling(config)
-    return {"batch": 2, "height": 2 * multiple, "width": 3 * multiple, "sequence": 7}
+    dims = {"batch": 2, "height": 2 * multiple, "width": 3 * multiple, "sequence": 7}
+    frames = family_of(config).frames
+    return dims if frames is None else dims | {"frames": min(5, frames(config)[1] or 5)}
 
 
 def example_inputs(specs: tuple[TensorSpec, ...], dims: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
-from .specs import Dim, Shape, TensorSpec, symbols
+from .specs import Dim, Shape, TensorSpec, is_dim, symbols
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 # Dimensions to infer concrete shapes with: no two alike, spatial ones divisible by any UNet's downsampling.
-PROBE = {"batch": 3, "height": 64, "width": 192, "sequence": 7}
+PROBE = {"batch": 3, "frames": 5, "height": 64, "width": 192, "sequence": 7}
 
 _SAMPLE_DIMS: tuple[Dim, ...] = ("batch", "channels", "height", "width")
 # Symbols of the inputs by name and axis; whatever a foreign exporter called them. An input of another name keeps its
@@ -73,13 +73,7 @@ def read(path: str | Path) -> UNetGraph:
         raise ModelError(f"{path} is not a UNet: it has no output")
     inputs = {str(value.name): _input_spec(value) for value in model.graph.inputs}
     output = model.graph.outputs[0]
-    channels = output.shape[1] if output.shape is not None and len(output.shape) == 4 else None
-    if not isinstance(channels, int):
-        channels = _channels_of_producer(output)
-    sample = inputs["sample"].shape
-    return UNetGraph(
-        path, model, inputs, TensorSpec(str(output.name), _dtype(output), (sample[0], channels, *sample[2:]))
-    )
+    return UNetGraph(path, model, inputs, TensorSpec(str(output.name), _dtype(output), _output_shape(output, inputs)))
 
 
 def contract(path: str | Path) -> dict[str, dict[str, TensorSpec]]:
@@ -129,13 +123,27 @@ def infer_shapes(graph: UNetGraph, dims: Mapping[str, int] = PROBE) -> dict[str,
     }
 
 
+def _output_shape(output: ir.Value, inputs: Mapping[str, TensorSpec]) -> tuple[Dim, ...]:
+    sample = inputs["sample"].shape
+    if len(sample) == 5:
+        return _declared(output).shape
+    channels = output.shape[1] if output.shape is not None and len(output.shape) == 4 else None
+    if not isinstance(channels, int):
+        channels = _channels_of_producer(output)
+    return (sample[0], channels, *sample[2:])
+
+
 def _input_spec(value: ir.Value) -> TensorSpec:
     name = str(value.name)
     symbols = _INPUT_DIMS.get(name, ())
     shape: list[Dim] = []
+    whose = len(value.shape or ()) == 5  # a video's: only offcut exports them, and names every dimension itself
     for axis, dim in enumerate(value.shape or ()):
         if isinstance(dim, int):
             shape.append(dim)
+            continue
+        if is_dim(str(dim.value)) and (whose or "*" in str(dim.value)):
+            shape.append(str(dim.value))
             continue
         symbol = symbols[axis] if axis < len(symbols) else str(dim.value)
         shape.append(_channels_of_consumer(value) if symbol == "channels" else symbol)

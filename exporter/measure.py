@@ -48,7 +48,7 @@ def measure_cuts(
 
     Args:
         graph: what ``export`` gave, or the path of any UNet's ONNX file.
-        dims: ``batch``, ``height``, ``width`` (of the latent) and ``sequence`` to count at.
+        dims: ``batch``, ``height``, ``width`` (of the latent), ``sequence`` and, of a video, ``frames`` to count at.
         intervals: to predict speed-ups for.
     """
     unet = graph if isinstance(graph, UNetGraph) else read(graph.path if isinstance(graph, ExportedUNet) else graph)

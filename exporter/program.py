@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import CutError, InternalError
-from .families import example_dims, example_inputs
+from .families import NOISE_PRED, example_dims, example_inputs
 from .load import ModelSource, load_unet
 from .specs import TensorSpec
-from .trace import NOISE_PRED, dim_symbols, export_program
+from .trace import dim_symbols, export_program
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,8 @@ class UNetProgram:
         unet = load_unet(source, precision)
         self._specs, self.features = specs, features
         self._dims = {**example_dims(source.config), **fixed}
-        self._symbols = dim_symbols(multiple)
+        self._symbols = dim_symbols(multiple, moving=source.family.is_video)
+        self._noise = source.family.noise(source.config, specs["sample"].dtype).fixed(fixed)
         program = export_program(unet, source.family, tuple(specs.values()), self._dims, fixed, multiple)
         self.module = module = program.module(check_guards=False)
         self._joins = find_program_joins(module)
@@ -130,10 +131,7 @@ class UNetProgram:
                     buffer.copy_(result)
                 return ()
 
-        sample = self._specs["sample"]
-        channels = int(self._noise_pred.meta["val"].shape[1])
-        noise = TensorSpec(NOISE_PRED, sample.dtype, (sample.shape[0], channels, *sample.shape[2:]))
-        known = {**self._specs, **self.features, NOISE_PRED: noise}
+        known = {**self._specs, **self.features, NOISE_PRED: self._noise}
         lists = [[known[name] for name in names] for names in (read, written)]
         examples = tuple(list(example_inputs(tuple(specs), self._dims).values()) for specs in lists)
         dynamic = tuple([self._dynamic(spec) for spec in specs] for specs in lists)
@@ -160,7 +158,11 @@ def find_program_joins(module: GraphModule) -> list[ProgramJoin]:
         bits = 0
         for value in node.all_input_nodes:
             bits |= behind[value]
-        if node.target in (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default):
+        if node.target in (
+            torch.ops.aten.conv2d.default,
+            torch.ops.aten.conv3d.default,
+            torch.ops.aten.convolution.default,
+        ):
             bits |= 1 << count
             count += 1
         behind[node] = bits

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +17,11 @@ Dim = int | str
 Shape = tuple[int, ...]
 
 DTYPES = ("float32", "float16", "bfloat16", "int64")
+SYMBOLS = ("batch", "frames", "sequence", "height", "width")
+"""Every dimension that a UNet of diffusers leaves open; height and width are the latent's."""
+
+DIM_PATTERN = r"^(?:[1-9][0-9]*\*)?(?:{0})(?:\*(?:{0}))*(?:/[1-9][0-9]*)?$".format("|".join(SYMBOLS))
+"""How a dimension that is not fixed is written: ``height``, ``height/4``, ``batch*frames``, ``2*frames``."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +31,8 @@ class TensorSpec:
     Attributes:
         name: the tensor's name in the ONNX file.
         dtype: one of ``DTYPES``, named as in PyTorch.
-        shape: an int for a fixed dimension, or a symbol: ``"batch"``, ``"sequence"``, ``"height"``, ``"width"``
-            (of the latent, not of the image), or a spatial one divided, ``"height/4"``.
+        shape: an int for a fixed dimension, or a symbol of ``SYMBOLS``, or a spatial one divided, ``"height/4"``, or a
+            product: the frames of several videos are one after the other in ``"batch*frames"``.
     """
 
     name: str
@@ -38,8 +45,7 @@ class TensorSpec:
 
     def fixed(self, dims: Mapping[str, int]) -> TensorSpec:
         """The same with these dimensions no longer free; others stay symbols."""
-        known = (_value(dim, dims) if isinstance(dim, str) and _symbol(dim) in dims else dim for dim in self.shape)
-        return TensorSpec(self.name, self.dtype, tuple(known))
+        return TensorSpec(self.name, self.dtype, tuple(_fixed(dim, dims) for dim in self.shape))
 
     def torch_dtype(self) -> torch.dtype:
         import torch
@@ -58,8 +64,34 @@ def symbols(specs: Iterable[TensorSpec]) -> tuple[str, ...]:
     for spec in specs:
         for dim in spec.shape:
             if isinstance(dim, str):
-                seen.setdefault(_symbol(dim))
+                seen |= dict.fromkeys(factors(dim).symbols)
     return tuple(seen)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a symbolic dimension is made of: ``number * symbols[0] * symbols[1] ... / divisor``."""
+
+    number: int
+    symbols: tuple[str, ...]
+    divisor: int
+
+    def __str__(self) -> str:
+        product = "*".join((*([str(self.number)] if self.number != 1 else []), *self.symbols))
+        return product if self.divisor == 1 else f"{product}/{self.divisor}"
+
+
+def factors(dim: str) -> Factors:
+    """``"2*frames"``, ``"height/4"`` and the like, taken apart."""
+    product, _, divisor = dim.partition("/")
+    parts = product.split("*")
+    numbers = [int(part) for part in parts if part.isdigit()]
+    return Factors(math.prod(numbers), tuple(part for part in parts if not part.isdigit()), int(divisor or 1))
+
+
+def is_dim(text: str) -> bool:
+    """Whether this is how offcut itself would write a dimension."""
+    return re.fullmatch(DIM_PATTERN, text) is not None
 
 
 def solve(specs: Mapping[str, TensorSpec], shapes: Mapping[str, Shape], multiple: int = 1) -> dict[str, int]:
@@ -103,19 +135,25 @@ def solve(specs: Mapping[str, TensorSpec], shapes: Mapping[str, Shape], multiple
 
 
 def _expected(want: str, got: int, dims: dict[str, int]) -> int:
-    """What this symbol stands for; on its first use what was given. Divided ones come after the whole ones."""
-    return _value(want, dims) if "/" in want else dims.setdefault(want, got)
+    """What this symbol stands for; on its first use what was given. Parts and products come after the whole ones."""
+    return _value(want, dims) if "/" in want or "*" in want else dims.setdefault(want, got)
 
 
-def _symbol(dim: str) -> str:
-    """``height`` of ``height/4``."""
-    return dim.partition("/")[0]
+def _fixed(dim: Dim, dims: Mapping[str, int]) -> Dim:
+    if isinstance(dim, int):
+        return dim
+    parts = factors(dim)
+    open_ones = tuple(symbol for symbol in parts.symbols if symbol not in dims)
+    if not open_ones:
+        return _value(dim, dims)
+    number = parts.number * math.prod(dims[symbol] for symbol in parts.symbols if symbol in dims)
+    return str(Factors(number, open_ones, parts.divisor))
 
 
 def _value(dim: Dim, dims: Mapping[str, int]) -> int:
     if isinstance(dim, int):
         return dim
-    symbol, _, divisor = dim.partition("/")
-    if symbol not in dims:
-        raise InternalError(f"dimension {dim!r} is not among {sorted(dims)}")
-    return -(-dims[symbol] // int(divisor or 1))
+    parts = factors(dim)
+    if unknown := [symbol for symbol in parts.symbols if symbol not in dims]:
+        raise InternalError(f"dimension {' and '.join(unknown)!r} is not among {sorted(dims)}")
+    return -(-parts.number * math.prod(dims[symbol] for symbol in parts.symbols) // parts.divisor)

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InternalError, ModelError
-from .families import Family, downsampling, example_dims, example_inputs
+from . import video
+from .families import NOISE_PRED, Family, downsampling, example_dims, example_inputs
 from .load import PRECISIONS, ModelSource, load_unet, locate
 from .parameters import Parameter
 from .reference import REFERENCE_FILE, write_reference
-from .specs import TensorSpec, symbols
+from .specs import Factors, TensorSpec, factors, symbols
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,7 +35,6 @@ GRAPH_FILE = "unet.onnx"
 WEIGHTS_FILE = "weights.data"
 PARAMETERS_FILE = "parameters.json"
 SAMPLE = "sample"
-NOISE_PRED = "noise_pred"
 
 # diffusers calls .contiguous() from batch 64 on, which torch.export takes for another program. The graph is the same.
 _LARGEST_TRACED_BATCH = 63
@@ -144,6 +144,7 @@ def trace(
     for side in ("height", "width"):
         if fixed.get(side, 0) % multiple:
             raise ModelError(f"the latent's {side} cannot be {fixed[side]}: this UNet needs a multiple of {multiple}")
+    family.check_limits(config, fixed)
     out.mkdir(parents=True, exist_ok=True)
     examples = {**example_dims(config), **fixed}
 
@@ -151,14 +152,14 @@ def trace(
     write_reference(unet, family, specs, examples, out / REFERENCE_FILE)
     program = export_program(unet, family, specs, examples, fixed, multiple)
     progress("convert")
-    model, parameters = _to_onnx(program, specs, fixed, opset)
+    noise = family.noise(config, specs[0].dtype).fixed(fixed)
+    model, parameters = _to_onnx(program, specs, noise, fixed, opset)
     del program
     progress("save")
     _save(model, out / GRAPH_FILE)
     names = {name: asdict(parameter) for name, parameter in parameters.items()}
     (out / PARAMETERS_FILE).write_text(json.dumps(names, indent=1), encoding="utf-8")
     inputs = tuple(spec.fixed(fixed) for spec in specs)
-    noise = TensorSpec(NOISE_PRED, specs[0].dtype, ("batch", config["out_channels"], "height", "width")).fixed(fixed)
     return ExportedUNet(
         path=out / GRAPH_FILE,
         weights=out / WEIGHTS_FILE,
@@ -190,6 +191,8 @@ def export_program(
     import torch
 
     names = [spec.name for spec in specs]
+    left_open = [spec.fixed(fixed) for spec in specs]
+    moving = family.is_video
 
     class Flat(torch.nn.Module):
         def __init__(self) -> None:
@@ -197,26 +200,27 @@ def export_program(
             self.unet = unet
 
         def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-            output = self.unet(**family.arguments(dict(zip(names, tensors, strict=True))), return_dict=False)[0]
+            arguments = family.arguments(dict(zip(names, tensors, strict=True))) | {"return_dict": False}
+            output = (video.call(self.unet, left_open, tensors, **arguments) if moving else self.unet(**arguments))[0]
             assert isinstance(output, torch.Tensor)
             return output
 
-    symbol = dim_symbols(multiple, largest_batch=_LARGEST_TRACED_BATCH)
+    symbol = dim_symbols(multiple, largest_batch=_LARGEST_TRACED_BATCH, moving=moving)
     dynamic = tuple(
-        {axis: symbol(dim) for axis, dim in enumerate(spec.shape) if isinstance(dim, str) and dim not in fixed}
-        for spec in specs
+        {axis: symbol(dim) for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in left_open
     )
     examples = tuple(example_inputs(specs, dims).values())
     with torch.no_grad(), _quiet():
         return torch.export.export(Flat().eval(), examples, dynamic_shapes=(dynamic,), strict=False)
 
 
-def dim_symbols(multiple: int, largest_batch: int | None = None) -> Callable[[str], Any]:
+def dim_symbols(multiple: int, largest_batch: int | None = None, moving: bool = False) -> Callable[[str], Any]:
     """From a dimension of a ``TensorSpec``, ``"height"`` or ``"height/4"``, to PyTorch's symbol for it.
 
     Args:
         multiple: that height and width are a multiple of; no divisor is larger.
         largest_batch: None for no limit.
+        moving: of a video UNet, whose batch and frames PyTorch relates by itself: its named symbols know no products.
     """
     import torch
 
@@ -224,17 +228,24 @@ def dim_symbols(multiple: int, largest_batch: int | None = None) -> Callable[[st
     whole = {"batch": torch.export.Dim("batch", max=largest_batch), "sequence": torch.export.Dim("sequence")}
 
     def symbol(dim: str) -> Any:
-        name, _, divisor = dim.partition("/")
+        parts = factors(dim)
+        name = parts.symbols[0]
+        if name == "frames" or len(parts.symbols) > 1 or (moving and name == "batch"):
+            return torch.export.Dim.DYNAMIC
         if name in whole:
             return whole[name]
-        factor = multiple // int(divisor or 1)
+        factor = multiple // parts.divisor
         return units[name] if factor == 1 else factor * units[name]
 
     return symbol
 
 
 def _to_onnx(
-    program: torch.export.ExportedProgram, specs: tuple[TensorSpec, ...], fixed: Mapping[str, int], opset: int
+    program: torch.export.ExportedProgram,
+    specs: tuple[TensorSpec, ...],
+    noise: TensorSpec,
+    fixed: Mapping[str, int],
+    opset: int,
 ) -> tuple[ir.Model, dict[str, Parameter]]:
     import onnxscript.optimizer
     import torch
@@ -257,7 +268,7 @@ def _to_onnx(
     with _weights_aside(model, parameters), _quiet():
         onnxscript.optimizer.optimize_ir(model)
     _measure_the_sample(model, specs)
-    _name_dims(model, specs, fixed)
+    _name_dims(model, specs, noise, fixed)
     used = {name: parameter for name, parameter in parameters.items() if name in model.graph.initializers}
     return model, used
 
@@ -378,24 +389,26 @@ def _measure_the_sample(model: ir.Model, specs: tuple[TensorSpec, ...]) -> None:
         measured = shapes[value.name]
         bounds = [node.attributes[name].as_int() if name in node.attributes else None for name in ("start", "end")]
         dims = measured[slice(*bounds)]
-        if not all(isinstance(dim, int) or dim.partition("/")[0] in axes for dim in dims):
+        taken = [Factors(dim, (), 1) if isinstance(dim, int) else factors(dim) for dim in dims]
+        if not all(symbol in axes for part in taken for symbol in part.symbols):
             continue  # the text's length
         parts = []
-        for dim in dims:
-            if isinstance(dim, int):
-                parts.append(made(node, "Constant", [], value_ints=[dim]))
-                continue
-            symbol, _, divisor = dim.partition("/")
-            part = made(node, "Shape", [sample], start=axes[symbol], end=axes[symbol] + 1)
-            if divisor:
-                part = made(node, "Div", [part, made(node, "Constant", [], value_ints=[int(divisor)])])
-            parts.append(part)
+        for each in taken:
+            sizes = [made(node, "Shape", [sample], start=axes[name], end=axes[name] + 1) for name in each.symbols]
+            if each.number != 1 or not sizes:
+                sizes.append(made(node, "Constant", [], value_ints=[each.number]))
+            size = sizes[0]
+            for other in sizes[1:]:
+                size = made(node, "Mul", [size, other])
+            if each.divisor != 1:
+                size = made(node, "Div", [size, made(node, "Constant", [], value_ints=[each.divisor])])
+            parts.append(size)
         node.outputs[0].replace_all_uses_with(parts[0] if len(parts) == 1 else made(node, "Concat", parts, axis=0))
         model.graph.remove(node, safe=True)
 
 
-def _name_dims(model: ir.Model, specs: tuple[TensorSpec, ...], fixed: Mapping[str, int]) -> None:
-    """Call the inputs' and the output's symbolic dimensions batch, height, width and sequence."""
+def _name_dims(model: ir.Model, specs: tuple[TensorSpec, ...], noise: TensorSpec, fixed: Mapping[str, int]) -> None:
+    """Call the inputs' and the output's symbolic dimensions batch, frames, height, width and sequence."""
     import onnx_ir as ir
 
     shapes = {spec.name: spec.fixed(fixed).shape for spec in specs}
@@ -403,9 +416,7 @@ def _name_dims(model: ir.Model, specs: tuple[TensorSpec, ...], fixed: Mapping[st
         dims = shapes[str(value.name)]
         value.shape = ir.Shape(dims)
     output = model.graph.outputs[0]
-    assert output.shape is not None
-    named = ("batch", output.shape[1], "height", "width")
-    output.shape = ir.Shape([fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in named])
+    output.shape = ir.Shape(noise.shape)
     # Inner shapes hold the tracer's own symbols (8*s16), which no longer agree with those names.
     for node in model.graph:
         for value in node.outputs:

@@ -27,6 +27,7 @@ _offload = _refusal(
     "group offloading and layerwise casting move or cast a UNet's layers",
     "choose the device and precision when the bundle is built and opened",
 )
+_chunking = _refusal("forward chunking runs a UNet's feed-forward layers piece by piece", "leave it out")
 _training = _refusal("training changes a UNet's weights", "train the eager UNet and build a bundle from it")
 
 
@@ -35,6 +36,9 @@ class EagerOnly:
 
     enable_freeu = _freeu
     disable_freeu = _freeu
+
+    enable_forward_chunking = _chunking
+    disable_forward_chunking = _chunking
 
     fuse_qkv_projections = _attention
     unfuse_qkv_projections = _attention

@@ -37,6 +37,11 @@ def refuse_ignored(sample: torch.Tensor, cross_attention_kwargs: Mapping[str, An
         raise UserError("engines compute no gradients: call the UNet under torch.no_grad(), or use the eager UNet")
 
 
+def in_place(positions: tuple[str, str], third: torch.Tensor | None, fourth: torch.Tensor | None) -> dict[str, Any]:
+    """The third and fourth argument of ``forward`` under the names that the UNet's own class has for them."""
+    return {name: tensor for name, tensor in zip(positions, (third, fourth), strict=True) if tensor is not None}
+
+
 def engine_inputs(
     given: Mapping[str, Any], specs: Mapping[str, TensorSpec], device: torch.device
 ) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import logging
@@ -15,6 +16,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..errors import BundleError, EngineError, UserError
+from ..exporter.families import Family
 from .eager_only import EagerOnly
 from .inputs import same_device
 
@@ -122,6 +124,12 @@ class EngineModel(EagerOnly, ModelMixin, ConfigMixin):  # type: ignore[misc]  # 
 
     def __reduce__(self) -> NoReturn:
         raise UserError("an open engine cannot be copied or pickled: open another UNet from the same bundle")
+
+
+def output_class(family: Family) -> Any:
+    """What diffusers' own UNet of this family returns."""
+    unet_class = getattr(diffusers, family.unet_class)
+    return getattr(importlib.import_module(unet_class.__module__), family.output_class)
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from packaging.version import Version
 
 from ..engines.base import OpenOptions
 from ..errors import BundleError, UserError
+from ..exporter.families import FAMILIES
 from .controlnet import reuse
 from .extend import extended
 from .unet import UNet
@@ -124,7 +125,7 @@ def attach(
             inference_precision=inference_precision,
             **options,
         )
-    if differing := _differences(replaced.config, unet.config):
+    if differing := _differences(replaced, unet):
         raise BundleError(
             f"the bundle was built from another kind of UNet than this pipeline has ({'; '.join(differing)}): "
             "build one from the pipeline's own"
@@ -164,8 +165,12 @@ def _unet_calls(pipe: Any) -> int:
 _INTERFACE = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "time_cond_proj_dim")
 
 
-def _differences(theirs: Any, ours: Any) -> list[str]:
-    """How two UNet configs differ in what a pipeline passes and gets."""
+def _differences(replaced: Any, unet: UNet) -> list[str]:
+    """How two UNets differ in what a pipeline passes and gets."""
+    theirs, ours = replaced.config, unet.config
+    kind = type(replaced).__name__
+    if kind in FAMILIES and kind != ours["_class_name"]:
+        return [f"{ours['_class_name']} instead of {kind}"]
     return [
         f"{key} {ours[key]} instead of {theirs[key]}"
         for key in _INTERFACE

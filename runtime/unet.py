@@ -14,19 +14,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - see EngineModel.save_pretrained
-from diffusers.models.unets.unet_2d import UNet2DOutput
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from ..engines.base import BoundPair, EnginePair, OpenOptions
 from ..errors import CutError, EngineError, ScheduleError, UserError
 from ..exporter.cut import canonical_name
+from ..exporter.families import family_of
 from ..exporter.residuals import argument_of, flatten
 from ..exporter.specs import solve
 from ..exporter.trace import SAMPLE
 from .generation import Calls, Generation, Run
-from .inputs import engine_inputs, refuse_ignored, timestep_shape, timestep_value, write_timestep
+from .inputs import engine_inputs, in_place, refuse_ignored, timestep_shape, timestep_value, write_timestep
 from .loras import TakesLoras
-from .model import EngineModel
+from .model import EngineModel, output_class
 from .ranges import Ranges
 from .schedule import Schedule
 
@@ -38,7 +37,7 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class UNet(TakesLoras, EngineModel):
-    """Stands in for ``UNet2DConditionModel`` or ``UNet2DModel`` in any diffusers pipeline, and runs a pair of engines.
+    """Stands in for a diffusers UNet of ``exporter.families.FAMILIES`` in any pipeline, and runs a pair of engines.
 
         pipe.unet = offcut.UNet.load("sd15.offcut")
         pipe.unet.set_schedule(offcut.Uniform(5))
@@ -68,8 +67,8 @@ class UNet(TakesLoras, EngineModel):
         self.record_times = False
         """Whether ``last_run`` has seconds. On a GPU this waits for the device at every call."""
         self.encoder_hid_proj = None
-        if self.config.get("addition_embed_type") == "text_time":
-            # SDXL's pipelines check the size of their conditioning against this.
+        if not {"time_ids", "added_time_ids"}.isdisjoint(pair.inputs):
+            # The pipelines of SDXL and Stable Video Diffusion check the size of their conditioning against this.
             width = self.config["projection_class_embeddings_input_dim"]
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
@@ -78,7 +77,8 @@ class UNet(TakesLoras, EngineModel):
         self._cuts = pair.cuts
         self._noise_pred = next(iter(pair.outputs))
         self._engine = pair.name
-        self._output_class = UNet2DConditionOutput if "encoder_hidden_states" in pair.inputs else UNet2DOutput
+        self._family = family_of(self.config)
+        self._output_class = output_class(self._family)
 
         self._loras = {}
         self._stored = stored
@@ -242,31 +242,31 @@ class UNet(TakesLoras, EngineModel):
         down_intrablock_additional_residuals: Sequence[torch.Tensor] | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
+        added_time_ids: torch.Tensor | None = None,
     ) -> Any:
         """One call of the UNet; parameters are as in diffusers.
 
         Args:
-            sample: [batch, channels, height, width], the noisy latent.
+            sample: [batch, channels, height, width], the noisy latent. Of a video [batch, channels, frames, height,
+                width], for Stable Video Diffusion [batch, frames, channels, height, width].
             timestep: a number, or a tensor [], [1] or [batch].
-            encoder_hidden_states: [batch, sequence, width].
+            encoder_hidden_states: [batch, sequence, width]; for AnimateDiff [batch * frames, sequence, width].
             class_labels: [batch].
             timestep_cond: [batch, width].
             added_cond_kwargs: for SDXL ``text_embeds`` [batch, width] and ``time_ids`` [batch, 6].
             down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals: of a
                 ControlNet or T2I-Adapter, for a bundle that was built with their inputs. None counts as zero.
             return_dict: whether to return diffusers' output object or a tuple.
+            added_time_ids: [batch, 3], of Stable Video Diffusion.
 
         Returns:
-            The noise prediction (or what else the model predicts): [batch, channels, height, width], the sample's
-            dtype, in memory of its own.
+            The noise prediction (or what else the model predicts), in the sample's layout and dtype, in memory of its
+            own.
 
         Raises:
             ShapeError: shapes that the engines were not built for.
             UserError: an input that they do not have, or that only an eager UNet can use.
         """
-        if encoder_hidden_states is not None and "encoder_hidden_states" not in self._specs and class_labels is None:
-            # UNet2DModel.forward has class_labels in this position.
-            encoder_hidden_states, class_labels = None, encoder_hidden_states
         refuse_ignored(
             sample,
             cross_attention_kwargs,
@@ -280,9 +280,9 @@ class UNet(TakesLoras, EngineModel):
         }
         given = {
             "sample": sample,
-            "encoder_hidden_states": encoder_hidden_states,
-            "class_labels": class_labels,
             "timestep_cond": timestep_cond,
+            "added_time_ids": added_time_ids,
+            **in_place(self._family.positions, encoder_hidden_states, class_labels),
             **(added_cond_kwargs or {}),
             **flatten(residuals),
         }
@@ -363,6 +363,8 @@ class UNet(TakesLoras, EngineModel):
         if bound is None:
             if self._pair is None:
                 raise EngineError("this UNet was closed: open it again with offcut.UNet.load")
+            if self._family.is_video:
+                self._family.check_limits(self.config, solve(self._specs, shapes))
             while len(self._bound) >= self._bound_shapes:
                 self._bound.popitem(last=False)[1].close()
             with torch.inference_mode(False):  # else nobody outside inference mode could write to the buffers

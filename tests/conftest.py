@@ -10,10 +10,12 @@ import pytest
 import torch
 from filelock import FileLock
 from models import save_stable_diffusion, save_unet
+from videos import save_video_pipeline
 
 import offcut
 
 ENGINES = ["onnxruntime", "openvino"]
+VIDEO_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]
 TINY_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "deepcache:4", "mlperf"]
 
 
@@ -65,6 +67,23 @@ def tiny_bundle(tiny_pipeline_dir: Path, once: Once) -> Path:
 def unet_bundle(tiny_unet_dir: Path, once: Once) -> Path:
     """``tiny_unet_dir`` as a UNet-only bundle."""
     return once("tiny-unet.offcut", lambda path: offcut.build(tiny_unet_dir, path, engine=ENGINES))
+
+
+@pytest.fixture(scope="session")
+def video_dir(once: Once) -> Callable[[str], Path]:
+    """The pipeline of one of ``videos.SKIPS``."""
+    return lambda name: once(f"tiny-{name}", lambda path: save_video_pipeline(name, path))
+
+
+@pytest.fixture(scope="session")
+def video_bundle(video_dir: Callable[[str], Path], once: Once) -> Callable[[str], Path]:
+    """The same as a bundle with every cut and every engine that runs here."""
+
+    def get(name: str) -> Path:
+        model = video_dir(name)
+        return once(f"tiny-{name}.offcut", lambda path: offcut.build(model, path, cuts=VIDEO_CUTS, engine=ENGINES))
+
+    return get
 
 
 @pytest.fixture

@@ -30,8 +30,7 @@ def save_unet(path: Path, **overrides: Any) -> Path:
 
 def save_stable_diffusion(path: Path) -> Path:
     """A StableDiffusionPipeline of Stable Diffusion 1.5's topology; a 64x64 image has 16x16 latents."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -44,6 +43,21 @@ def save_stable_diffusion(path: Path) -> Path:
         attention_head_dim=4,
         norm_num_groups=8,
     )
+    StableDiffusionPipeline(
+        **text_to_latent_parts(path, width=32),
+        unet=_lively(unet),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(path)
+    return path
+
+
+def text_to_latent_parts(path: Path, width: int) -> dict[str, Any]:
+    """A pipeline's VAE, text encoder with this hidden size, tokenizer and scheduler."""
+    from diffusers import AutoencoderKL, DDIMScheduler
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -54,7 +68,7 @@ def save_stable_diffusion(path: Path) -> Path:
     )
     tokenizer = _tokenizer(path / "tokenizer")
     text = CLIPTextConfig(
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -66,17 +80,7 @@ def save_stable_diffusion(path: Path) -> Path:
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
     )
-    StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=_lively(unet),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(path)
-    return path
+    return {"vae": vae, "text_encoder": CLIPTextModel(text), "tokenizer": tokenizer, "scheduler": scheduler}
 
 
 def _lively(unet: torch.nn.Module) -> Any:

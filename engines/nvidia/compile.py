@@ -37,7 +37,10 @@ def _compile(flavour: Flavour, trt: Any, job: CompileJob) -> Compiled:
     # in SD 1.5. Four images would need more than the builder admits.
     images = 1 if graphs.precision == "fp32" else None
     native = trained_side(job.source.config.get("sample_size"))
-    profiles = job.profiles or in_pixels(graphs.inputs, multiple=graphs.multiple, max_batch=images, native=native)
+    frames = job.source.family.trained_frames(job.source.config)
+    profiles = job.profiles or in_pixels(
+        graphs.inputs, multiple=graphs.multiple, max_batch=images, native=native, frames=frames
+    )
     check(profiles, graphs.inputs, graphs.multiple)
     shallow = {cut: job.folder / f"shallow-{cut.replace(':', '-')}.plan" for cut in graphs.shallow}
     full = job.folder / "full.plan"

@@ -1,0 +1,187 @@
+"""Video pipelines on compiled, cached engines: against the same caching in eager PyTorch, written plainly here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+from videos import SKIPS, new_unet, random_inputs
+
+import offcut
+from offcut.errors import BundleError, EngineError, ModelError, ShapeError, UserError
+
+pytestmark = pytest.mark.slow
+SCHEDULE = offcut.Uniform(3)
+STEPS = 7
+# Of deepcache:1, the first layer of the last up block: 64 channels from below and 32 from the skip connection.
+HIDDEN = 64
+Generate = Callable[..., torch.Tensor]
+
+
+@pytest.fixture(params=list(SKIPS))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def eager(name: str, video_dir: Callable[[str], Path]) -> Any:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(video_dir(name))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def cached(name: str, video_bundle: Callable[[str], Path], engine: str) -> Iterator[Any]:
+    pipe = offcut.load(video_bundle(name), engine)
+    pipe.set_progress_bar_config(disable=True)
+    yield pipe
+    pipe.unet.close()
+
+
+def frames(pipe: Any, *, num_frames: int = 3, height: int = 32, width: int = 32, **settings: Any) -> torch.Tensor:
+    """The latents of a video."""
+    asked: dict[str, Any] = {"prompt": "a red square"}
+    if "image" in inspect.signature(pipe.__call__).parameters:
+        asked = {"image": Image.linear_gradient("L").convert("RGB").resize((width, height))}
+    latents = pipe(
+        **asked,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(1),
+        output_type="latent",
+        **settings,
+    ).frames
+    assert torch.isfinite(latents).all()
+    return torch.as_tensor(latents)
+
+
+@contextmanager
+def reusing(unet: Any, full_calls: tuple[int, ...]) -> Iterator[None]:
+    """The last up block's first layer gets, on shallow calls, what came from below at the last full call."""
+    call, kept = -1, torch.empty(0)
+
+    def count(*_: Any) -> None:
+        nonlocal call
+        call += 1
+
+    def replace(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal kept
+        joined = args[0] if args else kwargs["input_tensor"]
+        if call in full_calls:
+            kept = joined[:, :HIDDEN].clone()
+        joined = torch.cat([kept, joined[:, HIDDEN:]], dim=1)
+        return ((joined, *args[1:]), kwargs) if args else (args, {**kwargs, "input_tensor": joined})
+
+    hooks = [
+        unet.register_forward_pre_hook(count),
+        unet.up_blocks[-1].resnets[0].register_forward_pre_hook(replace, with_kwargs=True),
+    ]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_cached_video_is_what_the_same_caching_in_eager_pytorch_makes(
+    eager: Any, cached: Any, decibels: Callable[[torch.Tensor, torch.Tensor], float]
+) -> None:
+    uncached = frames(eager)
+    with reusing(eager.unet, SCHEDULE.full_calls(STEPS)):
+        expected = frames(eager)
+    cached.unet.set_schedule(SCHEDULE, cut="deepcache:1")
+    match = decibels(frames(cached), expected)
+    assert match > 90
+    assert cached.unet.last_run.timeline == "#..#..#"
+    assert cached.unet.last_run.calls == STEPS
+    assert decibels(uncached, expected) < match - 20  # the caching is seen
+
+
+def test_a_video_of_another_length_and_size_is_eager_pytorchs(
+    eager: Any, cached: Any, decibels: Callable[[torch.Tensor, torch.Tensor], float]
+) -> None:
+    # Text-to-video's pipeline in diffusers mixes up height and width, so its videos are square.
+    size = {"num_frames": 5, "height": 48, "width": 48 if "ToVideo" in type(eager).__name__ else 32}
+    assert decibels(frames(cached, **size), frames(eager, **size)) > 90
+
+
+def test_a_pipeline_of_ones_own_is_attached(
+    name: str, eager: Any, video_bundle: Callable[[str], Path], decibels: Callable[[torch.Tensor, torch.Tensor], float]
+) -> None:
+    expected = frames(eager)
+    pipe = offcut.attach(eager, video_bundle(name), "onnxruntime")
+    assert decibels(frames(pipe), expected) > 90
+    pipe.unet.close()
+
+
+def test_the_stand_in_is_called_as_diffusers_own_and_answers_as_it(name: str, cached: Any) -> None:
+    unet = new_unet(name)
+    inputs = random_inputs(name, batch=2, frames=3, height=8, width=8)
+    timestep = inputs.pop("timestep")
+    named = {"sample": inputs.pop("sample"), "timestep": timestep, **inputs}
+    order = [each for each in inspect.signature(unet.forward).parameters if each in named]
+    with torch.no_grad():
+        expected = unet(**named)
+    got = cached.unet(*(named[each] for each in order))
+    assert type(got) is type(expected)
+    (noise,) = cached.unet(**named, return_dict=False)
+    assert torch.equal(noise, got.sample)
+    torch.testing.assert_close(got.sample, expected.sample, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("count", "sentence"), [(9, "knows at most 8 frames, not 9: make fewer"), (1, "a video has at least 2 frames")]
+)
+def test_a_length_that_cannot_be_is_refused(count: int, sentence: str, video_bundle: Callable[[str], Path]) -> None:
+    pipe = offcut.load(video_bundle("animatediff"), "onnxruntime")
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ShapeError, match=sentence):
+        frames(pipe, num_frames=count)
+    pipe.unet.close()
+
+
+def test_a_bundle_of_another_kind_of_unet_is_refused(
+    tiny_bundle: Path, video_dir: Callable[[str], Path], video_bundle: Callable[[str], Path]
+) -> None:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(video_dir("animatediff"))
+    with pytest.raises(BundleError, match=r"\(UNet2DConditionModel instead of UNetMotionModel\)"):
+        offcut.attach(pipe, tiny_bundle, "onnxruntime")
+    with pytest.raises(BundleError, match=r"\(UNet3DConditionModel instead of UNetMotionModel\)"):
+        offcut.attach(pipe, video_bundle("text-to-video"), "onnxruntime")
+
+
+def test_a_motion_adapter_apart_from_its_unet_is_refused(
+    tiny_pipeline_dir: Path, video_dir: Callable[[str], Path], copied: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    model = copied(video_dir("animatediff"))
+    shutil.rmtree(model / "unet")
+    shutil.copytree(tiny_pipeline_dir / "unet", model / "unet")
+    with pytest.raises(ModelError, match="keeps its motion adapter apart from its UNet, and diffusers joins them"):
+        offcut.build(model, tmp_path / "out", engine="onnxruntime")
+
+
+def test_int8_is_not_for_videos(video_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="int8 is calibrated on images: build a video UNet in fp32, fp16 or bf16"):
+        offcut.build(
+            video_dir("svd"),
+            tmp_path / "out",
+            engine="onnxruntime",
+            precision="int8",
+            calibration=offcut.Calibration(),
+        )
+
+
+def test_forward_chunking_is_refused(video_bundle: Callable[[str], Path]) -> None:
+    unet = offcut.UNet.load(video_bundle("svd"), "onnxruntime")
+    with pytest.raises(UserError, match=r"forward chunking .* leave it out"):
+        unet.enable_forward_chunking()
+    unet.close()
