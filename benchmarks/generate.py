@@ -92,7 +92,11 @@ def generate(
 def warm_up(pipe: Any, request: Request, cut: str | None = None) -> None:
     """Run both graphs once at the request's shapes; engines prepare their kernels on the first call."""
     brief = Request(request.prompt, request.negative_prompt, 3, request.guidance, 0, request.height, request.width)
-    generate(pipe, brief, Steps([0, 2]), cut)
+    advises, pipe.unet.advise = pipe.unet.advise, False  # nobody chose so few steps
+    try:
+        generate(pipe, brief, Steps([0, 2]), cut)
+    finally:
+        pipe.unet.advise = advises
 
 
 def psnr(first: Image, second: Image) -> float:

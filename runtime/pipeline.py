@@ -145,7 +145,7 @@ class _Announcing:
         call = super().__call__  # type: ignore[misc]
         if not isinstance(unet, UNet):
             return call(*args, **kwargs)
-        with unet.generation(calls=lambda: _unet_calls(self)):
+        with unet.generation(lambda: _unet_calls(self), getattr(self, "scheduler", None)):
             return call(*args, **kwargs)
 
 

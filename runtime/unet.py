@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from ..exporter.cut import canonical_name
 from ..exporter.residuals import argument_of, flatten
 from ..exporter.specs import solve
 from ..exporter.trace import SAMPLE
+from .advice import against_caching
 from .generation import Calls, Generation, Run
 from .inputs import engine_inputs, refuse_ignored, timestep_shape, timestep_value, write_timestep
 from .model import EngineModel
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from ..engines.bundle import Bundle
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+logger = logging.getLogger(__name__)
 
 
 class UNet(EngineModel):
@@ -57,6 +61,8 @@ class UNet(EngineModel):
         super().__init__(config, _with_index(pair.device), pair.inputs["sample"].torch_dtype())
         self.record_times = False
         """Whether ``last_run`` has seconds. On a GPU this waits for the device at every call."""
+        self.advise = True
+        """Whether to say, once, that caching is unlikely to pay in the generation that was announced."""
         self.encoder_hid_proj = None
         if self.config.get("addition_embed_type") == "text_time":
             # SDXL's pipelines check the size of their conditioning against this.
@@ -161,18 +167,19 @@ class UNet(EngineModel):
     # Generations
 
     @contextmanager
-    def generation(self, calls: Calls = None) -> Iterator[Generation]:
+    def generation(self, calls: Calls = None, scheduler: object = None) -> Iterator[Generation]:
         """Announce that the UNet calls in this block, all from this thread, make one generation.
 
         Args:
             calls: how many there will be, or a function to ask at the first one; None if nobody knows, which only a
                 schedule that needs no number can do with. Calls beyond the number are full.
+            scheduler: that moves the latents along; only for advice, see ``advice``.
 
         Raises:
             ScheduleError: the schedule needs the number of calls.
             UserError: another generation is under way.
         """
-        begun = Generation(self._schedule, self._cut, calls)
+        begun = Generation(self._schedule, self._cut, calls if calls is None else self._advised(calls, scheduler))
         with self._exclusively():
             if self._announced is not None:
                 raise UserError(
@@ -185,6 +192,16 @@ class UNet(EngineModel):
         finally:
             self._ranges.end()
             self._announced = self._announced_by = None
+
+    def _advised(self, calls: int | Callable[[], int], scheduler: object) -> Calls:
+        """The same number of calls; once it is known, the user is told if caching is unlikely to pay in so many."""
+        if not isinstance(calls, int):
+            return lambda: self._advised(calls(), scheduler)
+        advice = against_caching(self._schedule, calls, self.config, scheduler) if self.advise else None
+        if advice is not None:
+            logger.warning(advice)
+            self.advise = False
+        return calls
 
     def reset(self) -> None:
         """Make the next call full, and, where nobody announces generations, the first of a new one."""
