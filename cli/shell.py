@@ -33,6 +33,14 @@ Adapters = Annotated[
         "A bundle has those of the model's own pipeline by default.",
     ),
 ]
+IPAdapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ip-adapter",
+        metavar="FILE[:SCALE[:IMAGES]]",
+        help="Weights of an IP-Adapter to build in (safetensors); again for several.",
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Variant = Annotated[str | None, typer.Option(help="Of the weight files, e.g. fp16.")]
 Subfolder = Annotated[str | None, typer.Option(help="Of the UNet inside the model; 'unet' in a pipeline.")]

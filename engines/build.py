@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..errors import BundleError
+from ..exporter.ip_adapter import IPAdapter
 from ..exporter.load import load_unet
 from ..exporter.reference import write_reference
 from .base import Compiled, CompileJob, EngineOptions, Graphs, Setting, Settings
@@ -57,6 +58,7 @@ def build(
     variant: str | None = None,
     subfolder: str | None = None,
     adapters: Sequence[str] | None = None,
+    ip_adapters: Sequence[IPAdapter | str | Path] = (),
     calibration: Calibrator | None = None,
     progress: Progress = lambda step: None,
 ) -> Bundle:
@@ -80,6 +82,8 @@ def build(
         revision, variant, subfolder: as in diffusers.
         adapters: ``"controlnet"`` or ``"t2i-adapter"``; gives the graphs the inputs that these fill. By default those
             that the model's own pipeline has.
+        ip_adapters: files of IP-Adapters' weights to build into the UNet, as ``"FILE"``, ``"FILE:SCALE"`` or
+            ``"FILE:SCALE:IMAGES"``. A bundle with them is another model's than one without.
         calibration: what ``int8`` and ``fp8`` are calibrated on: an ``offcut.Calibration``.
         progress: called with a sentence as each stage begins.
 
@@ -111,6 +115,7 @@ def build(
         variant=variant,
         subfolder=subfolder,
         adapters=adapters,
+        ip_adapters=[each if isinstance(each, IPAdapter) else IPAdapter.parse(str(each)) for each in ip_adapters],
         calibrator=calibration,
         progress=progress,
     )

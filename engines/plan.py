@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import BundleError, CutError, EngineError
 from ..exporter.cut import CONVENTIONS, is_cut_name
 from ..exporter.families import downsampling
+from ..exporter.ip_adapter import IPAdapter
 from ..exporter.load import PRECISIONS, ModelSource, locate
 from ..exporter.quantize import Scheme
 from .base import Settings
@@ -88,6 +89,7 @@ def make_plan(
     variant: str | None,
     subfolder: str | None,
     adapters: Sequence[str] | None,
+    ip_adapters: Sequence[IPAdapter],
     calibrator: Calibrator | None,
     progress: Progress,
 ) -> Plan:
@@ -111,10 +113,12 @@ def make_plan(
     if profiles and not any(compiler(name) for name in names):
         raise EngineError(f"{names[0]} takes every size, so it needs no profile: leave the sizes out")
     scheme = _scheme(names, precision, calibrator)
-    source = locate(model, revision=revision, variant=variant, subfolder=subfolder)
+    source = locate(model, revision=revision, variant=variant, subfolder=subfolder, ip_adapters=ip_adapters)
     taken = tuple(dict.fromkeys(_adapters_of(source) if adapters is None else adapters))
     if taken and scheme:
         raise EngineError(f"{precision} is calibrated without adapters: build {', '.join(taken)} in fp32, fp16 or bf16")
+    if ip_adapters and scheme:
+        raise EngineError(f"{precision} is calibrated without images: build IP-Adapters in fp32, fp16 or bf16")
     return Plan(
         source=source,
         weights_digest=weights_digest(source),
@@ -147,8 +151,8 @@ def _scheme(names: Sequence[str], precision: str, calibrator: Calibrator | None)
 
 
 def weights_digest(source: ModelSource) -> str:
-    """A digest of the UNet's weights as the user gave them."""
-    weights = weight_files(source.folder, source.variant)
+    """A digest of the UNet's weights as the user gave them, its IP-Adapters' among them."""
+    weights = [*weight_files(source.folder, source.variant), *(adapter.path for adapter in source.ip_adapters)]
     return hashlib.sha256("".join(digest_file(file) for file in weights).encode()).hexdigest()
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from . import ip_adapter
 from .residuals import ADAPTERS, argument_of, nest
 from .specs import TensorSpec
 
@@ -54,13 +55,16 @@ class Family:
         """The keyword arguments of the UNet's ``forward`` for these graph inputs."""
         arguments: dict[str, Any] = {}
         for name, tensor in tensors.items():
-            if argument_of(name) is not None:
+            if argument_of(name) is not None or ip_adapter.is_embeds(name) or name == ip_adapter.SCALE:
                 continue
             if name in self.nested:
                 arguments.setdefault(self.nested[name], {})[name] = tensor
             else:
                 arguments[name] = tensor
-        return arguments | nest(tensors)
+        images = ip_adapter.nest(tensors)
+        if images:
+            images["added_cond_kwargs"] |= arguments.get("added_cond_kwargs", {})
+        return arguments | images | nest(tensors)
 
 
 def _latent_inputs(config: Config, dtype: str) -> list[TensorSpec]:
@@ -88,7 +92,13 @@ def _conditional(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
         raise ModelError("cross_attention_dim differs from block to block, which offcut cannot export yet")
     inputs.append(TensorSpec("encoder_hidden_states", dtype, ("batch", "sequence", width)))
 
-    if config["encoder_hid_dim_type"] not in (None, "text_proj"):
+    images = ip_adapter.specs(config, dtype)
+    if config["encoder_hid_dim_type"] == ip_adapter.PROJECTION and not images:
+        raise ModelError(
+            "this UNet was saved with an IP-Adapter in it, which cannot be loaded: save it without "
+            "(pipe.unload_ip_adapter()), and build with --ip-adapter FILE"
+        )
+    if not images and config["encoder_hid_dim_type"] not in (None, "text_proj"):
         raise ModelError(f"encoder_hid_dim_type={config['encoder_hid_dim_type']!r} cannot be exported yet")
 
     addition = config["addition_embed_type"]
@@ -111,7 +121,7 @@ def _conditional(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
 
     if config["time_cond_proj_dim"] is not None:
         inputs.append(TensorSpec("timestep_cond", dtype, ("batch", config["time_cond_proj_dim"])))
-    return tuple(inputs)
+    return (*inputs, *images)
 
 
 def _time_ids(config: Config) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from .families import Family, family_of
+from .ip_adapter import IPAdapter, load_into, with_adapters
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +30,7 @@ class ModelSource:
         revision: the hub's commit, or None for a local directory.
         variant: of the weight files, as in ``model.fp16.safetensors``.
         config: the UNet's config.
+        ip_adapters: to build into the UNet; its config says so.
     """
 
     name: str
@@ -36,6 +39,7 @@ class ModelSource:
     revision: str | None
     variant: str | None
     config: dict[str, Any]
+    ip_adapters: tuple[IPAdapter, ...] = ()
 
     @property
     def is_pipeline(self) -> bool:
@@ -52,7 +56,12 @@ class ModelSource:
 
 
 def locate(
-    model: str | Path, *, revision: str | None = None, variant: str | None = None, subfolder: str | None = None
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    ip_adapters: Sequence[IPAdapter] = (),
 ) -> ModelSource:
     """Find a model, fetching it from the hub if ``model`` is no local directory.
 
@@ -61,6 +70,7 @@ def locate(
         revision: a branch, tag or commit of the hub's repository.
         variant: of the weight files, e.g. ``"fp16"``.
         subfolder: of the UNet; ``"unet"`` in a pipeline.
+        ip_adapters: to build into the UNet.
 
     Raises:
         ModelError: nothing there that can be exported.
@@ -79,9 +89,9 @@ def locate(
             f"{model} has no {Path(subfolder) / 'config.json'}; "
             "give a diffusers pipeline or UNet directory (subfolder= names the UNet's folder)"
         )
-    source = ModelSource(str(model), root, subfolder, commit, variant, _read_config(config_file))
-    family_of(source.config)
-    return source
+    config = with_adapters(_read_config(config_file), ip_adapters)
+    family_of(config)
+    return ModelSource(str(model), root, subfolder, commit, variant, config, tuple(ip_adapters))
 
 
 def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
@@ -118,7 +128,14 @@ def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
             f"the weights of {source.name} lack {len(missing)} parameters, {sorted(missing)[0]} among them; "
             "download or save the model again"
         )
+    if any(".to_k_ip." in name for name in found["unexpected_keys"]):  # which diffusers would leave out
+        raise ModelError(
+            f"{source.name} was saved with an IP-Adapter in its UNet, which cannot be loaded: save it without "
+            "(pipe.unload_ip_adapter()), and build with --ip-adapter FILE"
+        )
     assert isinstance(unet, torch.nn.Module)
+    if source.ip_adapters:
+        load_into(unet, source.ip_adapters)
     return unet.eval().requires_grad_(False)
 
 

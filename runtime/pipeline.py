@@ -129,6 +129,8 @@ def attach(
             f"the bundle was built from another kind of UNet than this pipeline has ({'; '.join(differing)}): "
             "build one from the pipeline's own"
         )
+    if unet.image_prompts is not None and replaced is not unet:
+        unet.image_prompts.adopt(getattr(replaced, "attn_processors", {}))
     if reuse_controlnet:
         reuse(pipe, unet)
     pipe.unet = unet

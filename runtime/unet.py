@@ -21,12 +21,14 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from ..engines.base import BoundPair, EnginePair, OpenOptions
 from ..errors import CutError, EngineError, ScheduleError, UserError
 from ..exporter.cut import canonical_name
+from ..exporter.ip_adapter import CONFIG_KEY, IMAGE_EMBEDS
 from ..exporter.residuals import argument_of, flatten
 from ..exporter.specs import solve
 from ..exporter.trace import SAMPLE
 from .advice import against_caching
 from .generation import Calls, Generation, Run
 from .inputs import engine_inputs, refuse_ignored, timestep_shape, timestep_value, write_timestep
+from .ip_adapter import ImagePrompts
 from .model import EngineModel
 from .ranges import Ranges
 from .schedule import Schedule
@@ -63,7 +65,13 @@ class UNet(EngineModel):
         """Whether ``last_run`` has seconds. On a GPU this waits for the device at every call."""
         self.advise = True
         """Whether to say, once, that caching is unlikely to pay in the generation that was announced."""
+        self.image_prompts: ImagePrompts | None = None
+        """The IP-Adapters that are built into the engines."""
         self.encoder_hid_proj = None
+        if self.config.get(CONFIG_KEY):
+            self.image_prompts = ImagePrompts(self.config, self._device, self._dtype)
+            self.encoder_hid_proj = self.image_prompts.projections
+            self.__dict__.update(self.image_prompts.blocks(self.config))
         if self.config.get("addition_embed_type") == "text_time":
             # SDXL's pipelines check the size of their conditioning against this.
             width = self.config["projection_class_embeddings_input_dim"]
@@ -257,7 +265,8 @@ class UNet(EngineModel):
             encoder_hidden_states: [batch, sequence, width].
             class_labels: [batch].
             timestep_cond: [batch, width].
-            added_cond_kwargs: for SDXL ``text_embeds`` [batch, width] and ``time_ids`` [batch, 6].
+            added_cond_kwargs: for SDXL ``text_embeds`` [batch, width] and ``time_ids`` [batch, 6]; for IP-Adapters
+                ``image_embeds``, a list with [batch, images, width] for each, or [batch, images, tokens, width].
             down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals: of a
                 ControlNet or T2I-Adapter, for a bundle that was built with their inputs. None counts as zero.
             return_dict: whether to return diffusers' output object or a tuple.
@@ -292,6 +301,8 @@ class UNet(EngineModel):
             **(added_cond_kwargs or {}),
             **flatten(residuals),
         }
+        if self.image_prompts is not None:
+            given |= self.image_prompts.inputs(added_cond_kwargs or {}) | {IMAGE_EMBEDS: None}
         tensors = engine_inputs(given, self._specs, self._device)
         with self._exclusively(), torch.no_grad():
             noise_pred = self._call(tensors, timestep)
@@ -384,6 +395,17 @@ class UNet(EngineModel):
             yield
         finally:
             self._busy.release()
+
+    # IP-Adapters
+
+    @property
+    def attn_processors(self) -> Mapping[str, Any]:
+        """Those of IP-Adapters, which hold their scales; no other could be replaced."""
+        return {} if self.image_prompts is None else self.image_prompts.processors
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing but the names of the layers with IP-Adapters, where diffusers looks blocks up that get a scale."""
+        return {name: torch.empty(0) for name in self.attn_processors}
 
     # The engines
 
