@@ -39,6 +39,14 @@ Loras = Annotated[
     list[str] | None,
     typer.Option("--lora", metavar="FILE[:SCALE]", help="A LoRA of kohya, diffusers or PEFT; again for several."),
 ]
+IPAdapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ip-adapter",
+        metavar="FILE[:SCALE[:IMAGES]]",
+        help="Weights of an IP-Adapter to build in (safetensors); again for several.",
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Variant = Annotated[str | None, typer.Option(help="Of the weight files, e.g. fp16.")]
 Subfolder = Annotated[str | None, typer.Option(help="Of the UNet inside the model; 'unet' in a pipeline.")]

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..errors import BundleError
+from ..exporter.ip_adapter import IPAdapter
 from ..exporter.load import load_unet
 from ..exporter.lora import find
 from ..exporter.reference import write_reference
@@ -60,6 +61,7 @@ def build(
     subfolder: str | None = None,
     adapters: Sequence[str] | None = None,
     loras: Mapping[str | Path, float] | None = None,
+    ip_adapters: Sequence[IPAdapter | str | Path] = (),
     calibration: Calibrator | None = None,
     progress: Progress = lambda step: None,
 ) -> Bundle:
@@ -84,6 +86,8 @@ def build(
         adapters: ``"controlnet"`` or ``"t2i-adapter"``; gives the graphs the inputs that these fill. By default those
             that the model's own pipeline has.
         loras: LoRA files to fuse into the UNet, with their scales.
+        ip_adapters: files of IP-Adapters' weights to build into the UNet, as ``"FILE"``, ``"FILE:SCALE"`` or
+            ``"FILE:SCALE:IMAGES"``. A bundle with them is another model's than one without.
         calibration: what ``int8`` and ``fp8`` are calibrated on: an ``offcut.Calibration``.
         progress: called with a sentence as each stage begins.
 
@@ -116,6 +120,7 @@ def build(
         subfolder=subfolder,
         adapters=adapters,
         loras=loras or {},
+        ip_adapters=[each if isinstance(each, IPAdapter) else IPAdapter.parse(str(each)) for each in ip_adapters],
         calibrator=calibration,
         progress=progress,
     )

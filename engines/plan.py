@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import BundleError, CutError, EngineError, ModelError
 from ..exporter.cut import CONVENTIONS, is_cut_name
 from ..exporter.families import downsampling
+from ..exporter.ip_adapter import IPAdapter
 from ..exporter.load import PRECISIONS, ModelSource, locate
 from ..exporter.lora import Scaled, find, read
 from ..exporter.quantize import Scheme
@@ -90,6 +91,7 @@ def make_plan(
     subfolder: str | None,
     adapters: Sequence[str] | None,
     loras: Mapping[str | Path, float],
+    ip_adapters: Sequence[IPAdapter],
     calibrator: Calibrator | None,
     progress: Progress,
 ) -> Plan:
@@ -114,7 +116,9 @@ def make_plan(
         raise EngineError(f"{names[0]} takes every size, so it needs no profile: leave the sizes out")
     scheme = _scheme(names, precision, calibrator)
     wanted = [Scaled(Path(path), float(scale)) for path, scale in loras.items()]
-    source = locate(model, revision=revision, variant=variant, subfolder=subfolder, loras=wanted)
+    source = locate(
+        model, revision=revision, variant=variant, subfolder=subfolder, loras=wanted, ip_adapters=ip_adapters
+    )
     for each in wanted:
         if left := read(each.path, source.config).text_encoder:
             progress(f"{each.path.name} has {left} layers of a text encoder, which are left out")
@@ -122,6 +126,8 @@ def make_plan(
     taken = tuple(dict.fromkeys(_adapters_of(source) if adapters is None else adapters))
     if taken and scheme:
         raise EngineError(f"{precision} is calibrated without adapters: build {', '.join(taken)} in fp32, fp16 or bf16")
+    if ip_adapters and scheme:
+        raise EngineError(f"{precision} is calibrated without images: build IP-Adapters in fp32, fp16 or bf16")
     return Plan(
         source=source,
         weights_digest=weights_digest(source),
@@ -167,9 +173,10 @@ def _scheme(names: Sequence[str], precision: str, calibrator: Calibrator | None)
 
 
 def weights_digest(source: ModelSource) -> str:
-    """A digest of the UNet's weights as the user gave them, and of the LoRAs that are fused into them."""
+    """A digest of the UNet's weights as the user gave them, and of the LoRAs and IP-Adapters that go into them."""
     parts = [digest_file(file) for file in weight_files(source.folder, source.variant)]
     parts += [f"{digest_file(find(each.path))}*{each.scale}" for each in source.loras]
+    parts += [digest_file(adapter.path) for adapter in source.ip_adapters]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, ShapeError
+from . import ip_adapter
 from .residuals import ADAPTERS, argument_of, nest
 from .specs import TensorSpec
 
@@ -94,13 +95,16 @@ class Family:
         """The keyword arguments of the UNet's ``forward`` for these graph inputs."""
         arguments: dict[str, Any] = {}
         for name, tensor in tensors.items():
-            if argument_of(name) is not None:
+            if argument_of(name) is not None or ip_adapter.is_embeds(name) or name == ip_adapter.SCALE:
                 continue
             if name in self.nested:
                 arguments.setdefault(self.nested[name], {})[name] = tensor
             else:
                 arguments[name] = tensor
-        return arguments | nest(tensors)
+        images = ip_adapter.nest(tensors)
+        if images:
+            images["added_cond_kwargs"] |= arguments.get("added_cond_kwargs", {})
+        return arguments | images | nest(tensors)
 
 
 def _latent_inputs(config: Config, dtype: str) -> list[TensorSpec]:
@@ -122,6 +126,12 @@ def _unconditional(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
 
 
 def _conditional(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
+    images = ip_adapter.specs(config, dtype)
+    if config["encoder_hid_dim_type"] == ip_adapter.PROJECTION and not images:
+        raise ModelError(
+            "this UNet was saved with an IP-Adapter in it, which cannot be loaded: save it without "
+            "(pipe.unload_ip_adapter()), and build with --ip-adapter FILE"
+        )
     inputs = [*_latent_inputs(config, dtype), _text(config, dtype), *_size_conditioning(config, dtype)]
     kind = config["class_embed_type"]
     if kind == "projection":
@@ -131,7 +141,7 @@ def _conditional(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
         inputs.append(TensorSpec("class_labels", "int64", ("batch",)))
     elif kind is not None:
         raise ModelError(f"class_embed_type={kind!r} cannot be exported yet")
-    return (*inputs, *_guidance_embedding(config, dtype))
+    return (*inputs, *_guidance_embedding(config, dtype), *images)
 
 
 def _image_to_video(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
@@ -164,7 +174,8 @@ def _video_latents(config: Config, dtype: str) -> list[TensorSpec]:
 
 
 def _text(config: Config, dtype: str, batch: str = "batch") -> TensorSpec:
-    if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
+    known = (None, "text_proj", *((ip_adapter.PROJECTION,) if config.get(ip_adapter.CONFIG_KEY) else ()))
+    if config.get("encoder_hid_dim_type") not in known:
         raise ModelError(f"encoder_hid_dim_type={config['encoder_hid_dim_type']!r} cannot be exported yet")
     return TensorSpec("encoder_hidden_states", dtype, (batch, "sequence", _text_width(config)))
 

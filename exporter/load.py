@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from .families import Family, family_of
+from .ip_adapter import IPAdapter, load_into, with_adapters
 from .lora import Scaled, fuse, read
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class ModelSource:
         variant: of the weight files, as in ``model.fp16.safetensors``.
         config: the UNet's config.
         loras: to be fused into the UNet when it is loaded.
+        ip_adapters: to build into the UNet; its config says so.
     """
 
     name: str
@@ -40,6 +42,7 @@ class ModelSource:
     variant: str | None
     config: dict[str, Any]
     loras: tuple[Scaled, ...] = ()
+    ip_adapters: tuple[IPAdapter, ...] = ()
 
     @property
     def is_pipeline(self) -> bool:
@@ -62,6 +65,7 @@ def locate(
     variant: str | None = None,
     subfolder: str | None = None,
     loras: Sequence[Scaled] = (),
+    ip_adapters: Sequence[IPAdapter] = (),
 ) -> ModelSource:
     """Find a model, fetching it from the hub if ``model`` is no local directory.
 
@@ -71,6 +75,7 @@ def locate(
         variant: of the weight files, e.g. ``"fp16"``.
         subfolder: of the UNet; ``"unet"`` in a pipeline.
         loras: files of LoRAs to be fused into the UNet.
+        ip_adapters: to build into the UNet.
 
     Raises:
         ModelError: nothing there that can be exported, or a LoRA that cannot be read.
@@ -89,11 +94,11 @@ def locate(
             f"{model} has no {Path(subfolder) / 'config.json'}; "
             "give a diffusers pipeline or UNet directory (subfolder= names the UNet's folder)"
         )
-    source = ModelSource(str(model), root, subfolder, commit, variant, _read_config(config_file), tuple(loras))
-    family_of(source.config)
-    for each in source.loras:
-        read(each.path, source.config)
-    return source
+    config = with_adapters(_read_config(config_file), ip_adapters)
+    family_of(config)
+    for each in loras:
+        read(each.path, config)
+    return ModelSource(str(model), root, subfolder, commit, variant, config, tuple(loras), tuple(ip_adapters))
 
 
 def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
@@ -130,10 +135,16 @@ def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
             f"the weights of {source.name} lack {len(missing)} parameters, {sorted(missing)[0]} among them; "
             "download or save the model again"
         )
+    if any(".to_k_ip." in name for name in found["unexpected_keys"]):  # which diffusers would leave out
+        raise ModelError(
+            f"{source.name} was saved with an IP-Adapter in its UNet, which cannot be loaded: save it without "
+            "(pipe.unload_ip_adapter()), and build with --ip-adapter FILE"
+        )
     assert isinstance(unet, torch.nn.Module)
-    unet = unet.eval().requires_grad_(False)
     fuse(unet, source.loras, source.config)
-    return unet
+    if source.ip_adapters:
+        load_into(unet, source.ip_adapters)
+    return unet.eval().requires_grad_(False)
 
 
 def _fetch(model: str, revision: str | None, variant: str | None) -> tuple[Path, str]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InternalError, ModelError
 from . import video
 from .families import NOISE_PRED, Family, downsampling, example_dims, example_inputs
+from .ip_adapter import IPAdapter
 from .load import PRECISIONS, ModelSource, load_unet, locate
 from .parameters import Parameter
 from .reference import REFERENCE_FILE, write_reference
@@ -77,6 +78,7 @@ def export(
     opset: int = DEFAULT_OPSET,
     dims: Mapping[str, int] | None = None,
     adapters: Sequence[str] = (),
+    ip_adapters: Sequence[IPAdapter] = (),
     revision: str | None = None,
     variant: str | None = None,
     subfolder: str | None = None,
@@ -92,6 +94,7 @@ def export(
         opset: of the ONNX file.
         dims: fixes dimensions (``{"batch": 2, "height": 64}``); those left out stay dynamic.
         adapters: of ``residuals.ADAPTERS``; gives the graph the inputs that a ControlNet or T2I-Adapter fills.
+        ip_adapters: to build into the UNet.
         revision, variant, subfolder: as in diffusers.
         progress: called with the name of each stage as it begins.
 
@@ -101,7 +104,7 @@ def export(
     source = (
         model
         if isinstance(model, ModelSource)
-        else locate(model, revision=revision, variant=variant, subfolder=subfolder)
+        else locate(model, revision=revision, variant=variant, subfolder=subfolder, ip_adapters=ip_adapters)
     )
     if precision not in PRECISIONS:
         raise ModelError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")

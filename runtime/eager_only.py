@@ -20,7 +20,9 @@ _lora = _refusal(
     "PEFT wraps a UNet's layers",
     "load LoRAs with pipe.load_lora_weights or pipe.unet.load_lora, which change the weights themselves",
 )
-_ip_adapter = _refusal("an IP-Adapter replaces a UNet's attention layers", _EAGER)
+_ip_adapter = _refusal(
+    "an IP-Adapter replaces a UNet's attention layers", "build the bundle with it, offcut build --ip-adapter FILE"
+)
 _freeu = _refusal("FreeU rescales features inside a UNet's decoder", _EAGER)
 _attention = _refusal("attention processors are part of a UNet's layers", f"set them before the build, or {_EAGER}")
 _offload = _refusal(
@@ -71,5 +73,5 @@ class EagerOnly:
 
     def set_attn_processor(self, processor: Any, *args: Any, **kwargs: Any) -> None:
         """Takes back what ``attn_processors`` gave, nothing else."""
-        if processor != {}:
+        if processor != self.attn_processors:
             _attention(self)

@@ -17,7 +17,7 @@ _REMEDIES = {
     "down_block_additional_residuals": "build the bundle with --adapter controlnet",
     "mid_block_additional_residual": "build the bundle with --adapter controlnet",
     "down_intrablock_additional_residuals": "build the bundle with --adapter t2i-adapter",
-    "image_embeds": "IP-Adapters need the eager UNet",
+    "image_embeds": "build the bundle with --ip-adapter",
 }
 
 

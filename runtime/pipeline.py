@@ -130,6 +130,8 @@ def attach(
             f"the bundle was built from another kind of UNet than this pipeline has ({'; '.join(differing)}): "
             "build one from the pipeline's own"
         )
+    if unet.image_prompts is not None and replaced is not unet:
+        unet.image_prompts.adopt(getattr(replaced, "attn_processors", {}))
     if reuse_controlnet:
         reuse(pipe, unet)
     pipe.unet = unet
@@ -146,7 +148,7 @@ class _Announcing:
         call = super().__call__  # type: ignore[misc]
         if not isinstance(unet, UNet):
             return call(*args, **kwargs)
-        with unet.generation(calls=lambda: _unet_calls(self)):
+        with unet.generation(lambda: _unet_calls(self), getattr(self, "scheduler", None)):
             return call(*args, **kwargs)
 
 

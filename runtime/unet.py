@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -19,11 +20,14 @@ from ..engines.base import BoundPair, EnginePair, OpenOptions
 from ..errors import CutError, EngineError, ScheduleError, UserError
 from ..exporter.cut import canonical_name
 from ..exporter.families import family_of
+from ..exporter.ip_adapter import CONFIG_KEY, IMAGE_EMBEDS
 from ..exporter.residuals import argument_of, flatten
 from ..exporter.specs import solve
 from ..exporter.trace import SAMPLE
+from .advice import against_caching
 from .generation import Calls, Generation, Run
 from .inputs import engine_inputs, in_place, refuse_ignored, timestep_shape, timestep_value, write_timestep
+from .ip_adapter import ImagePrompts
 from .loras import TakesLoras
 from .model import EngineModel, output_class
 from .ranges import Ranges
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from ..exporter.parameters import StoredWeights
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+logger = logging.getLogger(__name__)
 
 
 class UNet(TakesLoras, EngineModel):
@@ -66,7 +72,15 @@ class UNet(TakesLoras, EngineModel):
         super().__init__(config, _with_index(pair.device), pair.inputs["sample"].torch_dtype())
         self.record_times = False
         """Whether ``last_run`` has seconds. On a GPU this waits for the device at every call."""
+        self.advise = True
+        """Whether to say, once, that caching is unlikely to pay in the generation that was announced."""
+        self.image_prompts: ImagePrompts | None = None
+        """The IP-Adapters that are built into the engines."""
         self.encoder_hid_proj = None
+        if self.config.get(CONFIG_KEY):
+            self.image_prompts = ImagePrompts(self.config, self._device, self._dtype)
+            self.encoder_hid_proj = self.image_prompts.projections
+            self.__dict__.update(self.image_prompts.blocks(self.config))
         if not {"time_ids", "added_time_ids"}.isdisjoint(pair.inputs):
             # The pipelines of SDXL and Stable Video Diffusion check the size of their conditioning against this.
             width = self.config["projection_class_embeddings_input_dim"]
@@ -172,18 +186,19 @@ class UNet(TakesLoras, EngineModel):
     # Generations
 
     @contextmanager
-    def generation(self, calls: Calls = None) -> Iterator[Generation]:
+    def generation(self, calls: Calls = None, scheduler: object = None) -> Iterator[Generation]:
         """Announce that the UNet calls in this block, all from this thread, make one generation.
 
         Args:
             calls: how many there will be, or a function to ask at the first one; None if nobody knows, which only a
                 schedule that needs no number can do with. Calls beyond the number are full.
+            scheduler: that moves the latents along; only for advice, see ``advice``.
 
         Raises:
             ScheduleError: the schedule needs the number of calls.
             UserError: another generation is under way.
         """
-        begun = Generation(self._schedule, self._cut, calls)
+        begun = Generation(self._schedule, self._cut, calls if calls is None else self._advised(calls, scheduler))
         with self._exclusively():
             if self._announced is not None:
                 raise UserError(
@@ -196,6 +211,16 @@ class UNet(TakesLoras, EngineModel):
         finally:
             self._ranges.end()
             self._announced = self._announced_by = None
+
+    def _advised(self, calls: int | Callable[[], int], scheduler: object) -> Calls:
+        """The same number of calls; once it is known, the user is told if caching is unlikely to pay in so many."""
+        if not isinstance(calls, int):
+            return lambda: self._advised(calls(), scheduler)
+        advice = against_caching(self._schedule, calls, self.config, scheduler) if self.advise else None
+        if advice is not None:
+            logger.warning(advice)
+            self.advise = False
+        return calls
 
     def reset(self) -> None:
         """Make the next call full, and, where nobody announces generations, the first of a new one."""
@@ -253,7 +278,8 @@ class UNet(TakesLoras, EngineModel):
             encoder_hidden_states: [batch, sequence, width]; for AnimateDiff [batch * frames, sequence, width].
             class_labels: [batch].
             timestep_cond: [batch, width].
-            added_cond_kwargs: for SDXL ``text_embeds`` [batch, width] and ``time_ids`` [batch, 6].
+            added_cond_kwargs: for SDXL ``text_embeds`` [batch, width] and ``time_ids`` [batch, 6]; for IP-Adapters
+                ``image_embeds``, a list with [batch, images, width] for each, or [batch, images, tokens, width].
             down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals: of a
                 ControlNet or T2I-Adapter, for a bundle that was built with their inputs. None counts as zero.
             return_dict: whether to return diffusers' output object or a tuple.
@@ -286,6 +312,8 @@ class UNet(TakesLoras, EngineModel):
             **(added_cond_kwargs or {}),
             **flatten(residuals),
         }
+        if self.image_prompts is not None:
+            given |= self.image_prompts.inputs(added_cond_kwargs or {}) | {IMAGE_EMBEDS: None}
         tensors = engine_inputs(given, self._specs, self._device)
         with self._exclusively(), torch.no_grad():
             noise_pred = self._call(tensors, timestep)
@@ -380,6 +408,17 @@ class UNet(TakesLoras, EngineModel):
             yield
         finally:
             self._busy.release()
+
+    # IP-Adapters
+
+    @property
+    def attn_processors(self) -> Mapping[str, Any]:
+        """Those of IP-Adapters, which hold their scales; no other could be replaced."""
+        return {} if self.image_prompts is None else self.image_prompts.processors
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing but the names of the layers with IP-Adapters, where diffusers looks blocks up that get a scale."""
+        return {name: torch.empty(0) for name in self.attn_processors}
 
     # The engines
 

@@ -1,0 +1,91 @@
+"""The advice against caching in few steps: said once a UNet, and only where it is true."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
+from PIL import Image
+from test_cli import offcut as command
+
+from offcut.runtime.advice import against_caching
+from offcut.runtime.schedule import Quad, Schedule, Steps, Uniform
+
+PHRASE = "caching is unlikely to pay"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "calls", "scheduler", "config", "reason"),
+    [
+        (Uniform(3), 14, DDIMScheduler(), {}, "14 UNet calls, fewer than 15"),
+        (Uniform(3), 15, DDIMScheduler(), {}, None),
+        (Uniform(3), 4, None, {}, "4 UNet calls"),
+        (Uniform(3), 50, LCMScheduler(), {}, "LCMScheduler makes images in few"),
+        (Uniform(3), 50, TCDScheduler(), {}, "TCDScheduler"),
+        (Uniform(3), 50, DDIMScheduler(), {"time_cond_proj_dim": 256}, "distilled"),
+        (Uniform(3), 50, DDIMScheduler(), {"time_cond_proj_dim": None}, None),
+        (Quad(2, center=2), 8, DDIMScheduler(), {}, "8 UNet calls"),
+        # Nothing is cached in any of these.
+        (None, 4, LCMScheduler(), {}, None),
+        (Uniform(1), 4, LCMScheduler(), {}, None),
+        (Uniform(3), 1, LCMScheduler(), {}, None),
+        (Steps(range(8)), 8, DDIMScheduler(), {}, None),
+        (Uniform(3, warmup=4), 4, DDIMScheduler(), {}, None),
+    ],
+)
+def test_who_is_advised(
+    schedule: Schedule | None, calls: int, scheduler: Any, config: dict[str, Any], reason: str | None
+) -> None:
+    advice = against_caching(schedule, calls, config, scheduler)
+    if reason is None:
+        assert advice is None
+    else:
+        assert advice is not None
+        assert reason in advice
+        assert PHRASE in advice
+        assert "fewer steps without caching" in advice
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime"])
+def test_it_is_said_once_a_unet_and_changes_nothing(
+    pipe: Any, generate: Callable[..., torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    unet = pipe.unet
+    unet.advise = True
+    with caplog.at_level(logging.WARNING, logger="offcut"):
+        generate(pipe, steps=4)  # every call full
+        unet.set_schedule(Uniform(3))
+        generate(pipe, steps=15)
+        with unet.generation(calls=20):
+            pass
+        assert PHRASE not in caplog.text
+        first = generate(pipe, steps=4)
+        assert caplog.text.count(PHRASE) == 1
+        assert torch.equal(generate(pipe, steps=4), first)
+        assert caplog.text.count(PHRASE) == 1
+        unet.advise = True
+        with unet.generation(calls=4):
+            assert caplog.text.count(PHRASE) == 2
+        unet.advise = True
+        pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+        generate(pipe, steps=20)
+    assert caplog.text.count("LCMScheduler makes") == 1
+
+
+@pytest.mark.slow
+def test_run_prints_it_once_on_stderr(tiny_bundle: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    few = ["run", tiny_bundle, "a cat", "-o", picture, "--engine", "onnxruntime", "--warmup", "0", "--compare"]
+    result = command(*few, "--steps", "4", "--json")
+    assert result.returncode == 0, result.stderr
+    assert "".join(result.stderr.split("\n")).count(PHRASE) == 1
+    assert PHRASE not in result.stdout
+    assert Image.open(picture).size[0] > 0
+    many = command(*few, "--steps", "16")
+    assert many.returncode == 0, many.stderr
+    assert PHRASE not in many.stderr
