@@ -63,6 +63,9 @@ def build(
     deploy: Annotated[
         bool, typer.Option("--deploy", help="Leave the ONNX graphs out; every engine must be a compiled one.")
     ] = False,
+    compile_all: Annotated[
+        bool, typer.Option("--compile-all", help="Text encoders and autoencoder too; a bundle without PyTorch weights.")
+    ] = False,
     static: Annotated[
         list[str] | None, typer.Option(metavar="WxH", help="Image size in pixels; again for several.", **_in(_SHAPES))
     ] = None,
@@ -146,6 +149,7 @@ def build(
             profiles=Sizes(tuple(static or ()), dynamic, max_batch, min_shapes, opt_shapes, max_shapes),
             settings=settings,
             deploy=deploy,
+            compile_all=compile_all,
             device=device,
             adapters=adapter,
             loras=loras_of(lora),

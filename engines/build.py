@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +21,11 @@ from ..exporter.reference import write_reference
 from .base import Compiled, CompileJob, EngineOptions, Graphs, Setting, Settings
 from .bundle import Bundle, devices_of, engine_files
 from .calibrate import Calibrator
+from .components import compilable, make_components, prove_component
 from .manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
+    ComponentEntry,
     EngineEntry,
     FileEntry,
     FusedLora,
@@ -55,6 +57,7 @@ def build(
     profiles: Sequence[Profile] | Sizes = (),
     settings: Mapping[str, Settings] | None = None,
     deploy: bool = False,
+    compile_all: bool = False,
     device: str = "cpu",
     revision: str | None = None,
     variant: str | None = None,
@@ -81,6 +84,8 @@ def build(
             engine's own choice.
         settings: how an engine compiles, by the engine's name and the names of its ``SETTINGS``.
         deploy: leave the ONNX graphs and their weights out, for a bundle whose engines are all compiled.
+        compile_all: export the pipeline's text encoders and autoencoder too, for the same engines; a bundle that is
+            built so from the first holds no PyTorch weights of them.
         device: that ``auto`` chooses for and engines are verified on, where they run on it.
         revision, variant, subfolder: as in diffusers.
         adapters: ``"controlnet"`` or ``"t2i-adapter"``; gives the graphs the inputs that these fill. By default those
@@ -114,6 +119,7 @@ def build(
         profiles=profiles,
         settings=settings,
         deploy=deploy,
+        compile_all=compile_all,
         device=device,
         revision=revision,
         variant=variant,
@@ -143,6 +149,7 @@ def _add(plan: Plan, out: Path, progress: Progress) -> Bundle:
         before = existing.manifest.variants.get(plan.variant) if existing else None
         variant = make_variant(plan, existing, out, staged, progress)
         entries = _engines(plan, variant, existing, out, staged, progress)
+        components = _components(plan, existing, staged, progress)
         parts = _parts(plan, existing, staged)
         if plan.deploy:
             variant = _without_graphs(variant, staged)
@@ -151,7 +158,7 @@ def _add(plan: Plan, out: Path, progress: Progress) -> Bundle:
         def update(current: Manifest | None, files: dict[str, FileEntry]) -> Manifest:
             if current is not None and current.variants.get(plan.variant) != before:
                 raise _OvertakenError
-            return _merge(current, plan, variant, entries, parts, files)
+            return _merge(current, plan, variant, entries, parts, files, components)
 
         commit(out, staged, update)
     return Bundle.open(out)
@@ -330,10 +337,28 @@ def _without_graphs(variant: Variant, staged: Path) -> Variant:
     return variant.model_copy(update={"graphs": None})
 
 
+def _components(plan: Plan, existing: Bundle | None, staged: Path, progress: Progress) -> Sequence[ComponentEntry]:
+    """The networks around the UNet, each proven on every engine of the build that was not there before."""
+    if not plan.compile_all:
+        return ()
+    label = f"{plan.base}-opset{plan.opset}"
+    held = [entry for entry in existing.manifest.components if entry.label == label] if existing else []
+    root = existing.path if held and existing else staged
+    if held:
+        progress(f"reuse the networks around the UNet, {label}")
+    made = held or make_components(plan.source, staged, precision=plan.base, opset=plan.opset, progress=progress)
+    options = EngineOptions(plan.device)
+    for name in plan.engines:
+        for entry in made:
+            progress(f"verify {entry.name} on {name}")
+            prove_component(root, entry, name, options)
+    return made
+
+
 def _parts(plan: Plan, existing: Bundle | None, staged: Path) -> list[str]:
     if existing is not None:
         return list(existing.manifest.parts)
-    return copy_parts(plan.source, staged)
+    return copy_parts(plan.source, staged, without_weights=compilable(plan.source) if plan.compile_all else ())
 
 
 def _merge(
@@ -343,6 +368,7 @@ def _merge(
     entries: Sequence[EngineEntry],
     parts: Sequence[str],
     files: Mapping[str, FileEntry],
+    components: Sequence[ComponentEntry] = (),
 ) -> Manifest:
     """The manifest that is there now, with what this build adds. Another build may have come first."""
     if current is not None and current.source.weights_digest != plan.weights_digest:
@@ -354,6 +380,7 @@ def _merge(
         **added,
     }
     known = {**(current.files if current else {}), **files}
+    networks = {(each.name, each.label): each for each in (*(current.components if current else ()), *components)}
     return Manifest(
         schema_version=SCHEMA_VERSION,
         offcut_version=version("offcut"),
@@ -370,13 +397,19 @@ def _merge(
         parts=tuple(parts),
         variants=variants,
         engines=engines,
-        files={name: known[name] for name in sorted(_named(variants, engines, parts) & set(known))},
+        components=tuple(networks.values()),
+        files={name: known[name] for name in sorted(_named(variants, engines, parts, networks.values()) & set(known))},
     )
 
 
-def _named(variants: Mapping[str, Variant], engines: Mapping[str, EngineEntry], parts: Sequence[str]) -> set[str]:
+def _named(
+    variants: Mapping[str, Variant],
+    engines: Mapping[str, EngineEntry],
+    parts: Sequence[str],
+    components: Iterable[ComponentEntry],
+) -> set[str]:
     """Every file that the manifest speaks of; what it no longer does, ``prune`` removes."""
-    names = {UNET_CONFIG, *parts}
+    names = {UNET_CONFIG, *parts, *(file for each in components for file in each.files)}
     for variant in variants.values():
         names |= {variant.reference, *(variant.graphs.files if variant.graphs else ())}
     for entry in engines.values():

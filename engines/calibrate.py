@@ -16,6 +16,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import ModelError
+from ..exporter.convert import WEIGHTS_FILE
 from ..exporter.cut import split_all
 from ..exporter.graph import infer_shapes, read
 from ..exporter.histogram import Histogram, Range
@@ -23,7 +24,7 @@ from ..exporter.load import ModelSource, load_unet
 from ..exporter.observe import stride
 from ..exporter.quantize import Layer, Scheme, find_layers, kept_by_name, quantize, shadow
 from ..exporter.reference import write_answer
-from ..exporter.trace import GRAPH_FILE, PARAMETERS_FILE, WEIGHTS_FILE, ExportedUNet
+from ..exporter.trace import GRAPH_FILE, PARAMETERS_FILE, ExportedUNet
 from .base import EnginePair
 from .manifest import Quantization
 from .observer import ObservingPair, session

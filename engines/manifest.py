@@ -124,6 +124,11 @@ class Variant(_Model):
     reference: InsidePath
     quantization: Quantization | None = None
 
+    @property
+    def base(self) -> str:
+        """Precision of what goes in and out: the graphs' own, or what surrounds the rounded layers."""
+        return self.quantization.base if self.quantization else self.precision
+
     @model_validator(mode="after")
     def _has_the_latents_shape(self) -> Self:
         """The noise is laid out as the latent is, but for its channels, and so are the cached features, but for their
@@ -142,6 +147,29 @@ class Variant(_Model):
 
 def _symbols_in(dim: Dim) -> tuple[str, ...]:
     return factors(dim).symbols if isinstance(dim, str) else ()
+
+
+class ComponentEntry(_Model):
+    """A network around the UNet as an ONNX graph: a text encoder, or half of an autoencoder.
+
+    ``label`` is the precision and opset that the build asked for, ``precision`` the graph's own.
+    ``norm`` holds a text encoder's final norm apart, which pipelines apply that skip CLIP's last layers.
+    """
+
+    name: str
+    label: str
+    precision: str
+    multiple: Annotated[int, Field(ge=1)]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    graph: InsidePath
+    weights: InsidePath
+    reference: InsidePath
+    norm: InsidePath | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.graph, self.weights, self.reference, *([self.norm] if self.norm else []))
 
 
 class ProfileEntry(_Model):
@@ -203,6 +231,7 @@ class Manifest(_Model):
     parts: tuple[InsidePath, ...]
     variants: dict[str, Variant]
     engines: dict[str, EngineEntry]
+    components: tuple[ComponentEntry, ...] = ()
     files: dict[InsidePath, FileEntry]
 
     def to_json(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..exporter.load import ModelSource
 
 INDEX_FILE = "model_index.json"
 _SMALL = (".json", ".txt", ".model")
+_INDEX_OF_WEIGHTS = ".safetensors.index.json"
 
 
 def pipeline_class(source: ModelSource) -> str | None:
@@ -32,8 +34,11 @@ def _index(source: ModelSource) -> dict[str, Any]:
     return index
 
 
-def copy_parts(source: ModelSource, out: Path) -> list[str]:
+def copy_parts(source: ModelSource, out: Path, without_weights: Container[str] = ()) -> list[str]:
     """Copy every component but the UNet, safetensors only, and give the copies' names.
+
+    Args:
+        without_weights: components of which only the configs are copied, as their networks are in graphs.
 
     Raises:
         ModelError: a component has no safetensors of the chosen variant.
@@ -59,6 +64,8 @@ def copy_parts(source: ModelSource, out: Path) -> list[str]:
                 f"{source.name} has nothing to load in {component}; offcut takes safetensors only"
                 + (f" of the variant {source.variant}" if source.variant else "")
             )
+        if component in without_weights:
+            files = [file for file in files if file.suffix in _SMALL and not file.name.endswith(_INDEX_OF_WEIGHTS)]
         names += [file.relative_to(source.root).as_posix() for file in files]
     for name in names:
         (out / name).parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from ..exporter.quantize import Scheme
 from .base import Settings
 from .bundle import Bundle, digest_file
 from .calibrate import Calibrator
+from .components import compilable, require_onnx
 from .manifest import MANIFEST_FILE
 from .parts import INDEX_FILE, weight_files
 from .precision import bounds
@@ -41,6 +42,7 @@ class Plan:
         settings: of each engine, all of its ``SETTINGS``.
         device: that engines are verified on, where they run on it.
         deploy: leave the ONNX graphs and their weights out of the bundle.
+        compile_all: export the networks around the UNet too.
         adapters: whose inputs the graphs have.
         scheme, calibrator: how the graphs are rounded, and on what; None where they are not.
     """
@@ -57,6 +59,7 @@ class Plan:
     settings: Mapping[str, Settings]
     device: str
     deploy: bool
+    compile_all: bool
     adapters: tuple[str, ...]
     scheme: Scheme | None
     calibrator: Calibrator | None
@@ -85,6 +88,7 @@ def make_plan(
     profiles: Sequence[Profile] | Sizes,
     settings: Mapping[str, Settings] | None,
     deploy: bool,
+    compile_all: bool,
     device: str,
     revision: str | None,
     variant: str | None,
@@ -103,7 +107,7 @@ def make_plan(
             progress(f"engine {choice.name}: {choice.reason}")
             name = choice.name
         names.append(name)
-        _check_engine(name, precision, inference_precision, device, deploy)
+        _check_engine(name, precision, inference_precision, device, deploy, compile_all)
     if not names:
         raise EngineError("no engine was named: write auto, or see offcut doctor")
     if not cuts:
@@ -123,6 +127,8 @@ def make_plan(
         if left := read(each.path, source.config).text_encoder:
             progress(f"{each.path.name} has {left} layers of a text encoder, which are left out")
     _check_video(source, precision if scheme else None)
+    if compile_all and not compilable(source):
+        raise ModelError(f"{model} has no networks around its UNet that offcut can compile: leave --compile-all out")
     taken = tuple(dict.fromkeys(_adapters_of(source) if adapters is None else adapters))
     if taken and scheme:
         raise EngineError(f"{precision} is calibrated without adapters: build {', '.join(taken)} in fp32, fp16 or bf16")
@@ -141,6 +147,7 @@ def make_plan(
         settings=_settings(names, settings or {}),
         device=device,
         deploy=deploy,
+        compile_all=compile_all,
         adapters=taken,
         scheme=scheme,
         calibrator=calibrator if scheme else None,
@@ -180,13 +187,17 @@ def weights_digest(source: ModelSource) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def _check_engine(name: str, precision: str, inference_precision: str | None, device: str, deploy: bool) -> None:
+def _check_engine(
+    name: str, precision: str, inference_precision: str | None, device: str, deploy: bool, compile_all: bool
+) -> None:
     probe = engine(name).probe()
     if not probe.usable and not probe.builds:
         raise EngineError(f"the engine {name} cannot be used here: {probe.reason}")
     if deploy and compiler(name) is None:
         raise EngineError(f"{name} opens the ONNX graphs, which --deploy would leave out: build it without")
     bounds(name, precision, inference_precision, device)
+    if compile_all:
+        require_onnx(name)
 
 
 def _profiles(

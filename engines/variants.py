@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import BundleError
+from ..exporter.convert import WEIGHTS_FILE
 from ..exporter.cut import Cut, find_cut, find_cuts, split_all
 from ..exporter.reference import REFERENCE_FILE
-from ..exporter.trace import PARAMETERS_FILE, WEIGHTS_FILE, ExportedUNet, export
+from ..exporter.trace import PARAMETERS_FILE, ExportedUNet, export
 from .bundle import Bundle
 from .calibrate import quantized
 from .manifest import CutEntry, Graphs, Quantization, Tensor, Variant

@@ -109,7 +109,7 @@ def quantize(graph: Path, out: Path, scheme: Scheme, ranges: Mapping[str, Range]
     """
     import onnx_ir as ir
 
-    from .trace import WEIGHTS_FILE
+    from .convert import WEIGHTS_FILE
 
     model = ir.load(graph)
     _Rewriter(model, scheme, ranges).rewrite(names)

@@ -8,16 +8,14 @@ LoRA weights and for refitting engines.
 from __future__ import annotations
 
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InternalError, ModelError
+from ..errors import ModelError
 from . import video
+from .convert import WEIGHTS_FILE, quiet, save, to_onnx
 from .families import NOISE_PRED, Family, downsampling, example_dims, example_inputs
 from .ip_adapter import IPAdapter
 from .load import PRECISIONS, ModelSource, load_unet, locate
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 DEFAULT_OPSET = 23
 OPSETS = range(20, 25)
 GRAPH_FILE = "unet.onnx"
-WEIGHTS_FILE = "weights.data"
 PARAMETERS_FILE = "parameters.json"
 SAMPLE = "sample"
 
@@ -156,10 +153,12 @@ def trace(
     program = export_program(unet, family, specs, examples, fixed, multiple)
     progress("convert")
     noise = family.noise(config, specs[0].dtype).fixed(fixed)
-    model, parameters = _to_onnx(program, specs, noise, fixed, opset)
+    model, parameters = to_onnx(program, [spec.name for spec in specs], [NOISE_PRED], opset, "unet.")
     del program
+    _measure_the_sample(model, specs)
+    _name_dims(model, specs, noise, fixed)
     progress("save")
-    _save(model, out / GRAPH_FILE)
+    save(model, out / GRAPH_FILE, "unet")
     names = {name: asdict(parameter) for name, parameter in parameters.items()}
     (out / PARAMETERS_FILE).write_text(json.dumps(names, indent=1), encoding="utf-8")
     inputs = tuple(spec.fixed(fixed) for spec in specs)
@@ -213,7 +212,7 @@ def export_program(
         {axis: symbol(dim) for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in left_open
     )
     examples = tuple(example_inputs(specs, dims).values())
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         return torch.export.export(Flat().eval(), examples, dynamic_shapes=(dynamic,), strict=False)
 
 
@@ -241,131 +240,6 @@ def dim_symbols(multiple: int, largest_batch: int | None = None, moving: bool = 
         return units[name] if factor == 1 else factor * units[name]
 
     return symbol
-
-
-def _to_onnx(
-    program: torch.export.ExportedProgram,
-    specs: tuple[TensorSpec, ...],
-    noise: TensorSpec,
-    fixed: Mapping[str, int],
-    opset: int,
-) -> tuple[ir.Model, dict[str, Parameter]]:
-    import onnxscript.optimizer
-    import torch
-
-    with _quiet():
-        onnx_program = torch.onnx.export(
-            program,
-            (),
-            dynamo=True,
-            opset_version=opset,
-            optimize=False,
-            verbose=False,
-            input_names=[spec.name for spec in specs],
-            output_names=[NOISE_PRED],
-        )
-    assert onnx_program is not None
-    model = onnx_program.model
-    _promote_joined(model)
-    parameters = _lay_out_weights(model)
-    with _weights_aside(model, parameters), _quiet():
-        onnxscript.optimizer.optimize_ir(model)
-    _measure_the_sample(model, specs)
-    _name_dims(model, specs, noise, fixed)
-    used = {name: parameter for name, parameter in parameters.items() if name in model.graph.initializers}
-    return model, used
-
-
-def _promote_joined(model: ir.Model) -> None:
-    """Cast what a ``Concat`` joins to one dtype. PyTorch promotes it; its ONNX exporter (2.13) leaves that out.
-
-    In SDXL the pooled text embedding, of the UNet's precision, is joined with embedded sizes in float32.
-    """
-    import onnx_ir as ir
-
-    for node in list(model.graph):
-        joined = node.outputs[0].dtype
-        if node.op_type != "Concat" or joined is None:
-            continue
-        for index, value in enumerate(node.inputs):
-            if value is None or value.dtype in (None, joined):
-                continue
-            cast = ir.Node("", "Cast", [value], attributes={"to": ir.AttrInt64("to", joined)})
-            cast.outputs[0].name = f"{node.outputs[0].name}_input_{index}"
-            cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(joined)
-            model.graph.insert_before(node, cast)
-            node.replace_input_with(index, cast.outputs[0])
-
-
-def _lay_out_weights(model: ir.Model) -> dict[str, Parameter]:
-    """Store each weight as its consumer reads it, under the parameter's own name, and keep the map back.
-
-    A weight that is only ever read through a transposition is stored transposed. The copy is made while it is
-    written, one weight at a time, so that exporting takes little more memory than the weights.
-    """
-    import onnx_ir as ir
-
-    graph = model.graph
-    parameters = {}
-    for value in list(graph.initializers.values()):
-        name = str(value.name)
-        if not name.startswith("unet."):
-            continue  # a constant that the exporter made
-        bare = name.removeprefix("unet.")
-        nodes = [use.node for use in value.uses()]
-        transposed = bool(nodes) and all(_swaps_last_two(node) for node in nodes)
-        tensor = value.const_value
-        if tensor is None:
-            raise InternalError(f"the exported parameter {bare} has no value")
-        if transposed:
-            tensor = _transposed(tensor, bare)
-        graph.initializers.pop(name)
-        stored = ir.Value(
-            name=bare, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        graph.initializers[bare] = stored
-        if transposed:
-            for node in nodes:
-                node.outputs[0].replace_all_uses_with(stored)
-                graph.remove(node, safe=True)
-        else:
-            value.replace_all_uses_with(stored)
-        parameters[bare] = Parameter(bare, transposed)
-    return parameters
-
-
-def _swaps_last_two(node: ir.Node) -> bool:
-    return node.op_type == "Transpose" and tuple(node.attributes["perm"].as_ints()) == (1, 0)
-
-
-def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
-    import numpy as np
-    import onnx_ir as ir
-
-    rows, columns = tensor.shape.numpy()
-
-    def evaluate() -> ir.Tensor[Any]:
-        return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name)
-
-    return ir.LazyTensor(evaluate, dtype=tensor.dtype, shape=ir.Shape((columns, rows)), name=name)
-
-
-@contextmanager
-def _weights_aside(model: ir.Model, names: Iterable[str]) -> Iterator[None]:
-    """Hide the weights from the optimizer, which would otherwise fold and merge them out of the parameter map."""
-    graph = model.graph
-    weights = {name: graph.initializers[name] for name in names}
-    constants = {name: value.const_value for name, value in weights.items()}
-    for name, value in weights.items():
-        graph.initializers.pop(name)
-        value.const_value = None
-        graph.inputs.append(value)
-    yield
-    for name, value in weights.items():
-        graph.inputs.remove(value)
-        value.const_value = constants[name]
-        if value.uses():
-            graph.initializers[name] = value
 
 
 def _measure_the_sample(model: ir.Model, specs: tuple[TensorSpec, ...]) -> None:
@@ -425,34 +299,3 @@ def _name_dims(model: ir.Model, specs: tuple[TensorSpec, ...], noise: TensorSpec
         for value in node.outputs:
             if value is not output and value.shape is not None and not value.shape.is_static():
                 value.shape = None
-
-
-def _save(model: ir.Model, path: Path) -> None:
-    import onnx_ir as ir
-
-    model.producer_name = "offcut"
-    model.graph.name = "unet"
-    # Stack traces and scopes of the tracer: they hold paths of the exporting machine.
-    for node in model.graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-    for value in [*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs]:
-        value.metadata_props.clear()
-    for owner in (model, model.graph):  # the program as text, in an order that changes from run to run
-        owner.metadata_props.clear()
-    (path.parent / WEIGHTS_FILE).unlink(missing_ok=True)
-    ir.save(model, path, external_data=WEIGHTS_FILE)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes about its own internals from the user."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -12,9 +12,10 @@ import torch
 from diffusers import DiffusionPipeline
 from packaging.version import Version
 
-from ..engines.base import OpenOptions
+from ..engines.base import EngineOptions, OpenOptions
 from ..errors import BundleError, UserError
 from ..exporter.families import FAMILIES
+from .components import open_components
 from .controlnet import reuse
 from .extend import extended
 from .unet import UNet
@@ -68,9 +69,15 @@ def load(
     settings: dict[str, Any] = {"local_files_only": True, "variant": _variant(opened), **_dtype(unet.dtype)}
     if {"dtype", "torch_dtype"} & set(arguments):
         settings = {key: value for key, value in settings.items() if key not in ("dtype", "torch_dtype")}
+    networks: dict[str, Any] = {}
     try:
-        with _expecting_stand_in():
-            pipe = DiffusionPipeline.from_pretrained(opened.path, unet=unet, **(settings | arguments))
+        if opened.manifest.components:
+            graphs = opened.find(engine, device=device, precision=precision, inference_precision=inference_precision)
+            made_for = opened.manifest.variants[graphs.variant].base
+            networks = open_components(opened, unet.engine, made_for, EngineOptions(device, **options))
+        with _expecting_stand_ins():
+            given = {"unet": unet, **networks} | arguments
+            pipe = DiffusionPipeline.from_pretrained(opened.path, **(settings | given))
         return attach(pipe.to(unet.device), unet)
     except BaseException:
         unet.close()
@@ -203,12 +210,12 @@ def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 @contextmanager
-def _expecting_stand_in() -> Iterator[None]:
-    """Keep diffusers from warning that the UNet is not of its own class: that is the point."""
+def _expecting_stand_ins() -> Iterator[None]:
+    """Keep diffusers from warning that these are not of its own classes: that is the point."""
     logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
 
     def others(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Expected types for unet")
+        return not record.getMessage().startswith("Expected types for ")
 
     logger.addFilter(others)
     try:

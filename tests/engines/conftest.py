@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from exports import copy_export, exported
 
 import offcut
 import offcut.engines.variants as variants_module
@@ -33,24 +33,7 @@ CPU_ENGINES = (*ONNX_ENGINES, pytest.param("inductor", marks=pytest.mark.slow))
 @pytest.fixture(scope="session")
 def made(unet_bundle: Path) -> ExportedUNet:
     """The export of ``tiny_unet_dir`` that ``unet_bundle`` was built from; its graph has one output more."""
-    return _exported(unet_bundle)
-
-
-def _exported(path: Path) -> ExportedUNet:
-    bundle = offcut.Bundle.open(path)
-    variant = bundle.manifest.variants["fp32-opset23"]
-    assert variant.graphs is not None
-    return ExportedUNet(
-        path=path / variant.graphs.full,
-        weights=path / variant.graphs.weights,
-        inputs={tensor.name: tensor.spec() for tensor in variant.inputs},
-        outputs={"noise_pred": variant.noise_pred.spec()},
-        parameters={},
-        reference=path / variant.reference,
-        precision="fp32",
-        opset=23,
-        multiple=variant.multiple,
-    )
+    return exported(unet_bundle)
 
 
 @pytest.fixture
@@ -64,17 +47,6 @@ def quick_export(made: ExportedUNet, monkeypatch: pytest.MonkeyPatch) -> list[Pa
 
     monkeypatch.setattr(variants_module, "export", export)
     return exports
-
-
-def copy_export(made: ExportedUNet, out: Path) -> ExportedUNet:
-    """An export's files under the names that ``export`` gives them."""
-    from dataclasses import replace
-
-    out.mkdir(parents=True)
-    shutil.copyfile(made.path, out / "unet.onnx")
-    for file in (made.weights, made.reference, made.path.parent / "parameters.json"):
-        shutil.copyfile(file, out / file.name)
-    return replace(made, path=out / "unet.onnx", weights=out / "weights.data", reference=out / made.reference.name)
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +65,7 @@ def compiled_bundle(every_cut: Path, tiny_unet_dir: Path, once: Callable[..., Pa
 
     def build(path: Path) -> None:
         with pytest.MonkeyPatch.context() as patch, _quick_host_code():
-            made = _exported(every_cut)
+            made = exported(every_cut)
             patch.setattr(variants_module, "export", lambda source, out, **_: copy_export(made, out))
             offcut.build(tiny_unet_dir, path, cuts=COMPILED_CUTS, engine="inductor", deploy=True)
 

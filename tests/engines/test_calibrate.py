@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exports import copy_export
 
 import offcut
 from offcut.engines.calibrate import quantized
@@ -19,7 +20,7 @@ from offcut.exporter.load import locate
 from offcut.exporter.quantize import find_layers
 from offcut.exporter.trace import ExportedUNet
 
-from .conftest import contents, copy_export
+from .conftest import contents
 
 CALIBRATION = offcut.Calibration(samples=1, steps=4)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from exports import copy_export
 
 import offcut
 import offcut.engines.variants as variants_module
@@ -23,7 +24,6 @@ from offcut.errors import EngineError, ShapeError
 from offcut.exporter.reference import read_reference
 from offcut.exporter.trace import ExportedUNet
 
-from ..conftest import copy_export
 from .conftest import DYNAMIC, PROFILES, STATIC
 
 Job = Callable[..., CompileJob]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from exports import copy_export
 from unets import eager, random_inputs
 
 import offcut
@@ -21,7 +22,7 @@ from offcut.engines.registry import engine
 from offcut.errors import EngineError, ShapeError
 from offcut.exporter.trace import ExportedUNet
 
-from ..conftest import UNET_CUTS, copy_export
+from ..conftest import UNET_CUTS
 from .conftest import PROFILES
 
 NAME = next((name for name in ("tensorrt-rtx", "tensorrt") if engine(name).probe().usable), None)
