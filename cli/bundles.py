@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .shell import (
     Adapters,
+    Attention,
     BundleArgument,
     Cuts,
     Device,
@@ -98,6 +99,7 @@ def build(
         typer.Option(metavar="DB", help="Nor layers so much noisier than the median one; 8 by default.", **_in(_LOW)),
     ] = None,
     adapter: Adapters = None,
+    attention: Attention = None,
     revision: Revision = None,
     variant: Variant = None,
     subfolder: Subfolder = None,
@@ -143,6 +145,7 @@ def build(
             deploy=deploy,
             device=device,
             adapters=adapter,
+            attention=attention,
             revision=revision,
             variant=variant,
             subfolder=subfolder,

@@ -35,6 +35,13 @@ Adapters = Annotated[
         "A bundle has those of the model's own pipeline by default.",
     ),
 ]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        help="cross-frame, for Text2Video-Zero: each frame attends to the first. "
+        "A bundle has what the model's own pipeline uses by default."
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Variant = Annotated[str | None, typer.Option(help="Of the weight files, e.g. fp16.")]
 Subfolder = Annotated[str | None, typer.Option(help="Of the UNet inside the model; 'unet' in a pipeline.")]

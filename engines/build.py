@@ -57,6 +57,7 @@ def build(
     variant: str | None = None,
     subfolder: str | None = None,
     adapters: Sequence[str] | None = None,
+    attention: str | None = None,
     calibration: Calibrator | None = None,
     progress: Progress = lambda step: None,
 ) -> Bundle:
@@ -80,6 +81,8 @@ def build(
         revision, variant, subfolder: as in diffusers.
         adapters: ``"controlnet"`` or ``"t2i-adapter"``; gives the graphs the inputs that these fill. By default those
             that the model's own pipeline has.
+        attention: ``"cross-frame"`` for Text2Video-Zero, in place of the UNet's own. By default what the model's own
+            pipeline uses.
         calibration: what ``int8`` and ``fp8`` are calibrated on: an ``offcut.Calibration``.
         progress: called with a sentence as each stage begins.
 
@@ -111,6 +114,7 @@ def build(
         variant=variant,
         subfolder=subfolder,
         adapters=adapters,
+        attention=attention,
         calibrator=calibration,
         progress=progress,
     )
@@ -354,6 +358,7 @@ def _merge(
             revision=plan.source.revision,
             variant=plan.source.variant,
             weights_digest=plan.weights_digest,
+            attention=plan.source.attention,
         ),
         unet_config=UNET_CONFIG,
         parts=tuple(parts),

@@ -88,6 +88,7 @@ def make_plan(
     variant: str | None,
     subfolder: str | None,
     adapters: Sequence[str] | None,
+    attention: str | None,
     calibrator: Calibrator | None,
     progress: Progress,
 ) -> Plan:
@@ -111,7 +112,7 @@ def make_plan(
     if profiles and not any(compiler(name) for name in names):
         raise EngineError(f"{names[0]} takes every size, so it needs no profile: leave the sizes out")
     scheme = _scheme(names, precision, calibrator)
-    source = locate(model, revision=revision, variant=variant, subfolder=subfolder)
+    source = locate(model, revision=revision, variant=variant, subfolder=subfolder, attention=attention)
     _check_video(source, precision if scheme else None)
     taken = tuple(dict.fromkeys(_adapters_of(source) if adapters is None else adapters))
     if taken and scheme:
@@ -137,8 +138,8 @@ def make_plan(
 
 def _check_video(source: ModelSource, low_precision: str | None) -> None:
     """Refuse what cannot be done with videos: calibration, and an AnimateDiff pipeline whose UNet has no motion yet."""
-    if source.family.is_video and low_precision:
-        raise EngineError(f"{low_precision} is calibrated on images: build a video UNet in fp32, fp16 or bf16")
+    if (source.family.is_video or source.attention) and low_precision:
+        raise EngineError(f"{low_precision} is calibrated on images: build a UNet for videos in fp32, fp16 or bf16")
     if not source.is_pipeline or source.family.is_video:
         return
     if json.loads((source.root / INDEX_FILE).read_text(encoding="utf-8")).get("motion_adapter", [None])[0] is not None:
@@ -234,3 +235,8 @@ def check_target(out: Path, plan: Plan) -> None:
     other = [key for key in config.keys() & ours.keys() if key[0] != "_" and config[key] != ours[key]]
     if other or held.weights_digest != plan.weights_digest:
         raise BundleError(f"{out} holds another model ({held.model}); give another directory")
+    if held.attention != plan.source.attention:
+        raise BundleError(
+            f"{out} holds this UNet with {held.attention or 'its own'} attention, not "
+            f"{plan.source.attention or 'its own'}; give another directory"
+        )

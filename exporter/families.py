@@ -33,6 +33,7 @@ class Family:
         inputs: from the UNet's config and the latent's dtype to the graph's inputs, ``sample`` and ``timestep`` first.
         nested: inputs that ``forward`` takes inside a dict, as name -> the dict's argument.
         takes_residuals: whether ControlNets and T2I-Adapters exist for it.
+        takes_attention: whether its attention may be of a kind of ``attention.ATTENTION``.
         output_class: of what ``forward`` returns, in the module of the UNet's class.
         positions: what ``forward`` calls its third and fourth argument.
         channels: the axis of the latent that holds them.
@@ -45,6 +46,7 @@ class Family:
     inputs: Callable[[Config, str], tuple[TensorSpec, ...]]
     nested: Mapping[str, str] = field(default_factory=dict)
     takes_residuals: bool = False
+    takes_attention: bool = False
     output_class: str = "UNet2DConditionOutput"
     positions: tuple[str, str] = ("encoder_hidden_states", "class_labels")
     channels: int = 1
@@ -212,6 +214,7 @@ FAMILIES: dict[str, Family] = {
             inputs=_conditional,
             nested=_ADDED,
             takes_residuals=True,
+            takes_attention=True,
         ),
         Family(
             name="unet2d",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from .attention import ATTENTION, PIPELINES
 from .families import Family, family_of
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class ModelSource:
         revision: the hub's commit, or None for a local directory.
         variant: of the weight files, as in ``model.fp16.safetensors``.
         config: the UNet's config.
+        attention: of ``attention.ATTENTION``, in place of the UNet's own; None for that.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ModelSource:
     revision: str | None
     variant: str | None
     config: dict[str, Any]
+    attention: str | None = None
 
     @property
     def is_pipeline(self) -> bool:
@@ -52,7 +55,12 @@ class ModelSource:
 
 
 def locate(
-    model: str | Path, *, revision: str | None = None, variant: str | None = None, subfolder: str | None = None
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    attention: str | None = None,
 ) -> ModelSource:
     """Find a model, fetching it from the hub if ``model`` is no local directory.
 
@@ -61,9 +69,10 @@ def locate(
         revision: a branch, tag or commit of the hub's repository.
         variant: of the weight files, e.g. ``"fp16"``.
         subfolder: of the UNet; ``"unet"`` in a pipeline.
+        attention: ``"cross-frame"``, or None for what the model's own pipeline uses.
 
     Raises:
-        ModelError: nothing there that can be exported.
+        ModelError: nothing there that can be exported, or an unknown kind of attention.
     """
     root = Path(model).expanduser()
     commit = None
@@ -80,8 +89,18 @@ def locate(
             "give a diffusers pipeline or UNet directory (subfolder= names the UNet's folder)"
         )
     source = ModelSource(str(model), root, subfolder, commit, variant, _read_config(config_file))
-    family_of(source.config)
-    return source
+    return replace(source, attention=_attention(source, attention))
+
+
+def _attention(source: ModelSource, asked: str | None) -> str | None:
+    if asked is None:
+        index = source.root / "model_index.json"
+        read = json.loads(index.read_text(encoding="utf-8")) if source.is_pipeline else {}
+        return PIPELINES.get(str(read.get("_class_name"))) if isinstance(read, dict) else None
+    if asked not in ATTENTION or not source.family.takes_attention:
+        there = ", ".join(ATTENTION) if source.family.takes_attention else "none but its own"
+        raise ModelError(f"a {source.family.unet_class} takes no attention called {asked!r}; it takes {there}")
+    return asked
 
 
 def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
@@ -119,6 +138,8 @@ def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
             "download or save the model again"
         )
     assert isinstance(unet, torch.nn.Module)
+    if source.attention is not None:
+        unet.set_attn_processor(ATTENTION[source.attention]())  # type: ignore[operator]  # of diffusers' UNets
     return unet.eval().requires_grad_(False)
 
 

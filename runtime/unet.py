@@ -49,11 +49,14 @@ class UNet(EngineModel):
     Args:
         pair: the opened engines, which this object then owns and closes.
         config: the UNet's config as diffusers wrote it, with ``_class_name``.
+        attention: the kind that the UNet was exported with, None for its own.
         bound_shapes: for how many sets of input shapes buffers are kept; the one unused for longest goes first.
     """
 
-    def __init__(self, pair: EnginePair, config: Mapping[str, Any], *, bound_shapes: int = 2) -> None:
-        super().__init__(config, _with_index(pair.device), pair.inputs["sample"].torch_dtype())
+    def __init__(
+        self, pair: EnginePair, config: Mapping[str, Any], *, attention: str | None = None, bound_shapes: int = 2
+    ) -> None:
+        super().__init__(config, _with_index(pair.device), pair.inputs["sample"].torch_dtype(), attention)
         self.record_times = False
         """Whether ``last_run`` has seconds. On a GPU this waits for the device at every call."""
         self.encoder_hid_proj = None
@@ -114,7 +117,7 @@ class UNet(EngineModel):
         pair = opened.open_pair(
             engine, device=device, precision=precision, inference_precision=inference_precision, **options
         )
-        return cls(pair, opened.unet_config)
+        return cls(pair, opened.unet_config, attention=opened.manifest.source.attention)
 
     # The schedule
 
@@ -256,6 +259,7 @@ class UNet(EngineModel):
             ShapeError: shapes that the engines were not built for.
             UserError: an input that they do not have, or that only an eager UNet can use.
         """
+        self.check_attention(sample.shape[0])
         refuse_ignored(
             sample,
             cross_attention_kwargs,
