@@ -273,10 +273,14 @@ def downsampling(config: Config) -> int:
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
-def example_dims(config: Config) -> dict[str, int]:
-    """Small dimensions that every graph of this config accepts; no two alike, so that none is taken for another."""
+def example_dims(config: Config, pairs: bool = False) -> dict[str, int]:
+    """Small dimensions that every graph of this config accepts; no two alike, so that none is taken for another.
+
+    Args:
+        pairs: whether the batch is of two halves, each of several images.
+    """
     multiple = downsampling(config)
-    dims = {"batch": 2, "height": 2 * multiple, "width": 3 * multiple, "sequence": 7}
+    dims = {"batch": 10 if pairs else 2, "height": 2 * multiple, "width": 3 * multiple, "sequence": 7}
     frames = family_of(config).frames
     return dims if frames is None else dims | {"frames": min(5, frames(config)[1] or 5)}
 

@@ -75,7 +75,7 @@ class UNetProgram:
         unet = load_unet(source, precision)
         pairs = source.attention is not None
         self._specs, self.features = specs, features
-        self._dims = {**example_dims(source.config), **fixed}
+        self._dims = {**example_dims(source.config, pairs), **fixed}
         self._symbols = dim_symbols(multiple, moving=source.family.is_video, pairs=pairs)
         self._noise = source.family.noise(source.config, specs["sample"].dtype).fixed(fixed)
         program = export_program(unet, source.family, tuple(specs.values()), self._dims, fixed, multiple, pairs)

@@ -153,9 +153,7 @@ def trace(
     fixed = dict(dims or {})
     specs = family.specs(config, PRECISIONS[precision], adapters)
     if pairs and fixed.get("batch", 2) % 2:
-        raise ModelError(
-            f"dims: a batch of {fixed['batch']} has no halves, which cross-frame attention needs: fix an even one"
-        )
+        raise ModelError(f"cross-frame attention needs two halves of a batch, not {fixed['batch']}: fix an even one")
     if wrong := sorted(name for name, size in fixed.items() if name not in symbols(specs) or size < 1):
         known = ", ".join(symbols(specs))
         raise ModelError(f"dims: {', '.join(wrong)} cannot be fixed; give a size of at least 1 for any of {known}")
@@ -165,7 +163,7 @@ def trace(
             raise ModelError(f"the latent's {side} cannot be {fixed[side]}: this UNet needs a multiple of {multiple}")
     family.check_limits(config, fixed)
     out.mkdir(parents=True, exist_ok=True)
-    examples = {**example_dims(config), **fixed}
+    examples = {**example_dims(config, pairs), **fixed}
 
     progress("trace")
     write_reference(unet, family, specs, examples, out / REFERENCE_FILE)
