@@ -20,13 +20,15 @@ def cross_frame() -> Any:
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     class CrossFrame(AttnProcessor2_0):  # type: ignore[misc]  # diffusers is untyped
-        def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, *rest: Any) -> Any:
+        def __call__(
+            self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, attention_mask: Any = None
+        ) -> Any:
             if encoder_hidden_states is None:
                 count, tokens, width = hidden_states.shape
                 halves = hidden_states.reshape(2, count // 2, tokens, width)
                 first = halves[:, :1].expand(2, count // 2, tokens, width)
                 encoder_hidden_states = first.reshape(count, tokens, width)
-            return super().__call__(attn, hidden_states, encoder_hidden_states, *rest)
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
 
     return CrossFrame()
 
