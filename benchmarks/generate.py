@@ -85,11 +85,16 @@ def generate(
     run = pipe.unet.last_run
     if run is None:
         raise InternalError("the pipeline did not call the UNet")
-    return Generated(tuple(made.frames[0] if makes_videos(pipe) else made.images[:1]), seconds, run)
+    found = made.frames[0] if hasattr(made, "frames") else made.images
+    return Generated(tuple(_picture(each) for each in (found if makes_videos(pipe) else found[:1])), seconds, run)
+
+
+_LENGTHS = ("num_frames", "video_length")
+"""What video pipelines call the number of frames; the second is Text2Video-Zero's."""
 
 
 def makes_videos(pipe: Any) -> bool:
-    return "num_frames" in _parameters(pipe)
+    return not _parameters(pipe).keys().isdisjoint(_LENGTHS)
 
 
 def arguments(pipe: Any, request: Request) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def arguments(pipe: Any, request: Request) -> dict[str, Any]:
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "image": request.image,
-        "num_frames": request.frames,
+        _LENGTHS[_LENGTHS[1] in taken]: request.frames,
     }
     if idle := [name for name, value in optional.items() if value is not None and name not in taken]:
         raise UserError(f"{kind} takes no {idle[0].replace('_', ' ').removeprefix('num ')}: leave it out")
@@ -125,6 +130,13 @@ def arguments(pipe: Any, request: Request) -> dict[str, Any]:
         "output_type": "pil",
     }
     return {name: value for name, value in asked.items() if value is not None and name in taken}
+
+
+def _picture(made: Any) -> Image:
+    """A picture that some pipelines give as numbers in [0, 1], [height, width, 3], whatever they are asked for."""
+    from PIL import Image
+
+    return made if isinstance(made, Image.Image) else Image.fromarray((made * 255).round().astype("uint8"))
 
 
 def _parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .shell import (
     Adapters,
+    Attention,
     BundleArgument,
     Cuts,
     Device,
@@ -106,6 +107,7 @@ def build(
     adapter: Adapters = None,
     lora: Loras = None,
     ip_adapter: IPAdapters = None,
+    attention: Attention = None,
     revision: Revision = None,
     variant: Variant = None,
     subfolder: Subfolder = None,
@@ -154,6 +156,7 @@ def build(
             adapters=adapter,
             loras=loras_of(lora),
             ip_adapters=ip_adapter or (),
+            attention=attention,
             revision=revision,
             variant=variant,
             subfolder=subfolder,

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from .shell import (
     Adapters,
+    Attention,
     Fix,
     Json,
     Model,
@@ -38,6 +39,7 @@ def export(
     opset: Opset = None,
     fix: Fix = None,
     adapter: Adapters = None,
+    attention: Attention = None,
     revision: Revision = None,
     variant: Variant = None,
     subfolder: Subfolder = None,
@@ -58,6 +60,7 @@ def export(
             revision=revision,
             variant=variant,
             subfolder=subfolder,
+            attention=attention,
             progress=stage,
         )
     contract = {"inputs": exported.inputs, "outputs": exported.outputs}

@@ -47,6 +47,13 @@ IPAdapters = Annotated[
         help="Weights of an IP-Adapter to build in (safetensors); again for several.",
     ),
 ]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        help="cross-frame, for Text2Video-Zero: each frame attends to the first. "
+        "A bundle has what the model's own pipeline uses by default."
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Variant = Annotated[str | None, typer.Option(help="Of the weight files, e.g. fp16.")]
 Subfolder = Annotated[str | None, typer.Option(help="Of the UNet inside the model; 'unet' in a pipeline.")]

@@ -65,6 +65,7 @@ def build(
     adapters: Sequence[str] | None = None,
     loras: Mapping[str | Path, float] | None = None,
     ip_adapters: Sequence[IPAdapter | str | Path] = (),
+    attention: str | None = None,
     calibration: Calibrator | None = None,
     progress: Progress = lambda step: None,
 ) -> Bundle:
@@ -93,6 +94,8 @@ def build(
         loras: LoRA files to fuse into the UNet, with their scales.
         ip_adapters: files of IP-Adapters' weights to build into the UNet, as ``"FILE"``, ``"FILE:SCALE"`` or
             ``"FILE:SCALE:IMAGES"``. A bundle with them is another model's than one without.
+        attention: ``"cross-frame"`` for Text2Video-Zero, in place of the UNet's own. By default what the model's own
+            pipeline uses.
         calibration: what ``int8`` and ``fp8`` are calibrated on: an ``offcut.Calibration``.
         progress: called with a sentence as each stage begins.
 
@@ -127,6 +130,7 @@ def build(
         adapters=adapters,
         loras=loras or {},
         ip_adapters=[each if isinstance(each, IPAdapter) else IPAdapter.parse(str(each)) for each in ip_adapters],
+        attention=attention,
         calibrator=calibration,
         progress=progress,
     )
@@ -392,6 +396,7 @@ def _merge(
             variant=plan.source.variant,
             weights_digest=plan.weights_digest,
             loras=tuple(FusedLora(name=find(each.path).name, scale=each.scale) for each in plan.source.loras),
+            attention=plan.source.attention,
         ),
         unet_config=UNET_CONFIG,
         parts=tuple(parts),

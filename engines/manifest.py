@@ -44,13 +44,15 @@ class FusedLora(_Model):
 
 
 class Source(_Model):
-    """Where the model came from; ``weights_digest`` is that of the UNet's weights as the user gave them."""
+    """Where the model came from; ``weights_digest`` is that of the UNet's weights as the user gave them, ``attention``
+    the kind that it was exported with, None for its own."""
 
     model: str
     revision: str | None
     variant: str | None
     weights_digest: str
     loras: tuple[FusedLora, ...] = ()
+    attention: str | None = None
 
 
 class Tensor(_Model):

@@ -96,6 +96,7 @@ def make_plan(
     adapters: Sequence[str] | None,
     loras: Mapping[str | Path, float],
     ip_adapters: Sequence[IPAdapter],
+    attention: str | None,
     calibrator: Calibrator | None,
     progress: Progress,
 ) -> Plan:
@@ -121,7 +122,13 @@ def make_plan(
     scheme = _scheme(names, precision, calibrator)
     wanted = [Scaled(Path(path), float(scale)) for path, scale in loras.items()]
     source = locate(
-        model, revision=revision, variant=variant, subfolder=subfolder, loras=wanted, ip_adapters=ip_adapters
+        model,
+        revision=revision,
+        variant=variant,
+        subfolder=subfolder,
+        loras=wanted,
+        ip_adapters=ip_adapters,
+        attention=attention,
     )
     for each in wanted:
         if left := read(each.path, source.config).text_encoder:
@@ -156,8 +163,8 @@ def make_plan(
 
 def _check_video(source: ModelSource, low_precision: str | None) -> None:
     """Refuse what cannot be done with videos: calibration, and an AnimateDiff pipeline whose UNet has no motion yet."""
-    if source.family.is_video and low_precision:
-        raise EngineError(f"{low_precision} is calibrated on images: build a video UNet in fp32, fp16 or bf16")
+    if (source.family.is_video or source.attention) and low_precision:
+        raise EngineError(f"{low_precision} is calibrated on images: build a UNet for videos in fp32, fp16 or bf16")
     if not source.is_pipeline or source.family.is_video:
         return
     if json.loads((source.root / INDEX_FILE).read_text(encoding="utf-8")).get("motion_adapter", [None])[0] is not None:
@@ -259,3 +266,8 @@ def check_target(out: Path, plan: Plan) -> None:
     other = [key for key in config.keys() & ours.keys() if key[0] != "_" and config[key] != ours[key]]
     if other or held.weights_digest != plan.weights_digest:
         raise BundleError(f"{out} holds another model ({held.model}); give another directory")
+    if held.attention != plan.source.attention:
+        raise BundleError(
+            f"{out} holds this UNet with {held.attention or 'its own'} attention, not "
+            f"{plan.source.attention or 'its own'}; give another directory"
+        )

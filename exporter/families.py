@@ -34,6 +34,7 @@ class Family:
         inputs: from the UNet's config and the latent's dtype to the graph's inputs, ``sample`` and ``timestep`` first.
         nested: inputs that ``forward`` takes inside a dict, as name -> the dict's argument.
         takes_residuals: whether ControlNets and T2I-Adapters exist for it.
+        takes_attention: whether its attention may be of a kind of ``attention.ATTENTION``.
         output_class: of what ``forward`` returns, in the module of the UNet's class.
         positions: what ``forward`` calls its third and fourth argument.
         channels: the axis of the latent that holds them.
@@ -46,6 +47,7 @@ class Family:
     inputs: Callable[[Config, str], tuple[TensorSpec, ...]]
     nested: Mapping[str, str] = field(default_factory=dict)
     takes_residuals: bool = False
+    takes_attention: bool = False
     output_class: str = "UNet2DConditionOutput"
     positions: tuple[str, str] = ("encoder_hidden_states", "class_labels")
     channels: int = 1
@@ -223,6 +225,7 @@ FAMILIES: dict[str, Family] = {
             inputs=_conditional,
             nested=_ADDED,
             takes_residuals=True,
+            takes_attention=True,
         ),
         Family(
             name="unet2d",
@@ -281,10 +284,14 @@ def downsampling(config: Config) -> int:
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
-def example_dims(config: Config) -> dict[str, int]:
-    """Small dimensions that every graph of this config accepts; no two alike, so that none is taken for another."""
+def example_dims(config: Config, pairs: bool = False) -> dict[str, int]:
+    """Small dimensions that every graph of this config accepts; no two alike, so that none is taken for another.
+
+    Args:
+        pairs: whether the batch is of two halves, each of several images.
+    """
     multiple = downsampling(config)
-    dims = {"batch": 2, "height": 2 * multiple, "width": 3 * multiple, "sequence": 7}
+    dims = {"batch": 10 if pairs else 2, "height": 2 * multiple, "width": 3 * multiple, "sequence": 7}
     frames = family_of(config).frames
     return dims if frames is None else dims | {"frames": min(5, frames(config)[1] or 5)}
 

@@ -137,12 +137,12 @@ def _input_spec(value: ir.Value) -> TensorSpec:
     name = str(value.name)
     symbols = _INPUT_DIMS.get(name, ())
     shape: list[Dim] = []
-    whose = len(value.shape or ()) == 5  # a video's: only offcut exports them, and names every dimension itself
+    is_video = len(value.shape or ()) == 5  # only offcut exports those, and names their dimensions as here
     for axis, dim in enumerate(value.shape or ()):
         if isinstance(dim, int):
             shape.append(dim)
             continue
-        if is_dim(str(dim.value)) and (whose or "*" in str(dim.value)):
+        if is_dim(str(dim.value)) and (is_video or "*" in str(dim.value)):
             shape.append(str(dim.value))
             continue
         symbol = symbols[axis] if axis < len(symbols) else str(dim.value)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from .attention import ATTENTION, PIPELINES
 from .families import Family, family_of
 from .ip_adapter import IPAdapter, load_into, with_adapters
 from .lora import Scaled, fuse, read
@@ -33,6 +34,7 @@ class ModelSource:
         config: the UNet's config.
         loras: to be fused into the UNet when it is loaded.
         ip_adapters: to build into the UNet; its config says so.
+        attention: of ``attention.ATTENTION``, in place of the UNet's own; None for that.
     """
 
     name: str
@@ -43,6 +45,7 @@ class ModelSource:
     config: dict[str, Any]
     loras: tuple[Scaled, ...] = ()
     ip_adapters: tuple[IPAdapter, ...] = ()
+    attention: str | None = None
 
     @property
     def is_pipeline(self) -> bool:
@@ -66,6 +69,7 @@ def locate(
     subfolder: str | None = None,
     loras: Sequence[Scaled] = (),
     ip_adapters: Sequence[IPAdapter] = (),
+    attention: str | None = None,
 ) -> ModelSource:
     """Find a model, fetching it from the hub if ``model`` is no local directory.
 
@@ -76,9 +80,10 @@ def locate(
         subfolder: of the UNet; ``"unet"`` in a pipeline.
         loras: files of LoRAs to be fused into the UNet.
         ip_adapters: to build into the UNet.
+        attention: ``"cross-frame"``, or None for what the model's own pipeline uses.
 
     Raises:
-        ModelError: nothing there that can be exported, or a LoRA that cannot be read.
+        ModelError: nothing there that can be exported, a LoRA that cannot be read, or an unknown kind of attention.
     """
     root = Path(model).expanduser()
     commit = None
@@ -98,7 +103,19 @@ def locate(
     family_of(config)
     for each in loras:
         read(each.path, config)
-    return ModelSource(str(model), root, subfolder, commit, variant, config, tuple(loras), tuple(ip_adapters))
+    source = ModelSource(str(model), root, subfolder, commit, variant, config, tuple(loras), tuple(ip_adapters))
+    return replace(source, attention=_attention(source, attention))
+
+
+def _attention(source: ModelSource, asked: str | None) -> str | None:
+    if asked is None:
+        index = source.root / "model_index.json"
+        read = json.loads(index.read_text(encoding="utf-8")) if source.is_pipeline else {}
+        return PIPELINES.get(str(read.get("_class_name"))) if isinstance(read, dict) else None
+    if asked not in ATTENTION or not source.family.takes_attention:
+        there = ", ".join(ATTENTION) if source.family.takes_attention else "none but its own"
+        raise ModelError(f"a {source.family.unet_class} takes no attention called {asked!r}; it takes {there}")
+    return asked
 
 
 def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
@@ -144,6 +161,8 @@ def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
     fuse(unet, source.loras, source.config)
     if source.ip_adapters:
         load_into(unet, source.ip_adapters)
+    if source.attention is not None:
+        unet.set_attn_processor(ATTENTION[source.attention]())  # type: ignore[operator]  # of diffusers' UNets
     return unet.eval().requires_grad_(False)
 
 

@@ -73,11 +73,12 @@ class UNetProgram:
             multiple: height and width are multiples of it.
         """
         unet = load_unet(source, precision)
+        pairs = source.attention is not None
         self._specs, self.features = specs, features
-        self._dims = {**example_dims(source.config), **fixed}
-        self._symbols = dim_symbols(multiple, moving=source.family.is_video)
+        self._dims = {**example_dims(source.config, pairs), **fixed}
+        self._symbols = dim_symbols(multiple, moving=source.family.is_video, pairs=pairs)
         self._noise = source.family.noise(source.config, specs["sample"].dtype).fixed(fixed)
-        program = export_program(unet, source.family, tuple(specs.values()), self._dims, fixed, multiple)
+        program = export_program(unet, source.family, tuple(specs.values()), self._dims, fixed, multiple, pairs)
         self.module = module = program.module(check_guards=False)
         self._joins = find_program_joins(module)
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]

@@ -79,6 +79,7 @@ def export(
     revision: str | None = None,
     variant: str | None = None,
     subfolder: str | None = None,
+    attention: str | None = None,
     progress: Progress = lambda step: None,
 ) -> ExportedUNet:
     """Export a model's UNet into a directory: ``unet.onnx``, ``weights.data``, ``parameters.json``,
@@ -93,6 +94,7 @@ def export(
         adapters: of ``residuals.ADAPTERS``; gives the graph the inputs that a ControlNet or T2I-Adapter fills.
         ip_adapters: to build into the UNet.
         revision, variant, subfolder: as in diffusers.
+        attention: ``"cross-frame"`` for Text2Video-Zero; None for what the model's own pipeline uses.
         progress: called with the name of each stage as it begins.
 
     Raises:
@@ -101,7 +103,14 @@ def export(
     source = (
         model
         if isinstance(model, ModelSource)
-        else locate(model, revision=revision, variant=variant, subfolder=subfolder, ip_adapters=ip_adapters)
+        else locate(
+            model,
+            revision=revision,
+            variant=variant,
+            subfolder=subfolder,
+            ip_adapters=ip_adapters,
+            attention=attention,
+        )
     )
     if precision not in PRECISIONS:
         raise ModelError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
@@ -116,6 +125,7 @@ def export(
         opset=opset,
         dims=dims,
         adapters=adapters,
+        pairs=source.attention is not None,
         progress=progress,
     )
 
@@ -130,13 +140,20 @@ def trace(
     opset: int = DEFAULT_OPSET,
     dims: Mapping[str, int] | None = None,
     adapters: Sequence[str] = (),
+    pairs: bool = False,
     progress: Progress = lambda step: None,
 ) -> ExportedUNet:
-    """Export this UNet; see ``export``. Its weights must already have the precision."""
+    """Export this UNet; see ``export``. Its weights must already have the precision.
+
+    Args:
+        pairs: whether the batch is even, as attention between the images of each half needs it.
+    """
     if opset not in OPSETS:
         raise ModelError(f"opset {opset} is not supported; choose {OPSETS.start} to {OPSETS.stop - 1}")
     fixed = dict(dims or {})
     specs = family.specs(config, PRECISIONS[precision], adapters)
+    if pairs and fixed.get("batch", 2) % 2:
+        raise ModelError(f"cross-frame attention needs two halves of a batch, not {fixed['batch']}: fix an even one")
     if wrong := sorted(name for name, size in fixed.items() if name not in symbols(specs) or size < 1):
         known = ", ".join(symbols(specs))
         raise ModelError(f"dims: {', '.join(wrong)} cannot be fixed; give a size of at least 1 for any of {known}")
@@ -146,11 +163,11 @@ def trace(
             raise ModelError(f"the latent's {side} cannot be {fixed[side]}: this UNet needs a multiple of {multiple}")
     family.check_limits(config, fixed)
     out.mkdir(parents=True, exist_ok=True)
-    examples = {**example_dims(config), **fixed}
+    examples = {**example_dims(config, pairs), **fixed}
 
     progress("trace")
     write_reference(unet, family, specs, examples, out / REFERENCE_FILE)
-    program = export_program(unet, family, specs, examples, fixed, multiple)
+    program = export_program(unet, family, specs, examples, fixed, multiple, pairs)
     progress("convert")
     noise = family.noise(config, specs[0].dtype).fixed(fixed)
     model, parameters = to_onnx(program, [spec.name for spec in specs], [NOISE_PRED], opset, "unet.")
@@ -182,6 +199,7 @@ def export_program(
     dims: Mapping[str, int],
     fixed: Mapping[str, int],
     multiple: int,
+    pairs: bool = False,
 ) -> torch.export.ExportedProgram:
     """The UNet as a PyTorch program with flat inputs and symbolic shapes.
 
@@ -189,6 +207,7 @@ def export_program(
         dims: of the example inputs that the UNet is traced with.
         fixed: the dimensions to leave static.
         multiple: that symbolic height and width are a multiple of.
+        pairs: whether the batch is even.
     """
     import torch
 
@@ -207,7 +226,7 @@ def export_program(
             assert isinstance(output, torch.Tensor)
             return output
 
-    symbol = dim_symbols(multiple, largest_batch=_LARGEST_TRACED_BATCH, moving=moving)
+    symbol = dim_symbols(multiple, largest_batch=_LARGEST_TRACED_BATCH, moving=moving, pairs=pairs)
     dynamic = tuple(
         {axis: symbol(dim) for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in left_open
     )
@@ -216,18 +235,24 @@ def export_program(
         return torch.export.export(Flat().eval(), examples, dynamic_shapes=(dynamic,), strict=False)
 
 
-def dim_symbols(multiple: int, largest_batch: int | None = None, moving: bool = False) -> Callable[[str], Any]:
+def dim_symbols(
+    multiple: int, largest_batch: int | None = None, moving: bool = False, pairs: bool = False
+) -> Callable[[str], Any]:
     """From a dimension of a ``TensorSpec``, ``"height"`` or ``"height/4"``, to PyTorch's symbol for it.
 
     Args:
         multiple: that height and width are a multiple of; no divisor is larger.
         largest_batch: None for no limit.
         moving: of a video UNet, whose batch and frames PyTorch relates by itself: its named symbols know no products.
+        pairs: whether the batch is even.
     """
     import torch
 
     units = {side: torch.export.Dim(f"_{side}") for side in ("height", "width")}
-    whole = {"batch": torch.export.Dim("batch", max=largest_batch), "sequence": torch.export.Dim("sequence")}
+    batch = torch.export.Dim("batch", max=largest_batch)
+    if pairs:
+        batch = 2 * torch.export.Dim("_pairs", max=largest_batch and largest_batch // 2)
+    whole = {"batch": batch, "sequence": torch.export.Dim("sequence")}
 
     def symbol(dim: str) -> Any:
         parts = factors(dim)

@@ -38,6 +38,6 @@ def call(unet: torch.nn.Module, specs: Sequence[TensorSpec], tensors: Sequence[t
     # Each input's batch is a symbol of its own until here.
     batches = [tensor.shape[0] for spec, tensor in zip(specs, tensors, strict=True) if spec.shape[0] == "batch"]
     for batch in batches[1:]:
-        torch._check(batch == batches[0])
+        torch._check(batch == batches[0])  # type: ignore[no-untyped-call]
     with Expanding():
         return unet(**arguments)

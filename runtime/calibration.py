@@ -92,7 +92,7 @@ class Calibration:
         """Denoise with this pair as the UNet; see ``engines.calibrate.Calibrator``."""
         from .unet import UNet
 
-        unet = UNet(pair, source.config)
+        unet = UNet(pair, source.config, attention=source.attention)
         pipe = _text_to_image(source, unet)
         if pipe is None:
             progress("calibrate on latents denoised from noise, with random conditioning: there is no pipeline")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from ..errors import UserError
+from ..errors import ShapeError, UserError
+from ..exporter.attention import PROCESSORS
 
 
 def _refusal(what: str, remedy: str) -> Callable[..., NoReturn]:
@@ -66,12 +67,52 @@ class EagerOnly:
 
     enable_gradient_checkpointing = _training
 
+    _built_attention: str | None
+    _set_attention: Any
+
     @property
-    def attn_processors(self) -> Mapping[str, Any]:
-        """None that could be replaced."""
-        return {}
+    def attn_processors(self) -> Any:
+        """What ``set_attn_processor`` was given, to be set back later; at first {}, none that could be replaced."""
+        return {} if self._set_attention is None else self._set_attention
 
     def set_attn_processor(self, processor: Any, *args: Any, **kwargs: Any) -> None:
-        """Takes back what ``attn_processors`` gave, nothing else."""
-        if processor != self.attn_processors:
+        """Takes what ``attn_processors`` gave, and the processors of the kind of attention that the engines have.
+
+        Raises:
+            UserError: another kind than they were built with.
+        """
+        kind = _kind_of(processor)
+        if processor not in ({}, self.attn_processors) and (kind is None or kind != self._built_attention):
+            if kind is not None:
+                raise UserError(
+                    f"the pipeline sets {kind} attention, which this UNet was built without: "
+                    f"build the bundle with --attention {kind}"
+                )
             _attention(self)
+        self._set_attention = None if processor == {} else processor
+
+    def check_attention(self, batch: int) -> None:
+        """Hold a call against the kind of attention that the engines compute.
+
+        Raises:
+            UserError: the pipeline has not set it, or the batch has no two halves.
+        """
+        if self._built_attention is None:
+            return
+        if batch % 2:
+            raise ShapeError(
+                f"{self._built_attention} attention takes frames without the prompt and as many with it, not {batch}: "
+                "use guidance"
+            )
+        if self._set_attention is None:
+            raise UserError(
+                f"this UNet was built with {self._built_attention} attention, which this pipeline does not use: "
+                "build a bundle without it"
+            )
+
+
+def _kind_of(processor: Any) -> str | None:
+    """The kind of attention of a processor of diffusers; the batch must be guidance's two halves."""
+    name = type(processor).__name__
+    found = [kind for kind, classes in PROCESSORS.items() if name in classes]
+    return found[0] if found and getattr(processor, "batch_size", None) == 2 else None

@@ -30,12 +30,16 @@ class EngineModel(EagerOnly, ModelMixin, ConfigMixin):  # type: ignore[misc]  # 
         config: as diffusers wrote it, with ``_class_name``.
         device: where the engines run.
         dtype: of the engines' latents.
+        attention: the kind that they were exported with, None for the UNet's own.
     """
 
     config_name = "config.json"
 
-    def __init__(self, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype, attention: str | None = None
+    ) -> None:
         super().__init__()
+        self._built_attention, self._set_attention = attention, None
         self.register_to_config(**_with_defaults(config))
         self._device = device
         self._dtype = dtype

@@ -57,6 +57,7 @@ class UNet(TakesLoras, EngineModel):
     Args:
         pair: the opened engines, which this object then owns and closes.
         config: the UNet's config as diffusers wrote it, with ``_class_name``.
+        attention: the kind that the UNet was exported with, None for its own.
         bound_shapes: for how many sets of input shapes buffers are kept; the one unused for longest goes first.
         stored: gives the weights that the engines were built with, for LoRAs; None if nobody has them.
     """
@@ -66,10 +67,11 @@ class UNet(TakesLoras, EngineModel):
         pair: EnginePair,
         config: Mapping[str, Any],
         *,
+        attention: str | None = None,
         bound_shapes: int = 2,
         stored: Callable[[], StoredWeights] | None = None,
     ) -> None:
-        super().__init__(config, _with_index(pair.device), pair.inputs["sample"].torch_dtype())
+        super().__init__(config, _with_index(pair.device), pair.inputs["sample"].torch_dtype(), attention)
         self.record_times = False
         """Whether ``last_run`` has seconds. On a GPU this waits for the device at every call."""
         self.advise = True
@@ -139,7 +141,8 @@ class UNet(TakesLoras, EngineModel):
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         entry = opened.find(engine, device=device, precision=precision, inference_precision=inference_precision)
         pair = opened.pair(entry, device=device, **options)
-        return cls(pair, opened.unet_config, stored=lambda: opened.weights(entry))
+        attention = opened.manifest.source.attention
+        return cls(pair, opened.unet_config, attention=attention, stored=lambda: opened.weights(entry))
 
     # The schedule
 
@@ -293,6 +296,7 @@ class UNet(TakesLoras, EngineModel):
             ShapeError: shapes that the engines were not built for.
             UserError: an input that they do not have, or that only an eager UNet can use.
         """
+        self.check_attention(sample.shape[0])
         refuse_ignored(
             sample,
             cross_attention_kwargs,
@@ -414,7 +418,7 @@ class UNet(TakesLoras, EngineModel):
     @property
     def attn_processors(self) -> Mapping[str, Any]:
         """Those of IP-Adapters, which hold their scales; no other could be replaced."""
-        return {} if self.image_prompts is None else self.image_prompts.processors
+        return super().attn_processors if self.image_prompts is None else self.image_prompts.processors
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Nothing but the names of the layers with IP-Adapters, where diffusers looks blocks up that get a scale."""

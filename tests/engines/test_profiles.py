@@ -234,3 +234,16 @@ def test_a_graph_without_dynamic_dimensions_has_a_profile_that_covers_it() -> No
     check(made, static, multiple=8)
     assert made[0].shapes(static.values()) == {"sample": ((2, 4, 64, 64),) * 3}
     assert select(made, {}) == 0
+
+
+VIDEO = {
+    "sample": TensorSpec("sample", "float32", ("batch", 4, "frames", "height", "width")),
+    "encoder_hidden_states": TensorSpec("encoder_hidden_states", "float32", ("batch*frames", "sequence", 768)),
+}
+
+
+def test_a_videos_profiles_take_its_own_length_and_one_guided_video() -> None:
+    static, dynamic = in_pixels(VIDEO, multiple=8, static=["512x512"], dynamic="256..512", frames=16)
+    assert {sizes["frames"] for profile in (static, dynamic) for sizes in (profile.min, profile.max)} == {16}
+    assert (dynamic.min["batch"], dynamic.opt["batch"], dynamic.max["batch"]) == (1, 2, 2)
+    assert static.shapes(VIDEO.values())["encoder_hidden_states"][2] == (32, 4 * 77, 768)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offcut.errors import InternalError, ShapeError
-from offcut.exporter.specs import TensorSpec, solve, symbols
+from offcut.exporter.specs import Factors, TensorSpec, factors, is_dim, solve, symbols
 
 SPECS = {
     "sample": TensorSpec("sample", "float32", ("batch", 4, "height", "width")),
@@ -33,6 +33,58 @@ def test_solving_undoes_resolving(dims: dict[str, int]) -> None:
 def test_a_divided_dimension_is_that_part_of_the_latent(dims: dict[str, int], divisor: int) -> None:
     feature = TensorSpec("feature", "float32", ("batch", 32, f"height/{divisor}", f"width/{divisor}"))
     assert feature.resolve(dims) == (dims["batch"], 32, dims["height"] // divisor, dims["width"] // divisor)
+
+
+@given(
+    st.integers(1, 99),
+    st.lists(st.sampled_from(["batch", "frames", "height"]), min_size=1, max_size=2, unique=True),
+    st.integers(1, 9),
+)
+def test_a_dimension_is_read_as_it_was_written(number: int, names: list[str], divisor: int) -> None:
+    made = Factors(number, tuple(names), divisor)
+    assert factors(str(made)) == made
+    assert is_dim(str(made))
+
+
+@pytest.mark.parametrize(
+    "text", ["channels", "batch*", "*frames", "0*frames", "height/0", "batch-frames", "s0*s1", "7"]
+)
+def test_what_offcut_does_not_write_is_no_dimension(text: str) -> None:
+    assert not is_dim(text)
+
+
+VIDEO = {
+    "sample": TensorSpec("sample", "float32", ("batch", 4, "frames", "height", "width")),
+    "timestep": TensorSpec("timestep", "float32", ("batch",)),
+    "encoder_hidden_states": TensorSpec("encoder_hidden_states", "float32", ("batch*frames", "sequence", 16)),
+}
+
+
+@given(DIMS, st.integers(1, 64), st.sets(st.sampled_from(["batch", "frames", "height", "sequence"])))
+def test_solving_undoes_resolving_with_products_whatever_is_fixed(
+    dims: dict[str, int], frames: int, known: set[str]
+) -> None:
+    dims = {**dims, "frames": frames}
+    fixed = {name: dims[name] for name in known}
+    specs = {name: spec.fixed(fixed) for name, spec in VIDEO.items()}
+    shapes = {name: spec.resolve(dims) for name, spec in VIDEO.items()}
+    assert {name: spec.resolve(dims) for name, spec in specs.items()} == shapes
+    left = {name: size for name, size in dims.items() if name not in known}
+    assert solve(specs, shapes, multiple=8) == left
+    assert set(symbols(specs.values())) == set(left)
+
+
+def test_a_product_with_one_factor_fixed_keeps_the_other() -> None:
+    text = VIDEO["encoder_hidden_states"]
+    assert text.fixed({"batch": 2}).shape == ("2*frames", "sequence", 16)
+    assert text.fixed({"frames": 14}).shape == ("14*batch", "sequence", 16)
+    assert text.fixed({"batch": 2, "frames": 14}).shape == (28, "sequence", 16)
+
+
+def test_a_product_that_the_latent_contradicts_is_refused() -> None:
+    shapes = {"sample": (2, 4, 3, 8, 8), "timestep": (2,), "encoder_hidden_states": (2, 7, 16)}
+    with pytest.raises(ShapeError, match=r"encoder_hidden_states has shape \[2, 7, 16\], .* with batch\*frames = 6"):
+        solve(VIDEO, shapes)
 
 
 def test_symbols_are_listed_once_in_order_of_first_use_and_undivided() -> None:

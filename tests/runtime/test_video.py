@@ -170,7 +170,7 @@ def test_a_motion_adapter_apart_from_its_unet_is_refused(
 
 
 def test_int8_is_not_for_videos(video_dir: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="int8 is calibrated on images: build a video UNet in fp32, fp16 or bf16"):
+    with pytest.raises(EngineError, match="calibrated on images: build a UNet for videos in fp32, fp16 or bf16"):
         offcut.build(
             video_dir("svd"),
             tmp_path / "out",
