@@ -89,7 +89,7 @@ def locate(
             f"{model} has no {Path(subfolder) / 'config.json'}; "
             "give a diffusers pipeline or UNet directory (subfolder= names the UNet's folder)"
         )
-    config = with_adapters(_read_config(config_file), ip_adapters)
+    config = with_adapters(_read_config(config_file), ip_adapters, root)
     family_of(config)
     return ModelSource(str(model), root, subfolder, commit, variant, config, tuple(ip_adapters))
 
