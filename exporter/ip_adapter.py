@@ -12,6 +12,8 @@ A UNet with IP-Adapters is another model than the same without: its config says 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +45,8 @@ class IPAdapter:
         path: its weights, one safetensors file as published (``ip-adapter_sd15.safetensors``).
         scale: how strong it is until ``pipe.set_ip_adapter_scale`` says otherwise.
         images: how many images it takes at once.
-        tokens: of an image, for an adapter that reads them all (Plus); CLIP ViT-H's by default.
+        tokens: of an image, for an adapter that reads them all (Plus); None for those of the pipeline's own image
+            encoder, or of CLIP ViT-H where it has none.
 
     Raises:
         ModelError: a number is out of its range.
@@ -52,11 +55,11 @@ class IPAdapter:
     path: Path
     scale: float = 1.0
     images: int = 1
-    tokens: int = _CLIP_TOKENS
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
-        if self.images < 1 or self.tokens < 1:
+        if self.images < 1 or (self.tokens is not None and self.tokens < 1):
             raise ModelError(f"the IP-Adapter {self.path} needs at least one image of one token")
 
     @classmethod
@@ -102,8 +105,8 @@ class IPAdapter:
             raise ModelError(f"{self.path} is no IP-Adapter: its tensors are not named image_proj and ip_adapter")
         return found
 
-    def record(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, Any]:
-        """What the UNet's config says of it.
+    def record(self, weights: Mapping[str, Mapping[str, torch.Tensor]], tokens: int) -> dict[str, Any]:
+        """What the UNet's config says of it; ``tokens`` are the pipeline's of an image.
 
         Raises:
             ModelError: a kind that cannot be built in.
@@ -121,7 +124,7 @@ class IPAdapter:
         elif "norm.weight" in projection and "proj.0.weight" in projection:
             shape = [projection["proj.0.weight"].shape[1]]
         elif "latents" in projection and "proj_in.weight" in projection:
-            shape = [self.tokens, projection["proj_in.weight"].shape[1]]
+            shape = [self.tokens or tokens, projection["proj_in.weight"].shape[1]]
         else:
             raise ModelError(f"{self.path} is of a kind of IP-Adapter that offcut does not know")
         with self.path.open("rb") as file:
@@ -134,8 +137,12 @@ class IPAdapter:
         }
 
 
-def with_adapters(config: Config, adapters: Sequence[IPAdapter]) -> dict[str, Any]:
+def with_adapters(config: Config, adapters: Sequence[IPAdapter], root: Path) -> dict[str, Any]:
     """The config of a UNet with these IP-Adapters built in.
+
+    Args:
+        config: of the UNet without.
+        root: of its pipeline, which may have an image encoder.
 
     Raises:
         ModelError: the UNet takes none, or a file is of no kind that can be built in.
@@ -146,7 +153,7 @@ def with_adapters(config: Config, adapters: Sequence[IPAdapter]) -> dict[str, An
         raise ModelError(
             f"this {config.get('_class_name')} takes no IP-Adapter: give a UNet2DConditionModel without encoder_hid_dim"
         )
-    records = [adapter.record(adapter.weights()) for adapter in adapters]
+    records = [adapter.record(adapter.weights(), _tokens(root)) for adapter in adapters]
     return {**config, CONFIG_KEY: records, LAYERS_KEY: _layers(config), "encoder_hid_dim_type": PROJECTION}
 
 
@@ -170,6 +177,9 @@ def load_into(unet: torch.nn.Module, adapters: Sequence[IPAdapter]) -> None:
     """
 
     weights = [adapter.weights() for adapter in adapters]
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of a cast to the dtype that the UNet has anyway
     try:
         unet._load_ip_adapter_weights(weights)  # type: ignore[operator]  # diffusers' own
     except (KeyError, RuntimeError, ValueError) as error:
@@ -177,6 +187,8 @@ def load_into(unet: torch.nn.Module, adapters: Sequence[IPAdapter]) -> None:
             f"the IP-Adapter {', '.join(str(adapter.path) for adapter in adapters)} was made for another UNet: "
             "give one of this model's kind"
         ) from error
+    finally:
+        logger.setLevel(level)
     scales: list[torch.Tensor] = []
 
     def take(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -211,6 +223,15 @@ def nest(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def is_embeds(name: str) -> bool:
     """Whether this input is an adapter's images."""
     return name.startswith(f"{IMAGE_EMBEDS}_")
+
+
+def _tokens(root: Path) -> int:
+    """Of an image, as the pipeline's image encoder gives them: one for each patch, and one for the whole."""
+    file = root / "image_encoder" / "config.json"
+    if not file.is_file():
+        return _CLIP_TOKENS
+    sizes = json.loads(file.read_text(encoding="utf-8"))
+    return int(sizes.get("image_size", 224) // sizes.get("patch_size", 32)) ** 2 + 1  # CLIP's defaults
 
 
 def _layers(config: Config) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from .attention import ATTENTION, PIPELINES
-from .families import Family, family_of
+from .families import FAMILIES, Family, family_of
 from .ip_adapter import IPAdapter, load_into, with_adapters
 from .lora import Scaled, fuse, read
 
@@ -95,11 +95,16 @@ def locate(
         subfolder = "" if _is_unet(root) else "unet"
     config_file = root / subfolder / "config.json"
     if not config_file.is_file():
+        if transformer := _transformer_of(root):
+            raise ModelError(
+                f"{model} denoises with a transformer ({transformer}), which has no skip connections to cut: "
+                f"offcut takes pipelines with a UNet ({', '.join(FAMILIES)}), such as Stable Diffusion 1.5, 2.1 and XL"
+            )
         raise ModelError(
             f"{model} has no {Path(subfolder) / 'config.json'}; "
             "give a diffusers pipeline or UNet directory (subfolder= names the UNet's folder)"
         )
-    config = with_adapters(_read_config(config_file), ip_adapters)
+    config = with_adapters(_read_config(config_file), ip_adapters, root)
     family_of(config)
     for each in loras:
         read(each.path, config)
@@ -186,6 +191,16 @@ def _fetch(model: str, revision: str | None, variant: str | None) -> tuple[Path,
         raise ModelError(f"{model} is no directory here and could not be fetched: {_first_sentence(error)}") from error
     # snapshot_download's path ends in snapshots/<commit>.
     return Path(root), Path(root).name
+
+
+def _transformer_of(root: Path) -> str | None:
+    """The class of a pipeline's transformer; None for one without, or where there is no pipeline."""
+    try:
+        parts = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
+        library, name = parts["transformer"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if library is None else str(name)
 
 
 def _is_unet(folder: Path) -> bool:

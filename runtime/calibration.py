@@ -93,6 +93,7 @@ class Calibration:
         from .unet import UNet
 
         unet = UNet(pair, source.config, attention=source.attention)
+        unet.advise = False  # nobody saves time here
         pipe = _text_to_image(source, unet)
         if pipe is None:
             progress("calibrate on latents denoised from noise, with random conditioning: there is no pipeline")

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,7 +201,7 @@ class UNet(TakesLoras, EngineModel):
             ScheduleError: the schedule needs the number of calls.
             UserError: another generation is under way.
         """
-        begun = Generation(self._schedule, self._cut, calls if calls is None else self._advised(calls, scheduler))
+        begun = Generation(self._schedule, self._cut, self._advised(calls, scheduler))
         with self._exclusively():
             if self._announced is not None:
                 raise UserError(
@@ -215,15 +215,20 @@ class UNet(TakesLoras, EngineModel):
             self._ranges.end()
             self._announced = self._announced_by = None
 
-    def _advised(self, calls: int | Callable[[], int], scheduler: object) -> Calls:
+    def _advised(self, calls: Calls, scheduler: object) -> Calls:
         """The same number of calls; once it is known, the user is told if caching is unlikely to pay in so many."""
-        if not isinstance(calls, int):
-            return lambda: self._advised(calls(), scheduler)
-        advice = against_caching(self._schedule, calls, self.config, scheduler) if self.advise else None
-        if advice is not None:
-            logger.warning(advice)
-            self.advise = False
-        return calls
+        if calls is None:
+            return None
+
+        def known() -> int:
+            count = calls if isinstance(calls, int) else calls()
+            advice = against_caching(self._schedule, count, self.config, scheduler) if self.advise else None
+            if advice is not None:
+                logger.warning(advice)
+                self.advise = False
+            return count
+
+        return known() if isinstance(calls, int) else known
 
     def reset(self) -> None:
         """Make the next call full, and, where nobody announces generations, the first of a new one."""

@@ -153,6 +153,19 @@ def test_a_pipeline_of_a_transformer_is_refused(name: str, tmp_path: Path) -> No
         assert "no skip connections to cut" in refusal(lambda: locate(tmp_path))
 
 
+def test_a_transformers_pipeline_is_refused_with_the_reason_and_what_is_taken(tmp_path: Path) -> None:
+    index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text('{"_class_name": "SD3Transformer2DModel"}', encoding="utf-8")
+    message = refusal(lambda: locate(tmp_path))
+    assert "a transformer (SD3Transformer2DModel), which has no skip connections to cut" in message
+    assert "UNet2DConditionModel, UNet2DModel" in message
+    for nothing in ('{"_class_name": "X", "transformer": [null, null]}', '{"_class_name": "X"}', "[]", "{"):
+        (tmp_path / "model_index.json").write_text(nothing, encoding="utf-8")
+        assert "has no unet/config.json" in refusal(lambda: locate(tmp_path)).replace("\\", "/")
+
+
 def test_pickled_weights_are_never_read(unet: Path) -> None:
     """The file would create ``stamp`` when it is unpickled."""
     import pickle

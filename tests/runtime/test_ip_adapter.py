@@ -18,7 +18,6 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 import offcut
 from offcut.errors import BundleError, EngineError, ModelError, UserError
-from offcut.exporter.ip_adapter import IPAdapter
 
 pytestmark = pytest.mark.slow
 
@@ -64,10 +63,7 @@ def model(parts: dict[str, Any], once: Any) -> Path:
 @pytest.fixture(scope="module")
 def bundle(model: Path, once: Any) -> Path:
     """With both adapters; the Plus one takes two images."""
-    files = [
-        f"{model / 'adapters' / 'plain.safetensors'}:0.6",
-        IPAdapter(model / "adapters" / "plus.safetensors", 0.8, images=2, tokens=TOKENS),
-    ]
+    files = [f"{model / 'adapters' / 'plain.safetensors'}:0.6", f"{model / 'adapters' / 'plus.safetensors'}:0.8:2"]
 
     def build(path: Path) -> None:
         offcut.build(

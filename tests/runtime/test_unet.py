@@ -231,7 +231,7 @@ def test_gradients_are_refused_not_dropped(unet: UNet) -> None:
         ({"down_intrablock_additional_residuals": (torch.ones(1),)}, "--adapter t2i-adapter"),
         ({"cross_attention_kwargs": {"scale": 0.5}}, "give the scale to pipe.set_adapters"),
         ({"cross_attention_kwargs": {"gligen": {}}}, "gligen"),
-        ({"added_cond_kwargs": {"image_embeds": [torch.ones(1)]}}, "--ip-adapter"),
+        ({"added_cond_kwargs": {"image_embeds": [torch.ones(1)]}}, "build the bundle with --ip-adapter"),
         ({"added_cond_kwargs": {"text_embeds": torch.ones(2, 6)}}, "no input text_embeds"),
         ({"class_labels": torch.ones(2)}, "no input class_labels"),
         ({"timestep_cond": torch.ones(2, 8)}, "no input timestep_cond"),

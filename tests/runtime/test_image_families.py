@@ -1,0 +1,325 @@
+"""Each kind of image pipeline at interval 3, through diffusers' own class, against eager reuse of the same feature.
+
+The reference computes the whole UNet at every call and replaces one tensor by hook; see ``_CachingReference``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from models import _lively, save_unet
+from transformers import CLIPConfig, CLIPImageProcessor
+from unets import UNCONDITIONAL
+
+import offcut
+from offcut.runtime.schedule import Uniform
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers' use of NumPy
+]
+
+SAME = 100.0
+"""Decibels from which two results count as the same one."""
+
+SMALL = {"sample_size": 16, "block_out_channels": (8, 16), "use_linear_projection": True}
+SDXL = {**SMALL, "addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+UNETS: dict[str, dict[str, Any]] = {
+    "sd": {"sample_size": 16, "cross_attention_dim": 32},
+    "inpaint": {**SMALL, "in_channels": 9},
+    "sdxl": {**SDXL, "projection_class_embeddings_input_dim": 6 * 4 + 10},
+    "sdxl-inpaint": {**SDXL, "projection_class_embeddings_input_dim": 6 * 4 + 10, "in_channels": 9},
+    "refiner": {**SDXL, "projection_class_embeddings_input_dim": 5 * 4 + 1280},
+    # LDM-4-G: three levels, an embedded class as the only thing to attend to.
+    "ldm-class": {
+        "sample_size": 16,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 24,
+    },
+}
+UNCONDITIONALS: dict[str, dict[str, Any]] = {
+    "unconditional": UNCONDITIONAL,
+    "class": {**UNCONDITIONAL, "num_class_embeds": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def pair_of(once: Any, parts: dict[str, Any]) -> Iterator[Callable[[str], tuple[Any, offcut.UNet]]]:
+    """The eager UNet of a family and the stand-in on its bundle, each made once."""
+    made: dict[str, tuple[Any, offcut.UNet]] = {}
+
+    def make(name: str) -> tuple[Any, offcut.UNet]:
+        if name not in made:
+            folder = once(f"family-{name}", lambda path: _save(name, path, parts))
+            bundle = once(f"family-{name}.offcut", lambda path: offcut.build(folder, path, engine="onnxruntime"))
+            kind = diffusers.UNet2DConditionModel if name in UNETS else diffusers.UNet2DModel
+            unet = offcut.UNet.load(bundle, threads=1)
+            unet.advise = False
+            source = folder / "unet" if name == "sd" else folder
+            made[name] = kind.from_pretrained(source).eval(), unet
+        return made[name]
+
+    yield make
+    for _, unet in made.values():
+        unet.close()
+
+
+def _save(name: str, path: Path, parts: dict[str, Any]) -> None:
+    """A bare UNet; for Stable Diffusion a pipeline with a safety checker that takes offence at whatever it sees."""
+    if name not in UNETS:
+        torch.manual_seed(0)
+        _lively(diffusers.UNet2DModel(**UNCONDITIONALS[name])).save_pretrained(path)
+        return
+    if name != "sd":
+        save_unet(path, **UNETS[name])
+        return
+    network = diffusers.UNet2DConditionModel.from_pretrained(save_unet(path / "bare", **UNETS[name]))
+    vision = {
+        "hidden_size": 12,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=12))
+    with torch.no_grad():
+        checker.concept_embeds_weights.fill_(-2)  # every image is closer to every concept
+    extractor = CLIPImageProcessor(size=8, crop_size=8)
+    given = parts | {"unet": network, "safety_checker": checker, "feature_extractor": extractor}
+    diffusers.StableDiffusionPipeline(**given).save_pretrained(path)
+
+
+def noise(*shape: int, seed: int = 3) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+PICTURE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(4))
+MASK = torch.zeros(1, 1, 64, 64)
+MASK[..., 16:48, 8:40] = 1
+EMBEDS = {"prompt_embeds": noise(1, 7, 16), "negative_prompt_embeds": noise(1, 7, 16, seed=5)}
+
+
+def pooled(width: int) -> dict[str, torch.Tensor]:
+    return EMBEDS | {
+        "pooled_prompt_embeds": noise(1, width, seed=6),
+        "negative_pooled_prompt_embeds": noise(1, width, seed=7),
+    }
+
+
+SD = ("sd", "StableDiffusionPipeline")
+IMG2IMG = ("sd", "StableDiffusionImg2ImgPipeline")
+INPAINT = ("inpaint", "StableDiffusionInpaintPipeline")
+XL, XL_IMG2IMG = ("sdxl", "StableDiffusionXLPipeline"), ("sdxl", "StableDiffusionXLImg2ImgPipeline")
+XL_INPAINT = ("sdxl-inpaint", "StableDiffusionXLInpaintPipeline")
+REFINER = ("refiner", "StableDiffusionXLImg2ImgPipeline")
+V_PREDICTION = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+TEXT = {"prompt": "a red square", "negative_prompt": "blue"}
+FILL = {"image": PICTURE, "mask_image": MASK, "height": 64, "width": 64}
+
+# Family and pipeline, what the call gets, the number of UNet calls, settings of the scheduler.
+CASES: dict[str, tuple[tuple[str, str], dict[str, Any], int, dict[str, Any]]] = {
+    "text2img": (SD, TEXT, 10, {}),
+    "no guidance": (SD, TEXT | {"guidance_scale": 1.0}, 10, {}),
+    "guidance rescaled": (SD, TEXT | {"guidance_rescale": 0.7}, 10, {}),
+    "clip skip": (SD, TEXT | {"clip_skip": 1}, 10, {}),
+    "prompt embeddings": (SD, {"prompt_embeds": noise(1, 9, 32), "negative_prompt_embeds": noise(1, 9, 32)}, 10, {}),
+    "three images of a prompt": (SD, TEXT | {"num_images_per_prompt": 3}, 10, {}),
+    "two prompts, landscape": (SD, {"prompt": ["a cat", "a dog"], "height": 48, "width": 96}, 10, {}),
+    "large portrait": (SD, TEXT | {"height": 128, "width": 72}, 10, {}),
+    "SD 2 v-prediction": (SD, TEXT, 10, V_PREDICTION),
+    "img2img 0.3": (IMG2IMG, TEXT | {"image": PICTURE, "strength": 0.3}, 3, {}),
+    "img2img 0.75": (IMG2IMG, TEXT | {"image": PICTURE, "strength": 0.75}, 7, {}),
+    "img2img 1.0": (IMG2IMG, TEXT | {"image": PICTURE, "strength": 1.0}, 10, {}),
+    "inpaint": (INPAINT, EMBEDS | FILL, 10, {}),
+    "inpaint 0.6": (INPAINT, EMBEDS | FILL | {"strength": 0.6}, 6, {}),
+    "SDXL": (XL, pooled(10), 10, {}),
+    "SDXL sizes and crops": (
+        XL,
+        pooled(10) | {"original_size": (99, 77), "crops_coords_top_left": (3, 5), "target_size": (64, 48)},
+        10,
+        {},
+    ),
+    "SDXL base to refiner": (XL, pooled(10) | {"denoising_end": 0.8}, 8, {}),
+    "SDXL img2img": (XL_IMG2IMG, pooled(10) | {"image": PICTURE, "strength": 0.5}, 5, {}),
+    "SDXL refiner": (REFINER, pooled(1280) | {"image": PICTURE, "strength": 0.5, "aesthetic_score": 5.0}, 5, {}),
+    "SDXL refiner of latents": (REFINER, pooled(1280) | {"image": noise(1, 4, 16, 16), "denoising_start": 0.4}, 6, {}),
+    "SDXL inpaint": (XL_INPAINT, pooled(10) | FILL | {"strength": 0.9999}, 9, {}),
+}
+
+
+def pipeline(kind: str, unet: Any, parts: dict[str, Any], scheduler: Any) -> Any:
+    vae = parts["vae"]
+    if kind.startswith("StableDiffusionXL"):
+        more = {"requires_aesthetics_score": unet.config["projection_class_embeddings_input_dim"] == 5 * 4 + 1280}
+        pipe = getattr(diffusers, kind)(
+            vae=vae,
+            text_encoder=None,
+            text_encoder_2=None,
+            tokenizer=None,
+            tokenizer_2=None,
+            unet=unet,
+            scheduler=scheduler,
+            **({} if kind == "StableDiffusionXLPipeline" else more),
+        )
+    else:
+        names = ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+        settings = {name: parts[name] for name in names} | {"unet": unet, "scheduler": scheduler}
+        pipe = getattr(diffusers, kind)(**settings, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_pipeline_makes_what_deepcache_in_eager_pytorch_would(
+    name: str,
+    pair_of: Callable[[str], tuple[Any, offcut.UNet]],
+    parts: dict[str, Any],
+    generate: Callable[..., torch.Tensor],
+    cached_by_call: Callable[..., Any],
+    decibels: Callable[[torch.Tensor, torch.Tensor], float],
+) -> None:
+    (family, kind), given, calls, settings = CASES[name]
+    if "clip_skip" in given and not hasattr(parts["text_encoder"], "text_model"):
+        pytest.skip("this version of diffusers cannot skip layers of this version of transformers' CLIP")
+    network, unet = pair_of(family)
+    scheduler = EulerDiscreteScheduler if "XL" in kind else DDIMScheduler
+    base = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    config = base | ({} if "XL" in kind else {"clip_sample": False}) | settings
+    arguments = {"prompt": None, "guidance": given.get("guidance_scale", 5.0), **given}
+    arguments.pop("guidance_scale", None)
+
+    def run(module: Any) -> torch.Tensor:
+        pipe = pipeline(kind, module, parts, scheduler(**config))
+        return generate(offcut.attach(pipe, unet) if module is unet else pipe, **arguments)
+
+    with cached_by_call(network, 0, range(calls)) as counting:
+        uncached = run(network)
+    assert counting.calls == calls
+    with cached_by_call(network, 0, Uniform(3).full_calls(calls)):
+        expected = run(network)
+    for schedule, reference in ((None, uncached), (Uniform(3), expected)):
+        unet.set_schedule(schedule)
+        latents = run(unet)
+        assert unet.last_run is not None
+        assert unet.last_run.calls == calls
+        assert unet.last_run.timeline == "".join("#" if not schedule or i % 3 == 0 else "." for i in range(calls))
+        assert decibels(latents, reference) > SAME
+    assert decibels(expected, uncached) < SAME - 10
+    unet.set_schedule(None)
+
+
+@pytest.mark.parametrize("kind", ["DDIMPipeline", "DDPMPipeline"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_unconditional_pipelines(
+    kind: str,
+    batch: int,
+    pair_of: Callable[[str], tuple[Any, offcut.UNet]],
+    cached_by_call: Callable[..., Any],
+    decibels: Callable[[torch.Tensor, torch.Tensor], float],
+) -> None:
+    network, unet = pair_of("unconditional")
+    steps = 12
+
+    def run(module: Any) -> torch.Tensor:
+        scheduler = DDIMScheduler() if kind == "DDIMPipeline" else DDPMScheduler()
+        pipe = getattr(diffusers, kind)(unet=module, scheduler=scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        pipe = offcut.attach(pipe, unet) if module is unet else pipe
+        generator = torch.Generator().manual_seed(0)
+        images = pipe(batch_size=batch, generator=generator, num_inference_steps=steps, output_type="np").images
+        assert images.shape == (batch, 8, 8, 3)
+        return torch.from_numpy(images)
+
+    unet.set_schedule(Uniform(3))
+    cached = run(unet)
+    assert unet.last_run is not None
+    assert unet.last_run.timeline == "#.." * 4
+    with cached_by_call(network, 0, range(0, steps, 3)):
+        expected = run(network)
+    assert decibels(cached, expected) > SAME
+    unet.set_schedule(None)
+    uncached = run(network)
+    assert decibels(run(unet), uncached) > SAME
+    assert decibels(expected, uncached) < SAME - 10
+
+
+def _classes(labels: torch.Tensor, guided: bool) -> dict[str, Any]:
+    return {"class_labels": labels}
+
+
+def _embedded_class(labels: torch.Tensor, guided: bool) -> dict[str, Any]:
+    """As latent diffusion does on ImageNet: one token, which stands for no class where nothing is asked for."""
+    table = noise(6, 1, 24, seed=9)
+    return {"encoder_hidden_states": table[torch.cat([torch.full_like(labels, 5), labels]) if guided else labels]}
+
+
+@pytest.mark.parametrize(
+    ("family", "condition", "guided"),
+    [("class", _classes, False), ("ldm-class", _embedded_class, True), ("ldm-class", _embedded_class, False)],
+    ids=["UNet2DModel", "LDM with guidance", "LDM"],
+)
+def test_class_conditional_models_in_a_loop_of_ones_own(
+    family: str,
+    condition: Callable[[torch.Tensor, bool], dict[str, Any]],
+    guided: bool,
+    pair_of: Callable[[str], tuple[Any, offcut.UNet]],
+    cached_by_call: Callable[..., Any],
+    decibels: Callable[[torch.Tensor, torch.Tensor], float],
+) -> None:
+    network, unet = pair_of(family)
+    steps = 10
+
+    def denoise(module: Any, labels: tuple[int, ...] = (1, 4)) -> torch.Tensor:
+        scheduler = DDIMScheduler(clip_sample=False)
+        scheduler.set_timesteps(steps)
+        given = condition(torch.tensor(labels), guided)
+        latents = noise(2, 3, 8, 16)
+        with torch.no_grad():
+            for timestep in scheduler.timesteps:
+                sample = torch.cat([latents] * 2) if guided else latents
+                predicted = module(sample, timestep, **given).sample
+                if guided:
+                    without, with_class = predicted.chunk(2)
+                    predicted = without + 3.0 * (with_class - without)
+                latents = scheduler.step(predicted, timestep, latents).prev_sample
+        return latents
+
+    with cached_by_call(network, 0, range(0, steps, 3)):
+        expected = denoise(network)
+    unet.set_schedule(Uniform(3))
+    with unet.generation(calls=steps):
+        cached = denoise(unet)
+    assert unet.last_run is not None
+    assert unet.last_run.timeline == "#..#..#..#"
+    assert decibels(cached, expected) > SAME
+    with unet.generation(calls=steps):
+        assert decibels(denoise(unet, (2, 0)), expected) < 60  # the class is heeded
+    unet.set_schedule(None)
+    uncached = denoise(network)
+    assert decibels(denoise(unet), uncached) > SAME
+    assert decibels(expected, uncached) < SAME - 10
+
+
+def test_a_bundle_carries_the_safety_checker(pair_of: Callable[[str], tuple[Any, offcut.UNet]], once: Any) -> None:
+    pair_of("sd")
+    bundle = once("family-sd.offcut", lambda path: None)
+    for given, flagged in (({}, True), ({"safety_checker": None, "requires_safety_checker": False}, False)):
+        loaded = offcut.load(bundle, "onnxruntime", threads=1, **given)
+        loaded.set_progress_bar_config(disable=True)
+        loaded.unet.set_schedule(Uniform(3))
+        answer = loaded("a cat", num_inference_steps=3, output_type="np")
+        assert answer.nsfw_content_detected == ([True] if flagged else None)
+        assert answer.images.any() != flagged
+        loaded.unet.close()
