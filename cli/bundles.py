@@ -25,11 +25,13 @@ from .shell import (
     Revision,
     Subfolder,
     Variant,
+    bar,
     dims_of,
     loras_of,
     out,
     print_contract,
     print_json,
+    quiet_libraries,
     settings_of,
     stages,
 )
@@ -45,6 +47,7 @@ def _in(panel: str) -> dict[str, Any]:
 _SHAPES = "Shapes of compiled engines (TensorRT)"
 _COMPILE = "Compiled engines"
 _LOW = "Low precision (int8, fp8)"
+_TIME = "Where the time goes"
 
 
 def build(
@@ -166,11 +169,52 @@ def build(
     _print_bundle(bundle, as_json)
 
 
-def inspect(bundle: BundleArgument, as_json: Json = False) -> None:
-    """Show what a bundle holds: model, engines, cuts, inputs and outputs, digest."""
+def inspect(
+    bundle: BundleArgument,
+    timed: Annotated[
+        bool,
+        typer.Option("--time", help="Draw an image, and show which part of the pipeline takes how long.", **_in(_TIME)),
+    ] = False,
+    engine: Annotated[str, typer.Option(help="auto, or one of the bundle's.", **_in(_TIME))] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda.", **_in(_TIME))] = "cpu",
+    prompt: Annotated[str, typer.Option(help="What to draw.", **_in(_TIME))] = "a lighthouse in a storm",
+    steps: Annotated[int, typer.Option(help="Of the scheduler.", min=1, **_in(_TIME))] = 20,
+    interval: Annotated[int, typer.Option(help="Full UNet every N calls; 1 is uncached.", min=1, **_in(_TIME))] = 5,
+    height: Annotated[int | None, typer.Option(help="Of the image, in pixels.", **_in(_TIME))] = None,
+    width: Annotated[int | None, typer.Option(help="Of the image, in pixels.", **_in(_TIME))] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a bundle holds: model, engines, cuts, inputs and outputs, digest; with --time, where the time goes."""
     from ..engines.bundle import Bundle
 
-    _print_bundle(Bundle.open(bundle), as_json)
+    opened = Bundle.open(bundle)
+    if not timed:
+        _print_bundle(opened, as_json)
+        return
+    from dataclasses import asdict
+
+    from ..benchmarks.generate import Request, makes_videos
+    from ..benchmarks.parts import time_parts
+    from ..runtime.pipeline import load
+    from ..runtime.schedule import Uniform
+
+    quiet_libraries()
+    with stages() as stage:
+        stage("load the bundle")
+        pipe = load(opened, engine, device=device)
+    guidance = None if makes_videos(pipe) else 7.5
+    request = Request(prompt, None, steps, guidance, 0, height, width)
+    with bar(steps) as step:
+        parts = time_parts(pipe, request, Uniform(interval) if interval > 1 else None, on_step=step)
+    if as_json:
+        print_json({"path": str(opened.path), "digest": opened.digest, "parts": [asdict(part) for part in parts]})
+        return
+    table = Table("part", "runs in", box=SIMPLE)
+    for heading in ("calls", "seconds", "share"):
+        table.add_column(heading, justify="right")
+    for part in parts:
+        table.add_row(part.name, part.runs_in, str(part.calls), f"{part.seconds:.3f}", f"{part.share:.1%}")
+    out.print(table)
 
 
 def verify(

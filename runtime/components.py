@@ -35,6 +35,7 @@ class Network(torch.nn.Module):
         super().__init__()
         self._pair: EnginePair | None = pair
         self._bound: OrderedDict[tuple[tuple[int, ...], ...], BoundPair] = OrderedDict()
+        self.engine = pair.name
         self.device = pair.device
         self.dtype = next(iter(pair.outputs.values())).torch_dtype()
 

@@ -69,7 +69,7 @@ def test_images_are_those_of_eager_diffusers(pipe: Any, tiny_pipeline_dir: Path)
 
 def test_images_go_in_too(pipe: Any, tiny_pipeline_dir: Path) -> None:
     eager = StableDiffusionImg2ImgPipeline.from_pretrained(tiny_pipeline_dir)
-    ours = offcut.attach(StableDiffusionImg2ImgPipeline.from_pipe(pipe, unet=pipe.unet), pipe.unet)
+    ours = offcut.attach(StableDiffusionImg2ImgPipeline.from_pipe(pipe, unet=pipe.unet, vae=pipe.vae), pipe.unet)
     given = {"image": torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2)), "strength": 0.7}
     assert type(ours.vae) is type(pipe.vae)
     assert (image(ours, **given) - image(eager, **given)).abs().max() < TOLERANCE
