@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingExtraError, ModelError
+from ..errors import EngineError, MissingExtraError, ModelError
 from ..exporter.cut import TwinGraph
 from ..exporter.histogram import Histogram
 from ..exporter.observe import observe
@@ -88,6 +88,9 @@ class ObservingPair:
     def prepare(self, shapes: Mapping[str, Shape]) -> BoundObservingPair:
         buffers, dims = allocate_pair(self._graphs, shapes, self.device)
         return BoundObservingPair(self, buffers, dims)
+
+    def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
+        raise EngineError("a pair that is observed keeps its weights: fuse LoRAs when the bundle is built")
 
     def close(self) -> None:
         self._full.close()

@@ -167,7 +167,7 @@ def _text_to_image(source: ModelSource, unet: UNet) -> DiffusionPipeline | None:
     """The model's pipeline around this UNet, if it draws from a prompt alone."""
     import diffusers
 
-    from .pipeline import _dtype, _expecting_stand_in, attach
+    from .pipeline import _dtype, _expecting_stand_ins, attach
 
     if not source.is_pipeline:
         return None
@@ -175,7 +175,7 @@ def _text_to_image(source: ModelSource, unet: UNet) -> DiffusionPipeline | None:
     taken = inspect.signature(getattr(diffusers, name).__call__).parameters
     if "prompt" not in taken or "image" in taken:
         return None
-    with _expecting_stand_in():
+    with _expecting_stand_ins():
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             source.root, unet=unet, local_files_only=True, variant=source.variant, **_dtype(unet.dtype)
         )

@@ -106,7 +106,7 @@ class _TextEncoder(_InEngines):
 
         answers = self.network.run(input_ids)
         hidden = tuple(value for name, value in answers.items() if name.startswith("hidden_states_"))
-        shared = {"last_hidden_state": answers["last_hidden_state"]}
+        shared: dict[str, Any] = {"last_hidden_state": answers["last_hidden_state"]}
         if asked.get("output_hidden_states"):
             shared["hidden_states"] = hidden
         output = (
@@ -182,7 +182,7 @@ def _autoencoder(folder: Path, encoder: Network, decoder: Network) -> torch.nn.M
     return result
 
 
-def _without_layers(kind: type) -> Any:
+def _without_layers(kind: Any) -> Any:
     made = kind.__new__(kind)
     torch.nn.Module.__init__(made)
     return made

@@ -104,6 +104,9 @@ class TimedPair:
     def prepare(self, shapes: Mapping[str, Shape]) -> BoundPair:
         return _TimedBoundPair(self._pair.prepare(shapes), self.marks)
 
+    def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self._pair.refit(weights)
+
     def close(self) -> None:
         self._pair.close()
 

@@ -198,7 +198,7 @@ class Denoiser:
         for average in self.averages.values():
             average.update(self.step)
         self.step += 1
-        return loss.item()
+        return float(loss)
 
 
 def train_denoiser(
