@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from . import checkpoint, scenes
+from .denoiser_stage import DenoiserSettings
 from .score import Score
 
 _TEXT = """\
@@ -52,7 +53,10 @@ These pairs can be asked for, to see whether colour and shape combine.
 Autoencoder: {vae_steps} steps, last mean loss {vae_loss:.4f} (errors of pixels and of pixel differences,
 objects weighted five times){decoder}.
 Text encoder and UNet together: {steps} steps with AdamW in batches of {batches} pictures, 10 % of captions
-dropped, exponential moving average of the weights exported. Their loss is the mean squared error of the velocity:
+dropped, exponential moving average of the weights exported. Their loss is the mean squared error of the velocity, which
+counts {objects:g} times at objects. Two sets of small heads are trained beside them and dropped afterwards: on the text
+encoder, which object stands where (`reading.py`); on the UNet's decoder, which shape and colour each cell of the
+latent shows (`seeing.py`). The unweighted loss:
 
 | step | loss |
 |---|---|
@@ -133,6 +137,7 @@ def model_card(run: Path, directory: Path, *, guidance: float, steps: int, score
         batches=", later ".join(dict.fromkeys(str(int(row["batch"])) for row in rows)),
         decoder=_decoder(decoder_rows[-1]) if decoder_rows else "",
         steps=int(rows[-1]["step"]) if rows else 0,
+        objects=DenoiserSettings.objects,
         curve=_curve(rows),
         scores=_scores(scores),
         history=_history(run),
