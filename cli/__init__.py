@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
 from ..errors import UserError
 from . import bench, bundles, graphs, images
-from .shell import err
+from .shell import err, out
 
 app = typer.Typer(
     name="offcut",
@@ -20,6 +21,24 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        out.print(f"offcut {version('offcut')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
 
 _COMMANDS: dict[Callable[..., None], str] = {
     graphs.export: "offcut export stable-diffusion-v1-5/stable-diffusion-v1-5 -o sd15-onnx --precision fp16",

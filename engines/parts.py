@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Container
 from pathlib import Path
-from typing import Any
 
 from ..errors import ModelError
-from ..exporter.load import ModelSource
+from ..exporter.load import INDEX_FILE, ModelSource, read_index
 
-INDEX_FILE = "model_index.json"
 _SMALL = (".json", ".txt", ".model")
 _INDEX_OF_WEIGHTS = ".safetensors.index.json"
 
@@ -20,18 +17,7 @@ def pipeline_class(source: ModelSource) -> str | None:
     """The pipeline's class in diffusers; None for a bare UNet."""
     if not source.is_pipeline:
         return None
-    return str(_index(source)["_class_name"])
-
-
-def _index(source: ModelSource) -> dict[str, Any]:
-    file = source.root / INDEX_FILE
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{file} is not readable JSON; download or save the pipeline again") from error
-    if not isinstance(index, dict) or "_class_name" not in index:
-        raise ModelError(f"{file} names no pipeline class; download or save the pipeline again")
-    return index
+    return str(read_index(source.root)["_class_name"])
 
 
 def copy_parts(source: ModelSource, out: Path, without_weights: Container[str] = ()) -> list[str]:
@@ -45,7 +31,7 @@ def copy_parts(source: ModelSource, out: Path, without_weights: Container[str] =
     """
     if not source.is_pipeline:
         return []
-    index = _index(source)
+    index = read_index(source.root)
     names = [INDEX_FILE]
     for component, location in index.items():
         if not component.isidentifier():

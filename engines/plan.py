@@ -12,7 +12,7 @@ from ..errors import BundleError, CutError, EngineError, ModelError
 from ..exporter.cut import CONVENTIONS, is_cut_name
 from ..exporter.families import downsampling
 from ..exporter.ip_adapter import IPAdapter
-from ..exporter.load import PRECISIONS, ModelSource, locate
+from ..exporter.load import PRECISIONS, ModelSource, locate, read_index
 from ..exporter.lora import Scaled, find, read
 from ..exporter.quantize import Scheme
 from .base import Settings
@@ -20,7 +20,7 @@ from .bundle import Bundle, digest_file
 from .calibrate import Calibrator
 from .components import compilable, require_onnx
 from .manifest import MANIFEST_FILE
-from .parts import INDEX_FILE, weight_files
+from .parts import weight_files
 from .precision import bounds
 from .profiles import Profile, trained_side
 from .registry import choose, compiler, engine
@@ -167,7 +167,7 @@ def _check_video(source: ModelSource, low_precision: str | None) -> None:
         raise EngineError(f"{low_precision} is calibrated on images: build a UNet for videos in fp32, fp16 or bf16")
     if not source.is_pipeline or source.family.is_video:
         return
-    if json.loads((source.root / INDEX_FILE).read_text(encoding="utf-8")).get("motion_adapter", [None])[0] is not None:
+    if read_index(source.root).get("motion_adapter", [None])[0] is not None:
         raise ModelError(
             f"{source.name} keeps its motion adapter apart from its UNet, and diffusers joins them when it loads them: "
             "load it with diffusers, save it with save_pretrained, and build from that"
@@ -227,7 +227,7 @@ def _adapters_of(source: ModelSource) -> list[str]:
     """The adapters that the model's own pipeline has."""
     if not source.is_pipeline:
         return []
-    parts = json.loads((source.root / INDEX_FILE).read_text(encoding="utf-8"))
+    parts = read_index(source.root)
     return [adapter for part, adapter in _PARTS.items() if parts.get(part, [None])[0] is not None]
 
 

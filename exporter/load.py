@@ -18,6 +18,7 @@ from .lora import Scaled, fuse, read
 if TYPE_CHECKING:
     import torch
 
+INDEX_FILE = "model_index.json"
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -49,7 +50,7 @@ class ModelSource:
 
     @property
     def is_pipeline(self) -> bool:
-        return bool(self.subfolder) and (self.root / "model_index.json").is_file()
+        return bool(self.subfolder) and (self.root / INDEX_FILE).is_file()
 
     @property
     def family(self) -> Family:
@@ -114,9 +115,7 @@ def locate(
 
 def _attention(source: ModelSource, asked: str | None) -> str | None:
     if asked is None:
-        index = source.root / "model_index.json"
-        read = json.loads(index.read_text(encoding="utf-8")) if source.is_pipeline else {}
-        return PIPELINES.get(str(read.get("_class_name"))) if isinstance(read, dict) else None
+        return PIPELINES.get(str(read_index(source.root)["_class_name"])) if source.is_pipeline else None
     if asked not in ATTENTION or not source.family.takes_attention:
         there = ", ".join(ATTENTION) if source.family.takes_attention else "none but its own"
         raise ModelError(f"a {source.family.unet_class} takes no attention called {asked!r}; it takes {there}")
@@ -171,6 +170,22 @@ def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
     return unet.eval().requires_grad_(False)
 
 
+def read_index(root: Path) -> dict[str, Any]:
+    """What a pipeline's directory says of its class and components.
+
+    Raises:
+        ModelError: its ``model_index.json`` is damaged or names no pipeline.
+    """
+    file = root / INDEX_FILE
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file} is not readable JSON; download or save the pipeline again") from error
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise ModelError(f"{file} names no pipeline class; download or save the pipeline again")
+    return index
+
+
 def _fetch(model: str, revision: str | None, variant: str | None) -> tuple[Path, str]:
     """Download a pipeline's configs and safetensors; give its directory and commit."""
     from huggingface_hub import snapshot_download
@@ -205,7 +220,7 @@ def _transformer_of(root: Path) -> str | None:
 
 def _is_unet(folder: Path) -> bool:
     config = folder / "config.json"
-    return config.is_file() and not (folder / "model_index.json").is_file()
+    return config.is_file() and not (folder / INDEX_FILE).is_file()
 
 
 def _read_config(file: Path) -> dict[str, Any]:

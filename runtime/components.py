@@ -6,7 +6,6 @@ stay diffusers' own code.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import AutoencoderKL
 
-from ..engines.base import BoundPair, EngineOptions, EnginePair
+from ..engines.base import EngineOptions, EnginePair
 from ..engines.components import components_of, engine_for, open_component
 from ..errors import UserError
+from .bound import BoundPairs
 
 if TYPE_CHECKING:
     from ..engines.bundle import Bundle
@@ -34,7 +34,7 @@ class Network(torch.nn.Module):
     def __init__(self, pair: EnginePair) -> None:
         super().__init__()
         self._pair: EnginePair | None = pair
-        self._bound: OrderedDict[tuple[tuple[int, ...], ...], BoundPair] = OrderedDict()
+        self._bound = BoundPairs(_BOUND)
         self.engine = pair.name
         self.device = pair.device
         self.dtype = next(iter(pair.outputs.values())).torch_dtype()
@@ -48,14 +48,8 @@ class Network(torch.nn.Module):
         """
         if self._pair is None:
             raise UserError("this pipeline's engines were closed: load it again with offcut.load")
-        key = tuple(tuple(tensor.shape) for tensor in tensors)
-        bound = self._bound.get(key)
-        if bound is None:
-            while len(self._bound) >= _BOUND:
-                self._bound.popitem(last=False)[1].close()
-            with torch.inference_mode(False):
-                bound = self._bound[key] = self._pair.prepare(dict(zip(self._pair.inputs, key, strict=True)))
-        self._bound.move_to_end(key)
+        shapes = {name: tuple(tensor.shape) for name, tensor in zip(self._pair.inputs, tensors, strict=True)}
+        bound = self._bound.at(self._pair, shapes)
         with torch.no_grad():
             for name, tensor in zip(self._pair.inputs, tensors, strict=True):
                 bound.buffers[name].copy_(tensor)
@@ -68,8 +62,7 @@ class Network(torch.nn.Module):
 
     def close(self) -> None:
         """Give back the engine and its memory."""
-        while self._bound:
-            self._bound.popitem()[1].close()
+        self._bound.close()
         if self._pair is not None:
             self._pair.close()
         self._pair = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..exporter.residuals import argument_of, flatten
 from ..exporter.specs import solve
 from ..exporter.trace import SAMPLE
 from .advice import against_caching
+from .bound import BoundPairs, Shapes
 from .generation import Calls, Generation, Run
 from .inputs import engine_inputs, in_place, refuse_ignored, timestep_shape, timestep_value, write_timestep
 from .ip_adapter import ImagePrompts
@@ -36,8 +36,6 @@ from .schedule import Schedule
 if TYPE_CHECKING:
     from ..engines.bundle import Bundle
     from ..exporter.parameters import StoredWeights
-
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +96,7 @@ class UNet(TakesLoras, EngineModel):
 
         self._loras = {}
         self._stored = stored
-        self._bound: OrderedDict[Shapes, BoundPair] = OrderedDict()
-        self._bound_shapes = bound_shapes
+        self._bound = BoundPairs(bound_shapes)
         self._heard: WeakKeyDictionary[BoundPair, set[str]] = WeakKeyDictionary()
         self._schedule: Schedule | None = None
         self._cut: str | None = None
@@ -336,7 +333,9 @@ class UNet(TakesLoras, EngineModel):
         if silent:
             dims = solve({SAMPLE: self._specs[SAMPLE]}, {SAMPLE: shapes[SAMPLE]})
             shapes |= {name: self._specs[name].resolve(dims) for name in silent}
-        bound = self._bind(shapes)
+        if self._family.is_video and tuple(shapes.items()) not in self._bound:
+            self._family.check_limits(self.config, solve(self._specs, shapes))
+        bound = self._bound.at(self._opened(), shapes)
         for name, tensor in tensors.items():
             bound.buffers[name].copy_(tensor)
         self._silence(bound, tensors, silent)
@@ -393,21 +392,10 @@ class UNet(TakesLoras, EngineModel):
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _bind(self, shapes: Mapping[str, tuple[int, ...]]) -> BoundPair:
-        """The pair bound to buffers of these shapes: those of an earlier call, unless they are new."""
-        key = tuple(shapes.items())
-        bound = self._bound.get(key)
-        if bound is None:
-            if self._pair is None:
-                raise EngineError("this UNet was closed: open it again with offcut.UNet.load")
-            if self._family.is_video:
-                self._family.check_limits(self.config, solve(self._specs, shapes))
-            while len(self._bound) >= self._bound_shapes:
-                self._bound.popitem(last=False)[1].close()
-            with torch.inference_mode(False):  # else nobody outside inference mode could write to the buffers
-                bound = self._bound[key] = self._pair.prepare(shapes)
-        self._bound.move_to_end(key)
-        return bound
+    def _opened(self) -> EnginePair:
+        if self._pair is None:
+            raise EngineError("this UNet was closed: open it again with offcut.UNet.load")
+        return self._pair
 
     @contextmanager
     def _exclusively(self) -> Iterator[None]:
@@ -435,15 +423,9 @@ class UNet(TakesLoras, EngineModel):
         if self._announced is not None:
             raise UserError("LoRAs cannot change during a generation: load them before the pipeline is called")
         with self._exclusively():
-            if self._pair is None:
-                raise EngineError("this UNet was closed: open it again with offcut.UNet.load")
-            self._pair.refit(weights)
-            self._unbind()
+            self._opened().refit(weights)
+            self._bound.close()
         self._unannounced = None
-
-    def _unbind(self) -> None:
-        while self._bound:
-            self._bound.popitem()[1].close()
 
     @property
     def engine(self) -> str:
@@ -453,7 +435,7 @@ class UNet(TakesLoras, EngineModel):
     def close(self) -> None:
         """Give back the engines and their memory."""
         with self._exclusively():
-            self._unbind()
+            self._bound.close()
             if self._pair is not None:
                 self._pair.close()
             self._pair = None

@@ -37,6 +37,13 @@ def test_help_has_an_example(command: str) -> None:
     assert "Example:" in result.stdout
 
 
+def test_it_says_its_version() -> None:
+    from importlib.metadata import version
+
+    result = offcut("--version")
+    assert (result.returncode, result.stdout) == (0, f"offcut {version('offcut')}\n")
+
+
 def test_help_loads_nothing_heavy() -> None:
     """``--help`` answers at once because nothing that takes seconds is imported."""
     code = (

@@ -94,6 +94,7 @@ def test_the_pipeline_equals_eager_diffusers(
     torch.testing.assert_close(image(pipe), plain, rtol=0, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_lora_fused_when_the_bundle_is_built_is_the_same_bit_for_bit(
     tiny_pipeline_dir: Path, files: dict[str, Path], tiny_bundle: Path, tmp_path: Path
 ) -> None:

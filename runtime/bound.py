@@ -1,0 +1,45 @@
+"""The pairs that are bound to buffers now, by the shapes of their inputs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
+
+from ..engines.base import BoundPair, EnginePair
+from ..exporter.specs import Shape
+
+Shapes = tuple[tuple[str, Shape], ...]
+
+
+class BoundPairs(OrderedDict[Shapes, BoundPair]):
+    """Those of the shapes that were used last.
+
+    Args:
+        keep: how many; the one unused for longest is closed first.
+    """
+
+    def __init__(self, keep: int) -> None:
+        super().__init__()
+        self._keep = keep
+
+    def at(self, pair: EnginePair, shapes: Mapping[str, Shape]) -> BoundPair:
+        """The pair bound to buffers of these shapes: those of an earlier call, unless they are new.
+
+        Raises:
+            ShapeError: the shapes are outside what was built.
+        """
+        key = tuple(shapes.items())
+        if key not in self:
+            while len(self) >= self._keep:
+                self.popitem(last=False)[1].close()
+            with torch.inference_mode(False):  # else nobody outside inference mode could write to the buffers
+                self[key] = pair.prepare(shapes)
+        self.move_to_end(key)
+        return self[key]
+
+    def close(self) -> None:
+        """Close them all."""
+        while self:
+            self.popitem()[1].close()
