@@ -265,7 +265,8 @@ def check_target(out: Path, plan: Plan) -> None:
     ours = json.loads(json.dumps(plan.source.config, default=str))
     other = [key for key in config.keys() & ours.keys() if key[0] != "_" and config[key] != ours[key]]
     if other or held.weights_digest != plan.weights_digest:
-        raise BundleError(f"{out} holds another model ({held.model}); give another directory")
+        fused = " or the same with other LoRAs or IP-Adapters" if held.model == plan.source.name else ""
+        raise BundleError(f"{out} holds another model ({held.model}){fused}; give another directory")
     if held.attention != plan.source.attention:
         raise BundleError(
             f"{out} holds this UNet with {held.attention or 'its own'} attention, not "
