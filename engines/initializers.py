@@ -27,7 +27,9 @@ def with_weights(content: bytes, weights: Mapping[str, torch.Tensor]) -> tuple[b
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             beside[tensor.name] = value
         else:
-            kept = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=raw(value))
+            kept = onnx.TensorProto(
+                name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=_raw(value)
+            )
             tensor.CopyFrom(kept)
     return model.SerializeToString(), beside
 
@@ -52,7 +54,7 @@ def give(settings: Any, weights: Mapping[str, torch.Tensor], element_types: Mapp
     return values
 
 
-def raw(tensor: torch.Tensor) -> bytes:
+def _raw(tensor: torch.Tensor) -> bytes:
     """A tensor's values as ONNX stores them."""
     import torch
 

@@ -167,31 +167,35 @@ def _export_autoencoder(
             moments: torch.Tensor = self.model.encoder(image)
             return moments if self.model.quant_conv is None else self.model.quant_conv(moments)
 
-    latent = ("batch", channels, "height", "width")
-    image = ("batch", vae.config.in_channels, f"{scale}*height", f"{scale}*width")
+    sides = ("height", "width")
+    large, small = (f"{scale}*height", f"{scale}*width"), (f"height/{scale}", f"width/{scale}")
     halves = (
         (
             "vae_decoder",
             Decoder(),
-            ("latent_sample", latent),
-            ("image", (image[0], vae.config.out_channels, *image[2:])),
+            1,
+            TensorSpec("latent_sample", dtype, ("batch", channels, *sides)),
+            TensorSpec("image", dtype, ("batch", vae.config.out_channels, *large)),
         ),
-        ("vae_encoder", Encoder(), ("image", ("batch", vae.config.in_channels, "height", "width")), None),
+        (
+            "vae_encoder",
+            Encoder(),
+            scale,
+            TensorSpec("image", dtype, ("batch", vae.config.in_channels, *sides)),
+            TensorSpec("latent_parameters", dtype, ("batch", 2 * channels, *small)),
+        ),
     )
     made = []
-    for name, module, (given, shape), answer in halves:
-        step = 1 if name == "vae_decoder" else scale
-        units = {side: torch.export.Dim(f"_{side}", min=2) for side in ("height", "width")}
+    for name, module, step, given, answer in halves:
+        units = {side: torch.export.Dim(f"_{side}", min=2) for side in sides}
         dims = {0: torch.export.Dim("batch", max=63)}
         dims |= {axis: unit if step == 1 else step * unit for axis, unit in zip((2, 3), units.values(), strict=True)}
         generator = torch.Generator().manual_seed(0)
-        example = torch.randn(2, int(shape[1]), 6 * step, 4 * step, generator=generator).to(getattr(torch, dtype))
+        example = torch.randn(2, int(given.shape[1]), 6 * step, 4 * step, generator=generator).to(given.torch_dtype())
         with torch.no_grad(), quiet():
             computed = module.eval()(example)
             program = torch.export.export(module.eval(), (example,), dynamic_shapes=(dims,), strict=False)
-        output = answer or ("latent_parameters", ("batch", 2 * channels, f"height/{scale}", f"width/{scale}"))
-        specs = [TensorSpec(given, dtype, shape)], [TensorSpec(output[0], dtype, output[1])]
-        made.append(_write(name, program, *specs, out, opset, (example, computed), step))
+        made.append(_write(name, program, [given], [answer], out, opset, (example, computed), step))
     return made
 
 

@@ -13,7 +13,7 @@ from ..errors import ModelError
 from .attention import ATTENTION, PIPELINES
 from .families import FAMILIES, Family, family_of
 from .ip_adapter import IPAdapter, load_into, with_adapters
-from .lora import Scaled, fuse, read
+from .lora import Scaled, fuse
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,7 @@ def locate(
         attention: ``"cross-frame"``, or None for what the model's own pipeline uses.
 
     Raises:
-        ModelError: nothing there that can be exported, a LoRA that cannot be read, or an unknown kind of attention.
+        ModelError: nothing there that can be exported, or an unknown kind of attention.
     """
     root = Path(model).expanduser()
     commit = None
@@ -107,8 +107,6 @@ def locate(
         )
     config = with_adapters(_read_config(config_file), ip_adapters, root)
     family_of(config)
-    for each in loras:
-        read(each.path, config)
     source = ModelSource(str(model), root, subfolder, commit, variant, config, tuple(loras), tuple(ip_adapters))
     return replace(source, attention=_attention(source, attention))
 
@@ -211,7 +209,7 @@ def _fetch(model: str, revision: str | None, variant: str | None) -> tuple[Path,
 def _transformer_of(root: Path) -> str | None:
     """The class of a pipeline's transformer; None for one without, or where there is no pipeline."""
     try:
-        parts = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
+        parts = json.loads((root / INDEX_FILE).read_text(encoding="utf-8"))
         library, name = parts["transformer"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -5,6 +5,7 @@ New weights are computed from the built ones each time, so a LoRA that was taken
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ..exporter.parameters import StoredWeights
 
 
-class TakesLoras:
+class TakesLoras(ABC):
     """The methods of a ``UNet`` that add LoRAs to its weights, by offcut's names and by diffusers'.
 
     ``pipe.load_lora_weights`` ends here for the UNet's layers; diffusers itself takes those of the text encoders.
@@ -29,8 +30,9 @@ class TakesLoras:
     _loras: dict[str, tuple[Lora, float]]
     _stored: Callable[[], StoredWeights] | None
 
+    @abstractmethod
     def _refit(self, weights: Mapping[str, torch.Tensor]) -> None:
-        raise NotImplementedError
+        """Give all graphs these weights, by PyTorch's parameter name; the others are as built."""
 
     @property
     def loras(self) -> dict[str, float]:
