@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UserError
+from .growth.record import Growth
 from .latency.record import Latency
 from .mlperf.record import MlPerf
 from .quality.record import Quality
@@ -53,6 +54,7 @@ class Result(BaseModel):
     latency: Latency | None = None
     quality: Quality | None = None
     mlperf: MlPerf | None = None
+    growth: Growth | None = None
 
     def save(self, folder: Path) -> Path:
         """Writes ``result.json`` into a folder, over an older one only when it is whole. Returns its path."""

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from offcut.benchmarks.growth.record import Fit, Growth, Made, Point, Sweep
 from offcut.benchmarks.latency.record import Contestant, Latency
 from offcut.benchmarks.quality.record import Claim, Estimate, Quality, QualityRow
 from offcut.benchmarks.record import Environment, Result
@@ -214,3 +215,36 @@ def draw_samples(measured: Quality, folder: Path) -> None:
             box = (10 + 4 * place, 12, 42 + 4 * place + shift, 44)
             ImageDraw.Draw(image).ellipse(box, fill=((200, 40, 40), (40, 80, 200), (220, 180, 30))[place])
             image.save(folder / name)
+
+
+def growth(**changed: Any) -> Growth:
+    """Two sweeps with a slope, a build, and a model that could not be built."""
+
+    def point(value: int, seconds: float) -> Point:
+        shallow = [] if value == 1 else [seconds / 10] * 8
+        return Point(value=value, loops=[seconds * 4] * 3, full=[seconds] * 2, shallow=shallow, host_peak_bytes=2**32)
+
+    given: dict[str, Any] = {
+        "model": "Stable Diffusion 1.5's architecture, random weights",
+        "contestant": "offcut openvino fp32",
+        "base": {"steps": 10, "images": 1, "height": 256, "width": 256, "interval": 5},
+        "rounds": 3,
+        "clock": CLOCK,
+        "sweeps": [
+            Sweep(
+                axis="pixels",
+                points=[point(side * side, 1e-5 * side * side) for side in (128, 256, 384)],
+                fits=[Fit(of="loop", exponent=1.0, error=0.01, points=3)],
+            ),
+            Sweep(axis="interval", points=[point(n, 2 / n) for n in (1, 2, 5)], fits=[]),
+        ],
+        "drift": 1.004,
+        "made": [
+            Made(model="sdxl", parameters=2_567_463_684, command="build", seconds=190.0, host_peak_bytes=12 * 2**30,
+                 size_bytes=10 * 2**30),
+        ],
+        "made_with": "onnxruntime, fp32",
+        "made_fits": [Fit(of="build, seconds", exponent=0.8, error=None, points=2)],
+        "not_made": {"sd3": "it denoises with a <transformer>"},
+    }  # fmt: skip
+    return Growth(**given | changed)

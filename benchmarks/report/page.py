@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ..record import Result, write_whole
-from . import cost, load, speed, tables, words
+from . import cost, growth, load, speed, tables, words
 from .answers import answers
 from .markup import Markup, join, tag
 
@@ -37,9 +37,12 @@ def write_report(results: Sequence[Result], folder: Path, *, samples: Sequence[P
 
 def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
     """The page's text; ``samples`` are the folders of each result's images."""
-    if not any(result.latency or result.quality or result.mlperf for result in results):
-        raise UserError("these results have no figures that a report could show: neither latency, quality nor load")
-    sections, links = [], [("answers", "In short")]
+    if not any(result.latency or result.quality or result.mlperf or result.growth for result in results):
+        raise UserError("these results have no figures that a report could show: no latency, quality, load or growth")
+    sections, links = [], []
+    if any(result.latency or result.quality for result in results):
+        sections.append(_answers(results))
+        links.append(("answers", "In short"))
     for index, (result, folder) in enumerate(zip(results, samples, strict=True)):
         of = f": {result.title}" if len(results) > 2 else ""
         if result.latency:
@@ -51,6 +54,9 @@ def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
         if result.mlperf:
             sections.append(load.section(result.mlperf, f"load-{index}"))
             links.append((f"load-{index}", f"Load{of}"))
+        if result.growth:
+            sections.append(growth.section(result.growth, f"growth-{index}"))
+            links.append((f"growth-{index}", f"Growth{of}"))
     links.append(("runs", "How it was measured"))
     title = " · ".join(dict.fromkeys(result.title for result in results))
     head = tag(
@@ -67,7 +73,7 @@ def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
         tag("a", "Skip to the content", href="#main", class_="skip"),
         tag("header", _themes(), tag("p", "offcut bench", class_="kicker"), tag("h1", title), _when(results)),
         tag("nav", [tag("a", text, href=f"#{key}") for key, text in links], aria_label="Sections"),
-        tag("main", _warnings(results), _answers(results), sections, _runs(results), id="main"),
+        tag("main", _warnings(results), sections, _runs(results), id="main"),
     )
     return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
 
@@ -136,7 +142,7 @@ def _runs(results: Sequence[Result]) -> Markup:
             "Command": tag("code", result.command),
             "Began": f"{result.started:%Y-%m-%d %H:%M:%S} UTC",
             "Took": words.seconds(result.seconds),
-            "Clock": result.latency.clock if result.latency else None,
+            "Clock": next((each.clock for each in (result.latency, result.growth) if each), None),
             "Processor": f"{machine.cpu}, {machine.cores} core{'s' if machine.cores != 1 else ''} for this run",
             "GPU": machine.gpu or "none",
             "Memory": f"{machine.memory_gib:g} GiB",

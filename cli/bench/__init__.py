@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from . import compare, latency, mlperf, quality, report
+from . import compare, growth, latency, mlperf, quality, report
 
 app = typer.Typer(
     name="bench",
@@ -24,6 +24,7 @@ _COMMANDS: dict[Callable[..., None], str] = {
     "--width 256 --export-times times.csv -o bench-sd15",
     quality.quality: "offcut bench quality\n\noffcut bench quality --plan full -o bench-quality\n\n"
     "offcut bench quality --interval 3 --interval 10 --sampler ddim --schedule quad --images 200",
+    growth.growth: "offcut bench growth sd15.offcut --size 256 --build shapes --build sd15 --build sdxl",
     mlperf.mlperf: "offcut bench mlperf --scenario SingleStream --interval 5",
 }
 for _command, _example in _COMMANDS.items():

@@ -1,0 +1,165 @@
+"""One quantity at a time: the same measured loop as ``offcut bench latency``, each setting in a process of its own."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ...engines.bundle import Bundle
+from ...errors import UserError
+from ...runtime.schedule import Uniform, parse
+from ..latency.plan import Wanted, model_name, plan
+from ..latency.record import Contestant, Latency
+from ..latency.run import Options, measure
+from .fit import power_law
+from .record import Axis, Fit, Growth, Point, Sweep
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The values to run; the base's own is added to each. Empty leaves an axis out.
+
+    Attributes:
+        steps: of the scheduler. Multiples of the interval keep the share of full calls.
+        images: of one pipeline call.
+        sides: of a square image, in pixels.
+        intervals: 1 is uncached.
+    """
+
+    steps: Sequence[int] = ()
+    images: Sequence[int] = ()
+    sides: Sequence[int] = ()
+    intervals: Sequence[int] = ()
+
+
+def grow(bundle: Bundle, base: Wanted, axes: Axes, options: Options, precision: str | None = None) -> Growth:
+    """Measure the base, every axis, and the base again.
+
+    Args:
+        base: with one engine, no peers and a uniform schedule.
+        options: of each setting's run.
+        precision: of the engine's builds in the bundle; None takes the first.
+
+    Raises:
+        UserError: something of it cannot be, or a setting could not be measured.
+    """
+    schedule = parse(base.schedule)
+    if not isinstance(schedule, Uniform):
+        raise UserError(f"offcut bench growth varies a uniform interval, not {base.schedule}")
+    run = _Runs(bundle, precision, options)
+    first = run.at(base)
+    case = first.latency
+    settings = _settings(base, axes, schedule.interval, case.height * case.width)
+    sweeps = []
+    for axis, own, others in settings:
+        points = {own: first.point(own)}
+        points |= {value: run.at(wanted, uncached=uncached).point(value) for value, wanted, uncached in others}
+        sweeps.append(_sweep(axis, [points[value] for value in sorted(points)]))
+    again = run.at(base)
+    return Growth(
+        model=model_name(bundle),
+        contestant=first.row.name,
+        base={
+            "steps": case.steps,
+            "images": case.images_per_call,
+            "height": case.height,
+            "width": case.width,
+            "interval": schedule.interval,
+            "cut": str(first.row.caching).rpartition(", ")[2],
+            "guidance": case.guidance,
+            "scheduler": case.scheduler,
+            "threads": case.threads or 0,
+        },
+        rounds=options.rounds,
+        clock=case.clock,
+        sweeps=sweeps,
+        drift=statistics.median(again.row.loops) / statistics.median(first.row.loops),
+    )
+
+
+_Others = list[tuple[int, Wanted, bool]]
+
+
+def _settings(base: Wanted, axes: Axes, interval: int, pixels: int) -> Iterator[tuple[Axis, int, _Others]]:
+    """Each axis with the base's own value, and the other values with their settings and whether those are uncached."""
+    if axes.steps:
+        yield "steps", base.steps, [(n, replace(base, steps=n), False) for n in _others(axes.steps, base.steps)]
+    if axes.images:
+        yield "images", base.images, [(n, replace(base, images=n), False) for n in _others(axes.images, base.images)]
+    if axes.sides:
+        squares: _Others = [
+            (side * side, replace(base, height=side, width=side), False)
+            for side in _others(axes.sides, 0)
+            if side * side != pixels
+        ]
+        yield "pixels", pixels, squares
+    if axes.intervals:
+        cached: _Others = [
+            (n, base if n == 1 else replace(base, schedule=f"uniform:{n}"), n == 1)
+            for n in _others(axes.intervals, interval)
+        ]
+        yield "interval", interval, cached
+
+
+def _others(values: Sequence[int], own: int) -> list[int]:
+    return sorted(set(values) - {own})
+
+
+@dataclass(frozen=True)
+class _Measured:
+    latency: Latency
+    row: Contestant
+
+    def point(self, value: int) -> Point:
+        kept = {name: getattr(self.row, name) for name in ("loops", "full", "shallow")}
+        memory = {name: getattr(self.row, name) for name in ("host_peak_bytes", "device_peak_bytes")}
+        return Point(value=value, **kept, **memory)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    bundle: Bundle
+    precision: str | None
+    options: Options
+
+    def at(self, wanted: Wanted, *, uncached: bool = False) -> _Measured:
+        """One setting's run, of one contestant."""
+        with tempfile.TemporaryDirectory(prefix="offcut-growth-") as folder:
+            case, entrants = plan(self.bundle, replace(wanted, peers=("engine",)), Path(folder))
+            ours = [entrant for entrant in entrants if self.precision in (None, entrant.precision)]
+            entrant = next((each for each in ours if each.cached != uncached), None)
+            if entrant is None:
+                there = ", ".join(dict.fromkeys(each.precision for each in entrants))
+                raise UserError(f"{self.bundle.path} has no {self.precision} build of this engine; it has {there}")
+            if entrant.not_run is not None:
+                raise UserError(f"{entrant.name} cannot be measured: {entrant.not_run}")
+            what = f"{case.steps} steps, {case.images} image(s), {case.height}x{case.width}"
+            what += ", uncached" if uncached else f", {case.schedule}"
+            latency = measure(case, [entrant], replace(self.options, progress=self._naming(what)), "")
+        (row,) = latency.contestants
+        if row.not_run is not None:
+            raise UserError(f"{entrant.name} failed at {what}: {row.not_run}; see {self.options.log}")
+        return _Measured(latency, row)
+
+    def _naming(self, what: str) -> Callable[[str], None]:
+        """Only a setting's first sentence is a stage of its own."""
+        self.options.progress(what)
+        return lambda sentence: self.options.progress(f"  {sentence}")
+
+
+def _sweep(axis: Axis, points: list[Point]) -> Sweep:
+    laws: list[Fit | None] = [_law("loop", points, [point.loop for point in points])]
+    if axis in ("images", "pixels"):
+        for of, calls in (("full call", [p.full for p in points]), ("shallow call", [p.shallow for p in points])):
+            laws.append(_law(of, points, [statistics.median(each) for each in calls]))
+    memory = [point.device_peak_bytes or point.host_peak_bytes for point in points]
+    if all(memory):
+        laws.append(_law("memory", points, [float(value or 0) for value in memory]))
+    return Sweep(axis=axis, points=points, fits=[law for law in laws if law is not None])
+
+
+def _law(of: str, points: Sequence[Point], values: Sequence[float]) -> Fit | None:
+    return power_law(of, [point.value for point in points], values)
