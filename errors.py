@@ -9,8 +9,15 @@
     │   │   └── MissingExtraError     a package that an extra would install
     │   ├── ShapeError            an input outside the shapes that the engine was built for
     │   ├── ScheduleError         a schedule that cannot be followed
-    │   └── ParityError           an engine's result is further from PyTorch's than its bound
+    │   ├── ParityError           an engine's result is further from PyTorch's than its bound
+    │   └── RequestError          a request that a worker does not carry out
+    │       ├── QueueFullError        too many wait already
+    │       ├── CapacityError         more memory than the worker has for requests
+    │       ├── DeadlineError         its deadline passed
+    │       ├── RequestCancelledError somebody cancelled it
+    │       └── WorkerClosedError     the worker takes no more
     └── InternalError             a fault of offcut itself: please report it, with the traceback
+        └── EngineFaultError      an engine failed under requests in flight; their worker is unhealthy
 
 The command line prints a ``UserError`` as one sentence without a traceback and exits with 1; everything
 else keeps its traceback.
@@ -62,5 +69,33 @@ class ParityError(UserError):
     """A graph's output differs from the reference by more than the stated bound."""
 
 
+class RequestError(UserError):
+    """A worker did not carry out a request."""
+
+
+class QueueFullError(RequestError):
+    """As many requests wait as may: try again later, or elsewhere."""
+
+
+class CapacityError(RequestError):
+    """The request needs more device memory than the worker has for all requests."""
+
+
+class DeadlineError(RequestError):
+    """The request's deadline passed before it was done."""
+
+
+class RequestCancelledError(RequestError):
+    """The request was cancelled."""
+
+
+class WorkerClosedError(RequestError):
+    """The worker is closing and takes no requests."""
+
+
 class InternalError(OffcutError):
     """A fault of offcut itself."""
+
+
+class EngineFaultError(InternalError):
+    """An engine failed; every request in flight has this error, and the worker takes no more."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import torch
 
@@ -13,7 +13,7 @@ from ..exporter.specs import Shape
 Shapes = tuple[tuple[str, Shape], ...]
 
 
-class BoundPairs(OrderedDict[Shapes, BoundPair]):
+class BoundPairs(OrderedDict[Hashable, BoundPair]):
     """Those of the shapes that were used last.
 
     Args:
@@ -24,13 +24,16 @@ class BoundPairs(OrderedDict[Shapes, BoundPair]):
         super().__init__()
         self._keep = keep
 
-    def at(self, pair: EnginePair, shapes: Mapping[str, Shape]) -> BoundPair:
+    def at(self, pair: EnginePair, shapes: Mapping[str, Shape], apart: Hashable = None) -> BoundPair:
         """The pair bound to buffers of these shapes: those of an earlier call, unless they are new.
+
+        Args:
+            apart: what else must have been the same in the earlier call.
 
         Raises:
             ShapeError: the shapes are outside what was built.
         """
-        key = tuple(shapes.items())
+        key: Hashable = tuple(shapes.items()) if apart is None else (apart, *shapes.items())
         if key not in self:
             while len(self) >= self._keep:
                 self.popitem(last=False)[1].close()

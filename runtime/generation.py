@@ -74,6 +74,7 @@ class Generation:
         self._timesteps: deque[float] = deque(maxlen=2)
         self._full: list[bool] = []
         self._seconds: list[float] = []
+        self._plan: tuple[bool, ...] | None = None
 
     @property
     def next_is_full(self) -> bool:
@@ -85,6 +86,24 @@ class Generation:
         calls = self._resolve()
         scheduled = self._schedule is None or self._schedule.is_full(len(self._full), calls)
         return scheduled or not self._readable
+
+    @property
+    def made(self) -> int:
+        """Calls that completed."""
+        return len(self._full)
+
+    @property
+    def plan(self) -> tuple[bool, ...] | None:
+        """For each call whether the schedule has it full; None where nobody knows how many there will be.
+
+        Raises:
+            ScheduleError: as ``begin``.
+        """
+        calls = self._resolve()
+        if self._plan is None and calls is not None:
+            schedule = self._schedule
+            self._plan = tuple(schedule is None or schedule.is_full(call, calls) for call in range(calls))
+        return self._plan
 
     def begin(self, shapes: Hashable, timestep: float | None = None) -> bool:
         """Whether the call that now begins is full.

@@ -18,6 +18,7 @@ from ..exporter.families import FAMILIES
 from .components import open_components
 from .controlnet import reuse
 from .extend import extended
+from .stand_in import StandIn
 from .unet import UNet
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class _Announcing:
         unet = getattr(self, "unet", None)
         unet = getattr(unet, "_orig_mod", unet)  # torch.compile's wrapper
         call = super().__call__  # type: ignore[misc]
-        if not isinstance(unet, UNet):
+        if not isinstance(unet, StandIn):
             return call(*args, **kwargs)
         with unet.generation(lambda: _unet_calls(self), getattr(self, "scheduler", None)):
             return call(*args, **kwargs)
