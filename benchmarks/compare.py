@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..runtime.forecast import Forecast
 from ..runtime.schedule import Schedule
 from .animation import check_suffix, save
 from .generate import Generated, Request, arguments, generate, makes_videos, psnr_of_all, warm_up
@@ -25,11 +26,13 @@ def generate_to_file(
     compare: bool = False,
     fps: float = 8.0,
     on_step: Callable[[], None] = lambda: None,
+    forecast: Forecast | None = None,
 ) -> dict[str, Any]:
     """Generate an image or a video and write it; with ``compare`` it shows uncached, cached and difference.
 
     Args:
         fps: frames a second of a video.
+        forecast: of the cached features; None reuses them.
 
     Returns:
         The figures of the run: calls, seconds, and beside the uncached run speed-up and PSNR in dB.
@@ -49,11 +52,12 @@ def generate_to_file(
     if compare:
         warm_up(pipe, request, cut)
     uncached = generate(pipe, request, None, cut, on_step) if compare else None
-    cached = generate(pipe, request, schedule, cut, on_step)
+    cached = generate(pipe, request, schedule, cut, on_step, forecast)
     report: dict[str, Any] = {
         "output": str(output),
         "engine": pipe.unet.engine,
         "schedule": None if schedule is None else str(schedule),
+        "forecast": None if schedule is None or forecast is None else str(forecast),
         "cut": cached.run.cut,
         "steps": request.steps,
         "seed": request.seed,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InternalError, UserError
+from ..runtime.forecast import Forecast
 from ..runtime.generation import Run
 from ..runtime.schedule import Schedule, Steps
 
@@ -71,12 +72,13 @@ def generate(
     schedule: Schedule | None,
     cut: str | None = None,
     on_step: OnStep = lambda: None,
+    forecast: Forecast | None = None,
 ) -> Generated:
     """Run a pipeline that ``offcut.load`` or ``attach`` gave once, with this schedule; None makes every call full."""
     import torch
 
     asked = arguments(pipe, request)
-    pipe.unet.set_schedule(schedule, cut=cut)
+    pipe.unet.set_schedule(schedule, cut, forecast)
     pipe.unet.record_times = True
     pipe.set_progress_bar_config(disable=True)
     started = time.perf_counter()

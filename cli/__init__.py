@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from . import bench, bundles, graphs, images
+from . import bench, bundles, graphs, images, tuning
 from .shell import err, out
 
 app = typer.Typer(
@@ -51,6 +51,7 @@ _COMMANDS: dict[Callable[..., None], str] = {
     bundles.verify: "offcut verify sd15.offcut",
     bundles.prune: "offcut prune sd15.offcut --dry-run",
     bundles.doctor: "offcut doctor --json",
+    tuning.tune: "offcut tune sd15.offcut --budget 2.5x --sampler DPMSolverMultistepScheduler --steps 20 --pareto",
     images.run: 'offcut run sd15.offcut "a lighthouse in a storm" -o out.png --interval 5 --compare',
     images.demo: "offcut demo -o demo.png",
 }

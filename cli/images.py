@@ -30,6 +30,7 @@ from .shell import (
 if TYPE_CHECKING:
     from ..engines.base import OpenOptions
     from ..runtime.schedule import Schedule
+    from ..runtime.tuning.artifact import Tuned
 
 
 def run(
@@ -42,8 +43,20 @@ def run(
     interval: Annotated[int, typer.Option(help="Full UNet every N calls; 1 is uncached. Costs quality.", min=1)] = 5,
     warmup: Annotated[int, typer.Option(help="First calls that are always full.", min=0)] = 2,
     schedule: Annotated[
-        str | None, typer.Option(help="Instead of interval and warmup, e.g. quad:5 or steps:0,1,2,10. Costs quality.")
+        str | None,
+        typer.Option(
+            help="Instead of interval and warmup, e.g. quad:5 or steps:0,1,2,10; auto or tuned:NAME for those of offcut "
+            "tune. Costs quality."
+        ),
     ] = None,
+    forecast: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DAMPING",
+            help="Extrapolate the cached features: 0 reuses them, 1 is undamped. Not with ancestral ones.",
+        ),
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="The scheduler's class in diffusers; the model's own.")] = None,
     cut: Annotated[str | None, typer.Option(help="One of the bundle's; its first by default.")] = None,
     engine: EngineName = "auto",
     device: Device = "cpu",
@@ -67,15 +80,29 @@ def run(
     """Generate an image or a video, with and without caching if you like."""
     from ..benchmarks.compare import generate_to_file
     from ..benchmarks.generate import Request, makes_videos
+    from ..errors import UserError
+    from ..runtime.draw import with_class
+    from ..runtime.forecast import Extrapolate
 
-    chosen = _schedule(schedule, interval, warmup)
+    tuned_name = _tuned_name(schedule)
+    chosen = None if tuned_name is not None else _schedule(schedule, interval, warmup)
+    predicted = None if forecast is None else Extrapolate(forecast)
+    if tuned_name is not None and predicted is not None:
+        raise UserError("a tuned schedule has predictions of its own: leave --forecast out")
     pipe = _load(bundle, engine, device=device, provider=provider, threads=threads)
+    if sampler is not None:
+        pipe.scheduler = with_class(pipe.scheduler, sampler)
     _load_loras(pipe, loras_of(lora))
     if guidance is None and not makes_videos(pipe):
         guidance = 7.5
+    if tuned_name is not None:
+        tuned = _tuned(bundle, pipe, tuned_name, steps, guidance)
+        chosen, predicted, cut = tuned.schedule, tuned.forecast, tuned.document.cut
     request = Request(prompt, negative_prompt, steps, guidance, seed, height, width, image, frames)
     with bar(steps * (2 if compare else 1)) as step:
-        report = generate_to_file(pipe, request, chosen, cut, output, compare=compare, fps=fps, on_step=step)
+        report = generate_to_file(
+            pipe, request, chosen, cut, output, compare=compare, fps=fps, on_step=step, forecast=predicted
+        )
     if as_json:
         print_json(report)
         return
@@ -158,6 +185,24 @@ def _load_loras(pipe: Any, loras: Mapping[str | Path, float]) -> None:
             name = pipe.unet.load_lora(path, scale)
             if left := pipe.unet.peft_config[name].text_encoder:
                 err.print(f"{left} layers of it are a text encoder's and are left out", highlight=False)
+
+
+def _tuned_name(schedule: str | None) -> str | None:
+    """The name in ``tuned:NAME``, an empty one for ``auto``; None for any other schedule."""
+    if schedule == "auto":
+        return ""
+    return schedule.partition(":")[2] if schedule is not None and schedule.startswith("tuned:") else None
+
+
+def _tuned(bundle: Path, pipe: Any, name: str, steps: int, guidance: float | None) -> Tuned:
+    """A schedule of the bundle that fits this pipeline; which one is said."""
+    from ..engines.bundle import Bundle
+    from ..runtime.tuning.artifact import choose, key_of
+
+    opened, scale = Bundle.open(bundle), guidance or 1.0
+    tuned = choose(opened, key_of(opened, pipe.scheduler, steps, (scale, scale)), name or None)
+    err.print(f"schedule {tuned.name}: {len(tuned.document.full)} full calls", highlight=False)
+    return tuned
 
 
 def _schedule(text: str | None, interval: int, warmup: int) -> Schedule | None:

@@ -221,6 +221,13 @@ class EngineEntry(_Model):
         return bool(self.files)
 
 
+class ScheduleEntry(_Model):
+    """A schedule that was tuned for the model, and the coefficients of its predictions; see ``runtime.tuning``."""
+
+    document: InsidePath
+    coefficients: InsidePath
+
+
 class Manifest(_Model):
     """The whole of ``offcut.json``."""
 
@@ -234,6 +241,7 @@ class Manifest(_Model):
     variants: dict[str, Variant]
     engines: dict[str, EngineEntry]
     components: tuple[ComponentEntry, ...] = ()
+    schedules: dict[str, ScheduleEntry] = {}
     files: dict[InsidePath, FileEntry]
 
     def to_json(self) -> str:

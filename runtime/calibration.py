@@ -7,7 +7,6 @@ run. So the pipeline itself is run, its UNet in the place where the bundle's wil
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..errors import UserError
 from ..exporter.families import downsampling, example_inputs
 from ..exporter.histogram import METHODS
 from ..exporter.load import ModelSource
+from .draw import draw, draws_from_prompts
 from .schedule import Uniform
 
 if TYPE_CHECKING:
@@ -107,16 +107,8 @@ class Calibration:
                 self._draw(pipe, sample)
 
     def _draw(self, pipe: Any, sample: int) -> None:
-        import torch
-
-        taken = inspect.signature(pipe.__call__).parameters
-        asked = {"height": self.size, "width": self.size, "guidance_scale": self.guidance, "output_type": "latent"}
-        pipe(
-            self.prompts[sample % len(self.prompts)],
-            num_inference_steps=self.steps,
-            generator=torch.Generator("cpu").manual_seed(self.seed + sample),
-            **{name: value for name, value in asked.items() if name in taken and value is not None},
-        )
+        prompt, seed = self.prompts[sample % len(self.prompts)], self.seed + sample
+        draw(pipe, prompt, steps=self.steps, guidance=self.guidance, seed=seed, size=self.size, output="latent")
 
     def _denoise_noise(self, unet: UNet, pair: EnginePair, source: ModelSource, sample: int) -> None:
         import torch
@@ -172,8 +164,7 @@ def _text_to_image(source: ModelSource, unet: UNet) -> DiffusionPipeline | None:
     if not source.is_pipeline:
         return None
     name = diffusers.DiffusionPipeline.load_config(source.root)["_class_name"]
-    taken = inspect.signature(getattr(diffusers, name).__call__).parameters
-    if "prompt" not in taken or "image" in taken:
+    if not draws_from_prompts(getattr(diffusers, name).__call__):
         return None
     with _expecting_stand_ins():
         pipe = diffusers.DiffusionPipeline.from_pretrained(

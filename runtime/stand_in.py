@@ -21,6 +21,7 @@ from ..exporter.specs import Shape, TensorSpec, solve
 from ..exporter.trace import SAMPLE
 from .advice import against_caching
 from .bound import Shapes
+from .forecast import Forecast
 from .generation import Calls, Generation, Run
 from .inputs import engine_inputs, in_place, refuse_ignored, timestep_shape, timestep_value
 from .ip_adapter import ImagePrompts
@@ -76,6 +77,7 @@ class StandIn(EngineModel):
         self._output_class = output_class(self._family)
         self._schedule: Schedule | None = None
         self._cut: str | None = None
+        self._forecast: Forecast | None = None
         self._announced: Generation | None = None
         self._announced_by: int | None = None
         self._unannounced: Generation | None = None
@@ -107,7 +109,12 @@ class StandIn(EngineModel):
         """The cuts that ``set_schedule`` takes, the default first."""
         return tuple(self._cuts)
 
-    def set_schedule(self, schedule: Schedule | None, cut: str | None = None) -> None:
+    @property
+    def forecast(self) -> Forecast | None:
+        """How shallow calls predict the cached features; None where they reuse them."""
+        return self._forecast
+
+    def set_schedule(self, schedule: Schedule | None, cut: str | None = None, forecast: Forecast | None = None) -> None:
         """Choose which calls are shallow, and where the UNet is cut for them, from the next generation on.
 
         Shallow calls cost image quality: the more of them and the further out the cut, the more.
@@ -115,6 +122,7 @@ class StandIn(EngineModel):
         Args:
             schedule: None makes every call full, which costs none.
             cut: one of ``cuts``, in any convention; None for the first.
+            forecast: predicts the cached features of the shallow calls; None reuses them.
 
         Raises:
             CutError: there is no such cut.
@@ -130,6 +138,7 @@ class StandIn(EngineModel):
             if name not in self._cuts:
                 raise CutError(f"this UNet was not built with the cut {cut!r}; it has {there}")
         self._schedule, self._cut = schedule, name if schedule is not None else None
+        self._forecast = forecast if schedule is not None else None
         self._unannounced = None
 
     # Generations

@@ -16,6 +16,8 @@ from ..errors import EngineError, UserError
 from ..exporter.residuals import argument_of
 from ..exporter.specs import solve
 from .bound import BoundPairs
+from .forecast import History
+from .generation import Generation
 from .inputs import write_timestep
 from .loras import TakesLoras
 from .ranges import Ranges
@@ -72,6 +74,7 @@ class UNet(TakesLoras, StandIn):
         self._bound = BoundPairs(bound_shapes)
         self._heard: WeakKeyDictionary[BoundPair, set[str]] = WeakKeyDictionary()
         self._ranges = Ranges(self._device)
+        self._history: tuple[Generation, History] | None = None
 
     @classmethod
     def load(
@@ -124,7 +127,7 @@ class UNet(TakesLoras, StandIn):
 
         generation, full = self._begin(tuple(shapes.items()), timestep)
         with self._ranges.call(full, more=generation is self._announced):
-            seconds = self._run(bound, full)
+            seconds = self._run(bound, full, generation)
         generation.end(full, seconds)
         # Schedulers keep it: PNDM without guidance would see its history overwritten.
         return bound.buffers[self._noise_pred].to(tensors["sample"].dtype, copy=True)
@@ -137,22 +140,35 @@ class UNet(TakesLoras, StandIn):
         heard.difference_update(silent)
         heard.update(name for name in passed if argument_of(name) is not None)
 
-    def _run(self, bound: BoundPair, full: bool) -> float | None:
+    def _run(self, bound: BoundPair, full: bool, generation: Generation) -> float | None:
+        history = self._history_of(generation)
         if not self.record_times:
-            self._enqueue(bound, full)
+            self._enqueue(bound, full, history, generation.made)
             return None
         self._wait()
         begin = time.perf_counter()
-        self._enqueue(bound, full)
+        self._enqueue(bound, full, history, generation.made)
         self._wait()
         return time.perf_counter() - begin
 
-    def _enqueue(self, bound: BoundPair, full: bool) -> None:
+    def _enqueue(self, bound: BoundPair, full: bool, history: History | None, call: int) -> None:
         if full:
             bound.full()
-        else:
-            assert self._cut is not None
-            bound.shallow(self._cut)
+            if history is not None:
+                history.keep(bound, call)
+            return
+        assert self._cut is not None
+        if history is not None:
+            history.predict(bound, call)
+        bound.shallow(self._cut)
+
+    def _history_of(self, generation: Generation) -> History | None:
+        """Of this generation's own full calls; None where features are reused as they are."""
+        if self._forecast is None or self._cut is None:
+            return None
+        if self._history is None or self._history[0] is not generation:
+            self._history = generation, History(self._forecast, self._cuts[self._cut])
+        return self._history[1]
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

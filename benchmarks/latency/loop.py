@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...engines.bundle import Bundle
 from ...errors import UserError
+from ...runtime.draw import with_class
 from .case import Case
 
 if TYPE_CHECKING:
@@ -70,21 +71,6 @@ def build_pipeline(case: Case, bundle: Bundle, unet: Any, dtype: torch.dtype) ->
     pipe.scheduler = with_class(pipe.scheduler, case.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def with_class(scheduler: Any, name: str) -> Any:
-    """The scheduler of this class with the same noise schedule.
-
-    Raises:
-        UserError: diffusers has none of this name.
-    """
-    import diffusers
-
-    kind = getattr(diffusers, name, None)
-    if not hasattr(kind, "from_config"):
-        raise UserError(f"diffusers has no scheduler {name}: give one by its class, e.g. DDIMScheduler")
-    assert kind is not None
-    return kind.from_config(scheduler.config)
 
 
 def _own_scheduler(bundle: Bundle) -> Any:

@@ -13,10 +13,11 @@ from ...engines.profiles import trained_side
 from ...errors import CutError, UserError
 from ...exporter.cut import canonical_name
 from ...exporter.load import locate
+from ...runtime.draw import with_class
 from ...runtime.schedule import parse
 from .case import Case, Entrant
 from .contestants import PEERS, catalogue
-from .loop import pipeline_name, vae_scale, with_class
+from .loop import pipeline_name, vae_scale
 from .model import find_model, parameters
 from .run import warm_up_calls
 

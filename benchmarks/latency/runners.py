@@ -16,13 +16,14 @@ import torch
 from ...engines.base import EngineOptions
 from ...engines.bundle import Bundle, open_entry
 from ...exporter.load import load_unet, locate
+from ...runtime.draw import with_class
 from ...runtime.pipeline import attach
 from ...runtime.schedule import parse
 from ...runtime.unet import UNet
 from .case import Case, Entrant
 from .clock import Clock, Marks, TimedPair
 from .contestants import branch_of, interval_of
-from .loop import build_pipeline, with_class
+from .loop import build_pipeline
 
 
 @dataclass

@@ -1,0 +1,158 @@
+"""``offcut tune``: the schedule for a model, a sampler and a target."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE
+from rich.table import Table
+
+from .shell import BundleArgument, Device, EngineName, Json, Threads, err, out, print_json, quiet_libraries, stages
+
+if TYPE_CHECKING:
+    from ..runtime.tuning.artifact import Measured, Tuned
+
+_TARGET = {"rich_help_panel": "What to reach: one of them"}
+_FOR = {"rich_help_panel": "What it is for"}
+_HOW = {"rich_help_panel": "How it is found"}
+
+
+def tune(
+    bundle: BundleArgument,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIMESx", help="Speed-up of the UNet over uncached, e.g. 2.5x.", **_TARGET)
+    ] = None,
+    latency: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Of a whole image here, e.g. 400ms or 2.5s.", **_TARGET)
+    ] = None,
+    psnr: Annotated[
+        float | None, typer.Option(help="Mean dB to the uncached images; the fastest that has it.", **_TARGET)
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="The scheduler's class in diffusers; the bundle's own.", **_FOR)
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Of the scheduler.", min=4, **_FOR)] = 50,
+    guidance: Annotated[str, typer.Option(metavar="SCALE or LOW..HIGH", help="Guidance scale.", **_FOR)] = "7.5",
+    cut: Annotated[str | None, typer.Option(help="One of the bundle's; its first by default.", **_FOR)] = None,
+    name: Annotated[str | None, typer.Option(help="Of the schedule; from sampler, steps and target.", **_FOR)] = None,
+    samples: Annotated[
+        int, typer.Option(help="Images: half to fit, a quarter to select, a quarter to test.", min=4, **_HOW)
+    ] = 16,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts, one a line; some by default.", **_HOW)
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the images in pixels; the model's own.", **_HOW)] = None,
+    seed: Annotated[int, typer.Option(help="Of the first image.", **_HOW)] = 0,
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="Also measure eight schedules from fast to slow.", **_HOW)
+    ] = False,
+    engine: EngineName = "auto",
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Find which calls should be full, and how the others predict the cached features; added to the bundle.
+
+    Draws images with the bundle's own pipeline. The report is of prompts and seeds that nothing was fitted to.
+    """
+    from ..engines.bundle import Bundle
+    from ..errors import UserError
+    from ..runtime.calibration import PROMPTS, read_prompts
+    from ..runtime.draw import with_class
+    from ..runtime.pipeline import load
+    from ..runtime.tuning.artifact import save
+    from ..runtime.tuning.tune import Target, Wanted
+    from ..runtime.tuning.tune import tune as run
+
+    target = Target(speed_up=_times(budget), seconds=_seconds(latency), psnr=psnr)
+    opened = Bundle.open(bundle)
+    quiet_libraries()
+    with stages() as stage:
+        stage("load the bundle")
+        pipe = load(opened, engine, device=device, threads=threads)
+        if sampler is not None:
+            pipe.scheduler = with_class(pipe.scheduler, sampler)
+        kind = type(pipe.scheduler).__name__.removesuffix("Scheduler")
+        chosen = name or f"{kind}-{steps}-{budget or latency or f'{psnr:g}dB'}"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", chosen):
+            raise UserError(f"{chosen!r} cannot name a schedule: use letters, digits, dots, hyphens and underscores")
+        wanted = Wanted(
+            target,
+            steps=steps,
+            guidance=_range(guidance),
+            samples=samples,
+            prompts=PROMPTS if prompts is None else read_prompts(prompts),
+            cut=cut,
+            size=size,
+            seed=seed,
+            pareto=8 if pareto else 0,
+        )
+        tuned = run(pipe, opened, chosen, wanted, stage)
+        save(opened, tuned)
+    if as_json:
+        print_json({"name": tuned.name, **tuned.document.model_dump(mode="json")})
+        return
+    _print(tuned)
+    err.print(
+        f"use it: offcut run {bundle} ... --schedule auto, with the same sampler, steps and guidance", style="dim"
+    )
+
+
+def _print(tuned: Tuned) -> None:
+    document = tuned.document
+    timeline = "".join("#" if call in document.full else "." for call in range(document.key.calls))
+    out.print(timeline, style="dim", highlight=False)
+    kinds = [kind for kind in document.predictors if kind != "full"]
+    said = ", ".join(f"{kind} ({kinds.count(kind)})" for kind in dict.fromkeys(kinds))
+    out.print(f"{len(document.full)} full calls; the others: {said or 'none'}", highlight=False)
+    out.print(_table(document.measured))
+    if document.pareto:
+        out.print(_table(document.pareto))
+    out.print(
+        f"PSNR to the uncached images of {document.samples['test']} prompts and seeds that had no part in the tuning; "
+        f"speed-up of the UNet's time on {document.engine}, where a shallow call takes "
+        f"{document.shallow_over_full:.2f} of a full one."
+    )
+    out.print(f"[bold]{tuned.name}[/]")
+
+
+def _table(rows: tuple[Measured, ...]) -> Table:
+    table = Table("", "full calls", "UNet", "PSNR dB", "worst", box=SIMPLE)
+    for row in rows:
+        calls = f"{row.full_calls} of {row.full_calls + row.shallow_calls}"
+        table.add_row(row.name, calls, f"{row.speed_up:.2f}x", f"{row.psnr:.1f}", f"{row.worst:.1f}")
+    return table
+
+
+def _times(text: str | None) -> float | None:
+    return None if text is None else _number(text.removesuffix("x"), text, "--budget", "2.5x")
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    if text.endswith("ms"):
+        return _number(text.removesuffix("ms"), text, "--latency", "400ms") / 1000
+    return _number(text.removesuffix("s"), text, "--latency", "2.5s")
+
+
+def _range(text: str) -> tuple[float, float]:
+    low, dots, high = text.partition("..")
+    least = _number(low, text, "--guidance", "7.5 or 5..9")
+    most = _number(high, text, "--guidance", "7.5 or 5..9") if dots else least
+    if most < least:
+        raise typer.BadParameter(f"{text!r} ends before it begins", param_hint="--guidance")
+    return least, most
+
+
+def _number(part: str, text: str, option: str, example: str) -> float:
+    try:
+        number: Any = float(part)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise typer.BadParameter(f"{text!r} is not a value such as {example}", param_hint=option)
+    return float(number)

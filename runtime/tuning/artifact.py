@@ -1,0 +1,269 @@
+"""What ``offcut tune`` leaves in a bundle: a schedule with its coefficients, and for what they were made.
+
+schedules/<name>.json           the schedule, its key, and what was measured
+schedules/<name>.safetensors    <call>.<feature>.scale, .slope and .shift: [channels], or [1] where one serves all
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ...errors import BundleError, ScheduleError
+from ..forecast import Coefficients, Forecast
+from ..schedule import Schedule
+
+if TYPE_CHECKING:
+    from ...engines.bundle import Bundle
+    from ..stand_in import StandIn
+
+_NAMES = ("scale", "slope", "shift")
+
+
+class Key(BaseModel):
+    """For what a schedule was made; it is refused for anything else."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weights: str = Field(description="digest of the UNet's weights")
+    scheduler: str = Field(description="its class in diffusers")
+    settings: str = Field(description="SHA-256 of the scheduler's config")
+    steps: int
+    calls: int = Field(description="of the UNet, which some schedulers make more of than steps")
+    guidance: tuple[float, float] = Field(description="the range of scales")
+
+
+class Measured(BaseModel):
+    """A row of the report: images of prompts and seeds that had no part in the tuning, against uncached ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    full_calls: int
+    shallow_calls: int
+    speed_up: float = Field(description="of the UNet's time, by the engine's own times")
+    psnr: float = Field(description="mean over the images, in dB")
+    worst: float
+
+
+class Document(BaseModel):
+    """The JSON file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: int = 1
+    key: Key
+    cut: str
+    full: tuple[int, ...] = Field(description="the full calls")
+    predictors: tuple[str, ...] = Field(description="of each call: full, reuse, forecast... or fit...")
+    engine: str = Field(description="that the times are of")
+    shallow_over_full: float
+    samples: dict[str, int] = Field(description="images to fit, to select and to test")
+    measured: tuple[Measured, ...]
+    pareto: tuple[Measured, ...] = ()
+
+
+@dataclass(frozen=True, repr=False)
+class TunedSteps(Schedule):
+    """Full calls that were chosen for a number of calls, and hold for no other.
+
+    Attributes:
+        full: their indices, 0 first.
+        total: the number of calls.
+    """
+
+    full: tuple[int, ...]
+    total: int
+    kind: ClassVar[str] = "tuned"
+
+    @property
+    def needs_calls(self) -> bool:
+        return True
+
+    def _last_on_grid(self, call: int, calls: int | None) -> int:
+        if calls != self.total:
+            raise ScheduleError(
+                f"this schedule was tuned for {self.total} UNet calls, and the generation has {calls}: tune for that, "
+                "or set another schedule"
+            )
+        return max(each for each in self.full if each <= call)
+
+
+@dataclass(frozen=True)
+class Fitted(Forecast):
+    """Coefficients for each call of one schedule.
+
+    Attributes:
+        coefficients: by call and feature; a call without reuses.
+        full: the schedule's full calls, which the coefficients rely on.
+    """
+
+    coefficients: Mapping[int, Mapping[str, Coefficients]]
+    full: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return "tuned"
+
+    def at(self, feature: str, call: int, last: int, before: int | None) -> Coefficients | None:
+        earlier = [each for each in self.full if each < call]
+        if earlier[-1:] != [last] or (len(earlier) > 1 and earlier[-2] != before):
+            return None  # a full call that the schedule did not ask for: other shapes, or features that were dropped
+        return self.coefficients.get(call, {}).get(feature)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A schedule that was found for one model, sampler, number of steps and guidance.
+
+    Attributes:
+        name: of its files.
+        document: all but the coefficients.
+        coefficients: by call and feature.
+    """
+
+    name: str
+    document: Document
+    coefficients: Mapping[int, Mapping[str, Coefficients]] = field(repr=False)
+
+    @property
+    def schedule(self) -> TunedSteps:
+        return TunedSteps(self.document.full, self.document.key.calls)
+
+    @property
+    def forecast(self) -> Forecast | None:
+        return Fitted(self.coefficients, self.document.full) if self.coefficients else None
+
+    def apply(self, unet: StandIn) -> None:
+        """Set it from the next generation on; see ``set_schedule`` for what it raises."""
+        unet.set_schedule(self.schedule, self.document.cut, self.forecast)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The coefficients as the file has them, fp32."""
+        return {
+            f"{call}.{feature}.{name}": torch.as_tensor(getattr(made, name), dtype=torch.float32).reshape(-1).cpu()
+            for call, features in self.coefficients.items()
+            for feature, made in features.items()
+            for name in _NAMES
+        }
+
+
+def key_of(bundle: Bundle, scheduler: Any, steps: int, guidance: tuple[float, float]) -> Key:
+    """The key of what is about to be run.
+
+    Args:
+        scheduler: of the pipeline; its timesteps are set.
+    """
+    scheduler.set_timesteps(steps)
+    config = {name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")}
+    text = json.dumps(config, sort_keys=True, default=repr)
+    return Key(
+        weights=bundle.manifest.source.weights_digest,
+        scheduler=type(scheduler).__name__,
+        settings=hashlib.sha256(text.encode()).hexdigest(),
+        steps=steps,
+        calls=len(scheduler.timesteps),
+        guidance=guidance,
+    )
+
+
+def refusal(tuned: Tuned, key: Key) -> str | None:
+    """Why a schedule does not fit what is about to be run; None if it does."""
+    made = tuned.document.key
+    if made.weights != key.weights:
+        return "it was tuned for other weights"
+    if made.scheduler != key.scheduler:
+        return f"it was tuned for {made.scheduler}, not {key.scheduler}"
+    if made.settings != key.settings:
+        return f"it was tuned for another configuration of {made.scheduler}"
+    if (made.steps, made.calls) != (key.steps, key.calls):
+        return f"it was tuned for {made.steps} steps, not {key.steps}"
+    low, high = made.guidance
+    if not (low <= key.guidance[0] and key.guidance[1] <= high):
+        return f"it was tuned for guidance {low:g} to {high:g}, not {key.guidance[0]:g}"
+    return None
+
+
+def read(bundle: Bundle, name: str) -> Tuned:
+    """A schedule of a bundle.
+
+    Raises:
+        ScheduleError: there is none of this name.
+        BundleError: its files are damaged.
+    """
+    from safetensors.torch import load_file
+
+    there = bundle.manifest.schedules
+    if name not in there:
+        raise ScheduleError(
+            f"{bundle.path} has no schedule {name}; it has {', '.join(there) or 'none'}: make one with offcut tune"
+        )
+    entry = there[name]
+    bundle.verify_files([entry.document, entry.coefficients])
+    try:
+        document = Document.model_validate_json((bundle.path / entry.document).read_bytes())
+    except ValidationError as error:
+        raise BundleError(f"{bundle.path / entry.document} is damaged: {error.errors()[0]['msg']}") from error
+    found: dict[int, dict[str, dict[str, Any]]] = {}
+    for key, tensor in load_file(bundle.path / entry.coefficients).items():
+        call, feature, which = key.split(".")
+        value = float(tensor[0]) if len(tensor) == 1 else tensor
+        found.setdefault(int(call), {}).setdefault(feature, {})[which] = value
+    coefficients = {
+        call: {feature: Coefficients(**values) for feature, values in features.items()}
+        for call, features in found.items()
+    }
+    return Tuned(name, document, coefficients)
+
+
+def choose(bundle: Bundle, key: Key, name: str | None = None) -> Tuned:
+    """The schedule to use: the one named, or of those that fit the one with the best images.
+
+    Raises:
+        ScheduleError: none fits; the message has the reason for each.
+    """
+    names = list(bundle.manifest.schedules) if name is None else [name]
+    tuned = [read(bundle, each) for each in names]
+    reasons = {each.name: refusal(each, key) for each in tuned}
+    fitting = [each for each in tuned if reasons[each.name] is None]
+    if not fitting:
+        why = "; ".join(f"{each}: {reason}" for each, reason in reasons.items()) or "it has none"
+        raise ScheduleError(f"no schedule of {bundle.path} fits ({why}): make one with offcut tune, or set an interval")
+    return max(fitting, key=lambda each: each.document.measured[0].psnr)
+
+
+def save(bundle: Bundle, tuned: Tuned) -> None:
+    """Add a schedule to a bundle, in the place of one of its name.
+
+    Raises:
+        BundleError: the bundle cannot be written; what is in it is unchanged.
+    """
+    from safetensors.torch import save as to_bytes
+
+    from ...engines.manifest import FileEntry, Manifest, ScheduleEntry
+    from ...engines.store import commit, staging
+
+    text, tensors = (tuned.document.model_dump_json(indent=1) + "\n").encode(), to_bytes(tuned.tensors())
+    # Files never change once written: another schedule of the same name has other ones.
+    digest = hashlib.sha256(text + tensors).hexdigest()[:12]
+    entry = ScheduleEntry(
+        document=f"schedules/{tuned.name}-{digest}.json", coefficients=f"schedules/{tuned.name}-{digest}.safetensors"
+    )
+
+    def update(current: Manifest | None, entries: dict[str, FileEntry]) -> Manifest:
+        assert current is not None
+        gone = current.schedules.get(tuned.name)
+        dropped = set() if gone is None or gone == entry else {gone.document, gone.coefficients}
+        files = {name: each for name, each in current.files.items() if name not in dropped} | entries
+        return current.model_copy(update={"schedules": {**current.schedules, tuned.name: entry}, "files": files})
+
+    with staging(bundle.path) as folder:
+        (folder / "schedules").mkdir()
+        (folder / entry.document).write_bytes(text)
+        (folder / entry.coefficients).write_bytes(tensors)
+        commit(bundle.path, folder, update)

@@ -1,0 +1,181 @@
+"""Forecasts: reuse is reuse bit for bit, a prediction is the formula written plainly, nothing outlives a generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import offcut
+from offcut.engines.base import BoundPair
+from offcut.errors import ScheduleError
+from offcut.runtime.forecast import Coefficients, Extrapolate, Forecast, History, write
+
+FEATURE, CUT, CALLS = "deep_feature_0", "deepcache:0", 10
+
+
+@dataclass(frozen=True)
+class Fixed(Forecast):
+    """The same coefficients at every shallow call."""
+
+    coefficients: Coefficients | None
+
+    def at(self, feature: str, call: int, last: int, before: int | None) -> Coefficients | None:
+        return self.coefficients
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+def unet(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[offcut.UNet]:
+    opened = offcut.UNet.load(tiny_bundle, request.param, threads=1)
+    opened.advise = False
+    yield opened
+    opened.close()
+
+
+def inputs(unet: offcut.UNet, call: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    made = torch.Generator().manual_seed(call)
+    width = unet.config["cross_attention_dim"]
+    text = torch.randn(2, 77, width, generator=torch.Generator().manual_seed(99))
+    return torch.randn(2, 4, size, size, generator=made), torch.tensor(900.0 - 50 * call), text
+
+
+def run(unet: offcut.UNet, forecast: Forecast | None, interval: int = 3, warmup: int = 2) -> list[torch.Tensor]:
+    unet.set_schedule(offcut.Uniform(interval, warmup=warmup), CUT, forecast)
+    with unet.generation(CALLS):
+        return [unet(*inputs(unet, call)).sample for call in range(CALLS)]
+
+
+def by_hand(unet: offcut.UNet, coefficients: object, interval: int = 3, warmup: int = 2) -> list[torch.Tensor]:
+    """The same with the engines' own calls and the formula as it stands in the docstring."""
+    unet.set_schedule(None)
+    unet(*inputs(unet, 0))
+    bound = unet.bound
+    assert bound is not None
+    full = set(offcut.Uniform(interval, warmup=warmup).full_calls(CALLS))
+    kept: list[tuple[int, torch.Tensor]] = []
+    made = []
+    for call in range(CALLS):
+        sample, timestep, text = inputs(unet, call)
+        bound.buffers["sample"].copy_(sample)
+        bound.buffers["timestep"].fill_(float(timestep))
+        bound.buffers["encoder_hidden_states"].copy_(text)
+        if call in full:
+            bound.full()
+            kept = [(call, bound.buffers[FEATURE].clone()), *kept[:1]]
+        else:
+            (last, latest), (before, older) = kept[0], kept[-1]
+            assert callable(coefficients)
+            scale, slope, shift = (torch.as_tensor(each) for each in coefficients(call, last, before))
+            shape = (1, -1, 1, 1)
+            predicted = scale.reshape(shape) * latest + slope.reshape(shape) * (latest - older) + shift.reshape(shape)
+            bound.buffers[FEATURE].copy_(predicted)
+            bound.shallow(CUT)
+        made.append(bound.buffers["noise_pred"].clone())
+    return made
+
+
+def channels(unet: offcut.UNet) -> int:
+    unet.set_schedule(None)
+    unet(*inputs(unet, 0))
+    assert unet.bound is not None
+    return int(unet.bound.buffers[FEATURE].shape[1])
+
+
+def test_coefficients_of_reuse_are_reuse_bit_for_bit(unet: offcut.UNet) -> None:
+    plain = run(unet, None)
+    count = channels(unet)
+    tensors = Coefficients(torch.ones(count), torch.zeros(count), torch.zeros(count))
+    for forecast in (Extrapolate(0.0), Fixed(None), Fixed(Coefficients()), Fixed(tensors)):
+        for expected, got in zip(plain, run(unet, forecast), strict=True):
+            assert torch.equal(expected, got)
+
+
+@pytest.mark.parametrize("damping", [0.5, 1.0])
+def test_an_extrapolation_is_the_formula(unet: offcut.UNet, damping: float) -> None:
+    def formula(call: int, last: int, before: int) -> tuple[float, float, float]:
+        return 1.0, damping * (call - last) / (last - before), 0.0
+
+    for expected, got in zip(by_hand(unet, formula), run(unet, Extrapolate(damping)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_coefficients_of_each_channel_are_the_formula(unet: offcut.UNet) -> None:
+    count = channels(unet)
+    made = torch.Generator().manual_seed(1)
+    scale, slope, shift = (torch.randn(count, generator=made) for _ in range(3))
+    fixed = Fixed(Coefficients(scale, slope, shift))
+    expected = by_hand(unet, lambda call, last, before: (scale, slope, shift))
+    for want, got in zip(expected, run(unet, fixed), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(expected[-1], run(unet, None)[-1])
+
+
+def test_one_full_call_gives_no_direction(unet: offcut.UNet) -> None:
+    """With one warm-up call the first shallow ones reuse, in every generation: nothing of the one before is left."""
+    plain, again = run(unet, None, warmup=0), run(unet, Extrapolate(1.0), warmup=0)
+    twice = run(unet, Extrapolate(1.0), warmup=0)
+    for call in range(3):
+        assert torch.equal(plain[call], again[call])
+    assert not torch.equal(plain[4], again[4])
+    assert all(torch.equal(one, other) for one, other in zip(again, twice, strict=True))
+
+
+def test_other_shapes_in_a_generation_begin_anew(unet: offcut.UNet) -> None:
+    unet.set_schedule(offcut.Uniform(3), CUT, Extrapolate(1.0))
+    with unet.generation(8):
+        for call in range(4):
+            unet(*inputs(unet, call))
+        changed = [unet(*inputs(unet, call, size=16)).sample for call in (4, 5)]
+    unet.set_schedule(offcut.Steps([0]), CUT)
+    with unet.generation(2):
+        fresh = [unet(*inputs(unet, call, size=16)).sample for call in (4, 5)]
+    assert all(torch.equal(one, other) for one, other in zip(changed, fresh, strict=True))
+
+
+def test_without_a_schedule_there_is_no_forecast(unet: offcut.UNet) -> None:
+    unet.set_schedule(None, forecast=Extrapolate())
+    assert unet.forecast is None
+    unet.set_schedule(offcut.Uniform(2), forecast=Extrapolate(0.25))
+    assert unet.forecast == Extrapolate(0.25)
+
+
+@pytest.mark.parametrize("damping", [-0.1, 1.1])
+def test_damping_has_a_range(damping: float) -> None:
+    with pytest.raises(ScheduleError, match="from 0"):
+        Extrapolate(damping)
+
+
+@given(st.floats(-2, 2), st.floats(-2, 2), st.floats(-2, 2), st.sampled_from([torch.float32, torch.float16]))
+def test_numbers_and_tensors_write_the_same(scale: float, slope: float, shift: float, dtype: torch.dtype) -> None:
+    latest, before = torch.randn(2, 3, 4, 4).to(dtype), torch.randn(2, 3, 4, 4).to(dtype)
+    one, other = torch.empty_like(latest), torch.empty_like(latest)
+    write(one, latest, before, Coefficients(scale, slope, shift))
+    write(other, latest, before, Coefficients(*(torch.full((3,), each) for each in (scale, slope, shift))))
+    expected = scale * latest.double() + slope * (latest.double() - before.double()) + shift
+    loose = 1e-5 if dtype == torch.float32 else 2e-2
+    for got in (one, other):
+        torch.testing.assert_close(got.double(), expected, rtol=loose, atol=loose)
+
+
+def test_full_calls_cost_one_copy_into_two_buffers() -> None:
+    """Ping-pong: the buffers of the last two full calls change places, and none is allocated after the second."""
+
+    class Bound:
+        def __init__(self) -> None:
+            self.buffers = {FEATURE: torch.zeros(1, 2, 2, 2)}
+
+    bound: BoundPair = Bound()  # type: ignore[assignment]
+    history = History(Extrapolate(1.0), [FEATURE])
+    places = []
+    for call in range(4):
+        bound.buffers[FEATURE].fill_(call)
+        history.keep(bound, call)
+        places.append(history._latest[FEATURE].data_ptr())
+    assert places[0] == places[2] != places[1] == places[3]
+    history.predict(bound, 5)
+    assert torch.equal(bound.buffers[FEATURE], torch.full((1, 2, 2, 2), 5.0))

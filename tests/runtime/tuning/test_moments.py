@@ -1,0 +1,112 @@
+"""Moments: errors and fits from sums of products are those of the values themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from offcut.runtime.forecast import Coefficients
+from offcut.runtime.tuning.moments import Moments, Ridge
+from offcut.runtime.tuning.predictors import Predictors
+
+CALLS, CHANNELS, POSITIONS = 6, 5, 40
+
+
+def values(seed: int, noise: float = 0.01) -> torch.Tensor:
+    """Features that drift along a line, each channel at its own pace; [channels, calls, positions]."""
+    made = torch.Generator().manual_seed(seed)
+    start = torch.randn(CHANNELS, 1, POSITIONS, generator=made)
+    step = torch.randn(CHANNELS, 1, POSITIONS, generator=made) * 0.2
+    along = torch.arange(CALLS)[None, :, None]
+    return start + along * step + noise * torch.randn(CHANNELS, CALLS, POSITIONS, generator=made)
+
+
+def moments(*each: torch.Tensor) -> Moments:
+    made = Moments(CALLS, CHANNELS)
+    for one in each:
+        made.add(one)
+    return made
+
+
+def predicted(x: torch.Tensor, call: int, last: int, before: int, c: Coefficients) -> torch.Tensor:
+    scale, slope, shift = (
+        torch.as_tensor(each, dtype=torch.float64).reshape(-1, 1) for each in (c.scale, c.slope, c.shift)
+    )
+    x = x.double()
+    return x[:, call] - (scale * x[:, last] + slope * (x[:, last] - x[:, before]) + shift)
+
+
+@pytest.mark.parametrize(
+    "coefficients",
+    [
+        Coefficients(),
+        Coefficients(slope=0.7),
+        Coefficients(1.1, -0.4, 0.2),
+        Coefficients(torch.rand(CHANNELS), torch.rand(CHANNELS), torch.rand(CHANNELS)),
+    ],
+)
+def test_errors_are_those_of_the_values(coefficients: Coefficients) -> None:
+    first, second = values(1), values(2)
+    got = moments(first, second).errors(range(4, 5), 3, 1, coefficients)
+    missed = torch.cat([predicted(each, 4, 3, 1, coefficients) for each in (first, second)], 1)
+    assert float(got[0]) == pytest.approx(float((missed**2).mean(1).sum()), rel=1e-9)
+
+
+def test_small_errors_survive_the_difference_of_large_sums() -> None:
+    still = values(3, noise=0) * 0 + 1000.0
+    still[:, 4] += 1e-3
+    error = moments(still).errors(range(4, 5), 3, 3, Coefficients())
+    assert float(error[0]) == pytest.approx(CHANNELS * 1e-6, rel=0.05)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.1])
+@pytest.mark.parametrize("slopes", [True, False])
+def test_a_fit_is_ridge_least_squares(strength: float, slopes: bool) -> None:
+    x = values(4).double()
+    last, before = 3, 1
+    fitted = Ridge(strength, slopes).fit(moments(x), range(4, 6), last, before)
+    for column, call in enumerate((4, 5)):
+        for channel in range(CHANNELS):
+            latest, apart = x[channel, last], x[channel, last] - x[channel, before]
+            rows = torch.stack([latest, apart] if slopes else [latest], 1)
+            centred = rows - rows.mean(0)
+            target = x[channel, call] - latest
+            gram = centred.T @ centred
+            gram += strength * torch.diag(gram.diag())
+            weights = torch.linalg.solve(gram, centred.T @ (target - target.mean()))
+            assert isinstance(fitted.scale, torch.Tensor)
+            assert isinstance(fitted.slope, torch.Tensor)
+            assert isinstance(fitted.shift, torch.Tensor)
+            assert float(fitted.scale[channel, column]) == pytest.approx(1 + float(weights[0]), abs=1e-6)
+            if slopes:
+                assert float(fitted.slope[channel, column]) == pytest.approx(float(weights[1]), abs=1e-6)
+            full = 1 + weights[0]
+            mean = x[channel, call].mean() - full * latest.mean() - (weights[1] * apart.mean() if slopes else 0)
+            assert float(fitted.shift[channel, column]) == pytest.approx(float(mean), abs=1e-6)
+
+
+def test_lines_are_forecast_and_noise_is_not() -> None:
+    lines = Predictors({"f": moments(values(5))}, {"f": moments(values(6))})
+    chosen = lines.best(5, 3, 1)
+    assert chosen.kind.startswith(("forecast 1", "fit"))
+    assert chosen.error < 0.1 * float(lines.reuse_errors(3, 6)[-1])
+    noise = [torch.randn(CHANNELS, CALLS, 4000) * 0.1 + torch.randn(CHANNELS, 1, 4000) for _ in range(2)]
+    still = Predictors({"f": moments(noise[0])}, {"f": moments(noise[1])}, kinds=("forecast",))
+    assert still.best(5, 3, 1).kind == "reuse"
+
+
+def test_without_an_earlier_full_call_there_is_no_slope() -> None:
+    lines = Predictors({"f": moments(values(5))}, {"f": moments(values(6))})
+    chosen = lines.best(3, 0, None)
+    slopes = [] if chosen.coefficients is None else [chosen.coefficients["f"].slope]
+    assert all(torch.as_tensor(each).abs().max() == 0 for each in slopes)
+
+
+def test_errors_are_kept_and_extended() -> None:
+    lines = Predictors({"f": moments(values(5))}, {"f": moments(values(6))})
+    short = lines.errors(1, 0, 4)
+    assert len(short) == 2
+    whole = lines.errors(1, 0, 6)
+    assert len(whole) == 4
+    assert torch.equal(whole[:2], short)
+    assert torch.equal(lines.errors(1, 0, 4), short)
