@@ -306,6 +306,20 @@ def doctor(
                 out.print(f"--set {name}.{setting}={default}", highlight=False)
 
 
+def _print_schedule(bundle: Bundle, name: str) -> None:
+    from ..runtime.tuning.artifact import read
+
+    document = read(bundle, name).document
+    key, ours = document.key, document.measured[0]
+    low, high = key.guidance
+    scales = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    out.print(
+        f"[bold]schedule {name}[/]: {key.scheduler}, {key.steps} steps, guidance {scales}, {document.cut}: "
+        f"{ours.full_calls} full calls, UNet {ours.speed_up:.2f}x, {ours.psnr:.1f} dB",
+        highlight=False,
+    )
+
+
 def _print_bundle(bundle: Bundle, as_json: bool) -> None:
     manifest = bundle.manifest
     if as_json:
@@ -340,4 +354,6 @@ def _print_bundle(bundle: Bundle, as_json: bool) -> None:
                 "outputs": {t.name: t.spec() for t in (variant.noise_pred, *cached.values())},
             }
         )
+    for name in manifest.schedules:
+        _print_schedule(bundle, name)
     out.print(f"digest {bundle.digest}", highlight=False)

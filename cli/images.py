@@ -45,15 +45,15 @@ def run(
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="Instead of interval and warmup, e.g. quad:5 or steps:0,1,2,10; auto or tuned:NAME for those of offcut "
-            "tune. Costs quality."
+            help="Instead of interval and warmup, e.g. quad:5 or steps:0,1,2,10; auto or tuned:NAME for what "
+            "offcut tune made. Costs quality."
         ),
     ] = None,
     forecast: Annotated[
         float | None,
         typer.Option(
             metavar="DAMPING",
-            help="Extrapolate the cached features: 0 reuses them, 1 is undamped. Not with ancestral ones.",
+            help="Extrapolate the cached features: 0 is reuse, 1 undamped. Not for ancestral samplers.",
         ),
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="The scheduler's class in diffusers; the model's own.")] = None,
