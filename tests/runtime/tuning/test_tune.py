@@ -1,0 +1,244 @@
+"""``offcut tune`` for real, on the shapes model: what it finds is kept, refused elsewhere, and better than reuse."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from typer.testing import CliRunner
+
+import offcut
+from offcut.benchmarks.shapes.model import PROMPTS, model_path
+from offcut.cli import app
+from offcut.errors import BundleError, ScheduleError, UserError
+from offcut.runtime.draw import draw
+from offcut.runtime.forecast import Extrapolate
+from offcut.runtime.tuning.artifact import Tuned, choose, key_of, read, refusal, save
+from offcut.runtime.tuning.record import Recorder
+from offcut.runtime.tuning.tune import Target, Wanted, tune
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+pytestmark = pytest.mark.slow
+
+STEPS, GUIDANCE, NAME = 16, 3.0, "half"
+
+
+@pytest.fixture(scope="module")
+def shapes(once: Once) -> Path:
+    """A bundle of its own, since schedules are added to it."""
+    return once("tuned-shapes.offcut", lambda path: offcut.build(model_path(), path, engine="onnxruntime"))
+
+
+@pytest.fixture(scope="module")
+def pipe(shapes: Path) -> Iterator[Any]:
+    loaded = offcut.load(shapes, "onnxruntime", threads=1)
+    loaded.set_progress_bar_config(disable=True)
+    loaded.unet.advise = False
+    yield loaded
+    loaded.unet.close()
+
+
+@pytest.fixture(scope="module")
+def tuned(shapes: Path, pipe: Any) -> Tuned:
+    """DDIM, 16 steps, half the time, saved in the bundle."""
+    said: list[str] = []
+    wanted = Wanted(
+        Target(speed_up=2), steps=STEPS, guidance=(2.0, 4.0), samples=8, prompts=PROMPTS, probes=4, pareto=3
+    )
+    bundle = offcut.Bundle.open(shapes)
+    found = tune(pipe, bundle, NAME, wanted, said.append)
+    save(bundle, found)
+    stages = [each for each in said if not each.startswith(" ")]
+    assert stages[0] == "draw uncached images"
+    assert "fit again on cached images" in stages
+    return found
+
+
+def image(pipe: Any, by: Tuned | None, **changed: Any) -> np.ndarray:
+    asked: dict[str, Any] = {"steps": STEPS, "guidance": GUIDANCE, "seed": 77, "size": None, "output": "np"}
+    if by is not None:
+        by.apply(pipe.unet)
+    made: np.ndarray = draw(pipe, PROMPTS[0], **asked | changed).images[0]
+    return made
+
+
+def test_the_budget_is_kept_and_the_target_reached(tuned: Tuned) -> None:
+    document = tuned.document
+    ours, reused, *others, fewer = document.measured
+    assert document.full[0] == 0
+    assert ours.full_calls == len(document.full)
+    assert ours.full_calls + ours.shallow_calls == STEPS
+    assert ours.speed_up >= 2
+    assert [kind == "full" for kind in document.predictors] == [call in document.full for call in range(STEPS)]
+    assert document.samples == {"fit": 4, "select": 2, "test": 2}
+    assert reused.full_calls == ours.full_calls
+    assert others[0].name == "CacheQuant's schedule"
+    assert fewer.name.startswith("uncached")
+    assert len(document.pareto) == 3
+    costs = [row.full_calls for row in document.pareto]
+    assert costs == sorted(costs)
+
+
+def test_it_is_better_than_reuse_at_the_same_cost(tuned: Tuned) -> None:
+    """DDIM is deterministic: features go on as they went, on images that had no part in the tuning too."""
+    ours, reused, *others = tuned.document.measured
+    assert ours.psnr > reused.psnr + 1
+    for row in others:
+        if row.full_calls <= ours.full_calls:
+            assert ours.psnr > row.psnr, row.name
+
+
+def test_what_is_read_again_draws_the_same(pipe: Any, shapes: Path, tuned: Tuned) -> None:
+    bundle = offcut.Bundle.open(shapes)
+    bundle.verify_files()
+    again = read(bundle, NAME)
+    assert again.document == tuned.document
+    assert again.coefficients.keys() == tuned.coefficients.keys()
+    assert np.array_equal(image(pipe, tuned), image(pipe, again))
+    assert pipe.unet.last_run.full_calls == tuned.document.full
+
+
+def test_it_fits_what_it_was_tuned_for_and_nothing_else(pipe: Any, shapes: Path, tuned: Tuned) -> None:
+    bundle = offcut.Bundle.open(shapes)
+    ddim = DDIMScheduler.from_config(pipe.scheduler.config)
+    euler = EulerDiscreteScheduler.from_config(ddim.config)
+    spaced = DDIMScheduler.from_config(ddim.config, timestep_spacing="trailing")
+    assert choose(bundle, key_of(bundle, ddim, STEPS, (3.0, 3.0))).name == NAME
+    for scheduler, steps, scale, says in (
+        (euler, STEPS, 3.0, "not EulerDiscreteScheduler"),
+        (spaced, STEPS, 3.0, "another configuration of DDIMScheduler"),
+        (ddim, 20, 3.0, f"{STEPS} steps, not 20"),
+        (ddim, STEPS, 7.5, "guidance 2 to 4, not 7.5"),
+    ):
+        with pytest.raises(ScheduleError, match=says):
+            choose(bundle, key_of(bundle, scheduler, steps, (scale, scale)))
+    other = key_of(bundle, ddim, STEPS, (3.0, 3.0)).model_copy(update={"weights": "0" * 64})
+    assert refusal(tuned, other) == "it was tuned for other weights"
+    with pytest.raises(ScheduleError, match=f"has no schedule fast; it has {NAME}"):
+        read(bundle, "fast")
+
+
+def test_another_number_of_calls_is_refused_in_the_loop(pipe: Any, tuned: Tuned) -> None:
+    tuned.apply(pipe.unet)
+    with pytest.raises(ScheduleError, match=f"tuned for {STEPS} UNet calls, and the generation has 9"):
+        image(pipe, None, steps=9)
+
+
+def test_a_damaged_file_is_found(shapes: Path, tuned: Tuned, copied: Callable[[Path], Path]) -> None:
+    copy = copied(shapes)
+    bundle = offcut.Bundle.open(copy)
+    file = copy / bundle.manifest.schedules[NAME].coefficients
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(BundleError, match="bytes, not"):
+        read(bundle, NAME)
+
+
+def test_a_second_of_the_name_takes_its_place(tuned: Tuned, shapes: Path, copied: Callable[[Path], Path]) -> None:
+    copy = copied(shapes)
+    bundle = offcut.Bundle.open(copy)
+    before = bundle.manifest.schedules[NAME]
+    changed = Tuned(NAME, tuned.document.model_copy(update={"engine": "another"}), tuned.coefficients)
+    save(bundle, changed)
+    after = offcut.Bundle.open(copy)
+    assert after.manifest.schedules[NAME] != before
+    assert before.document not in after.manifest.files
+    assert read(after, NAME).document.engine == "another"
+
+
+def test_watching_changes_nothing(pipe: Any, tuned: Tuned) -> None:
+    """The full graph is run beside the shallow calls, and what they read is put back, with and without a forecast."""
+    features = pipe.unet._cuts["deepcache:0"]
+    for forecast in (None, Extrapolate(1.0)):
+        pipe.unet.set_schedule(offcut.Uniform(4), forecast=forecast)
+        plain = image(pipe, None)
+        recorder = Recorder(pipe.unet, features, positions=16)
+        with recorder.watch():
+            watched = image(pipe, None)
+        assert np.array_equal(plain, watched)
+    moments = recorder.empty()
+    recorder.add_to(moments)
+    (each,) = moments.values()
+    assert each.sums.shape[1] == STEPS
+    assert each.count == 16
+
+
+def test_heun_has_more_calls_than_steps(pipe: Any, shapes: Path) -> None:
+    bundle, before = offcut.Bundle.open(shapes), pipe.scheduler
+    pipe.scheduler = HeunDiscreteScheduler.from_config(before.config)
+    try:
+        wanted = Wanted(Target(psnr=20.0), steps=5, guidance=(3.0, 3.0), samples=4, prompts=PROMPTS, probes=2)
+        found = tune(pipe, bundle, "heun", wanted, lambda said: None)
+    finally:
+        pipe.scheduler = before
+    assert found.document.key.calls == 9
+    assert len(found.document.predictors) == 9
+    assert found.document.measured[0].psnr > 15
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "offcut", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_commands(shapes: Path, tuned: Tuned, copied: Callable[[Path], Path], tmp_path: Path) -> None:
+    copy = copied(shapes)
+    asked = ("--steps", "8", "--guidance", "3", "--samples", "4", "--engine", "onnxruntime", "--threads", "1")
+    made = command("tune", copy, "--budget", "2x", *asked, "--json")
+    assert made.returncode == 0, made.stderr
+    document = json.loads(made.stdout)
+    assert document["name"] == "DDIM-8-2x"
+    assert document["key"]["steps"] == 8
+    drawn = command(
+        "run", copy, "a red circle", "--schedule", "auto", "--steps", "8", "--guidance", "3", "-o", tmp_path / "a.png",
+        "--json",
+    )  # fmt: skip
+    assert drawn.returncode == 0, drawn.stderr
+    report = json.loads(drawn.stdout)
+    assert report["full_calls"] == len(document["full"])
+    assert report["forecast"] == "tuned"
+    listed = command("inspect", copy).stdout
+    assert "schedule DDIM-8-2x: DDIMScheduler, 8 steps, guidance 3" in " ".join(listed.split())
+    assert f"schedule {NAME}:" in listed
+    refused = command(
+        "run", copy, "a red circle", "--schedule", f"tuned:{NAME}", "--steps", "8", "-o", tmp_path / "b.png"
+    )
+    assert refused.returncode == 1
+    assert f"{NAME}: it was tuned for {STEPS} steps, not 8" in " ".join(refused.stderr.split())
+    assert not (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "give one target above 0"),
+        (["--budget", "2x", "--psnr", "30"], "give one target above 0"),
+        (["--budget", "fast"], "is not a value such as 2.5x"),
+        (["--latency", "1us"], "is not a value such as"),
+        (["--budget", "2x", "--guidance", "9..5"], "ends before it begins"),
+        (["--budget", "2x", "--name", "a/b"], "cannot name a schedule"),
+        (["--budget", "2x", "--sampler", "Nonsense"], "diffusers has no scheduler Nonsense"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(shapes: Path, options: list[str], says: str) -> None:
+    result = CliRunner().invoke(app, ["tune", str(shapes), *options])
+    assert result.exit_code != 0
+    said = f"{result.stderr} {result.exception}".replace("│", " ")
+    assert says in " ".join(said.split())
+    assert isinstance(result.exception, UserError | SystemExit)
+
+
+def test_a_target_must_be_one() -> None:
+    with pytest.raises(UserError, match="one target"):
+        Target(speed_up=2, psnr=30)
+    with pytest.raises(UserError, match="at least 4"):
+        Wanted(Target(speed_up=2), samples=3, prompts=("a",))
+    with pytest.raises(UserError, match="no prompt"):
+        Wanted(Target(speed_up=2))
