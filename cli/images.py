@@ -29,6 +29,7 @@ from .shell import (
 
 if TYPE_CHECKING:
     from ..engines.base import OpenOptions
+    from ..runtime.forecast import Forecast
     from ..runtime.schedule import Schedule
     from ..runtime.tuning.artifact import Tuned
 
@@ -86,7 +87,7 @@ def run(
 
     tuned_name = _tuned_name(schedule)
     chosen = None if tuned_name is not None else _schedule(schedule, interval, warmup)
-    predicted = None if forecast is None else Extrapolate(forecast)
+    predicted: Forecast | None = None if forecast is None else Extrapolate(forecast)
     if tuned_name is not None and predicted is not None:
         raise UserError("a tuned schedule has predictions of its own: leave --forecast out")
     pipe = _load(bundle, engine, device=device, provider=provider, threads=threads)

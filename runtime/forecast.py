@@ -38,8 +38,9 @@ class Coefficients:
     @property
     def plain(self) -> bool:
         """Whether one number says it all: an extrapolation without correction."""
-        numbers = all(isinstance(each, float) for each in (self.scale, self.slope, self.shift))
-        return numbers and self.scale == 1.0 and self.shift == 0.0
+        if isinstance(self.scale, torch.Tensor) or isinstance(self.shift, torch.Tensor):
+            return False
+        return isinstance(self.slope, float) and self.scale == 1.0 and self.shift == 0.0
 
 
 class Forecast(ABC):

@@ -48,7 +48,7 @@ def section(growth: Growth, key: str) -> Markup:
 
 def _sweep(sweep: Sweep) -> Markup:
     title = TITLES[sweep.axis]
-    medians = {
+    medians: dict[str, Sequence[float | None]] = {
         "loop": [point.loop for point in sweep.points],
         "full call": [_median(point.full) for point in sweep.points],
         "shallow call": [_median(point.shallow) for point in sweep.points],

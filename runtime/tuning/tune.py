@@ -262,7 +262,7 @@ class _Tuning:
             began = time.perf_counter()
             self._draw(self.select.images[0], None)
             rest = time.perf_counter() - began - sum(self.pipe.unet.last_run.seconds)
-            budget = (target.seconds - rest) / self.full_seconds
+            budget = float(target.seconds - rest) / self.full_seconds
             least = rest + found[0].cost * self.full_seconds
             if budget < found[0].cost:
                 raise UserError(
