@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 GUIDANCE = 3.0
 """Classifier-free guidance scale of the sample pictures."""
 
-SAMPLE_STEPS = 25
+SAMPLE_STEPS = 50
 """DDIM steps of the sample pictures."""
 
 

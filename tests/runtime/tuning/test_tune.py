@@ -27,7 +27,7 @@ from offcut.runtime.tuning.tune import Target, Wanted, tune
 Once = Callable[[str, Callable[[Path], object]], Path]
 pytestmark = pytest.mark.slow
 
-STEPS, GUIDANCE, NAME = 16, 3.0, "half"
+STEPS, GUIDANCE, NAME = 30, 3.0, "clear"
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,9 @@ def pipe(shapes: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def tuned(shapes: Path, pipe: Any) -> Tuned:
-    """DDIM, 16 steps, half the time, saved in the bundle."""
+    """DDIM, 30 steps, the fastest with 35 dB, saved in the bundle: unlike time, that depends on no load."""
     said: list[str] = []
-    wanted = Wanted(
-        Target(speed_up=2), steps=STEPS, guidance=(2.0, 4.0), samples=8, prompts=PROMPTS, probes=4, pareto=3
-    )
+    wanted = Wanted(Target(psnr=35.0), steps=STEPS, guidance=(2.0, 4.0), samples=8, prompts=PROMPTS, probes=4, pareto=3)
     bundle = offcut.Bundle.open(shapes)
     found = tune(pipe, bundle, NAME, wanted, said.append)
     save(bundle, found)
@@ -69,13 +67,14 @@ def image(pipe: Any, by: Tuned | None, **changed: Any) -> np.ndarray:
     return made
 
 
-def test_the_budget_is_kept_and_the_target_reached(tuned: Tuned) -> None:
+def test_the_target_is_reached_and_the_report_whole(tuned: Tuned) -> None:
     document = tuned.document
     ours, reused, *others, fewer = document.measured
     assert document.full[0] == 0
     assert ours.full_calls == len(document.full)
     assert ours.full_calls + ours.shallow_calls == STEPS
-    assert ours.speed_up >= 2
+    assert 1 < len(document.full) < STEPS - 2
+    assert ours.psnr > 31  # other prompts and seeds than those that chose it
     assert [kind == "full" for kind in document.predictors] == [call in document.full for call in range(STEPS)]
     assert document.samples == {"fit": 4, "select": 2, "test": 2}
     assert reused.full_calls == ours.full_calls
@@ -109,7 +108,7 @@ def test_it_fits_what_it_was_tuned_for_and_nothing_else(pipe: Any, shapes: Path,
     bundle = offcut.Bundle.open(shapes)
     ddim = DDIMScheduler.from_config(pipe.scheduler.config)
     euler = EulerDiscreteScheduler.from_config(ddim.config)
-    spaced = DDIMScheduler.from_config(ddim.config, timestep_spacing="trailing")
+    spaced = DDIMScheduler.from_config(ddim.config, timestep_spacing="leading")
     assert choose(bundle, key_of(bundle, ddim, STEPS, (3.0, 3.0))).name == NAME
     for scheduler, steps, scale, says in (
         (euler, STEPS, 3.0, "not EulerDiscreteScheduler"),
@@ -203,7 +202,10 @@ def test_the_commands(shapes: Path, tuned: Tuned, copied: Callable[[Path], Path]
     assert drawn.returncode == 0, drawn.stderr
     report = json.loads(drawn.stdout)
     assert report["full_calls"] == len(document["full"])
-    assert report["forecast"] == "tuned"
+    predicts = any(kind not in ("full", "reuse") for kind in document["predictors"])
+    assert report["forecast"] == ("tuned" if predicts else None)
+    budget = document["measured"][0]
+    assert budget["speed_up"] >= 2 or budget["full_calls"] == 1
     listed = command("inspect", copy).stdout
     assert "schedule DDIM-8-2x: DDIMScheduler, 8 steps, guidance 3" in " ".join(listed.split())
     assert f"schedule {NAME}:" in listed
