@@ -11,9 +11,11 @@ from pathlib import Path
 from ..errors import BundleError, CutError, EngineError, ModelError
 from ..exporter.cut import CONVENTIONS, is_cut_name
 from ..exporter.families import downsampling
+from ..exporter.imported import check_precision, fixed_by
 from ..exporter.ip_adapter import IPAdapter
 from ..exporter.load import PRECISIONS, ModelSource, locate, read_index
 from ..exporter.lora import Scaled, find, read
+from ..exporter.original import Original, open_original
 from ..exporter.quantize import Scheme
 from .base import Settings
 from .bundle import Bundle, digest_file
@@ -130,6 +132,10 @@ def make_plan(
         ip_adapters=ip_adapters,
         attention=attention,
     )
+    graph = None
+    if source.onnx:
+        graph = _check_onnx(source, names, scheme, opset, precision, adapters=adapters, attention=attention)
+        compile_all = bool(compilable(source))
     for each in wanted:
         if left := read(each.path, source.config).text_encoder:
             progress(f"{each.path.name} has {left} layers of a text encoder, which are left out")
@@ -141,16 +147,17 @@ def make_plan(
         raise EngineError(f"{precision} is calibrated without adapters: build {', '.join(taken)} in fp32, fp16 or bf16")
     if ip_adapters and scheme:
         raise EngineError(f"{precision} is calibrated without images: build IP-Adapters in fp32, fp16 or bf16")
+    fixed = (fixed_by(graph, source) if graph else {}) | dict(dims or {})
     return Plan(
         source=source,
         weights_digest=weights_digest(source),
         cuts=tuple(dict.fromkeys(cuts)),
         engines=tuple(dict.fromkeys(names)),
         precision=precision,
-        opset=opset or engine(names[0]).default_opset,
-        fixed=dict(dims or {}),
+        opset=graph.opset if graph else opset or engine(names[0]).default_opset,
+        fixed=fixed,
         inference_precision=None if inference_precision == precision else inference_precision,
-        profiles=_profiles(source, scheme.base if scheme else precision, taken, dict(dims or {}), profiles),
+        profiles=_profiles(source, scheme.base if scheme else precision, taken, fixed, profiles),
         settings=_settings(names, settings or {}),
         device=device,
         deploy=deploy,
@@ -159,6 +166,44 @@ def make_plan(
         scheme=scheme,
         calibrator=calibrator if scheme else None,
     )
+
+
+def _check_onnx(
+    source: ModelSource,
+    engines: Sequence[str],
+    scheme: Scheme | None,
+    opset: int | None,
+    precision: str,
+    *,
+    adapters: Sequence[str] | None,
+    attention: str | None,
+) -> Original:
+    """Refuse what a graph that was made elsewhere cannot become, and open it."""
+    wanted = {
+        "a LoRA in its weights: give it to offcut run --lora, or to pipe.load_lora_weights": source.loras,
+        "an IP-Adapter": source.ip_adapters,
+        f"the inputs of {' and '.join(adapters or ())}": adapters,
+        f"{attention} attention": attention,
+        f"{precision}, which is calibrated in PyTorch": scheme,
+        "graphs for inductor, which PyTorch makes": "inductor" in engines,
+    }
+    if refused := [what for what, asked in wanted.items() if asked]:
+        what, _, remedy = refused[0].partition(": ")
+        raise ModelError(
+            f"{source.name} holds its UNet as ONNX, without weights for PyTorch, and cannot be given {what}: "
+            + (remedy or "build from the model that it was exported from")
+        )
+    original = open_original(source.folder)
+    check_precision(original, precision)
+    if opset not in (None, original.opset):
+        raise ModelError(f"{original.path} has opset {original.opset}, not {opset}: leave --opset out")
+    if networks := compilable(source):
+        if all(compiler(name) for name in engines):
+            raise EngineError(
+                f"{' and '.join(engines)} compiles the UNet only, and {source.name} holds {', '.join(networks)} as ONNX "
+                "too: name onnxruntime or openvino beside it"
+            )
+    return original
 
 
 def _check_video(source: ModelSource, low_precision: str | None) -> None:
@@ -188,7 +233,8 @@ def _scheme(names: Sequence[str], precision: str, calibrator: Calibrator | None)
 
 def weights_digest(source: ModelSource) -> str:
     """A digest of the UNet's weights as the user gave them, and of the LoRAs and IP-Adapters that go into them."""
-    parts = [digest_file(file) for file in weight_files(source.folder, source.variant)]
+    files = open_original(source.folder).files if source.onnx else weight_files(source.folder, source.variant)
+    parts = [digest_file(file) for file in files]
     parts += [f"{digest_file(find(each.path))}*{each.scale}" for each in source.loras]
     parts += [digest_file(adapter.path) for adapter in source.ip_adapters]
     return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -154,6 +154,7 @@ def name_contract(model: ir.Model, inputs: list[TensorSpec], outputs: list[Tenso
     for value, spec in zip(graph.outputs, outputs, strict=True):
         value.name = spec.name
         value.shape = ir.Shape(spec.shape)
+        value.type = ir.TensorType(ir.DataType[_ONNX[spec.dtype]])
 
 
 _ONNX = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64"}

@@ -69,33 +69,39 @@ class Original:
         return _PRECISIONS[named.pop()]
 
     def answers(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What ONNX Runtime computes with the untouched file on the CPU: every output by name.
+        """What ``run`` gives of the untouched file."""
+        return run(self.path, inputs)
 
-        Args:
-            inputs: in the shapes that the file takes; their dtypes are made its.
 
-        Raises:
-            MissingExtraError: ONNX Runtime is not installed.
-            ModelError: it does not run the file.
-        """
-        import torch
+def run(path: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What ONNX Runtime computes with a file on the CPU: every output by name.
 
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise MissingExtraError("reading ONNX made elsewhere", "onnxruntime", "cpu") from error
-        settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = 3  # its warnings are about its own fusions
-        try:
-            session = onnxruntime.InferenceSession(self.path, settings, providers=["CPUExecutionProvider"])
-            dtypes = {value.name: value.type for value in session.get_inputs()}
-            feed = {name: inputs[name].to(getattr(torch, _TORCH[kind])).numpy() for name, kind in dtypes.items()}
-            names = [value.name for value in session.get_outputs()]
-            answers = session.run(names, feed)
-        except Exception as error:  # its exceptions share no public base
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"ONNX Runtime cannot run {self.path}: {reason}; export it again") from error
-        return {name: torch.from_numpy(answer) for name, answer in zip(names, answers, strict=True)}
+    Args:
+        path: the ONNX file, its weights where it says.
+        inputs: in the shapes that the file takes; their dtypes are made its.
+
+    Raises:
+        MissingExtraError: ONNX Runtime is not installed.
+        ModelError: it does not run the file.
+    """
+    import torch
+
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError("reading ONNX made elsewhere", "onnxruntime", "cpu") from error
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3  # its warnings are about its own fusions
+    try:
+        session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+        dtypes = {value.name: value.type for value in session.get_inputs()}
+        feed = {name: inputs[name].to(getattr(torch, _TORCH[kind])).numpy() for name, kind in dtypes.items()}
+        names = [value.name for value in session.get_outputs()]
+        answers = session.run(names, feed)
+    except Exception as error:  # its exceptions share no public base
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"ONNX Runtime cannot run {path}: {reason}; export it again") from error
+    return {name: torch.from_numpy(answer) for name, answer in zip(names, answers, strict=True)}
 
 
 _TORCH = {
