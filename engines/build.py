@@ -74,7 +74,8 @@ def build(
     """Build a bundle, or add to one.
 
     Args:
-        model: a hub id, a diffusers pipeline directory, or a bare UNet's directory (which gives a UNet-only bundle).
+        model: a hub id, a diffusers pipeline directory, a bare UNet's directory (which gives a UNet-only bundle), or
+            a directory of ONNX files that optimum wrote: its graphs are cut as they are, and all its networks compiled.
         out: the bundle's directory.
         cuts: names of cuts; see ``find_cuts``.
         engine: a name, several, or ``"auto"``.
@@ -102,7 +103,7 @@ def build(
         progress: called with a sentence as each stage begins.
 
     Returns:
-        The bundle, every engine of which was verified against eager PyTorch, unless it was compiled for a machine that
+        The bundle, every engine of which was verified against eager PyTorch, or the ONNX that was given, unless it was compiled for a machine that
         this one is not; its entry says so.
 
     Raises:

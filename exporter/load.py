@@ -14,7 +14,7 @@ from .attention import ATTENTION, PIPELINES
 from .families import FAMILIES, Family, family_of
 from .ip_adapter import IPAdapter, load_into, with_adapters
 from .lora import Scaled, fuse
-from .original import made_elsewhere
+from .original import OPTIMUMS_NAMES, made_elsewhere
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,8 @@ def locate(
     """Find a model, fetching it from the hub if ``model`` is no local directory.
 
     Args:
-        model: a hub id, a diffusers pipeline directory, or the directory of a bare UNet.
+        model: a hub id, a diffusers pipeline directory, the directory of a bare UNet, or one with ONNX files that
+            optimum wrote.
         revision: a branch, tag or commit of the hub's repository.
         variant: of the weight files, e.g. ``"fp16"``.
         subfolder: of the UNet; ``"unet"`` in a pipeline.
@@ -247,6 +248,8 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise ModelError(f"{file} is not readable JSON: {_first_sentence(error)}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} is not a model's config: it holds no JSON object")
+    if (kind := config.get("_class_name")) in OPTIMUMS_NAMES:
+        config["_class_name"] = OPTIMUMS_NAMES[kind]
     import inspect
 
     import diffusers

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 ORIGINAL_FILE = "model.onnx"
+OPTIMUMS_NAMES = {"ORTUnet": "UNet2DConditionModel", "ORTVaeDecoder": "AutoencoderKL", "ORTVaeEncoder": "AutoencoderKL"}
+"""What a pipeline that optimum loaded and saved again calls its networks, and what they are."""
+
 _PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
 _WEIGHED = ("Conv", "MatMul", "Gemm")
 
