@@ -103,8 +103,8 @@ def build(
         progress: called with a sentence as each stage begins.
 
     Returns:
-        The bundle, every engine of which was verified against eager PyTorch, or the ONNX that was given, unless it was compiled for a machine that
-        this one is not; its entry says so.
+        The bundle, every engine of which was verified against eager PyTorch, or the ONNX that was given, unless it was
+        compiled for a machine that this one is not; its entry says so.
 
     Raises:
         ModelError: the model cannot be read or exported.

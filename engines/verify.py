@@ -1,4 +1,7 @@
-"""Parity: the engine against eager PyTorch or the ONNX file it came from, and the shallow graph against the full one."""
+"""Parity: the engine against its model, and the shallow graph against the full one.
+
+The model's answers are eager PyTorch's, or those of the ONNX file that the bundle was built from.
+"""
 
 from __future__ import annotations
 
@@ -112,9 +115,7 @@ def require(checks: list[Check], what: str) -> None:
             )
 
 
-def _checks(
-    pair: EnginePair, bound: BoundPair, reference: Reference, limits: Bounds, against: str
-) -> list[Check]:
+def _checks(pair: EnginePair, bound: BoundPair, reference: Reference, limits: Bounds, against: str) -> list[Check]:
     for name, tensor in reference.inputs.items():
         bound.buffers[name].copy_(tensor)
     bound.full()

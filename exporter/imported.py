@@ -55,7 +55,8 @@ def import_unet(
     _check_contract(original, specs, fixed)
     if wrong := sorted(name for name, size in fixed.items() if name not in symbols(specs) or size < 1):
         raise ModelError(
-            f"dims: {', '.join(wrong)} cannot be fixed; give a size of at least 1 for any of {', '.join(symbols(specs))}"
+            f"dims: {', '.join(wrong)} cannot be fixed; give a size of at least 1 for any of "
+            f"{', '.join(symbols(specs))}"
         )
     multiple = downsampling(source.config)
     out.mkdir(parents=True, exist_ok=True)

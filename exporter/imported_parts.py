@@ -16,7 +16,7 @@ from .components import AUTOENCODERS, GRAPH_FILE, NORM_FILE, TEXT_ENCODERS, Expo
 from .convert import save
 from .imported import name_contract, separate_shared_weights
 from .load import PRECISIONS, ModelSource, read_index
-from .original import Original, made_elsewhere, open_original, run
+from .original import ORIGINAL_FILE, Original, made_elsewhere, open_original, run
 from .reference import REFERENCE_FILE
 from .specs import TensorSpec
 
@@ -30,10 +30,21 @@ _NETWORKS = ("text_encoder", "text_encoder_2", "vae")
 
 
 def networks_of(source: ModelSource) -> list[str]:
-    """The components beside an ONNX UNet that are ONNX themselves."""
+    """The components beside an ONNX UNet that are ONNX themselves.
+
+    Raises:
+        ModelError: one is neither ONNX nor safetensors.
+    """
     if not source.is_pipeline:
         return []
-    return [name for name in _NETWORKS if made_elsewhere(folder_of(source, name))]
+    index = read_index(source.root)
+    named = [name for name in _NETWORKS if (index.get(name) or [None])[0] is not None]
+    found = [name for name in _NETWORKS if made_elsewhere(folder_of(source, name))]
+    for name in named:
+        folder = folder_of(source, name)
+        if name not in found and not any(folder.glob("*.safetensors")):
+            raise ModelError(f"{source.name} has no {folder.name}/{ORIGINAL_FILE}: export it again")
+    return found
 
 
 def folder_of(source: ModelSource, component: str) -> Path:
@@ -120,16 +131,16 @@ def _import_text_encoder(folder: Path, kind: str, name: str, out: Path) -> Expor
     hidden = _hidden_states(original, int(config["num_hidden_layers"]))
     dtype = PRECISIONS[original.precision]
     tokens = _dims(model.graph.inputs[0], ("batch", "sequence"))
-    sizes = TensorSpec("input_ids", "int64", tokens).resolve({"batch": 2, "sequence": config["max_position_embeddings"]})
+    sizes = TensorSpec("input_ids", "int64", tokens).resolve(
+        {"batch": 2, "sequence": config["max_position_embeddings"]}
+    )
     ids = torch.randint(0, int(config["vocab_size"]), sizes, generator=torch.Generator().manual_seed(0))
     named = {str(value.name): value for value in model.graph.outputs}
     wanted = {"last_hidden_state": named["last_hidden_state"]}
     wanted |= {f"hidden_states_{index}": value for index, value in enumerate(hidden)}
     wanted[whole] = named[whole]
     pooled = width if whole == "pooler_output" else int(config["projection_dim"])
-    outputs = [
-        TensorSpec(each, dtype, (tokens[0], pooled) if each == whole else (*tokens, width)) for each in wanted
-    ]
+    outputs = [TensorSpec(each, dtype, (tokens[0], pooled) if each == whole else (*tokens, width)) for each in wanted]
     answers = original.answers({"input_ids": ids})
     model.graph.outputs.clear()
     model.graph.outputs.extend(wanted.values())

@@ -22,7 +22,7 @@ _OUTPUT = "noise_pred"
 
 @dataclass(frozen=True)
 class Reference:
-    """Inputs of the UNet by name, and ``noise_pred`` as eager PyTorch, or the original graph, computed it in the export's precision."""
+    """Inputs of the UNet by name, and ``noise_pred`` as the model computed it in the export's precision."""
 
     inputs: Mapping[str, torch.Tensor]
     noise_pred: torch.Tensor
