@@ -148,8 +148,8 @@ def prove_component(
         pair.close()
     if not worst <= limits.parity:
         raise ParityError(
-            f"{entry.name} on {name} differs from {against} by {worst:.3g}, but at most {limits.parity:.3g} is allowed: "
-            "build for another engine or without it, and please report it"
+            f"{entry.name} on {name} differs from {against} by {worst:.3g}, but at most {limits.parity:.3g} is "
+            "allowed: build for another engine or without it, and please report it"
         )
     return worst
 

@@ -11,16 +11,17 @@ from pathlib import Path
 from ..errors import BundleError, CutError, EngineError, ModelError
 from ..exporter.cut import CONVENTIONS, is_cut_name
 from ..exporter.families import downsampling
-from ..exporter.imported import check_precision, fixed_by
+from ..exporter.imported import fixed_by
 from ..exporter.ip_adapter import IPAdapter
 from ..exporter.load import PRECISIONS, ModelSource, locate, read_index
 from ..exporter.lora import Scaled, find, read
-from ..exporter.original import Original, open_original
+from ..exporter.original import open_original
 from ..exporter.quantize import Scheme
 from .base import Settings
 from .bundle import Bundle, digest_file
 from .calibrate import Calibrator
 from .components import compilable, require_onnx
+from .imported import check_onnx
 from .manifest import MANIFEST_FILE
 from .parts import weight_files
 from .precision import bounds
@@ -134,7 +135,7 @@ def make_plan(
     )
     graph = None
     if source.onnx:
-        graph = _check_onnx(source, names, scheme, opset, precision, adapters=adapters, attention=attention)
+        graph = check_onnx(source, names, scheme, opset, precision, adapters=adapters, attention=attention)
         compile_all = bool(compilable(source))
     for each in wanted:
         if left := read(each.path, source.config).text_encoder:
@@ -166,44 +167,6 @@ def make_plan(
         scheme=scheme,
         calibrator=calibrator if scheme else None,
     )
-
-
-def _check_onnx(
-    source: ModelSource,
-    engines: Sequence[str],
-    scheme: Scheme | None,
-    opset: int | None,
-    precision: str,
-    *,
-    adapters: Sequence[str] | None,
-    attention: str | None,
-) -> Original:
-    """Refuse what a graph that was made elsewhere cannot become, and open it."""
-    wanted = {
-        "a LoRA in its weights: give it to offcut run --lora, or to pipe.load_lora_weights": source.loras,
-        "an IP-Adapter": source.ip_adapters,
-        f"the inputs of {' and '.join(adapters or ())}": adapters,
-        f"{attention} attention": attention,
-        f"{precision}, which is calibrated in PyTorch": scheme,
-        "graphs for inductor, which PyTorch makes": "inductor" in engines,
-    }
-    if refused := [what for what, asked in wanted.items() if asked]:
-        what, _, remedy = refused[0].partition(": ")
-        raise ModelError(
-            f"{source.name} holds its UNet as ONNX, without weights for PyTorch, and cannot be given {what}: "
-            + (remedy or "build from the model that it was exported from")
-        )
-    original = open_original(source.folder)
-    check_precision(original, precision)
-    if opset not in (None, original.opset):
-        raise ModelError(f"{original.path} has opset {original.opset}, not {opset}: leave --opset out")
-    if networks := compilable(source):
-        if all(compiler(name) for name in engines):
-            raise EngineError(
-                f"{' and '.join(engines)} compiles the UNet only, and {source.name} holds {', '.join(networks)} as ONNX "
-                "too: name onnxruntime or openvino beside it"
-            )
-    return original
 
 
 def _check_video(source: ModelSource, low_precision: str | None) -> None:

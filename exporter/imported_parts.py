@@ -131,9 +131,8 @@ def _import_text_encoder(folder: Path, kind: str, name: str, out: Path) -> Expor
     hidden = _hidden_states(original, int(config["num_hidden_layers"]))
     dtype = PRECISIONS[original.precision]
     tokens = _dims(model.graph.inputs[0], ("batch", "sequence"))
-    sizes = TensorSpec("input_ids", "int64", tokens).resolve(
-        {"batch": 2, "sequence": config["max_position_embeddings"]}
-    )
+    given = TensorSpec("input_ids", "int64", tokens)
+    sizes = given.resolve({"batch": 2, "sequence": int(config["max_position_embeddings"])})
     ids = torch.randint(0, int(config["vocab_size"]), sizes, generator=torch.Generator().manual_seed(0))
     named = {str(value.name): value for value in model.graph.outputs}
     wanted = {"last_hidden_state": named["last_hidden_state"]}
@@ -144,7 +143,7 @@ def _import_text_encoder(folder: Path, kind: str, name: str, out: Path) -> Expor
     answers = original.answers({"input_ids": ids})
     model.graph.outputs.clear()
     model.graph.outputs.extend(wanted.values())
-    made = _write(original, name, [TensorSpec("input_ids", "int64", tokens)], outputs, out)
+    made = _write(original, name, [given], outputs, out)
     (made.path.parent / NORM_FILE).write_bytes(to_bytes(norm))
     # The original may not hand out every hidden state; those are this graph's own.
     kept = run(made.path, {"input_ids": ids})
@@ -223,9 +222,9 @@ def _hidden_states(original: Original, layers: int) -> list[ir.Value]:
     Graphs hand them out where their pipeline needs them (SDXL); elsewhere they are what the layers' norms read.
     """
     named = {str(value.name): value for value in original.model.graph.outputs}
-    if given := [named[f"hidden_states.{index}"] for index in range(layers + 1) if f"hidden_states.{index}" in named]:
-        if len(given) == layers + 1:
-            return given
+    given = [named[name] for index in range(layers + 1) if (name := f"hidden_states.{index}") in named]
+    if len(given) == layers + 1:
+        return given
     scopes = [f"encoder/layers.{index}/layer_norm1/" for index in range(layers)] + ["/final_layer_norm/"]
     found: list[ir.Value] = []
     for scope in scopes:

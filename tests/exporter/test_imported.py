@@ -79,9 +79,7 @@ def test_every_image_has_a_timestep_of_its_own(
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", ["plain", pytest.param("sdxl", marks=pytest.mark.slow)])
-def test_it_is_cut_bit_for_bit(
-    name: str, engine: str, saved: Callable[..., tuple[Path, Path]], tmp_path: Path
-) -> None:
+def test_it_is_cut_bit_for_bit(name: str, engine: str, saved: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     model, folder = saved(name)
     graph = imported(folder, tmp_path)
     cuts = find_cuts(graph)
@@ -201,7 +199,9 @@ def test_weights_of_several_precisions_are_refused(damaged: Path, tmp_path: Path
     model = onnx.load(damaged / "model.onnx")
     weight = next(each for each in model.graph.initializer if each.name == "conv_in.weight")
     weight.CopyFrom(
-        helper.make_tensor(weight.name, TensorProto.FLOAT16, weight.dims, [0.0] * onnx.numpy_helper.to_array(weight).size)
+        helper.make_tensor(
+            weight.name, TensorProto.FLOAT16, weight.dims, [0.0] * onnx.numpy_helper.to_array(weight).size
+        )
     )
     onnx.save(model, damaged / "model.onnx")
     with pytest.raises(ModelError, match="computes in FLOAT and FLOAT16; offcut takes graphs whose inputs and weights"):
@@ -214,7 +214,9 @@ def _truncate(folder: Path) -> None:
 
 
 def _externalise(folder: Path) -> Path:
-    onnx.save(onnx.load(folder / "model.onnx"), folder / "model.onnx", save_as_external_data=True, location="model.data")
+    onnx.save(
+        onnx.load(folder / "model.onnx"), folder / "model.onnx", save_as_external_data=True, location="model.data"
+    )
     return folder / "model.data"
 
 
@@ -261,7 +263,10 @@ def _embed_directly(graph: onnx.GraphProto) -> None:
         (_truncate, r"model\.onnx is not a readable ONNX file: export or download it again"),
         (_lose_the_weights, r"needs its weights model\.data beside it, which are not there: copy both"),
         (_cut_the_weights_short, r"model\.data is cut short: copy or export it again"),
-        (_edit(_add_input), "has the inputs sample, timestep, encoder_hidden_states, mid_residual, but the UNet of its"),
+        (
+            _edit(_add_input),
+            "has the inputs sample, timestep, encoder_hidden_states, mid_residual, but the UNet of its",
+        ),
         (_edit(_add_output), "has 2 outputs, but a UNet has one"),
         (_edit(_fix_channels), "sample of .* is fixed to 9, not 4: export it again"),
         (_edit(_embed_directly), "does not expand its timestep to the batch, as UNets of diffusers do"),
