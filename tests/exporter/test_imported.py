@@ -1,4 +1,4 @@
-"""A UNet's ONNX file that was made elsewhere under offcut's contract: the same answers, cut alike, its weights named."""
+"""A UNet's ONNX file that was made elsewhere under offcut's contract: equal answers, cut alike, its weights named."""
 
 from __future__ import annotations
 

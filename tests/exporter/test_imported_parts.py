@@ -150,7 +150,11 @@ def test_what_cannot_be_taken_is_one_sentence(
 ) -> None:
     damage(pipeline)
     source = locate(pipeline)
-    with pytest.raises(ModelError, match=sentence):
+
+    def take() -> None:
         for name in networks_of(source):
             import_component(source, name, tmp_path / "out")
         index_of(source)
+
+    with pytest.raises(ModelError, match=sentence):
+        take()

@@ -20,7 +20,8 @@ TOLERANCE = 2e-5  # of an image in [0, 1]
 
 
 def image(pipe: Any, **arguments: Any) -> torch.Tensor:
-    settings = {"num_inference_steps": 6, "output_type": "pt", "height": 64, "width": 64, **arguments}
+    given = {"num_inference_steps": 6, "output_type": "pt", "height": 64, "width": 64, **arguments}
+    settings = {name: value for name, value in given.items() if value is not None}
     made: torch.Tensor = pipe("a red square", generator=torch.Generator().manual_seed(1), **settings).images
     return made
 
@@ -51,17 +52,11 @@ def test_clips_last_layers_may_be_skipped_and_images_go_in(elsewhere_bundle: Pat
 
     ours = offcut.load(elsewhere_bundle, "onnxruntime", threads=1)
     parts = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir).components
-    given = {"image": torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2)), "strength": 0.7}
-    sizes = {"height": None, "width": None}
     img2img = offcut.attach(StableDiffusionImg2ImgPipeline(**ours.components, requires_safety_checker=False), ours.unet)
     eager = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
-    taken = {key: value for key, value in given.items()}
-    made = [
-        pipe("a red square", generator=torch.Generator().manual_seed(1), num_inference_steps=6, output_type="pt", **taken)
-        for pipe in (img2img, eager)
-    ]
-    assert sizes
-    assert difference(made[0].images, made[1].images) < TOLERANCE
+    noise = torch.Generator().manual_seed(2)
+    given = {"image": torch.rand(1, 3, 64, 64, generator=noise), "strength": 0.7, "height": None, "width": None}
+    assert difference(image(img2img, **given), image(eager, **given)) < TOLERANCE
     assert not torch.equal(image(ours, clip_skip=1), image(ours))
     ours.unet.close()
 
