@@ -136,7 +136,7 @@ def make_plan(
     graph = None
     if source.onnx:
         graph = check_onnx(source, names, scheme, opset, precision, adapters=adapters, attention=attention)
-        compile_all = bool(compilable(source))
+        compile_all = compile_all or bool(compilable(source))
     for each in wanted:
         if left := read(each.path, source.config).text_encoder:
             progress(f"{each.path.name} has {left} layers of a text encoder, which are left out")

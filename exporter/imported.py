@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from .contract import name_contract, separate_shared_weights, spread_timestep
 from .convert import WEIGHTS_FILE, save
 from .families import NOISE_PRED, downsampling, example_dims, example_inputs
 from .load import PRECISIONS, ModelSource
@@ -67,7 +68,7 @@ def import_unet(
     model = original.model
     noise = source.family.noise(source.config, specs[0].dtype).fixed(fixed)
     separate_shared_weights(model)
-    _spread_timestep(original)
+    spread_timestep(original)
     name_contract(model, [spec.fixed(fixed) for spec in specs], [noise])
     parameters = _name_parameters(model, source)
     progress("save")
@@ -134,66 +135,6 @@ def write_original_answer(
     keep_answer(inputs, next(iter(answers.values())), path)
 
 
-def name_contract(model: ir.Model, inputs: list[TensorSpec], outputs: list[TensorSpec]) -> None:
-    """Give a graph's inputs these dtypes, and inputs and outputs, which are in order, these names and dimensions."""
-    import onnx_ir as ir
-
-    graph = model.graph
-    for node in graph:  # inner shapes hold the other exporter's symbols
-        for value in node.outputs:
-            if value.shape is not None and not value.shape.is_static():
-                value.shape = None
-    given = {str(value.name): value for value in graph.inputs}
-    graph.inputs.clear()
-    for spec in inputs:
-        value = given[spec.name]
-        value.shape = ir.Shape(spec.shape)
-        dtype = ir.DataType[_ONNX[spec.dtype]]
-        if value.dtype != dtype:
-            _cast(graph, value, dtype)
-        graph.inputs.append(value)
-    for value, spec in zip(graph.outputs, outputs, strict=True):
-        value.name = spec.name
-        value.shape = ir.Shape(spec.shape)
-        value.type = ir.TensorType(ir.DataType[_ONNX[spec.dtype]])
-
-
-_ONNX = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64"}
-
-
-def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
-    """Let an input take this dtype, and the graph read it in its own."""
-    import onnx_ir as ir
-
-    assert value.dtype is not None
-    node = ir.Node("", "Cast", [value], attributes={"to": ir.AttrInt64("to", value.dtype)})
-    node.outputs[0].name = f"{value.name}_cast"
-    node.outputs[0].type, value.type = value.type, ir.TensorType(dtype)
-    for use in tuple(value.uses()):
-        if use.node is not node:
-            use.node.replace_input_with(use.idx, node.outputs[0])
-    graph.insert_before(graph[0], node)
-
-
-def separate_shared_weights(model: ir.Model) -> None:
-    """Give each parameter an initializer of its own.
-
-    PyTorch's older exporter stores parameters that are equal once, with an ``Identity`` for each of the others.
-    """
-    import onnx_ir as ir
-
-    graph = model.graph
-    for node in list(graph):
-        value = node.inputs[0] if node.op_type == "Identity" else None
-        if value is None or not value.is_initializer() or node.outputs[0].is_graph_output():
-            continue
-        name = str(node.outputs[0].name)
-        own = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
-        node.outputs[0].replace_all_uses_with(own)
-        graph.remove(node, safe=True)
-        graph.initializers[name] = own
-
-
 def _check_contract(original: Original, specs: tuple[TensorSpec, ...], fixed: Mapping[str, int]) -> None:
     declared = {str(value.name): value for value in original.model.graph.inputs}
     wanted = {spec.name for spec in specs}
@@ -216,54 +157,6 @@ def _check_contract(original: Original, specs: tuple[TensorSpec, ...], fixed: Ma
             if isinstance(got, int) and got != expected:
                 said = f"{dim} = {expected}" if isinstance(dim, str) else str(expected)
                 raise ModelError(f"{spec.name} of {original.path} is fixed to {got}, not {said}: export it again")
-
-
-def _spread_timestep(original: Original) -> None:
-    """Let the graph take one float32 timestep for each image, where it took one for all and spread it itself.
-
-    ``UNet2DConditionModel`` expands what it is given to the batch and embeds it in float32.
-    """
-    import onnx_ir as ir
-
-    graph = original.model.graph
-    old = next(value for value in graph.inputs if value.name == "timestep")
-    spread, chain = old, []
-    while not chain or chain[-1].op_type != "Expand":
-        uses = list(spread.uses())
-        if len(uses) != 1 or uses[0].idx or uses[0].node.op_type not in ("Unsqueeze", "Cast", "Identity", "Expand"):
-            raise ModelError(
-                f"{original.path} does not expand its timestep to the batch, as UNets of diffusers do: "
-                "export it with optimum-cli or from PyTorch's weights"
-            )
-        chain.append(uses[0].node)
-        spread = chain[-1].outputs[0]
-    if old.dtype != ir.DataType.FLOAT and not _embeds_in_float32(spread):
-        raise ModelError(f"{original.path} computes with a timestep that is {old.dtype}: export it with a float32 one")
-    given = ir.Value(name="timestep", shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.FLOAT))
-    spread.replace_all_uses_with(given)
-    for node in reversed(chain):
-        graph.remove(node, safe=True)
-    graph.inputs[list(graph.inputs).index(old)] = given
-    _drop_unused(original.model)
-
-
-def _embeds_in_float32(value: ir.Value) -> bool:
-    """Whether all that reads a value makes it float32 first; what is in between is no longer of a known type."""
-    import onnx_ir as ir
-
-    for use in value.uses():
-        if use.node.op_type == "Cast" and use.node.attributes["to"].as_int() == ir.DataType.FLOAT:
-            continue
-        if use.node.op_type != "Unsqueeze" or not _embeds_in_float32(use.node.outputs[0]):
-            return False
-        use.node.outputs[0].type = None
-    return True
-
-
-def _drop_unused(model: ir.Model) -> None:
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-    RemoveUnusedNodesPass()(model)
 
 
 def _name_parameters(model: ir.Model, source: ModelSource) -> dict[str, Parameter]:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from .components import AUTOENCODERS, GRAPH_FILE, NORM_FILE, TEXT_ENCODERS, ExportedComponent, exportable
+from .contract import name_contract, separate_shared_weights
 from .convert import save
-from .imported import name_contract, separate_shared_weights
 from .load import PRECISIONS, ModelSource, read_index
 from .original import ORIGINAL_FILE, Original, made_elsewhere, open_original, run
 from .reference import REFERENCE_FILE
@@ -226,14 +226,17 @@ def _hidden_states(original: Original, layers: int) -> list[ir.Value]:
     if len(given) == layers + 1:
         return given
     scopes = [f"encoder/layers.{index}/layer_norm1/" for index in range(layers)] + ["/final_layer_norm/"]
-    found: list[ir.Value] = []
-    for scope in scopes:
-        node = next((node for node in original.model.graph if scope in str(node.name)), None)
-        value = node.inputs[0] if node is not None else None
-        if value is None or value.is_initializer():
-            raise ModelError(f"{original.path} has no node {scope}: export it with optimum-cli")
-        found.append(value)
-    return found
+    return [_read_by(original, scope) for scope in scopes]
+
+
+def _read_by(original: Original, scope: str) -> ir.Value:
+    """What the nodes of a layer read first that is none of its weights, constants and own values."""
+    for node in original.model.graph:
+        for value in node.inputs if scope in str(node.name) else ():
+            made_by = value.producer() if value is not None else None
+            if value is not None and made_by is not None and scope not in str(made_by.name) and made_by.inputs:
+                return value
+    raise ModelError(f"{original.path} has no node {scope}, before which a hidden state is: export it with optimum-cli")
 
 
 def _final_norm(original: Original) -> dict[str, torch.Tensor]:

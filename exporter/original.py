@@ -23,6 +23,7 @@ OPTIMUMS_NAMES = {"ORTUnet": "UNet2DConditionModel", "ORTVaeDecoder": "Autoencod
 """What a pipeline that optimum loaded and saved again calls its networks, and what they are."""
 
 _PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
+_LATENTS = ("sample", "latent_sample")
 _WEIGHED = ("Conv", "MatMul", "Gemm")
 
 
@@ -52,13 +53,14 @@ class Original:
 
     @property
     def precision(self) -> str:
-        """Of its weights, which must be that of its first floating-point input, if it has one.
+        """Of its weights and of its latents or images.
 
         Raises:
             ModelError: it has weights of several precisions, or rounded ones.
         """
-        named = {value.dtype.name for value in self.model.graph.inputs if value.dtype and value.name == "sample"}
-        for node in self.model.graph:
+        graph = self.model.graph
+        named = {value.dtype.name for value in graph.inputs if value.dtype and value.name in _LATENTS}
+        for node in graph:
             weight = node.inputs[1] if node.op_type in _WEIGHED and len(node.inputs) > 1 else None
             if weight is not None and weight.is_initializer() and weight.dtype is not None:
                 named.add(weight.dtype.name)

@@ -35,13 +35,11 @@ def save_as_optimum(pipeline: Path, out: Path, *, opset: int = 18, timestep: tor
     for name in ("unet", "vae_decoder", "vae_encoder"):
         (out / name).mkdir()
         shutil.copyfile(pipeline / name.partition("_")[0] / "config.json", out / name / "config.json")
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        save_unet_as_optimum(pipe.unet, out / "unet" / "model.onnx", opset=opset, timestep=timestep)
-        for name in ("text_encoder", "text_encoder_2"):
-            if encoder := getattr(pipe, name, None):
-                _save_text_encoder(encoder, out / name / "model.onnx", opset, hidden_states=is_xl)
-        _save_autoencoder(pipe.vae, out, opset)
+    save_unet_as_optimum(pipe.unet, out / "unet" / "model.onnx", opset=opset, timestep=timestep)
+    for name in ("text_encoder", "text_encoder_2"):
+        if encoder := getattr(pipe, name, None):
+            save_text_encoder_as_optimum(encoder, out / name / "model.onnx", opset=opset, hidden_states=is_xl)
+    _save_autoencoder(pipe.vae, out, opset)
     return out
 
 
@@ -73,7 +71,8 @@ def save_unet_as_optimum(unet: Any, path: Path, *, opset: int = 18, timestep: to
     _save(unet, flat, inputs, ["out_sample"], axes, path, opset)
 
 
-def _save_text_encoder(encoder: Any, path: Path, opset: int, hidden_states: bool) -> None:
+def save_text_encoder_as_optimum(encoder: Any, path: Path, *, opset: int = 18, hidden_states: bool = False) -> None:
+    """One text encoder; SDXL's hand out their hidden states."""
     config = encoder.config
     ids = torch.randint(0, config.vocab_size, (2, config.max_position_embeddings))
     whole = "text_embeds" if type(encoder).__name__.endswith("WithProjection") else "pooler_output"
@@ -113,17 +112,19 @@ def _save(
     had = model.forward
     model.forward = forward
     try:
-        torch.onnx.export(
-            model.eval(),
-            tuple(inputs.values()),
-            str(path),
-            dynamo=False,
-            opset_version=opset,
-            do_constant_folding=True,
-            input_names=list(inputs),
-            output_names=outputs,
-            dynamic_axes={name: dict(axes[name]) for name in (*inputs, *outputs) if name in axes},
-        )
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model.eval(),
+                tuple(inputs.values()),
+                str(path),
+                dynamo=False,
+                opset_version=opset,
+                do_constant_folding=True,
+                input_names=list(inputs),
+                output_names=outputs,
+                dynamic_axes={name: dict(axes[name]) for name in (*inputs, *outputs) if name in axes},
+            )
     finally:
         model.forward = had
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from elsewhere import save_text_encoder_as_optimum
 from onnx import TensorProto, helper
 from unets import largest_difference, run
 
@@ -56,6 +57,23 @@ def test_a_text_encoder_hands_out_its_hidden_states(
     kept = load_file(made.path.parent / "final_layer_norm.safetensors")
     assert torch.equal(kept["weight"], norm.weight)
     assert torch.equal(kept["bias"], norm.bias)
+
+
+def test_hidden_states_are_found_where_norms_are_many_nodes(
+    pipeline: Path, tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    """As before opset 17, which has the LayerNormalization of PyTorch's exporter."""
+    from transformers import CLIPTextModel
+
+    eager = CLIPTextModel.from_pretrained(tiny_pipeline_dir / "text_encoder").eval()
+    save_text_encoder_as_optimum(eager, pipeline / "text_encoder" / "model.onnx", opset=14)
+    (made,) = import_component(locate(pipeline), "text_encoder", tmp_path / "out")
+    ids = torch.randint(0, 26, (2, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = eager(ids, output_hidden_states=True)
+    got = run("onnxruntime", made.path, {"input_ids": ids})
+    for index, value in enumerate(expected.hidden_states):
+        assert largest_difference(got[f"hidden_states_{index}"], value) <= 1e-5
 
 
 def test_ids_of_32_bits_are_taken_as_64(pipeline: Path, tmp_path: Path) -> None:
