@@ -84,8 +84,8 @@ def spread_timestep(original: Original) -> None:
 
     graph = original.model.graph
     old = next(value for value in graph.inputs if value.name == "timestep")
-    if _is_spread(graph, old):
-        return
+    if old.dtype == ir.DataType.FLOAT and old.shape is not None and len(old.shape) == 1:
+        return  # expanding one for each image changes nothing
     spread, dtype = old, old.dtype
     chain: list[ir.Node] = []
     while not chain or chain[-1].op_type != "Expand":
@@ -107,16 +107,6 @@ def spread_timestep(original: Original) -> None:
         graph.remove(node, safe=True)
     graph.inputs[list(graph.inputs).index(old)] = given
     _drop_unused(original.model)
-
-
-def _is_spread(graph: ir.Graph, timestep: ir.Value) -> bool:
-    """Whether the graph takes a float32 timestep for each image already: its dimension is called as the latent's."""
-    import onnx_ir as ir
-
-    sample = next(value for value in graph.inputs if value.name == "sample")
-    if timestep.dtype != ir.DataType.FLOAT or timestep.shape is None or len(timestep.shape) != 1:
-        return False
-    return sample.shape is not None and timestep.shape[0] == sample.shape[0]
 
 
 def _embeds_in_float32(value: ir.Value) -> bool:

@@ -43,8 +43,10 @@ def save_as_optimum(pipeline: Path, out: Path, *, opset: int = 18, timestep: tor
     return out
 
 
-def save_unet_as_optimum(unet: Any, path: Path, *, opset: int = 18, timestep: torch.Tensor | None = None) -> None:
-    """One UNet; its file takes ``timestep`` in this shape and dtype."""
+def save_unet_as_optimum(
+    unet: Any, path: Path, *, opset: int = 18, timestep: torch.Tensor | None = None, dynamic: bool = True
+) -> None:
+    """One UNet; its file takes ``timestep`` in this shape and dtype, and any size unless it is not ``dynamic``."""
     config = unet.config
     inputs = {
         "sample": torch.randn(2, config.in_channels, 16, 16),
@@ -68,7 +70,7 @@ def save_unet_as_optimum(unet: Any, path: Path, *, opset: int = 18, timestep: to
         given = dict(zip(("text_embeds", "time_ids"), added, strict=True)) if added else None
         return forward(sample, timestep, encoder_hidden_states, added_cond_kwargs=given, return_dict=False)[0]
 
-    _save(unet, flat, inputs, ["out_sample"], axes, path, opset)
+    _save(unet, flat, inputs, ["out_sample"], axes if dynamic else {}, path, opset)
 
 
 def save_text_encoder_as_optimum(encoder: Any, path: Path, *, opset: int = 18, hidden_states: bool = False) -> None:

@@ -16,7 +16,7 @@ from unets import eager, largest_difference, random_inputs, run, save_family
 
 from offcut.errors import CutError, ModelError
 from offcut.exporter.cut import find_cuts, split_all
-from offcut.exporter.imported import import_unet
+from offcut.exporter.imported import fixed_by, import_unet
 from offcut.exporter.load import load_unet, locate
 from offcut.exporter.original import made_elsewhere, open_original
 from offcut.exporter.parameters import StoredWeights
@@ -164,6 +164,27 @@ def test_dimensions_may_be_fixed(saved: Callable[..., tuple[Path, Path]], tmp_pa
         assert largest_difference(run(engine, twins[0].full, inputs)["noise_pred"], eager(model, inputs)) <= 1e-4
     with pytest.raises(ModelError, match="dims: depth cannot be fixed"):
         imported(folder, tmp_path / "other", dims={"depth": 2})
+
+
+def test_a_file_of_one_size_keeps_it(saved: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    """As ``optimum-cli export onnx --no-dynamic-axes`` writes them: batch 2, latents of 16x16, 7 tokens."""
+    model, dynamic = saved()
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    shutil.copyfile(dynamic / "config.json", folder / "config.json")
+    save_unet_as_optimum(load_unet(locate(model)), folder / "model.onnx", dynamic=False)
+    sizes = fixed_by(open_original(folder), locate(folder))
+    assert sizes == {"batch": 2, "height": 16, "width": 16, "sequence": 7}
+    with pytest.raises(ModelError, match=r"sample of .* is fixed to 2, not batch = 1: export it again"):
+        imported(folder, tmp_path / "other", dims={**sizes, "batch": 1})
+    graph = imported(folder, tmp_path / "out", dims=sizes)
+    assert [graph.inputs[name].shape for name in ("sample", "timestep")] == [(2, 4, 16, 16), (2,)]
+    inputs = random_inputs(model, batch=2, height=16, width=16)
+    for twin in split_all(graph, find_cuts(graph)):
+        full = run("onnxruntime", twin.full, inputs)
+        noise_pred = full.pop("noise_pred")
+        assert largest_difference(noise_pred, eager(model, inputs)) <= 1e-4
+        assert torch.equal(run("onnxruntime", twin.shallow, {**inputs, **full})["noise_pred"], noise_pred)
 
 
 def test_an_older_opset_is_taken_too(saved: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
