@@ -116,7 +116,7 @@ def build(
     subfolder: Subfolder = None,
     as_json: Json = False,
 ) -> None:
-    """Build a bundle: export, cut, compile, verify each engine against PyTorch."""
+    """Build a bundle: export, cut, compile, verify each engine against PyTorch, or against the ONNX that is given."""
     from ..engines.build import build as run_build
     from ..engines.schemes import LOW_PRECISIONS
     from ..engines.sizes import Sizes
@@ -223,7 +223,7 @@ def verify(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; each engine's own by default.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check every file's digest, and every engine against PyTorch and across its cuts; exit 1 if one fails."""
+    """Check every file's digest, and every engine against its model and across its cuts; exit 1 if one fails."""
     from ..engines.bundle import Bundle
     from ..engines.verify import verify_bundle
 
@@ -329,6 +329,8 @@ def _print_bundle(bundle: Bundle, as_json: bool) -> None:
     out.print(
         f"[bold]{bundle.path}[/]: {manifest.source.model}, {manifest.pipeline or 'UNet only'}, {total / 2**20:.0f} MiB"
     )
+    if manifest.source.onnx:
+        out.print("  from ONNX that was made elsewhere", highlight=False)
     for lora in manifest.source.loras:
         out.print(f"  with the LoRA {lora.name} at {lora.scale:g}", highlight=False)
     table = Table(box=SIMPLE)

@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..errors import BundleError
+from ..exporter.imported import write_original_answer
+from ..exporter.imported_parts import left_out
 from ..exporter.ip_adapter import IPAdapter
 from ..exporter.load import load_unet
 from ..exporter.lora import find
@@ -72,7 +74,8 @@ def build(
     """Build a bundle, or add to one.
 
     Args:
-        model: a hub id, a diffusers pipeline directory, or a bare UNet's directory (which gives a UNet-only bundle).
+        model: a hub id, a diffusers pipeline directory, a bare UNet's directory (which gives a UNet-only bundle), or
+            a directory of ONNX files that optimum wrote: its graphs are cut as they are, and all its networks compiled.
         out: the bundle's directory.
         cuts: names of cuts; see ``find_cuts``.
         engine: a name, several, or ``"auto"``.
@@ -100,8 +103,8 @@ def build(
         progress: called with a sentence as each stage begins.
 
     Returns:
-        The bundle, every engine of which was verified against eager PyTorch, unless it was compiled for a machine that
-        this one is not; its entry says so.
+        The bundle, every engine of which was verified against eager PyTorch, or the ONNX that was given, unless it was
+        compiled for a machine that this one is not; its entry says so.
 
     Raises:
         ModelError: the model cannot be read or exported.
@@ -154,7 +157,7 @@ def _add(plan: Plan, out: Path, progress: Progress) -> Bundle:
         variant = make_variant(plan, existing, out, staged, progress)
         entries = _engines(plan, variant, existing, out, staged, progress)
         components = _components(plan, existing, staged, progress)
-        parts = _parts(plan, existing, staged)
+        parts = _parts(plan, existing, staged, progress)
         if plan.deploy:
             variant = _without_graphs(variant, staged)
         progress("commit")
@@ -276,9 +279,15 @@ def _recorded(plan: Plan, name: str) -> dict[str, Setting]:
 
 
 def _references(plan: Plan, graphs: Graphs, compiled: Compiled, folder: Path, progress: Progress) -> list[Path]:
-    """What eager PyTorch computes at the smallest sizes of each profile, where the variant's own are not covered."""
+    """What the model computes at the smallest sizes of each profile, where the variant's own are not covered."""
     if not compiled.profiles:
         return []
+    paths = [folder / f"reference-{index}.safetensors" for index in range(len(compiled.profiles))]
+    if plan.source.onnx:
+        progress("compute the original's answers at the sizes of the profiles")
+        for profile, path in zip(compiled.profiles, paths, strict=True):
+            write_original_answer(plan.source, profile.min, path)
+        return paths
     import torch
 
     progress("compute PyTorch's answers at the sizes of the profiles")
@@ -286,10 +295,8 @@ def _references(plan: Plan, graphs: Graphs, compiled: Compiled, folder: Path, pr
     unet = load_unet(plan.source, plan.base).to(device)
     if device == "cpu":
         unet.float()  # a CPU may lack the precision; the weights are rounded to it all the same
-    paths = []
-    for index, profile in enumerate(compiled.profiles):
-        paths.append(folder / f"reference-{index}.safetensors")
-        write_reference(unet, plan.source.family, tuple(graphs.inputs.values()), profile.min, paths[-1])
+    for profile, path in zip(compiled.profiles, paths, strict=True):
+        write_reference(unet, plan.source.family, tuple(graphs.inputs.values()), profile.min, path)
     return paths
 
 
@@ -352,16 +359,21 @@ def _components(plan: Plan, existing: Bundle | None, staged: Path, progress: Pro
         progress(f"reuse the networks around the UNet, {label}")
     made = held or make_components(plan.source, staged, precision=plan.base, opset=plan.opset, progress=progress)
     options = EngineOptions(plan.device)
+    against = _source(plan).reference
     for name in plan.engines:
+        if compiler(name) is not None:
+            continue  # it compiles the UNet only
         for entry in made:
             progress(f"verify {entry.name} on {name}")
-            prove_component(root, entry, name, options)
+            prove_component(root, entry, name, options, against)
     return made
 
 
-def _parts(plan: Plan, existing: Bundle | None, staged: Path) -> list[str]:
+def _parts(plan: Plan, existing: Bundle | None, staged: Path, progress: Progress) -> list[str]:
     if existing is not None:
         return list(existing.manifest.parts)
+    if missing := left_out(plan.source):
+        progress(f"{plan.source.name} does not hold its {' and '.join(missing)}: left out")
     return copy_parts(plan.source, staged, without_weights=compilable(plan.source) if plan.compile_all else ())
 
 
@@ -390,20 +402,25 @@ def _merge(
         offcut_version=version("offcut"),
         family=plan.source.family.name,
         pipeline=pipeline_class(plan.source),
-        source=Source(
-            model=plan.source.name,
-            revision=plan.source.revision,
-            variant=plan.source.variant,
-            weights_digest=plan.weights_digest,
-            loras=tuple(FusedLora(name=find(each.path).name, scale=each.scale) for each in plan.source.loras),
-            attention=plan.source.attention,
-        ),
+        source=_source(plan),
         unet_config=UNET_CONFIG,
         parts=tuple(parts),
         variants=variants,
         engines=engines,
         components=tuple(networks.values()),
         files={name: known[name] for name in sorted(_named(variants, engines, parts, networks.values()) & set(known))},
+    )
+
+
+def _source(plan: Plan) -> Source:
+    return Source(
+        model=plan.source.name,
+        revision=plan.source.revision,
+        variant=plan.source.variant,
+        weights_digest=plan.weights_digest,
+        loras=tuple(FusedLora(name=find(each.path).name, scale=each.scale) for each in plan.source.loras),
+        attention=plan.source.attention,
+        onnx=plan.source.onnx,
     )
 
 

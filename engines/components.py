@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..errors import EngineError, ParityError
 from ..exporter.components import NORM_FILE, export_component, exportable
 from ..exporter.convert import WEIGHTS_FILE
+from ..exporter.imported_parts import import_component, networks_of
 from ..exporter.load import PRECISIONS, ModelSource
 from ..exporter.reference import REFERENCE_FILE
 from .base import EngineOptions, EnginePair, Graphs
@@ -28,7 +29,9 @@ _PRECISION_OF = {dtype: precision for precision, dtype in PRECISIONS.items()}
 
 
 def compilable(source: ModelSource) -> list[str]:
-    """The components of a pipeline that can be exported."""
+    """The components of a pipeline that can be exported; of ONNX made elsewhere those that are graphs already."""
+    if source.onnx:
+        return networks_of(source)
     return [name for name in _PARTS if source.is_pipeline and exportable(source.root / name)]
 
 
@@ -47,15 +50,21 @@ def require_onnx(name: str) -> None:
 def make_components(
     source: ModelSource, staged: Path, *, precision: str, opset: int, progress: Callable[[str], None]
 ) -> list[ComponentEntry]:
-    """Export every network that can be, into a bundle in the making."""
+    """Export every network that can be, or import it, into a bundle in the making."""
     label = f"{precision}-opset{opset}"
+    folder = staged / FOLDER / label
     entries = []
     for name in compilable(source):
-        progress(f"export {name}")
-        for made in export_component(
-            source.root / name, staged / FOLDER / label, precision=precision, opset=opset, variant=source.variant
-        ):
-            folder = made.path.parent.relative_to(staged).as_posix()
+        if source.onnx:
+            progress(f"import {name}")
+            networks = import_component(source, name, folder)
+        else:
+            progress(f"export {name}")
+            networks = export_component(
+                source.root / name, folder, precision=precision, opset=opset, variant=source.variant
+            )
+        for made in networks:
+            place = made.path.parent.relative_to(staged).as_posix()
             outputs = tuple(Tensor.of(spec) for spec in made.outputs.values())
             entries.append(
                 ComponentEntry(
@@ -65,10 +74,10 @@ def make_components(
                     multiple=made.multiple,
                     inputs=tuple(Tensor.of(spec) for spec in made.inputs.values()),
                     outputs=outputs,
-                    graph=f"{folder}/{made.path.name}",
-                    weights=f"{folder}/{WEIGHTS_FILE}",
-                    reference=f"{folder}/{REFERENCE_FILE}",
-                    norm=f"{folder}/{NORM_FILE}" if made.has_norm else None,
+                    graph=f"{place}/{made.path.name}",
+                    weights=f"{place}/{WEIGHTS_FILE}",
+                    reference=f"{place}/{REFERENCE_FILE}",
+                    norm=f"{place}/{NORM_FILE}" if made.has_norm else None,
                 )
             )
     return entries
@@ -107,8 +116,13 @@ def open_component(bundle: Bundle, entry: ComponentEntry, name: str, options: En
     return _open(bundle.path, entry, name, options)
 
 
-def prove_component(root: Path, entry: ComponentEntry, name: str, options: EngineOptions) -> float:
-    """Hold a network against PyTorch's answers that lie beside it; gives the largest difference.
+def prove_component(
+    root: Path, entry: ComponentEntry, name: str, options: EngineOptions, against: str = "PyTorch"
+) -> float:
+    """Hold a network against the answers that lie beside it; gives the largest difference.
+
+    Args:
+        against: whose answers these are.
 
     Raises:
         ParityError: it is too large.
@@ -134,8 +148,8 @@ def prove_component(root: Path, entry: ComponentEntry, name: str, options: Engin
         pair.close()
     if not worst <= limits.parity:
         raise ParityError(
-            f"{entry.name} on {name} differs from PyTorch by {worst:.3g}, but at most {limits.parity:.3g} is allowed; "
-            "build without --compile-all, and please report it"
+            f"{entry.name} on {name} differs from {against} by {worst:.3g}, but at most {limits.parity:.3g} is "
+            "allowed: build for another engine or without it, and please report it"
         )
     return worst
 

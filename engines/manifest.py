@@ -45,7 +45,8 @@ class FusedLora(_Model):
 
 class Source(_Model):
     """Where the model came from; ``weights_digest`` is that of the UNet's weights as the user gave them, ``attention``
-    the kind that it was exported with, None for its own."""
+    the kind that it was exported with, None for its own. ``onnx`` is for a model whose graphs were made elsewhere: the
+    answers that engines are held against are ONNX Runtime's, of these graphs, not PyTorch's."""
 
     model: str
     revision: str | None
@@ -53,6 +54,12 @@ class Source(_Model):
     weights_digest: str
     loras: tuple[FusedLora, ...] = ()
     attention: str | None = None
+    onnx: bool = False
+
+    @property
+    def reference(self) -> str:
+        """Whose answers are kept in the bundle."""
+        return "the original ONNX" if self.onnx else "PyTorch"
 
 
 class Tensor(_Model):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Container
 from pathlib import Path
 
 from ..errors import ModelError
-from ..exporter.load import INDEX_FILE, ModelSource, read_index
+from ..exporter.imported_parts import folder_of, index_of
+from ..exporter.load import INDEX_FILE, ModelSource
 
 _SMALL = (".json", ".txt", ".model")
 _INDEX_OF_WEIGHTS = ".safetensors.index.json"
@@ -17,7 +19,7 @@ def pipeline_class(source: ModelSource) -> str | None:
     """The pipeline's class in diffusers; None for a bare UNet."""
     if not source.is_pipeline:
         return None
-    return str(read_index(source.root)["_class_name"])
+    return str(index_of(source)["_class_name"])
 
 
 def copy_parts(source: ModelSource, out: Path, without_weights: Container[str] = ()) -> list[str]:
@@ -31,12 +33,12 @@ def copy_parts(source: ModelSource, out: Path, without_weights: Container[str] =
     """
     if not source.is_pipeline:
         return []
-    index = read_index(source.root)
-    names = [INDEX_FILE]
+    index = index_of(source)
+    copies: dict[str, Path] = {}
     for component, location in index.items():
         if not component.isidentifier():
             raise ModelError(f"{source.name} has a component {component!r}, which is no name of a folder in it")
-        folder = source.root / component
+        folder = folder_of(source, component)
         if (
             component.startswith("_")
             or folder == source.folder
@@ -52,11 +54,16 @@ def copy_parts(source: ModelSource, out: Path, without_weights: Container[str] =
             )
         if component in without_weights:
             files = [file for file in files if file.suffix in _SMALL and not file.name.endswith(_INDEX_OF_WEIGHTS)]
-        names += [file.relative_to(source.root).as_posix() for file in files]
-    for name in names:
+        copies |= {f"{component}/{file.name}": file for file in files}
+    out.mkdir(parents=True, exist_ok=True)
+    if source.onnx:
+        (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    else:
+        shutil.copyfile(source.root / INDEX_FILE, out / INDEX_FILE)
+    for name, file in copies.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.root / name, out / name)
-    return names
+        shutil.copyfile(file, out / name)
+    return [INDEX_FILE, *copies]
 
 
 def _files(folder: Path, variant: str | None) -> list[Path]:

@@ -11,14 +11,17 @@ from pathlib import Path
 from ..errors import BundleError, CutError, EngineError, ModelError
 from ..exporter.cut import CONVENTIONS, is_cut_name
 from ..exporter.families import downsampling
+from ..exporter.imported import fixed_by
 from ..exporter.ip_adapter import IPAdapter
 from ..exporter.load import PRECISIONS, ModelSource, locate, read_index
 from ..exporter.lora import Scaled, find, read
+from ..exporter.original import open_original
 from ..exporter.quantize import Scheme
 from .base import Settings
 from .bundle import Bundle, digest_file
 from .calibrate import Calibrator
 from .components import compilable, require_onnx
+from .imported import check_onnx
 from .manifest import MANIFEST_FILE
 from .parts import weight_files
 from .precision import bounds
@@ -130,6 +133,10 @@ def make_plan(
         ip_adapters=ip_adapters,
         attention=attention,
     )
+    graph = None
+    if source.onnx:
+        graph = check_onnx(source, names, scheme, opset, precision, adapters=adapters, attention=attention)
+        compile_all = compile_all or bool(compilable(source))
     for each in wanted:
         if left := read(each.path, source.config).text_encoder:
             progress(f"{each.path.name} has {left} layers of a text encoder, which are left out")
@@ -141,16 +148,17 @@ def make_plan(
         raise EngineError(f"{precision} is calibrated without adapters: build {', '.join(taken)} in fp32, fp16 or bf16")
     if ip_adapters and scheme:
         raise EngineError(f"{precision} is calibrated without images: build IP-Adapters in fp32, fp16 or bf16")
+    fixed = (fixed_by(graph, source) if graph else {}) | dict(dims or {})
     return Plan(
         source=source,
         weights_digest=weights_digest(source),
         cuts=tuple(dict.fromkeys(cuts)),
         engines=tuple(dict.fromkeys(names)),
         precision=precision,
-        opset=opset or engine(names[0]).default_opset,
-        fixed=dict(dims or {}),
+        opset=graph.opset if graph else opset or engine(names[0]).default_opset,
+        fixed=fixed,
         inference_precision=None if inference_precision == precision else inference_precision,
-        profiles=_profiles(source, scheme.base if scheme else precision, taken, dict(dims or {}), profiles),
+        profiles=_profiles(source, scheme.base if scheme else precision, taken, fixed, profiles),
         settings=_settings(names, settings or {}),
         device=device,
         deploy=deploy,
@@ -188,7 +196,8 @@ def _scheme(names: Sequence[str], precision: str, calibrator: Calibrator | None)
 
 def weights_digest(source: ModelSource) -> str:
     """A digest of the UNet's weights as the user gave them, and of the LoRAs and IP-Adapters that go into them."""
-    parts = [digest_file(file) for file in weight_files(source.folder, source.variant)]
+    files = open_original(source.folder).files if source.onnx else weight_files(source.folder, source.variant)
+    parts = [digest_file(file) for file in files]
     parts += [f"{digest_file(find(each.path))}*{each.scale}" for each in source.loras]
     parts += [digest_file(adapter.path) for adapter in source.ip_adapters]
     return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import BundleError
 from ..exporter.convert import WEIGHTS_FILE
 from ..exporter.cut import Cut, find_cut, find_cuts, split_all
+from ..exporter.imported import import_unet
 from ..exporter.reference import REFERENCE_FILE
 from ..exporter.trace import PARAMETERS_FILE, ExportedUNet, export
 from .bundle import Bundle
@@ -67,6 +68,8 @@ def _exported(
     plan: Plan, folder: Path, cuts: Sequence[str], progress: Progress
 ) -> tuple[ExportedUNet, Quantization | None]:
     """The export in the plan's precision; one in low precision is made from a full one, aside."""
+    if plan.source.onnx:
+        return import_unet(plan.source, folder, precision=plan.precision, dims=plan.fixed, progress=progress), None
     if plan.scheme is None:
         made = export(
             plan.source,

@@ -1,4 +1,7 @@
-"""Parity: the engine against eager PyTorch, and the shallow graph against the full one."""
+"""Parity: the engine against its model, and the shallow graph against the full one.
+
+The model's answers are eager PyTorch's, or those of the ONNX file that the bundle was built from.
+"""
 
 from __future__ import annotations
 
@@ -39,27 +42,30 @@ class Check:
         return self.error > self.bound if self.at_least else self.error <= self.bound
 
 
-def verify(pair: EnginePair, reference: Reference, limits: Bounds) -> list[Check]:
+def verify(pair: EnginePair, reference: Reference, limits: Bounds, against: str = "PyTorch") -> list[Check]:
     """Run a pair on the reference's inputs and compare.
 
-    For the full graph and for each cut given fresh features: the difference from eager PyTorch. For each cut also:
+    For the full graph and for each cut given fresh features: the difference from the reference. For each cut also:
     the difference from the full graph, and that the features are read at all.
+
+    Args:
+        against: whose answer the reference is.
     """
     bound_pair = pair.prepare({name: tuple(tensor.shape) for name, tensor in reference.inputs.items()})
     try:
-        return _checks(pair, bound_pair, reference, limits)
+        return _checks(pair, bound_pair, reference, limits, against)
     finally:
         bound_pair.close()
 
 
 def verify_entry(bundle: Bundle, entry: EngineEntry, pair: EnginePair) -> list[Check]:
-    """Hold an opened engine of a bundle against PyTorch's answers, at every size that was kept for it."""
+    """Hold an opened engine of a bundle against the bundle's answers, at every size that they were kept for."""
     variant = bundle.manifest.variants[entry.variant]
     limits = bounds(entry.engine, variant.precision, entry.inference_precision, pair.device.type)
     checks = []
     for name in entry.references or (variant.reference,):
         reference = read_reference(bundle.path / name)
-        found = verify(pair, reference, limits)
+        found = verify(pair, reference, limits, bundle.manifest.source.reference)
         if len(entry.references) > 1:
             size = "x".join(str(size) for size in reference.inputs["sample"].shape)
             found = [replace(check, name=f"{check.name} at {size}") for check in found]
@@ -109,7 +115,7 @@ def require(checks: list[Check], what: str) -> None:
             )
 
 
-def _checks(pair: EnginePair, bound: BoundPair, reference: Reference, limits: Bounds) -> list[Check]:
+def _checks(pair: EnginePair, bound: BoundPair, reference: Reference, limits: Bounds, against: str) -> list[Check]:
     for name, tensor in reference.inputs.items():
         bound.buffers[name].copy_(tensor)
     bound.full()
@@ -118,7 +124,7 @@ def _checks(pair: EnginePair, bound: BoundPair, reference: Reference, limits: Bo
 
     def parity(name: str, got: torch.Tensor) -> Check:
         error = _relative(got, expected) if limits.relative else float((got - expected).abs().max())
-        return Check(f"{name} against PyTorch", error, limits.parity, limits.relative)
+        return Check(f"{name} against {against}", error, limits.parity, limits.relative)
 
     checks = [parity("full", full)]
     for cut, features in pair.cuts.items():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError
 from .convert import quiet, save, to_onnx
 from .load import PRECISIONS
+from .original import OPTIMUMS_NAMES
 from .reference import REFERENCE_FILE
 from .specs import TensorSpec
 
@@ -58,7 +59,10 @@ def exportable(folder: Path) -> str | None:
     if not config.is_file():
         return None
     said = json.loads(config.read_text(encoding="utf-8"))
-    kind = said.get("_class_name") or next(iter(said.get("architectures") or ()), None)
+    kind = said.get("_class_name")
+    if kind in (None, "ORTTextEncoder"):
+        kind = next(iter(said.get("architectures") or ()), None)
+    kind = OPTIMUMS_NAMES.get(str(kind), kind)
     return kind if kind in TEXT_ENCODERS or kind in AUTOENCODERS else None
 
 

@@ -14,6 +14,7 @@ from .attention import ATTENTION, PIPELINES
 from .families import FAMILIES, Family, family_of
 from .ip_adapter import IPAdapter, load_into, with_adapters
 from .lora import Scaled, fuse
+from .original import OPTIMUMS_NAMES, made_elsewhere
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ class ModelSource:
         loras: to be fused into the UNet when it is loaded.
         ip_adapters: to build into the UNet; its config says so.
         attention: of ``attention.ATTENTION``, in place of the UNet's own; None for that.
+        onnx: whether the UNet is an ONNX file made elsewhere, without weights for PyTorch.
     """
 
     name: str
@@ -47,6 +49,7 @@ class ModelSource:
     loras: tuple[Scaled, ...] = ()
     ip_adapters: tuple[IPAdapter, ...] = ()
     attention: str | None = None
+    onnx: bool = False
 
     @property
     def is_pipeline(self) -> bool:
@@ -75,7 +78,8 @@ def locate(
     """Find a model, fetching it from the hub if ``model`` is no local directory.
 
     Args:
-        model: a hub id, a diffusers pipeline directory, or the directory of a bare UNet.
+        model: a hub id, a diffusers pipeline directory, the directory of a bare UNet, or one with ONNX files that
+            optimum wrote.
         revision: a branch, tag or commit of the hub's repository.
         variant: of the weight files, e.g. ``"fp16"``.
         subfolder: of the UNet; ``"unet"`` in a pipeline.
@@ -107,7 +111,17 @@ def locate(
         )
     config = with_adapters(_read_config(config_file), ip_adapters, root)
     family_of(config)
-    source = ModelSource(str(model), root, subfolder, commit, variant, config, tuple(loras), tuple(ip_adapters))
+    source = ModelSource(
+        name=str(model),
+        root=root,
+        subfolder=subfolder,
+        revision=commit,
+        variant=variant,
+        config=config,
+        loras=tuple(loras),
+        ip_adapters=tuple(ip_adapters),
+        onnx=made_elsewhere(config_file.parent),
+    )
     return replace(source, attention=_attention(source, attention))
 
 
@@ -131,6 +145,11 @@ def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
     from safetensors import SafetensorError
 
     unet_class = getattr(diffusers, source.family.unet_class)
+    if source.onnx:
+        raise ModelError(
+            f"{source.name} holds its UNet as ONNX, without the weights for PyTorch that this needs: "
+            "give the directory that it was exported from"
+        )
     if not any(source.folder.glob("*.safetensors")):
         raise ModelError(
             f"{source.name} has no safetensors weights in {source.subfolder or '.'}; "
@@ -229,6 +248,8 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise ModelError(f"{file} is not readable JSON: {_first_sentence(error)}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} is not a model's config: it holds no JSON object")
+    if (kind := config.get("_class_name")) in OPTIMUMS_NAMES:
+        config["_class_name"] = OPTIMUMS_NAMES[kind]
     import inspect
 
     import diffusers

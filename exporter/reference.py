@@ -1,4 +1,7 @@
-"""What eager PyTorch computes for a few inputs, kept beside the export: any engine can be held against it, anywhere."""
+"""What eager PyTorch computes for a few inputs, kept beside the export: any engine can be held against it, anywhere.
+
+Of ONNX that was made elsewhere it is what ONNX Runtime computes with the untouched file.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _OUTPUT = "noise_pred"
 
 @dataclass(frozen=True)
 class Reference:
-    """Inputs of the UNet by name, and ``noise_pred`` as eager PyTorch computed it in the export's precision."""
+    """Inputs of the UNet by name, and ``noise_pred`` as the model computed it in the export's precision."""
 
     inputs: Mapping[str, torch.Tensor]
     noise_pred: torch.Tensor
@@ -35,7 +38,6 @@ def write_reference(
 def write_answer(unet: torch.nn.Module, family: Family, inputs: Mapping[str, torch.Tensor], path: Path) -> None:
     """The same for inputs that are there."""
     import torch
-    from safetensors.torch import save
 
     weight = next(unet.parameters())
     halves = (torch.float16, torch.bfloat16)
@@ -45,6 +47,13 @@ def write_answer(unet: torch.nn.Module, family: Family, inputs: Mapping[str, tor
     }
     with torch.no_grad():
         noise_pred = unet(**family.arguments(given), return_dict=False)[0].cpu()
+    keep_answer(inputs, noise_pred, path)
+
+
+def keep_answer(inputs: Mapping[str, torch.Tensor], noise_pred: torch.Tensor, path: Path) -> None:
+    """Write inputs and output to a file."""
+    from safetensors.torch import save
+
     # save_file would hide a full disk in an error of its own, and keep other users from reading.
     path.write_bytes(save({**inputs, _OUTPUT: noise_pred.contiguous()}))
 

@@ -97,6 +97,11 @@ class TakesLoras(ABC):
         weights: dict[str, torch.Tensor] = {}
         if wanted:
             stored = self._stored()
+            if not stored.shapes:
+                raise UserError(
+                    "this UNet came as ONNX whose weights do not say which layers they are of, so no LoRA can be "
+                    "added to them: build from the model's weights for PyTorch"
+                )
             for lora, _ in wanted.values():
                 check(lora, stored.shapes)
             for parameter in dict.fromkeys(name for lora, _ in wanted.values() for name in lora.layers):

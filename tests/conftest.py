@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import save_as_optimum
 from filelock import FileLock
-from models import save_stable_diffusion, save_unet
+from models import save_stable_diffusion, save_stable_diffusion_xl, save_unet
 from videos import save_video_pipeline
 
 import offcut
@@ -61,6 +62,24 @@ def tiny_unet_dir(once: Once) -> Path:
 def tiny_bundle(tiny_pipeline_dir: Path, once: Once) -> Path:
     """``tiny_pipeline_dir`` as a bundle with every engine that runs here."""
     return once("tiny-sd.offcut", lambda path: offcut.build(tiny_pipeline_dir, path, cuts=TINY_CUTS, engine=ENGINES))
+
+
+@pytest.fixture(scope="session")
+def sdxl_pipeline_dir(once: Once) -> Path:
+    """A StableDiffusionXLPipeline of SDXL's topology, with both text encoders."""
+    return once("tiny-sdxl", save_stable_diffusion_xl)
+
+
+@pytest.fixture(scope="session")
+def elsewhere_dir(tiny_pipeline_dir: Path, once: Once) -> Path:
+    """``tiny_pipeline_dir`` as optimum exports it: ONNX, and no weights of PyTorch."""
+    return once("tiny-sd-elsewhere", lambda path: save_as_optimum(tiny_pipeline_dir, path))
+
+
+@pytest.fixture(scope="session")
+def elsewhere_bundle(elsewhere_dir: Path, once: Once) -> Path:
+    """The same as a bundle with every engine that runs here."""
+    return once("elsewhere.offcut", lambda path: offcut.build(elsewhere_dir, path, cuts=TINY_CUTS, engine=ENGINES))
 
 
 @pytest.fixture(scope="session")

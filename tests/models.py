@@ -53,6 +53,37 @@ def save_stable_diffusion(path: Path) -> Path:
     return path
 
 
+def save_stable_diffusion_xl(path: Path) -> Path:
+    """A StableDiffusionXLPipeline with two text encoders; its topology is SDXL's, with 9 skip connections."""
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    parts = text_to_latent_parts(path, width=16)
+    settings = {**parts["text_encoder"].config.to_dict(), "hidden_size": 24, "projection_dim": 20, "hidden_act": "gelu"}
+    tokenizer = _tokenizer(path / "tokenizer_2")
+    second = CLIPTextModelWithProjection(CLIPTextConfig(**settings))
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        layers_per_block=2,
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16 + 24,
+        attention_head_dim=2,
+        transformer_layers_per_block=(1, 1, 2),
+        norm_num_groups=4,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 20,
+    )
+    StableDiffusionXLPipeline(
+        **parts, text_encoder_2=second, tokenizer_2=tokenizer, unet=_lively(unet), add_watermarker=False
+    ).save_pretrained(path)
+    return path
+
+
 def text_to_latent_parts(path: Path, width: int) -> dict[str, Any]:
     """A pipeline's VAE, text encoder with this hidden size, tokenizer and scheduler."""
     from diffusers import AutoencoderKL, DDIMScheduler

@@ -33,7 +33,7 @@ def find_model(bundle: Bundle, given: Path | None) -> tuple[Path | None, str]:
         if given is not None:
             raise
         source = None
-    if source is None:
+    if source is None or source.onnx:
         return None, missing
     if weights_digest(source) != built_from.weights_digest:
         if given is None:

@@ -1,0 +1,128 @@
+"""Surgery that gives an ONNX graph of another exporter offcut's contract: its inputs, outputs and weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import ModelError
+from .original import Original
+from .specs import TensorSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_ONNX = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64"}
+_KEEP_VALUES = ("Unsqueeze", "Cast", "Identity", "Expand")
+
+
+def name_contract(model: ir.Model, inputs: list[TensorSpec], outputs: list[TensorSpec]) -> None:
+    """Give a graph's inputs these dtypes, and inputs and outputs, which are in order, these names and dimensions."""
+    import onnx_ir as ir
+
+    graph = model.graph
+    for node in graph:  # inner shapes hold the other exporter's symbols
+        for value in node.outputs:
+            if value.shape is not None and not value.shape.is_static():
+                value.shape = None
+    given = {str(value.name): value for value in graph.inputs}
+    graph.inputs.clear()
+    for spec in inputs:
+        value = given[spec.name]
+        value.shape = ir.Shape(spec.shape)
+        dtype = ir.DataType[_ONNX[spec.dtype]]
+        if value.dtype != dtype:
+            _cast(graph, value, dtype)
+        graph.inputs.append(value)
+    for value, spec in zip(graph.outputs, outputs, strict=True):
+        value.name = spec.name
+        value.shape = ir.Shape(spec.shape)
+        value.type = ir.TensorType(ir.DataType[_ONNX[spec.dtype]])
+
+
+def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
+    """Let an input take this dtype, and the graph read it in its own."""
+    import onnx_ir as ir
+
+    assert value.dtype is not None
+    node = ir.Node("", "Cast", [value], attributes={"to": ir.AttrInt64("to", value.dtype)})
+    node.outputs[0].name = f"{value.name}_cast"
+    node.outputs[0].type, value.type = value.type, ir.TensorType(dtype)
+    for use in tuple(value.uses()):
+        if use.node is not node:
+            use.node.replace_input_with(use.idx, node.outputs[0])
+    graph.insert_before(graph[0], node)
+
+
+def separate_shared_weights(model: ir.Model) -> None:
+    """Give each parameter an initializer of its own.
+
+    PyTorch's older exporter stores parameters that are equal once, with an ``Identity`` for each of the others.
+    """
+    import onnx_ir as ir
+
+    graph = model.graph
+    for node in list(graph):
+        value = node.inputs[0] if node.op_type == "Identity" else None
+        if value is None or not value.is_initializer() or node.outputs[0].is_graph_output():
+            continue
+        name = str(node.outputs[0].name)
+        own = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
+        node.outputs[0].replace_all_uses_with(own)
+        graph.remove(node, safe=True)
+        graph.initializers[name] = own
+
+
+def spread_timestep(original: Original) -> None:
+    """Let the graph take one float32 timestep for each image, where it took one for all and spread it itself.
+
+    ``UNet2DConditionModel`` expands what it is given to the batch and embeds it in float32.
+
+    Raises:
+        ModelError: the graph does not do so.
+    """
+    import onnx_ir as ir
+
+    graph = original.model.graph
+    old = next(value for value in graph.inputs if value.name == "timestep")
+    if old.dtype == ir.DataType.FLOAT and old.shape is not None and len(old.shape) == 1:
+        return  # expanding one for each image changes nothing
+    spread, dtype = old, old.dtype
+    chain: list[ir.Node] = []
+    while not chain or chain[-1].op_type != "Expand":
+        uses = list(spread.uses())
+        if len(uses) != 1 or uses[0].idx or uses[0].node.op_type not in _KEEP_VALUES:
+            raise ModelError(
+                f"{original.path} does not expand its timestep to the batch, as UNets of diffusers do: "
+                "export it with optimum-cli, or build from PyTorch's weights"
+            )
+        chain.append(uses[0].node)
+        spread = chain[-1].outputs[0]
+        if chain[-1].op_type == "Cast":
+            dtype = ir.DataType(chain[-1].attributes["to"].as_int())
+    if dtype != ir.DataType.FLOAT and not _embeds_in_float32(spread):
+        raise ModelError(f"{original.path} computes with a timestep that is {dtype}: export it with a float32 one")
+    given = ir.Value(name="timestep", shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.FLOAT))
+    spread.replace_all_uses_with(given)
+    for node in reversed(chain):
+        graph.remove(node, safe=True)
+    graph.inputs[list(graph.inputs).index(old)] = given
+    _drop_unused(original.model)
+
+
+def _embeds_in_float32(value: ir.Value) -> bool:
+    """Whether all that reads a value makes it float32 first; what is in between is no longer of a known type."""
+    import onnx_ir as ir
+
+    for use in value.uses():
+        if use.node.op_type == "Cast" and use.node.attributes["to"].as_int() == ir.DataType.FLOAT:
+            continue
+        if use.node.op_type != "Unsqueeze" or not _embeds_in_float32(use.node.outputs[0]):
+            return False
+        use.node.outputs[0].type = None
+    return True
+
+
+def _drop_unused(model: ir.Model) -> None:
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)
