@@ -14,6 +14,7 @@ from ...exporter.ip_adapter import SCALE
 from ...exporter.specs import Shape, TensorSpec, factors, solve
 from ...exporter.trace import SAMPLE
 from ..bound import BoundPairs
+from ..inputs import timestep_shape
 from .pool import FeatureSpec, Layout
 from .times import StepTimes
 
@@ -65,7 +66,7 @@ class Lanes:
     Args:
         pair: the engines.
         alone: whether every request needs calls of its own, since its rows depend on one another.
-        max_batch: the most rows of an engine call; None for what the engines take, which is found out by trying.
+        max_batch: the most rows of an engine call; what the engines take of them is found out by trying.
         batch_sizes: the numbers of rows that calls are padded to; None for any.
         keep: for how many sets of shapes buffers are kept.
     """
@@ -90,29 +91,36 @@ class Lanes:
         self._symbol = batch if isinstance(batch, str) else None
         self._fixed = batch if isinstance(batch, int) else None
 
-    def of(self, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Shape]) -> Lane:
-        """The lane of a request.
-
-        Args:
-            tensors: the inputs that it passes, without the timestep.
-            shapes: of all inputs, also those that it leaves out.
+    def of(self, tensors: Mapping[str, torch.Tensor]) -> Lane:
+        """The lane of a request that passes these inputs, the timestep beside.
 
         Raises:
             ShapeError: the engines take no such shapes.
         """
-        rows = shapes[SAMPLE][0]
+        rows = tensors[SAMPLE].shape[0]
+        size = self._fixed or rows
         specs = self._pair.inputs
-        per_row = {name: shapes[name][0] // rows for name, spec in specs.items() if self._has_rows(spec)}
-        rest = {name: shape[1:] if name in per_row else shape for name, shape in shapes.items()}
+        sample = (size, *tensors[SAMPLE].shape[1:])
+        per_row, rest = {}, {}
+        for name, spec in specs.items():
+            if name in tensors:
+                shape, in_shape = tuple(tensors[name].shape), rows
+            elif name == "timestep":
+                shape, in_shape = timestep_shape(specs, size), size
+            else:  # residuals that nobody passed
+                shape, in_shape = spec.resolve(solve({SAMPLE: specs[SAMPLE]}, {SAMPLE: sample})), size
+            if self._has_rows(spec):
+                per_row[name], rest[name] = shape[0] // in_shape, shape[1:]
+            else:
+                rest[name] = shape
         # Inputs that all rows of a call share must be the same for all its members.
         shared = tuple(tuple(tensors[name].flatten().tolist()) for name in tensors if name not in per_row)
         key = (tuple(rest.items()), tuple(per_row.items()), tuple(tensors), shared)
         if key not in self._lanes:
             outputs = self._pair.outputs.values()
             alone = self._alone or "timestep" not in per_row or not all(self._has_rows(spec) for spec in outputs)
-            limit = self._fixed or self._max_batch
-            lane = Lane(next(self._numbers), alone, per_row, rest, self._fixed, limit)
-            solve(specs, lane.shapes(self._fixed or rows))
+            lane = Lane(next(self._numbers), alone, per_row, rest, self._fixed, self._fixed or self._max_batch)
+            solve(specs, lane.shapes(size))
             self._lanes[key] = lane
         return self._lanes[key]
 

@@ -55,13 +55,13 @@ class SharedUNet(StandIn):
         request = self._request
         if request is None:
             raise InternalError("a pipeline of a worker called its UNet outside a request")
-        shapes, _ = self._shapes(tensors)
-        lane = self._batcher.lanes.of(tensors, shapes)
+        lane = self._batcher.lanes.of(tensors)
+        rows = tensors[SAMPLE].shape[0]
+        shapes = lane.shapes(rows)
         if self._family.is_video:
             self._family.check_limits(self.config, solve(self._specs, shapes))
         times = torch.empty(shapes["timestep"], dtype=self._specs["timestep"].torch_dtype(), device=self._device)
         write_timestep(times, timestep)
-        rows = shapes[SAMPLE][0]
 
         generation, full = self._begin(tuple(shapes.items()), timestep)
         plan, number = generation.plan, generation.made
