@@ -101,7 +101,7 @@ class Batcher:
             if error is None:
                 self._waiting[call.request.key] = call
                 self._active -= 1
-                if not self._active:
+                if not self._active or len(self._waiting) == 1:
                     self._changed.notify()
         if error is not None:
             raise again(error)

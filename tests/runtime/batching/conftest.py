@@ -13,7 +13,7 @@ import offcut
 from offcut.runtime.batching import Ticket, Worker
 
 Ask = dict[str, Any]
-"""A request: ``Worker.submit``'s arguments with those of the pipeline call under ``arguments``, its seed for a generator."""
+"""``Worker.submit``'s arguments; among those of the pipeline call a seed instead of a generator."""
 
 
 @pytest.fixture(scope="package")

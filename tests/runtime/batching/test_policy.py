@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -55,7 +56,9 @@ def test_a_call_is_of_one_lane_and_kind_and_no_larger_than_the_engines_take(poli
 
 @given(policies, views, st.randoms())
 @settings(max_examples=200, deadline=None)
-def test_the_same_view_gives_the_same_pick_in_whatever_order_it_is_told(policy: Policy, view: View, random: object) -> None:
+def test_the_same_view_gives_the_same_pick_in_whatever_order_it_is_told(
+    policy: Policy, view: View, random: object
+) -> None:
     shuffled = list(view.waiting)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     assert policy.choose(view) == policy.choose(view) == policy.choose(replace(view, waiting=tuple(shuffled)))

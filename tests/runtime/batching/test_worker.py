@@ -175,8 +175,8 @@ def test_a_mistake_fails_its_own_request_only(shared: Any, alone: Alone, send: S
     expected = alone(ask(4))
     with Worker(shared) as worker:
         wrong = [
-            send(worker, ask(0, height=13)),
-            send(worker, ask(1, height=36)),  # no multiple of what the UNet needs
+            send(worker, ask(0, height=13, width=13)),
+            send(worker, ask(1, height=72, width=64)),  # no multiple of what the UNet needs
             send(worker, {**ask(2), "cut": "deepcache:9"}),
             send(worker, ask(3), on_step=stumble),
         ]
@@ -259,7 +259,7 @@ def test_an_engine_that_fails_fails_everybody(
             others = [send(worker, ask(seed)) for seed in range(3)]
             gate.open.set()
             for ticket in [held, *others]:
-                with pytest.raises(EngineFaultError, match="onnxruntime engine failed.*fell off the bus") as raised:
+                with pytest.raises(EngineFaultError, match=r"onnxruntime engine failed.*fell off the bus") as raised:
                     ticket.future.result(60)
                 assert isinstance(raised.value.__cause__, RuntimeError)
         assert not worker.healthy
