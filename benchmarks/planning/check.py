@@ -2,8 +2,8 @@
 
     python -m offcut.benchmarks.planning.check shapes.offcut -o check.json
 
-Times are measured, then a worker serves requests that come by a Poisson process, then the simulator is asked about the
-very same arrivals. The differences in mean latency and throughput are printed, for several loads.
+For several loads: a worker serves requests that come by a Poisson process, and the simulator is asked about the very
+same arrivals with times that were measured just before and just after. Mean latency and throughput are compared.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Comparison:
         load: the rate as a share of what the device can do.
         latency, throughput, rows: mean seconds of a request, images a second, and rows of an engine call, of the worker.
         predicted_latency, predicted_throughput, predicted_rows: the same of the simulator.
+        drift: by how much a full call took longer after the load than before, as a share: the machine's own.
     """
 
     rate: float
@@ -46,6 +47,7 @@ class Comparison:
     predicted_latency: float
     predicted_throughput: float
     predicted_rows: float
+    drift: float
 
     @property
     def latency_error(self) -> float:
@@ -58,7 +60,6 @@ class Comparison:
 
 def compare(
     pipe: Any,
-    costs: Costs,
     arguments: Mapping[str, Any],
     schedule: Schedule,
     *,
@@ -68,24 +69,36 @@ def compare(
     max_in_flight: int = 8,
     policy: Policy | None = None,
     seed: int = 0,
+    repeats: int = 2,
+    told: Callable[[Comparison], None] = lambda comparison: None,
 ) -> list[Comparison]:
     """Serve the same load with a worker and in the simulator.
 
+    Times are measured before and after each load, and the simulator has their mean: where other programs slow the
+    machine down for a while, they do so in both.
+
     Args:
-        costs: measured with the same pipeline, arguments and schedule.
         calls: of the UNet, in a request.
         loads: shares of what the device can do.
         requests: for each load.
+        repeats: of each measurement of times.
+        told: called with each comparison as it is made.
     """
     full = set(schedule.full_calls(calls))
     kind = Kind(tuple(call in full for call in range(calls)))
     setting = Setting(policy or Deadline(), max_in_flight=max_in_flight, max_queue=requests, max_batch=10**6)
-    most = simulate(costs, [kind], [0.0] * requests, setting).throughput
-    compared = []
+    together = [count for count in (1, 2, 4, 8, 16) if count <= max_in_flight]
+
+    def measured() -> Costs:
+        return measure(pipe, arguments, schedule, model="", device="here", together=together, repeats=repeats)
+
+    before, compared = measured(), []
     for load in loads:
+        most = simulate(before, [kind], [0.0] * requests, setting).throughput
         times = arrivals("poisson", most * load, requests, seed)
-        predicted = simulate(costs, [kind], times, setting)
-        latencies, seconds, rows = _serve(pipe, arguments, schedule, costs.cut, times, setting)
+        latencies, seconds, rows = _serve(pipe, arguments, schedule, before.cut, times, setting)
+        after = measured()
+        predicted = simulate(mean(before, after), [kind], times, setting)
         compared.append(
             Comparison(
                 rate=most * load,
@@ -96,9 +109,23 @@ def compare(
                 predicted_latency=sum(predicted.latencies) / len(predicted.latencies),
                 predicted_throughput=predicted.throughput,
                 predicted_rows=predicted.mean_rows,
+                drift=after.full[after.rows] / before.full[before.rows] - 1,
             )
         )
+        told(compared[-1])
+        before = after
     return compared
+
+
+def mean(one: Costs, other: Costs) -> Costs:
+    """Between two measurements of the same device."""
+    tables = {
+        name: {rows: (seconds + getattr(other, name)[rows]) / 2 for rows, seconds in getattr(one, name).items()}
+        for name in ("full", "shallow", "between")
+    }
+    return one.model_copy(
+        update=tables | {"encode": (one.encode + other.encode) / 2, "decode": (one.decode + other.decode) / 2}
+    )
 
 
 def _serve(
@@ -127,7 +154,7 @@ def _serve(
             tickets.append(ticket)
         for ticket in tickets:
             ticket.future.result()
-        seconds = max(ended.values()) - began
+        seconds = max(ended.values()) - began - times[0]
         rows = worker.statistics().mean_rows
     return [ended[place] - began - moment for place, moment in enumerate(times)], seconds, rows
 
@@ -163,26 +190,27 @@ def main(given: Sequence[str] | None = None) -> int:
     pipe = load(options.bundle, options.engine, threads=options.threads)
     arguments = {"prompt": PROMPTS[0], "num_inference_steps": options.steps, "guidance_scale": 3.0}
     schedule = Uniform(options.interval)
-    costs = measure(pipe, arguments, schedule, model="shapes", device="here", stage=print)
-    print(costs.model_dump_json(indent=1))
+
+    def tell(each: Comparison) -> None:
+        print(
+            f"load {each.load:.0%}: latency {each.latency:.3f} s, predicted {each.predicted_latency:.3f} "
+            f"({each.latency_error:+.1%}); throughput {each.throughput:.3f} images/s, predicted "
+            f"{each.predicted_throughput:.3f} ({each.throughput_error:+.1%}); rows {each.rows:.1f}, predicted "
+            f"{each.predicted_rows:.1f}; drift {each.drift:+.0%}",
+            flush=True,
+        )
+
     found = compare(
         pipe,
-        costs,
         arguments,
         schedule,
         calls=options.steps,
         loads=options.load or (0.4, 0.7, 0.9),
         requests=options.requests,
+        told=tell,
     )
-    for each in found:
-        print(
-            f"load {each.load:.0%}: latency {each.latency:.3f} s, predicted {each.predicted_latency:.3f} "
-            f"({each.latency_error:+.1%}); throughput {each.throughput:.3f} images/s, predicted "
-            f"{each.predicted_throughput:.3f} ({each.throughput_error:+.1%}); rows {each.rows:.1f}, predicted "
-            f"{each.predicted_rows:.1f}"
-        )
     if options.output is not None:
-        text = json.dumps({"costs": costs.model_dump(), "compared": [asdict(each) for each in found]}, indent=1)
+        text = json.dumps([asdict(each) for each in found], indent=1)
         options.output.write_text(text + "\n", encoding="utf-8")
     errors = itertools.chain.from_iterable((each.latency_error, each.throughput_error) for each in found)
     return int(any(abs(error) > options.bound for error in errors))

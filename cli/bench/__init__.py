@@ -25,7 +25,8 @@ _COMMANDS: dict[Callable[..., None], str] = {
     quality.quality: "offcut bench quality\n\noffcut bench quality --plan full -o bench-quality\n\n"
     "offcut bench quality --interval 3 --interval 10 --sampler ddim --schedule quad --images 200",
     mlperf.mlperf: "offcut bench mlperf --scenario SingleStream --interval 5",
-    plan.plan: "offcut bench plan sd15.offcut --arrival-rate 2 --p99 60 --steps 20 --interval 3 --export-times t.json\n\n"
+    plan.plan: "offcut bench plan sd15.offcut --arrival-rate 2 --p99 60 --steps 20 --interval 3 "
+    "--export-times t.json\n\n"
     "offcut bench plan --times t.json --arrival-rate 50 --p99 8 --steps 20 --steps 30 --json",
 }
 for _command, _example in _COMMANDS.items():

@@ -76,9 +76,7 @@ def plan(
         raise UserError("--export-times writes what is measured, and --times measures nothing: give one of them")
     chosen = parse(schedule) if schedule is not None else Uniform(interval)
     mix = steps or [20]
-    setting = simulate.Setting(
-        policy_of(policy), max_in_flight=max_in_flight, max_queue=max_queue, max_batch=max_batch
-    )
+    setting = simulate.Setting(policy_of(policy), max_in_flight=max_in_flight, max_queue=max_queue, max_batch=max_batch)
     kinds = [simulate.Kind(tuple(chosen.is_full(call, calls) for call in range(calls))) for calls in mix]
     load = answer.Load(kinds, arrivals, requests, seed)
     recorded = None if trace is None else read_trace(trace)

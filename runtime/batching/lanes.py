@@ -18,6 +18,9 @@ from ..inputs import timestep_shape
 from .pool import FeatureSpec, Layout
 from .times import StepTimes
 
+_PADDING = 32
+"""Rows that are tried, one more at a time, to pad a call that the engines take in certain sizes only."""
+
 
 @dataclass(eq=False)
 class Lane:
@@ -163,7 +166,7 @@ class Lanes:
             return
         sizes = [size for size in self._sizes or () if size >= rows]
         yield from sizes or [rows]
-        yield from range(rows, max(lane.limit, self._max_batch) + 1)
+        yield from range(rows, min(self._max_batch, rows + _PADDING) + 1)
 
     def _has_rows(self, spec: TensorSpec) -> bool:
         """Whether each row of a batch has a part of this tensor of its own."""

@@ -47,7 +47,8 @@ class Seat:
             arguments = dict(request.arguments)
             if arguments.get("generator") is None and "generator" in inspect.signature(type(pipe).__call__).parameters:
                 # PyTorch's own is shared, so an image would depend on who else draws from it.
-                arguments["generator"] = torch.Generator("cpu").manual_seed(torch.seed() % 2**63)
+                arguments["generator"] = torch.Generator("cpu")
+                arguments["generator"].seed()
             self._unet.serve(request)
             try:
                 return pipe(**arguments)

@@ -87,6 +87,7 @@ class Worker:
             ("max_queue", max_queue, 0),
             ("max_batch", max_batch, 1),
             ("bound_shapes", bound_shapes, 1),
+            ("batch_sizes", min(batch_sizes or [1]), 1),
         ):
             if value < least:
                 raise UserError(f"a worker's {name} is at least {least}, not {value}")
@@ -128,8 +129,8 @@ class Worker:
             on_fault=self._break,
         )
         self._threads = [
-            threading.Thread(target=self._serve, name=f"offcut-request-{place}", daemon=True)
-            for place in range(max_in_flight)
+            threading.Thread(target=self._serve, args=(seat,), name=f"offcut-request-{place}", daemon=True)
+            for place, seat in enumerate([Seat(self._pipe, unet, self._batcher) for _ in range(max_in_flight)])
         ]
         for thread in self._threads:
             thread.start()
@@ -277,15 +278,14 @@ class Worker:
 
     # The requests' threads
 
-    def _serve(self) -> None:
-        seat = Seat(self._pipe, self._unet, self._batcher)
+    def _serve(self, seat: Seat) -> None:
         while (request := self._next()) is not None:
             output, error = None, None
             try:
                 output = seat.run(request)
             except BaseException as raised:  # of this request alone; its sender gets it
                 error = raised
-            self._finish(request, output, request.ended or error)
+            self._finish(request, output, error)
 
     def _next(self) -> Request | None:
         with self._changed:

@@ -107,7 +107,7 @@ def test_the_smallest_number_of_devices_that_does() -> None:
     assert outcome.percentile(99, answer.WARMUP) <= 9.0
     fewer = load.on(COSTS, replace(ONE, devices=devices - 1), 4.0)
     assert fewer.percentile(99, answer.WARMUP) > 9.0
-    with pytest.raises(UserError, match="alone on a device already takes 3.05 s"):
+    with pytest.raises(UserError, match=r"alone on a device already takes 3\.05 s"):
         answer.devices_for(COSTS, load, ONE, rate=4.0, p99=3.0)
 
 
