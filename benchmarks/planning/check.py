@@ -34,7 +34,7 @@ class Comparison:
     Attributes:
         rate: requests a second.
         load: the rate as a share of what the device can do.
-        latency, throughput, rows: mean seconds of a request, images a second, and rows of an engine call, of the worker.
+        latency, throughput, rows: of the worker: mean seconds of a request, images a second, rows of an engine call.
         predicted_latency, predicted_throughput, predicted_rows: the same of the simulator.
         drift: by how much a full call took longer after the load than before, as a share: the machine's own.
     """
