@@ -1,7 +1,7 @@
-"""Many requests at once on one pair of engines: they share engine calls although they are at different steps.
+"""Many requests at once on one pair of engines: they share calls although they are at different steps.
 
-``Worker`` is all that a server needs; ``policy`` decides who shares a call; ``batcher`` makes the calls. The names below
-are imported on first use: a simulator needs policies without PyTorch.
+``Worker`` is all that a server needs; ``policy`` decides who shares a call; ``batcher`` makes the calls. The names
+below are imported on first use: a simulator needs policies without PyTorch.
 """
 
 from importlib import import_module

@@ -92,7 +92,7 @@ class Worker:
             if value < least:
                 raise UserError(f"a worker's {name} is at least {least}, not {value}")
         self._owns = not hasattr(pipe, "unet")
-        self._pipe = load(pipe, **options) if self._owns else pipe
+        self._pipe: Any = load(pipe, **options) if self._owns else pipe
         unet = self._pipe.unet
         if not isinstance(unet, UNet):
             raise UserError(
