@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +33,7 @@ class Comparison:
     """One load, measured and predicted.
 
     Attributes:
-        rate: requests a second.
+        rate: requests a second; if all came at once, what the device can do.
         load: the rate as a share of what the device can do.
         latency, throughput, rows: of the worker: mean seconds of a request, images a second, rows of an engine call.
         predicted_latency, predicted_throughput, predicted_rows: the same of the simulator.
@@ -79,7 +80,7 @@ def compare(
 
     Args:
         calls: of the UNet, in a request.
-        loads: shares of what the device can do.
+        loads: shares of what the device can do; infinite for requests that all come at once.
         requests: for each load.
         repeats: of each measurement of times.
         told: called with each comparison as it is made.
@@ -95,13 +96,13 @@ def compare(
     before, compared = measured(), []
     for load in loads:
         most = simulate(before, [kind], [0.0] * requests, setting).throughput
-        times = arrivals("poisson", most * load, requests, seed)
+        times = [0.0] * requests if math.isinf(load) else arrivals("poisson", most * load, requests, seed)
         latencies, seconds, rows = _serve(pipe, arguments, schedule, before.cut, times, setting)
         after = measured()
         predicted = simulate(mean(before, after), [kind], times, setting)
         compared.append(
             Comparison(
-                rate=most * load,
+                rate=most if math.isinf(load) else most * load,
                 load=load,
                 latency=sum(latencies) / len(latencies),
                 throughput=len(latencies) / seconds,
@@ -180,7 +181,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--interval", type=int, default=3)
     parser.add_argument("--requests", type=int, default=24)
-    parser.add_argument("--load", type=float, action="append", help="share of what the device can do; again for more")
+    parser.add_argument("--load", type=float, action="append", help="share of what the device can do, or inf; again")
     parser.add_argument("--bound", type=float, default=0.1)
     options = parser.parse_args(given)
     if not options.bundle.exists():
@@ -193,7 +194,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
     def tell(each: Comparison) -> None:
         print(
-            f"load {each.load:.0%}: latency {each.latency:.3f} s, predicted {each.predicted_latency:.3f} "
+            f"load {each.load:g}: latency {each.latency:.3f} s, predicted {each.predicted_latency:.3f} "
             f"({each.latency_error:+.1%}); throughput {each.throughput:.3f} images/s, predicted "
             f"{each.predicted_throughput:.3f} ({each.throughput_error:+.1%}); rows {each.rows:.1f}, predicted "
             f"{each.predicted_rows:.1f}; drift {each.drift:+.0%}",
@@ -205,12 +206,12 @@ def main(given: Sequence[str] | None = None) -> int:
         arguments,
         schedule,
         calls=options.steps,
-        loads=options.load or (0.4, 0.7, 0.9),
+        loads=options.load or (0.4, 0.7, math.inf),
         requests=options.requests,
         told=tell,
     )
     if options.output is not None:
-        text = json.dumps([asdict(each) for each in found], indent=1)
+        text = json.dumps([{**asdict(each), "load": str(each.load)} for each in found], indent=1)
         options.output.write_text(text + "\n", encoding="utf-8")
     errors = itertools.chain.from_iterable((each.latency_error, each.throughput_error) for each in found)
     return int(any(abs(error) > options.bound for error in errors))

@@ -12,20 +12,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from weakref import WeakKeyDictionary
 
 import torch
 
 from ...engines.base import BoundPair, EnginePair
-from ...errors import DeadlineError, EngineFaultError, InternalError, RequestError, ShapeError
-from .lanes import Lane, Lanes
+from ...errors import DeadlineError, EngineFaultError, RequestError, ShapeError
+from .calls import EngineCalls
+from .lanes import Lanes
 from .policy import Pick, Policy, View, Waiting
-from .pool import Slot, SlotPool
+from .pool import SlotPool
 from .request import Call, Request
 from .ticks import TickLog
-
-Stamp = tuple[int, int, int]
-"""Whose features lie in some rows of a buffer: the request's key, the number of its full step, the rows."""
 
 
 class Batcher:
@@ -58,14 +55,13 @@ class Batcher:
         self.pool = pool
         self.lanes = lanes
         self._pair, self._policy, self._patience = pair, policy, patience
-        self._noise_pred = next(iter(pair.outputs))
+        self._engines = EngineCalls(pair, self.log)
         self._on_tick, self._on_fault = on_tick, on_fault
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._waiting: dict[int, Call] = {}
         self._active = 0  # requests in flight that do not stand at the UNet
         self._closing = False
-        self._holds: WeakKeyDictionary[BoundPair, dict[str, tuple[Stamp, ...]]] = WeakKeyDictionary()
         self._thread = threading.Thread(target=self._work, name="offcut-engines", daemon=True)
         self._thread.start()
 
@@ -192,79 +188,24 @@ class Batcher:
                 return True
             for call in ready.values():
                 call.passed += 1
-        self._make(pick, calls, bound, rows, size, began)
+        self._make(pick, calls, bound, size, began)
         return True
 
-    def _make(self, pick: Pick, calls: Sequence[Call], bound: BoundPair, rows: int, size: int, began: float) -> None:
-        """One engine call."""
+    def _make(self, pick: Pick, calls: Sequence[Call], bound: BoundPair, size: int, began: float) -> None:
         waits = time.monotonic()
-        lane, buffers = calls[0].lane, bound.buffers
-        held = self._holds.setdefault(bound, {})
         try:
-            self._write_inputs(lane, calls, bound)
-            stamps = tuple((call.request.key, call.number, call.rows) for call in calls)
-            if pick.cut is None:
-                with self.log.call(lane, None, size, rows):
-                    bound.full()
-                self._scatter(calls, bound, size)
-                for call in calls:
-                    call.request.written = call.number
-                held |= {name: stamps for cut in self._pair.cuts.values() for name in cut}
-            else:
-                names = self._pair.cuts[pick.cut]
-                wanted = tuple((call.request.key, call.request.written, call.rows) for call in calls)
-                there = all(held.get(name) == wanted for name in names)
-                if not there:
-                    self._gather(names, calls, bound, size)
-                    held |= dict.fromkeys(names, wanted)
-                with self.log.call(lane, pick.cut, size, rows, gathered=not there):
-                    bound.shallow(pick.cut)
-            noise = buffers[self._noise_pred]
-            answers: list[torch.Tensor] = [
-                _part(noise, place, size).to(call.tensors["sample"].dtype, copy=True)
-                for call, place in zip(calls, _places(calls), strict=True)
-            ]
+            answers = self._engines.make(pick.cut, calls, bound, size)
         except BaseException:
             with self._changed:  # `_fail` tells them
                 self._waiting |= {call.request.key: call for call in calls}
             raise
         for call in calls:
-            call.shared = rows
             if call.last:
                 self._release(call.request)
         with self._changed:
             for call, answer in zip(calls, answers, strict=True):
                 self._answer(call, answer if call.request.ended is None else again(call.request.ended))
         self.log.tick(time.perf_counter() - began, [waits - call.came for call in calls])
-
-    def _write_inputs(self, lane: Lane, calls: Sequence[Call], bound: BoundPair) -> None:
-        targets, sources = [], []
-        for name in (*calls[0].tensors, "timestep"):
-            buffer = bound.buffers[name]
-            for call, (first, end) in zip(calls, _places(calls), strict=True):
-                per = lane.per_row.get(name)
-                targets.append(buffer if per is None else buffer[per * first : per * end])
-                sources.append(call.timestep if name == "timestep" else call.tensors[name])
-                if per is None:
-                    break  # the same for all
-        _copy(targets, sources)
-
-    def _scatter(self, calls: Sequence[Call], bound: BoundPair, size: int) -> None:
-        """The features of a full call, into the slots of those who will need them."""
-        targets, sources = [], []
-        for call, place in zip(calls, _places(calls), strict=True):
-            for name in call.layout or ():
-                targets.append(_slot(call).features[name])
-                sources.append(_part(bound.buffers[name], place, size))
-        _copy(targets, sources)
-
-    def _gather(self, names: Sequence[str], calls: Sequence[Call], bound: BoundPair, size: int) -> None:
-        """The features of these requests, from their slots into the buffers of a shallow call."""
-        places = _places(calls)
-        _copy(
-            [_part(bound.buffers[name], place, size) for name in names for place in places],
-            [_slot(call).features[name] for name in names for call in calls],
-        )
 
     def _ready(self, now: float) -> dict[int, Call]:
         """The calls that can be made now, by their requests' keys; others are ended or wait for memory."""
@@ -328,36 +269,9 @@ class _Outside:
         self._turn.acquire()
 
 
-def _slot(call: Call) -> Slot:
-    if call.request.slot is None:
-        raise InternalError(f"request {call.request.key} has no slot for its cached features")
-    return call.request.slot
-
-
 def _view(call: Call) -> Waiting:
     request = call.request
     return Waiting(request.key, call.lane.number, call.cut, call.rows, request.due, call.passed, call.until_full)
-
-
-def _places(calls: Sequence[Call]) -> list[tuple[int, int]]:
-    """The first row of each call in the batch, and the one behind its last."""
-    places, end = [], 0
-    for call in calls:
-        places.append((end, end + call.rows))
-        end += call.rows
-    return places
-
-
-def _part(buffer: torch.Tensor, place: tuple[int, int], size: int) -> torch.Tensor:
-    """These rows of a buffer with ``size`` rows; each may be several entries, e.g. the frames of a video."""
-    per = buffer.shape[0] // size
-    return buffer[per * place[0] : per * place[1]]
-
-
-def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """On a GPU this is one kernel, or a few, for all."""
-    if targets:
-        torch._foreach_copy_(list(targets), list(sources))
 
 
 def again(error: Exception) -> Exception:

@@ -62,6 +62,7 @@ class Worker:
         batch_sizes: the numbers of rows that calls are padded to, e.g. for CUDA graphs; any by default.
         policy: which requests share the next call.
         bound_shapes: for how many sets of input shapes, batch sizes among them, the engines keep buffers.
+        patience: seconds that the engines wait for a request whose own code, such as a callback, blocks.
         options: of ``offcut.load``, for a bundle.
 
     Raises:
@@ -79,7 +80,7 @@ class Worker:
         batch_sizes: Sequence[int] | None = None,
         policy: Policy | None = None,
         bound_shapes: int = 16,
-        patience: float = 0.005,
+        patience: float = 0.02,
         **options: Any,
     ) -> None:
         for name, value, least in (
