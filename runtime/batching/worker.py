@@ -8,8 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import (
     DeadlineError,
@@ -31,9 +30,6 @@ from .request import OnStep, Request, Ticket
 from .seat import Seat
 from .statistics import Statistics, Total
 
-if TYPE_CHECKING:
-    from ...engines.bundle import Bundle
-
 HORIZON = 60.0
 """Seconds after its submission at which a request without a deadline counts as due."""
 
@@ -52,8 +48,8 @@ class Worker:
     All methods may be called from any thread.
 
     Args:
-        pipe: a pipeline of ``offcut.load`` or ``offcut.attach``, which cannot be called until ``close``; or a bundle or
-            its directory, which is then loaded for this worker.
+        pipe: a pipeline of ``offcut.load`` or ``offcut.attach``, which cannot be called until ``close``; or a bundle
+            or its directory, which is then loaded for this worker.
         max_in_flight: requests that are worked on at once.
         max_queue: requests that wait beside them.
         cache_bytes: device memory for the cached features of all requests in flight. One that finds no room waits at
@@ -71,7 +67,7 @@ class Worker:
 
     def __init__(
         self,
-        pipe: Any | str | Path | Bundle,
+        pipe: Any,
         *,
         max_in_flight: int = 8,
         max_queue: int = 64,
