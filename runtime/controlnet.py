@@ -15,10 +15,10 @@ from ..errors import UserError
 from .extend import extended
 
 if TYPE_CHECKING:
-    from .unet import UNet
+    from .stand_in import StandIn
 
 
-def reuse(pipe: Any, unet: UNet) -> None:
+def reuse(pipe: Any, unet: StandIn) -> None:
     """Let each of a pipeline's ControlNets answer shallow calls with what it gave at the last full one.
 
     The ControlNets are changed in place: each becomes of a subclass of its class. A ControlNet whose scale has changed
@@ -39,7 +39,7 @@ def reuse(pipe: Any, unet: UNet) -> None:
 class _Reusing:
     """What ``reuse`` adds to a ControlNet's class."""
 
-    _offcut_unet: weakref.ref[UNet]
+    _offcut_unet: weakref.ref[StandIn]
     _offcut_kept: tuple[Hashable, Any] | None
 
     def forward_or_reuse(self, *args: Any, **kwargs: Any) -> Any:

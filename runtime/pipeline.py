@@ -87,7 +87,7 @@ def load(
 
 def attach(
     pipe: DiffusionPipeline,
-    bundle: str | Path | Bundle | UNet,
+    bundle: str | Path | Bundle | StandIn,
     engine: str = "auto",
     *,
     device: str | None = None,
@@ -122,7 +122,7 @@ def attach(
     replaced = getattr(pipe, "unet", None)
     if replaced is None:
         raise UserError(f"{type(pipe).__name__} has no unet, which offcut would replace: give a pipeline with one")
-    if isinstance(bundle, UNet):
+    if isinstance(bundle, StandIn):
         unet = bundle
     else:
         unet = UNet.load(
@@ -175,7 +175,7 @@ def _unet_calls(pipe: Any) -> int:
 _INTERFACE = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "time_cond_proj_dim")
 
 
-def _differences(replaced: Any, unet: UNet) -> list[str]:
+def _differences(replaced: Any, unet: StandIn) -> list[str]:
     """How two UNets differ in what a pipeline passes and gets."""
     theirs, ours = replaced.config, unet.config
     kind = type(replaced).__name__

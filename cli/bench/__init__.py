@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import typer
 
-from . import compare, growth, latency, mlperf, quality, report
+from . import compare, growth, latency, mlperf, plan, quality, report
 
 app = typer.Typer(
     name="bench",
-    help="Measure: speed beside peers, what caching costs in quality, load, reports and their comparison.",
+    help="Measure: speed beside peers, what caching costs in quality, load, capacity, reports and their comparison.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -26,6 +26,9 @@ _COMMANDS: dict[Callable[..., None], str] = {
     "offcut bench quality --interval 3 --interval 10 --sampler ddim --schedule quad --images 200",
     growth.growth: "offcut bench growth sd15.offcut --size 256 --build shapes --build sd15 --build sdxl",
     mlperf.mlperf: "offcut bench mlperf --scenario SingleStream --interval 5",
+    plan.plan: "offcut bench plan sd15.offcut --arrival-rate 2 --p99 60 --steps 20 --interval 3 "
+    "--export-times t.json\n\n"
+    "offcut bench plan --times t.json --arrival-rate 50 --p99 8 --steps 20 --steps 30 --json",
 }
 for _command, _example in _COMMANDS.items():
     app.command(epilog=f"Example:  {_example}")(_command)

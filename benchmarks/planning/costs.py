@@ -1,0 +1,71 @@
+"""What one device needs for a request: times that were measured, in a file that another machine can read."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from ...errors import UserError
+from ...runtime.batching.times import StepTimes
+from ..record import write_whole
+
+Seconds = dict[PositiveInt, float]
+
+
+class Costs(BaseModel):
+    """Seconds on one device, by the number of rows of an engine call where they depend on it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    model: str
+    engine: str
+    device: str = Field(description="the machine that was measured, in words")
+    height: int = Field(description="of the images, in pixels")
+    width: int
+    cut: str = Field(description="of the shallow calls")
+    rows: int = Field(ge=1, description="of one request in an engine call: with guidance two for each image")
+    full: Seconds = Field(min_length=1, description="of a full engine call")
+    shallow: Seconds = Field(min_length=1, description="of a shallow engine call")
+    between: Seconds = Field(min_length=1, description="from one engine call to the next: schedulers, copies, threads")
+    encode: float = Field(ge=0, description="of one request before its first UNet call, e.g. the text encoder")
+    decode: float = Field(ge=0, description="of one request after its last one, e.g. the autoencoder")
+
+    @model_validator(mode="after")
+    def _takes_time(self) -> Costs:
+        if any(seconds <= 0 for table in (self.full, self.shallow) for seconds in table.values()):
+            raise ValueError("an engine call takes more than 0 seconds")
+        return self
+
+    @cached_property
+    def times(self) -> StepTimes:
+        """Of engine calls, as policies see them."""
+        return StepTimes({None: self.full, self.cut: self.shallow})
+
+    @cached_property
+    def gaps(self) -> StepTimes:
+        """Of what comes between."""
+        return StepTimes({None: {rows: max(seconds, 1e-9) for rows, seconds in self.between.items()}})
+
+    def save(self, path: Path) -> Path:
+        """Write them, over an older file only when this one is whole."""
+        return write_whole(path, self.model_dump_json(indent=1) + "\n")
+
+
+def read(path: Path) -> Costs:
+    """What ``Costs.save`` wrote.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
+    try:
+        return Costs.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give what --export-times wrote") from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} holds no times of offcut bench plan: {where} {first['msg']}") from error

@@ -1,0 +1,137 @@
+"""One engine call for several requests: their rows in, the engines, their rows out; all of it on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ...engines.base import BoundPair, EnginePair
+from ...errors import InternalError
+from ...exporter.trace import SAMPLE
+from ..ranges import Ranges
+from .pool import Slot
+from .request import Call
+from .ticks import TickLog
+
+Stamp = tuple[int, int, int]
+"""Whose features lie in some rows of a buffer: the request's key, the number of its full step, how many rows."""
+
+Place = tuple[int, int]
+"""A request's first row in a batch, and the one behind its last."""
+
+
+class EngineCalls:
+    """Makes the calls of a pair of engines. One thread at a time.
+
+    Args:
+        pair: the engines.
+        log: is told of each call.
+    """
+
+    def __init__(self, pair: EnginePair, log: TickLog) -> None:
+        self._cuts = pair.cuts
+        self._noise_pred = next(iter(pair.outputs))
+        self._log = log
+        self._ranges = Ranges(pair.device)
+        self._held: WeakKeyDictionary[BoundPair, dict[str, tuple[Stamp, ...]]] = WeakKeyDictionary()
+
+    def make(self, cut: str | None, calls: Sequence[Call], bound: BoundPair, size: int) -> list[torch.Tensor]:
+        """One engine call.
+
+        Args:
+            cut: None for a full call, after which each request's slot has its features.
+            calls: of one lane, in the order of their rows.
+            bound: the engines with buffers of the lane's shapes.
+            size: rows of the buffers; those behind the calls' own are padding.
+
+        Returns:
+            Each call's noise prediction, in its sample's dtype and memory of its own.
+        """
+        places = _places(calls)
+        rows = places[-1][1]
+        self._write_inputs(calls, places, bound)
+        held = self._held.setdefault(bound, {})
+        gathered = None
+        if cut is not None:
+            names = self._cuts[cut]
+            wanted = tuple((call.request.key, call.request.written, call.rows) for call in calls)
+            gathered = any(held.get(name) != wanted for name in names)
+            if gathered:  # else they are still where the last call of the same requests left them
+                self._gather(names, calls, places, bound, size)
+                held |= dict.fromkeys(names, wanted)
+        with self._ranges.call(cut is None, more=False), self._log.call(calls[0].lane, cut, size, rows, gathered):
+            if cut is None:
+                bound.full()
+            else:
+                bound.shallow(cut)
+        if cut is None:
+            self._scatter(calls, places, bound, size)
+            for call in calls:
+                call.request.written = call.number
+            stamps = tuple((call.request.key, call.number, call.rows) for call in calls)
+            held |= {name: stamps for names in self._cuts.values() for name in names}
+        noise_pred = bound.buffers[self._noise_pred]
+        for call in calls:
+            call.shared = rows
+        return [
+            _part(noise_pred, place, size).to(call.tensors[SAMPLE].dtype, copy=True)
+            for call, place in zip(calls, places, strict=True)
+        ]
+
+    def _write_inputs(self, calls: Sequence[Call], places: Sequence[Place], bound: BoundPair) -> None:
+        targets, sources = [], []
+        for name in (*calls[0].tensors, "timestep"):
+            buffer = bound.buffers[name]
+            per = calls[0].lane.per_row.get(name)
+            for call, (first, end) in zip(calls, places, strict=True):
+                targets.append(buffer if per is None else buffer[per * first : per * end])
+                sources.append(call.timestep if name == "timestep" else call.tensors[name])
+                if per is None:
+                    break  # the same for all
+        _copy(targets, sources)
+
+    def _scatter(self, calls: Sequence[Call], places: Sequence[Place], bound: BoundPair, size: int) -> None:
+        """The features of a full call, into the slots of those who will need them."""
+        targets, sources = [], []
+        for call, place in zip(calls, places, strict=True):
+            for name in call.layout or ():
+                targets.append(_slot(call).features[name])
+                sources.append(_part(bound.buffers[name], place, size))
+        _copy(targets, sources)
+
+    def _gather(
+        self, names: Sequence[str], calls: Sequence[Call], places: Sequence[Place], bound: BoundPair, size: int
+    ) -> None:
+        """The features of these requests, from their slots into the buffers of a shallow call."""
+        _copy(
+            [_part(bound.buffers[name], place, size) for name in names for place in places],
+            [_slot(call).features[name] for name in names for call in calls],
+        )
+
+
+def _slot(call: Call) -> Slot:
+    if call.request.slot is None:
+        raise InternalError(f"request {call.request.key} has no slot for its cached features")
+    return call.request.slot
+
+
+def _places(calls: Sequence[Call]) -> list[Place]:
+    places, end = [], 0
+    for call in calls:
+        places.append((end, end + call.rows))
+        end += call.rows
+    return places
+
+
+def _part(buffer: torch.Tensor, place: Place, size: int) -> torch.Tensor:
+    """These rows of a buffer with ``size`` rows; each may be several entries, e.g. the frames of a video."""
+    per = buffer.shape[0] // size
+    return buffer[per * place[0] : per * place[1]]
+
+
+def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """On a GPU this is one kernel, or a few, for all."""
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))

@@ -1,0 +1,89 @@
+"""What stands in a request's pipeline where its UNet would: its calls go to the engines that all requests share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from ...errors import InternalError
+from ...exporter.specs import solve
+from ...exporter.trace import SAMPLE
+from ..inputs import write_timestep
+from ..stand_in import StandIn
+from ..unet import UNet
+from .batcher import Batcher
+from .request import Call, Request, Step
+
+
+class SharedUNet(StandIn):
+    """One request's view of the engines; the next request of the same thread may have it after.
+
+    Args:
+        unet: whose engines they are.
+        batcher: runs them.
+    """
+
+    def __init__(self, unet: UNet, batcher: Batcher) -> None:
+        super().__init__(
+            unet.config,
+            device=unet.device,
+            inputs=unet._specs,
+            cuts=unet._cuts,
+            engine=unet.engine,
+            attention=unet._built_attention,
+        )
+        self.advise = False
+        self._owner, self._batcher = unet, batcher
+        self._request: Request | None = None
+
+    def serve(self, request: Request | None) -> None:
+        """From now on calls are this request's; None between requests.
+
+        Raises:
+            CutError: the engines have no such cut.
+        """
+        self._request = request
+        self._unannounced = None
+        if request is not None:
+            self.set_schedule(request.schedule, request.cut)
+            if self.image_prompts is not None:
+                self.image_prompts.adopt(self._owner.attn_processors)
+
+    def _call(self, tensors: Mapping[str, torch.Tensor], timestep: torch.Tensor | float) -> torch.Tensor:
+        request = self._request
+        if request is None:
+            raise InternalError("a pipeline of a worker called its UNet outside a request")
+        lane = self._batcher.lanes.of(tensors)
+        rows = tensors[SAMPLE].shape[0]
+        shapes = lane.shapes(rows)
+        if self._family.is_video:
+            self._family.check_limits(self.config, solve(self._specs, shapes))
+        times = torch.empty(shapes["timestep"], dtype=self._specs["timestep"].torch_dtype(), device=self._device)
+        write_timestep(times, timestep)
+
+        generation, full = self._begin(tuple(shapes.items()), timestep)
+        plan, number = generation.plan, generation.made
+        ahead = None if plan is None else plan[number + 1 :]
+        keeps = full and self._schedule is not None and (ahead is None or not all(ahead))
+        assert self._cut is not None or full
+        call = Call(
+            request=request,
+            lane=lane,
+            tensors=tensors,
+            timestep=times,
+            rows=rows,
+            cut=None if full else self._cut,
+            number=number,
+            layout=self._batcher.lanes.layout(lane, self._cut, rows) if keeps and self._cut is not None else None,
+            last=ahead is not None and not ahead,
+            until_full=ahead.index(True) + 1 if not full and ahead and True in ahead else 0 if full else None,
+            came=time.monotonic(),
+        )
+        noise_pred = self._batcher.step(call)
+        generation.end(full)
+        if request.on_step is not None:
+            with self._batcher.outside():
+                request.on_step(Step(number, None if plan is None else len(plan), full, call.shared))
+        return noise_pred

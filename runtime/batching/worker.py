@@ -1,0 +1,355 @@
+"""``Worker``: many requests at once on one pair of engines, which share engine calls step by step."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...errors import (
+    DeadlineError,
+    EngineFaultError,
+    QueueFullError,
+    RequestCancelledError,
+    RequestError,
+    UserError,
+    WorkerClosedError,
+)
+from ..pipeline import load
+from ..schedule import Schedule
+from ..unet import UNet
+from .batcher import Batcher, again
+from .lanes import Lanes
+from .policy import Deadline, Policy
+from .pool import SlotPool
+from .request import OnStep, Request, Ticket
+from .seat import Seat
+from .statistics import Statistics, Total
+
+HORIZON = 60.0
+"""Seconds after its submission at which a request without a deadline counts as due."""
+
+
+class Worker:
+    """Runs pipeline calls of many requests at once; those at the same kind of step share engine calls.
+
+        worker = Worker("sd15.offcut", max_in_flight=8)
+        ticket = worker.submit({"prompt": "a lighthouse"}, schedule=Uniform(5), deadline=30)
+        image = ticket.future.result().images[0]
+
+    Prompts, seeds, guidance, numbers of steps, schedules and schedulers may differ; requests whose inputs have other
+    shapes share calls among themselves. An image depends on what it shared calls with only as far as the engine's
+    rounding depends on the batch size.
+
+    All methods may be called from any thread.
+
+    Args:
+        pipe: a pipeline of ``offcut.load`` or ``offcut.attach``, which cannot be called until ``close``; or a bundle
+            or its directory, which is then loaded for this worker.
+        max_in_flight: requests that are worked on at once.
+        max_queue: requests that wait beside them.
+        cache_bytes: device memory for the cached features of all requests in flight. One that finds no room waits at
+            its first step.
+        max_batch: the most rows of an engine call; a request has two for each image with guidance, else one.
+        batch_sizes: the numbers of rows that calls are padded to, e.g. for CUDA graphs; any by default.
+        policy: which requests share the next call.
+        bound_shapes: for how many sets of input shapes, batch sizes among them, the engines keep buffers.
+        patience: seconds that the engines wait for a request whose own code, such as a callback, blocks.
+        options: of ``offcut.load``, for a bundle.
+
+    Raises:
+        UserError: the pipeline has no engines, or is in use; or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        max_in_flight: int = 8,
+        max_queue: int = 64,
+        cache_bytes: int = 2**30,
+        max_batch: int = 16,
+        batch_sizes: Sequence[int] | None = None,
+        policy: Policy | None = None,
+        bound_shapes: int = 16,
+        patience: float = 0.02,
+        **options: Any,
+    ) -> None:
+        for name, value, least in (
+            ("max_in_flight", max_in_flight, 1),
+            ("max_queue", max_queue, 0),
+            ("max_batch", max_batch, 1),
+            ("bound_shapes", bound_shapes, 1),
+            ("batch_sizes", min(batch_sizes or [1]), 1),
+        ):
+            if value < least:
+                raise UserError(f"a worker's {name} is at least {least}, not {value}")
+        self._owns = not hasattr(pipe, "unet")
+        self._pipe: Any = load(pipe, **options) if self._owns else pipe
+        unet = self._pipe.unet
+        if not isinstance(unet, UNet):
+            raise UserError(
+                f"a worker needs a {type(self._pipe).__name__} with an offcut.UNet: make it with offcut.load(bundle), "
+                "or call offcut.attach(pipe, bundle) first"
+            )
+        self._unet = unet
+        pair = unet.lend()
+        self._max_in_flight, self._max_queue = max_in_flight, max_queue
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._keys = itertools.count()
+        self._queue: list[tuple[float, int, Request]] = []
+        self._in_flight: set[Request] = set()
+        self._draining = self._closed = False
+        self._fault: EngineFaultError | None = None
+        self._queue_waits = Total()
+        self._ended: dict[str, Total] = {}
+        self._rejected = 0
+        lanes = Lanes(
+            pair,
+            alone=unet._built_attention is not None,  # such frames look at one another
+            max_batch=max_batch,
+            batch_sizes=batch_sizes,
+            keep=bound_shapes,
+        )
+        self._batcher = Batcher(
+            pair,
+            lanes,
+            SlotPool(cache_bytes, unet.device),
+            policy or Deadline(),
+            patience=patience,
+            on_tick=self._expire,
+            on_fault=self._break,
+        )
+        self._threads = [
+            threading.Thread(target=self._serve, args=(seat,), name=f"offcut-request-{place}", daemon=True)
+            for place, seat in enumerate([Seat(self._pipe, unet, self._batcher) for _ in range(max_in_flight)])
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # Requests
+
+    def submit(
+        self,
+        arguments: Mapping[str, Any],
+        *,
+        schedule: Schedule | None = None,
+        cut: str | None = None,
+        scheduler: Any = None,
+        pipeline: type | None = None,
+        deadline: float | None = None,
+        on_step: OnStep | None = None,
+    ) -> Ticket:
+        """Ask for a pipeline call.
+
+        Args:
+            arguments: of the pipeline's call. Callbacks in them must not block, as everybody waits for them. Without a
+                ``generator`` the request gets one of its own with a random seed.
+            schedule, cut: as ``UNet.set_schedule`` takes them. Caching costs quality.
+            scheduler: of diffusers; copied. None for the pipeline's own.
+            pipeline: another class of diffusers that the pipeline's modules make up, e.g.
+                ``StableDiffusionImg2ImgPipeline``.
+            deadline: seconds from now within which the result is wanted; past it the request is given up. Requests
+                that are due earlier go first.
+            on_step: called after each of the request's UNet calls, in its thread, beside others' work.
+
+        Raises:
+            QueueFullError: as many wait as may.
+            DeadlineError: the deadline is past already.
+            WorkerClosedError: the worker is draining or closed.
+            EngineFaultError: the engines failed earlier.
+        """
+        now = time.monotonic()
+        with self._changed:
+            try:
+                self._admit(deadline)
+            except (RequestError, EngineFaultError):
+                self._rejected += 1
+                raise
+            expires = None if deadline is None else now + deadline
+            request = Request(
+                key=next(self._keys),
+                arguments=arguments,
+                schedule=schedule,
+                cut=cut,
+                scheduler=scheduler,
+                pipeline=pipeline,
+                submitted=now,
+                expires=expires,
+                due=now + HORIZON if expires is None else expires,
+                on_step=on_step,
+            )
+            heapq.heappush(self._queue, (request.due, request.key, request))
+            self._changed.notify_all()
+        return Ticket(request, self._cancel)
+
+    def _admit(self, deadline: float | None) -> None:
+        if self._fault is not None:
+            raise again(self._fault)
+        if self._draining or self._closed:
+            raise WorkerClosedError("this worker takes no more requests: send them to another one")
+        free = self._max_in_flight - len(self._in_flight)
+        if len(self._queue) >= self._max_queue + free:
+            raise QueueFullError(
+                f"{len(self._queue)} requests wait already, beside {len(self._in_flight)} in flight: try again later"
+            )
+        if deadline is not None and not (deadline > 0 and math.isfinite(deadline)):
+            raise DeadlineError(f"a deadline of {deadline} s cannot be met: give seconds from now, more than 0")
+
+    def _cancel(self, request: Request) -> None:
+        why = RequestCancelledError("the request was cancelled")
+        with self._changed:
+            queued = self._withdraw(lambda other: other is request)
+        if queued:
+            self._end(request, why)
+        else:
+            self._batcher.end(request, why)
+
+    # State
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engines work. Once they have failed the worker takes no requests; close it and open another."""
+        return self._fault is None
+
+    @property
+    def fault(self) -> str | None:
+        """Why it is not healthy."""
+        return None if self._fault is None else str(self._fault)
+
+    def statistics(self) -> Statistics:
+        """Its counts at this moment."""
+        pool = self._batcher.pool
+        with self._lock:
+            counted = Statistics(
+                healthy=self.healthy,
+                fault=self.fault,
+                queued=len(self._queue),
+                in_flight=len(self._in_flight),
+                slots=pool.slots,
+                cache_bytes=pool.used,
+                cache_limit=pool.limit,
+                queue_waits=self._queue_waits,
+                requests=dict(self._ended),
+                rejected=self._rejected,
+            )
+        return self._batcher.log.fill(counted)
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests and finish those that there are; whether they were within the seconds given."""
+        with self._changed:
+            self._draining = True
+            return self._changed.wait_for(lambda: not self._queue and not self._in_flight, timeout)
+
+    def close(self) -> None:
+        """Cancel all requests, stop the threads, and give the engines back to the pipeline; one loaded here closes."""
+        with self._changed:
+            if self._closed:
+                return
+            self._draining = self._closed = True
+            queued = self._withdraw(lambda request: True)
+            in_flight = list(self._in_flight)
+            self._changed.notify_all()
+        why = WorkerClosedError("the worker was closed before the request was done: send it to another one")
+        for request in queued:
+            self._end(request, why)
+        for request in in_flight:
+            self._batcher.end(request, why)
+        for thread in self._threads:
+            thread.join()
+        self._batcher.close()
+        self._unet.take_back()
+        if self._owns:
+            self._unet.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # The requests' threads
+
+    def _serve(self, seat: Seat) -> None:
+        while (request := self._next()) is not None:
+            output, error = None, None
+            try:
+                output = seat.run(request)
+            except BaseException as raised:  # of this request alone; its sender gets it
+                error = raised
+            self._finish(request, output, error)
+
+    def _next(self) -> Request | None:
+        with self._changed:
+            while True:
+                while not self._queue and not self._closed:
+                    self._changed.wait()
+                if self._closed and not self._queue:
+                    return None
+                _, _, request = heapq.heappop(self._queue)
+                if not request.future.set_running_or_notify_cancel():
+                    continue
+                self._queue_waits = self._queue_waits.plus(time.monotonic() - request.submitted)
+                self._in_flight.add(request)
+                return request
+
+    def _finish(self, request: Request, output: Any, error: BaseException | None) -> None:
+        with self._changed:
+            self._in_flight.discard(request)
+            self._count(request, error)
+            self._changed.notify_all()
+        if error is None:
+            request.future.set_result(output)
+        else:
+            request.future.set_exception(error)
+
+    def _end(self, request: Request, why: Exception) -> None:
+        """A queued request, which was taken out of the queue, comes to nothing."""
+        if request.future.set_running_or_notify_cancel():
+            with self._changed:
+                self._count(request, why)
+                self._changed.notify_all()
+            request.future.set_exception(why)
+
+    def _count(self, request: Request, error: BaseException | None) -> None:
+        outcome = next((name for kind, name in _OUTCOMES.items() if isinstance(error, kind)), "failed")
+        outcome = "done" if error is None else outcome
+        self._ended[outcome] = self._ended.get(outcome, Total()).plus(time.monotonic() - request.submitted)
+
+    def _withdraw(self, unwanted: Any) -> list[Request]:
+        """Take requests out of the queue."""
+        out = [request for _, _, request in self._queue if unwanted(request)]
+        if out:
+            self._queue = [entry for entry in self._queue if not unwanted(entry[2])]
+            heapq.heapify(self._queue)
+        return out
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        with self._changed:
+            late = self._withdraw(lambda request: request.expires is not None and request.expires < now)
+        for request in late:
+            self._end(
+                request,
+                DeadlineError("the request's deadline passed in the queue: allow more time, or send fewer at once"),
+            )
+
+    def _break(self, fault: EngineFaultError) -> None:
+        with self._changed:
+            self._fault = fault
+            queued = self._withdraw(lambda request: True)
+        for request in queued:
+            self._end(request, again(fault))
+
+
+_OUTCOMES: dict[type[Exception], str] = {
+    RequestCancelledError: "cancelled",
+    WorkerClosedError: "cancelled",
+    DeadlineError: "expired",
+    EngineFaultError: "fault",
+}

@@ -1,0 +1,116 @@
+"""``offcut bench plan``, and its simulator beside a real worker."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+import offcut
+from offcut.benchmarks.planning.check import compare
+from offcut.benchmarks.planning.costs import Costs
+from offcut.benchmarks.planning.throughput import measure as throughput
+from offcut.cli import app
+from offcut.errors import UserError
+from offcut.runtime.schedule import Uniform
+
+REQUEST = {"prompt": "a red square", "num_inference_steps": 6, "guidance_scale": 5.0}
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_bundle: Path) -> Any:
+    pipe: Any = offcut.load(tiny_bundle, "onnxruntime", threads=1)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.advise = False
+    yield pipe
+    pipe.unet.close()
+
+
+@pytest.fixture
+def times(tmp_path: Path) -> Path:
+    costs = Costs(
+        model="m",
+        engine="e",
+        device="a device",
+        height=512,
+        width=512,
+        cut="deepcache:0",
+        rows=2,
+        full={2: 0.05, 16: 0.2},
+        shallow={2: 0.01, 16: 0.04},
+        between={2: 0.001, 16: 0.003},
+        encode=0.01,
+        decode=0.05,
+    )
+    return costs.save(tmp_path / "times.json")
+
+
+def plan(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["bench", "plan", *map(str, arguments)])
+
+
+def test_the_simulator_foretells_what_a_worker_does(pipe: Any) -> None:
+    """Wide, since other programs share the machine; ``benchmarks.planning.check`` holds it to 10 % on a quiet one."""
+    found = compare(pipe, REQUEST, Uniform(3), calls=6, loads=[0.5], requests=20, max_in_flight=4)
+    (only,) = found
+    assert abs(only.throughput_error) < 0.5
+    assert abs(only.latency_error) < 0.75
+    assert only.predicted_rows == pytest.approx(only.rows, rel=0.4)
+
+
+def test_throughput_is_measured_in_turns(pipe: Any) -> None:
+    rows = throughput(pipe, REQUEST, Uniform(3), in_flight=(1, 4), images=4, rounds=2)
+    assert [row.in_flight for row in rows] == [0, 1, 4]
+    assert all(len(row.rates) == 2 and min(row.rates) > 0 for row in rows)
+    assert 0 < rows[2].overhead < rows[2].engine
+
+
+def test_devices_for_a_load_from_times_of_elsewhere(times: Path) -> None:
+    done = plan("--times", times, "--arrival-rate", 20, "--p99", 3, "--steps", 20, "--requests", 400, "--json")
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    assert answer["devices"] >= 2
+    assert answer["at"]["p99"] <= 3
+    assert answer["devices"] * answer["capacity"] > 20 * 0.9
+    rates = [point["rate"] for point in answer["curve"]]
+    assert rates == sorted(rates)
+    words = plan("--times", times, "--arrival-rate", 20, "--p99", 3, "--requests", 400)
+    assert f"{answer['devices']} devices for 20 requests a second within 3 s" in " ".join(words.stdout.split())
+
+
+def test_a_recorded_load(times: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.txt"
+    trace.write_text("\n".join(str(0.5 * place) for place in range(40)))
+    done = plan("--times", times, "--trace", trace, "--p99", 2, "--requests", 100, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["devices"] == 1
+
+
+def test_mistakes_are_told(times: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        ((), "give a bundle to measure, or --times FILE"),
+        (("--times", times, "--export-times", tmp_path / "x"), "--times measures nothing"),
+        (("--times", times, "--p99", 0.1), "alone on a device already takes"),
+        (("--times", times, "--policy", "fair"), "no policy 'fair'"),
+        (("--times", times, "--arrivals", "waves"), "no arrival process 'waves'"),
+    ):
+        done = plan(*arguments)
+        assert done.exit_code == 1
+        assert isinstance(done.exception, UserError)
+        assert message in str(done.exception)
+
+
+@pytest.mark.slow
+def test_times_are_measured_and_written(tiny_bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "t.json"
+    options = ("--engine", "onnxruntime", "--threads", 1, "--steps", 4, "--max-in-flight", 2, "--requests", 200)
+    done = plan(tiny_bundle, *options, "--arrival-rate", 1, "--p99", 60, "--export-times", file, "--json")
+    assert done.exit_code == 0, done.output
+    written = json.loads(file.read_text())
+    assert json.loads(done.stdout)["times"] == written
+    assert set(written["full"]) == set(written["shallow"]) == set(written["between"]) == {"2", "4"}
+    assert written["height"] == written["width"] == 64

@@ -1,0 +1,157 @@
+"""The simulator does what the worker does, with times in the place of engines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offcut.benchmarks.planning import answer
+from offcut.benchmarks.planning.arrivals import PROCESSES, arrivals, trace
+from offcut.benchmarks.planning.costs import Costs, read
+from offcut.benchmarks.planning.simulate import HORIZON, Kind, Setting, simulate
+from offcut.errors import UserError
+from offcut.runtime.batching import worker
+from offcut.runtime.batching.policy import POLICIES, Deadline
+
+COSTS = Costs(
+    model="m",
+    engine="e",
+    device="d",
+    height=64,
+    width=64,
+    cut="deepcache:0",
+    rows=2,
+    full={2: 1.0, 4: 1.5, 16: 4.0},
+    shallow={2: 0.2, 4: 0.3, 16: 0.8},
+    between={2: 0.01, 4: 0.02},
+    encode=0.1,
+    decode=0.3,
+)
+KIND = Kind((True, False, False, True, False))
+ONE = Setting(Deadline())
+
+
+def test_a_request_alone_takes_the_sum_of_its_parts() -> None:
+    outcome = simulate(COSTS, [KIND], [3.0], ONE)
+    # The last gap is not part of it: nothing comes between the last call and the autoencoder.
+    assert outcome.latencies == pytest.approx([0.1 + 2 * 1.0 + 3 * 0.2 + 5 * 0.01 + 0.3])
+    assert outcome.seconds == pytest.approx(outcome.latencies[0])
+    assert outcome.utilisation == pytest.approx(1)
+    assert (outcome.calls, outcome.mean_rows, outcome.rejected, outcome.queued) == (5, 2, 0, (0.0,))
+
+
+def test_two_requests_at_once_share_every_call() -> None:
+    outcome = simulate(COSTS, [KIND], [0.0, 0.0], ONE)
+    assert outcome.calls == 5
+    together = 2 * 0.1 + 2 * 1.5 + 3 * 0.3 + 5 * 0.02 + 0.3
+    assert outcome.latencies == pytest.approx([together, together + 0.3])  # the autoencoder runs twice
+
+
+def test_devices_share_the_load_and_the_queue_is_bounded() -> None:
+    times = [0.0] * 8
+    one, two = (simulate(COSTS, [KIND], times, replace(ONE, devices=n, max_in_flight=2)) for n in (1, 2))
+    assert two.seconds == pytest.approx(one.seconds / 2)
+    full = simulate(COSTS, [KIND], times, replace(ONE, max_in_flight=2, max_queue=1))
+    assert full.rejected == 5
+    assert len(full.latencies) == 3
+    assert sorted(full.queued)[:2] == [0, 0]
+    assert sorted(full.queued)[2] > 0
+
+
+def test_requests_without_deadlines_count_as_due_when_the_worker_has_them_due() -> None:
+    assert HORIZON == worker.HORIZON
+
+
+@given(
+    st.lists(st.floats(0, 60), min_size=1, max_size=40).map(sorted),
+    st.lists(st.lists(st.booleans(), min_size=0, max_size=9).map(lambda rest: Kind((True, *rest))), min_size=1),
+    st.sampled_from(sorted(POLICIES)),
+    st.integers(1, 4),
+    st.integers(1, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_request_is_served_and_nothing_is_faster_than_its_parts(
+    times: list[float], kinds: list[Kind], policy: str, devices: int, in_flight: int
+) -> None:
+    setting = Setting(POLICIES[policy](), devices=devices, max_in_flight=in_flight, max_queue=99)
+    outcome = simulate(COSTS, kinds, times, setting)
+    least = min(simulate(COSTS, [kind], [0.0], ONE).latencies[0] for kind in kinds)
+    assert len(outcome.latencies) == len(times)
+    assert outcome.rejected == 0
+    assert min(outcome.latencies) >= least - 1e-6
+    assert outcome.utilisation <= 1 + 1e-9
+    assert outcome.engine <= outcome.busy
+    assert 2 <= outcome.mean_rows <= 2 * in_flight
+    assert outcome == simulate(COSTS, kinds, times, setting)
+
+
+@given(st.sampled_from(PROCESSES), st.floats(0.1, 50), st.integers(200, 2000), st.integers(0, 9))
+@settings(max_examples=30, deadline=None)
+def test_arrivals_come_in_order_and_at_their_rate(process: str, rate: float, count: int, seed: int) -> None:
+    times = arrivals(process, rate, count, seed)
+    assert len(times) == count
+    assert times == sorted(times)
+    assert times == arrivals(process, rate, count, seed)
+    assert times[-1] * rate == pytest.approx(count, rel=0.75 if process == "burst" else 0.3)
+
+
+def test_the_smallest_number_of_devices_that_does() -> None:
+    load = answer.Load([KIND], requests=300)
+    devices, outcome = answer.devices_for(COSTS, load, ONE, rate=4.0, p99=9.0)
+    assert devices > 1
+    assert outcome.devices == devices
+    assert outcome.percentile(99, answer.WARMUP) <= 9.0
+    fewer = load.on(COSTS, replace(ONE, devices=devices - 1), 4.0)
+    assert fewer.percentile(99, answer.WARMUP) > 9.0
+    with pytest.raises(UserError, match=r"alone on a device already takes 3\.05 s"):
+        answer.devices_for(COSTS, load, ONE, rate=4.0, p99=3.0)
+
+
+def test_the_curve_rises_towards_what_a_device_can_do() -> None:
+    load = answer.Load([KIND], requests=400)
+    points = answer.curve(COSTS, load, replace(ONE, max_queue=400))
+    p99 = [point.outcome.percentile(99) for point in points]
+    assert p99[0] < p99[3] < p99[-1]
+    busy = [point.outcome.utilisation for point in points]
+    assert busy[0] < busy[-1]
+    assert points[-1].rate == pytest.approx(answer.capacity(COSTS, load, ONE))
+
+
+def test_thousands_of_devices() -> None:
+    load = answer.Load([KIND], requests=6000)
+    outcome = load.on(COSTS, replace(ONE, devices=3000), 900.0)
+    assert outcome.rejected == 0
+    assert outcome.percentile(99) < 4
+
+
+def test_times_are_read_back_and_others_are_refused(tmp_path: Path) -> None:
+    path = COSTS.save(tmp_path / "times.json")
+    assert read(path) == COSTS
+    path.write_text(path.read_text().replace('"encode": 0.1', '"encode": -1'))
+    with pytest.raises(UserError, match="holds no times of offcut bench plan: encode"):
+        read(path)
+    path.write_text(COSTS.model_copy(update={"full": {2: 0.0}}).model_dump_json())
+    with pytest.raises(UserError, match="more than 0 seconds"):
+        read(path)
+    with pytest.raises(UserError, match="give what --export-times wrote"):
+        read(tmp_path / "none.json")
+
+
+def test_traces(tmp_path: Path) -> None:
+    path = tmp_path / "trace.txt"
+    path.write_text("12.5\n10\n11\n")
+    assert trace(path) == [0, 1, 2.5]
+    for text, message in (("", "no arrivals"), ("nan\n", "no arrivals"), ("1\nsoon\n", "something else than seconds")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            trace(path)
+    with pytest.raises(UserError, match="cannot read the trace"):
+        trace(tmp_path / "none.txt")
+    with pytest.raises(UserError, match="no arrival process 'waves'"):
+        arrivals("waves", 1, 1)
+    with pytest.raises(UserError, match="above 0"):
+        arrivals("poisson", 0, 1)

@@ -1,0 +1,60 @@
+"""One small pipeline for all tests of the worker, and what its requests give when each runs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import offcut
+from offcut.runtime.batching import Ticket, Worker
+
+Ask = dict[str, Any]
+"""``Worker.submit``'s arguments; among those of the pipeline call a seed instead of a generator."""
+
+
+@pytest.fixture(scope="package")
+def shared(tiny_bundle: Path) -> Iterator[Any]:
+    """The pipeline; between tests no worker has it."""
+    pipe: Any = offcut.load(tiny_bundle, "onnxruntime", threads=1)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.advise = False
+    yield pipe
+    pipe.unet.close()
+
+
+@pytest.fixture
+def alone(shared: Any) -> Callable[..., torch.Tensor]:
+    """The latents of a request that has the engines to itself, outside any worker."""
+
+    def run(ask: Ask, pipe: Any = shared) -> torch.Tensor:
+        before = pipe.scheduler
+        pipe.scheduler = ask.get("scheduler") or before
+        pipe.unet.set_schedule(ask.get("schedule"), cut=ask.get("cut"))
+        try:
+            latents = pipe(**_arguments(ask)).images
+        finally:
+            pipe.scheduler = before
+            pipe.unet.set_schedule(None)
+        assert isinstance(latents, torch.Tensor)
+        return latents
+
+    return run
+
+
+@pytest.fixture
+def send() -> Callable[..., Ticket]:
+    def submit(worker: Worker, ask: Ask, **more: Any) -> Ticket:
+        return worker.submit(**{**ask, "arguments": _arguments(ask), **more})
+
+    return submit
+
+
+def _arguments(ask: Ask) -> dict[str, Any]:
+    given = dict(ask["arguments"])
+    seed = given.pop("seed", 0)
+    defaults = {"prompt": "a red square", "num_inference_steps": 6, "guidance_scale": 5.0, "output_type": "latent"}
+    return {**defaults, **given, "generator": torch.Generator().manual_seed(seed)}

@@ -1,0 +1,255 @@
+"""A request's image does not depend on what shared its engine calls."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+)
+
+import offcut
+from offcut.errors import ShapeError
+from offcut.runtime.batching import POLICIES, Ticket, Worker
+from offcut.runtime.schedule import Quad, Uniform
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' use of NumPy
+
+Alone = Callable[..., torch.Tensor]
+Send = Callable[..., Ticket]
+
+SCHEDULERS = [
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+]
+BOUND = 1e-5
+"""Of a latent's difference, relative to the largest latent: ONNX Runtime rounds a single row in its own way."""
+
+
+XL_EMBEDS = {
+    "prompt_embeds": torch.ones(1, 7, 16),
+    "negative_prompt_embeds": torch.zeros(1, 7, 16),
+    "pooled_prompt_embeds": torch.ones(1, 10),
+    "negative_pooled_prompt_embeds": torch.zeros(1, 10),
+}
+
+
+def mix(pipe: Any, seed: int, count: int) -> list[dict[str, Any]]:
+    """Requests that differ in everything that may differ in a batch."""
+    draw = random.Random(seed)
+    return [
+        {
+            "arguments": {
+                "prompt": [" ".join(draw.choices("abcdefgh", k=draw.randint(1, 6)))] * draw.choice([1, 1, 1, 2]),
+                "negative_prompt": None,
+                "num_inference_steps": draw.randint(2, 9),
+                "guidance_scale": draw.choice([1.0, 3.0, 7.5]),
+                "seed": draw.randrange(1000),
+                **draw.choice([{}, {}, {"height": 32, "width": 96}]),
+            },
+            "schedule": draw.choice([None, Uniform(2), Uniform(3, warmup=2), Quad(2, center=1), Uniform(5)]),
+            "cut": draw.choice(["deepcache:0", "deepcache:1"]),
+            "scheduler": draw.choice(SCHEDULERS).from_config(pipe.scheduler.config, skip_prk_steps=True),
+        }
+        for _ in range(count)
+    ]
+
+
+def noise(*shape: int, seed: int = 3) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    assert one.shape == other.shape
+    return float((one - other).abs().max() / other.abs().max())
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_random_mixes_give_what_each_request_gives_alone(policy: str, shared: Any, alone: Alone, send: Send) -> None:
+    for seed in range(3):
+        asks = mix(shared, seed, 9)
+        expected = [alone(ask) for ask in asks]
+        with Worker(shared, max_in_flight=6, policy=POLICIES[policy](bound=4), max_batch=8) as worker:
+            tickets = [send(worker, ask) for ask in asks]
+            images = [ticket.future.result().images for ticket in tickets]
+            counted = worker.statistics()
+        worst = max(difference(*pair) for pair in zip(images, expected, strict=True))
+        assert worst <= BOUND
+        assert counted.mean_rows > 2.5  # a request alone has 1, 2 or 4
+        assert max(rows for _, rows in counted.ticks) <= 8
+        assert {kind for kind, _ in counted.ticks} == {"full", "shallow"}
+        assert counted.slots == counted.cache_bytes == counted.in_flight == counted.queued == 0
+        assert counted.requests["done"].count == len(asks)
+
+
+def test_equal_requests_in_full_calls_are_bit_for_bit_what_each_is_alone(shared: Any, alone: Alone, send: Send) -> None:
+    """With two rows and more ONNX Runtime's rounding does not depend on how many they are."""
+    asks = [{"arguments": {"seed": seed}, "schedule": Uniform(3)} for seed in range(5)]
+    expected = [alone(ask) for ask in asks]
+    with Worker(shared) as worker:
+        tickets = [send(worker, ask) for ask in asks]
+        for ticket, latents in zip(tickets, expected, strict=True):
+            assert torch.equal(ticket.future.result().images, latents)
+        counted = worker.statistics()
+    assert max(rows for _, rows in counted.ticks) == 10
+    assert counted.gathers_skipped > 0
+
+
+def test_openvino_keeps_requests_apart_too(tiny_bundle: Path, alone: Alone, send: Send) -> None:
+    pipe: Any = offcut.load(tiny_bundle, "openvino", threads=1)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.advise = False
+    asks = mix(pipe, 7, 5)
+    expected = [alone(ask, pipe) for ask in asks]
+    with Worker(pipe) as worker:
+        tickets = [send(worker, ask) for ask in asks]
+        worst = max(
+            difference(ticket.future.result().images, latents)
+            for ticket, latents in zip(tickets, expected, strict=True)
+        )
+    assert worst <= 1e-4  # OpenVINO compiles other kernels for other batch sizes
+    pipe.unet.close()
+
+
+@pytest.mark.parametrize("sizes", [(8,), (4, 16)])
+def test_padding_changes_nothing(sizes: tuple[int, ...], shared: Any, alone: Alone, send: Send) -> None:
+    asks = [{"arguments": {"seed": seed}, "schedule": Uniform(2)} for seed in range(3)]
+    expected = [alone(ask) for ask in asks]
+    with Worker(shared, batch_sizes=sizes) as worker:
+        tickets = [send(worker, ask) for ask in asks]
+        assert all(
+            difference(ticket.future.result().images, latents) <= BOUND
+            for ticket, latents in zip(tickets, expected, strict=True)
+        )
+        sizes_made = {size for lane in worker._batcher.lanes._lanes.values() for size in lane.measured[None]}
+    assert sizes_made <= set(sizes)
+
+
+@pytest.mark.parametrize("taken", [{2}, {4}, {2, 4}, {1, 2, 3, 4, 5, 6}])
+def test_engines_that_take_some_batch_sizes_only(
+    taken: set[int], shared: Any, alone: Alone, send: Send, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with static profiles: calls are made smaller, or padded, to what the engines take."""
+    asks = [{"arguments": {"seed": seed}, "schedule": Uniform(2)} for seed in range(4)]
+    expected = [alone(ask) for ask in asks]
+    prepare = shared.unet._pair.prepare
+
+    def prepare_some(shapes: Any) -> Any:
+        if shapes["sample"][0] not in taken:
+            raise ShapeError("no profile of this engine covers this batch")
+        return prepare(shapes)
+
+    monkeypatch.setattr(shared.unet._pair, "prepare", prepare_some)
+    with Worker(shared) as worker:
+        tickets = [send(worker, ask) for ask in asks]
+        assert all(
+            difference(ticket.future.result().images, latents) <= BOUND
+            for ticket, latents in zip(tickets, expected, strict=True)
+        )
+        assert max(rows for _, rows in worker.statistics().ticks) == max(taken)
+        too_many = send(worker, {"arguments": {"num_images_per_prompt": 4}})
+        with pytest.raises(ShapeError, match="no profile"):
+            too_many.future.result()
+        assert worker.healthy
+
+
+@pytest.mark.slow
+def test_an_export_of_one_batch_size_is_padded(tiny_unet_dir: Path, once: Any, shared: Any, send: Send) -> None:
+    bundle = once(
+        "fixed-batch.offcut",
+        lambda path: offcut.build(tiny_unet_dir, path, engine="onnxruntime", dims={"batch": 6}),
+    )
+    unet = offcut.UNet.load(bundle, "onnxruntime", threads=1)
+    components = {**shared.components, "unet": unet, "text_encoder": None, "tokenizer": None}
+    pipe: Any = StableDiffusionPipeline(**components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    offcut.attach(pipe, unet)
+    embeds = {
+        "prompt": None,
+        "prompt_embeds": noise(1, 7, 16),
+        "negative_prompt_embeds": torch.zeros(1, 7, 16),
+        "height": 64,
+        "width": 64,
+    }
+    asks = [{"arguments": {**embeds, "seed": seed}, "schedule": Uniform(2)} for seed in range(3)]
+    three = {key: torch.cat([value] * 3) if isinstance(value, torch.Tensor) else value for key, value in embeds.items()}
+    unet.set_schedule(Uniform(2))
+    expected = pipe(
+        **three,
+        num_inference_steps=6,
+        guidance_scale=5.0,
+        output_type="latent",
+        generator=[torch.Generator().manual_seed(seed) for seed in range(3)],
+    ).images
+    unet.set_schedule(None)
+    with Worker(pipe) as worker:
+        tickets = [send(worker, ask) for ask in asks]
+        for ticket, latents in zip(tickets, expected, strict=True):
+            assert difference(ticket.future.result().images[0], latents) <= BOUND
+    unet.close()
+
+
+def test_other_pipelines_of_the_same_modules_share_calls(shared: Any, send: Send) -> None:
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(4))
+    repaint = {
+        "arguments": {"image": picture, "strength": 0.5, "num_inference_steps": 8},
+        "schedule": Uniform(2),
+        "pipeline": StableDiffusionImg2ImgPipeline,
+    }
+    with Worker(shared) as worker:
+        alone = send(worker, repaint).future.result().images
+        tickets = [send(worker, repaint), send(worker, {"arguments": {}, "schedule": Uniform(2)})]
+        together = [ticket.future.result().images for ticket in tickets]
+        counted = worker.statistics()
+    assert difference(together[0], alone) <= BOUND
+    assert ("full", 4) in counted.ticks
+
+
+@pytest.mark.slow
+def test_stable_diffusion_xl(once: Any, parts: dict[str, Any], send: Send) -> None:
+    from models import save_unet
+    from unets import SDXL
+
+    folder = once("batching-xl", lambda path: save_unet(path, **SDXL))
+    bundle = once("batching-xl.offcut", lambda path: offcut.build(folder, path, engine="onnxruntime"))
+    unet = offcut.UNet.load(bundle, "onnxruntime", threads=1)
+    unet.advise = False
+    names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    pipe: Any = StableDiffusionXLPipeline(
+        vae=parts["vae"], unet=unet, scheduler=parts["scheduler"], **dict.fromkeys(names)
+    )
+    pipe.set_progress_bar_config(disable=True)
+    offcut.attach(pipe, unet)
+    asks = [
+        {
+            "arguments": {**XL_EMBEDS, "prompt": None, "height": 64, "width": 64, "seed": seed, "original_size": size},
+            "schedule": Uniform(2),
+        }
+        for seed, size in enumerate([(64, 64), (128, 96), (640, 640)])
+    ]
+    alone = []
+    with Worker(pipe, max_in_flight=1) as worker:
+        alone = [send(worker, ask).future.result().images for ask in asks]
+    with Worker(pipe) as worker:
+        tickets = [send(worker, ask) for ask in asks]
+        for ticket, latents in zip(tickets, alone, strict=True):
+            assert difference(ticket.future.result().images, latents) <= BOUND
+        assert ("full", 6) in worker.statistics().ticks
+    unet.close()

@@ -1,0 +1,42 @@
+"""Slots are counted by their bytes, and each belongs to one request."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from offcut.errors import CapacityError, InternalError
+from offcut.runtime.batching.pool import FeatureSpec, SlotPool
+
+LAYOUT = {"hidden": FeatureSpec((2, 4, 8, 8), torch.float16), "skip": FeatureSpec((2, 1, 8, 8), torch.float32)}
+BYTES = 2 * 4 * 64 * 2 + 2 * 64 * 4
+
+
+def test_slots_are_given_while_there_is_room() -> None:
+    pool = SlotPool(2 * BYTES + 1, torch.device("cpu"))
+    first, second = pool.take(LAYOUT), pool.take(LAYOUT)
+    assert first is not None
+    assert second is not None
+    assert (pool.slots, pool.used) == (2, 2 * BYTES)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in first.features.items()} == {
+        name: (spec.shape, spec.dtype) for name, spec in LAYOUT.items()
+    }
+    assert pool.take(LAYOUT) is None
+    pool.give_back(first)
+    assert (pool.slots, pool.used) == (1, BYTES)
+    assert pool.take({"skip": LAYOUT["skip"]}) is not None
+    with pytest.raises(InternalError, match="twice"):
+        pool.give_back(first)
+
+
+def test_a_slot_fits_its_own_features_only() -> None:
+    slot = SlotPool(BYTES, torch.device("cpu")).take(LAYOUT)
+    assert slot is not None
+    assert slot.fits(LAYOUT)
+    assert not slot.fits({"skip": LAYOUT["skip"]})
+    assert not slot.fits(LAYOUT | {"skip": FeatureSpec((4, 1, 8, 8), torch.float32)})
+
+
+def test_what_never_fits_is_told() -> None:
+    with pytest.raises(CapacityError, match=r"keeps 0\.0 MiB.*may keep 0\.0.*larger cache_bytes"):
+        SlotPool(BYTES - 1, torch.device("cpu")).take(LAYOUT)
