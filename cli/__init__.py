@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from . import bench, bundles, graphs, images, tuning
+from . import bench, bundles, graphs, images, serve, tuning
 from .shell import err, out
 
 app = typer.Typer(
@@ -54,6 +54,7 @@ _COMMANDS: dict[Callable[..., None], str] = {
     tuning.tune: "offcut tune sd15.offcut --budget 2.5x --sampler DPMSolverMultistepScheduler --steps 20 --pareto",
     images.run: 'offcut run sd15.offcut "a lighthouse in a storm" -o out.png --interval 5 --compare',
     images.demo: "offcut demo -o demo.png",
+    serve.serve: "offcut serve sd15.offcut --interval 5 --port 8000",
 }
 for _command, _example in _COMMANDS.items():
     app.command(epilog=f"Example:  {_example}")(_command)
