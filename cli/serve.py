@@ -126,8 +126,7 @@ def serve(
     quiet_libraries()
     with stages() as stage:
         stage("load the bundle")
-        options = {key: value for key, value in {"provider": provider, "threads": threads}.items() if value is not None}
-        pipe = load(opened, choice.name, device=device, **options)
+        pipe = load(opened, choice.name, device=device, provider=provider, threads=threads)
         served = Served.of(pipe, opened, choice.name, device, name or _name_of(bundle))
         if sampler is not None:
             served.pipe.scheduler = with_class(served.pipe.scheduler, sampler)

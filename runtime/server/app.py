@@ -18,7 +18,7 @@ from .drawing import Drawing
 from .events import EventStream, cancel, gone
 from .guard import Guard
 from .problems import INTERNAL, INVALID, Problem, invalid, json_response
-from .replies import content_problem, images, model
+from .replies import images, model
 from .schemas import GenerationRequest
 from .service import Service
 
@@ -74,10 +74,6 @@ async def _whole(drawing: Drawing, service: Service, request: Request) -> Respon
             return service.problem(error).response()
         finally:
             await cancel(working, leaving)
-        if drawn.refused:
-            problem = content_problem()
-            service.refused(problem)
-            return problem.response()
         return json_response(images(drawing.asked, drawn))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...errors import InternalError
+from ...errors import InternalError, LimitError
 from ..batching import Step, Ticket, Worker
 from ..batching.worker import outcome_of
 from .metrics import Metrics
@@ -61,14 +61,12 @@ class Drawn:
 
     Attributes:
         images: as PNG in base64.
-        refused: whether the model's own safety checker blackened one.
         seconds: from the beginning of the work to its end, previews left out.
         queue_seconds: before that.
         timeline: of the UNet calls, ``#`` for a full and ``.`` for a shallow one.
     """
 
     images: tuple[str, ...]
-    refused: bool
     seconds: float
     queue_seconds: float
     timeline: str
@@ -123,13 +121,14 @@ class Drawing:
         """
         output = await asyncio.shield(self._ended)
         done = time.monotonic()
+        if any(getattr(output, "nsfw_content_detected", None) or ()):  # then it is black
+            raise LimitError("prompt", "the model's safety checker held the image back: try another prompt or seed")
         started = self._ticket.started
         if started is None:
             raise InternalError("a request ended that had not begun")
         images = await asyncio.to_thread(lambda: tuple(png(image) for image in output.images))
         return Drawn(
             images=images,
-            refused=any(getattr(output, "nsfw_content_detected", None) or ()),
             seconds=done - started - self._preview_seconds,
             queue_seconds=started - self._submitted,
             timeline="".join(self._timeline),

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from .drawing import Drawing, Event, Preview
 from .problems import Problem
-from .replies import completed, content_problem
+from .replies import completed
 
 _QUIET = 15.0
 """Seconds without an event after which a comment is sent, so that no proxy takes the connection for dead."""
@@ -67,9 +67,6 @@ class EventStream(Response):
             drawn = await drawing.result()
         except Exception as error:
             yield frame(self._problem(error).body(), "error")
-            return
-        if drawn.refused:
-            yield frame(content_problem().body(), "error")
             return
         yield frame(completed(drawing.asked, drawn))
         yield b"data: [DONE]\n\n"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .problems import INVALID, SERVER, Problem
-from .settings import Limits, Settings
+from .settings import LOOPBACK, Limits, Settings
 
 OPEN = frozenset({"/", "/page.js", "/page.css", "/v2/health/live", "/v2/health/ready"})
 """What needs no key: health, and the page, which asks its reader for one."""
@@ -78,7 +79,8 @@ class Guard:
                     receive = _replay(body, receive)
         if problem is not None:
             self._refused(problem)
-            await problem.response()(scope, receive, answer)
+            unread = scope["method"] not in _READS
+            await replace(problem, close=unread).response()(scope, receive, answer)
             return
         await self._app(scope, receive, answer)
 
@@ -97,19 +99,18 @@ class Guard:
             "the API key is missing or wrong: send it as a bearer token",
             INVALID,
             "invalid_api_key",
-            close=scope["method"] not in _READS,
             challenge=True,
         )
 
     def _wrong_kind(self, headers: dict[bytes, bytes]) -> Problem | None:
         if headers.get(b"sec-fetch-site", b"same-origin") not in (b"same-origin", b"none"):
             return Problem(
-                403, "requests from another site's page are not taken", INVALID, "cross_site", close=True
+                403, "requests from another site's page are not taken", INVALID, "cross_site"
             )
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         if kind != b"application/json":
             return Problem(
-                415, "the body must have the content type application/json", INVALID, "unsupported_media_type", close=True
+                415, "the body must have the content type application/json", INVALID, "unsupported_media_type"
             )
         return None
 
@@ -117,7 +118,7 @@ class Guard:
         """The body, or why it is not read to its end."""
         limit, seconds = self._limits.body_bytes, self._limits.body_seconds
         too_large = Problem(
-            422, f"the body is larger than the {limit} bytes that this server reads", INVALID, "body_too_large", close=True
+            422, f"the body is larger than the {limit} bytes that this server reads", INVALID, "body_too_large"
         )
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared[:20]) > limit:
@@ -137,7 +138,7 @@ class Guard:
                         return too_large
         except TimeoutError:
             return Problem(
-                408, f"the body did not arrive within {seconds:g} s", SERVER, "body_too_slow", close=True
+                408, f"the body did not arrive within {seconds:g} s", SERVER, "body_too_slow"
             )
         return b"".join(parts)
 
@@ -166,8 +167,6 @@ def _name(host: bytes) -> str:
 
 def hosts_for(address: str, allowed: Iterable[str]) -> tuple[str, ...] | None:
     """The names by which a server at this address may be called: its own if only this machine reaches it, else any."""
-    from .settings import LOOPBACK
-
     if address in LOOPBACK:
         return (*LOOPBACK, *(name.lower() for name in allowed))
     named = tuple(name.lower() for name in allowed)

@@ -93,7 +93,6 @@ CODES = (
     "model_not_found",
     "not_found",
     "method_not_allowed",
-    "content_policy_violation",
 )
 """Every code that a reply can have."""
 

@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 from .drawing import Drawn
-from .problems import INVALID, Problem
 from .served import Served
 from .settings import Settings
 from .wanted import Wanted
@@ -79,16 +78,6 @@ def model(served: Served, settings: Settings, created: int) -> dict[str, Any]:
             },
         },
     }
-
-
-def content_problem() -> Problem:
-    """The model's own safety checker blackened the image: a black one is not what was asked for."""
-    return Problem(
-        400,
-        "the model's safety checker held the image back: try another prompt or seed",
-        INVALID,
-        "content_policy_violation",
-    )
 
 
 def _size(size: tuple[int, int]) -> str:

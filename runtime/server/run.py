@@ -18,6 +18,10 @@ _SENDING = 10
 """Seconds that clients have to read what was sent to them, once everything is drawn."""
 
 
+_CONNECTIONS = 1024
+"""At once; more than the worker's queue has places, and fewer than a process has files."""
+
+
 class Server(uvicorn.Server):
     """uvicorn around a service: a signal stops new requests first, and the process once the others are done.
 
@@ -34,6 +38,7 @@ class Server(uvicorn.Server):
             server_header=False,
             lifespan="off",
             ws="none",
+            limit_concurrency=_CONNECTIONS,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=_SENDING,
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...engines.profiles import Profile
 from ...errors import CutError, ShapeError, UserError
 from ...exporter.cut import canonical_name
+from ...exporter.trace import SAMPLE
 from ..draw import draws_from_prompts
 from ..schedule import Steps
 from ..unet import UNet
@@ -63,7 +64,7 @@ class Served:
         """Width and height in pixels for requests that name none."""
         pair = pipe.unet._opened()
         self._outputs, self._features = pair.outputs, pair.cuts
-        self._sample = pair.inputs["sample"].shape  # [batch, channels, height, width]
+        self._sample = pair.inputs[SAMPLE].shape  # [batch, channels, height, width]
         self.calls = lru_cache(maxsize=256)(self._calls)
 
     @classmethod

@@ -22,6 +22,9 @@ log = logging.getLogger("offcut.server")
 _LOOK = 0.1
 """Seconds between looks at the worker."""
 
+_TELLING = 5.0
+"""Seconds that clients have to read an error before the server ends."""
+
 
 class Service:
     """A worker as a server offers it.
@@ -114,8 +117,15 @@ class Service:
             if now - stopped > self.settings.drain:
                 self._fail_all(WorkerClosedError("the server was shut down before the request was done"))
                 log.warning("requests in flight were given up %g s after the signal", self.settings.drain)
+                await self._told()
                 break
         leave()
+
+    async def _told(self) -> None:
+        """Wait until every client has its answer, within reason."""
+        deadline = time.monotonic() + _TELLING
+        while self._open and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK)
 
     def _idle(self) -> bool:
         counted = self.worker.statistics()

@@ -71,6 +71,7 @@ async function draw(figure, body, alt, signal) {
   const reply = await call("v1/images/generations", body, signal);
   const began = performance.now();
   const seconds = figure.querySelector(".seconds");
+  let took = null;
   for await (const event of events(reply)) {
     if (event.error) throw new Error(event.error.message);
     if (event.type === "image_generation.progress") {
@@ -80,11 +81,12 @@ async function draw(figure, body, alt, signal) {
       show(figure, event.b64_json, `${alt}, unfinished`, true);
     } else if (event.type === "image_generation.completed") {
       show(figure, event.b64_json, alt, false);
-      seconds.textContent = `${event.offcut.seconds.toFixed(2)} s`;
-      return event.offcut.seconds;
+      took = event.offcut.seconds;
+      seconds.textContent = `${took.toFixed(2)} s`;
     }
   }
-  throw new Error("the server ended the connection before the image was done");
+  if (took === null) throw new Error("the server ended the connection before the image was done");
+  return took;
 }
 
 function asked() {
@@ -119,7 +121,7 @@ async function submit() {
     } else {
       say("Drawing without caching");
       const slow = await draw(at("uncached"), { ...body, interval: 1 }, `${body.prompt}, without caching`, stop.signal);
-      say(`${(slow / fast).toFixed(2)} times faster: ${fast.toFixed(2)} s instead of ${slow.toFixed(2)} s`);
+      say(`${(slow / fast).toFixed(2)} times as fast: ${fast.toFixed(2)} s instead of ${slow.toFixed(2)} s`);
     }
   } catch (error) {
     if (stop.signal.aborted) say("Stopped");
