@@ -33,9 +33,18 @@ class Service:
         worker: runs ``served``'s pipeline; the caller closes it.
         served: the model.
         settings: of the server.
+
+    Raises:
+        UserError: the limits allow no image of the model's own size.
     """
 
     def __init__(self, worker: Worker, served: Served, settings: Settings) -> None:
+        (width, height), limits = served.size, settings.limits
+        if width * height > limits.pixels or width * height * settings.steps > limits.pixel_steps:
+            raise UserError(
+                f"the limits allow no image of this model's own size, {width}x{height} in {settings.steps} steps: "
+                "raise --max-pixels and --max-pixel-steps, or lower --steps"
+            )
         self.worker, self.served, self.settings = worker, served, settings
         self.metrics = Metrics(worker)
         self.started = int(time.time())

@@ -13,12 +13,13 @@ import numpy as np
 import openai
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from prometheus_client.parser import text_string_to_metric_families
 
 import offcut
 from offcut.runtime.schedule import Quad, Schedule, Uniform
 from offcut.runtime.server.metrics import KINDS, OUTCOMES
-from offcut.runtime.server.previews import preview_steps
+from offcut.runtime.server.previews import preview, preview_steps
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,31 @@ def test_the_frames_of_a_stream(server: Any) -> None:
         "event: image_generation.completed",
     ]
     assert frames[-2:] == ["data: [DONE]", ""]
+
+
+def test_previews_take_the_noises_own_scale_out(alone: Any) -> None:
+    """Euler's latents are as large as the noise, up to 15 times what the autoencoder knows."""
+    seen: list[Any] = []
+
+    def look(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        latents = tensors["latents"]
+        seen.append((float(pipe.scheduler.sigmas[step + 1]), latents, np.asarray(preview(pipe, latents, timestep))))
+        return tensors
+
+    kept = alone.scheduler
+    alone.scheduler = EulerDiscreteScheduler.from_config(kept.config)
+    try:
+        drawn(alone, [1], None, prompt="a", num_inference_steps=4, callback_on_step_end=look)
+    finally:
+        alone.scheduler = kept
+    sigma, latents, shown = seen[0]
+    assert sigma > 1
+    assert len(seen) == 4
+    small = torch.nn.functional.avg_pool2d(latents / (sigma**2 + 1) ** 0.5, 2)
+    with torch.no_grad():
+        image = alone.vae.decode(small / alone.vae.config.scaling_factor).sample
+    expected = alone.image_processor.postprocess(image, output_type="pil")[0]
+    assert np.abs(np.asarray(expected).astype(int) - shown).max() <= 1
 
 
 @pytest.mark.parametrize(("steps", "count", "places"), [(20, 3, [4, 9, 14]), (2, 3, [0]), (1, 3, []), (9, 0, [])])

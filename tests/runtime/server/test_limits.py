@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import offcut
 from offcut.errors import UserError
 from offcut.runtime.server.guard import hosts_for
+from offcut.runtime.server.service import Service
 from offcut.runtime.server.settings import Limits, Settings
 
 ROOT = Path(offcut.__file__).parent
@@ -238,6 +239,12 @@ def test_no_body_makes_the_server_fail(body: bytes, small: Any) -> None:
     if reply.status_code != 200:
         told(reply)
     assert small.service.worker.statistics().in_flight == 0
+
+
+def test_limits_must_allow_the_models_own_size(small: Any) -> None:
+    for limits in (Limits(pixels=64 * 63), Limits(pixel_steps=64 * 64 * 29)):
+        with pytest.raises(UserError, match="no image of this model's own size, 64x64 in 30 steps"):
+            Service(small.service.worker, small.service.served, Settings(limits=limits))
 
 
 def test_settings_that_make_no_sense_are_told() -> None:
