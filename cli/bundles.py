@@ -307,9 +307,9 @@ def doctor(
 
 
 def _print_schedule(bundle: Bundle, name: str) -> None:
-    from ..runtime.tuning.artifact import read
+    from ..runtime.tuning.artifact import Tuned
 
-    document = read(bundle, name).document
+    document = Tuned.load(bundle, name).document
     key, ours = document.key, document.measured[0]
     low, high = key.guidance
     scales = f"{low:g}" if low == high else f"{low:g} to {high:g}"

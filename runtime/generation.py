@@ -12,6 +12,9 @@ from .schedule import Schedule
 Calls = int | Callable[[], int] | None
 """A number of calls, or how to find it out at the first call, or None where nobody knows."""
 
+Guided = bool | Callable[[], bool]
+"""Whether calls are made with classifier-free guidance, or how to find it out at the first call."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -58,17 +61,21 @@ class Generation:
         schedule: None makes every call full.
         cut: recorded in ``run``.
         calls: how many calls there will be. A function is asked at the first call, since a pipeline knows only then.
+        guided: whether each call is made with classifier-free guidance, likewise.
 
     Raises:
         ScheduleError: the schedule needs to know the number of calls.
     """
 
-    def __init__(self, schedule: Schedule | None, cut: str | None = None, calls: Calls = None) -> None:
+    def __init__(
+        self, schedule: Schedule | None, cut: str | None = None, calls: Calls = None, guided: Guided = False
+    ) -> None:
         if schedule is not None and calls is None:
             schedule.is_full(0)  # raises where the schedule cannot do without the number of calls
         self._schedule = schedule
         self._cut = cut
         self._calls = calls
+        self._guided = guided
         self._shapes: Hashable = None
         self._readable = False
         self._timesteps: deque[float] = deque(maxlen=2)
@@ -86,6 +93,13 @@ class Generation:
         calls = self._resolve()
         scheduled = self._schedule is None or self._schedule.is_full(len(self._full), calls)
         return scheduled or not self._readable
+
+    @property
+    def guided(self) -> bool:
+        """Whether its calls are made with classifier-free guidance; asked once, when a call is under way."""
+        if not isinstance(self._guided, bool):
+            self._guided = self._guided()
+        return self._guided
 
     @property
     def made(self) -> int:

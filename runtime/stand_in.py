@@ -22,7 +22,7 @@ from ..exporter.trace import SAMPLE
 from .advice import against_caching
 from .bound import Shapes
 from .forecast import Forecast
-from .generation import Calls, Generation, Run
+from .generation import Calls, Generation, Guided, Run
 from .inputs import engine_inputs, in_place, refuse_ignored, timestep_shape, timestep_value
 from .ip_adapter import ImagePrompts
 from .model import EngineModel, output_class
@@ -78,6 +78,7 @@ class StandIn(EngineModel):
         self._schedule: Schedule | None = None
         self._cut: str | None = None
         self._forecast: Forecast | None = None
+        self._reuse_guidance = False
         self._announced: Generation | None = None
         self._announced_by: int | None = None
         self._unannounced: Generation | None = None
@@ -114,7 +115,19 @@ class StandIn(EngineModel):
         """How shallow calls predict the cached features; None where they reuse them."""
         return self._forecast
 
-    def set_schedule(self, schedule: Schedule | None, cut: str | None = None, forecast: Forecast | None = None) -> None:
+    @property
+    def reuse_guidance(self) -> bool:
+        """Whether shallow calls compute half of a guided batch."""
+        return self._reuse_guidance
+
+    def set_schedule(
+        self,
+        schedule: Schedule | None,
+        cut: str | None = None,
+        forecast: Forecast | None = None,
+        *,
+        reuse_guidance: bool = False,
+    ) -> None:
         """Choose which calls are shallow, and where the UNet is cut for them, from the next generation on.
 
         Shallow calls cost image quality: the more of them and the further out the cut, the more.
@@ -123,6 +136,8 @@ class StandIn(EngineModel):
             schedule: None makes every call full, which costs none.
             cut: one of ``cuts``, in any convention; None for the first.
             forecast: predicts the cached features of the shallow calls; None reuses them.
+            reuse_guidance: compute only the half with the prompt on shallow calls, and take the difference to the other
+                from the last full call; where the pipeline guides, and generations are announced.
 
         Raises:
             CutError: there is no such cut.
@@ -139,24 +154,29 @@ class StandIn(EngineModel):
                 raise CutError(f"this UNet was not built with the cut {cut!r}; it has {there}")
         self._schedule, self._cut = schedule, name if schedule is not None else None
         self._forecast = forecast if schedule is not None else None
+        self._reuse_guidance = reuse_guidance and schedule is not None
         self._unannounced = None
 
     # Generations
 
     @contextmanager
-    def generation(self, calls: Calls = None, scheduler: object = None) -> Iterator[Generation]:
+    def generation(
+        self, calls: Calls = None, scheduler: object = None, guided: Guided = False
+    ) -> Iterator[Generation]:
         """Announce that the UNet calls in this block, all from this thread, make one generation.
 
         Args:
             calls: how many there will be, or a function to ask at the first one; None if nobody knows, which only a
                 schedule that needs no number can do with. Calls beyond the number are full.
             scheduler: that moves the latents along; only for advice, see ``advice``.
+            guided: whether each call asks about the same latents twice, without the prompt and with it, or a function
+                to ask at the first one; for ``reuse_guidance``.
 
         Raises:
             ScheduleError: the schedule needs the number of calls.
             UserError: another generation is under way.
         """
-        begun = Generation(self._schedule, self._cut, self._advised(calls, scheduler))
+        begun = Generation(self._schedule, self._cut, self._advised(calls, scheduler), guided)
         with self._exclusively():
             if self._announced is not None:
                 raise UserError(

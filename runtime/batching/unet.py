@@ -14,6 +14,8 @@ from ..inputs import write_timestep
 from ..stand_in import StandIn
 from ..unet import UNet
 from .batcher import Batcher
+from .lanes import Lane
+from .pool import Layout
 from .request import Call, Request, Step
 
 
@@ -47,7 +49,7 @@ class SharedUNet(StandIn):
         self._request = request
         self._unannounced = None
         if request is not None:
-            self.set_schedule(request.schedule, request.cut)
+            self.set_schedule(request.schedule, request.cut, request.forecast)
             if self.image_prompts is not None:
                 self.image_prompts.adopt(self._owner.attn_processors)
 
@@ -76,7 +78,7 @@ class SharedUNet(StandIn):
             rows=rows,
             cut=None if full else self._cut,
             number=number,
-            layout=self._batcher.lanes.layout(lane, self._cut, rows) if keeps and self._cut is not None else None,
+            layout=self._layout(lane, rows) if keeps else None,
             last=ahead is not None and not ahead,
             until_full=ahead.index(True) + 1 if not full and ahead and True in ahead else 0 if full else None,
             came=time.monotonic(),
@@ -87,3 +89,7 @@ class SharedUNet(StandIn):
             with self._batcher.outside():
                 request.on_step(Step(number, None if plan is None else len(plan), full, call.shared))
         return noise_pred
+
+    def _layout(self, lane: Lane, rows: int) -> Layout:
+        assert self._cut is not None
+        return self._batcher.lanes.layout(lane, self._cut, rows, twice=self._forecast is not None)

@@ -19,6 +19,7 @@ from ...errors import (
     UserError,
     WorkerClosedError,
 )
+from ..forecast import Forecast
 from ..pipeline import load
 from ..schedule import Schedule
 from ..unet import UNet
@@ -140,6 +141,7 @@ class Worker:
         *,
         schedule: Schedule | None = None,
         cut: str | None = None,
+        forecast: Forecast | None = None,
         scheduler: Any = None,
         pipeline: type | None = None,
         deadline: float | None = None,
@@ -150,7 +152,8 @@ class Worker:
         Args:
             arguments: of the pipeline's call. Callbacks in them must not block, as everybody waits for them. Without a
                 ``generator`` the request gets one of its own with a random seed.
-            schedule, cut: as ``UNet.set_schedule`` takes them. Caching costs quality.
+            schedule, cut, forecast: as ``UNet.set_schedule`` takes them. Caching costs quality; a forecast doubles the
+                memory for cached features.
             scheduler: of diffusers; copied. None for the pipeline's own.
             pipeline: another class of diffusers that the pipeline's modules make up, e.g.
                 ``StableDiffusionImg2ImgPipeline``.
@@ -177,6 +180,7 @@ class Worker:
                 arguments=arguments,
                 schedule=schedule,
                 cut=cut,
+                forecast=forecast,
                 scheduler=scheduler,
                 pipeline=pipeline,
                 submitted=now,

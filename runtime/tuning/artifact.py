@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -131,6 +132,41 @@ class Tuned:
     document: Document
     coefficients: Mapping[int, Mapping[str, Coefficients]] = field(repr=False)
 
+    @classmethod
+    def load(cls, bundle: str | Path | Bundle, name: str) -> Tuned:
+        """A schedule of a bundle.
+
+        Raises:
+            ScheduleError: there is none of this name.
+            BundleError: its files are damaged.
+        """
+        from safetensors.torch import load_file
+
+        from ...engines.bundle import Bundle
+
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        there = opened.manifest.schedules
+        if name not in there:
+            raise ScheduleError(
+                f"{opened.path} has no schedule {name}; it has {', '.join(there) or 'none'}: make one with offcut tune"
+            )
+        entry = there[name]
+        opened.verify_files([entry.document, entry.coefficients])
+        try:
+            document = Document.model_validate_json((opened.path / entry.document).read_bytes())
+        except ValidationError as error:
+            raise BundleError(f"{opened.path / entry.document} is damaged: {error.errors()[0]['msg']}") from error
+        found: dict[int, dict[str, dict[str, Any]]] = {}
+        for key, tensor in load_file(opened.path / entry.coefficients).items():
+            call, feature, which = key.split(".")
+            value = float(tensor[0]) if len(tensor) == 1 else tensor
+            found.setdefault(int(call), {}).setdefault(feature, {})[which] = value
+        coefficients = {
+            call: {feature: Coefficients(**values) for feature, values in features.items()}
+            for call, features in found.items()
+        }
+        return cls(name, document, coefficients)
+
     @property
     def schedule(self) -> TunedSteps:
         return TunedSteps(self.document.full, self.document.key.calls)
@@ -189,38 +225,6 @@ def refusal(tuned: Tuned, key: Key) -> str | None:
     return None
 
 
-def read(bundle: Bundle, name: str) -> Tuned:
-    """A schedule of a bundle.
-
-    Raises:
-        ScheduleError: there is none of this name.
-        BundleError: its files are damaged.
-    """
-    from safetensors.torch import load_file
-
-    there = bundle.manifest.schedules
-    if name not in there:
-        raise ScheduleError(
-            f"{bundle.path} has no schedule {name}; it has {', '.join(there) or 'none'}: make one with offcut tune"
-        )
-    entry = there[name]
-    bundle.verify_files([entry.document, entry.coefficients])
-    try:
-        document = Document.model_validate_json((bundle.path / entry.document).read_bytes())
-    except ValidationError as error:
-        raise BundleError(f"{bundle.path / entry.document} is damaged: {error.errors()[0]['msg']}") from error
-    found: dict[int, dict[str, dict[str, Any]]] = {}
-    for key, tensor in load_file(bundle.path / entry.coefficients).items():
-        call, feature, which = key.split(".")
-        value = float(tensor[0]) if len(tensor) == 1 else tensor
-        found.setdefault(int(call), {}).setdefault(feature, {})[which] = value
-    coefficients = {
-        call: {feature: Coefficients(**values) for feature, values in features.items()}
-        for call, features in found.items()
-    }
-    return Tuned(name, document, coefficients)
-
-
 def choose(bundle: Bundle, key: Key, name: str | None = None) -> Tuned:
     """The schedule to use: the one named, or of those that fit the one with the best images.
 
@@ -228,7 +232,7 @@ def choose(bundle: Bundle, key: Key, name: str | None = None) -> Tuned:
         ScheduleError: none fits; the message has the reason for each.
     """
     names = list(bundle.manifest.schedules) if name is None else [name]
-    tuned = [read(bundle, each) for each in names]
+    tuned = [Tuned.load(bundle, each) for each in names]
     reasons = {each.name: refusal(each, key) for each in tuned}
     fitting = [each for each in tuned if reasons[each.name] is None]
     if not fitting:

@@ -82,6 +82,12 @@ def within(found: Sequence[Found], budget: float) -> Found:
     return min(affordable, key=lambda each: each.error) if affordable else min(found, key=lambda each: each.cost)
 
 
+def last_two(full: Sequence[int], call: int) -> tuple[int, int | None]:
+    """The last full call before a shallow one, and the full call before that."""
+    earlier = [each for each in full if each < call]
+    return earlier[-1], earlier[-2] if len(earlier) > 1 else None
+
+
 def cachequant(calls: int, interval: int, differences: Callable[[int, int], float]) -> tuple[int, ...]:
     """CacheQuant's schedule (CVPR 2025): K = ceil(calls / interval) segments of least total difference.
 

@@ -1,35 +1,36 @@
 """``tune``: record uncached images, find the schedule for a target, fit its predictions, and say what they are worth.
 
-Three disjoint sets of images: coefficients are fitted to the first, choices are made on the second, and the third only
-enters the report.
+Three disjoint sets of images: coefficients are fitted to the first, choices are made on the second, and the third
+enters the report only.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from ...errors import UserError
-from ..draw import draw, draws_from_prompts
-from ..forecast import Coefficients, Forecast
-from ..schedule import Schedule, Steps, Uniform
+from ..draw import draws_from_prompts
+from ..forecast import Extrapolate
+from ..schedule import Steps, Uniform
 from .artifact import Document, Measured, Tuned, key_of
+from .images import Studio, three_sets
 from .moments import Moments
-from .predictors import Predictors
+from .predictors import Predictor, Predictors
 from .record import Recorder
-from .search import Array, Found, best_of_each, cachequant, within
+from .report import Costs, measured, rows
+from .search import Array, Found, best_of_each, last_two, within
 
 if TYPE_CHECKING:
     from ...engines.bundle import Bundle
 
 Progress = Callable[[str], None]
-Picture = Any
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,6 @@ class Wanted:
             raise UserError("there is no prompt to draw: give at least one")
 
 
-@dataclass(frozen=True)
-class Image:
-    """One of the images to draw."""
-
-    prompt: str
-    seed: int
-    guidance: float
-
-
 def tune(pipe: Any, bundle: Bundle, name: str, wanted: Wanted, progress: Progress) -> Tuned:
     """Find the schedule of a pipeline of ``offcut.load`` with its present scheduler.
 
@@ -126,304 +118,205 @@ def tune(pipe: Any, bundle: Bundle, name: str, wanted: Wanted, progress: Progres
         pipe.unet.set_schedule(None)
 
 
-@dataclass
-class _Set:
-    """Images, what they look like uncached, and the moments of their features."""
-
-    images: list[Image]
-    pictures: list[Picture] = field(default_factory=list)
-    moments: dict[str, Moments] = field(default_factory=dict)
-
-
-@dataclass
 class _Tuning:
-    pipe: Any
-    bundle: Bundle
-    name: str
-    wanted: Wanted
-    progress: Progress
+    """One search; see ``tune``."""
+
+    def __init__(self, pipe: Any, bundle: Bundle, name: str, wanted: Wanted, progress: Progress) -> None:
+        unet = pipe.unet
+        unet.set_schedule(Uniform(2), wanted.cut)
+        self._name, self._wanted, self._progress = name, wanted, progress
+        self._studio = Studio(pipe, wanted.steps, wanted.size, unet.cut)
+        self._features: tuple[str, ...] = unet._cuts[unet.cut]
+        self._key = key_of(bundle, pipe.scheduler, wanted.steps, wanted.guidance)
+        self._fit, self._select, self._test = three_sets(
+            wanted.prompts, wanted.samples, wanted.guidance, wanted.seed
+        )
 
     def run(self) -> Tuned:
-        unet, wanted = self.pipe.unet, self.wanted
-        unet.set_schedule(Uniform(2), wanted.cut)
-        self.cut: str = unet.cut
-        self.features: tuple[str, ...] = unet._cuts[self.cut]
-        self.key = key_of(self.bundle, self.pipe.scheduler, wanted.steps, wanted.guidance)
-        self.fit, self.select, self.test = self._sets()
-        self._record()
+        self._costs = self._record()
         weights = self._influence()
-        reuse = Predictors(self.fit.moments, self.select.moments, kinds=())
-        better = Predictors(self.fit.moments, self.select.moments)
-        self.progress("search the schedules")
+        reuse = Predictors(self._fit.moments, self._select.moments, kinds=())
+        better = Predictors(self._fit.moments, self._select.moments)
+        self._progress("search the schedules")
+        calls, ratio = self._costs.calls, self._costs.ratio
         found = {
-            kind: best_of_each(self.calls, _weighted(each, weights), self.ratio, min(wanted.longest, self.calls))
+            kind: best_of_each(calls, _weighted(each, weights), ratio, min(self._wanted.longest, calls))
             for kind, each in (("reuse", reuse), ("predict", better))
         }
         budget = self._budget(found["predict"], better)
-        chosen = self._choose(found, {"reuse": reuse, "predict": better}, budget)
-        tuned = self._again(chosen)
+        self._progress("compare predictions with reuse")
+        tried = [
+            self._predicting(within(found["reuse"], budget).full, reuse),
+            self._predicting(within(found["predict"], budget).full, better),
+            *(self._extrapolating(budget, damping) for damping in (0.5, 1.0)),
+        ]
+        tuned = self._again(self._best(tried))
         pareto = self._pareto(found["predict"], better)
-        return self._report(tuned, pareto)
+        self._progress("draw the test images")
+        report = rows(self._studio, self._costs, tuned, self._test, self._fit)
+        document = tuned.document.model_copy(update={"measured": tuple(report), "pareto": tuple(pareto)})
+        return replace(tuned, document=document)
 
-    # The images
+    # What there is to see
 
-    def _sets(self) -> tuple[_Set, _Set, _Set]:
-        wanted = self.wanted
-        select = test = max(1, wanted.samples // 4)
-        counts = (wanted.samples - select - test, select, test)
-        low, high = wanted.guidance
-        sets, seed = [], wanted.seed
-        for index, count in enumerate(counts):
-            prompts = wanted.prompts[index::3] if len(wanted.prompts) >= 3 else wanted.prompts
-            images = []
-            for number in range(count):
-                share = (number + 0.5) / count
-                images.append(Image(prompts[number % len(prompts)], seed, low + share * (high - low)))
-                seed += 1
-            sets.append(_Set(images))
-        return sets[0], sets[1], sets[2]
-
-    def _draw(
-        self, image: Image, schedule: Schedule | None, forecast: Forecast | None = None, output: str = "np"
-    ) -> Picture:
-        self.pipe.unet.set_schedule(schedule, self.cut if schedule else None, forecast)
-        made = draw(
-            self.pipe,
-            image.prompt,
-            steps=self.wanted.steps,
-            guidance=image.guidance,
-            seed=image.seed,
-            size=self.wanted.size,
-            output=output,
-        )
-        return made.images[0] if output == "np" else made.images
-
-    def _record(self) -> None:
+    def _record(self) -> Costs:
         """Uncached images, their features, and the times of the engine's calls."""
-        recorder = Recorder(self.pipe.unet, self.features, self.wanted.positions, self.wanted.seed)
-        total, done = self.wanted.samples, 0
+        studio, done = self._studio, 0
+        recorder = self._recorder()
         full: list[float] = []
-        self.progress("draw uncached images")
-        for each in (self.fit, self.select, self.test):
+        self._progress("draw uncached images")
+        for each in (self._fit, self._select, self._test):
             for image in each.images:
-                self.progress(f"  {done + 1} of {total}")
+                done += 1
+                self._progress(f"  {done} of {self._wanted.samples}")
                 with recorder.watch():
-                    each.pictures.append(self._draw(image, None))
-                if each is not self.test:
+                    each.pictures.append(studio.draw(image))
+                if each is not self._test:
                     each.moments = each.moments or recorder.empty()
                     recorder.add_to(each.moments)
-                full += self.pipe.unet.last_run.seconds
-                done += 1
-        self.calls = len(self.pipe.unet.last_run.full)
-        if self.calls != self.key.calls:
+                full += studio.run.seconds
+        calls = len(studio.run.full)
+        if calls != self._key.calls:
             raise UserError(
-                f"{type(self.pipe).__name__} calls its UNet {self.calls} times in {self.wanted.steps} steps, not "
-                f"{self.key.calls} times as its scheduler says: this pipeline cannot be tuned"
+                f"{type(studio.pipe).__name__} calls its UNet {calls} times in {studio.steps} steps, not "
+                f"{self._key.calls} times as its scheduler says: this pipeline cannot be tuned"
             )
-        self._draw(self.select.images[0], Uniform(2))
-        run = self.pipe.unet.last_run
+        studio.draw(self._select.images[0], Uniform(2))
+        run = studio.run
         shallow = [seconds for seconds, whole in zip(run.seconds, run.full, strict=True) if not whole]
-        self.full_seconds = statistics.median(full)
-        self.ratio = statistics.median(shallow) / self.full_seconds
+        whole = statistics.median(full)
+        return Costs(calls, statistics.median(shallow) / whole, whole)
 
     def _influence(self) -> Array:
         """How far an error of the feature, relative to its size, moves the final latent at each call.
 
         Measured at a few calls: there alone the feature of the call before is reused. The others are interpolated.
         """
-        self.progress("measure each call's influence on the image")
-        calls = sorted(
-            {round(place) for place in np.linspace(1, self.calls - 1, min(self.wanted.probes, self.calls - 1))}
-        )
-        images = self.select.images[:2]
-        errors = Predictors(self.fit.moments, self.select.moments, kinds=())
+        self._progress("measure each call's influence on the image")
+        studio, total = self._studio, self._costs.calls
+        count = min(self._wanted.probes, total - 1)
+        calls = sorted({round(place) for place in np.linspace(1, total - 1, count)})
+        images = self._select.images[:2]
+        errors = Predictors(self._fit.moments, self._select.moments, kinds=())
         moved = np.zeros(len(calls))
         for number, image in enumerate(images):
-            whole = self._draw(image, None, output="latent").float()
+            whole = studio.draw(image, output="latent").float()
             for index, call in enumerate(calls):
-                self.progress(f"  call {call}, image {number + 1} of {len(images)}")
-                schedule = Steps([other for other in range(self.calls) if other != call])
-                latent = self._draw(image, schedule, output="latent").float()
+                self._progress(f"  call {call}, image {number + 1} of {len(images)}")
+                schedule = Steps([other for other in range(total) if other != call])
+                latent = studio.draw(image, schedule, output="latent").float()
                 moved[index] += float((latent - whole).norm() / whole.norm()) / len(images)
         missed = [math.sqrt(float(errors.reuse_errors(call - 1, call + 1)[0])) for call in calls]
         influence = np.maximum(moved, 1e-9) / np.maximum(missed, 1e-9)
-        return np.exp(np.interp(np.arange(self.calls), calls, np.log(influence)))
+        return np.exp(np.interp(np.arange(total), calls, np.log(influence)))
 
     # The choice
 
     def _budget(self, found: Sequence[Found], predictors: Predictors) -> float:
         """The target as full calls' time."""
-        target = self.wanted.target
+        target, calls = self._wanted.target, self._costs.calls
         if target.speed_up is not None:
-            return self.calls / target.speed_up
+            return calls / target.speed_up
         if target.seconds is not None:
-            import time
-
             began = time.perf_counter()
-            self._draw(self.select.images[0], None)
-            rest = time.perf_counter() - began - sum(self.pipe.unet.last_run.seconds)
-            budget = float(target.seconds - rest) / self.full_seconds
-            least = rest + found[0].cost * self.full_seconds
-            if budget < found[0].cost:
+            self._studio.draw(self._select.images[0])
+            rest = time.perf_counter() - began - sum(self._studio.run.seconds)
+            least = rest + found[0].cost * self._costs.full_seconds
+            if target.seconds < least:
                 raise UserError(
                     f"an image takes {least:.2f} s with the fewest full calls here ({rest:.2f} s outside the UNet), "
                     f"more than {target.seconds:g} s: give at least that, or fewer steps"
                 )
-            return budget
+            return (target.seconds - rest) / self._costs.full_seconds
         assert target.psnr is not None
-        self.progress(f"find the fastest schedule that reaches {target.psnr:g} dB")
+        self._progress(f"find the fastest schedule that reaches {target.psnr:g} dB")
         low, high = 0, len(found) - 1  # the last has no shallow call
         while low < high:
             middle = (low + high) // 2
-            self.progress(f"  {len(found[middle].full)} full calls")
-            if self._psnr(self._predicting(found[middle], predictors), self.select)[0] >= target.psnr:
+            self._progress(f"  {len(found[middle].full)} full calls")
+            if self._psnr(self._predicting(found[middle].full, predictors)) >= target.psnr:
                 high = middle
             else:
                 low = middle + 1
         return found[low].cost
 
-    def _choose(
-        self, found: Mapping[str, Sequence[Found]], predictors: Mapping[str, Predictors], budget: float
-    ) -> Tuned:
-        """Of the best schedule with predictions and the best with reuse the one with the better images."""
-        self.progress("compare predictions with reuse")
-        tried = [self._predicting(within(found[kind], budget), predictors[kind]) for kind in found]
-        return max(tried, key=lambda each: self._psnr(each, self.select)[0])
+    def _extrapolating(self, budget: float, damping: float) -> Tuned:
+        """What needs no tuning: two calls to warm up, then a uniform interval, extrapolated."""
+        forecast, calls = Extrapolate(damping), self._costs.calls
+        choices = (Uniform(n, warmup=2).full_calls(calls) for n in range(2, calls))
+        full = next((each for each in choices if self._costs.of(len(each)) <= budget + 1e-9), (0,))
+        predictors = {}
+        for call in (each for each in range(calls) if each not in full):
+            made = forecast.at("", call, *last_two(full, call))
+            coefficients = None if made is None else dict.fromkeys(self._features, made)
+            predictors[call] = Predictor("reuse" if made is None else f"forecast {damping:g}", 0.0, coefficients)
+        return self._tuned(full, predictors)
 
-    def _predicting(self, found: Found, predictors: Predictors) -> Tuned:
+    def _predicting(self, full: Sequence[int], predictors: Predictors) -> Tuned:
         """A schedule with the best prediction for each of its shallow calls."""
-        kinds, coefficients = [], {}
-        for call in range(self.calls):
-            if call in found.full:
-                kinds.append("full")
-                continue
-            earlier = [each for each in found.full if each < call]
-            best = predictors.best(call, earlier[-1], earlier[-2] if len(earlier) > 1 else None)
-            kinds.append(best.kind)
-            if best.coefficients is not None:
-                coefficients[call] = dict(best.coefficients)
-        return self._tuned(found.full, tuple(kinds), coefficients)
+        shallow = [call for call in range(self._costs.calls) if call not in full]
+        return self._tuned(full, {call: predictors.best(call, *last_two(full, call)) for call in shallow})
 
     def _again(self, tuned: Tuned) -> Tuned:
         """Fit once more, on the cached trajectory: errors feed back, and features there are others."""
         if not tuned.coefficients:
             return tuned
-        self.progress("fit again on cached images")
-        recorder = Recorder(self.pipe.unet, self.features, self.wanted.positions, self.wanted.seed)
+        self._progress("fit again on cached images")
+        recorder = self._recorder()
         moments: list[dict[str, Moments]] = []
-        for each in (self.fit, self.select):
+        for each in (self._fit, self._select):
             sums: dict[str, Moments] = {}
             for number, image in enumerate(each.images):
-                self.progress(f"  {number + 1} of {len(each.images)}")
+                self._progress(f"  {number + 1} of {len(each.images)}")
                 with recorder.watch():
-                    self._draw(image, tuned.schedule, tuned.forecast, output="latent")
+                    self._studio.draw(image, tuned.schedule, tuned.forecast, output="latent")
                 sums = sums or recorder.empty()
                 recorder.add_to(sums)
             moments.append(sums)
-        full = tuned.document.full
-        again = self._predicting(Found(full, 0.0, 0.0), Predictors(moments[0], moments[1]))
-        return max((tuned, again), key=lambda each: self._psnr(each, self.select)[0])
+        return self._best([tuned, self._predicting(tuned.document.full, Predictors(moments[0], moments[1]))])
 
     def _pareto(self, found: Sequence[Found], predictors: Predictors) -> list[Measured]:
         """So many schedules, from the fewest full calls to the most, on the selecting images."""
-        count = min(self.wanted.pareto, len(found) - 1)
+        count = min(self._wanted.pareto, len(found) - 1)
         if count == 0:
             return []
-        self.progress("measure the Pareto front")
-        places = sorted({round(place) for place in np.geomspace(1, len(found) - 1, count)})
-        rows = []
-        for place in places:
-            each = found[place - 1]
-            self.progress(f"  {len(each.full)} full calls")
-            tuned = self._predicting(each, predictors)
-            rows.append(self._measured("tuned", tuned.schedule, tuned.forecast, self.select))
-        return rows
+        self._progress("measure the Pareto front")
+        made = []
+        for place in sorted({round(place) for place in np.geomspace(1, len(found) - 1, count)}):
+            full = found[place - 1].full
+            self._progress(f"  {len(full)} full calls")
+            tuned = self._predicting(full, predictors)
+            made.append(measured(self._studio, self._costs, "tuned", tuned.schedule, tuned.forecast, self._select))
+        return made
 
-    # What it is worth
+    def _best(self, tried: Sequence[Tuned]) -> Tuned:
+        """That with the best images among those that choices are made on."""
+        return max(tried, key=self._psnr)
 
-    def _report(self, tuned: Tuned, pareto: Sequence[Measured]) -> Tuned:
-        self.progress("draw the test images")
-        count = len(tuned.document.full)
-        interval = max(2, math.ceil(self.calls / count))
-        rows = [self._measured("tuned", tuned.schedule, tuned.forecast, self.test)]
-        rows.append(self._measured("tuned schedule, features reused", tuned.schedule, None, self.test))
-        for label, schedule in (
-            ("CacheQuant's schedule", Steps(cachequant(self.calls, interval, self._differences))),
-            (f"every {interval}th call full", Uniform(interval)),
-            (f"every {interval}th call full, 2 to warm up", Uniform(interval, warmup=2)),
-        ):
-            rows.append(self._measured(label, schedule, None, self.test))
-        rows.append(self._fewer_steps(rows[0]))
-        document = tuned.document.model_copy(update={"measured": tuple(rows), "pareto": tuple(pareto)})
-        return replace(tuned, document=document)
+    def _psnr(self, tuned: Tuned) -> float:
+        return self._studio.psnr(self._select, tuned.schedule, tuned.forecast)[0]
 
-    def _fewer_steps(self, ours: Measured) -> Measured:
-        """Uncached with as many steps as take the same time."""
-        cost = self.calls / ours.speed_up
-        steps = max(1, round(cost * self.wanted.steps / self.calls))
-        less = replace(self, wanted=replace(self.wanted, steps=max(4, steps)))
-        psnrs = [
-            _psnr(less._draw(image, None), whole)
-            for image, whole in zip(self.test.images, self.test.pictures, strict=True)
-        ]
-        calls = len(self.pipe.unet.last_run.full)
-        return Measured(
-            name=f"uncached, {less.wanted.steps} steps",
-            full_calls=calls,
-            shallow_calls=0,
-            speed_up=self.calls / calls,
-            psnr=statistics.fmean(psnrs),
-            worst=min(psnrs),
-        )
+    def _recorder(self) -> Recorder:
+        return Recorder(self._studio.pipe.unet, self._features, self._wanted.positions, self._wanted.seed)
 
-    def _differences(self, begin: int, end: int) -> float:
-        """CacheQuant's D: how far the features from ``begin`` to ``end`` - 1 are from that of ``begin``.
-
-        Its norm is the L1; the moments have the L2, whose square root is taken call by call.
-        """
-        if end - begin < 2:
-            return 0.0
-        total = torch.zeros(end - begin - 1, dtype=torch.float64)
-        for each in self.fit.moments.values():
-            total += each.errors(range(begin + 1, end), begin, begin, Coefficients())
-        return float(total.sqrt().sum())
-
-    def _measured(self, name: str, schedule: Schedule, forecast: Forecast | None, on: _Set) -> Measured:
-        psnr, worst = self._psnr((schedule, forecast), on)
-        full = sum(self.pipe.unet.last_run.full)
-        cost = full + self.ratio * (self.calls - full)
-        return Measured(
-            name=name,
-            full_calls=full,
-            shallow_calls=self.calls - full,
-            speed_up=self.calls / cost,
-            psnr=psnr,
-            worst=worst,
-        )
-
-    def _psnr(self, by: Tuned | tuple[Schedule, Forecast | None], on: _Set) -> tuple[float, float]:
-        """Mean and least PSNR to the uncached images, in dB."""
-        schedule, forecast = (by.schedule, by.forecast) if isinstance(by, Tuned) else by
-        found = [
-            _psnr(self._draw(image, schedule, forecast), whole)
-            for image, whole in zip(on.images, on.pictures, strict=True)
-        ]
-        return statistics.fmean(found), min(found)
-
-    def _tuned(
-        self, full: tuple[int, ...], kinds: tuple[str, ...], coefficients: Mapping[int, Mapping[str, Coefficients]]
-    ) -> Tuned:
+    def _tuned(self, full: Sequence[int], predictors: Mapping[int, Predictor]) -> Tuned:
+        kinds = [predictors[call].kind if call in predictors else "full" for call in range(self._costs.calls)]
         document = Document(
-            key=self.key,
-            cut=self.cut,
-            full=full,
-            predictors=kinds,
-            engine=self.pipe.unet.engine,
-            shallow_over_full=self.ratio,
-            samples={name: len(getattr(self, name).images) for name in ("fit", "select", "test")},
+            key=self._key,
+            cut=self._studio.cut,
+            full=tuple(full),
+            predictors=tuple(kinds),
+            engine=self._studio.pipe.unet.engine,
+            shallow_over_full=self._costs.ratio,
+            samples={
+                "fit": len(self._fit.images),
+                "select": len(self._select.images),
+                "test": len(self._test.images),
+            },
             measured=(),
         )
-        return Tuned(self.name, document, coefficients)
+        coefficients = {call: dict(each.coefficients) for call, each in predictors.items() if each.coefficients}
+        return Tuned(self._name, document, coefficients)
 
 
 def _weighted(predictors: Predictors, weights: Array) -> Callable[[int, int | None, int], Array]:
@@ -434,12 +327,3 @@ def _weighted(predictors: Predictors, weights: Array) -> Callable[[int, int | No
         return np.asarray(missed * weights[last + 1 : until])
 
     return errors
-
-
-_BEST = 100.0
-"""dB, where two images are the same."""
-
-
-def _psnr(one: Picture, other: Picture) -> float:
-    error = float(np.mean((np.asarray(one, np.float64) - np.asarray(other, np.float64)) ** 2))
-    return _BEST if error == 0 else min(_BEST, -10 * math.log10(error))
