@@ -128,9 +128,7 @@ class _Tuning:
         self._studio = Studio(pipe, wanted.steps, wanted.size, unet.cut)
         self._features: tuple[str, ...] = unet._cuts[unet.cut]
         self._key = key_of(bundle, pipe.scheduler, wanted.steps, wanted.guidance)
-        self._fit, self._select, self._test = three_sets(
-            wanted.prompts, wanted.samples, wanted.guidance, wanted.seed
-        )
+        self._fit, self._select, self._test = three_sets(wanted.prompts, wanted.samples, wanted.guidance, wanted.seed)
 
     def run(self) -> Tuned:
         self._costs = self._record()
