@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ...errors import UserError
+from ...runtime.batching.policy import POLICIES
 from .arrivals import arrivals
 from .costs import Costs
 from .simulate import Kind, Outcome, Setting, simulate
@@ -61,6 +62,13 @@ def curve(costs: Costs, load: Load, setting: Setting) -> list[Point]:
     most = capacity(costs, load, setting)
     one = replace(setting, devices=1)
     return [Point(most * share, load.on(costs, one, most * share)) for share in SHARES]
+
+
+def ways(costs: Costs, load: Load, setting: Setting, rate: float) -> dict[str, Outcome]:
+    """The same load under each policy, by its name, and ``"whole requests"`` as other servers batch them."""
+    settings = {name: replace(setting, policy=kind(setting.policy.bound)) for name, kind in POLICIES.items()}
+    settings["whole requests"] = replace(setting, whole_requests=True)
+    return {name: load.on(costs, each, rate) for name, each in settings.items()}
 
 
 def devices_for(
