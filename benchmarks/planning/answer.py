@@ -65,9 +65,15 @@ def curve(costs: Costs, load: Load, setting: Setting) -> list[Point]:
 
 
 def ways(costs: Costs, load: Load, setting: Setting, rate: float) -> dict[str, Outcome]:
-    """The same load under each policy, by its name, and ``"whole requests"`` as other servers batch them."""
-    settings = {name: replace(setting, policy=kind(setting.policy.bound)) for name, kind in POLICIES.items()}
-    settings["whole requests"] = replace(setting, whole_requests=True)
+    """The same load under each policy, with fewer requests in flight, and in whole requests as other servers batch."""
+    most = setting.max_in_flight
+    settings = {f"{name}, {most}": replace(setting, policy=POLICIES[name](setting.policy.bound)) for name in POLICIES}
+    chosen = next(name for name, kind in POLICIES.items() if type(setting.policy) is kind)
+    for fewer in (1, 2, 4, 8, 16):
+        if fewer < most:
+            queue = setting.max_queue + most - fewer
+            settings[f"{chosen}, {fewer}"] = replace(setting, max_in_flight=fewer, max_queue=queue)
+    settings[f"whole requests, {most}"] = replace(setting, whole_requests=True)
     return {name: load.on(costs, each, rate) for name, each in settings.items()}
 
 

@@ -61,7 +61,8 @@ def plan(
     device: Device = "cpu",
     threads: Threads = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also simulate the other policies, and batches of whole requests.")
+        bool,
+        typer.Option("--compare", help="Also other policies, fewer requests in flight, and batches of whole requests."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -136,7 +137,11 @@ def plan(
         _print(costs, points, most)
         if others:
             out.print(
-                _table(f"{needed[0]} devices at {arrival_rate:g} requests a second", "batching", list(others.items()))
+                _table(
+                    f"{needed[0]} devices at {arrival_rate:g} requests a second",
+                    "batching, in flight",
+                    list(others.items()),
+                )
             )
         where = f"the {len(recorded)} requests of {trace}" if recorded else f"{arrival_rate:g} requests a second"
         found = needed[1]

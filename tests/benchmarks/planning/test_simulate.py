@@ -131,8 +131,13 @@ def test_batches_of_whole_requests_let_nobody_join() -> None:
     assert whole.calls == 10
     assert joining.seconds < whole.seconds
     ways = answer.ways(COSTS, LOAD, ONE, 0.8 * answer.capacity(COSTS, LOAD, ONE))
-    assert set(ways) == {*POLICIES, "whole requests"}
-    assert ways["deadline"].percentile(50) < ways["whole requests"].percentile(50)
+    assert set(ways) == {
+        *(f"{name}, 8" for name in POLICIES),
+        *(f"deadline, {n}" for n in (1, 2, 4)),
+        "whole requests, 8",
+    }
+    assert ways["deadline, 8"].percentile(50) < ways["whole requests, 8"].percentile(50)
+    assert ways["deadline, 1"].mean_rows == 2
 
 
 def test_thousands_of_devices() -> None:
