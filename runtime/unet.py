@@ -150,8 +150,10 @@ class UNet(TakesLoras, StandIn):
         half = None
         if memory.guidance is not None and not full:
             half = self._bound.at(self._opened(), memory.guidance.shapes(shapes))
+        cut = None if full else generation.cut_of(generation.made)
+        assert full or cut is not None
         with self._ranges.call(full, more=generation is self._announced):
-            seconds = self._run(partial(self._enqueue, bound, half, full, memory, generation.made))
+            seconds = self._run(partial(self._enqueue, bound, half, cut, memory, generation.made))
         generation.end(full, seconds)
         if half is not None:
             assert memory.guidance is not None
@@ -177,29 +179,32 @@ class UNet(TakesLoras, StandIn):
         self._wait()
         return time.perf_counter() - begin
 
-    def _enqueue(self, bound: BoundPair, half: BoundPair | None, full: bool, memory: _Memory, call: int) -> None:
-        """The engines' part of a call, with what precedes and follows it on the device."""
-        if full:
+    def _enqueue(self, bound: BoundPair, half: BoundPair | None, cut: str | None, memory: _Memory, call: int) -> None:
+        """The engines' part of a call, with what precedes and follows it on the device.
+
+        Args:
+            cut: None for a full call.
+        """
+        if cut is None:
             bound.full()
             if memory.history is not None:
                 memory.history.keep(bound, call)
             if memory.guidance is not None:
                 memory.guidance.keep(bound)
             return
-        assert self._cut is not None
         if memory.history is not None:
-            memory.history.predict(bound, call)
+            memory.history.predict(bound, call, self._cuts[cut])
         if half is not None:
             assert memory.guidance is not None
-            memory.guidance.fill(half, bound, self._cuts[self._cut])
-        (half or bound).shallow(self._cut)
+            memory.guidance.fill(half, bound, self._cuts[cut])
+        (half or bound).shallow(cut)
 
     def _remembered(self, generation: Generation) -> _Memory:
         """What this generation's own full calls left."""
         if self._memory is None or self._memory.generation is not generation:
             history = guidance = None
-            if self._forecast is not None and self._cut is not None:
-                history = History(self._forecast, self._cuts[self._cut])
+            if self._forecast is not None:
+                history = History(self._forecast, self._features)
             if self._reuse_guidance and generation.guided:
                 guidance = HalfBatch(self._specs, self._noise_pred)
             self._memory = _Memory(generation, history, guidance)
