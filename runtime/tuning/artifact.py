@@ -61,12 +61,12 @@ class Document(BaseModel):
     version: int = 1
     key: Key
     cut: str = Field(description="of shallow calls for which cuts has none")
-    cuts: tuple[str | None, ...] = Field((), description="of each call, none for full ones; empty if there is but one")
+    cuts: tuple[str | None, ...] = Field(default=(), description="of each call, none for full ones; empty if there is but one")
     full: tuple[int, ...] = Field(description="the full calls")
     predictors: tuple[str, ...] = Field(description="of each call: full, reuse, forecast... or fit...")
     engine: str = Field(description="that the times are of")
     shallow_over_full: float = Field(description="time of a shallow call at cut")
-    ratios: dict[str, float] = Field({}, description="the same of every cut that was searched, if several were")
+    ratios: dict[str, float] = Field(default={}, description="the same of every cut that was searched, if several were")
     samples: dict[str, int] = Field(description="images to fit, to select and to test")
     measured: tuple[Measured, ...]
     pareto: tuple[Measured, ...] = ()
