@@ -61,7 +61,7 @@ class Document(BaseModel):
     version: int = 1
     key: Key
     cut: str = Field(description="of shallow calls for which cuts has none")
-    cuts: tuple[str | None, ...] = Field(default=(), description="of each call, none for full ones; empty if there is but one")
+    cuts: tuple[str | None, ...] = Field(default=(), description="of each call, none if full; empty if all have cut")
     full: tuple[int, ...] = Field(description="the full calls")
     predictors: tuple[str, ...] = Field(description="of each call: full, reuse, forecast... or fit...")
     engine: str = Field(description="that the times are of")
