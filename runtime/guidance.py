@@ -32,8 +32,10 @@ class HalfBatch:
         self._halved = {name for name, spec in specs.items() if spec.shape and isinstance(spec.shape[0], str)}
         self._noise_pred = noise_pred
         self._difference: torch.Tensor | None = None
+        self.rows = 0
+        """Of a guided call's batch; one with another number of rows is not guided any more."""
 
-    def check(self, sample: torch.Tensor) -> None:
+    def begin(self, sample: torch.Tensor) -> None:
         """Once a generation, on its first call: both halves must be of the same latents.
 
         Raises:
@@ -45,6 +47,7 @@ class HalfBatch:
                 "guidance can be reused only where the UNet is asked twice about the same latents, and this pipeline "
                 "asks otherwise: leave reuse_guidance out"
             )
+        self.rows = sample.shape[0]
 
     def keep(self, bound: BoundPair) -> None:
         """A full call was enqueued."""
@@ -69,4 +72,3 @@ class HalfBatch:
 
     def _half_of(self, name: str, shape: Shape) -> Shape:
         return (shape[0] // 2, *shape[1:]) if name in self._halved else shape
-

@@ -172,9 +172,7 @@ class StandIn(EngineModel):
     # Generations
 
     @contextmanager
-    def generation(
-        self, calls: Calls = None, scheduler: object = None, guided: Guided = False
-    ) -> Iterator[Generation]:
+    def generation(self, calls: Calls = None, scheduler: object = None, guided: Guided = False) -> Iterator[Generation]:
         """Announce that the UNet calls in this block, all from this thread, make one generation.
 
         Args:

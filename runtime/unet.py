@@ -17,6 +17,7 @@ from ..engines.base import BoundPair, EnginePair, OpenOptions
 from ..errors import EngineError, UserError
 from ..exporter.residuals import argument_of
 from ..exporter.specs import solve
+from ..exporter.trace import SAMPLE
 from .bound import BoundPairs
 from .forecast import History
 from .generation import Generation
@@ -145,21 +146,22 @@ class UNet(TakesLoras, StandIn):
 
         generation, full = self._begin(tuple(shapes.items()), timestep)
         memory = self._remembered(generation)
-        if memory.guidance is not None and generation.made == 0:
-            memory.guidance.check(tensors["sample"])
-        half = None
-        if memory.guidance is not None and not full:
-            half = self._bound.at(self._opened(), memory.guidance.shapes(shapes))
+        guidance = memory.guidance
+        if guidance is not None and generation.made == 0:
+            guidance.begin(tensors[SAMPLE])
+        if guidance is not None and guidance.rows != tensors[SAMPLE].shape[0]:
+            guidance = None  # the pipeline guides no longer
+        half = None if guidance is None or full else self._bound.at(self._opened(), guidance.shapes(shapes))
         cut = None if full else generation.cut_of(generation.made)
         assert full or cut is not None
         with self._ranges.call(full, more=generation is self._announced):
-            seconds = self._run(partial(self._enqueue, bound, half, cut, memory, generation.made))
+            enqueue = partial(self._enqueue, bound, half, cut, memory.history, guidance, generation.made)
+            seconds = self._run(enqueue)
         generation.end(full, seconds)
-        if half is not None:
-            assert memory.guidance is not None
-            return memory.guidance.answer(half).to(tensors["sample"].dtype)
+        if half is not None and guidance is not None:
+            return guidance.answer(half).to(tensors[SAMPLE].dtype)
         # Schedulers keep it: PNDM without guidance would see its history overwritten.
-        return bound.buffers[self._noise_pred].to(tensors["sample"].dtype, copy=True)
+        return bound.buffers[self._noise_pred].to(tensors[SAMPLE].dtype, copy=True)
 
     def _silence(self, bound: BoundPair, passed: Iterable[str], silent: Iterable[str]) -> None:
         """Zero the residuals that an earlier call passed and this one does not; new buffers are zero."""
@@ -179,7 +181,15 @@ class UNet(TakesLoras, StandIn):
         self._wait()
         return time.perf_counter() - begin
 
-    def _enqueue(self, bound: BoundPair, half: BoundPair | None, cut: str | None, memory: _Memory, call: int) -> None:
+    def _enqueue(
+        self,
+        bound: BoundPair,
+        half: BoundPair | None,
+        cut: str | None,
+        history: History | None,
+        guidance: HalfBatch | None,
+        call: int,
+    ) -> None:
         """The engines' part of a call, with what precedes and follows it on the device.
 
         Args:
@@ -187,16 +197,15 @@ class UNet(TakesLoras, StandIn):
         """
         if cut is None:
             bound.full()
-            if memory.history is not None:
-                memory.history.keep(bound, call)
-            if memory.guidance is not None:
-                memory.guidance.keep(bound)
+            if history is not None:
+                history.keep(bound, call)
+            if guidance is not None:
+                guidance.keep(bound)
             return
-        if memory.history is not None:
-            memory.history.predict(bound, call, self._cuts[cut])
-        if half is not None:
-            assert memory.guidance is not None
-            memory.guidance.fill(half, bound, self._cuts[cut])
+        if history is not None:
+            history.predict(bound, call, self._cuts[cut])
+        if half is not None and guidance is not None:
+            guidance.fill(half, bound, self._cuts[cut])
         (half or bound).shallow(cut)
 
     def _remembered(self, generation: Generation) -> _Memory:

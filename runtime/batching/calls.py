@@ -122,7 +122,6 @@ class EngineCalls:
             [_slot(call).features[name] for name in names for call in calls],
         )
 
-
     def _predict(
         self, foreseen: Sequence[_Foreseen], calls: Sequence[Call], places: Sequence[Place], bound: BoundPair, size: int
     ) -> None:

@@ -97,7 +97,8 @@ class Worker:
                 f"a worker needs a {type(self._pipe).__name__} with an offcut.UNet: make it with offcut.load(bundle), "
                 "or call offcut.attach(pipe, bundle) first"
             )
-        self._unet = unet
+        self.unet = unet
+        """Whose engines these are."""
         pair = unet.lend()
         self._max_in_flight, self._max_queue = max_in_flight, max_queue
         self._lock = threading.Lock()
@@ -267,9 +268,9 @@ class Worker:
         for thread in self._threads:
             thread.join()
         self._batcher.close()
-        self._unet.take_back()
+        self.unet.take_back()
         if self._owns:
-            self._unet.close()
+            self.unet.close()
 
     def __enter__(self) -> Worker:
         return self

@@ -71,9 +71,7 @@ class _Tuning:
         self._name, self._wanted, self._progress = name, wanted, progress
         self._studio = Studio(pipe, wanted.steps, wanted.size, cuts)
         self._key = key_of(bundle, pipe.scheduler, wanted.steps, wanted.guidance)
-        self._fit, self._select, self._test = three_sets(
-            wanted.prompts, wanted.samples, wanted.guidance, wanted.seed
-        )
+        self._fit, self._select, self._test = three_sets(wanted.prompts, wanted.samples, wanted.guidance, wanted.seed)
 
     def run(self) -> Tuned:
         cuts, fit, select = self._studio.cuts, self._fit, self._select

@@ -109,6 +109,23 @@ def test_another_kind_of_guidance_is_refused(unet: offcut.UNet) -> None:
             unet(given, timestep, texts)
 
 
+def test_guidance_may_end_within_a_generation(unet: offcut.UNet) -> None:
+    """The batch halves, so the call is full; from there on calls are whole, and half as large."""
+
+    def half(reuse: bool) -> list[torch.Tensor]:
+        unet.set_schedule(SCHEDULE, CUT, reuse_guidance=reuse)
+        made = []
+        with unet.generation(CALLS, guided=True):
+            for call in range(CALLS):
+                sample, timestep, text = inputs(unet, call)
+                made.append(unet(*((sample, timestep, text) if call < 3 else (sample[2:], timestep, text[2:]))).sample)
+        return made
+
+    for call, (expected, got) in enumerate(zip(half(False), half(True), strict=True)):
+        if call >= 3 or call == 0:
+            assert torch.equal(expected, got)
+
+
 def test_a_pipeline_says_whether_it_guides(tiny_bundle: Path) -> None:
     pipe = offcut.load(tiny_bundle, "onnxruntime", threads=1)
     pipe.unet.advise = False
