@@ -24,8 +24,9 @@ class Run:
         full: for each call, whether the full graph ran.
         seconds: for each call the engine's own time, where ``unet.record_times`` was set; otherwise empty.
         schedule: None where every call is full.
-        cut: the cut of the shallow calls.
+        cut: of the shallow calls to which the schedule gives none of their own.
         calls: the number of calls that was announced; None where none was.
+        cuts: for each call the cut of the shallow graph that ran; None for a full one.
     """
 
     full: tuple[bool, ...]
@@ -33,6 +34,7 @@ class Run:
     schedule: Schedule | None
     cut: str | None
     calls: int | None
+    cuts: tuple[str | None, ...]
 
     @property
     def full_calls(self) -> tuple[int, ...]:
@@ -59,7 +61,7 @@ class Generation:
 
     Args:
         schedule: None makes every call full.
-        cut: recorded in ``run``.
+        cut: of shallow calls to which the schedule gives none of their own.
         calls: how many calls there will be. A function is asked at the first call, since a pipeline knows only then.
         guided: whether each call is made with classifier-free guidance, likewise.
 
@@ -119,6 +121,11 @@ class Generation:
             self._plan = tuple(schedule is None or schedule.is_full(call, calls) for call in range(calls))
         return self._plan
 
+    def cut_of(self, call: int) -> str | None:
+        """The cut of a call if it is shallow."""
+        named = None if self._schedule is None else self._schedule.cut_of(call)
+        return self._cut if named is None else named
+
     def begin(self, shapes: Hashable, timestep: float | None = None) -> bool:
         """Whether the call that now begins is full.
 
@@ -166,7 +173,8 @@ class Generation:
     def run(self) -> Run:
         """What was done so far."""
         calls = self._calls if isinstance(self._calls, int) else None
-        return Run(tuple(self._full), tuple(self._seconds), self._schedule, self._cut, calls)
+        cuts = tuple(None if full else self.cut_of(call) for call, full in enumerate(self._full))
+        return Run(tuple(self._full), tuple(self._seconds), self._schedule, self._cut, calls, cuts)
 
     def _resolve(self) -> int | None:
         """The number of calls, asked for when the first call begins."""

@@ -77,6 +77,7 @@ class StandIn(EngineModel):
         self._output_class = output_class(self._family)
         self._schedule: Schedule | None = None
         self._cut: str | None = None
+        self._used: tuple[str, ...] = ()  # the cuts of the schedule's shallow calls
         self._forecast: Forecast | None = None
         self._reuse_guidance = False
         self._announced: Generation | None = None
@@ -102,7 +103,7 @@ class StandIn(EngineModel):
 
     @property
     def cut(self) -> str | None:
-        """The cut of the shallow calls; None where every call is full."""
+        """The cut of shallow calls to which the schedule gives none of their own; None where every call is full."""
         return self._cut
 
     @property
@@ -134,13 +135,14 @@ class StandIn(EngineModel):
 
         Args:
             schedule: None makes every call full, which costs none.
-            cut: one of ``cuts``, in any convention; None for the first.
+            cut: one of ``cuts``, in any convention; None for the first. A schedule may give calls a cut of their own,
+                which goes before this one.
             forecast: predicts the cached features of the shallow calls; None reuses them.
             reuse_guidance: compute only the half with the prompt on shallow calls, and take the difference to the other
                 from the last full call; where the pipeline guides, and generations are announced.
 
         Raises:
-            CutError: there is no such cut.
+            CutError: there is no such cut, or none that the schedule gives its calls.
             ScheduleError: a generation is under way.
         """
         if self._announced is not None:
@@ -152,10 +154,20 @@ class StandIn(EngineModel):
             name = next(iter(self._cuts)) if cut is None else canonical_name(cut)
             if name not in self._cuts:
                 raise CutError(f"this UNet was not built with the cut {cut!r}; it has {there}")
+            used = tuple(dict.fromkeys(name if each is None else each for each in schedule.cuts))
+            missing = [each for each in used if each not in self._cuts]
+            if missing:
+                raise CutError(f"this schedule has calls at the cut {missing[0]!r}, and this UNet has only {there}")
         self._schedule, self._cut = schedule, name if schedule is not None else None
+        self._used = used if schedule is not None else ()
         self._forecast = forecast if schedule is not None else None
         self._reuse_guidance = reuse_guidance and schedule is not None
         self._unannounced = None
+
+    @property
+    def _features(self) -> tuple[str, ...]:
+        """The names of the cached features that the schedule's shallow calls read, each once."""
+        return tuple(dict.fromkeys(name for cut in self._used for name in self._cuts[cut]))
 
     # Generations
 

@@ -152,8 +152,10 @@ class UNet(TakesLoras, StandIn):
         if guidance is not None and guidance.rows != tensors[SAMPLE].shape[0]:
             guidance = None  # the pipeline guides no longer
         half = None if guidance is None or full else self._bound.at(self._opened(), guidance.shapes(shapes))
+        cut = None if full else generation.cut_of(generation.made)
+        assert full or cut is not None
         with self._ranges.call(full, more=generation is self._announced):
-            enqueue = partial(self._enqueue, bound, half, full, memory.history, guidance, generation.made)
+            enqueue = partial(self._enqueue, bound, half, cut, memory.history, guidance, generation.made)
             seconds = self._run(enqueue)
         generation.end(full, seconds)
         if half is not None and guidance is not None:
@@ -183,32 +185,35 @@ class UNet(TakesLoras, StandIn):
         self,
         bound: BoundPair,
         half: BoundPair | None,
-        full: bool,
+        cut: str | None,
         history: History | None,
         guidance: HalfBatch | None,
         call: int,
     ) -> None:
-        """The engines' part of a call, with what precedes and follows it on the device."""
-        if full:
+        """The engines' part of a call, with what precedes and follows it on the device.
+
+        Args:
+            cut: None for a full call.
+        """
+        if cut is None:
             bound.full()
             if history is not None:
                 history.keep(bound, call)
             if guidance is not None:
                 guidance.keep(bound)
             return
-        assert self._cut is not None
         if history is not None:
-            history.predict(bound, call)
+            history.predict(bound, call, self._cuts[cut])
         if half is not None and guidance is not None:
-            guidance.fill(half, bound, self._cuts[self._cut])
-        (half or bound).shallow(self._cut)
+            guidance.fill(half, bound, self._cuts[cut])
+        (half or bound).shallow(cut)
 
     def _remembered(self, generation: Generation) -> _Memory:
         """What this generation's own full calls left."""
         if self._memory is None or self._memory.generation is not generation:
             history = guidance = None
-            if self._forecast is not None and self._cut is not None:
-                history = History(self._forecast, self._cuts[self._cut])
+            if self._forecast is not None:
+                history = History(self._forecast, self._features)
             if self._reuse_guidance and generation.guided:
                 guidance = HalfBatch(self._specs, self._noise_pred)
             self._memory = _Memory(generation, history, guidance)

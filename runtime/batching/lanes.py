@@ -127,16 +127,17 @@ class Lanes:
             self._lanes[key] = lane
         return self._lanes[key]
 
-    def layout(self, lane: Lane, cut: str, rows: int, *, twice: bool = False) -> Layout:
-        """What a request of so many rows keeps for shallow steps of this cut.
+    def layout(self, lane: Lane, features: Sequence[str], rows: int, *, twice: bool = False) -> Layout:
+        """What a request of so many rows keeps for its shallow steps.
 
         Args:
+            features: the names of those that they read.
             twice: of the last two full steps, for a forecast.
         """
         size = self._fixed or rows
         dims = solve(self._pair.inputs, lane.shapes(size))
         layout = {}
-        for name in self._pair.cuts[cut]:
+        for name in features:
             spec = self._pair.outputs[name]
             first, *others = spec.resolve(dims)
             layout[name] = FeatureSpec((first // size * rows, *others), spec.torch_dtype())

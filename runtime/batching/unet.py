@@ -69,14 +69,15 @@ class SharedUNet(StandIn):
         plan, number = generation.plan, generation.made
         ahead = None if plan is None else plan[number + 1 :]
         keeps = full and self._schedule is not None and (ahead is None or not all(ahead))
-        assert self._cut is not None or full
+        cut = None if full else generation.cut_of(number)
+        assert full or cut is not None
         call = Call(
             request=request,
             lane=lane,
             tensors=tensors,
             timestep=times,
             rows=rows,
-            cut=None if full else self._cut,
+            cut=cut,
             number=number,
             layout=self._layout(lane, rows) if keeps else None,
             last=ahead is not None and not ahead,
@@ -91,5 +92,5 @@ class SharedUNet(StandIn):
         return noise_pred
 
     def _layout(self, lane: Lane, rows: int) -> Layout:
-        assert self._cut is not None
-        return self._batcher.lanes.layout(lane, self._cut, rows, twice=self._forecast is not None)
+        """The same at all of a request's full steps: another slot would not have the features of the step before."""
+        return self._batcher.lanes.layout(lane, self._features, rows, twice=self._forecast is not None)

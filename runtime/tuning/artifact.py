@@ -60,14 +60,38 @@ class Document(BaseModel):
 
     version: int = 1
     key: Key
-    cut: str
+    cut: str = Field(description="of shallow calls for which cuts has none")
+    cuts: tuple[str | None, ...] = Field(default=(), description="of each call, none if full; empty if all have cut")
     full: tuple[int, ...] = Field(description="the full calls")
     predictors: tuple[str, ...] = Field(description="of each call: full, reuse, forecast... or fit...")
     engine: str = Field(description="that the times are of")
-    shallow_over_full: float
+    shallow_over_full: float = Field(description="time of a shallow call at cut")
+    ratios: dict[str, float] = Field(default={}, description="the same of every cut that was searched, if several were")
     samples: dict[str, int] = Field(description="images to fit, to select and to test")
     measured: tuple[Measured, ...]
     pareto: tuple[Measured, ...] = ()
+
+    @property
+    def schedule(self) -> TunedSteps:
+        """What the runtime takes.
+
+        Raises:
+            ScheduleError: it has cuts for another number of calls than its own.
+        """
+        return TunedSteps(self.full, self.key.calls, self.cuts)
+
+    @property
+    def by_call(self) -> tuple[str | None, ...]:
+        """The cut of each call; None for full ones."""
+        schedule = self.schedule
+        return tuple(
+            None if call in self.full else schedule.cut_of(call) or self.cut for call in range(self.key.calls)
+        )
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The cuts of its shallow calls, each once."""
+        return tuple(dict.fromkeys(cut for cut in self.by_call if cut is not None))
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,15 +101,33 @@ class TunedSteps(Schedule):
     Attributes:
         full: their indices, 0 first.
         total: the number of calls.
+        by_call: for each call its cut if it is shallow, None for the one that the schedule is set with; empty if all
+            take that.
+
+    Raises:
+        ScheduleError: it has cuts for another number of calls.
     """
 
     full: tuple[int, ...]
     total: int
+    by_call: tuple[str | None, ...] = ()
     kind: ClassVar[str] = "tuned"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.by_call and len(self.by_call) != self.total:
+            raise ScheduleError(f"{len(self.by_call)} cuts cannot serve {self.total} UNet calls: give one for each")
 
     @property
     def needs_calls(self) -> bool:
         return True
+
+    @property
+    def cuts(self) -> tuple[str | None, ...]:
+        return tuple(dict.fromkeys(self.cut_of(call) for call in range(self.total) if call not in self.full))
+
+    def cut_of(self, call: int) -> str | None:
+        return self.by_call[call] if call < len(self.by_call) else None
 
     def _last_on_grid(self, call: int, calls: int | None) -> int:
         if calls != self.total:
@@ -169,7 +211,7 @@ class Tuned:
 
     @property
     def schedule(self) -> TunedSteps:
-        return TunedSteps(self.document.full, self.document.key.calls)
+        return self.document.schedule
 
     @property
     def forecast(self) -> Forecast | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,13 +69,23 @@ class Studio:
         pipe: its scheduler is the one that is tuned for.
         steps: of the scheduler.
         size: the images' height and width in pixels; None is the model's own.
-        cut: of the shallow calls.
+        cuts: those of the shallow calls, with their features.
     """
 
     pipe: Any
     steps: int
     size: int | None
-    cut: str
+    cuts: Mapping[str, tuple[str, ...]]
+
+    @property
+    def cut(self) -> str:
+        """The first: of shallow calls to which their schedule gives none of their own."""
+        return next(iter(self.cuts))
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Those of all cuts, each once."""
+        return tuple(dict.fromkeys(name for names in self.cuts.values() for name in names))
 
     def draw(
         self,
@@ -83,15 +93,17 @@ class Studio:
         schedule: Schedule | None = None,
         forecast: Forecast | None = None,
         *,
+        cut: str | None = None,
         steps: int | None = None,
         output: str = "np",
     ) -> Picture:
         """One picture, or with ``output="latent"`` its latent [1, channels, height, width].
 
         Args:
+            cut: other than the first.
             steps: other than the studio's own.
         """
-        self.pipe.unet.set_schedule(schedule, self.cut if schedule else None, forecast)
+        self.pipe.unet.set_schedule(schedule, (cut or self.cut) if schedule else None, forecast)
         made = draw(
             self.pipe,
             image.prompt,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..forecast import Extrapolate, Forecast
 from ..schedule import Schedule, Steps, Uniform
 from .artifact import Measured, Tuned
+from .cuts import cost_of
 from .images import ImageSet, Studio
 from .search import cachequant
 
@@ -19,17 +20,17 @@ class Costs:
 
     Attributes:
         calls: of a generation.
-        ratio: a shallow call's time over a full one's.
+        ratios: a shallow call's time over a full one's, by cut.
         full_seconds: of a full call.
     """
 
     calls: int
-    ratio: float
+    ratios: Mapping[str, float]
     full_seconds: float
 
-    def of(self, full: int) -> float:
-        """Of a generation with so many full calls, in full calls."""
-        return full + self.ratio * (self.calls - full)
+    def of(self, cuts: Sequence[str | None]) -> float:
+        """Of a generation with these calls, each at its cut or full, in full calls."""
+        return cost_of(cuts, self.ratios)
 
 
 def measured(
@@ -37,30 +38,42 @@ def measured(
 ) -> Measured:
     """A row: the images of a set with this schedule."""
     psnr, worst = studio.psnr(on, schedule, forecast)
-    full = sum(studio.run.full)
+    run = studio.run
+    full = sum(run.full)
     return Measured(
         name=name,
         full_calls=full,
         shallow_calls=costs.calls - full,
-        speed_up=costs.calls / costs.of(full),
+        speed_up=costs.calls / costs.of(run.cuts),
         psnr=psnr,
         worst=worst,
     )
 
 
-def rows(studio: Studio, costs: Costs, tuned: Tuned, test: ImageSet, fit: ImageSet) -> list[Measured]:
-    """The tuned schedule first, then what it is held against, all on the test images."""
+def rows(
+    studio: Studio, costs: Costs, tuned: Tuned, alone: Tuned | None, test: ImageSet, fit: ImageSet
+) -> list[Measured]:
+    """The tuned schedule first, then what it is held against, all on the test images.
+
+    Args:
+        alone: the best with one cut only, where there are several.
+    """
     interval = max(2, math.ceil(costs.calls / len(tuned.document.full)))
     plain, warm = f"every {interval}th call full", Uniform(interval, warmup=2)
+    differences = _Differences(fit, studio.cuts[studio.cut])
+    at = f", {studio.cut}" if len(studio.cuts) > 1 else ""
     others: Sequence[tuple[str, Schedule, Forecast | None]] = (
-        ("tuned schedule, features reused", tuned.schedule, None),
-        ("CacheQuant's schedule", Steps(cachequant(costs.calls, interval, _Differences(fit))), None),
-        (plain, Uniform(interval), None),
-        (f"{plain}, 2 to warm up", warm, None),
-        (f"{plain}, 2 to warm up, forecast 0.5", warm, Extrapolate(0.5)),
-        (f"{plain}, 2 to warm up, forecast 1", warm, Extrapolate(1.0)),
+        (f"CacheQuant's schedule{at}", Steps(cachequant(costs.calls, interval, differences)), None),
+        (f"{plain}{at}", Uniform(interval), None),
+        (f"{plain}, 2 to warm up{at}", warm, None),
+        (f"{plain}, 2 to warm up, forecast 0.5{at}", warm, Extrapolate(0.5)),
+        (f"{plain}, 2 to warm up, forecast 1{at}", warm, Extrapolate(1.0)),
     )
     made = [measured(studio, costs, "tuned", tuned.schedule, tuned.forecast, test)]
+    if alone is not None:
+        name = f"one cut only, {alone.document.cut}"
+        made.append(measured(studio, costs, name, alone.schedule, alone.forecast, test))
+    made.append(measured(studio, costs, "tuned schedule, features reused", tuned.schedule, None, test))
     made += [measured(studio, costs, name, schedule, forecast, test) for name, schedule, forecast in others]
     steps = max(1, round(studio.steps / made[0].speed_up))
     psnr, worst = studio.psnr(test, None, steps=steps)
@@ -81,6 +94,8 @@ class _Differences:
     """CacheQuant's D: the L1 distances of the features from ``begin`` to ``end`` - 1 to that of ``begin``."""
 
     fit: ImageSet
+    features: tuple[str, ...]
 
     def __call__(self, begin: int, end: int) -> float:
-        return sum(float(each.distances[begin, begin:end].sum()) for each in self.fit.moments.values())
+        moments = [self.fit.moments[name] for name in self.features]
+        return sum(float(each.distances[begin, begin:end].sum()) for each in moments)

@@ -21,11 +21,19 @@ SegmentErrors = Callable[[int, "int | None", int], Array]
 
 @dataclass(frozen=True)
 class Found:
-    """A schedule: its full calls, the sum of its weighted errors, and its cost in full calls' time."""
+    """A schedule.
+
+    Attributes:
+        full: its full calls.
+        error: the sum of its weighted errors.
+        cost: in full calls' time.
+        cuts: of each call, None for a full one; empty where nobody said what cut there is.
+    """
 
     full: tuple[int, ...]
     error: float
     cost: float
+    cuts: tuple[str | None, ...] = ()
 
 
 def evaluate(full: Sequence[int], calls: int, errors: SegmentErrors, shallow_cost: float) -> Found:

@@ -22,7 +22,8 @@ from offcut.errors import BundleError, ScheduleError, UserError
 from offcut.runtime.draw import draw
 from offcut.runtime.tuning.artifact import choose, key_of, refusal, save
 from offcut.runtime.tuning.record import Recorder
-from offcut.runtime.tuning.tune import Target, Wanted, tune
+from offcut.runtime.tuning.tune import tune
+from offcut.runtime.tuning.wanted import Target, Wanted
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 pytestmark = pytest.mark.slow
