@@ -215,8 +215,8 @@ def _print(costs: Costs, points: list[Point], most: float) -> None:
         row = (costs.full, costs.shallow, costs.between)
         table.add_row(str(rows), *(f"{each[rows] * 1000:.1f}" if rows in each else "" for each in row))
     out.print(table)
-    rows = [(f"{point.rate:.3g} ({point.rate / most:.0%})", point.outcome) for point in points]
-    out.print(_table(f"one device, which can do {most:.3g} requests a second", "requests/s", rows))
+    loads = [(f"{point.rate:.3g} ({point.rate / most:.0%})", point.outcome) for point in points]
+    out.print(_table(f"one device, which can do {most:.3g} requests a second", "requests/s", loads))
 
 
 def _table(title: str, first: str, rows: list[tuple[str, Outcome]]) -> Table:

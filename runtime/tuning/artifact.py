@@ -84,9 +84,7 @@ class Document(BaseModel):
     def by_call(self) -> tuple[str | None, ...]:
         """The cut of each call; None for full ones."""
         schedule = self.schedule
-        return tuple(
-            None if call in self.full else schedule.cut_of(call) or self.cut for call in range(self.key.calls)
-        )
+        return tuple(None if call in self.full else schedule.cut_of(call) or self.cut for call in range(self.key.calls))
 
     @property
     def used(self) -> tuple[str, ...]:

@@ -148,7 +148,7 @@ def test_schedules_with_cuts_are_values() -> None:
     assert TunedSteps((0,), 3).cuts == offcut.Uniform(3).cuts == (None,)
     assert TunedSteps((0, 1), 2).cuts == ()
     assert TunedSteps((0,), 3, (None, "a", None)).cuts == ("a", None)
-    assert SCHEDULE != TunedSteps((0, 1, 5), CALLS)
+    assert TunedSteps((0, 1, 5), CALLS) != SCHEDULE
     assert hash(SCHEDULE) == hash(TunedSteps((0, 1, 5), CALLS, BY_CALL))
     assert str(TunedSteps((0,), 2, (None, "a"))) == "tuned:0:total=2:by_call=none,a"
     with pytest.raises(ScheduleError, match="2 cuts cannot serve 3 UNet calls"):
