@@ -17,17 +17,21 @@ if TYPE_CHECKING:
     from .exporter.trace import export
     from .runtime.calibration import Calibration
     from .runtime.deepcache import DeepCacheSDHelper
+    from .runtime.forecast import Extrapolate
     from .runtime.pipeline import attach, load
     from .runtime.schedule import Quad, Steps, Uniform
+    from .runtime.tuning.artifact import Tuned
     from .runtime.unet import UNet
 
 _WHERE = {
     "Bundle": "engines.bundle",
     "Calibration": "runtime.calibration",
     "DeepCacheSDHelper": "runtime.deepcache",
+    "Extrapolate": "runtime.forecast",
     "OffcutError": "errors",
     "Quad": "runtime.schedule",
     "Steps": "runtime.schedule",
+    "Tuned": "runtime.tuning.artifact",
     "UNet": "runtime.unet",
     "Uniform": "runtime.schedule",
     "attach": "runtime.pipeline",
@@ -42,9 +46,11 @@ __all__ = [
     "Bundle",
     "Calibration",
     "DeepCacheSDHelper",
+    "Extrapolate",
     "OffcutError",
     "Quad",
     "Steps",
+    "Tuned",
     "UNet",
     "Uniform",
     "attach",

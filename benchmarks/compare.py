@@ -27,12 +27,14 @@ def generate_to_file(
     fps: float = 8.0,
     on_step: Callable[[], None] = lambda: None,
     forecast: Forecast | None = None,
+    reuse_guidance: bool = False,
 ) -> dict[str, Any]:
     """Generate an image or a video and write it; with ``compare`` it shows uncached, cached and difference.
 
     Args:
         fps: frames a second of a video.
         forecast: of the cached features; None reuses them.
+        reuse_guidance: on shallow calls; see ``UNet.set_schedule``.
 
     Returns:
         The figures of the run: calls, seconds, and beside the uncached run speed-up and PSNR in dB.
@@ -52,12 +54,13 @@ def generate_to_file(
     if compare:
         warm_up(pipe, request, cut)
     uncached = generate(pipe, request, None, cut, on_step) if compare else None
-    cached = generate(pipe, request, schedule, cut, on_step, forecast)
+    cached = generate(pipe, request, schedule, cut, on_step, forecast, reuse_guidance)
     report: dict[str, Any] = {
         "output": str(output),
         "engine": pipe.unet.engine,
         "schedule": None if schedule is None else str(schedule),
         "forecast": None if schedule is None or forecast is None else str(forecast),
+        "reuse_guidance": reuse_guidance,
         "cut": cached.run.cut,
         "steps": request.steps,
         "seed": request.seed,

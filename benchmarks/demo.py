@@ -1,4 +1,4 @@
-"""``offcut demo``: the bundled shapes model, uncached and at several intervals, as a table and a picture."""
+"""``offcut demo``: the bundled shapes model, uncached, cached, and cached with a forecast, as a table and a picture."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..runtime.forecast import Extrapolate
 from ..runtime.schedule import Uniform
 from .generate import Generated, Request, generate, psnr, warm_up
 from .picture import Tile, sheet
 
-INTERVALS = (2, 3, 5)
+
+@dataclass(frozen=True)
+class Way:
+    """How to save calls: every ``interval``-th is full; ``damping`` of the features' forecast, None to reuse them."""
+
+    interval: int
+    damping: float | None = None
+
+    def __str__(self) -> str:
+        return f"interval {self.interval}" + ("" if self.damping is None else ", forecast")
+
+
+WAYS = (Way(3), Way(5), Way(3, 1.0), Way(5, 1.0))
 
 
 @dataclass(frozen=True)
@@ -21,6 +34,7 @@ class Row:
 
     Attributes:
         interval: 1 is uncached.
+        damping: of the cached features' forecast; None where they are reused.
         full_calls, calls: UNet calls of one image.
         seconds: of one image, median.
         unet_seconds: of those, spent in the engine.
@@ -31,6 +45,7 @@ class Row:
     """
 
     interval: int
+    damping: float | None
     full_calls: int
     calls: int
     seconds: float
@@ -59,13 +74,13 @@ def demo(
     picture: Path,
     *,
     steps: int = 50,
-    intervals: Sequence[int] = INTERVALS,
+    ways: Sequence[Way] = WAYS,
     warmup: int = 2,
     guidance: float = 3.0,
     seed: int = 0,
     on_step: Callable[[], None] = lambda: None,
 ) -> Demo:
-    """Generate every prompt uncached and at each interval, in turn, and write one picture of all.
+    """Generate every prompt uncached and in each of the ways, in turn, and write one picture of all.
 
     Args:
         pipe: from ``offcut.load``.
@@ -73,26 +88,31 @@ def demo(
         picture: the PNG to write.
         warmup: first calls that are always full.
     """
-    schedules = [None, *(Uniform(interval, warmup=warmup) for interval in intervals)]
     warm_up(pipe, Request(prompts[0], guidance=guidance))
     results: list[list[Generated]] = []
     for prompt in prompts:
         request = Request(prompt, steps=steps, guidance=guidance, seed=seed)
-        results.append([generate(pipe, request, schedule, on_step=on_step) for schedule in schedules])
+        made = [generate(pipe, request, None, on_step=on_step)]
+        for way in ways:
+            forecast = None if way.damping is None else Extrapolate(way.damping)
+            schedule = Uniform(way.interval, warmup=warmup)
+            made.append(generate(pipe, request, schedule, on_step=on_step, forecast=forecast))
+        results.append(made)
 
     rows = tuple(
-        _row(interval, [row[column] for row in results], [row[0] for row in results])
-        for column, interval in enumerate([1, *intervals])
+        _row(way, [row[column] for row in results], [row[0] for row in results])
+        for column, way in enumerate([Way(1), *ways])
     )
-    sheet([(prompt, _tiles(images, intervals)) for prompt, images in zip(prompts, results, strict=True)]).save(picture)
+    sheet([(prompt, _tiles(images, ways)) for prompt, images in zip(prompts, results, strict=True)]).save(picture)
     return Demo(rows, picture, tuple(prompts), steps, warmup, pipe.unet.engine)
 
 
-def _row(interval: int, images: Sequence[Generated], uncached: Sequence[Generated]) -> Row:
+def _row(way: Way, images: Sequence[Generated], uncached: Sequence[Generated]) -> Row:
     pairs = list(zip(uncached, images, strict=True))
-    noise = None if interval == 1 else [psnr(base.image, other.image) for base, other in pairs]
+    noise = None if way.interval == 1 else [psnr(base.image, other.image) for base, other in pairs]
     return Row(
-        interval=interval,
+        interval=way.interval,
+        damping=way.damping,
         full_calls=len(images[0].run.full_calls),
         calls=len(images[0].run.full),
         seconds=statistics.median(image.seconds for image in images),
@@ -104,11 +124,11 @@ def _row(interval: int, images: Sequence[Generated], uncached: Sequence[Generate
     )
 
 
-def _tiles(images: Sequence[Generated], intervals: Sequence[int]) -> list[Tile]:
+def _tiles(images: Sequence[Generated], ways: Sequence[Way]) -> list[Tile]:
     uncached = images[0]
     tiles = [Tile(uncached.image, "every call full", f"{uncached.seconds:.2f} s", uncached.run)]
-    for interval, other in zip(intervals, images[1:], strict=True):
+    for way, other in zip(ways, images[1:], strict=True):
         speed_up = uncached.seconds / other.seconds
         note = f"{other.seconds:.2f} s   {speed_up:.2f}x   {psnr(uncached.image, other.image):.1f} dB"
-        tiles.append(Tile(other.image, f"interval {interval}", note, other.run))
+        tiles.append(Tile(other.image, str(way), note, other.run))
     return tiles

@@ -73,12 +73,13 @@ def generate(
     cut: str | None = None,
     on_step: OnStep = lambda: None,
     forecast: Forecast | None = None,
+    reuse_guidance: bool = False,
 ) -> Generated:
     """Run a pipeline that ``offcut.load`` or ``attach`` gave once, with this schedule; None makes every call full."""
     import torch
 
     asked = arguments(pipe, request)
-    pipe.unet.set_schedule(schedule, cut, forecast)
+    pipe.unet.set_schedule(schedule, cut, forecast, reuse_guidance=reuse_guidance)
     pipe.unet.record_times = True
     pipe.set_progress_bar_config(disable=True)
     started = time.perf_counter()

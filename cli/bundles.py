@@ -307,14 +307,15 @@ def doctor(
 
 
 def _print_schedule(bundle: Bundle, name: str) -> None:
-    from ..runtime.tuning.artifact import read
+    from ..runtime.tuning.artifact import Tuned
 
-    document = read(bundle, name).document
+    document = Tuned.load(bundle, name).document
     key, ours = document.key, document.measured[0]
     low, high = key.guidance
     scales = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    cuts = " and ".join(document.used) or document.cut
     out.print(
-        f"[bold]schedule {name}[/]: {key.scheduler}, {key.steps} steps, guidance {scales}, {document.cut}: "
+        f"[bold]schedule {name}[/]: {key.scheduler}, {key.steps} steps, guidance {scales}, {cuts}: "
         f"{ours.full_calls} full calls, UNet {ours.speed_up:.2f}x, {ours.psnr:.1f} dB",
         highlight=False,
     )

@@ -57,6 +57,9 @@ def run(
             help="Extrapolate the cached features: 0 is reuse, 1 undamped. Not for ancestral samplers.",
         ),
     ] = None,
+    reuse_guidance: Annotated[
+        bool, typer.Option("--reuse-guidance", help="Shallow calls compute half of a guided batch. Costs quality.")
+    ] = False,
     sampler: Annotated[str | None, typer.Option(help="The scheduler's class in diffusers; the model's own.")] = None,
     cut: Annotated[str | None, typer.Option(help="One of the bundle's; its first by default.")] = None,
     engine: EngineName = "auto",
@@ -102,7 +105,16 @@ def run(
     request = Request(prompt, negative_prompt, steps, guidance, seed, height, width, image, frames)
     with bar(steps * (2 if compare else 1)) as step:
         report = generate_to_file(
-            pipe, request, chosen, cut, output, compare=compare, fps=fps, on_step=step, forecast=predicted
+            pipe,
+            request,
+            chosen,
+            cut,
+            output,
+            compare=compare,
+            fps=fps,
+            on_step=step,
+            forecast=predicted,
+            reuse_guidance=reuse_guidance,
         )
     if as_json:
         print_json(report)
@@ -126,10 +138,10 @@ def demo(
     steps: Annotated[int, typer.Option(help="Of the scheduler.", min=4)] = 50,
     as_json: Json = False,
 ) -> None:
-    """Build the small model that comes with offcut, and show it uncached and at intervals 2, 3 and 5."""
+    """Build the small model that comes with offcut, and show it uncached, cached, and cached with a forecast."""
     from dataclasses import asdict
 
-    from ..benchmarks.demo import INTERVALS
+    from ..benchmarks.demo import WAYS
     from ..benchmarks.demo import demo as run_demo
     from ..benchmarks.shapes.model import PROMPTS, model_path
     from ..engines.build import build as run_build
@@ -137,7 +149,7 @@ def demo(
     with stages() as stage:
         run_build(model_path(), bundle, engine=engine, progress=stage)
     pipe = _load(bundle, engine)
-    with bar(len(PROMPTS) * (1 + len(INTERVALS)) * steps) as step:
+    with bar(len(PROMPTS) * (1 + len(WAYS)) * steps) as step:
         result = run_demo(pipe, PROMPTS, output, steps=steps, on_step=step)
     if as_json:
         print_json(asdict(result))
@@ -147,7 +159,7 @@ def demo(
         table.add_column(heading, justify="right", no_wrap=True)
     for row in result.rows:
         table.add_row(
-            "uncached" if row.interval == 1 else str(row.interval),
+            "uncached" if row.interval == 1 else f"{row.interval}{'' if row.damping is None else ', forecast'}",
             f"{row.full_calls} of {row.calls}",
             f"{row.seconds:.2f} s",
             f"{row.speed_up:.2f}x",

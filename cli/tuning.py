@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,7 +37,12 @@ def tune(
     ] = None,
     steps: Annotated[int, typer.Option(help="Of the scheduler.", min=4, **_FOR)] = 50,
     guidance: Annotated[str, typer.Option(metavar="SCALE or LOW..HIGH", help="Guidance scale.", **_FOR)] = "7.5",
-    cut: Annotated[str | None, typer.Option(help="One of the bundle's; its first by default.", **_FOR)] = None,
+    cut: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="One of the bundle's, its first by default; again for several, of which calls choose, or all.", **_FOR
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Of the schedule; from sampler, steps and target.", **_FOR)] = None,
     samples: Annotated[
         int, typer.Option(help="Images: half to fit, a quarter to select, a quarter to test.", min=4, **_HOW)
@@ -64,8 +70,8 @@ def tune(
     from ..runtime.draw import with_class
     from ..runtime.pipeline import load
     from ..runtime.tuning.artifact import save
-    from ..runtime.tuning.tune import Target, Wanted
     from ..runtime.tuning.tune import tune as run
+    from ..runtime.tuning.wanted import Target, Wanted
 
     target = Target(speed_up=_times(budget), seconds=_seconds(latency), psnr=psnr)
     opened = Bundle.open(bundle)
@@ -85,7 +91,7 @@ def tune(
             guidance=_range(guidance),
             samples=samples,
             prompts=PROMPTS if prompts is None else read_prompts(prompts),
-            cut=cut,
+            cuts=pipe.unet.cuts if "all" in (cut or []) else tuple(cut or []),
             size=size,
             seed=seed,
             pareto=8 if pareto else 0,
@@ -103,20 +109,28 @@ def tune(
 
 def _print(tuned: Tuned) -> None:
     document = tuned.document
-    timeline = "".join("#" if call in document.full else "." for call in range(document.key.calls))
-    out.print(timeline, style="dim", highlight=False)
+    marks = dict(zip(document.used, itertools.cycle(_MARKS), strict=False))
+    out.print("".join("#" if cut is None else marks[cut] for cut in document.by_call), style="dim", highlight=False)
     kinds = [kind for kind in document.predictors if kind != "full"]
     said = ", ".join(f"{kind} ({kinds.count(kind)})" for kind in dict.fromkeys(kinds))
     out.print(f"{len(document.full)} full calls; the others: {said or 'none'}", highlight=False)
+    if len(marks) > 1:
+        shares = (f"{mark} {cut} ({document.by_call.count(cut)})" for cut, mark in marks.items())
+        out.print(f"at the cuts {', '.join(shares)}", highlight=False)
     out.print(_table(document.measured))
     if document.pareto:
         out.print(_table(document.pareto))
+    ratios = document.ratios or {document.cut: document.shallow_over_full}
+    times = ", ".join(f"{ratio:.2f}" + (f" ({cut})" if len(ratios) > 1 else "") for cut, ratio in ratios.items())
     out.print(
         f"PSNR to the uncached images of {document.samples['test']} prompts and seeds that had no part in the tuning; "
-        f"speed-up of the UNet's time on {document.engine}, where a shallow call takes "
-        f"{document.shallow_over_full:.2f} of a full one."
+        f"speed-up of the UNet's time on {document.engine}, where a shallow call takes {times} of a full one."
     )
     out.print(f"[bold]{tuned.name}[/]")
+
+
+_MARKS = ".-=+*"
+"""Of shallow calls in a timeline, by their cut."""
 
 
 def _table(rows: tuple[Measured, ...]) -> Table:

@@ -13,7 +13,7 @@ engine and every bundle can do it, and the same engines with other coefficients 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -94,7 +94,7 @@ class History:
 
     Args:
         forecast: says how to predict.
-        features: the names of the cut's.
+        features: the names of those that shallow calls read.
     """
 
     def __init__(self, forecast: Forecast, features: Sequence[str]) -> None:
@@ -103,7 +103,7 @@ class History:
         self._latest: dict[str, torch.Tensor] = {}
         self._before: dict[str, torch.Tensor] = {}
         self._calls: list[int] = []
-        self._predicted = False
+        self._predicted: set[str] = set()
 
     def keep(self, bound: BoundPair, call: int) -> None:
         """A full call was enqueued: its features are in the buffers, or will be when whatever reads them runs."""
@@ -114,21 +114,24 @@ class History:
             buffer = bound.buffers[name]
             self._latest.setdefault(name, torch.empty_like(buffer)).copy_(buffer)
         self._calls = [*self._calls[-1:], call]
-        self._predicted = False
+        self._predicted.clear()
 
-    def predict(self, bound: BoundPair, call: int) -> None:
-        """Write the features of a shallow call that is about to be enqueued."""
+    def predict(self, bound: BoundPair, call: int, features: Sequence[str] | None = None) -> None:
+        """Write the features of a shallow call that is about to be enqueued.
+
+        Args:
+            features: those that it reads; None for all.
+        """
         last, before = self._calls[-1], self._calls[-2] if len(self._calls) > 1 else None
-        wanted: Mapping[str, Coefficients | None] = {
-            name: self._forecast.at(name, call, last, before) for name in self._features
-        }
-        for name, coefficients in wanted.items():
+        for name in self._features if features is None else features:
+            coefficients = self._forecast.at(name, call, last, before)
             if coefficients is not None:
                 before_it = self._before[name] if before is not None else self._latest[name]
                 write(bound.buffers[name], self._latest[name], before_it, coefficients)
-            elif self._predicted:
+                self._predicted.add(name)
+            elif name in self._predicted:  # by an earlier shallow call, and this one reuses it
                 bound.buffers[name].copy_(self._latest[name])
-        self._predicted = self._predicted or any(each is not None for each in wanted.values())
+                self._predicted.discard(name)
 
 
 def write(out: torch.Tensor, latest: torch.Tensor, before: torch.Tensor, coefficients: Coefficients) -> None:

@@ -12,6 +12,9 @@ from .schedule import Schedule
 Calls = int | Callable[[], int] | None
 """A number of calls, or how to find it out at the first call, or None where nobody knows."""
 
+Guided = bool | Callable[[], bool]
+"""Whether calls are made with classifier-free guidance, or how to find it out at the first call."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -21,8 +24,9 @@ class Run:
         full: for each call, whether the full graph ran.
         seconds: for each call the engine's own time, where ``unet.record_times`` was set; otherwise empty.
         schedule: None where every call is full.
-        cut: the cut of the shallow calls.
+        cut: of the shallow calls to which the schedule gives none of their own.
         calls: the number of calls that was announced; None where none was.
+        cuts: for each call the cut of the shallow graph that ran; None for a full one.
     """
 
     full: tuple[bool, ...]
@@ -30,6 +34,7 @@ class Run:
     schedule: Schedule | None
     cut: str | None
     calls: int | None
+    cuts: tuple[str | None, ...]
 
     @property
     def full_calls(self) -> tuple[int, ...]:
@@ -56,19 +61,23 @@ class Generation:
 
     Args:
         schedule: None makes every call full.
-        cut: recorded in ``run``.
+        cut: of shallow calls to which the schedule gives none of their own.
         calls: how many calls there will be. A function is asked at the first call, since a pipeline knows only then.
+        guided: whether each call is made with classifier-free guidance, likewise.
 
     Raises:
         ScheduleError: the schedule needs to know the number of calls.
     """
 
-    def __init__(self, schedule: Schedule | None, cut: str | None = None, calls: Calls = None) -> None:
+    def __init__(
+        self, schedule: Schedule | None, cut: str | None = None, calls: Calls = None, guided: Guided = False
+    ) -> None:
         if schedule is not None and calls is None:
             schedule.is_full(0)  # raises where the schedule cannot do without the number of calls
         self._schedule = schedule
         self._cut = cut
         self._calls = calls
+        self._guided = guided
         self._shapes: Hashable = None
         self._readable = False
         self._timesteps: deque[float] = deque(maxlen=2)
@@ -88,6 +97,13 @@ class Generation:
         return scheduled or not self._readable
 
     @property
+    def guided(self) -> bool:
+        """Whether its calls are made with classifier-free guidance; asked once, when a call is under way."""
+        if not isinstance(self._guided, bool):
+            self._guided = self._guided()
+        return self._guided
+
+    @property
     def made(self) -> int:
         """Calls that completed."""
         return len(self._full)
@@ -104,6 +120,11 @@ class Generation:
             schedule = self._schedule
             self._plan = tuple(schedule is None or schedule.is_full(call, calls) for call in range(calls))
         return self._plan
+
+    def cut_of(self, call: int) -> str | None:
+        """The cut of a call if it is shallow."""
+        named = None if self._schedule is None else self._schedule.cut_of(call)
+        return self._cut if named is None else named
 
     def begin(self, shapes: Hashable, timestep: float | None = None) -> bool:
         """Whether the call that now begins is full.
@@ -152,7 +173,8 @@ class Generation:
     def run(self) -> Run:
         """What was done so far."""
         calls = self._calls if isinstance(self._calls, int) else None
-        return Run(tuple(self._full), tuple(self._seconds), self._schedule, self._cut, calls)
+        cuts = tuple(None if full else self.cut_of(call) for call, full in enumerate(self._full))
+        return Run(tuple(self._full), tuple(self._seconds), self._schedule, self._cut, calls, cuts)
 
     def _resolve(self) -> int | None:
         """The number of calls, asked for when the first call begins."""

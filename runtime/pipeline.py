@@ -156,8 +156,14 @@ class _Announcing:
         call = super().__call__  # type: ignore[misc]
         if not isinstance(unet, StandIn):
             return call(*args, **kwargs)
-        with unet.generation(lambda: _unet_calls(self), getattr(self, "scheduler", None)):
+        scheduler = getattr(self, "scheduler", None)
+        with unet.generation(lambda: _unet_calls(self), scheduler, lambda: _guides(self)):
             return call(*args, **kwargs)
+
+
+def _guides(pipe: Any) -> bool:
+    """Whether the call under way asks the UNet about each latent without the prompt and with it."""
+    return bool(getattr(pipe, "do_classifier_free_guidance", False))
 
 
 def _unet_calls(pipe: Any) -> int:

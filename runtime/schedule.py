@@ -48,6 +48,15 @@ class Schedule(ABC):
         """Whether the number of calls must be known before the first one."""
         return self.cooldown > 0
 
+    @property
+    def cuts(self) -> tuple[str | None, ...]:
+        """The cuts of its shallow calls, each once, as ``UNet.cuts`` has them; None is the one it is set with."""
+        return (None,)
+
+    def cut_of(self, call: int) -> str | None:
+        """The cut of a call if it is shallow: one of ``cuts``."""
+        return None
+
     def full_calls(self, calls: int) -> tuple[int, ...]:
         """The indices of the full calls in a generation of so many calls, in order.
 
@@ -101,8 +110,7 @@ class Schedule(ABC):
     def __str__(self) -> str:
         """For tables, and as ``parse`` reads it: ``uniform:5:warmup=2``."""
         first, others = self._arguments()
-        text = ",".join(map(str, first)) if isinstance(first, tuple) else str(first)
-        return ":".join([self.kind, text, *(f"{key}={str(value).lower()}" for key, value in others.items())])
+        return ":".join([self.kind, _text(first), *(f"{key}={_text(value)}" for key, value in others.items())])
 
 
 @dataclass(frozen=True, repr=False)
@@ -242,6 +250,11 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "power": _optional(float),
     "calls": lambda text: [int(call) for call in text.split(",")],
 }
+
+
+def _text(value: Any) -> str:
+    """Of an argument: ``3``, ``none`` or ``0,3,9``."""
+    return ",".join(map(_text, value)) if isinstance(value, tuple) else str(value).lower()
 
 
 def _integer(name: str, value: Any, least: int) -> int:

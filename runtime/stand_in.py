@@ -22,7 +22,7 @@ from ..exporter.trace import SAMPLE
 from .advice import against_caching
 from .bound import Shapes
 from .forecast import Forecast
-from .generation import Calls, Generation, Run
+from .generation import Calls, Generation, Guided, Run
 from .inputs import engine_inputs, in_place, refuse_ignored, timestep_shape, timestep_value
 from .ip_adapter import ImagePrompts
 from .model import EngineModel, output_class
@@ -77,7 +77,9 @@ class StandIn(EngineModel):
         self._output_class = output_class(self._family)
         self._schedule: Schedule | None = None
         self._cut: str | None = None
+        self._used: tuple[str, ...] = ()  # the cuts of the schedule's shallow calls
         self._forecast: Forecast | None = None
+        self._reuse_guidance = False
         self._announced: Generation | None = None
         self._announced_by: int | None = None
         self._unannounced: Generation | None = None
@@ -101,7 +103,7 @@ class StandIn(EngineModel):
 
     @property
     def cut(self) -> str | None:
-        """The cut of the shallow calls; None where every call is full."""
+        """The cut of shallow calls to which the schedule gives none of their own; None where every call is full."""
         return self._cut
 
     @property
@@ -114,18 +116,33 @@ class StandIn(EngineModel):
         """How shallow calls predict the cached features; None where they reuse them."""
         return self._forecast
 
-    def set_schedule(self, schedule: Schedule | None, cut: str | None = None, forecast: Forecast | None = None) -> None:
+    @property
+    def reuse_guidance(self) -> bool:
+        """Whether shallow calls compute half of a guided batch."""
+        return self._reuse_guidance
+
+    def set_schedule(
+        self,
+        schedule: Schedule | None,
+        cut: str | None = None,
+        forecast: Forecast | None = None,
+        *,
+        reuse_guidance: bool = False,
+    ) -> None:
         """Choose which calls are shallow, and where the UNet is cut for them, from the next generation on.
 
         Shallow calls cost image quality: the more of them and the further out the cut, the more.
 
         Args:
             schedule: None makes every call full, which costs none.
-            cut: one of ``cuts``, in any convention; None for the first.
+            cut: one of ``cuts``, in any convention; None for the first. A schedule may give calls a cut of their own,
+                which goes before this one.
             forecast: predicts the cached features of the shallow calls; None reuses them.
+            reuse_guidance: compute only the half with the prompt on shallow calls, and take the difference to the other
+                from the last full call; where the pipeline guides, and generations are announced.
 
         Raises:
-            CutError: there is no such cut.
+            CutError: there is no such cut, or none that the schedule gives its calls.
             ScheduleError: a generation is under way.
         """
         if self._announced is not None:
@@ -137,26 +154,39 @@ class StandIn(EngineModel):
             name = next(iter(self._cuts)) if cut is None else canonical_name(cut)
             if name not in self._cuts:
                 raise CutError(f"this UNet was not built with the cut {cut!r}; it has {there}")
+            used = tuple(dict.fromkeys(name if each is None else each for each in schedule.cuts))
+            missing = [each for each in used if each not in self._cuts]
+            if missing:
+                raise CutError(f"this schedule has calls at the cut {missing[0]!r}, and this UNet has only {there}")
         self._schedule, self._cut = schedule, name if schedule is not None else None
+        self._used = used if schedule is not None else ()
         self._forecast = forecast if schedule is not None else None
+        self._reuse_guidance = reuse_guidance and schedule is not None
         self._unannounced = None
+
+    @property
+    def _features(self) -> tuple[str, ...]:
+        """The names of the cached features that the schedule's shallow calls read, each once."""
+        return tuple(dict.fromkeys(name for cut in self._used for name in self._cuts[cut]))
 
     # Generations
 
     @contextmanager
-    def generation(self, calls: Calls = None, scheduler: object = None) -> Iterator[Generation]:
+    def generation(self, calls: Calls = None, scheduler: object = None, guided: Guided = False) -> Iterator[Generation]:
         """Announce that the UNet calls in this block, all from this thread, make one generation.
 
         Args:
             calls: how many there will be, or a function to ask at the first one; None if nobody knows, which only a
                 schedule that needs no number can do with. Calls beyond the number are full.
             scheduler: that moves the latents along; only for advice, see ``advice``.
+            guided: whether each call asks about the same latents twice, without the prompt and with it, or a function
+                to ask at the first one; for ``reuse_guidance``.
 
         Raises:
             ScheduleError: the schedule needs the number of calls.
             UserError: another generation is under way.
         """
-        begun = Generation(self._schedule, self._cut, self._advised(calls, scheduler))
+        begun = Generation(self._schedule, self._cut, self._advised(calls, scheduler), guided)
         with self._exclusively():
             if self._announced is not None:
                 raise UserError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakKeyDictionary
@@ -15,9 +17,11 @@ from ..engines.base import BoundPair, EnginePair, OpenOptions
 from ..errors import EngineError, UserError
 from ..exporter.residuals import argument_of
 from ..exporter.specs import solve
+from ..exporter.trace import SAMPLE
 from .bound import BoundPairs
 from .forecast import History
 from .generation import Generation
+from .guidance import HalfBatch
 from .inputs import write_timestep
 from .loras import TakesLoras
 from .ranges import Ranges
@@ -26,6 +30,21 @@ from .stand_in import IN_USE, StandIn
 if TYPE_CHECKING:
     from ..engines.bundle import Bundle
     from ..exporter.parameters import StoredWeights
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What a generation's full calls left for its shallow ones, beside the features in the engines' buffers.
+
+    Attributes:
+        generation: whose.
+        history: for a forecast of the features.
+        guidance: for half of a guided batch.
+    """
+
+    generation: Generation
+    history: History | None
+    guidance: HalfBatch | None
 
 
 class UNet(TakesLoras, StandIn):
@@ -74,7 +93,7 @@ class UNet(TakesLoras, StandIn):
         self._bound = BoundPairs(bound_shapes)
         self._heard: WeakKeyDictionary[BoundPair, set[str]] = WeakKeyDictionary()
         self._ranges = Ranges(self._device)
-        self._history: tuple[Generation, History] | None = None
+        self._memory: _Memory | None = None
 
     @classmethod
     def load(
@@ -126,11 +145,23 @@ class UNet(TakesLoras, StandIn):
         write_timestep(bound.buffers["timestep"], timestep)
 
         generation, full = self._begin(tuple(shapes.items()), timestep)
+        memory = self._remembered(generation)
+        guidance = memory.guidance
+        if guidance is not None and generation.made == 0:
+            guidance.begin(tensors[SAMPLE])
+        if guidance is not None and guidance.rows != tensors[SAMPLE].shape[0]:
+            guidance = None  # the pipeline guides no longer
+        half = None if guidance is None or full else self._bound.at(self._opened(), guidance.shapes(shapes))
+        cut = None if full else generation.cut_of(generation.made)
+        assert full or cut is not None
         with self._ranges.call(full, more=generation is self._announced):
-            seconds = self._run(bound, full, generation)
+            enqueue = partial(self._enqueue, bound, half, cut, memory.history, guidance, generation.made)
+            seconds = self._run(enqueue)
         generation.end(full, seconds)
+        if half is not None and guidance is not None:
+            return guidance.answer(half).to(tensors[SAMPLE].dtype)
         # Schedulers keep it: PNDM without guidance would see its history overwritten.
-        return bound.buffers[self._noise_pred].to(tensors["sample"].dtype, copy=True)
+        return bound.buffers[self._noise_pred].to(tensors[SAMPLE].dtype, copy=True)
 
     def _silence(self, bound: BoundPair, passed: Iterable[str], silent: Iterable[str]) -> None:
         """Zero the residuals that an earlier call passed and this one does not; new buffers are zero."""
@@ -140,35 +171,53 @@ class UNet(TakesLoras, StandIn):
         heard.difference_update(silent)
         heard.update(name for name in passed if argument_of(name) is not None)
 
-    def _run(self, bound: BoundPair, full: bool, generation: Generation) -> float | None:
-        history = self._history_of(generation)
+    def _run(self, enqueue: Callable[[], None]) -> float | None:
         if not self.record_times:
-            self._enqueue(bound, full, history, generation.made)
+            enqueue()
             return None
         self._wait()
         begin = time.perf_counter()
-        self._enqueue(bound, full, history, generation.made)
+        enqueue()
         self._wait()
         return time.perf_counter() - begin
 
-    def _enqueue(self, bound: BoundPair, full: bool, history: History | None, call: int) -> None:
-        if full:
+    def _enqueue(
+        self,
+        bound: BoundPair,
+        half: BoundPair | None,
+        cut: str | None,
+        history: History | None,
+        guidance: HalfBatch | None,
+        call: int,
+    ) -> None:
+        """The engines' part of a call, with what precedes and follows it on the device.
+
+        Args:
+            cut: None for a full call.
+        """
+        if cut is None:
             bound.full()
             if history is not None:
                 history.keep(bound, call)
+            if guidance is not None:
+                guidance.keep(bound)
             return
-        assert self._cut is not None
         if history is not None:
-            history.predict(bound, call)
-        bound.shallow(self._cut)
+            history.predict(bound, call, self._cuts[cut])
+        if half is not None and guidance is not None:
+            guidance.fill(half, bound, self._cuts[cut])
+        (half or bound).shallow(cut)
 
-    def _history_of(self, generation: Generation) -> History | None:
-        """Of this generation's own full calls; None where features are reused as they are."""
-        if self._forecast is None or self._cut is None:
-            return None
-        if self._history is None or self._history[0] is not generation:
-            self._history = generation, History(self._forecast, self._cuts[self._cut])
-        return self._history[1]
+    def _remembered(self, generation: Generation) -> _Memory:
+        """What this generation's own full calls left."""
+        if self._memory is None or self._memory.generation is not generation:
+            history = guidance = None
+            if self._forecast is not None:
+                history = History(self._forecast, self._features)
+            if self._reuse_guidance and generation.guided:
+                guidance = HalfBatch(self._specs, self._noise_pred)
+            self._memory = _Memory(generation, history, guidance)
+        return self._memory
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -204,6 +253,7 @@ class UNet(TakesLoras, StandIn):
             if self._announced is not None:
                 raise UserError("this UNet is in a generation: let the pipeline call finish first")
             self._bound.close()
+            self._memory = None
             self._unannounced = None
         self._busy.acquire()
         self._in_use = "a worker runs this UNet's engines: submit requests to it, or close it first"
@@ -218,6 +268,7 @@ class UNet(TakesLoras, StandIn):
         """Give back the engines and their memory."""
         with self._exclusively():
             self._bound.close()
+            self._memory = None
             if self._pair is not None:
                 self._pair.close()
             self._pair = None

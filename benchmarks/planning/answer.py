@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ...errors import UserError
+from ...runtime.batching.policy import POLICIES
 from .arrivals import arrivals
 from .costs import Costs
 from .simulate import Kind, Outcome, Setting, simulate
@@ -61,6 +62,19 @@ def curve(costs: Costs, load: Load, setting: Setting) -> list[Point]:
     most = capacity(costs, load, setting)
     one = replace(setting, devices=1)
     return [Point(most * share, load.on(costs, one, most * share)) for share in SHARES]
+
+
+def ways(costs: Costs, load: Load, setting: Setting, rate: float) -> dict[str, Outcome]:
+    """The same load under each policy, with fewer requests in flight, and in whole requests as other servers batch."""
+    most = setting.max_in_flight
+    settings = {f"{name}, {most}": replace(setting, policy=POLICIES[name](setting.policy.bound)) for name in POLICIES}
+    chosen = next(name for name, kind in POLICIES.items() if type(setting.policy) is kind)
+    for fewer in (1, 2, 4, 8, 16):
+        if fewer < most:
+            queue = setting.max_queue + most - fewer
+            settings[f"{chosen}, {fewer}"] = replace(setting, max_in_flight=fewer, max_queue=queue)
+    settings[f"whole requests, {most}"] = replace(setting, whole_requests=True)
+    return {name: load.on(costs, each, rate) for name, each in settings.items()}
 
 
 def devices_for(

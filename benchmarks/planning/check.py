@@ -70,7 +70,7 @@ def compare(
     max_in_flight: int = 8,
     policy: Policy | None = None,
     seed: int = 0,
-    repeats: int = 2,
+    repeats: int = 3,
     told: Callable[[Comparison], None] = lambda comparison: None,
 ) -> list[Comparison]:
     """Serve the same load with a worker and in the simulator.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
@@ -24,10 +25,10 @@ def measure(
     device: str,
     cut: str | None = None,
     together: Sequence[int] = (1, 2, 4, 8),
-    repeats: int = 2,
+    repeats: int = 3,
     stage: Callable[[str], None] = lambda text: None,
 ) -> Costs:
-    """Run groups of equal requests on a worker, and read its statistics.
+    """Run groups of equal requests on a worker, in turns, and read its statistics.
 
     Args:
         pipe: of ``offcut.load`` or ``offcut.attach``.
@@ -35,96 +36,104 @@ def measure(
         schedule: with full and shallow calls among so many.
         model, device: what is measured, in words.
         together: how many requests share engine calls.
-        repeats: of each group, after one that is not measured.
+        repeats: rounds, after one that is not measured; the median of each time counts.
 
     Raises:
         UserError: the requests made no shallow calls, or did not run together.
     """
-    full: dict[int, float] = {}
-    shallow: dict[int, float] = {}
-    between: dict[int, float] = {}
-    encodes: list[float] = []
-    decodes: list[float] = []
-    per_request = 0
-    height = width = 0
-    name = cut
-    for count in together:
-        stage(f"{count} requests together" if count > 1 else "one request")
-        with Worker(pipe, max_in_flight=count, max_batch=10**6) as worker:
-            group = _Group(worker, arguments, schedule, cut, count)
-            group.run()
-            before = worker.statistics()
-            walls = [group.run() for _ in range(repeats)]
-            after = worker.statistics()
-            name = name or worker._unet.cuts[0]
-        ticks = _difference(before, after)
-        per_request = per_request or max(rows for _, rows in ticks)
+    rounds: dict[int, list[_Group]] = {count: [] for count in together}
+    with Worker(pipe, max_in_flight=max(together), max_queue=0, max_batch=10**6, bound_shapes=len(together)) as worker:
+        for place in range(repeats + 1):
+            stage("warm up" if place == 0 else f"round {place} of {repeats}")
+            for count in together:
+                group = _run(worker, arguments, schedule, cut, count)
+                if place:
+                    rounds[count].append(group)
+        cut = cut or worker.unet.cuts[0]
+    one = rounds[min(together)][0]
+    per_request = max(rows for _, rows in one.ticks) // min(together)
+    full, shallow, between = {}, {}, {}
+    for count, groups in rounds.items():
         rows = per_request * count
-        if ("full", rows) not in ticks or ("shallow", rows) not in ticks:
+        # Of short requests one may be under way before the others are there.
+        groups = [group for group in groups if {("full", rows), ("shallow", rows)} <= set(group.ticks)]
+        if not groups:
             raise UserError("these requests make no full and shallow calls together: give another schedule, or steps")
-        full[rows], shallow[rows] = ticks["full", rows].mean, ticks["shallow", rows].mean
-        height, width = walls[0].size
-        encodes += [max(wall.before - full[rows], 0.0) / count for wall in walls]
-        decodes += [wall.after / count for wall in walls]
-        # The first call lies before the first mark, and so do its seconds.
-        engine = sum(total.seconds for total in ticks.values()) - repeats * full[rows]
-        calls = sum(total.count for total in ticks.values()) - repeats
-        between[rows] = max(sum(wall.within for wall in walls) - engine, 0.0) / calls
+        full[rows] = statistics.median(group.ticks["full", rows].mean for group in groups)
+        shallow[rows] = statistics.median(group.ticks["shallow", rows].mean for group in groups)
+        between[rows] = statistics.median(group.between(rows) for group in groups)
+    every = [group for groups in rounds.values() for group in groups]
     return Costs(
         model=model,
         engine=pipe.unet.engine,
         device=device,
-        height=height,
-        width=width,
-        cut=str(name),
+        height=one.size[0],
+        width=one.size[1],
+        cut=cut,
         rows=per_request,
         full=full,
         shallow=shallow,
         between=between,
-        encode=statistics.median(encodes),
-        decode=statistics.median(decodes),
+        encode=statistics.median(group.encode(per_request) for group in every),
+        decode=statistics.median(group.decode for group in every),
     )
 
 
+def _run(worker: Worker, arguments: Mapping[str, Any], schedule: Schedule, cut: str | None, count: int) -> _Group:
+    """So many equal requests at once, from submission until all are done."""
+    marks: list[float] = []
+
+    def mark(step: Step) -> None:
+        marks.append(time.perf_counter())
+
+    before = worker.statistics()
+    began = time.perf_counter()
+    tickets = [worker.submit(arguments, schedule=schedule, cut=cut, on_step=mark) for _ in range(count)]
+    images = [ticket.future.result().images for ticket in tickets]
+    ended = time.perf_counter()
+    ticks = _difference(before, worker.statistics())
+    return _Group(count, marks[0] - began, marks[-1] - marks[0], ended - marks[-1], ticks, images[0][0])
+
+
+@dataclass(frozen=True)
 class _Group:
-    """So many equal requests at once."""
+    """Equal requests that ran together.
 
-    def __init__(
-        self, worker: Worker, arguments: Mapping[str, Any], schedule: Schedule, cut: str | None, count: int
-    ) -> None:
-        self._worker, self._arguments = worker, arguments
-        self._schedule, self._cut, self._count = schedule, cut, count
+    Attributes:
+        count: how many.
+        before, within, after: seconds until the first step was over, from there to the end of the last one, and then.
+        ticks: the engine calls, by kind and rows.
+        image: one of what was drawn.
+    """
 
-    def run(self) -> _Wall:
-        """From submission until all are done."""
-        marks: list[float] = []
+    count: int
+    before: float
+    within: float
+    after: float
+    ticks: Mapping[tuple[str, int], Total]
+    image: Any
 
-        def mark(step: Step) -> None:
-            marks.append(time.perf_counter())
+    def encode(self, per_request: int) -> float:
+        """Seconds of one request before its first call."""
+        return max(self.before - self.ticks["full", per_request * self.count].mean, 0.0) / self.count
 
-        began = time.perf_counter()
-        tickets = [
-            self._worker.submit(self._arguments, schedule=self._schedule, cut=self._cut, on_step=mark)
-            for _ in range(self._count)
-        ]
-        images = [ticket.future.result().images for ticket in tickets]
-        ended = time.perf_counter()
-        return _Wall(marks[0] - began, marks[-1] - marks[0], ended - marks[-1], images[0])
+    @property
+    def decode(self) -> float:
+        """Seconds of one request after its last call."""
+        return self.after / self.count
 
-
-class _Wall:
-    """Seconds of a group: until its first step was over, from there to the end of its last one, and after that."""
-
-    def __init__(self, before: float, within: float, after: float, images: Any) -> None:
-        self.before, self.within, self.after = before, within, after
-        self._image = images[0]
+    def between(self, rows: int) -> float:
+        """Seconds from one engine call to the next; the first call lies before the first mark."""
+        engine = sum(total.seconds for total in self.ticks.values()) - self.ticks["full", rows].mean
+        calls = sum(total.count for total in self.ticks.values()) - 1
+        return max(self.within - engine, 0.0) / calls
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of an image: PIL's, NumPy's [H, W, 3], or a tensor's [3, H, W]."""
-        if hasattr(self._image, "size") and isinstance(self._image.size, tuple):
-            return self._image.size[1], self._image.size[0]
-        shape = tuple(self._image.shape)
+        if isinstance(getattr(self.image, "size", None), tuple):
+            return self.image.size[1], self.image.size[0]
+        shape = tuple(self.image.shape)
         return (shape[0], shape[1]) if shape[-1] == 3 else (shape[-2], shape[-1])
 
 

@@ -42,6 +42,7 @@ class Setting:
     Attributes:
         devices: as many workers, each with a device of its own; a request goes to the one with the fewest.
         max_in_flight, max_queue, max_batch: of each; see ``runtime.batching.Worker``.
+        whole_requests: batch as other servers do: who comes waits until all in flight are done. For comparison.
     """
 
     policy: Policy
@@ -49,6 +50,7 @@ class Setting:
     max_in_flight: int = 8
     max_queue: int = 64
     max_batch: int = 16
+    whole_requests: bool = False
 
 
 @dataclass(eq=False)
@@ -151,6 +153,8 @@ class _Device:
         return work
 
     def _admit(self, now: float) -> None:
+        if self._setting.whole_requests and self._in_flight:
+            return
         while self._queue and self._in_flight < self._setting.max_in_flight:
             job = heapq.heappop(self._queue)[2]
             job.began = now

@@ -1,8 +1,9 @@
-"""Claims of the DeepCache paper (arXiv 2312.00858), put to a run. A claim holds or fails by a confidence interval."""
+"""Claims of the DeepCache paper (arXiv 2312.00858) and of offcut, put to a run; a confidence interval decides."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from . import metrics, plan
@@ -29,7 +30,7 @@ _RESAMPLES = 200  # of a Fréchet distance; each costs an eigenvalue problem
 def claims(
     settings: Sequence[Setting], scores: Scores, features: metrics.Values, ratios: Mapping[str, float]
 ) -> list[Claim]:
-    """Those that the settings allow: caching against fewer steps for each sampler, and quad against uniform.
+    """Those that the settings allow: caching against fewer steps for each sampler, quad against uniform, and forecasts.
 
     Args:
         features: of the drawn scenes, (N, D).
@@ -57,12 +58,28 @@ def claims(
                     _claim(f"{how} in PSNR", pair, scores, _psnr, "beats", 0.0, "dB"),
                     _claim(f"{how} in Fréchet distance", pair, scores, frechet, "beats", 0.0, "of it"),
                 ]
+        found += _of_forecasts(sampler, settings, scores, ratios)
+    return found
+
+
+def _of_forecasts(
+    sampler: str, settings: Sequence[Setting], scores: Scores, ratios: Mapping[str, float]
+) -> list[Claim]:
+    """offcut's own: a forecast against reuse with the same schedule, and against fewer steps."""
+    rows = [row for row in settings if row.sampler == sampler and row.damping]
+    reused = [(row, twin) for row in rows if (twin := replace(row, damping=None)) in settings]
+    fewer = [(row, other) for row in rows if (other := plan.counterpart(row, settings, ratios))]
+    found = []
+    for pairs, than in ((reused, "reuse with the same schedule"), (fewer, "fewer steps at the same latency")):
+        if pairs:
+            text = f"{sampler}: a forecast of the cached features stays nearer to the uncached picture than {than}"
+            found.append(_claim(text, pairs, scores, _psnr, "beats", 0.0, "dB PSNR"))
     return found
 
 
 def _plain(setting: Setting) -> bool:
     """Whether it is a uniform schedule without warm-up, as the paper compares."""
-    return setting.schedule == f"uniform:{setting.interval}"
+    return setting.schedule == f"uniform:{setting.interval}" and setting.damping is None
 
 
 def _claim(

@@ -115,7 +115,7 @@ def scheduler(config: Any, sampler: str) -> Any:
 def _part(pipe: Any, task: Task, setting: Setting, first: int, on_call: Progress) -> Made:
     own = pipe.scheduler
     pipe.scheduler = scheduler(own.config, setting.sampler)
-    pipe.unet.set_schedule(setting.parsed, cut=setting.cut)
+    pipe.unet.set_schedule(setting.parsed, setting.cut, setting.forecast)
     pipe.unet.record_times = True
     pipe.set_progress_bar_config(disable=True)
     try:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from ...errors import UserError
 from ...exporter.cut import canonical_name
+from ...runtime.forecast import Extrapolate, Forecast
 from ...runtime.schedule import Quad, Schedule, Uniform, parse
 from ..latency.record import Latency
 
@@ -48,6 +49,7 @@ class Setting:
         schedule: in its text form; None where every call is full.
         cut: of the shallow calls; None where there are none.
         fewer: whether this is an uncached run at a cached one's latency.
+        damping: of the cached features' forecast; None reuses them.
     """
 
     sampler: str
@@ -55,12 +57,14 @@ class Setting:
     schedule: str | None = None
     cut: str | None = None
     fewer: bool = False
+    damping: float | None = None
 
     @property
     def name(self) -> str:
         """Unique in a run, e.g. ``ddim 50, uniform:5:warmup=2, deepcache:0``."""
         ways = "uncached" if self.schedule is None else f"{self.schedule}, {self.cut}"
-        return f"{self.sampler} {self.steps}, {ways}"
+        forecast = "" if self.damping is None else f", forecast {self.damping:g}"
+        return f"{self.sampler} {self.steps}, {ways}{forecast}"
 
     @property
     def kind(self) -> str:
@@ -71,6 +75,11 @@ class Setting:
     def parsed(self) -> Schedule | None:
         """The schedule."""
         return None if self.schedule is None else parse(self.schedule)
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """How shallow calls predict the cached features."""
+        return None if self.damping is None else Extrapolate(self.damping)
 
     @property
     def interval(self) -> int | None:
@@ -92,7 +101,15 @@ class Setting:
         return self.full_calls + (shallow * ratios[self.cut] if self.cut else 0.0)
 
 
-def cached(sampler: str, steps: int, kind: Kind, interval: int, cut: str = CUTS[0], warmup: int = 0) -> Setting:
+def cached(
+    sampler: str,
+    steps: int,
+    kind: Kind,
+    interval: int,
+    cut: str = CUTS[0],
+    warmup: int = 0,
+    damping: float | None = None,
+) -> Setting:
     """A setting with caching, or without where the interval is 1.
 
     The centre of a quad schedule is the paper's, call 15 of 50, in proportion to the steps.
@@ -101,19 +118,25 @@ def cached(sampler: str, steps: int, kind: Kind, interval: int, cut: str = CUTS[
         return Setting(sampler, steps)
     center = round(0.3 * steps)
     schedule = Uniform(interval, warmup=warmup) if kind == "uniform" else Quad(interval, center, warmup=warmup)
-    return Setting(sampler, steps, str(schedule), canonical_name(cut))
+    return Setting(sampler, steps, str(schedule), canonical_name(cut), damping=damping)
 
 
 def full_plan(steps: int) -> list[Setting]:
-    """Each axis around DDIM, interval 5, uniform, `deepcache:0`, no warm-up; other samplers at half the steps."""
+    """Each axis around DDIM, interval 5, uniform, `deepcache:0`, no warm-up; other samplers at half the steps.
+
+    Forecasts come with two calls to warm up, which give them a direction.
+    """
     rows = [cached("ddim", steps, "uniform", interval) for interval in INTERVALS]
     rows += [cached("ddim", steps, "quad", interval) for interval in (_BASE, 10)]
     rows += [cached("ddim", steps, "uniform", _BASE, cut) for cut in CUTS[1:]]
     rows += [cached("ddim", steps, "uniform", _BASE, warmup=warmup) for warmup in WARMUPS[1:]]
+    rows += [cached("ddim", steps, "uniform", interval, warmup=2, damping=1.0) for interval in (3, _BASE, 10)]
+    rows.append(cached("ddim", steps, "uniform", _BASE, warmup=2, damping=0.5))
     for sampler in SAMPLERS[1:]:
         half = max(4, steps // 2)
         rows += [cached(sampler, half, "uniform", interval) for interval in (1, 3, _BASE, 10)]
         rows.append(cached(sampler, half, "uniform", _BASE, warmup=2))
+        rows += [cached(sampler, half, "uniform", interval, warmup=2, damping=0.5) for interval in (3, _BASE)]
         rows.append(cached(sampler, half, "quad", 10))
     return rows
 
@@ -133,6 +156,7 @@ def product_plan(
     intervals: Sequence[int],
     cuts: Sequence[str],
     warmups: Sequence[int],
+    dampings: Sequence[float | None] = (None,),
 ) -> list[Setting]:
     """Every combination, and the uncached run of each sampler.
 
@@ -145,12 +169,13 @@ def product_plan(
             raise UserError(f"{sampler!r} is no sampler here: choose one of {', '.join(SAMPLERS)}")
     rows = [Setting(sampler, steps) for sampler in samplers]
     rows += [
-        cached(sampler, steps, kind, interval, cut, warmup)
+        cached(sampler, steps, kind, interval, cut, warmup, damping)
         for sampler in samplers
         for kind in kinds
         for interval in intervals
         for cut in cuts
         for warmup in warmups
+        for damping in dampings
     ]
     return list(dict.fromkeys(rows))
 

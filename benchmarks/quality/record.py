@@ -28,6 +28,7 @@ class QualityRow(BaseModel):
     cut: str | None = None
     interval: int | None = None
     warmup: int | None = None
+    damping: float | None = Field(None, description="of the cached features' forecast; None where they are reused")
     full_calls: int
     shallow_calls: int
     images: int

@@ -124,6 +124,7 @@ def _row(
         cut=setting.cut,
         interval=setting.interval,
         warmup=schedule.warmup if schedule else None,
+        damping=setting.damping,
         full_calls=timeline.count("#"),
         shallow_calls=timeline.count("."),
         images=len(scored.right),

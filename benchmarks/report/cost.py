@@ -96,6 +96,8 @@ def short(row: QualityRow) -> str:
     if row.kind == "cached":
         kind = (row.schedule or "cached").partition(":")[0]
         interval = f"N={row.interval}" if kind == "uniform" else f"{kind} {row.interval or ''}".strip()
+        if row.damping is not None:
+            interval += f" forecast {row.damping:g}"
         return interval if row.cut in (None, "deepcache:0") else f"{interval} {row.cut}"
     return f"{row.steps} steps"
 

@@ -60,6 +60,10 @@ def plan(
     engine: EngineName = "auto",
     device: Device = "cpu",
     threads: Threads = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Also other policies, fewer requests in flight, and batches of whole requests."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Plan capacity: devices for a rate of requests and a p99, and the p99 of one device at other rates."""
@@ -110,6 +114,10 @@ def plan(
         else:
             stage(f"simulate {arrival_rate:g} requests a second")
             needed = answer.devices_for(costs, load, setting, arrival_rate, p99)
+        others = {}
+        if compare:
+            stage("simulate other ways to batch")
+            others = answer.ways(costs, load, _with(setting, needed[0]), arrival_rate)
     enough = _meets(needed[1], p99)
     if as_json:
         print_json(
@@ -121,11 +129,20 @@ def plan(
                 "devices": needed[0] if enough else None,
                 "capacity": most,
                 "at": _figures(needed[1]),
+                **({"ways": {name: _figures(outcome) for name, outcome in others.items()}} if compare else {}),
                 "curve": [{"rate": point.rate, **_figures(point.outcome)} for point in points],
             }
         )
     else:
         _print(costs, points, most)
+        if others:
+            out.print(
+                _table(
+                    f"{needed[0]} devices at {arrival_rate:g} requests a second",
+                    "batching, in flight",
+                    list(others.items()),
+                )
+            )
         where = f"the {len(recorded)} requests of {trace}" if recorded else f"{arrival_rate:g} requests a second"
         found = needed[1]
         verdict = f"[bold]{needed[0]}[/] devices" if enough else f"[red]not even {needed[0]} devices[/]"
@@ -198,18 +215,22 @@ def _print(costs: Costs, points: list[Point], most: float) -> None:
         row = (costs.full, costs.shallow, costs.between)
         table.add_row(str(rows), *(f"{each[rows] * 1000:.1f}" if rows in each else "" for each in row))
     out.print(table)
-    titles = ("requests/s", "load", "p50 s", "p90 s", "p99 s", "queue s", "busy", "rows a call", "rejected")
-    table = Table(box=SIMPLE, title=f"one device, which can do {most:.3g} requests a second")
-    for title in titles:
-        table.add_column(title, justify="right")
-    for point in points:
-        figures = _figures(point.outcome)
+    loads = [(f"{point.rate:.3g} ({point.rate / most:.0%})", point.outcome) for point in points]
+    out.print(_table(f"one device, which can do {most:.3g} requests a second", "requests/s", loads))
+
+
+def _table(title: str, first: str, rows: list[tuple[str, Outcome]]) -> Table:
+    table = Table(box=SIMPLE, title=title)
+    table.add_column(first, justify="right", no_wrap=True)
+    for heading in ("p50 s", "p90 s", "p99 s", "queue s", "busy", "rows a call", "rejected"):
+        table.add_column(heading, justify="right")
+    for name, outcome in rows:
+        figures = _figures(outcome)
         table.add_row(
-            f"{point.rate:.3g}",
-            f"{point.rate / most:.0%}",
-            *(f"{figures[name]:.2f}" for name in ("p50", "p90", "p99", "queue_mean")),
+            name,
+            *(f"{figures[key]:.2f}" for key in ("p50", "p90", "p99", "queue_mean")),
             f"{figures['utilisation']:.0%}",
             f"{figures['mean_rows']:.1f}",
             str(figures["rejected"]),
         )
-    out.print(table)
+    return table

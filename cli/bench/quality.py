@@ -62,6 +62,12 @@ def quality(
         list[int] | None, typer.Option(help="Of a combination: first calls that are full. Again for several.", min=0)
     ] = None,
     schedule: Annotated[list[Kind] | None, typer.Option(help="Of a combination. Again for both.")] = None,
+    forecast: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="DAMPING", help="Of a combination: 1 extrapolates the features, below 0 reuses. Again for several."
+        ),
+    ] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Of the prompts, and of the first image's noise.", min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Images of a pipeline call.", min=1)] = 16,
@@ -89,7 +95,7 @@ def quality(
 
     metrics.require_torchmetrics()
     outcome = Outcome(_PACKAGES)
-    asked = _settings(plan, steps, sampler, schedule, interval, cut, warmup)
+    asked = _settings(plan, steps, sampler, schedule, interval, cut, warmup, forecast)
     ratios = reference_ratios(asked, _given(shallow_ratio or [], latency))
     settings = with_fewer_steps(asked, ratios)
     networks = _networks(lpips, clip, fid)
@@ -139,10 +145,11 @@ def _settings(
     intervals: Sequence[int] | None,
     cuts: Sequence[str] | None,
     warmups: Sequence[int] | None,
+    dampings: Sequence[float] | None,
 ) -> list[Setting]:
     from ...benchmarks.quality.plan import full_plan, product_plan, quick_plan
 
-    if any(given is not None for given in (samplers, kinds, intervals, cuts, warmups)):
+    if any(given is not None for given in (samplers, kinds, intervals, cuts, warmups, dampings)):
         return product_plan(
             steps,
             samplers or ["ddim"],
@@ -150,6 +157,7 @@ def _settings(
             intervals or [5],
             cuts or ["deepcache:0"],
             warmups or [0],
+            [None if damping < 0 else damping for damping in dampings or [-1.0]],
         )
     return full_plan(steps) if plan == Plan.FULL else quick_plan(steps)
 
@@ -257,7 +265,8 @@ def _print(measured: Quality) -> None:
 def _short(row: QualityRow) -> str:
     if row.schedule is None:
         return f"{row.sampler} {row.steps}" + (", uncached" if row.kind == "uncached" else "")
-    return f"  {row.schedule}, {(row.cut or '').replace('deepcache:', 'cut ')}"
+    forecast = "" if row.damping is None else f", forecast {row.damping:g}"
+    return f"  {row.schedule}, {(row.cut or '').replace('deepcache:', 'cut ')}{forecast}"
 
 
 def _mean(value: Estimate | None, digits: int, scale: float = 1) -> str:

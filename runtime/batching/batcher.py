@@ -252,7 +252,7 @@ class Batcher:
     def _release(self, request: Request) -> None:
         if request.slot is not None:
             self.pool.give_back(request.slot)
-            request.slot = None
+            request.slot, request.written, request.before = None, -1, None
 
     def _fail(self, error: Exception) -> None:
         self.fault = EngineFaultError(f"the {self._pair.name} engine failed: {type(error).__name__}: {error}")

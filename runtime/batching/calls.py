@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -10,8 +10,9 @@ import torch
 from ...engines.base import BoundPair, EnginePair
 from ...errors import InternalError
 from ...exporter.trace import SAMPLE
+from ..forecast import Coefficients, write
 from ..ranges import Ranges
-from .pool import Slot
+from .pool import Slot, before
 from .request import Call
 from .ticks import TickLog
 
@@ -56,10 +57,16 @@ class EngineCalls:
         gathered = None
         if cut is not None:
             names = self._cuts[cut]
-            wanted = tuple((call.request.key, call.request.written, call.rows) for call in calls)
+            foreseen = [_foreseen(call, names) for call in calls]
+            wanted = tuple(
+                # A prediction is of one call, and no full step has a negative number.
+                (call.request.key, -1 - call.number if made else call.request.written, call.rows)
+                for call, made in zip(calls, foreseen, strict=True)
+            )
             gathered = any(held.get(name) != wanted for name in names)
             if gathered:  # else they are still where the last call of the same requests left them
                 self._gather(names, calls, places, bound, size)
+                self._predict(foreseen, calls, places, bound, size)
                 held |= dict.fromkeys(names, wanted)
         with self._ranges.call(cut is None, more=False), self._log.call(calls[0].lane, cut, size, rows, gathered):
             if cut is None:
@@ -69,7 +76,9 @@ class EngineCalls:
         if cut is None:
             self._scatter(calls, places, bound, size)
             for call in calls:
-                call.request.written = call.number
+                request = call.request
+                request.before = request.written if request.written >= 0 else None
+                request.written = call.number
             stamps = tuple((call.request.key, call.number, call.rows) for call in calls)
             held |= {name: stamps for names in self._cuts.values() for name in names}
         noise_pred = bound.buffers[self._noise_pred]
@@ -93,13 +102,16 @@ class EngineCalls:
         _copy(targets, sources)
 
     def _scatter(self, calls: Sequence[Call], places: Sequence[Place], bound: BoundPair, size: int) -> None:
-        """The features of a full call, into the slots of those who will need them."""
-        targets, sources = [], []
-        for call, place in zip(calls, places, strict=True):
-            for name in call.layout or ():
-                targets.append(_slot(call).features[name])
-                sources.append(_part(bound.buffers[name], place, size))
-        _copy(targets, sources)
+        """The features of a full call, into the slots of those who will need them; what was there goes back by one."""
+        kept = [
+            (_slot(call).features, name, _part(bound.buffers[name], place, size))
+            for call, place in zip(calls, places, strict=True)
+            for name in call.layout or ()
+            if name in bound.buffers
+        ]
+        older = [(slot[before(name)], slot[name]) for slot, name, _ in kept if before(name) in slot]
+        _copy([target for target, _ in older], [source for _, source in older])
+        _copy([slot[name] for slot, name, _ in kept], [fresh for _, _, fresh in kept])
 
     def _gather(
         self, names: Sequence[str], calls: Sequence[Call], places: Sequence[Place], bound: BoundPair, size: int
@@ -109,6 +121,28 @@ class EngineCalls:
             [_part(bound.buffers[name], place, size) for name in names for place in places],
             [_slot(call).features[name] for name in names for call in calls],
         )
+
+    def _predict(
+        self, foreseen: Sequence[_Foreseen], calls: Sequence[Call], places: Sequence[Place], bound: BoundPair, size: int
+    ) -> None:
+        """Over the features as they were, those of requests with a forecast."""
+        for made, call, place in zip(foreseen, calls, places, strict=True):
+            for name, coefficients in made.items():
+                slot = _slot(call).features
+                earlier = slot[name] if call.request.before is None else slot[before(name)]
+                write(_part(bound.buffers[name], place, size), slot[name], earlier, coefficients)
+
+
+_Foreseen = Mapping[str, Coefficients]
+"""How a shallow call predicts each feature; one that it reuses is not there."""
+
+
+def _foreseen(call: Call, names: Sequence[str]) -> _Foreseen:
+    request = call.request
+    if request.forecast is None:
+        return {}
+    made = {name: request.forecast.at(name, call.number, request.written, request.before) for name in names}
+    return {name: coefficients for name, coefficients in made.items() if coefficients is not None}
 
 
 def _slot(call: Call) -> Slot:

@@ -15,7 +15,7 @@ from ...exporter.specs import Shape, TensorSpec, factors, solve
 from ...exporter.trace import SAMPLE
 from ..bound import BoundPairs
 from ..inputs import timestep_shape
-from .pool import FeatureSpec, Layout
+from .pool import FeatureSpec, Layout, before
 from .times import StepTimes
 
 _PADDING = 32
@@ -127,16 +127,21 @@ class Lanes:
             self._lanes[key] = lane
         return self._lanes[key]
 
-    def layout(self, lane: Lane, cut: str, rows: int) -> Layout:
-        """What a request of so many rows keeps for shallow steps of this cut."""
+    def layout(self, lane: Lane, features: Sequence[str], rows: int, *, twice: bool = False) -> Layout:
+        """What a request of so many rows keeps for its shallow steps.
+
+        Args:
+            features: the names of those that they read.
+            twice: of the last two full steps, for a forecast.
+        """
         size = self._fixed or rows
         dims = solve(self._pair.inputs, lane.shapes(size))
         layout = {}
-        for name in self._pair.cuts[cut]:
+        for name in features:
             spec = self._pair.outputs[name]
             first, *others = spec.resolve(dims)
             layout[name] = FeatureSpec((first // size * rows, *others), spec.torch_dtype())
-        return layout
+        return layout | {before(name): spec for name, spec in layout.items()} if twice else layout
 
     def bind(self, lane: Lane, rows: int) -> tuple[BoundPair, int]:
         """Buffers for a call of at least so many rows, and how many rows they have.

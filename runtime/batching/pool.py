@@ -31,6 +31,11 @@ Layout = Mapping[str, FeatureSpec]
 """What a request keeps from a full step for its shallow ones, by the feature's name."""
 
 
+def before(feature: str) -> str:
+    """The name in a slot of what the full step before the last left of a feature."""
+    return f"{feature}, before"
+
+
 @dataclass(frozen=True, eq=False)
 class Slot:
     """A request's place in the pool; no other request reads or writes it.

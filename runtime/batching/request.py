@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..forecast import Forecast
 from ..schedule import Schedule
 from .lanes import Lane
 from .pool import Layout, Slot
@@ -48,12 +49,14 @@ class Request:
         submitted, expires, due: on ``time.monotonic``; ``expires`` is None without a deadline, ``due`` orders requests.
         slot: holds its cached features.
         written: the number of the full step whose features the slot holds.
+        before: of the full step before that, whose features it holds too where there is a forecast; None for none.
     """
 
     key: int
     arguments: Mapping[str, Any]
     schedule: Schedule | None
     cut: str | None
+    forecast: Forecast | None
     scheduler: Any
     pipeline: type | None
     submitted: float
@@ -65,6 +68,7 @@ class Request:
     """When a thread took it, on ``time.monotonic``."""
     slot: Slot | None = None
     written: int = -1
+    before: int | None = None
     ended: Exception | None = None
     """Why it is to stop at its next step: cancelled, or its deadline passed."""
 

@@ -14,6 +14,8 @@ from ..inputs import write_timestep
 from ..stand_in import StandIn
 from ..unet import UNet
 from .batcher import Batcher
+from .lanes import Lane
+from .pool import Layout
 from .request import Call, Request, Step
 
 
@@ -47,7 +49,7 @@ class SharedUNet(StandIn):
         self._request = request
         self._unannounced = None
         if request is not None:
-            self.set_schedule(request.schedule, request.cut)
+            self.set_schedule(request.schedule, request.cut, request.forecast)
             if self.image_prompts is not None:
                 self.image_prompts.adopt(self._owner.attn_processors)
 
@@ -67,16 +69,17 @@ class SharedUNet(StandIn):
         plan, number = generation.plan, generation.made
         ahead = None if plan is None else plan[number + 1 :]
         keeps = full and self._schedule is not None and (ahead is None or not all(ahead))
-        assert self._cut is not None or full
+        cut = None if full else generation.cut_of(number)
+        assert full or cut is not None
         call = Call(
             request=request,
             lane=lane,
             tensors=tensors,
             timestep=times,
             rows=rows,
-            cut=None if full else self._cut,
+            cut=cut,
             number=number,
-            layout=self._batcher.lanes.layout(lane, self._cut, rows) if keeps and self._cut is not None else None,
+            layout=self._layout(lane, rows) if keeps else None,
             last=ahead is not None and not ahead,
             until_full=ahead.index(True) + 1 if not full and ahead and True in ahead else 0 if full else None,
             came=time.monotonic(),
@@ -87,3 +90,7 @@ class SharedUNet(StandIn):
             with self._batcher.outside():
                 request.on_step(Step(number, None if plan is None else len(plan), full, call.shared))
         return noise_pred
+
+    def _layout(self, lane: Lane, rows: int) -> Layout:
+        """The same at all of a request's full steps: another slot would not have the features of the step before."""
+        return self._batcher.lanes.layout(lane, self._features, rows, twice=self._forecast is not None)

@@ -19,6 +19,7 @@ from ...errors import (
     UserError,
     WorkerClosedError,
 )
+from ..forecast import Forecast
 from ..pipeline import load
 from ..schedule import Schedule
 from ..unet import UNet
@@ -96,7 +97,8 @@ class Worker:
                 f"a worker needs a {type(self._pipe).__name__} with an offcut.UNet: make it with offcut.load(bundle), "
                 "or call offcut.attach(pipe, bundle) first"
             )
-        self._unet = unet
+        self.unet = unet
+        """Whose engines these are."""
         pair = unet.lend()
         self._max_in_flight, self._max_queue = max_in_flight, max_queue
         self._lock = threading.Lock()
@@ -140,6 +142,7 @@ class Worker:
         *,
         schedule: Schedule | None = None,
         cut: str | None = None,
+        forecast: Forecast | None = None,
         scheduler: Any = None,
         pipeline: type | None = None,
         deadline: float | None = None,
@@ -150,7 +153,8 @@ class Worker:
         Args:
             arguments: of the pipeline's call. Callbacks in them must not block, as everybody waits for them. Without a
                 ``generator`` the request gets one of its own with a random seed.
-            schedule, cut: as ``UNet.set_schedule`` takes them. Caching costs quality.
+            schedule, cut, forecast: as ``UNet.set_schedule`` takes them. Caching costs quality; a forecast doubles the
+                memory for cached features.
             scheduler: of diffusers; copied. None for the pipeline's own.
             pipeline: another class of diffusers that the pipeline's modules make up, e.g.
                 ``StableDiffusionImg2ImgPipeline``.
@@ -177,6 +181,7 @@ class Worker:
                 arguments=arguments,
                 schedule=schedule,
                 cut=cut,
+                forecast=forecast,
                 scheduler=scheduler,
                 pipeline=pipeline,
                 submitted=now,
@@ -265,9 +270,9 @@ class Worker:
         for thread in self._threads:
             thread.join()
         self._batcher.close()
-        self._unet.take_back()
+        self.unet.take_back()
         if self._owns:
-            self._unet.close()
+            self.unet.close()
 
     def __enter__(self) -> Worker:
         return self

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -59,14 +60,36 @@ class Document(BaseModel):
 
     version: int = 1
     key: Key
-    cut: str
+    cut: str = Field(description="of shallow calls for which cuts has none")
+    cuts: tuple[str | None, ...] = Field(default=(), description="of each call, none if full; empty if all have cut")
     full: tuple[int, ...] = Field(description="the full calls")
     predictors: tuple[str, ...] = Field(description="of each call: full, reuse, forecast... or fit...")
     engine: str = Field(description="that the times are of")
-    shallow_over_full: float
+    shallow_over_full: float = Field(description="time of a shallow call at cut")
+    ratios: dict[str, float] = Field(default={}, description="the same of every cut that was searched, if several were")
     samples: dict[str, int] = Field(description="images to fit, to select and to test")
     measured: tuple[Measured, ...]
     pareto: tuple[Measured, ...] = ()
+
+    @property
+    def schedule(self) -> TunedSteps:
+        """What the runtime takes.
+
+        Raises:
+            ScheduleError: it has cuts for another number of calls than its own.
+        """
+        return TunedSteps(self.full, self.key.calls, self.cuts)
+
+    @property
+    def by_call(self) -> tuple[str | None, ...]:
+        """The cut of each call; None for full ones."""
+        schedule = self.schedule
+        return tuple(None if call in self.full else schedule.cut_of(call) or self.cut for call in range(self.key.calls))
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The cuts of its shallow calls, each once."""
+        return tuple(dict.fromkeys(cut for cut in self.by_call if cut is not None))
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,15 +99,33 @@ class TunedSteps(Schedule):
     Attributes:
         full: their indices, 0 first.
         total: the number of calls.
+        by_call: for each call its cut if it is shallow, None for the one that the schedule is set with; empty if all
+            take that.
+
+    Raises:
+        ScheduleError: it has cuts for another number of calls.
     """
 
     full: tuple[int, ...]
     total: int
+    by_call: tuple[str | None, ...] = ()
     kind: ClassVar[str] = "tuned"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.by_call and len(self.by_call) != self.total:
+            raise ScheduleError(f"{len(self.by_call)} cuts cannot serve {self.total} UNet calls: give one for each")
 
     @property
     def needs_calls(self) -> bool:
         return True
+
+    @property
+    def cuts(self) -> tuple[str | None, ...]:
+        return tuple(dict.fromkeys(self.cut_of(call) for call in range(self.total) if call not in self.full))
+
+    def cut_of(self, call: int) -> str | None:
+        return self.by_call[call] if call < len(self.by_call) else None
 
     def _last_on_grid(self, call: int, calls: int | None) -> int:
         if calls != self.total:
@@ -131,9 +172,44 @@ class Tuned:
     document: Document
     coefficients: Mapping[int, Mapping[str, Coefficients]] = field(repr=False)
 
+    @classmethod
+    def load(cls, bundle: str | Path | Bundle, name: str) -> Tuned:
+        """A schedule of a bundle.
+
+        Raises:
+            ScheduleError: there is none of this name.
+            BundleError: its files are damaged.
+        """
+        from safetensors.torch import load_file
+
+        from ...engines.bundle import Bundle
+
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        there = opened.manifest.schedules
+        if name not in there:
+            raise ScheduleError(
+                f"{opened.path} has no schedule {name}; it has {', '.join(there) or 'none'}: make one with offcut tune"
+            )
+        entry = there[name]
+        opened.verify_files([entry.document, entry.coefficients])
+        try:
+            document = Document.model_validate_json((opened.path / entry.document).read_bytes())
+        except ValidationError as error:
+            raise BundleError(f"{opened.path / entry.document} is damaged: {error.errors()[0]['msg']}") from error
+        found: dict[int, dict[str, dict[str, Any]]] = {}
+        for key, tensor in load_file(opened.path / entry.coefficients).items():
+            call, feature, which = key.split(".")
+            value = float(tensor[0]) if len(tensor) == 1 else tensor
+            found.setdefault(int(call), {}).setdefault(feature, {})[which] = value
+        coefficients = {
+            call: {feature: Coefficients(**values) for feature, values in features.items()}
+            for call, features in found.items()
+        }
+        return cls(name, document, coefficients)
+
     @property
     def schedule(self) -> TunedSteps:
-        return TunedSteps(self.document.full, self.document.key.calls)
+        return self.document.schedule
 
     @property
     def forecast(self) -> Forecast | None:
@@ -189,38 +265,6 @@ def refusal(tuned: Tuned, key: Key) -> str | None:
     return None
 
 
-def read(bundle: Bundle, name: str) -> Tuned:
-    """A schedule of a bundle.
-
-    Raises:
-        ScheduleError: there is none of this name.
-        BundleError: its files are damaged.
-    """
-    from safetensors.torch import load_file
-
-    there = bundle.manifest.schedules
-    if name not in there:
-        raise ScheduleError(
-            f"{bundle.path} has no schedule {name}; it has {', '.join(there) or 'none'}: make one with offcut tune"
-        )
-    entry = there[name]
-    bundle.verify_files([entry.document, entry.coefficients])
-    try:
-        document = Document.model_validate_json((bundle.path / entry.document).read_bytes())
-    except ValidationError as error:
-        raise BundleError(f"{bundle.path / entry.document} is damaged: {error.errors()[0]['msg']}") from error
-    found: dict[int, dict[str, dict[str, Any]]] = {}
-    for key, tensor in load_file(bundle.path / entry.coefficients).items():
-        call, feature, which = key.split(".")
-        value = float(tensor[0]) if len(tensor) == 1 else tensor
-        found.setdefault(int(call), {}).setdefault(feature, {})[which] = value
-    coefficients = {
-        call: {feature: Coefficients(**values) for feature, values in features.items()}
-        for call, features in found.items()
-    }
-    return Tuned(name, document, coefficients)
-
-
 def choose(bundle: Bundle, key: Key, name: str | None = None) -> Tuned:
     """The schedule to use: the one named, or of those that fit the one with the best images.
 
@@ -228,7 +272,7 @@ def choose(bundle: Bundle, key: Key, name: str | None = None) -> Tuned:
         ScheduleError: none fits; the message has the reason for each.
     """
     names = list(bundle.manifest.schedules) if name is None else [name]
-    tuned = [read(bundle, each) for each in names]
+    tuned = [Tuned.load(bundle, each) for each in names]
     reasons = {each.name: refusal(each, key) for each in tuned}
     fitting = [each for each in tuned if reasons[each.name] is None]
     if not fitting:

@@ -29,6 +29,8 @@ class Moments:
         """Positions (pixels of the feature, of all images) that were added."""
         self.sums = torch.zeros(channels, calls, dtype=torch.float64)
         self.products = torch.zeros(channels, calls, calls, dtype=torch.float64)
+        self.distances = torch.zeros(calls, calls, dtype=torch.float64)
+        """L1 norms of the differences between calls, summed over generations."""
 
     def add(self, values: torch.Tensor) -> None:
         """One generation's values [channels, calls, positions]; in doubles, since errors are small differences."""
@@ -38,6 +40,8 @@ class Moments:
             doubles = values[part].double()
             self.sums[part] += doubles.sum(-1)
             self.products[part] += doubles @ doubles.mT
+        whole = values.transpose(0, 1).flatten(1).float()
+        self.distances += torch.cdist(whole, whole, p=1).double()
 
     def power(self, call: int) -> torch.Tensor:
         """Mean square of each channel [channels]."""

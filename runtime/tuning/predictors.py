@@ -105,6 +105,23 @@ class Predictors:
         return found
 
 
+def by_cut(
+    cuts: Mapping[str, Sequence[str]],
+    fitted: Mapping[str, Moments],
+    held_out: Mapping[str, Moments],
+    kinds: Sequence[str] = ("forecast", "fit"),
+) -> dict[str, Predictors]:
+    """For each cut those of its features; other arguments as ``Predictors``.
+
+    Args:
+        cuts: with the names of their features.
+    """
+    return {
+        cut: Predictors({name: fitted[name] for name in names}, {name: held_out[name] for name in names}, kinds)
+        for cut, names in cuts.items()
+    }
+
+
 def _column(coefficients: Coefficients, index: int) -> Coefficients:
     """One call's of coefficients for several: numbers, or tensors [channels]."""
 

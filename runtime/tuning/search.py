@@ -21,11 +21,19 @@ SegmentErrors = Callable[[int, "int | None", int], Array]
 
 @dataclass(frozen=True)
 class Found:
-    """A schedule: its full calls, the sum of its weighted errors, and its cost in full calls' time."""
+    """A schedule.
+
+    Attributes:
+        full: its full calls.
+        error: the sum of its weighted errors.
+        cost: in full calls' time.
+        cuts: of each call, None for a full one; empty where nobody said what cut there is.
+    """
 
     full: tuple[int, ...]
     error: float
     cost: float
+    cuts: tuple[str | None, ...] = ()
 
 
 def evaluate(full: Sequence[int], calls: int, errors: SegmentErrors, shallow_cost: float) -> Found:
@@ -80,6 +88,12 @@ def within(found: Sequence[Found], budget: float) -> Found:
     """Of the schedules within a budget, in full calls, that with the least error; the cheapest if there is none."""
     affordable = [each for each in found if each.cost <= budget + 1e-9]
     return min(affordable, key=lambda each: each.error) if affordable else min(found, key=lambda each: each.cost)
+
+
+def last_two(full: Sequence[int], call: int) -> tuple[int, int | None]:
+    """The last full call before a shallow one, and the full call before that."""
+    earlier = [each for each in full if each < call]
+    return earlier[-1], earlier[-2] if len(earlier) > 1 else None
 
 
 def cachequant(calls: int, interval: int, differences: Callable[[int, int], float]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 import offcut
 from offcut.benchmarks.compare import generate_to_file
-from offcut.benchmarks.demo import demo
+from offcut.benchmarks.demo import Way, demo
 from offcut.benchmarks.generate import Request, generate, psnr
 from offcut.benchmarks.picture import Tile, difference, sheet
 from offcut.errors import UserError
@@ -79,9 +79,11 @@ def test_a_picture_that_cannot_be_written_is_refused_first(pipe: Any, tmp_path: 
 
 def test_the_demo_tells_the_truth(pipe: Any, tmp_path: Path) -> None:
     picture = tmp_path / "demo.png"
-    result = demo(pipe, ["a cat", "a dog"], picture, steps=6, intervals=(2, 3), warmup=1)
-    uncached, two, three = result.rows
+    result = demo(pipe, ["a cat", "a dog"], picture, steps=6, ways=(Way(2), Way(3), Way(3, 1.0)), warmup=1)
+    uncached, two, three, forecast = result.rows
     assert (uncached.full_calls, two.full_calls, three.full_calls) == (6, 3, 2)
+    assert (forecast.full_calls, forecast.damping, three.damping) == (2, 1.0, None)
+    assert forecast.psnr != three.psnr
     assert uncached.speed_up == 1
     assert uncached.psnr is None
     assert two.psnr_worst is not None

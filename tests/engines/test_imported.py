@@ -132,3 +132,12 @@ def test_what_optimum_wrote_is_built_and_run(save: Any, tmp_path: Path) -> None:
     for uncached in (True, False):
         assert (images["weights", uncached] - images["onnx", uncached]).abs().max() < 2e-5
     assert (images["onnx", True] - images["onnx", False]).abs().max() > 1e-4
+
+
+def test_peers_have_no_model_to_load(elsewhere_bundle: Path) -> None:
+    """``offcut bench latency`` then says so, in place of loading a directory without weights."""
+    from offcut.benchmarks.latency.model import find_model
+
+    found, why = find_model(offcut.Bundle.open(elsewhere_bundle), None)
+    assert found is None
+    assert "the peers need the PyTorch weights of" in why

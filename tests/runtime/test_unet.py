@@ -19,6 +19,7 @@ from offcut.errors import CutError, EngineError, OffcutError, ScheduleError, Sha
 from offcut.exporter.specs import TensorSpec, solve
 from offcut.runtime.pipeline import attach
 from offcut.runtime.schedule import Quad, Steps, Uniform
+from offcut.runtime.tuning.artifact import TunedSteps
 from offcut.runtime.unet import UNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' use of NumPy
@@ -292,6 +293,17 @@ def test_announced_calls_follow_the_schedule_whatever_the_timesteps(unet: UNet, 
         assert unet.last_run is not None
         assert unet.last_run.timeline == "#..#"
         assert (unet.last_run.calls, unet.last_run.schedule, unet.last_run.cut) == (4, Uniform(3), "deepcache:1")
+
+
+def test_a_schedule_may_give_calls_cuts_of_their_own(unet: UNet, pair: ArithmeticPair) -> None:
+    unet.set_schedule(TunedSteps((0, 3), 5, (None, "deepcache:1", None, None, "deepcache:0")), cut="deepcache:0")
+    assert unet.cut == "deepcache:0"
+    with unet.generation(calls=5):
+        calls(unet, [5, 4, 3, 2, 1])
+    assert pair.log == ["full", "deepcache:1", "deepcache:0", "full", "deepcache:0"]
+    assert unet.last_run is not None
+    assert unet.last_run.cuts == (None, "deepcache:1", "deepcache:0", None, "deepcache:0")
+    assert unet.last_run.timeline == "#..#."
 
 
 def test_a_generation_without_a_number_will_do_for_a_schedule_that_needs_none(unet: UNet) -> None:

@@ -78,7 +78,8 @@ def test_devices_for_a_load_from_times_of_elsewhere(times: Path) -> None:
     assert answer["devices"] * answer["capacity"] > 20 * 0.9
     rates = [point["rate"] for point in answer["curve"]]
     assert rates == sorted(rates)
-    words = plan("--times", times, "--arrival-rate", 20, "--p99", 3, "--requests", 400)
+    words = plan("--times", times, "--arrival-rate", 20, "--p99", 3, "--requests", 400, "--compare")
+    assert "whole requests" in words.stdout
     assert f"{answer['devices']} devices for 20 requests a second within 3 s" in " ".join(words.stdout.split())
 
 

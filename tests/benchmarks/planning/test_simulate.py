@@ -33,6 +33,7 @@ COSTS = Costs(
 )
 KIND = Kind((True, False, False, True, False))
 ONE = Setting(Deadline())
+LOAD = answer.Load([KIND], requests=300)
 
 
 def test_a_request_alone_takes_the_sum_of_its_parts() -> None:
@@ -119,6 +120,24 @@ def test_the_curve_rises_towards_what_a_device_can_do() -> None:
     busy = [point.outcome.utilisation for point in points]
     assert busy[0] < busy[-1]
     assert points[-1].rate == pytest.approx(answer.capacity(COSTS, load, ONE))
+
+
+def test_batches_of_whole_requests_let_nobody_join() -> None:
+    times = [0.0, 0.5, 0.5]
+    joining, whole = (simulate(COSTS, [KIND], times, replace(ONE, whole_requests=each)) for each in (False, True))
+    alone = simulate(COSTS, [KIND], [0.0], ONE).latencies[0]
+    assert whole.latencies[0] == pytest.approx(alone)
+    assert whole.queued == pytest.approx([0, alone - 0.5, alone - 0.5])
+    assert whole.calls == 10
+    assert joining.seconds < whole.seconds
+    ways = answer.ways(COSTS, LOAD, ONE, 0.8 * answer.capacity(COSTS, LOAD, ONE))
+    assert set(ways) == {
+        *(f"{name}, 8" for name in POLICIES),
+        *(f"deadline, {n}" for n in (1, 2, 4)),
+        "whole requests, 8",
+    }
+    assert ways["deadline, 8"].percentile(50) < ways["whole requests, 8"].percentile(50)
+    assert ways["deadline, 1"].mean_rows == 2
 
 
 def test_thousands_of_devices() -> None:

@@ -56,5 +56,22 @@ def test_a_difference_the_other_way_is_found_too() -> None:
     assert len(agrees) == 5
 
 
+@pytest.mark.parametrize(("reused", "agrees"), [(30.0, True), (40.0, False), (35.0, None)])
+def test_a_forecast_is_held_against_reuse_and_fewer_steps(reused: float, agrees: bool | None) -> None:
+    plain = plan.cached("ddim", 50, "uniform", 10, warmup=2)
+    forecast = plan.cached("ddim", 50, "uniform", 10, warmup=2, damping=1.0)
+    settings = [Setting("ddim", 50), plain, forecast, Setting("ddim", 10, fewer=True)]
+    values = ((30, 0.8), (reused, 0.8), (35, 0.8), (30, 0.8))
+    scores = {
+        row: scored(psnr, right, 1.0, 400, seed)
+        for seed, (row, (psnr, right)) in enumerate(zip(settings, values, strict=True))
+    }
+    drawn = np.random.default_rng(8).normal(size=(400, 4))
+    made = claims.claims(settings, scores, drawn, SHALLOW_OVER_FULL)
+    mine = [claim for claim in made if "forecast" in claim.text]
+    assert [claim.agrees for claim in mine] == [agrees, True]
+    assert mine[0].text.endswith("than reuse with the same schedule")
+
+
 def test_few_pictures_claim_nothing() -> None:
     assert set(found(40, uniform=(35, 0.8, 1.0)).values()) == {None}

@@ -1,5 +1,7 @@
 """Plans: what they vary, what rows cost, and which runs with fewer steps stand beside them."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,6 +10,7 @@ from offcut.benchmarks.latency.record import Contestant, Latency
 from offcut.benchmarks.quality import plan
 from offcut.benchmarks.quality.plan import SHALLOW_OVER_FULL, Setting
 from offcut.errors import UserError
+from offcut.runtime.forecast import Extrapolate
 
 PLANS = {"full": plan.full_plan(50), "quick": plan.quick_plan(50)}
 
@@ -20,6 +23,10 @@ def test_the_full_plan_varies_every_axis() -> None:
     assert {row.parsed.warmup for row in cached if row.parsed} == set(plan.WARMUPS)
     assert {row.sampler for row in cached} == set(plan.SAMPLERS)
     assert {row.parsed.kind for row in cached if row.parsed} == {"uniform", "quad"}
+    forecast = [row for row in cached if row.damping is not None]
+    assert {row.sampler for row in forecast} == set(plan.SAMPLERS)
+    assert all(row.parsed is not None and row.parsed.warmup == 2 for row in forecast)
+    assert any(replace(row, damping=None) in rows for row in forecast)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -49,6 +56,14 @@ def test_a_cost_is_full_calls_and_the_share_of_shallow_ones(steps: int, kind: st
     full = len(row.parsed.full_calls(steps))
     assert row.cost({"deepcache:1": 0.25}) == pytest.approx(full + 0.25 * (steps - full))
     assert row.cost({"deepcache:1": 1.0}) == pytest.approx(steps)
+
+
+def test_a_forecast_is_named_and_costs_nothing() -> None:
+    plain, forecast = plan.product_plan(20, ["ddim"], ["uniform"], [4], ["deepcache:0"], [2], [None, 0.5])[1:]
+    assert forecast.name == f"{plain.name}, forecast 0.5"
+    assert forecast.forecast == Extrapolate(0.5)
+    assert plain.forecast is None
+    assert forecast.cost(SHALLOW_OVER_FULL) == plain.cost(SHALLOW_OVER_FULL)
 
 
 def test_interval_one_is_the_uncached_run() -> None:

@@ -33,7 +33,7 @@ def alone(shared: Any) -> Callable[..., torch.Tensor]:
     def run(ask: Ask, pipe: Any = shared) -> torch.Tensor:
         before = pipe.scheduler
         pipe.scheduler = ask.get("scheduler") or before
-        pipe.unet.set_schedule(ask.get("schedule"), cut=ask.get("cut"))
+        pipe.unet.set_schedule(ask.get("schedule"), ask.get("cut"), ask.get("forecast"))
         try:
             latents = pipe(**_arguments(ask)).images
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from diffusers import (
 import offcut
 from offcut.errors import ShapeError
 from offcut.runtime.batching import POLICIES, Ticket, Worker
+from offcut.runtime.forecast import Coefficients, Extrapolate, Forecast
 from offcut.runtime.schedule import Quad, Uniform
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' use of NumPy
@@ -39,6 +41,28 @@ SCHEDULERS = [
     PNDMScheduler,
     UniPCMultistepScheduler,
 ]
+
+
+@dataclass(frozen=True)
+class Corrected(Forecast):
+    """Coefficients that change from call to call, as tuning fits them."""
+
+    def at(self, feature: str, call: int, last: int, before: int | None) -> Coefficients | None:
+        return Coefficients(1 + 0.01 * call, 0.0 if before is None else 0.1 * (call - last), 0.001 * call)
+
+
+@dataclass(frozen=True, repr=False)
+class Alternating(Uniform):
+    """Shallow calls at two cuts in turn; None is the one that the request asks for."""
+
+    @property
+    def cuts(self) -> tuple[str | None, ...]:
+        return (None, "deepcache:0")
+
+    def cut_of(self, call: int) -> str | None:
+        return self.cuts[call % 2]
+
+
 BOUND = 1e-5
 """Of a latent's difference, relative to the largest latent: ONNX Runtime rounds a single row in its own way."""
 
@@ -66,6 +90,7 @@ def mix(pipe: Any, seed: int, count: int) -> list[dict[str, Any]]:
             },
             "schedule": draw.choice([None, Uniform(2), Uniform(3, warmup=2), Quad(2, center=1), Uniform(5)]),
             "cut": draw.choice(["deepcache:0", "deepcache:1"]),
+            "forecast": draw.choice([None, Extrapolate(0.5), Extrapolate(1.0), Corrected()]),
             "scheduler": draw.choice(SCHEDULERS).from_config(pipe.scheduler.config, skip_prk_steps=True),
         }
         for _ in range(count)
@@ -84,7 +109,11 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_random_mixes_give_what_each_request_gives_alone(policy: str, shared: Any, alone: Alone, send: Send) -> None:
     for seed in range(3):
-        asks = mix(shared, seed, 9)
+        own_cuts = [
+            {"arguments": {"seed": number}, "schedule": Alternating(4), "cut": "deepcache:1", "forecast": forecast}
+            for number, forecast in enumerate([None, Corrected()])
+        ]
+        asks = [*mix(shared, seed, 9), *own_cuts]
         expected = [alone(ask) for ask in asks]
         with Worker(shared, max_in_flight=6, policy=POLICIES[policy](bound=4), max_batch=8) as worker:
             tickets = [send(worker, ask) for ask in asks]
@@ -110,6 +139,48 @@ def test_equal_requests_in_full_calls_are_bit_for_bit_what_each_is_alone(shared:
         counted = worker.statistics()
     assert max(rows for _, rows in counted.ticks) == 10
     assert counted.gathers_skipped > 0
+
+
+def test_a_forecast_keeps_the_features_of_two_full_steps(shared: Any, alone: Alone, send: Send) -> None:
+    """Its slot is twice as large, and what it predicts is what it predicts alone, bit for bit."""
+    plain = {"arguments": {"seed": 1}, "schedule": Uniform(3)}
+    foreseen = {**plain, "forecast": Extrapolate(1.0)}
+    expected = [alone(plain), alone(foreseen)]
+    assert not torch.equal(*expected)
+    sizes = []
+    with Worker(shared) as worker:
+        asks = (plain, foreseen)
+        tickets = [send(worker, ask, on_step=lambda _: sizes.append(worker.statistics().cache_bytes)) for ask in asks]
+        for ticket, latents in zip(tickets, expected, strict=True):
+            assert torch.equal(ticket.future.result().images, latents)
+    assert max(sizes) == 3 * 2 * 16 * 16 * 16 * 4
+
+
+@pytest.mark.parametrize("forecast", [None, Extrapolate(1.0), Corrected()], ids=str)
+def test_calls_have_cuts_of_their_own(forecast: Forecast | None, shared: Any, alone: Alone, send: Send) -> None:
+    """Slots have the features of all of a request's cuts, each once, and calls at one cut are shared."""
+    asks = [
+        {
+            "arguments": {"seed": seed, "num_inference_steps": 9},
+            "schedule": Alternating(4, warmup=2),
+            "cut": cut,
+            "forecast": forecast,
+        }
+        for seed, cut in enumerate(["mlperf", "deepcache:2", "mlperf"])
+    ]
+    expected = [alone(ask) for ask in asks]
+    buffers = shared.unet.bound.buffers
+    names = [shared.unet._cuts[cut] for cut in ("deepcache:0", "mlperf")]
+    kept = sum(buffers[name].nbytes for name in {name for each in names for name in each})
+    sizes = []
+    with Worker(shared) as worker:
+        tickets = [send(worker, ask) for ask in asks]
+        for ticket, latents in zip(tickets, expected, strict=True):
+            assert difference(ticket.future.result().images, latents) <= BOUND
+        assert max(rows for _, rows in worker.statistics().ticks) > 2
+        assert worker.statistics().cache_bytes == 0
+        send(worker, asks[0], on_step=lambda _: sizes.append(worker.statistics().cache_bytes)).future.result()
+    assert max(sizes) == kept * (1 if forecast is None else 2)
 
 
 def test_openvino_keeps_requests_apart_too(tiny_bundle: Path, alone: Alone, send: Send) -> None:

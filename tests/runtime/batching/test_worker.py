@@ -313,7 +313,7 @@ def test_a_worker_of_a_bundle_owns_its_engines(tiny_bundle: Any, send: Send) -> 
     with Worker(tiny_bundle, engine="onnxruntime", threads=1, max_in_flight=2) as worker:
         send(worker, ask(0)).future.result()
     with pytest.raises(offcut.OffcutError, match="closed"):
-        worker._unet._opened()
+        worker.unet._opened()
 
 
 def test_mistakes_are_told(shared: Any, eager: Any) -> None:

@@ -52,6 +52,15 @@ def test_errors_are_those_of_the_values(coefficients: Coefficients) -> None:
     assert float(got[0]) == pytest.approx(float((missed**2).mean(1).sum()), rel=1e-9)
 
 
+def test_distances_are_the_l1_norms() -> None:
+    first, second = values(1), values(2)
+    got = moments(first, second).distances
+    expected = sum(float((each[:, 2] - each[:, 5]).abs().sum()) for each in (first, second))
+    assert float(got[2, 5]) == pytest.approx(expected, rel=1e-5)
+    assert float(got[5, 2]) == pytest.approx(expected, rel=1e-5)
+    assert float(got[3, 3]) == pytest.approx(0, abs=1e-4)
+
+
 def test_small_errors_survive_the_difference_of_large_sums() -> None:
     still = values(3, noise=0) * 0 + 1000.0
     still[:, 4] += 1e-3

@@ -1,0 +1,101 @@
+"""What a tuned schedule is worth, beside plain intervals, CacheQuant's schedule and fewer steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..forecast import Extrapolate, Forecast
+from ..schedule import Schedule, Steps, Uniform
+from .artifact import Measured, Tuned
+from .cuts import cost_of
+from .images import ImageSet, Studio
+from .search import cachequant
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the engine's calls cost.
+
+    Attributes:
+        calls: of a generation.
+        ratios: a shallow call's time over a full one's, by cut.
+        full_seconds: of a full call.
+    """
+
+    calls: int
+    ratios: Mapping[str, float]
+    full_seconds: float
+
+    def of(self, cuts: Sequence[str | None]) -> float:
+        """Of a generation with these calls, each at its cut or full, in full calls."""
+        return cost_of(cuts, self.ratios)
+
+
+def measured(
+    studio: Studio, costs: Costs, name: str, schedule: Schedule | None, forecast: Forecast | None, on: ImageSet
+) -> Measured:
+    """A row: the images of a set with this schedule."""
+    psnr, worst = studio.psnr(on, schedule, forecast)
+    run = studio.run
+    full = sum(run.full)
+    return Measured(
+        name=name,
+        full_calls=full,
+        shallow_calls=costs.calls - full,
+        speed_up=costs.calls / costs.of(run.cuts),
+        psnr=psnr,
+        worst=worst,
+    )
+
+
+def rows(
+    studio: Studio, costs: Costs, tuned: Tuned, alone: Tuned | None, test: ImageSet, fit: ImageSet
+) -> list[Measured]:
+    """The tuned schedule first, then what it is held against, all on the test images.
+
+    Args:
+        alone: the best with one cut only, where there are several.
+    """
+    interval = max(2, math.ceil(costs.calls / len(tuned.document.full)))
+    plain, warm = f"every {interval}th call full", Uniform(interval, warmup=2)
+    differences = _Differences(fit, studio.cuts[studio.cut])
+    at = f", {studio.cut}" if len(studio.cuts) > 1 else ""
+    others: Sequence[tuple[str, Schedule, Forecast | None]] = (
+        (f"CacheQuant's schedule{at}", Steps(cachequant(costs.calls, interval, differences)), None),
+        (f"{plain}{at}", Uniform(interval), None),
+        (f"{plain}, 2 to warm up{at}", warm, None),
+        (f"{plain}, 2 to warm up, forecast 0.5{at}", warm, Extrapolate(0.5)),
+        (f"{plain}, 2 to warm up, forecast 1{at}", warm, Extrapolate(1.0)),
+    )
+    made = [measured(studio, costs, "tuned", tuned.schedule, tuned.forecast, test)]
+    if alone is not None:
+        name = f"one cut only, {alone.document.cut}"
+        made.append(measured(studio, costs, name, alone.schedule, alone.forecast, test))
+    made.append(measured(studio, costs, "tuned schedule, features reused", tuned.schedule, None, test))
+    made += [measured(studio, costs, name, schedule, forecast, test) for name, schedule, forecast in others]
+    steps = max(1, round(studio.steps / made[0].speed_up))
+    psnr, worst = studio.psnr(test, None, steps=steps)
+    calls = len(studio.run.full)
+    fewer = Measured(
+        name=f"uncached, {steps} steps",
+        full_calls=calls,
+        shallow_calls=0,
+        speed_up=costs.calls / calls,
+        psnr=psnr,
+        worst=worst,
+    )
+    return [*made, fewer]
+
+
+@dataclass(frozen=True)
+class _Differences:
+    """CacheQuant's D: the L1 distances of the features from ``begin`` to ``end`` - 1 to that of ``begin``."""
+
+    fit: ImageSet
+    features: tuple[str, ...]
+
+    def __call__(self, begin: int, end: int) -> float:
+        moments = [self.fit.moments[name] for name in self.features]
+        return sum(float(each.distances[begin, begin:end].sum()) for each in moments)

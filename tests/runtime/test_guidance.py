@@ -1,0 +1,148 @@
+"""Reused guidance: half of the batch on shallow calls, beside the same written plainly; off where nobody guides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import offcut
+from offcut.errors import ScheduleError
+
+FEATURE, CUT, CALLS = "deep_feature_0", "deepcache:0", 7
+SCHEDULE = offcut.Uniform(3)
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+def unet(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[offcut.UNet]:
+    opened = offcut.UNet.load(tiny_bundle, request.param, threads=1)
+    opened.advise = False
+    yield opened
+    opened.close()
+
+
+def inputs(unet: offcut.UNet, call: int, images: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The latents twice, and texts without and with the prompt."""
+    made = torch.Generator().manual_seed(call)
+    latent = torch.randn(images, 4, 8, 8, generator=made)
+    width = unet.config["cross_attention_dim"]
+    text = torch.randn(2 * images, 77, width, generator=torch.Generator().manual_seed(99))
+    return torch.cat([latent, latent]), torch.tensor(900.0 - 50 * call), text
+
+
+def run(unet: offcut.UNet, reuse: bool, guided: bool = True) -> list[torch.Tensor]:
+    unet.set_schedule(SCHEDULE, CUT, reuse_guidance=reuse)
+    with unet.generation(CALLS, guided=guided):
+        return [unet(*inputs(unet, call)).sample for call in range(CALLS)]
+
+
+def by_hand(unet: offcut.UNet) -> list[torch.Tensor]:
+    """The same with the engines' own calls."""
+    pair = unet._pair
+    assert pair is not None
+    bounds = {}
+    for rows in (2, 4):
+        shapes = {"sample": (rows, 4, 8, 8), "timestep": (rows,)}
+        shapes["encoder_hidden_states"] = (rows, 77, unet.config["cross_attention_dim"])
+        bounds[rows] = pair.prepare(shapes)
+    made = []
+    feature = difference = torch.empty(0)
+    for call in range(CALLS):
+        sample, timestep, text = inputs(unet, call)
+        whole = call % 3 == 0
+        bound = bounds[4 if whole else 2]
+        bound.buffers["sample"].copy_(sample if whole else sample[2:])
+        bound.buffers["timestep"].fill_(float(timestep))
+        bound.buffers["encoder_hidden_states"].copy_(text if whole else text[2:])
+        if whole:
+            bound.full()
+            noise = bound.buffers["noise_pred"].clone()
+            feature, difference = bound.buffers[FEATURE].clone(), noise[2:] - noise[:2]
+        else:
+            bound.buffers[FEATURE].copy_(feature[2:])
+            bound.shallow(CUT)
+            prompted = bound.buffers["noise_pred"]
+            noise = torch.cat([prompted - difference, prompted])
+        made.append(noise)
+    for bound in bounds.values():
+        bound.close()
+    return made
+
+
+def test_it_is_the_same_as_written_plainly(unet: offcut.UNet) -> None:
+    for expected, got in zip(by_hand(unet), run(unet, reuse=True), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_half_with_the_prompt_is_as_without_reuse(unet: offcut.UNet) -> None:
+    """What is approximated is the difference between the halves, and nothing else."""
+    plain, reused = run(unet, reuse=False), run(unet, reuse=True)
+    for call in range(CALLS):
+        torch.testing.assert_close(reused[call][2:], plain[call][2:], rtol=1e-4, atol=1e-5)
+        if call % 3 == 0:
+            assert torch.equal(reused[call], plain[call])
+        else:
+            assert not torch.allclose(reused[call][:2], plain[call][:2], rtol=1e-3, atol=1e-4)
+
+
+def test_where_nobody_guides_nothing_changes(unet: offcut.UNet) -> None:
+    plain = run(unet, reuse=False)
+    for expected, got in zip(plain, run(unet, reuse=True, guided=False), strict=True):
+        assert torch.equal(expected, got)
+
+
+def test_calls_that_nobody_announces_are_whole(unet: offcut.UNet) -> None:
+    unet.set_schedule(SCHEDULE, CUT, reuse_guidance=True)
+    unet.reset()
+    loose = [unet(*inputs(unet, call)).sample for call in range(CALLS)]
+    for expected, got in zip(run(unet, reuse=False), loose, strict=True):
+        assert torch.equal(expected, got)
+
+
+def test_another_kind_of_guidance_is_refused(unet: offcut.UNet) -> None:
+    unet.set_schedule(SCHEDULE, CUT, reuse_guidance=True)
+    sample, timestep, text = inputs(unet, 0)
+    for given, texts in ((torch.randn(4, 4, 8, 8), text), (sample[:3], text[:3])):
+        with pytest.raises(ScheduleError, match="twice about the same latents"), unet.generation(CALLS, guided=True):
+            unet(given, timestep, texts)
+
+
+def test_guidance_may_end_within_a_generation(unet: offcut.UNet) -> None:
+    """The batch halves, so the call is full; from there on calls are whole, and half as large."""
+
+    def half(reuse: bool) -> list[torch.Tensor]:
+        unet.set_schedule(SCHEDULE, CUT, reuse_guidance=reuse)
+        made = []
+        with unet.generation(CALLS, guided=True):
+            for call in range(CALLS):
+                sample, timestep, text = inputs(unet, call)
+                made.append(unet(*((sample, timestep, text) if call < 3 else (sample[2:], timestep, text[2:]))).sample)
+        return made
+
+    for call, (expected, got) in enumerate(zip(half(False), half(True), strict=True)):
+        if call >= 3 or call == 0:
+            assert torch.equal(expected, got)
+
+
+def test_a_pipeline_says_whether_it_guides(tiny_bundle: Path) -> None:
+    pipe = offcut.load(tiny_bundle, "onnxruntime", threads=1)
+    pipe.unet.advise = False
+    pipe.set_progress_bar_config(disable=True)
+    made = {}
+    for scale in (1.0, 7.5):
+        for reuse in (False, True):
+            pipe.unet.set_schedule(SCHEDULE, CUT, reuse_guidance=reuse)
+            made[scale, reuse] = pipe(
+                "a red circle",
+                num_inference_steps=6,
+                guidance_scale=scale,
+                generator=torch.Generator().manual_seed(0),
+                output_type="latent",
+            ).images
+    assert torch.equal(made[1.0, False], made[1.0, True])
+    assert not torch.equal(made[7.5, False], made[7.5, True])
+    apart = (made[7.5, False] - made[7.5, True]).norm() / made[7.5, False].norm()
+    assert apart < 0.5
+    pipe.unet.close()

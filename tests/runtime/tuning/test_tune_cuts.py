@@ -1,0 +1,133 @@
+"""``offcut tune`` with several cuts, on the shapes model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import offcut
+from offcut import Tuned
+from offcut.benchmarks.shapes.model import PROMPTS, model_path
+from offcut.errors import CutError
+from offcut.runtime.draw import draw
+from offcut.runtime.tuning.artifact import Document, save
+from offcut.runtime.tuning.tune import tune
+from offcut.runtime.tuning.wanted import Target, Wanted
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+pytestmark = pytest.mark.slow
+
+STEPS, NAME = 12, "mixed"
+CUTS = ("deepcache:0", "deepcache:3")
+
+
+@pytest.fixture(scope="module")
+def shapes(once: Once) -> Path:
+    """A bundle of its own, since schedules are added to it."""
+    return once("tuned-cuts.offcut", lambda path: offcut.build(model_path(), path, cuts=CUTS, engine="onnxruntime"))
+
+
+@pytest.fixture(scope="module")
+def pipe(shapes: Path) -> Iterator[Any]:
+    loaded = offcut.load(shapes, "onnxruntime", threads=1)
+    loaded.set_progress_bar_config(disable=True)
+    loaded.unet.advise = False
+    yield loaded
+    loaded.unet.close()
+
+
+@pytest.fixture(scope="module")
+def tuned(shapes: Path, pipe: Any) -> Tuned:
+    wanted = Wanted(
+        Target(speed_up=1.5), steps=STEPS, guidance=(3.0, 3.0), samples=4, prompts=PROMPTS, probes=3, cuts=CUTS
+    )
+    bundle = offcut.Bundle.open(shapes)
+    found = tune(pipe, bundle, NAME, wanted, lambda said: None)
+    save(bundle, found)
+    return found
+
+
+def image(pipe: Any, by: Tuned) -> np.ndarray:
+    by.apply(pipe.unet)
+    made: np.ndarray = draw(pipe, PROMPTS[0], steps=STEPS, guidance=3.0, seed=7, size=None, output="np").images[0]
+    return made
+
+
+def test_the_budget_is_kept_and_the_report_says_what_one_cut_gives(tuned: Tuned) -> None:
+    document = tuned.document
+    ours, alone, reused, *_ = document.measured
+    assert alone.name in [f"one cut only, {cut}" for cut in CUTS]
+    assert reused.name == "tuned schedule, features reused"
+    assert set(document.ratios) == set(CUTS)
+    assert document.shallow_over_full == document.ratios[document.cut]
+    assert set(document.used) <= set(CUTS)
+    cost = sum(1.0 if cut is None else document.ratios[cut] for cut in document.by_call)
+    assert ours.speed_up == pytest.approx(STEPS / cost)
+    for row in (ours, alone):
+        assert row.speed_up >= 1.5 - 1e-6 or row.full_calls == 1
+    assert [cut is None for cut in document.by_call] == [call in document.full for call in range(STEPS)]
+
+
+def test_what_is_read_again_draws_the_same(pipe: Any, shapes: Path, tuned: Tuned) -> None:
+    again = Tuned.load(shapes, NAME)
+    assert again.document == tuned.document
+    assert np.array_equal(image(pipe, tuned), image(pipe, again))
+    assert pipe.unet.last_run.cuts == tuned.document.by_call
+
+
+def test_a_mixed_schedule_is_kept_in_the_bundle(
+    pipe: Any, shapes: Path, tuned: Tuned, copied: Callable[[Path], Path]
+) -> None:
+    """Whatever the search found above."""
+    by_call = tuple(None if call % 4 == 0 else CUTS[call % 2] for call in range(STEPS))
+    changed = {"cuts": by_call, "full": (0, 4, 8), "cut": CUTS[0]}
+    mixed = Tuned("by-hand", tuned.document.model_copy(update=changed), {})
+    copy = copied(shapes)
+    save(offcut.Bundle.open(copy), mixed)
+    again = Tuned.load(copy, "by-hand")
+    assert again.document.used == (CUTS[1], CUTS[0])
+    assert again.schedule.cuts == (CUTS[1], CUTS[0])
+    image(pipe, again)
+    assert pipe.unet.last_run.cuts == by_call
+    listed = subprocess.run(
+        [sys.executable, "-m", "offcut", "inspect", copy], capture_output=True, text=True, check=True
+    ).stdout
+    assert f"{CUTS[1]} and {CUTS[0]}" in " ".join(listed.split())
+
+
+def test_documents_from_before_cuts_by_call_are_read(tuned: Tuned) -> None:
+    older = json.loads(tuned.document.model_dump_json())
+    del older["cuts"], older["ratios"]
+    read = Document.model_validate_json(json.dumps(older))
+    assert read.schedule.cuts == (None,)
+    assert set(read.by_call) == {None, read.cut}
+
+
+def test_a_cut_that_is_not_there_is_refused(pipe: Any, shapes: Path) -> None:
+    wanted = Wanted(Target(speed_up=2.0), steps=4, samples=4, prompts=PROMPTS, cuts=("deepcache:0", "deepcache:7"))
+    with pytest.raises(CutError, match="'deepcache:7'; it has deepcache:0, deepcache:3"):
+        tune(pipe, offcut.Bundle.open(shapes), "none", wanted, lambda said: None)
+    assert pipe.unet.schedule is None
+
+
+def test_the_command_takes_all_cuts(shapes: Path, copied: Callable[[Path], Path]) -> None:
+    copy = copied(shapes)
+    options = ("--budget", "1.5x", "--cut", "all", "--steps", "5", "--guidance", "3", "--samples", "4")
+    made = subprocess.run(
+        [sys.executable, "-m", "offcut", "tune", copy, *options, "--engine", "onnxruntime", "--threads", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    said = " ".join(made.stdout.split())
+    assert "one cut only, deepcache" in said
+    assert f"({CUTS[0]})" in said
+    assert f"({CUTS[1]})" in said
