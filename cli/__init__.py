@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from ..errors import UserError
 from . import bench, bundles, graphs, images, serve, tuning
@@ -66,5 +67,6 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        err.print(f"[bold red]error[/]: {error}", highlight=False, soft_wrap=True)
+        # Escaped, since `pip install 'offcut[cpu]'` has brackets of its own.
+        err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -39,7 +39,8 @@ def serve(
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="A name by which clients call the server, e.g. through a proxy; again for more.",
+            metavar="NAME",
+            help="A name by which clients call the server, e.g. through a proxy; again for more.",
             **_WHERE,
         ),
     ] = None,

@@ -87,7 +87,10 @@ class Guard:
     def _stranger(self, scope: Scope, headers: dict[bytes, bytes]) -> Problem | None:
         if self._hosts is not None and _name(headers.get(b"host", b"")) not in self._hosts:
             return Problem(
-                421, "this server does not answer to that host name: start it with --allow-host", INVALID, "unknown_host"
+                421,
+                "this server does not answer to that host name: start it with --allow-host",
+                INVALID,
+                "unknown_host",
             )
         if self._key is None or (scope["path"] in OPEN and scope["method"] in _READS):
             return None
@@ -104,9 +107,7 @@ class Guard:
 
     def _wrong_kind(self, headers: dict[bytes, bytes]) -> Problem | None:
         if headers.get(b"sec-fetch-site", b"same-origin") not in (b"same-origin", b"none"):
-            return Problem(
-                403, "requests from another site's page are not taken", INVALID, "cross_site"
-            )
+            return Problem(403, "requests from another site's page are not taken", INVALID, "cross_site")
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         if kind != b"application/json":
             return Problem(
@@ -137,9 +138,7 @@ class Guard:
                     if size > limit:
                         return too_large
         except TimeoutError:
-            return Problem(
-                408, f"the body did not arrive within {seconds:g} s", SERVER, "body_too_slow"
-            )
+            return Problem(408, f"the body did not arrive within {seconds:g} s", SERVER, "body_too_slow")
         return b"".join(parts)
 
 

@@ -111,4 +111,3 @@ def serve(service: Service, address: socket.socket, on_listening: Callable[[int]
         # Closing would wait for a thread that may never come back.
         raise EngineFaultError(f"the server ended because its engine failed: {service.fault}")
     service.worker.close()
-

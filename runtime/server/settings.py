@@ -70,8 +70,14 @@ class Settings:
         for name, value in (("timeout", self.timeout), ("drain", self.drain), ("stall", self.stall)):
             if not (value > 0 and math.isfinite(value)):
                 raise UserError(f"{name} is {value} s, but must be more than 0")
-        for name, given, least in (("steps", self.steps, 1), ("interval", self.interval, 1), ("warmup", self.warmup, 0)):
+        for name, given, least in (
+            ("steps", self.steps, 1),
+            ("interval", self.interval, 1),
+            ("warmup", self.warmup, 0),
+        ):
             if given < least:
                 raise UserError(f"{name} is {given}, but must be at least {least}")
         if self.steps > self.limits.steps:
-            raise UserError(f"{self.steps} steps by default are more than the {self.limits.steps} that requests may ask")
+            raise UserError(
+                f"{self.steps} steps by default are more than the {self.limits.steps} that requests may ask"
+            )

@@ -113,6 +113,7 @@ async function submit() {
   const interval = at("interval").valueAsNumber;
   clear(at("cached"));
   clear(at("uncached"));
+  if (matchMedia("(max-width: 60rem)").matches) at("drawn").scrollIntoView(); // it stands below the form there
   try {
     say("Drawing with caching");
     const fast = await draw(at("cached"), { ...body, interval }, body.prompt, stop.signal);
@@ -170,7 +171,9 @@ async function greet() {
 
 function shown() {
   const interval = at("interval").valueAsNumber;
-  at("interval-shown").textContent = interval === 1 ? "call" : `${interval} calls`;
+  const text = interval === 1 ? "call" : `${interval} calls`;
+  at("interval-shown").textContent = text;
+  at("interval").setAttribute("aria-valuetext", `full UNet every ${text}`);
 }
 
 at("ask").addEventListener("submit", (event) => {

@@ -76,7 +76,7 @@ def leaks(text: str) -> bool:
         ("size", "128x64", "8192 pixels, and the server allows 4096"),
         ("size", "64x40", "nearest is 32"),
         ("size", "0x64", "WIDTHxHEIGHT"),
-        ("size", "64×64", "WIDTHxHEIGHT"),
+        ("size", "64\N{MULTIPLICATION SIGN}64", "WIDTHxHEIGHT"),
         ("size", "large", "WIDTHxHEIGHT"),
         ("response_format", "url", "keeps no images"),
         ("response_format", "jpeg", "b64_json"),
@@ -152,7 +152,9 @@ def raw(server: Any, head: str, *parts: bytes, pause: float = 0.0) -> str:
     """What the server answers to these bytes; it should close the connection."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
-        request = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n{head}\r\n\r\n"
+        request = (
+            f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n{head}\r\n\r\n"
+        )
         connection.sendall(request.encode())
         for part in parts:
             connection.sendall(part)

@@ -60,7 +60,9 @@ def test_the_time_to_come_back_follows_the_load() -> None:
     assert problem_of(QueueFullError("full"), busy).retry_after == 30
 
 
-def test_a_client_may_shorten_the_deadline_and_not_lengthen_it(begin: Any, gate: Any, crowd: ThreadPoolExecutor) -> None:
+def test_a_client_may_shorten_the_deadline_and_not_lengthen_it(
+    begin: Any, gate: Any, crowd: ThreadPoolExecutor
+) -> None:
     with begin(replace(QUICK, timeout=2.0)) as server:
         gate.close()
         short = crowd.submit(server.post, {"prompt": "a", "timeout": 0.2})
@@ -169,7 +171,7 @@ def test_an_engine_that_fails_ends_the_server(begin: Any, gate: Any, crowd: Thre
         assert server.get("/v2/health/live").status_code == 503
         refused = server.post({"prompt": "a"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_fault")
-        assert 'offcut_healthy 0.0' in server.get("/metrics").text
+        assert "offcut_healthy 0.0" in server.get("/metrics").text
         for text in (whole.result().text, stream.result().text, refused.text):
             assert "secret" not in text
         server.thread.join(60)

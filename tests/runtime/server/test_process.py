@@ -104,7 +104,7 @@ def test_an_engine_fault_ends_the_process(tiny_bundle: Path, tmp_path: Path) -> 
         assert "EngineFaultError" in process.stderr.read()
 
 
-def failed(*arguments: str, code: str = "") -> str:
+def failed(*arguments: str, code: str = "pass") -> str:
     """The one sentence of a command that must fail."""
     script = f"import sys; {code}; from offcut.cli import main; main()"
     done = subprocess.run(
