@@ -13,6 +13,7 @@
     │   └── RequestError          a request that a worker does not carry out
     │       ├── QueueFullError        too many wait already
     │       ├── CapacityError         more memory than the worker has for requests
+    │       ├── LimitError            more than a server allows
     │       ├── DeadlineError         its deadline passed
     │       ├── RequestCancelledError somebody cancelled it
     │       └── WorkerClosedError     the worker takes no more
@@ -79,6 +80,14 @@ class QueueFullError(RequestError):
 
 class CapacityError(RequestError):
     """The request needs more device memory than the worker has for all requests."""
+
+
+class LimitError(RequestError):
+    """The request asks for more than the server allows, or for what it does not do; ``field`` says where."""
+
+    def __init__(self, field: str | None, message: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class DeadlineError(RequestError):

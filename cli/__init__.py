@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from ..errors import UserError
-from . import bench, bundles, graphs, images, tuning
+from . import bench, bundles, graphs, images, serve, tuning
 from .shell import err, out
 
 app = typer.Typer(
@@ -54,6 +55,7 @@ _COMMANDS: dict[Callable[..., None], str] = {
     tuning.tune: "offcut tune sd15.offcut --budget 2.5x --sampler DPMSolverMultistepScheduler --steps 20 --pareto",
     images.run: 'offcut run sd15.offcut "a lighthouse in a storm" -o out.png --interval 5 --compare',
     images.demo: "offcut demo -o demo.png",
+    serve.serve: "offcut serve sd15.offcut --interval 5 --port 8000",
 }
 for _command, _example in _COMMANDS.items():
     app.command(epilog=f"Example:  {_example}")(_command)
@@ -65,5 +67,6 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        err.print(f"[bold red]error[/]: {error}", highlight=False, soft_wrap=True)
+        # Escaped, since `pip install 'offcut[cpu]'` has brackets of its own.
+        err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)

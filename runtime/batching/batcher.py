@@ -65,6 +65,11 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="offcut-engines", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs; only ``close`` should end it."""
+        return self._thread.is_alive()
+
     # Called by the requests' threads
 
     def enter(self) -> None:

@@ -64,6 +64,8 @@ class Request:
     due: float
     on_step: OnStep | None
     future: Future[Any] = field(default_factory=Future)
+    started: float | None = None
+    """When a thread took it, on ``time.monotonic``."""
     slot: Slot | None = None
     written: int = -1
     before: int | None = None
@@ -117,6 +119,11 @@ class Ticket:
         self.key = request.key
         self.future = request.future
         self._request, self._cancel = request, cancel
+
+    @property
+    def started(self) -> float | None:
+        """When work on the request began, on ``time.monotonic``; None while it waits in the queue."""
+        return self._request.started
 
     def cancel(self) -> None:
         """Stop the request: at once if it waits, else at its next step. The future raises ``RequestCancelledError``.

@@ -220,12 +220,14 @@ class Worker:
     @property
     def healthy(self) -> bool:
         """Whether the engines work. Once they have failed the worker takes no requests; close it and open another."""
-        return self._fault is None
+        return self._fault is None and (self._closed or self._batcher.alive)
 
     @property
     def fault(self) -> str | None:
         """Why it is not healthy."""
-        return None if self._fault is None else str(self._fault)
+        if self._fault is None:
+            return None if self.healthy else "the thread that runs the engines has ended"
+        return str(self._fault)
 
     def statistics(self) -> Statistics:
         """Its counts at this moment."""
@@ -299,7 +301,8 @@ class Worker:
                 _, _, request = heapq.heappop(self._queue)
                 if not request.future.set_running_or_notify_cancel():
                     continue
-                self._queue_waits = self._queue_waits.plus(time.monotonic() - request.submitted)
+                request.started = time.monotonic()
+                self._queue_waits = self._queue_waits.plus(request.started - request.submitted)
                 self._in_flight.add(request)
                 return request
 
@@ -322,8 +325,7 @@ class Worker:
             request.future.set_exception(why)
 
     def _count(self, request: Request, error: BaseException | None) -> None:
-        outcome = next((name for kind, name in _OUTCOMES.items() if isinstance(error, kind)), "failed")
-        outcome = "done" if error is None else outcome
+        outcome = outcome_of(error)
         self._ended[outcome] = self._ended.get(outcome, Total()).plus(time.monotonic() - request.submitted)
 
     def _withdraw(self, unwanted: Any) -> list[Request]:
@@ -350,6 +352,13 @@ class Worker:
             queued = self._withdraw(lambda request: True)
         for request in queued:
             self._end(request, again(fault))
+
+
+def outcome_of(error: BaseException | None) -> str:
+    """What ``Statistics.requests`` calls a request that came to this error; None if to its end."""
+    if error is None:
+        return "done"
+    return next((name for kind, name in _OUTCOMES.items() if isinstance(error, kind)), "failed")
 
 
 _OUTCOMES: dict[type[Exception], str] = {

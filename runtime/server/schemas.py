@@ -1,0 +1,89 @@
+"""The body of a generation request, as OpenAI's clients send it, and what offcut adds."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", re.ASCII)
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class GenerationRequest(BaseModel):
+    """``POST /v1/images/generations``.
+
+    Fields up to ``partial_images`` are OpenAI's; what OpenAI has and is not here, is refused like every unknown field,
+    since a misspelt one would otherwise be an image that nobody asked for. ``None`` is the server's default.
+
+    Attributes:
+        model: the served name.
+        n: images; the i-th is drawn with ``seed + i``.
+        size: ``WIDTHxHEIGHT`` in pixels, or ``auto``.
+        quality, background, moderation: OpenAI's; nothing here depends on them.
+        user: accepted, and neither kept nor logged.
+        stream: server-sent events: each UNet call as it is made, previews, then the image.
+        partial_images: previews in the stream.
+        interval, warmup: the full UNet every so many calls, and for so many first ones. Costs quality.
+        schedule: instead of the interval, e.g. ``quad:5``; see ``runtime.schedule.parse``. Costs quality.
+        cut: one of the bundle's.
+        timeout: seconds; shortens the server's, and never lengthens it.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: Annotated[str, Field(min_length=1, max_length=32_000)]
+    model: Annotated[str, Field(max_length=256)] | None = None
+    n: Annotated[int, Field(ge=1, le=10)] | None = None
+    size: Annotated[str, Field(max_length=16)] | None = None
+    response_format: Annotated[str, Field(max_length=16)] | None = None
+    output_format: Literal["png"] | None = None
+    quality: Literal["auto", "standard"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
+
+    negative_prompt: Annotated[str, Field(max_length=32_000)] | None = None
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    guidance_scale: Annotated[Number, Field(ge=0, le=100)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    interval: Annotated[int, Field(ge=1, le=1000)] | None = None
+    warmup: Annotated[int, Field(ge=0, le=1000)] | None = None
+    schedule: Annotated[str, Field(min_length=1, max_length=2000)] | None = None
+    cut: Annotated[str, Field(max_length=64)] | None = None
+    timeout: Annotated[Number, Field(gt=0)] | None = None
+
+    @field_validator("size")
+    @classmethod
+    def _is_a_size(cls, size: str | None) -> str | None:
+        if size is not None and size != "auto" and not SIZE.fullmatch(size):
+            raise ValueError("write WIDTHxHEIGHT in pixels, such as 512x512, or auto")
+        return size
+
+    @field_validator("response_format")
+    @classmethod
+    def _comes_in_the_reply(cls, response_format: str | None) -> str | None:
+        if response_format == "url":
+            raise ValueError("this server keeps no images that a URL could lead to: ask for b64_json")
+        if response_format not in (None, "b64_json"):
+            raise ValueError("ask for b64_json")
+        return response_format
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> GenerationRequest:
+        if self.schedule is not None and self.interval is not None:
+            raise ValueError("give interval or schedule, not both")
+        if self.stream and (self.n or 1) > 1:
+            raise ValueError("a stream has one image: leave n out, or stream")
+        if self.partial_images and not self.stream:
+            raise ValueError("partial_images come in a stream: add stream=true")
+        return self
+
+    def pixels(self) -> tuple[int, int] | None:
+        """Width and height; None for the model's own."""
+        match = SIZE.fullmatch(self.size or "")
+        return None if match is None else (int(match[1]), int(match[2]))

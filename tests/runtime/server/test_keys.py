@@ -1,0 +1,52 @@
+"""With an API key, only the page and health are open."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from offcut.runtime.server.settings import Settings
+
+KEY = "correct-horse"
+
+
+@pytest.fixture(scope="module")
+def locked(begin: Any) -> Iterator[Any]:
+    with begin(Settings(api_key=KEY, steps=2)) as running:
+        yield running
+
+
+def test_the_page_and_health_are_open(locked: Any) -> None:
+    for path in ("/", "/page.js", "/page.css", "/v2/health/live", "/v2/health/ready"):
+        assert locked.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("key", [None, "wrong", KEY + "x", KEY[:-1], "Basic " + KEY])
+def test_the_rest_needs_the_key(locked: Any, key: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    with caplog.at_level(logging.DEBUG):
+        replies = [
+            *(locked.get(path, headers=headers) for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing")),
+            locked.post({"prompt": "a"}, headers=headers),
+            locked.post({"prompt": "a"}, headers={"authorization": f"Basic {KEY}"}),
+        ]
+    for reply in replies:
+        assert reply.status_code == 401
+        assert reply.json()["error"]["code"] == "invalid_api_key"
+        assert reply.headers["www-authenticate"] == "Bearer"
+        assert KEY not in reply.text
+    ours = [record.getMessage() for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
+    assert not any(KEY in message for message in ours)
+
+
+def test_the_key_opens(locked: Any) -> None:
+    client = openai.OpenAI(base_url=f"{locked.url}/v1", api_key=KEY, max_retries=0)
+    assert client.models.list().data[0].id == "tiny"
+    assert client.images.generate(prompt="a").data
+    assert locked.get("/metrics", headers={"authorization": f"bearer {KEY}"}).status_code == 200
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{locked.url}/v1", api_key="other", max_retries=0).images.generate(prompt="a")

@@ -1,0 +1,183 @@
+"""The page in a browser: it draws, with and without caching, by keyboard, at any width, and without a network."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from offcut.runtime.server.settings import Settings
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+KEY = "correct-horse"
+
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
+    pytest.mark.slow,
+]
+
+STICKING_OUT = """() => [...document.querySelectorAll('body *')].filter(element =>
+  element.checkVisibility() && element.getBoundingClientRect().right > innerWidth + 1
+).map(element => element.outerHTML.slice(0, 120))"""
+
+UNLABELLED = """() => [...document.querySelectorAll('input, textarea, button')].filter(element =>
+  !(element.labels?.length || element.ariaLabel || element.textContent.trim())).map(element => element.outerHTML)"""
+
+SMALL_TARGETS = """() => [...document.querySelectorAll('input:not([type=checkbox]), textarea, button, label.check')]
+  .filter(element => element.checkVisibility() && element.getBoundingClientRect().height < 36)
+  .map(element => element.outerHTML)"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """A page, with what its console said and which addresses it asked."""
+
+    def __init__(self, browser: Any, url: str, **options: Any) -> None:
+        self.page = browser.new_context(**options).new_page()
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", self._heard)
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(url)
+
+    def _heard(self, message: Any) -> None:
+        if message.type in ("error", "warning"):
+            self.said.append(f"{message.type}: {message.text}")
+
+    def status(self, text: str) -> None:
+        """Waits until the page says this."""
+        from playwright.sync_api import expect
+
+        expect(self.page.get_by_role("status")).to_contain_text(text, timeout=60_000)
+
+    def steps(self, figure: str) -> str:
+        kinds = self.page.locator(f"#{figure} .steps i").evaluate_all("bars => bars.map(bar => bar.className)")
+        return "".join({"full": "#", "shallow": ".", "": "?"}[kind] for kind in kinds)
+
+    def images(self) -> int:
+        """How many are shown."""
+        return int(
+            self.page.evaluate(
+                "[...document.images].filter(each => !each.hidden && each.complete && each.naturalWidth === 64).length"
+            )
+        )
+
+
+@pytest.fixture(scope="module")
+def server(begin: Any) -> Iterator[Any]:
+    with begin(Settings(steps=8, interval=4, warmup=0)) as running:
+        yield running
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_draws_with_and_without_caching(width: int, scheme: str, browser: Any, server: Any) -> None:
+    tab = Tab(browser, server.url, viewport={"width": width, "height": 900}, color_scheme=scheme)
+    tab.page.get_by_label("Prompt", exact=True).fill("a red square " + "x" * 200)
+    tab.page.get_by_text("More", exact=True).click()
+    tab.page.get_by_role("button", name="Draw").click()
+    tab.status("times as fast")
+    assert tab.images() == 2
+    assert tab.steps("cached") == "#...#..."
+    assert tab.steps("uncached") == "########"
+    assert "2 full and 6 shallow of 8 calls" in tab.page.locator("#cached").inner_text()
+    assert [" s" in tab.page.locator(f"#{figure} .seconds").inner_text() for figure in ("cached", "uncached")]
+    assert tab.said == []
+    assert {url.partition(server.url)[0] for url in tab.asked if not url.startswith("data:")} == {""}
+    assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert tab.page.evaluate(STICKING_OUT) == []
+    assert tab.page.evaluate(UNLABELLED) == []
+    assert tab.page.evaluate(SMALL_TARGETS) == []
+    tab.page.context.close()
+
+
+def test_the_keyboard_is_enough(browser: Any, server: Any) -> None:
+    tab = Tab(browser, server.url)
+    press = tab.page.keyboard.press
+    focused = "document.activeElement.id"
+    press("Tab")
+    assert tab.page.evaluate(focused) == "prompt"
+    assert tab.page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    tab.page.keyboard.type("a")
+    order = []
+    for _ in range(5):
+        press("Tab")
+        order.append(tab.page.evaluate(focused))
+    assert order == ["steps", "seed", "dice", "interval", "compare"]
+    press("Shift+Tab")
+    press("Home")
+    press("ArrowRight")
+    assert tab.page.locator("#interval-shown").inner_text() == "2 calls"
+    press("Tab")
+    press("Space")
+    assert not tab.page.get_by_label("Also draw it without caching").is_checked()
+    tab.page.locator("#prompt").focus()
+    press("Enter")
+    tab.status(" s")
+    assert tab.steps("cached") == "#.#.#.#."
+    assert tab.steps("uncached") == ""
+    assert tab.images() == 1
+    assert tab.said == []
+    tab.page.context.close()
+
+
+def test_stopping_frees_the_worker(browser: Any, server: Any, gate: Any, until: Any) -> None:
+    tab = Tab(browser, server.url)
+    tab.page.get_by_label("Prompt", exact=True).fill("a")
+    gate.close()
+    tab.page.get_by_role("button", name="Draw").click()
+    assert gate.reached.wait(60)
+    tab.page.keyboard.press("Escape")
+    tab.status("Stopped")
+    until(lambda: not server.service._open)
+    gate.open.set()
+    until(lambda: server.service.worker.statistics().in_flight == 0)
+    assert server.service.worker.statistics().requests["cancelled"].count == 1
+    assert tab.page.get_by_role("button", name="Draw").is_enabled()
+    tab.page.context.close()
+
+
+def test_what_goes_wrong_is_said(browser: Any, server: Any) -> None:
+    from playwright.sync_api import expect
+
+    tab = Tab(browser, server.url)
+    tab.page.get_by_label("Prompt", exact=True).fill("a")
+    tab.page.get_by_text("More", exact=True).click()
+    tab.page.get_by_label("Size in pixels").fill("65x64")
+    tab.page.get_by_role("button", name="Draw").click()
+    expect(tab.page.get_by_role("alert")).to_contain_text("the nearest is 64")
+    tab.page.context.close()
+
+
+def test_the_last_one_with_an_api_key(browser: Any, server: Any, begin: Any) -> None:
+    """It ends the module's server, since one pipeline has one."""
+    from playwright.sync_api import expect
+
+    server.service.stopping = True
+    server.thread.join(60)
+    with begin(Settings(steps=8, interval=4, warmup=0, api_key=KEY)) as locked:
+        tab = Tab(browser, locked.url)
+        expect(tab.page.get_by_role("alert")).to_contain_text("API key")
+        assert tab.page.evaluate("document.activeElement.id") == "key"
+        tab.page.keyboard.type(KEY)
+        tab.page.keyboard.press("Tab")
+        expect(tab.page.locator("#model")).to_contain_text("tiny")
+        tab.page.get_by_label("Prompt", exact=True).fill("a")
+        tab.page.keyboard.press("Enter")
+        tab.status("times as fast")
+        assert tab.images() == 2
+        assert [line for line in tab.said if "401" not in line] == []
+        tab.page.reload()
+        expect(tab.page.locator("#model")).to_contain_text("tiny")
+        tab.page.context.close()
