@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +42,15 @@ def tune(
         list[str] | None,
         typer.Option(
             help="One of the bundle's, its first by default; again for several, of which calls choose, or all.", **_FOR
+        ),
+    ] = None,
+    ratio: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[CUT=]SHARE",
+            help="Time of a shallow call over a full one's to tune for, e.g. 0.1, not as measured here; again for each "
+            "cut.",
+            **_FOR,
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Of the schedule; from sampler, steps and target.", **_FOR)] = None,
@@ -85,13 +95,15 @@ def tune(
         chosen = name or f"{kind}-{steps}-{budget or latency or f'{psnr:g}dB'}"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", chosen):
             raise UserError(f"{chosen!r} cannot name a schedule: use letters, digits, dots, hyphens and underscores")
+        cuts = pipe.unet.cuts if "all" in (cut or []) else tuple(cut or [])
         wanted = Wanted(
             target,
             steps=steps,
             guidance=_range(guidance),
             samples=samples,
             prompts=PROMPTS if prompts is None else read_prompts(prompts),
-            cuts=pipe.unet.cuts if "all" in (cut or []) else tuple(cut or []),
+            cuts=cuts,
+            ratios=_ratios(ratio or [], cuts or pipe.unet.cuts[:1]),
             size=size,
             seed=seed,
             pareto=8 if pareto else 0,
@@ -121,12 +133,22 @@ def _print(tuned: Tuned) -> None:
     if document.pareto:
         out.print(_table(document.pareto))
     ratios = document.ratios or {document.cut: document.shallow_over_full}
-    times = ", ".join(f"{ratio:.2f}" + (f" ({cut})" if len(ratios) > 1 else "") for cut, ratio in ratios.items())
+    times = _shares(ratios)
+    where = f"on {document.engine}, where a shallow call takes {times} of a full one"
+    if document.measured_ratios:
+        here = _shares(document.measured_ratios)
+        where = (
+            f"if a shallow call takes {times} of a full one, as was given; on {document.engine} here it takes {here}"
+        )
     out.print(
         f"PSNR to the uncached images of {document.samples['test']} prompts and seeds that had no part in the tuning; "
-        f"speed-up of the UNet's time on {document.engine}, where a shallow call takes {times} of a full one."
+        f"speed-up of the UNet's time {where}."
     )
     out.print(f"[bold]{tuned.name}[/]")
+
+
+def _shares(ratios: Mapping[str, float]) -> str:
+    return ", ".join(f"{ratio:.2f}" + (f" ({cut})" if len(ratios) > 1 else "") for cut, ratio in ratios.items())
 
 
 _MARKS = ".-=+*"
@@ -139,6 +161,17 @@ def _table(rows: tuple[Measured, ...]) -> Table:
         calls = f"{row.full_calls} of {row.full_calls + row.shallow_calls}"
         table.add_row(row.name, calls, f"{row.speed_up:.2f}x", f"{row.psnr:.1f}", f"{row.worst:.1f}")
     return table
+
+
+def _ratios(texts: Sequence[str], cuts: Sequence[str]) -> dict[str, float]:
+    """By cut, of ``0.1`` for the only one or ``deepcache:0=0.1`` for each."""
+    given = {}
+    for text in texts:
+        cut, equals, share = text.rpartition("=")
+        if not equals and len(cuts) > 1:
+            raise typer.BadParameter(f"say of which of {', '.join(cuts)} {text!r} is: CUT={text}", param_hint="--ratio")
+        given[cut or cuts[0]] = _number(share, text, "--ratio", "0.1 or deepcache:0=0.1")
+    return given
 
 
 def _times(text: str | None) -> float | None:

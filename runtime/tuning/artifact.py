@@ -67,6 +67,9 @@ class Document(BaseModel):
     engine: str = Field(description="that the times are of")
     shallow_over_full: float = Field(description="time of a shallow call at cut")
     ratios: dict[str, float] = Field(default={}, description="the same of every cut that was searched, if several were")
+    measured_ratios: dict[str, float] = Field(
+        default={}, description="the engine's own where it was tuned, by cut, if others were given to tune for"
+    )
     samples: dict[str, int] = Field(description="images to fit, to select and to test")
     measured: tuple[Measured, ...]
     pareto: tuple[Measured, ...] = ()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from ...errors import UserError
 from ..forecast import Extrapolate, Forecast
 from ..schedule import Schedule, Steps, Uniform
 from .artifact import Measured, Tuned
@@ -22,15 +23,29 @@ class Costs:
         calls: of a generation.
         ratios: a shallow call's time over a full one's, by cut.
         full_seconds: of a full call.
+        measured: the engine's own ratios here, where others were given; empty if ratios has them.
     """
 
     calls: int
     ratios: Mapping[str, float]
     full_seconds: float
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, cuts: Sequence[str | None]) -> float:
         """Of a generation with these calls, each at its cut or full, in full calls."""
         return cost_of(cuts, self.ratios)
+
+    def given(self, ratios: Mapping[str, float]) -> Costs:
+        """With these ratios, by cut, in the place of those measured.
+
+        Raises:
+            UserError: a cut has none, or there is no such cut.
+        """
+        if missing := [cut for cut in self.ratios if cut not in ratios]:
+            raise UserError(f"no ratio was given for {', '.join(missing)}: give one for each cut, or none")
+        if unknown := [cut for cut in ratios if cut not in self.ratios]:
+            raise UserError(f"a ratio was given for {', '.join(unknown)}, but tuned for is {', '.join(self.ratios)}")
+        return replace(self, ratios={cut: ratios[cut] for cut in self.ratios}, measured=self.ratios)
 
 
 def measured(

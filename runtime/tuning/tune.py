@@ -24,7 +24,7 @@ from .measure import Progress, influence, record
 from .moments import Moments
 from .predictors import Predictor, Predictors, by_cut
 from .record import Recorder
-from .report import measured, rows
+from .report import Costs, measured, rows
 from .search import Array, Found, last_two, within
 from .wanted import Wanted
 
@@ -70,6 +70,8 @@ class _Tuning:
             cuts[unet.cut] = unet._cuts[unet.cut]
         self._name, self._wanted, self._progress = name, wanted, progress
         self._studio = Studio(pipe, wanted.steps, wanted.size, cuts)
+        if wanted.ratios:
+            Costs(0, dict.fromkeys(cuts, 0.0), 0.0).given(wanted.ratios)  # says what is missing before any image
         self._key = key_of(bundle, pipe.scheduler, wanted.steps, wanted.guidance)
         self._fit, self._select, self._test = three_sets(wanted.prompts, wanted.samples, wanted.guidance, wanted.seed)
 
@@ -77,6 +79,8 @@ class _Tuning:
         cuts, fit, select = self._studio.cuts, self._fit, self._select
         sets = (fit, select, self._test)
         self._costs = record(self._studio, sets, self._recorder(), self._key.calls, self._progress)
+        if self._wanted.ratios:
+            self._costs = self._costs.given(self._wanted.ratios)
         reuse = by_cut(cuts, fit.moments, select.moments, kinds=())
         better = by_cut(cuts, fit.moments, select.moments)
         self._weights = influence(self._studio, select, reuse, self._wanted.probes, self._progress)
@@ -218,6 +222,7 @@ class _Tuning:
             engine=self._studio.pipe.unet.engine,
             shallow_over_full=ratios[cut],
             ratios=dict(ratios) if len(ratios) > 1 else {},
+            measured_ratios=dict(self._costs.measured),
             samples={
                 "fit": len(self._fit.images),
                 "select": len(self._select.images),

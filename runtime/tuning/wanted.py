@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ...errors import UserError
 
@@ -38,6 +39,8 @@ class Wanted:
         samples: images in all: half to fit, a quarter each to select and to test.
         prompts: drawn in turn; each set has its own where there are three or more.
         cuts: of the shallow calls, each of which gets one of them; none for the bundle's first.
+        ratios: a shallow call's time over a full one's, for each of the cuts, to tune for instead of this engine's
+            here: another machine's, or a larger model's; empty to measure it.
         size: the images' height and width in pixels; None is the model's own.
         longest: calls from one full call to the next, at most.
         probes: calls whose influence on the image is measured.
@@ -52,6 +55,7 @@ class Wanted:
     samples: int = 16
     prompts: tuple[str, ...] = ()
     cuts: tuple[str, ...] = ()
+    ratios: Mapping[str, float] = field(default_factory=dict)
     size: int | None = None
     longest: int = 20
     probes: int = 8
@@ -65,3 +69,11 @@ class Wanted:
                 raise UserError(f"{name} is {getattr(self, name)}, and tuning needs at least {least}")
         if not self.prompts:
             raise UserError("there is no prompt to draw: give at least one")
+        for cut, ratio in self.ratios.items():
+            if not 0 < ratio <= 1:
+                raise UserError(
+                    f"the ratio of {cut} is {ratio:g}: a shallow call takes more than none and at most all of a full "
+                    "call's time, e.g. 0.1"
+                )
+        if self.ratios and self.target.seconds is not None:
+            raise UserError("a latency is this machine's: leave the ratio out, or give a speed-up as the target")

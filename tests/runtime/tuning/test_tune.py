@@ -169,6 +169,26 @@ def test_watching_changes_nothing(pipe: Any, tuned: Tuned) -> None:
     assert each.count == 16
 
 
+def test_a_given_ratio_takes_the_place_of_the_measured_one(pipe: Any, shapes: Path) -> None:
+    bundle = offcut.Bundle.open(shapes)
+
+    def tuned_for(**changed: Any) -> Any:
+        asked: dict[str, Any] = {"steps": 8, "guidance": (3.0, 3.0), "samples": 4, "prompts": PROMPTS, "probes": 2}
+        return tune(pipe, bundle, "given", Wanted(Target(speed_up=2.0), **asked | changed), lambda said: None).document
+
+    document = tuned_for(ratios={"deepcache:0": 0.1})
+    assert document.shallow_over_full == 0.1
+    assert 0.02 < document.measured_ratios["deepcache:0"] < 2
+    assert document.measured_ratios["deepcache:0"] != 0.1
+    assert len(document.full) <= 3  # 3 + 5 * 0.1 full calls' time is within 8 / 2, and 4 + 4 * 0.1 is not
+    for row in document.measured:
+        assert row.speed_up == pytest.approx(8 / (row.full_calls + 0.1 * row.shallow_calls))
+    with pytest.raises(UserError, match="ratio was given for deepcache:9, but tuned for is deepcache:0"):
+        tuned_for(ratios={"deepcache:0": 0.1, "deepcache:9": 0.2})
+    with pytest.raises(UserError, match="no ratio was given for deepcache:0"):
+        tuned_for(ratios={"deepcache:9": 0.2})
+
+
 def test_heun_has_more_calls_than_steps(pipe: Any, shapes: Path) -> None:
     bundle, before = offcut.Bundle.open(shapes), pipe.scheduler
     pipe.scheduler = HeunDiscreteScheduler.from_config(before.config)
@@ -191,11 +211,12 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_the_commands(shapes: Path, tuned: Tuned, copied: Callable[[Path], Path], tmp_path: Path) -> None:
     copy = copied(shapes)
     asked = ("--steps", "8", "--guidance", "3", "--samples", "4", "--engine", "onnxruntime", "--threads", "1")
-    made = command("tune", copy, "--budget", "2x", *asked, "--json")
+    made = command("tune", copy, "--budget", "2x", *asked, "--ratio", "0.2", "--json")
     assert made.returncode == 0, made.stderr
     document = json.loads(made.stdout)
     assert document["name"] == "DDIM-8-2x"
     assert document["key"]["steps"] == 8
+    assert document["shallow_over_full"] == 0.2
     drawn = command(
         "run", copy, "a red circle", "--schedule", "auto", "--steps", "8", "--guidance", "3", "-o", tmp_path / "a.png",
         "--json",
@@ -227,6 +248,11 @@ def test_the_commands(shapes: Path, tuned: Tuned, copied: Callable[[Path], Path]
         (["--latency", "1us"], "is not a value such as"),
         (["--budget", "2x", "--guidance", "9..5"], "ends before it begins"),
         (["--budget", "2x", "--name", "a/b"], "cannot name a schedule"),
+        (["--budget", "2x", "--ratio", "small"], "is not a value such as 0.1"),
+        (["--budget", "2x", "--ratio", "0"], "the ratio of deepcache:0 is 0"),
+        (["--budget", "2x", "--ratio", "1.5"], "the ratio of deepcache:0 is 1.5"),
+        (["--latency", "1s", "--ratio", "0.1"], "a latency is this machine's"),
+        (["--budget", "2x", "--ratio", "deepcache:3=0.1"], "no ratio was given for deepcache:0"),
         (["--budget", "2x", "--sampler", "Nonsense"], "diffusers has no scheduler Nonsense"),
     ],
 )

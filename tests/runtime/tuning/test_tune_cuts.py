@@ -15,7 +15,7 @@ import pytest
 import offcut
 from offcut import Tuned
 from offcut.benchmarks.shapes.model import PROMPTS, model_path
-from offcut.errors import CutError
+from offcut.errors import CutError, UserError
 from offcut.runtime.draw import draw
 from offcut.runtime.tuning.artifact import Document, save
 from offcut.runtime.tuning.tune import tune
@@ -52,6 +52,21 @@ def tuned(shapes: Path, pipe: Any) -> Tuned:
     found = tune(pipe, bundle, NAME, wanted, lambda said: None)
     save(bundle, found)
     return found
+
+
+def test_each_cut_has_a_given_ratio_of_its_own(pipe: Any, shapes: Path) -> None:
+    asked: dict[str, Any] = {"steps": 6, "guidance": (3.0, 3.0), "samples": 4, "prompts": PROMPTS, "probes": 1}
+    bundle, ratios = offcut.Bundle.open(shapes), dict(zip(CUTS, (0.1, 0.4), strict=True))
+    with pytest.raises(UserError, match=f"no ratio was given for {CUTS[1]}: give one for each cut"):
+        tune(
+            pipe, bundle, "half", Wanted(Target(speed_up=2), cuts=CUTS, ratios={CUTS[0]: 0.1}, **asked), lambda _: None
+        )
+    found = tune(pipe, bundle, "both", Wanted(Target(speed_up=2), cuts=CUTS, ratios=ratios, **asked), lambda _: None)
+    assert found.document.ratios == ratios
+    assert list(found.document.measured_ratios) == list(CUTS)
+    first = found.document.measured[0]
+    cost = sum(1 if cut is None else ratios[cut] for cut in found.document.by_call)
+    assert first.speed_up == pytest.approx(6 / cost)
 
 
 def image(pipe: Any, by: Tuned) -> np.ndarray:
