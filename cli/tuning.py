@@ -129,6 +129,8 @@ def _print(tuned: Tuned) -> None:
     if len(marks) > 1:
         shares = (f"{mark} {cut} ({document.by_call.count(cut)})" for cut, mark in marks.items())
         out.print(f"at the cuts {', '.join(shares)}", highlight=False)
+    if document.corrected:
+        out.print(f"the answers of {len(document.corrected)} calls are corrected", highlight=False)
     out.print(_table(document.measured))
     if document.pareto:
         out.print(_table(document.pareto))

@@ -15,7 +15,16 @@ def draws_from_prompts(call: Any) -> bool:
 
 
 def draw(pipe: Any, prompt: str, *, steps: int, guidance: float, seed: int, size: int | None, output: str) -> Any:
-    """What the pipeline returns.
+    """What the pipeline returns; arguments as ``arguments_of``."""
+    return pipe(
+        **arguments_of(pipe, prompt, steps=steps, guidance=guidance, seed=seed, size=size, output=output),
+    )
+
+
+def arguments_of(
+    pipe: Any, prompt: str, *, steps: int, guidance: float, seed: int, size: int | None, output: str
+) -> dict[str, Any]:
+    """Of the pipeline's call.
 
     Args:
         steps: of the scheduler.
@@ -28,12 +37,12 @@ def draw(pipe: Any, prompt: str, *, steps: int, guidance: float, seed: int, size
 
     taken = inspect.signature(pipe.__call__).parameters
     asked = {"height": size, "width": size, "guidance_scale": guidance, "output_type": output}
-    return pipe(
-        prompt,
-        num_inference_steps=steps,
-        generator=torch.Generator("cpu").manual_seed(seed),
+    return {
+        "prompt": prompt,
+        "num_inference_steps": steps,
+        "generator": torch.Generator("cpu").manual_seed(seed),
         **{name: value for name, value in asked.items() if name in taken and value is not None},
-    )
+    }
 
 
 def with_class(scheduler: Any, name: str) -> Any:

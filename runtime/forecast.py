@@ -23,6 +23,7 @@ from ..errors import ScheduleError
 
 if TYPE_CHECKING:
     from ..engines.base import BoundPair
+    from .correction import Correction
 
 Coefficient = float | torch.Tensor
 
@@ -45,6 +46,9 @@ class Coefficients:
 
 class Forecast(ABC):
     """Coefficients for each shallow call."""
+
+    correction: Correction | None = None
+    """Of the UNet's answers; None leaves them as they are."""
 
     @abstractmethod
     def at(self, feature: str, call: int, last: int, before: int | None) -> Coefficients | None:

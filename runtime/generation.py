@@ -109,6 +109,11 @@ class Generation:
         return len(self._full)
 
     @property
+    def last_was_full(self) -> bool:
+        """Whether the last call that completed ran the full graph."""
+        return self._full[-1]
+
+    @property
     def plan(self) -> tuple[bool, ...] | None:
         """For each call whether the schedule has it full; None where nobody knows how many there will be.
 

@@ -21,6 +21,7 @@ from ..exporter.specs import Shape, TensorSpec, solve
 from ..exporter.trace import SAMPLE
 from .advice import against_caching
 from .bound import Shapes
+from .correction import Answers
 from .forecast import Forecast
 from .generation import Calls, Generation, Guided, Run
 from .inputs import engine_inputs, in_place, refuse_ignored, timestep_shape, timestep_value
@@ -84,6 +85,7 @@ class StandIn(EngineModel):
         self._announced_by: int | None = None
         self._unannounced: Generation | None = None
         self._latest: Generation | None = None
+        self._answers: tuple[Generation, Answers] | None = None
         self._busy = threading.Lock()
         self._in_use = IN_USE
 
@@ -305,7 +307,7 @@ class StandIn(EngineModel):
             given |= self.image_prompts.inputs(added_cond_kwargs or {}) | {IMAGE_EMBEDS: None}
         tensors = engine_inputs(given, self._specs, self._device)
         with self._exclusively(), torch.no_grad():
-            noise_pred = self._call(tensors, timestep)
+            noise_pred = self._corrected(tensors[SAMPLE], self._call(tensors, timestep))
         return self._output_class(sample=noise_pred) if return_dict else (noise_pred,)
 
     def _shapes(self, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Shape], list[str]]:
@@ -332,6 +334,15 @@ class StandIn(EngineModel):
             self._unannounced = Generation(self._schedule, self._cut)
         self._latest = self._unannounced
         return self._unannounced, self._unannounced.begin(place, value)
+
+    def _corrected(self, sample: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
+        """A call's answer as the forecast corrects it, in announced generations."""
+        generation, correction = self._announced, None if self._forecast is None else self._forecast.correction
+        if generation is None or correction is None:
+            return noise_pred
+        if self._answers is None or self._answers[0] is not generation:
+            self._answers = (generation, correction.begin())
+        return self._answers[1].correct(generation.last_was_full, sample, noise_pred)
 
     @contextmanager
     def _exclusively(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ...errors import (
@@ -151,8 +152,8 @@ class Worker:
         """Ask for a pipeline call.
 
         Args:
-            arguments: of the pipeline's call. Callbacks in them must not block, as everybody waits for them. Without a
-                ``generator`` the request gets one of its own with a random seed.
+            arguments: of the pipeline's call. Callbacks in them must not block, as everybody waits for them, except
+                in ``outside``. Without a ``generator`` the request gets one of its own with a random seed.
             schedule, cut, forecast: as ``UNet.set_schedule`` takes them. Caching costs quality; a forecast doubles the
                 memory for cached features.
             scheduler: of diffusers; copied. None for the pipeline's own.
@@ -214,6 +215,10 @@ class Worker:
             self._end(request, why)
         else:
             self._batcher.end(request, why)
+
+    def outside(self) -> AbstractContextManager[object]:
+        """Around code of a request's own that waits, e.g. in a callback: others go on meanwhile."""
+        return self._batcher.outside()
 
     # State
 

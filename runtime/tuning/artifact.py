@@ -1,7 +1,8 @@
 """What ``offcut tune`` leaves in a bundle: a schedule with its coefficients, and for what they were made.
 
 schedules/<name>.json           the schedule, its key, and what was measured
-schedules/<name>.safetensors    <call>.<feature>.scale, .slope and .shift: [channels], or [1] where one serves all
+schedules/<name>.safetensors    <call>.<feature>.scale, .slope and .shift: [channels], or [1] where one serves all;
+                                <call>.correction.weight: [channels, inputs, 3, 3] and .bias: [channels]
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...errors import BundleError, ScheduleError
+from ..correction import Convolutions, Correction, Kernel
 from ..forecast import Coefficients, Forecast
 from ..schedule import Schedule
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from ..stand_in import StandIn
 
 _NAMES = ("scale", "slope", "shift")
+_CORRECTION = "correction"
 
 
 class Key(BaseModel):
@@ -64,6 +67,8 @@ class Document(BaseModel):
     cuts: tuple[str | None, ...] = Field(default=(), description="of each call, none if full; empty if all have cut")
     full: tuple[int, ...] = Field(description="the full calls")
     predictors: tuple[str, ...] = Field(description="of each call: full, reuse, forecast... or fit...")
+    corrected: tuple[int, ...] = Field(default=(), description="the calls whose answers are corrected")
+    correction_guidance: float | None = Field(default=None, description="scale that a correction reckons with")
     engine: str = Field(description="that the times are of")
     shallow_over_full: float = Field(description="time of a shallow call at cut")
     ratios: dict[str, float] = Field(default={}, description="the same of every cut that was searched, if several were")
@@ -146,10 +151,12 @@ class Fitted(Forecast):
     Attributes:
         coefficients: by call and feature; a call without reuses.
         full: the schedule's full calls, which the coefficients rely on.
+        correction: of the answers.
     """
 
     coefficients: Mapping[int, Mapping[str, Coefficients]]
     full: tuple[int, ...]
+    correction: Correction | None = None
 
     def __str__(self) -> str:
         return "tuned"
@@ -169,11 +176,13 @@ class Tuned:
         name: of its files.
         document: all but the coefficients.
         coefficients: by call and feature.
+        correction: of the answers; None for none.
     """
 
     name: str
     document: Document
     coefficients: Mapping[int, Mapping[str, Coefficients]] = field(repr=False)
+    correction: Convolutions | None = field(default=None, repr=False)
 
     @classmethod
     def load(cls, bundle: str | Path | Bundle, name: str) -> Tuned:
@@ -200,15 +209,29 @@ class Tuned:
         except ValidationError as error:
             raise BundleError(f"{opened.path / entry.document} is damaged: {error.errors()[0]['msg']}") from error
         found: dict[int, dict[str, dict[str, Any]]] = {}
+        kernels: dict[int, dict[str, Any]] = {}
         for key, tensor in load_file(opened.path / entry.coefficients).items():
             call, feature, which = key.split(".")
+            if feature == _CORRECTION:
+                kernels.setdefault(int(call), {})[which] = tensor
+                continue
             value = float(tensor[0]) if len(tensor) == 1 else tensor
             found.setdefault(int(call), {}).setdefault(feature, {})[which] = value
         coefficients = {
             call: {feature: Coefficients(**values) for feature, values in features.items()}
             for call, features in found.items()
         }
-        return cls(name, document, coefficients)
+        correction = None
+        if kernels:
+            by_call = {call: Kernel(**tensors) for call, tensors in kernels.items()}
+            correction = Convolutions(by_call, document.full, document.correction_guidance)
+        return cls(name, document, coefficients, correction)
+
+    def with_correction(self, correction: Convolutions) -> Tuned:
+        """The same, and answers are corrected."""
+        calls = tuple(sorted(correction.kernels))
+        said = {"corrected": calls, "correction_guidance": correction.guidance}
+        return replace(self, document=self.document.model_copy(update=said), correction=correction)
 
     @property
     def schedule(self) -> TunedSteps:
@@ -216,20 +239,25 @@ class Tuned:
 
     @property
     def forecast(self) -> Forecast | None:
-        return Fitted(self.coefficients, self.document.full) if self.coefficients else None
+        if not self.coefficients and self.correction is None:
+            return None
+        return Fitted(self.coefficients, self.document.full, self.correction)
 
     def apply(self, unet: StandIn) -> None:
         """Set it from the next generation on; see ``set_schedule`` for what it raises."""
         unet.set_schedule(self.schedule, self.document.cut, self.forecast)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The coefficients as the file has them, fp32."""
-        return {
+        """The coefficients and the correction as the file has them, fp32."""
+        tensors = {
             f"{call}.{feature}.{name}": torch.as_tensor(getattr(made, name), dtype=torch.float32).reshape(-1).cpu()
             for call, features in self.coefficients.items()
             for feature, made in features.items()
             for name in _NAMES
         }
+        for call, kernel in ({} if self.correction is None else self.correction.kernels).items():
+            tensors |= {f"{call}.{_CORRECTION}.weight": kernel.weight, f"{call}.{_CORRECTION}.bias": kernel.bias}
+        return tensors
 
 
 def key_of(bundle: Bundle, scheduler: Any, steps: int, guidance: tuple[float, float]) -> Key:

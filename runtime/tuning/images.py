@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..draw import draw
 from ..forecast import Forecast
@@ -34,10 +35,17 @@ class Image:
 
 @dataclass
 class ImageSet:
-    """Images, what they look like uncached, and the moments of their features."""
+    """Images, what they look like uncached, and what their generations were like.
+
+    Attributes:
+        pictures: uncached.
+        latents: of each image after each step of the scheduler, uncached, fp32.
+        moments: of the cached features.
+    """
 
     images: list[Image]
     pictures: list[Picture] = field(default_factory=list)
+    latents: list[list[torch.Tensor]] = field(default_factory=list)
     moments: dict[str, Moments] = field(default_factory=dict)
 
 

@@ -15,15 +15,19 @@ from .predictors import Predictors
 from .record import Recorder
 from .report import Costs
 from .search import Array
+from .watched import Watch
 
 Progress = Callable[[str], None]
 
 
-def record(studio: Studio, sets: Sequence[ImageSet], recorder: Recorder, calls: int, progress: Progress) -> Costs:
+def record(
+    studio: Studio, sets: Sequence[ImageSet], recorder: Recorder, watch: Watch, calls: int, progress: Progress
+) -> Costs:
     """Uncached images, their features, and the times of the engine's calls.
 
     Args:
-        sets: get pictures, and all but the last the moments of their features.
+        sets: get pictures, and all but the last latents and the moments of their features.
+        watch: of the studio's pipeline.
         calls: that the scheduler makes of the UNet.
 
     Raises:
@@ -36,9 +40,10 @@ def record(studio: Studio, sets: Sequence[ImageSet], recorder: Recorder, calls: 
         for image in each.images:
             done += 1
             progress(f"  {done} of {total}")
-            with recorder.watch():
+            with recorder.watch(), watch.latents() as latents:
                 each.pictures.append(studio.draw(image))
             if each is not sets[-1]:
+                each.latents.append(latents)
                 each.moments = each.moments or recorder.empty()
                 recorder.add_to(each.moments)
             seconds += studio.run.seconds

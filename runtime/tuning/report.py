@@ -89,6 +89,9 @@ def rows(
         name = f"one cut only, {alone.document.cut}"
         made.append(measured(studio, costs, name, alone.schedule, alone.forecast, test))
     made.append(measured(studio, costs, "tuned schedule, features reused", tuned.schedule, None, test))
+    if tuned.correction is not None:
+        uncorrected = replace(tuned, correction=None).forecast
+        made.append(measured(studio, costs, "tuned, answers not corrected", tuned.schedule, uncorrected, test))
     made += [measured(studio, costs, name, schedule, forecast, test) for name, schedule, forecast in others]
     steps = max(1, round(studio.steps / made[0].speed_up))
     psnr, worst = studio.psnr(test, None, steps=steps)

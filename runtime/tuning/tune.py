@@ -17,6 +17,7 @@ from ...errors import UserError
 from ..draw import draws_from_prompts
 from ..forecast import Extrapolate
 from ..schedule import Uniform
+from . import lockstep
 from .artifact import Document, Measured, Tuned, key_of
 from .cuts import ByCall, at_cut, full_of, search
 from .images import Studio, three_sets
@@ -27,11 +28,15 @@ from .record import Recorder
 from .report import Costs, measured, rows
 from .search import Array, Found, last_two, within
 from .wanted import Wanted
+from .watched import Watch, watched
 
 if TYPE_CHECKING:
     from ...engines.bundle import Bundle
 
 ByCut = Mapping[str, Predictors]
+
+_PROMISING = 3
+"""Schedules with predictions that are tried with a correction too."""
 
 
 def tune(pipe: Any, bundle: Bundle, name: str, wanted: Wanted, progress: Progress) -> Tuned:
@@ -53,7 +58,8 @@ def tune(pipe: Any, bundle: Bundle, name: str, wanted: Wanted, progress: Progres
     advises, pipe.unet.advise = pipe.unet.advise, False
     timed, pipe.unet.record_times = pipe.unet.record_times, True
     try:
-        return _Tuning(pipe, bundle, name, wanted, progress).run()
+        with watched(pipe) as watch:
+            return _Tuning(pipe, bundle, name, wanted, watch, progress).run()
     finally:
         pipe.unet.advise, pipe.unet.record_times = advises, timed
         pipe.unet.set_schedule(None)
@@ -62,13 +68,13 @@ def tune(pipe: Any, bundle: Bundle, name: str, wanted: Wanted, progress: Progres
 class _Tuning:
     """One search; see ``tune``."""
 
-    def __init__(self, pipe: Any, bundle: Bundle, name: str, wanted: Wanted, progress: Progress) -> None:
+    def __init__(self, pipe: Any, bundle: Bundle, name: str, wanted: Wanted, watch: Watch, progress: Progress) -> None:
         unet = pipe.unet
         cuts: dict[str, tuple[str, ...]] = {}
         for cut in wanted.cuts or (None,):
             unet.set_schedule(Uniform(2), cut)  # says if there is none
             cuts[unet.cut] = unet._cuts[unet.cut]
-        self._name, self._wanted, self._progress = name, wanted, progress
+        self._name, self._wanted, self._watch, self._progress = name, wanted, watch, progress
         self._studio = Studio(pipe, wanted.steps, wanted.size, cuts)
         if wanted.ratios:
             Costs(0, dict.fromkeys(cuts, 0.0), 0.0).given(wanted.ratios)  # says what is missing before any image
@@ -78,7 +84,7 @@ class _Tuning:
     def run(self) -> Tuned:
         cuts, fit, select = self._studio.cuts, self._fit, self._select
         sets = (fit, select, self._test)
-        self._costs = record(self._studio, sets, self._recorder(), self._key.calls, self._progress)
+        self._costs = record(self._studio, sets, self._recorder(), self._watch, self._key.calls, self._progress)
         if self._wanted.ratios:
             self._costs = self._costs.given(self._wanted.ratios)
         reuse = by_cut(cuts, fit.moments, select.moments, kinds=())
@@ -88,13 +94,14 @@ class _Tuning:
         found = self._search(better, tuple(cuts))
         budget = self._budget(found, better)
         self._progress("compare predictions with reuse")
-        tuned = self._again(self._best([each for cut in cuts for each in self._at(cut, budget, reuse, better)]))
+        tried = [each for cut in cuts for each in self._at(cut, budget, reuse, better)]
+        tuned = self._finished([*tried, self._again(self._best(tried))])
         alone = None
         if len(cuts) > 1:
             self._progress("let each call have a cut of its own")
             plain = self._predicting(within(self._search(reuse, tuple(cuts)), budget).cuts, reuse)
             mixed = self._best([plain, self._predicting(within(found, budget).cuts, better)])
-            alone, tuned = tuned, self._best([tuned, self._again(mixed)])
+            alone, tuned = tuned, self._best([tuned, self._finished([mixed, self._again(mixed)])])
         pareto = self._pareto(found, better)
         self._progress("draw the test images")
         report = rows(self._studio, self._costs, tuned, alone, self._test, fit)
@@ -141,7 +148,7 @@ class _Tuning:
         while low < high:
             middle = (low + high) // 2
             self._progress(f"  {len(found[middle].full)} full calls")
-            if self._psnr(self._predicting(found[middle].cuts, predictors)) >= target.psnr:
+            if self._psnr(self._corrected(self._predicting(found[middle].cuts, predictors))) >= target.psnr:
                 high = middle
             else:
                 low = middle + 1
@@ -194,9 +201,18 @@ class _Tuning:
         for place in sorted({round(place) for place in np.geomspace(1, len(found) - 1, count)}):
             cuts = found[place - 1].cuts
             self._progress(f"  {len(full_of(cuts))} full calls")
-            tuned = self._predicting(cuts, predictors)
+            tuned = self._corrected(self._predicting(cuts, predictors))
             made.append(measured(self._studio, self._costs, "tuned", tuned.schedule, tuned.forecast, self._select))
         return made
+
+    def _finished(self, tried: Sequence[Tuned]) -> Tuned:
+        """The best of the most promising, with corrected answers where that helps."""
+        self._progress("correct what the UNet answers")
+        promising = sorted(tried, key=self._psnr, reverse=True)[:_PROMISING]
+        return self._best([each for tuned in promising for each in (tuned, self._corrected(tuned))])
+
+    def _corrected(self, tuned: Tuned) -> Tuned:
+        return lockstep.fit(self._studio, self._watch, tuned, self._fit, self._select)
 
     def _best(self, tried: Sequence[Tuned]) -> Tuned:
         """That with the best images among those that choices are made on."""

@@ -1,0 +1,210 @@
+"""Fitting corrections: all images go through the sampler side by side, and at each call a kernel is fitted to them.
+
+Each image has a thread. At every step of the scheduler the threads meet; from what they were asked and answered follows
+the kernel that takes all of them as near as can be to where they are without caching, and with it they go on. So the
+kernels of later calls know what those before have mended.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..batching import Worker
+from ..batching.request import Ticket
+from ..correction import Answers, Convolutions, Correction, Kernel
+from ..draw import arguments_of
+from ..forecast import Coefficients, Forecast
+from .artifact import Tuned
+from .images import Image, ImageSet, Studio
+from .watched import At, Watch
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+_GAIN = 0.99
+"""A kernel must leave less than this share of the held-out images' error."""
+
+
+def fit(studio: Studio, watch: Watch, tuned: Tuned, fitted: ImageSet, held_out: ImageSet) -> Tuned:
+    """The schedule with a correction; without, where none helps or can be.
+
+    Args:
+        watch: of the studio's pipeline.
+        fitted: images that kernels are fitted to, with their latents.
+        held_out: those that decide how strong a kernel's ridge is, and whether there is one.
+    """
+    images = [*fitted.images, *held_out.images]
+    latents = [*fitted.latents, *held_out.latents]
+    if any(len(each) != tuned.document.key.calls or each[0].dim() != 4 for each in latents):
+        return tuned  # a scheduler with other steps than calls; a video
+    meeting = _Meeting(tuned, images, latents, len(fitted.images))
+    worker = Worker(
+        studio.pipe,
+        max_in_flight=len(images),
+        max_queue=0,
+        max_batch=2,
+        bound_shapes=2,
+        cache_bytes=2**62,
+    )
+    watch.ask = meeting.step
+    try:
+        with worker:
+            meeting.outside = worker.outside
+            tickets = [_send(worker, studio, tuned, image, meeting.part(place)) for place, image in enumerate(images)]
+            done, _ = wait([each.future for each in tickets], return_when=FIRST_EXCEPTION)
+            if any(each.exception() for each in done):
+                meeting.barrier.abort()
+            wait([each.future for each in tickets])
+        errors = [error for each in tickets if (error := each.future.exception()) is not None]
+        whys = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+        if errors:
+            raise (whys or errors)[0]
+    finally:
+        watch.ask = None
+    if not meeting.kernels:
+        return tuned
+    return tuned.with_correction(Convolutions(meeting.kernels, meeting.full, meeting.guidance))
+
+
+def _send(worker: Worker, studio: Studio, tuned: Tuned, image: Image, forecast: Forecast) -> Ticket:
+    arguments = arguments_of(
+        studio.pipe,
+        image.prompt,
+        steps=studio.steps,
+        guidance=image.guidance,
+        seed=image.seed,
+        size=studio.size,
+        output="latent",
+    )
+    return worker.submit(arguments, schedule=tuned.schedule, cut=tuned.document.cut, forecast=forecast)
+
+
+class _Meeting:
+    """Where the images' threads meet at each step."""
+
+    def __init__(
+        self, tuned: Tuned, images: Sequence[Image], latents: Sequence[Sequence[torch.Tensor]], fitted: int
+    ) -> None:
+        low, high = tuned.document.key.guidance
+        self.full, self.guidance = tuned.document.full, (low + high) / 2 if low > 1 else None
+        self.kernels: dict[int, Kernel] = {}
+        self.barrier = threading.Barrier(len(images), self._fit)
+        self.outside: Any = None
+        self._tuned, self._images, self._latents, self._fitted = tuned, images, latents, fitted
+        self._parts: dict[int, _Part] = {}  # by thread
+        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}  # by image
+        self._call = 0
+
+    def part(self, place: int) -> Forecast:
+        """What stands for the forecast of one image."""
+        return _Predicts(self._tuned.forecast, _Asks(self, place))
+
+    def present(self, part: _Part) -> None:
+        """In an image's thread, when its UNet was called."""
+        self._parts[threading.get_ident()] = part
+
+    def step(self, at: At, output: torch.Tensor) -> torch.Tensor:
+        """In an image's thread, as its scheduler is about to make a step."""
+        part = self._parts[threading.get_ident()]
+        wanted = None
+        if part.seen is not None:
+            wanted = at.towards(self._latents[part.place][self._call])
+        self._seen[part.place] = None if wanted is None or part.seen is None else (part.seen, wanted - output.float())
+        with self.outside():
+            self.barrier.wait()
+        kernel = self.kernels.get(self._call - 1)
+        change = None if kernel is None or part.seen is None else kernel(part.seen)
+        if part.seen is not None:
+            part.keep(change)
+        return output if change is None else output + change.to(output.dtype)
+
+    def _fit(self) -> None:
+        """In one of the threads, while the others wait."""
+        call, self._call = self._call, self._call + 1
+        seen = [self._seen[place] for place in range(len(self._images))]
+        known = [each for each in seen if each is not None]
+        if call > 0 and len(known) == len(seen):  # at the first call nothing was cached
+            kernel = _kernel(known[: self._fitted], known[self._fitted :])
+            if kernel is not None:
+                self.kernels[call] = kernel
+
+
+class _Part(Answers):
+    """One image's calls: what a kernel will see of each, kept until its scheduler steps."""
+
+    def __init__(self, meeting: _Meeting, place: int) -> None:
+        super().__init__(meeting.full, meeting.guidance, {})
+        self.place, self._meeting = place, meeting
+        self.seen: torch.Tensor | None = None
+
+    def correct(self, full: bool, sample: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
+        self.seen = self.inputs(full, sample, noise_pred)
+        self._meeting.present(self)
+        return noise_pred
+
+
+@dataclass(frozen=True)
+class _Asks(Correction):
+    """Of one image."""
+
+    meeting: _Meeting
+    place: int
+
+    def begin(self) -> Answers:
+        return _Part(self.meeting, self.place)
+
+
+@dataclass(frozen=True)
+class _Predicts(Forecast):
+    """Another forecast, with a correction of its own."""
+
+    other: Forecast | None
+    correction: Correction | None
+
+    def at(self, feature: str, call: int, last: int, before: int | None) -> Coefficients | None:
+        return None if self.other is None else self.other.at(feature, call, last, before)
+
+
+def _kernel(
+    fitted: Sequence[tuple[torch.Tensor, torch.Tensor]], held_out: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> Kernel | None:
+    """The kernel with the least error on the images held out; None if none is better than no correction.
+
+    Args:
+        fitted, held_out: of each image what a kernel sees [1, inputs, height, width], and what it should say
+            [1, channels, height, width].
+    """
+    channels = fitted[0][1].shape[1]
+    products, others = (sum(map(_products, each), torch.zeros((), dtype=torch.float64)) for each in (fitted, held_out))
+    inputs = len(products) - channels - 1  # and a column of ones
+    means = products[-1, :inputs] / products[-1, -1]
+    ours, between = products[:inputs, :inputs], products[:inputs, inputs:-1]
+    centred = ours - products[-1, -1] * means[:, None] * means
+    missing = products[-1, inputs:-1] / products[-1, -1]
+    towards = between - products[-1, -1] * means[:, None] * missing
+    best, least = None, _GAIN * float(others[inputs:-1, inputs:-1].trace())
+    for ridge in RIDGES:
+        strength = torch.diag(ridge * centred.diagonal() + 1e-12 * centred.diagonal().max().clamp(min=1e-12))
+        weights = torch.linalg.solve(centred + strength, towards)  # [inputs * 9, channels]
+        bias = missing - means @ weights
+        made = torch.cat([-weights, torch.eye(channels, dtype=torch.float64), -bias[None]])
+        error = float((made * (others @ made)).sum())
+        if error < least:
+            best, least = (weights, bias), error
+    if best is None:
+        return None
+    weights, bias = best
+    return Kernel(weights.T.reshape(channels, -1, 3, 3).float().contiguous(), bias.float())
+
+
+def _products(pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Of one image: sums of products of all that a kernel sees at a place, what it should say, and 1."""
+    seen, said = pair
+    patches = torch.nn.functional.unfold(seen.cpu(), 3, padding=1)[0].T
+    answers = said.cpu().flatten(2)[0].T
+    rows = torch.cat([patches, answers, torch.ones(len(patches), 1)], 1).double()
+    return rows.T @ rows
