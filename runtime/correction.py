@@ -1,7 +1,7 @@
 """Correcting what the UNet answers in a cached generation, by small convolutions that were fitted beforehand.
 
 What caching leaves wrong is not all noise. Much of it follows from what is at hand: this call's answer and sample, what
-the last two full calls were asked and answered, and the answer before. A 3x3 convolution over these few channels of the
+the last two full calls were asked and answered, and the answer before. A convolution over these few channels of the
 latent's size takes it out, in no time beside a call of the UNet. ``tuning.lockstep`` fits it so that the sampler gets
 back to where it would be without caching. No engine knows of it.
 """
@@ -20,7 +20,7 @@ class Kernel:
     """Of one call.
 
     Attributes:
-        weight: [channels, inputs, 3, 3], fp32; inputs as ``Answers.inputs`` stacks them.
+        weight: [channels, inputs, size, size], fp32, size odd; inputs as ``Answers.inputs`` stacks them.
         bias: [channels].
     """
 
@@ -30,7 +30,7 @@ class Kernel:
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """What to add to the answer: [batch, channels, height, width] for [batch, inputs, height, width]."""
         weight, bias = (each.to(inputs.device, inputs.dtype) for each in (self.weight, self.bias))
-        return torch.nn.functional.conv2d(inputs, weight, bias, padding=1)
+        return torch.nn.functional.conv2d(inputs, weight, bias, padding=weight.shape[-1] // 2)
 
 
 class Correction(ABC):

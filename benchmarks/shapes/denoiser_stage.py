@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class DenoiserSettings:
     """How text encoder and UNet are trained."""
 
-    steps: int = 31000
+    steps: int = 39000
     batch: int = 16
     rate: float = 1e-3
     warmup: int = 200

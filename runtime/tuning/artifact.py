@@ -2,7 +2,7 @@
 
 schedules/<name>.json           the schedule, its key, and what was measured
 schedules/<name>.safetensors    <call>.<feature>.scale, .slope and .shift: [channels], or [1] where one serves all;
-                                <call>.correction.weight: [channels, inputs, 3, 3] and .bias: [channels]
+                                <call>.correction.weight: [channels, inputs, size, size], .bias: [channels]
 """
 
 from __future__ import annotations

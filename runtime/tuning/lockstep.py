@@ -24,7 +24,8 @@ from .artifact import Tuned
 from .images import Image, ImageSet, Studio
 from .watched import At, Watch
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+SIZES = (1, 3)
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 _GAIN = 0.99
 """A kernel must leave less than this share of the held-out images' error."""
 
@@ -179,26 +180,33 @@ def _kernel(
             [1, channels, height, width].
     """
     channels = fitted[0][1].shape[1]
-    products, others = (sum(map(_products, each), torch.zeros((), dtype=torch.float64)) for each in (fitted, held_out))
-    inputs = len(products) - channels - 1  # and a column of ones
-    means = products[-1, :inputs] / products[-1, -1]
-    ours, between = products[:inputs, :inputs], products[:inputs, inputs:-1]
-    centred = ours - products[-1, -1] * means[:, None] * means
-    missing = products[-1, inputs:-1] / products[-1, -1]
-    towards = between - products[-1, -1] * means[:, None] * missing
-    best, least = None, _GAIN * float(others[inputs:-1, inputs:-1].trace())
-    for ridge in RIDGES:
-        strength = torch.diag(ridge * centred.diagonal() + 1e-12 * centred.diagonal().max().clamp(min=1e-12))
-        weights = torch.linalg.solve(centred + strength, towards)  # [inputs * 9, channels]
-        bias = missing - means @ weights
-        made = torch.cat([-weights, torch.eye(channels, dtype=torch.float64), -bias[None]])
-        error = float((made * (others @ made)).sum())
-        if error < least:
-            best, least = (weights, bias), error
-    if best is None:
-        return None
-    weights, bias = best
-    return Kernel(weights.T.reshape(channels, -1, 3, 3).float().contiguous(), bias.float())
+    ours, others = (sum(map(_products, each), torch.zeros((), dtype=torch.float64)) for each in (fitted, held_out))
+    patches = len(ours) - channels - 1
+    best, least = None, _GAIN * float(others[patches:-1, patches:-1].trace())
+    for size in SIZES:
+        # Of a patch's 9 places all, or the one in the middle; and of every patch what follows it.
+        rows = torch.arange(patches)[:: 1 if size == 3 else 9] + (0 if size == 3 else 4)
+        kept = torch.cat([rows, torch.arange(patches, len(ours))])
+        own, other = ours[kept][:, kept], others[kept][:, kept]
+        for ridge in RIDGES:
+            solution = _ridge(own, channels, ridge)
+            made = torch.cat([-solution[:-1], torch.eye(channels, dtype=torch.float64), -solution[-1:]])
+            error = float((made * (other @ made)).sum())
+            if error < least:
+                weight = solution[:-1].T.reshape(channels, -1, size, size)
+                best, least = Kernel(weight.float().contiguous(), solution[-1].float()), error
+    return best
+
+
+def _ridge(products: torch.Tensor, channels: int, strength: float) -> torch.Tensor:
+    """Weights and, in the last row, bias [inputs + 1, channels], of ``_products`` of inputs, answers and 1."""
+    count, inputs = products[-1, -1], len(products) - channels - 1
+    means = products[-1] / count
+    centred = products - count * means[:, None] * means
+    own = centred[:inputs, :inputs]
+    penalty = strength * own.diagonal() + 1e-12 * own.diagonal().max().clamp(min=1e-12)
+    weights = torch.linalg.solve(own + torch.diag(penalty), centred[:inputs, inputs:-1])
+    return torch.cat([weights, (means[inputs:-1] - means[:inputs] @ weights)[None]])
 
 
 def _products(pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

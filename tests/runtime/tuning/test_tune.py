@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 from typer.testing import CliRunner
 
@@ -19,11 +20,16 @@ from offcut import Extrapolate, Tuned
 from offcut.benchmarks.shapes.model import PROMPTS, model_path
 from offcut.cli import app
 from offcut.errors import BundleError, ScheduleError, UserError
-from offcut.runtime.draw import draw
-from offcut.runtime.tuning.artifact import choose, key_of, refusal, save
+from offcut.runtime.batching import Worker
+from offcut.runtime.draw import arguments_of, draw
+from offcut.runtime.tuning import lockstep
+from offcut.runtime.tuning.artifact import Document, choose, key_of, refusal, save
+from offcut.runtime.tuning.images import Studio, three_sets
+from offcut.runtime.tuning.measure import record
 from offcut.runtime.tuning.record import Recorder
 from offcut.runtime.tuning.tune import tune
 from offcut.runtime.tuning.wanted import Target, Wanted
+from offcut.runtime.tuning.watched import watched
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 pytestmark = pytest.mark.slow
@@ -93,6 +99,48 @@ def test_it_is_better_than_reuse_at_the_same_cost(tuned: Tuned) -> None:
     for row in others:
         if row.full_calls <= ours.full_calls and "forecast" not in row.name:
             assert ours.psnr > row.psnr, row.name
+
+
+def test_corrected_answers_bring_new_images_nearer(pipe: Any, shapes: Path, copied: Callable[[Path], Path]) -> None:
+    """Of plain reuse at every fourth of 12 calls; alone, in a worker, and from a bundle alike."""
+    bundle, steps = offcut.Bundle.open(copied(shapes)), 12
+    studio = Studio(pipe, steps, None, {"deepcache:0": pipe.unet._cuts["deepcache:0"]})
+    sets = three_sets(PROMPTS, 16, (GUIDANCE, GUIDANCE), 0)
+    full = offcut.Uniform(4).full_calls(steps)
+    kinds = tuple("full" if call in full else "reuse" for call in range(steps))
+    document = Document(
+        key=key_of(bundle, pipe.scheduler, steps, (GUIDANCE, GUIDANCE)),
+        cut="deepcache:0",
+        full=full,
+        predictors=kinds,
+        engine="onnxruntime",
+        shallow_over_full=0.1,
+        samples={},
+        measured=(),
+    )
+    pipe.unet.record_times, scheduler = True, pipe.scheduler
+    with watched(pipe) as watch:
+        record(studio, sets, Recorder(pipe.unet, studio.features, 16), watch, steps, lambda said: None)
+        corrected = lockstep.fit(studio, watch, Tuned("corrected", document, {}), sets[0], sets[1])
+    assert pipe.scheduler is scheduler
+    assert len(corrected.document.corrected) > 6
+    assert 0 not in corrected.document.corrected
+    reused = studio.psnr(sets[2], corrected.schedule)[0]
+    assert studio.psnr(sets[2], corrected.schedule, corrected.forecast)[0] > reused + 1
+
+    save(bundle, corrected)
+    again = Tuned.load(offcut.Bundle.open(bundle.path), "corrected")
+    alone = image(pipe, again, steps=steps)
+    pipe.unet.set_schedule(None)
+    asked = arguments_of(pipe, PROMPTS[0], steps=steps, guidance=GUIDANCE, seed=77, size=None, output="np")
+    with Worker(pipe, max_in_flight=2) as worker:
+        tickets = [
+            worker.submit(asked | {"generator": torch.Generator().manual_seed(77)}, **by)
+            for by in ({"schedule": again.schedule, "forecast": again.forecast}, {"schedule": offcut.Uniform(3)})
+        ]
+        made = [ticket.future.result().images[0] for ticket in tickets]
+    assert np.abs(made[0] - alone).max() < 1e-3
+    assert np.abs(made[1] - alone).max() > 1e-2
 
 
 def test_what_is_read_again_draws_the_same(pipe: Any, shapes: Path, tuned: Tuned) -> None:
