@@ -147,15 +147,17 @@ def _parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def _after_each_step(pipe: Any, on_step: OnStep) -> dict[str, Any]:
-    """The callback under the name and with the arguments that this pipeline has for it."""
+    """The callback under the name and with the arguments that this pipeline has for it, if it has one."""
 
     def step_ended(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         on_step()
         return tensors
 
-    if "callback_on_step_end" in _parameters(pipe):
+    taken = _parameters(pipe)
+    if "callback_on_step_end" in taken:
         return {"callback_on_step_end": step_ended}
-    return {"callback": lambda step, timestep, latents: on_step()}
+    # Unconditional pipelines have no callback.
+    return {"callback": lambda step, timestep, latents: on_step()} if "callback" in taken else {}
 
 
 def _opened(file: Path) -> Image:

@@ -195,9 +195,7 @@ def _load_loras(pipe: Any, loras: Mapping[str | Path, float]) -> None:
     with stages() as stage:
         for path, scale in loras.items():
             stage(f"load the LoRA {Path(path).name} at {scale:g}")
-            name = pipe.unet.load_lora(path, scale)
-            if left := pipe.unet.peft_config[name].text_encoder:
-                err.print(f"{left} layers of it are a text encoder's and are left out", highlight=False)
+            pipe.unet.load_lora(path, scale)
 
 
 def _tuned_name(schedule: str | None) -> str | None:

@@ -153,6 +153,7 @@ class CompileJob:
         profiles: the shapes that are asked for; none leaves all dynamic dimensions dynamic.
         settings: each of the engine's ``SETTINGS``.
         device: that it is to run on, ``"cpu"`` or ``"cuda"``, as PyTorch spells it.
+        component: the network around the UNet that ``graphs.full`` is, e.g. ``"vae_decoder"``; None for the UNet.
         folder: an empty directory; all that the engine leaves in it becomes part of the bundle.
         progress: called with a sentence as each stage begins, and with an indented one as it advances.
     """
@@ -165,6 +166,7 @@ class CompileJob:
     device: str
     folder: Path
     progress: Callable[[str], None]
+    component: str | None = None
 
 
 @dataclass(frozen=True)

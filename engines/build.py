@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ..exporter.reference import write_reference
 from .base import Compiled, CompileJob, EngineOptions, Graphs, Setting, Settings
 from .bundle import Bundle, devices_of, engine_files
 from .calibrate import Calibrator
+from .component_builds import compile_components
 from .components import compilable, make_components, prove_component
 from .manifest import (
     MANIFEST_FILE,
@@ -42,8 +44,11 @@ from .profiles import Profile
 from .registry import compiler, engine
 from .sizes import Sizes
 from .store import commit, staging
+from .text_loras import fused_text_encoders
 from .variants import UNET_CONFIG, make_variant
 from .verify import require, verify_entry
+
+_FUSED = "text-encoders-with-loras"  # in the staging directory, until they are copied
 
 
 def build(
@@ -94,7 +99,8 @@ def build(
         revision, variant, subfolder: as in diffusers.
         adapters: ``"controlnet"`` or ``"t2i-adapter"``; gives the graphs the inputs that these fill. By default those
             that the model's own pipeline has.
-        loras: LoRA files to fuse into the UNet, with their scales.
+        loras: LoRA files to fuse into the UNet and, of a pipeline, into the text encoders that they have layers for,
+            with their scales.
         ip_adapters: files of IP-Adapters' weights to build into the UNet, as ``"FILE"``, ``"FILE:SCALE"`` or
             ``"FILE:SCALE:IMAGES"``. A bundle with them is another model's than one without.
         attention: ``"cross-frame"`` for Text2Video-Zero, in place of the UNet's own. By default what the model's own
@@ -154,12 +160,15 @@ def _add(plan: Plan, out: Path, progress: Progress) -> Bundle:
         if plan.deploy and existing is not None:
             _check_deployable(existing, plan.variant)
         before = existing.manifest.variants.get(plan.variant) if existing else None
+        if plan.source.is_pipeline and (existing is None or plan.compile_all or plan.calibrator):
+            plan = replace(plan, source=fused_text_encoders(plan.source, staged / _FUSED, progress))
         variant = make_variant(plan, existing, out, staged, progress)
         entries = _engines(plan, variant, existing, out, staged, progress)
-        components = _components(plan, existing, staged, progress)
+        components = _components(plan, entries, existing, staged, progress)
         parts = _parts(plan, existing, staged, progress)
         if plan.deploy:
             variant = _without_graphs(variant, staged)
+        shutil.rmtree(staged / _FUSED, ignore_errors=True)
         progress("commit")
 
         def update(current: Manifest | None, files: dict[str, FileEntry]) -> Manifest:
@@ -348,25 +357,46 @@ def _without_graphs(variant: Variant, staged: Path) -> Variant:
     return variant.model_copy(update={"graphs": None})
 
 
-def _components(plan: Plan, existing: Bundle | None, staged: Path, progress: Progress) -> Sequence[ComponentEntry]:
-    """The networks around the UNet, each proven on every engine of the build that was not there before."""
+def _components(
+    plan: Plan, engines: Sequence[EngineEntry], existing: Bundle | None, staged: Path, progress: Progress
+) -> Sequence[ComponentEntry]:
+    """The networks around the UNet, each proven on every engine of the build that was not there before.
+
+    Args:
+        engines: what the build's engines made of the UNet.
+    """
     if not plan.compile_all:
         return ()
     label = f"{plan.base}-opset{plan.opset}"
     held = [entry for entry in existing.manifest.components if entry.label == label] if existing else []
-    root = existing.path if held and existing else staged
-    if held:
+    whole = bool(held) and all(entry.graph is not None for entry in held)  # else only what was compiled was kept
+    root = existing.path if whole and existing else staged
+    if whole:
         progress(f"reuse the networks around the UNet, {label}")
-    made = held or make_components(plan.source, staged, precision=plan.base, opset=plan.opset, progress=progress)
+        made = held
+    else:
+        compiled = {entry.name: entry.engines for entry in held}
+        made = [
+            entry.model_copy(update={"engines": compiled.get(entry.name, ())})
+            for entry in make_components(plan.source, staged, precision=plan.base, opset=plan.opset, progress=progress)
+        ]
     options = EngineOptions(plan.device)
     against = _source(plan).reference
-    for name in plan.engines:
-        if compiler(name) is not None:
-            continue  # it compiles the UNet only
-        for entry in made:
-            progress(f"verify {entry.name} on {name}")
-            prove_component(root, entry, name, options, against)
-    return made
+    for unet in engines:
+        name = unet.engine
+        if compiler(name) is None:
+            for entry in made:
+                progress(f"verify {entry.name} on {name}")
+                prove_component(root, entry, name, options, against)
+        elif not plan.source.onnx:  # else they run in an engine that opens the graphs
+            made = compile_components(plan, unet, _recorded(plan, name), made, root, staged, progress)
+    return [_without_graph(entry, staged) for entry in made] if plan.deploy and not whole else made
+
+
+def _without_graph(entry: ComponentEntry, staged: Path) -> ComponentEntry:
+    for name in (entry.graph, entry.weights):
+        (staged / str(name)).unlink()
+    return entry.model_copy(update={"graph": None, "weights": None})
 
 
 def _parts(plan: Plan, existing: Bundle | None, staged: Path, progress: Progress) -> list[str]:
@@ -396,7 +426,10 @@ def _merge(
         **added,
     }
     known = {**(current.files if current else {}), **files}
-    networks = {(each.name, each.label): each for each in (*(current.components if current else ()), *components)}
+    networks = {(each.name, each.label): each for each in (current.components if current else ())}
+    for each in components:
+        before = networks.get((each.name, each.label))
+        networks[each.name, each.label] = before.joined(each) if before else each
     return Manifest(
         schema_version=SCHEMA_VERSION,
         offcut_version=version("offcut"),

@@ -254,17 +254,27 @@ def open_entry(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> En
     """Check that a built engine fits this machine and its files are whole, and open it."""
     if options.provider is not None and entry.engine != "onnxruntime":
         raise EngineError(f"{entry.engine} has no providers, onnxruntime has: open that, or leave provider out")
-    module = engine(entry.engine)
-    probe = module.probe()
+    check_fits(entry, options.device)
+    bundle.verify_files(engine_files(entry, bundle.manifest.variants[entry.variant]))
+    return engine(entry.engine).open(bundle.graphs(entry), options)
+
+
+def check_fits(entry: EngineEntry, device: str) -> None:
+    """Check that a built engine is for this machine and the library that is here.
+
+    Raises:
+        EngineError: it is for another; the message says what to do.
+    """
+    probe = engine(entry.engine).probe()
     if missing := set(entry.requires) - probe.features:
         raise EngineError(
             f"{entry.key} needs {', '.join(sorted(missing))}, which this machine does not have ({probe.reason}): "
             "build it again here"
         )
-    here = probe.targets.get(options.device.partition(":")[0])
+    here = probe.targets.get(device.partition(":")[0])
     if entry.targets and here not in entry.targets:
         raise EngineError(
-            f"{entry.key} was compiled for {', '.join(entry.targets)}, and this machine's {options.device} is "
+            f"{entry.key} was compiled for {', '.join(entry.targets)}, and this machine's {device} is "
             f"{here or 'none of them'}: build it again here"
         )
     if entry.compiled and not entry.later_versions and probe.version not in (None, entry.version):
@@ -277,8 +287,6 @@ def open_entry(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> En
             f"{entry.key} was built and verified with {entry.engine} {entry.version}, here is {probe.version}: "
             "upgrade it, or build again here"
         )
-    bundle.verify_files(engine_files(entry, bundle.manifest.variants[entry.variant]))
-    return module.open(bundle.graphs(entry), options)
 
 
 def devices_of(entry: EngineEntry) -> list[str]:
@@ -333,6 +341,9 @@ def _parse(text: bytes, path: Path) -> Manifest:
             theirs = str(PurePosixPath(variant.graphs.weights).parent) if variant.graphs else ""
         if {str(PurePosixPath(file).parent) for file in (entry.full, *entry.shallow.values())} != {theirs}:
             raise BundleError(f"{path}: the engine {key} has graphs of another variant than {variant.name}: rebuild")
+    for component in manifest.components:
+        if strays := [entry.key for entry in component.engines if entry.full not in entry.files]:
+            raise BundleError(f"{path}: the engine {strays[0]} of {component.name} names a file of another: rebuild")
     for name in manifest.files:
         _inside(path, name)
     return manifest

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError
-from ..exporter.program import TwinProgram, UNetProgram
+from ..exporter.components import component_of, trace_component
+from ..exporter.program import TwinProgram, UNetProgram, component_program
 from ..exporter.specs import Shape
 from .base import Compiled, CompileJob, EngineOptions, Graphs, Probe, Settings
 from .buffers import allocate_pair
@@ -55,6 +56,13 @@ def compile(job: CompileJob) -> Compiled:
             "inductor takes no shape profiles: leave dimensions dynamic, or fix them (--fix height=64,...)"
         )
     graphs = job.graphs
+    targets = (probe().targets[job.device.partition(":")[0]],)
+    if job.component is not None:
+        job.progress(f"compile {job.component} with inductor")
+        folder = job.source.component(component_of(job.component))
+        traced = trace_component(folder, precision=graphs.precision, variant=job.source.variant)
+        (network,) = (each for each in traced if each.name == job.component)
+        return Compiled(_package(component_program(network), job, "full"), {}, targets)
     job.progress("trace the UNet for inductor")
     features = {key: spec for key, spec in graphs.outputs.items() if key != "noise_pred"}
     unet = UNetProgram(job.source, graphs.precision, graphs.inputs, features, job.fixed, graphs.multiple)
@@ -64,7 +72,7 @@ def compile(job: CompileJob) -> Compiled:
     for cut, cached in graphs.cuts.items():
         job.progress(f"compile the shallow graph of {cut} with inductor")
         shallow[cut] = _package(unet.shallow(cached), job, f"shallow-{cut.replace(':', '-')}")
-    return Compiled(full, shallow, (probe().targets[job.device.partition(":")[0]],))
+    return Compiled(full, shallow, targets)
 
 
 def open(graphs: Graphs, options: EngineOptions) -> InductorPair:

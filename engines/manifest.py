@@ -158,29 +158,6 @@ def _symbols_in(dim: Dim) -> tuple[str, ...]:
     return factors(dim).symbols if isinstance(dim, str) else ()
 
 
-class ComponentEntry(_Model):
-    """A network around the UNet as an ONNX graph: a text encoder, or half of an autoencoder.
-
-    ``label`` is the precision and opset that the build asked for, ``precision`` the graph's own.
-    ``norm`` holds a text encoder's final norm apart, which pipelines apply that skip CLIP's last layers.
-    """
-
-    name: str
-    label: str
-    precision: str
-    multiple: Annotated[int, Field(ge=1)]
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    graph: InsidePath
-    weights: InsidePath
-    reference: InsidePath
-    norm: InsidePath | None = None
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        return (self.graph, self.weights, self.reference, *([self.norm] if self.norm else []))
-
-
 class ProfileEntry(_Model):
     """A ``Profile`` on disk."""
 
@@ -226,6 +203,42 @@ class EngineEntry(_Model):
     @property
     def compiled(self) -> bool:
         return bool(self.files)
+
+
+class ComponentEntry(_Model):
+    """A network around the UNet as an ONNX graph: a text encoder, or half of an autoencoder.
+
+    ``label`` is the precision and opset that the build asked for, ``precision`` the graph's own.
+    ``norm`` holds a text encoder's final norm apart, which pipelines apply that skip CLIP's last layers. ``engines``
+    are those that were compiled from it; ``graph`` and its ``weights`` are None where only they were kept.
+    """
+
+    name: str
+    label: str
+    precision: str
+    multiple: Annotated[int, Field(ge=1)]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    graph: InsidePath | None
+    weights: InsidePath | None
+    reference: InsidePath
+    norm: InsidePath | None = None
+    engines: tuple[EngineEntry, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        compiled = (file for entry in self.engines for file in entry.files)
+        return (*(file for file in (self.graph, self.weights, self.reference, self.norm) if file), *compiled)
+
+    def compiled_by(self, engine: str) -> EngineEntry | None:
+        """The newest build of this engine."""
+        return next((entry for entry in reversed(self.engines) if entry.engine == engine), None)
+
+    def joined(self, other: ComponentEntry) -> ComponentEntry:
+        """This with what another build of the same network adds."""
+        engines = {entry.key: entry for entry in (*self.engines, *other.engines)}
+        kept = {"graph": other.graph or self.graph, "weights": other.weights or self.weights}
+        return other.model_copy(update={**kept, "engines": tuple(engines.values())})
 
 
 class ScheduleEntry(_Model):

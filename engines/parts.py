@@ -74,8 +74,12 @@ def _files(folder: Path, variant: str | None) -> list[Path]:
     pickled = any(folder.glob("*.bin")) or any(folder.glob("*.ckpt"))
     if pickled and not chosen:
         return []
-    small = [file for file in folder.iterdir() if file.suffix in _SMALL and file.is_file()]
-    return sorted([*small, *chosen])
+    return sorted([*small_files(folder), *chosen])
+
+
+def small_files(folder: Path) -> list[Path]:
+    """A component's configs and vocabularies."""
+    return [file for file in folder.iterdir() if file.suffix in _SMALL and file.is_file()]
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:

@@ -20,7 +20,7 @@ from ..exporter.quantize import Scheme
 from .base import Settings
 from .bundle import Bundle, digest_file
 from .calibrate import Calibrator
-from .components import compilable, require_onnx
+from .components import compilable
 from .imported import check_onnx
 from .manifest import MANIFEST_FILE
 from .parts import weight_files
@@ -111,7 +111,7 @@ def make_plan(
             progress(f"engine {choice.name}: {choice.reason}")
             name = choice.name
         names.append(name)
-        _check_engine(name, precision, inference_precision, device, deploy, compile_all)
+        _check_engine(name, precision, inference_precision, device, deploy)
     if not names:
         raise EngineError("no engine was named: write auto, or see offcut doctor")
     if not cuts:
@@ -138,8 +138,8 @@ def make_plan(
         graph = check_onnx(source, names, scheme, opset, precision, adapters=adapters, attention=attention)
         compile_all = compile_all or bool(compilable(source))
     for each in wanted:
-        if left := read(each.path, source.config).text_encoder:
-            progress(f"{each.path.name} has {left} layers of a text encoder, which are left out")
+        if (left := read(each.path, source.config).text_encoder) and not source.is_pipeline:
+            progress(f"{each.path.name} has {left} layers of a text encoder, which are left out: a UNet has none")
     _check_video(source, precision if scheme else None)
     if compile_all and not compilable(source):
         raise ModelError(f"{model} has no networks around its UNet that offcut can compile: leave --compile-all out")
@@ -203,17 +203,13 @@ def weights_digest(source: ModelSource) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def _check_engine(
-    name: str, precision: str, inference_precision: str | None, device: str, deploy: bool, compile_all: bool
-) -> None:
+def _check_engine(name: str, precision: str, inference_precision: str | None, device: str, deploy: bool) -> None:
     probe = engine(name).probe()
     if not probe.usable and not probe.builds:
         raise EngineError(f"the engine {name} cannot be used here: {probe.reason}")
     if deploy and compiler(name) is None:
         raise EngineError(f"{name} opens the ONNX graphs, which --deploy would leave out: build it without")
     bounds(name, precision, inference_precision, device)
-    if compile_all:
-        require_onnx(name)
 
 
 def _profiles(

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from ..errors import ParityError
 from ..exporter.reference import Reference, read_reference
 from .base import BoundPair, EngineOptions, EnginePair
-from .bundle import Bundle, devices_of, open_entry
-from .manifest import EngineEntry
+from .bundle import Bundle, check_fits, devices_of, open_entry
+from .components import component_error
+from .manifest import ComponentEntry, EngineEntry
 from .precision import Bounds, bounds
 
 if TYPE_CHECKING:
@@ -97,7 +98,20 @@ def verify_bundle(
             results[key] = verify_entry(bundle, entry, pair)
         finally:
             pair.close()
+    for component in bundle.manifest.components:
+        for entry in component.engines:
+            key = f"{component.name} of {entry.key}"
+            progress(f"verify {key}")
+            results[key] = [_component_check(bundle, component, entry, device)]
     return results
+
+
+def _component_check(bundle: Bundle, component: ComponentEntry, entry: EngineEntry, device: str | None) -> Check:
+    where = device or next(iter(devices_of(entry)), "cpu")
+    check_fits(entry, where)
+    error, limits = component_error(bundle.path, component, entry.engine, EngineOptions(where), entry)
+    against = bundle.manifest.source.reference
+    return Check(f"{component.name} against {against}", error, limits.parity, limits.relative)
 
 
 def require(checks: list[Check], what: str) -> None:

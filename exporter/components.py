@@ -10,8 +10,8 @@ Graphs of their own in directories of their own, as optimum lays them out.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from .convert import quiet, save, to_onnx
 from .load import PRECISIONS
 from .original import OPTIMUMS_NAMES
 from .reference import REFERENCE_FILE
-from .specs import TensorSpec
+from .specs import TensorSpec, factors
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +66,74 @@ def exportable(folder: Path) -> str | None:
     return kind if kind in TEXT_ENCODERS or kind in AUTOENCODERS else None
 
 
+@dataclass(frozen=True)
+class TracedComponent:
+    """One network in PyTorch, its tensors flat, ready to be exported or compiled.
+
+    Attributes:
+        name: as ``ExportedComponent.name``.
+        module: from ``given`` to ``outputs``.
+        given: the only input.
+        outputs: in the module's order.
+        multiple: that the input's height and width are a multiple of.
+        norm: a text encoder's final norm.
+    """
+
+    name: str
+    module: torch.nn.Module
+    given: TensorSpec
+    outputs: tuple[TensorSpec, ...]
+    multiple: int = 1
+    norm: Mapping[str, torch.Tensor] | None = None
+
+    def example(self, dims: Mapping[str, int] | None = None) -> torch.Tensor:
+        """An input of these sizes, or of those to trace with; the same each time."""
+        import torch
+
+        step = self.multiple
+        shape = self.given.resolve({"batch": 2, "height": 6 * step, "width": 4 * step, **(dims or {})})
+        generator = torch.Generator().manual_seed(0)
+        if self.given.dtype == "int64":
+            return torch.randint(0, self.vocabulary, shape, generator=generator)
+        return torch.randn(*shape, generator=generator).to(self.given.torch_dtype())
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens a text encoder knows."""
+        return int(self.module.model.config.vocab_size)  # type: ignore[union-attr]
+
+    def answers(self, given: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What PyTorch computes, by the outputs' names."""
+        import torch
+
+        with torch.no_grad(), quiet():
+            made = self.module(given)
+        values = made if isinstance(made, tuple) else (made,)
+        return {spec.name: value for spec, value in zip(self.outputs, values, strict=True)}
+
+    def symbols(self) -> Callable[[TensorSpec], dict[int, Any]]:
+        """A function from a spec to PyTorch's symbols for its dynamic axes; equal ones share a symbol."""
+        import torch
+
+        units = {side: torch.export.Dim(f"_{side}", min=2) for side in ("height", "width")}
+        batch = torch.export.Dim("batch", max=63)
+
+        def symbol(dim: str) -> Any:
+            parts = factors(dim)
+            if parts.symbols == ("batch",):
+                return batch
+            factor = self.multiple * parts.number // parts.divisor
+            unit = units[parts.symbols[0]]
+            return unit if factor == 1 else factor * unit
+
+        return lambda spec: {axis: symbol(dim) for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
+
+
+def component_of(network: str) -> str:
+    """The pipeline's component that a network is of: the halves of an autoencoder are its own networks."""
+    return "vae" if network.startswith("vae_") else network
+
+
 def export_component(
     folder: Path, out: Path, *, precision: str, opset: int, variant: str | None = None
 ) -> list[ExportedComponent]:
@@ -81,16 +149,30 @@ def export_component(
     Raises:
         ModelError: it is of no class that can be exported, or cannot be loaded.
     """
+    return [_write(traced, out, opset) for traced in trace_component(folder, precision=precision, variant=variant)]
+
+
+def trace_component(folder: Path, *, precision: str, variant: str | None = None) -> list[TracedComponent]:
+    """The networks of one component, loaded; see ``export_component``."""
     kind = exportable(folder)
     if kind is None:
         there = ", ".join([*TEXT_ENCODERS, *AUTOENCODERS])
         raise ModelError(f"{folder.name} cannot be compiled: offcut exports {there}")
     if kind in TEXT_ENCODERS:
-        return [_export_text_encoder(folder, kind, out, precision, opset, variant)]
-    return _export_autoencoder(folder, kind, out, precision, opset, variant)
+        return [_trace_text_encoder(folder, kind, precision, variant)]
+    return _trace_autoencoder(folder, kind, precision, variant)
 
 
-def _load(library: Any, folder: Path, kind: str, precision: str, variant: str | None) -> Any:
+def load_component(library: Any, folder: Path, kind: str, precision: str, variant: str | None) -> Any:
+    """A component of a pipeline as PyTorch has it, for evaluation.
+
+    Args:
+        library: diffusers or transformers, the module.
+        kind: its class there.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
     import torch
 
     dtype = getattr(torch, PRECISIONS[precision])
@@ -104,15 +186,12 @@ def _load(library: Any, folder: Path, kind: str, precision: str, variant: str | 
     return model.eval().requires_grad_(False)
 
 
-def _export_text_encoder(
-    folder: Path, kind: str, out: Path, precision: str, opset: int, variant: str | None
-) -> ExportedComponent:
+def _trace_text_encoder(folder: Path, kind: str, precision: str, variant: str | None) -> TracedComponent:
     import torch
     import transformers
-    from safetensors.torch import save as to_bytes
 
-    model = _load(transformers, folder, kind, precision, variant)
-    dtype, length = PRECISIONS[precision], int(model.config.max_position_embeddings)
+    model = load_component(transformers, folder, kind, precision, variant)
+    dtype, config = PRECISIONS[precision], model.config
     whole = TEXT_ENCODERS[kind]
 
     class Flat(torch.nn.Module):
@@ -124,31 +203,24 @@ def _export_text_encoder(
             answer = self.model(input_ids, output_hidden_states=True, return_dict=True)
             return (answer.last_hidden_state, *answer.hidden_states, answer[whole])
 
-    ids = torch.randint(0, int(model.config.vocab_size), (2, length), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), quiet():
-        answers = Flat().eval()(ids)
-        dims = ({0: torch.export.Dim("batch", max=63)},)
-        program = torch.export.export(Flat().eval(), (ids,), dynamic_shapes=dims, strict=False)
-    names = ["last_hidden_state", *(f"hidden_states_{index}" for index in range(len(answers) - 2)), whole]
-    outputs = [
-        TensorSpec(name, dtype, ("batch", *answer.shape[1:])) for name, answer in zip(names, answers, strict=True)
-    ]
-    inputs = [TensorSpec("input_ids", "int64", ("batch", length))]
-    made = _write(folder.name, program, inputs, outputs, out, opset, (ids, *answers))
+    length, width = int(config.max_position_embeddings), int(config.hidden_size)
+    hidden = ["last_hidden_state", *(f"hidden_states_{index}" for index in range(config.num_hidden_layers + 1))]
+    outputs = [TensorSpec(name, dtype, ("batch", length, width)) for name in hidden]
+    outputs.append(TensorSpec(whole, dtype, ("batch", config.projection_dim if whole == "text_embeds" else width)))
     norm = getattr(model, "text_model", model).final_layer_norm.float().state_dict()  # another place in transformers 4
-    (made.path.parent / NORM_FILE).write_bytes(to_bytes(norm))
-    return replace(made, has_norm=True)
+    norm = {name: value.clone() for name, value in norm.items()}
+    getattr(model, "text_model", model).final_layer_norm.to(getattr(torch, dtype))
+    given = TensorSpec("input_ids", "int64", ("batch", length))
+    return TracedComponent(folder.name, Flat().eval(), given, tuple(outputs), norm=norm)
 
 
-def _export_autoencoder(
-    folder: Path, kind: str, out: Path, precision: str, opset: int, variant: str | None
-) -> list[ExportedComponent]:
+def _trace_autoencoder(folder: Path, kind: str, precision: str, variant: str | None) -> list[TracedComponent]:
     import diffusers
     import torch
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     precision = "fp32" if config.get("force_upcast", True) else precision
-    vae = _load(diffusers, folder, kind, precision, variant)
+    vae = load_component(diffusers, folder, kind, precision, variant)
     dtype, scale = PRECISIONS[precision], 2 ** (len(vae.config.block_out_channels) - 1)
     channels = vae.config.latent_channels
 
@@ -173,65 +245,58 @@ def _export_autoencoder(
 
     sides = ("height", "width")
     large, small = (f"{scale}*height", f"{scale}*width"), (f"height/{scale}", f"width/{scale}")
-    halves = (
-        (
-            "vae_decoder",
-            Decoder(),
-            1,
-            TensorSpec("latent_sample", dtype, ("batch", channels, *sides)),
-            TensorSpec("image", dtype, ("batch", vae.config.out_channels, *large)),
-        ),
-        (
-            "vae_encoder",
-            Encoder(),
-            scale,
-            TensorSpec("image", dtype, ("batch", vae.config.in_channels, *sides)),
-            TensorSpec("latent_parameters", dtype, ("batch", 2 * channels, *small)),
-        ),
-    )
-    made = []
-    for name, module, step, given, answer in halves:
-        units = {side: torch.export.Dim(f"_{side}", min=2) for side in sides}
-        dims = {0: torch.export.Dim("batch", max=63)}
-        dims |= {axis: unit if step == 1 else step * unit for axis, unit in zip((2, 3), units.values(), strict=True)}
-        generator = torch.Generator().manual_seed(0)
-        example = torch.randn(2, int(given.shape[1]), 6 * step, 4 * step, generator=generator).to(given.torch_dtype())
-        with torch.no_grad(), quiet():
-            computed = module.eval()(example)
-            program = torch.export.export(module.eval(), (example,), dynamic_shapes=(dims,), strict=False)
-        made.append(_write(name, program, [given], [answer], out, opset, (example, computed), step))
-    return made
+    decoded = TensorSpec("image", dtype, ("batch", vae.config.out_channels, *large))
+    encoded = TensorSpec("latent_parameters", dtype, ("batch", 2 * channels, *small))
+    latent = TensorSpec("latent_sample", dtype, ("batch", channels, *sides))
+    image = TensorSpec("image", dtype, ("batch", vae.config.in_channels, *sides))
+    return [
+        TracedComponent("vae_decoder", Decoder().eval(), latent, (decoded,)),
+        TracedComponent("vae_encoder", Encoder().eval(), image, (encoded,), multiple=scale),
+    ]
 
 
-def _write(
-    name: str,
-    program: torch.export.ExportedProgram,
-    inputs: list[TensorSpec],
-    outputs: list[TensorSpec],
-    out: Path,
-    opset: int,
-    example: tuple[torch.Tensor, ...],
-    multiple: int = 1,
-) -> ExportedComponent:
+def _write(traced: TracedComponent, out: Path, opset: int) -> ExportedComponent:
     import onnx_ir as ir
     import torch
     from safetensors.torch import save as to_bytes
 
-    model, _ = to_onnx(program, [spec.name for spec in inputs], [spec.name for spec in outputs], opset, "model.")
+    example, symbols = traced.example(), traced.symbols()
+    answers = traced.answers(example)
+    with torch.no_grad(), quiet():
+        dynamic = (symbols(traced.given),)
+        program = torch.export.export(traced.module, (example,), dynamic_shapes=dynamic, strict=False)
+    specs = [traced.given, *traced.outputs]
+    model, _ = to_onnx(program, [traced.given.name], [spec.name for spec in traced.outputs], opset, "model.")
     for node in model.graph:  # inner shapes hold the tracer's own symbols
         for value in node.outputs:
             if value.shape is not None and not value.shape.is_static():
                 value.shape = None
-    for value, spec in zip((*model.graph.inputs, *model.graph.outputs), (*inputs, *outputs), strict=True):
+    for value, spec in zip((*model.graph.inputs, *model.graph.outputs), specs, strict=True):
         value.shape = ir.Shape(spec.shape)
-    folder = out / name
+    folder = out / traced.name
     folder.mkdir(parents=True, exist_ok=True)
-    save(model, folder / GRAPH_FILE, name)
-    kept = {
-        spec.name: value.clone(memory_format=torch.contiguous_format)
-        for spec, value in zip((*inputs, *outputs), example, strict=True)
-    }
-    (folder / REFERENCE_FILE).write_bytes(to_bytes(kept))
+    save(model, folder / GRAPH_FILE, traced.name)
+    write_answers(traced, example, answers, folder / REFERENCE_FILE)
+    if traced.norm is not None:
+        (folder / NORM_FILE).write_bytes(to_bytes(dict(traced.norm)))
     return ExportedComponent(
-        name, folder / GRAPH_FILE, {each.name: each for each in inputs}, {each.name: each for each in outputs}, multiple
+        traced.name,
+        folder / GRAPH_FILE,
+        {traced.given.name: traced.given},
+        {spec.name: spec for spec in traced.outputs},
+        traced.multiple,
+        has_norm=traced.norm is not None,
+    )
+
+
+def write_answers(
+    traced: TracedComponent, example: torch.Tensor, answers: Mapping[str, torch.Tensor], path: Path
+) -> None:
+    """Keep an input and what PyTorch computes from it."""
+    import torch
+    from safetensors.torch import save as to_bytes
+
+    kept = {traced.given.name: example, **answers}
+    path.write_bytes(
+        to_bytes({name: value.clone(memory_format=torch.contiguous_format) for name, value in kept.items()})
     )

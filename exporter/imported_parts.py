@@ -49,7 +49,7 @@ def networks_of(source: ModelSource) -> list[str]:
 
 def folder_of(source: ModelSource, component: str) -> Path:
     """Where a component's config lies: the autoencoder's with its decoder, where it has no folder of its own."""
-    own = source.root / component
+    own = source.component(component)
     return source.root / HALVES[0] if component == "vae" and not own.is_dir() else own
 
 

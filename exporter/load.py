@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ class ModelSource:
         variant: of the weight files, as in ``model.fp16.safetensors``.
         config: the UNet's config.
         loras: to be fused into the UNet when it is loaded.
+        parts: components of the pipeline that lie elsewhere, by name.
         ip_adapters: to build into the UNet; its config says so.
         attention: of ``attention.ATTENTION``, in place of the UNet's own; None for that.
         onnx: whether the UNet is an ONNX file made elsewhere, without weights for PyTorch.
@@ -47,6 +48,7 @@ class ModelSource:
     variant: str | None
     config: dict[str, Any]
     loras: tuple[Scaled, ...] = ()
+    parts: Mapping[str, Path] = field(default_factory=dict)
     ip_adapters: tuple[IPAdapter, ...] = ()
     attention: str | None = None
     onnx: bool = False
@@ -63,6 +65,10 @@ class ModelSource:
     def folder(self) -> Path:
         """The directory with the UNet's config and weights."""
         return self.root / self.subfolder
+
+    def component(self, name: str) -> Path:
+        """The directory of one of the pipeline's components."""
+        return self.parts.get(name, self.root / name)
 
 
 def locate(

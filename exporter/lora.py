@@ -40,7 +40,8 @@ _FACTOR = re.compile(
     r"(?P<factor>down|up|lora_down|lora_up|lora_A|lora_B)(?:\.default)?\.weight"
 )
 _DOWN = {"down", "lora_down", "lora_A"}
-_TEXT = ("text_encoder.", "text_encoder_2.")
+UNET = "unet"
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,18 @@ class Lora:
     Attributes:
         name: of the file, without folder and suffix.
         layers: by the parameter's name in the UNet, e.g. ``mid_block.attentions.0.proj_in.weight``.
-        text_encoder: how many layers of the pipeline's text encoders it has too; they are left out here.
+        text_layers: those of the pipeline's text encoders, by the encoder's name and then by the layer's as diffusers
+            has it in LoRAs, e.g. ``text_model.encoder.layers.0.self_attn.to_q``.
     """
 
     name: str
     layers: Mapping[str, LowRank]
-    text_encoder: int
+    text_layers: Mapping[str, Mapping[str, LowRank]]
+
+    @property
+    def text_encoder(self) -> int:
+        """How many layers of the pipeline's text encoders it has too."""
+        return sum(len(layers) for layers in self.text_layers.values())
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ def read(path: str | Path, config: Config) -> Lora:
     for part, kind in _OTHER_KINDS.items():
         if any(part in name for name in tensors):
             raise ModelError(f"{file} is {kind}, which offcut cannot add to weights: merge it into the model itself")
-    settings = _Settings.of(file, header)
+    settings = _settings(file, header)
     try:
         named, alphas = _diffusers_names(tensors, config)
         return _lora(file.stem if file.name not in _IN_A_DIRECTORY else file.parent.name, named, alphas, settings)
@@ -133,38 +140,42 @@ def from_tensors(name: str, tensors: Tensors, alphas: Mapping[str, float], metad
 
     Args:
         tensors, alphas: under diffusers' names.
-        metadata: PEFT's settings, each name behind ``unet.``.
+        metadata: PEFT's settings, each name behind ``unet.`` or the text encoder's name.
 
     Raises:
         ModelError: they are no low-rank products for a UNet.
     """
     try:
-        return _lora(name, tensors, _by_layer(alphas), _Settings.behind_prefix(metadata))
+        return _lora(name, tensors, _by_layer(alphas), _settings_by_part(metadata))
     except ModelError as error:
         raise ModelError(f"the LoRA {name} {error}") from error
 
 
-def _lora(name: str, tensors: Tensors, alphas: Mapping[str, float], settings: _Settings) -> Lora:
+def _lora(name: str, tensors: Tensors, alphas: Mapping[str, float], settings: Mapping[str, _Settings]) -> Lora:
     layers: dict[str, LowRank] = {}
-    text = 0
+    text: dict[str, dict[str, LowRank]] = {}
     for layer, down, up in _pairs(tensors):
-        if layer.startswith(_TEXT):
-            text += 1
-            continue
-        bare = layer.removeprefix("unet.").replace(".processor", "")
-        bare += ".0" if bare.endswith(".to_out") else ""
-        factor = settings.factor(bare, down.shape[0], alphas.get(layer))
-        layers[f"{bare}.weight"] = LowRank(down.float(), up.float(), factor)
+        part, _, bare = layer.partition(".")
+        if part not in TEXT_ENCODERS:
+            part, bare = UNET, layer.removeprefix(f"{UNET}.").replace(".processor", "")
+            bare += ".0" if bare.endswith(".to_out") else ""
+        factor = settings.get(part, _NO_SETTINGS).factor(bare, down.shape[0], alphas.get(layer))
+        low_rank = LowRank(down.float(), up.float(), factor)
+        if part == UNET:
+            layers[f"{bare}.weight"] = low_rank
+        else:
+            text.setdefault(part, {})[bare] = low_rank
     if not layers:
         raise ModelError("has no layers of a UNet: give the file of a LoRA for this kind of model")
     return Lora(name, layers, text)
 
 
-def check(lora: Lora, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Hold a LoRA against the weights of a model.
+def check(lora: Lora, shapes: Mapping[str, Sequence[int]], model: str = "this UNet") -> None:
+    """Hold a LoRA's ``layers`` against the weights of a model.
 
     Args:
         shapes: of the model's parameters by name.
+        model: what to call it.
 
     Raises:
         ModelError: it was made for another model.
@@ -173,7 +184,7 @@ def check(lora: Lora, shapes: Mapping[str, Sequence[int]]) -> None:
         shape = shapes.get(name)
         if shape is None:
             raise ModelError(
-                f"the LoRA {lora.name} is for another model: this UNet has no {name.removesuffix('.weight')}"
+                f"the LoRA {lora.name} is for another model: {model} has no {name.removesuffix('.weight')}"
             )
         size = 1
         for dim in shape:
@@ -181,7 +192,7 @@ def check(lora: Lora, shapes: Mapping[str, Sequence[int]]) -> None:
         if low_rank.elements != size or low_rank.up.shape[0] != shape[0]:
             raise ModelError(
                 f"the LoRA {lora.name} is for another model: its {name.removesuffix('.weight')} is "
-                f"{low_rank.up.shape[0]} x {low_rank.elements // low_rank.up.shape[0]}, this UNet's {list(shape)}"
+                f"{low_rank.up.shape[0]} x {low_rank.elements // low_rank.up.shape[0]}, {model}'s {list(shape)}"
             )
 
 
@@ -280,6 +291,26 @@ def _pairs(tensors: Tensors) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]
         yield layer, both[True], both[False]
 
 
+def _settings(file: Path, header: Mapping[str, str]) -> dict[str, _Settings]:
+    """What stands beside a file, or in it, by the part of the pipeline."""
+    beside = file.parent / _PEFT_CONFIG
+    try:
+        if file.name == _IN_A_DIRECTORY[0] and beside.is_file():
+            return {UNET: _Settings.of(json.loads(beside.read_text(encoding="utf-8")))}
+        return _settings_by_part(json.loads(header.get(_METADATA, "{}")))
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"what {file} says of its LoRA is no JSON object: download or save it again") from error
+
+
+def _settings_by_part(metadata: Mapping[str, Any]) -> dict[str, _Settings]:
+    """From names that begin with that of the part."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in metadata.items():
+        part, _, setting = name.partition(".")
+        parts.setdefault(part, {})[setting] = value
+    return {part: _Settings.of(said) for part, said in parts.items()}
+
+
 @dataclass(frozen=True)
 class _Settings:
     """What PEFT says of a LoRA beside its tensors."""
@@ -289,22 +320,7 @@ class _Settings:
     root: bool
 
     @classmethod
-    def of(cls, file: Path, header: Mapping[str, str]) -> _Settings:
-        beside = file.parent / _PEFT_CONFIG
-        try:
-            if file.name == _IN_A_DIRECTORY[0] and beside.is_file():
-                return cls._from(json.loads(beside.read_text(encoding="utf-8")))
-            return cls.behind_prefix(json.loads(header.get(_METADATA, "{}")))
-        except (ValueError, AttributeError) as error:
-            raise ModelError(f"what {file} says of its LoRA is no JSON object: download or save it again") from error
-
-    @classmethod
-    def behind_prefix(cls, metadata: Mapping[str, Any]) -> _Settings:
-        own = {name.removeprefix("unet."): value for name, value in metadata.items() if name.startswith("unet.")}
-        return cls._from(own)
-
-    @classmethod
-    def _from(cls, said: Mapping[str, Any]) -> _Settings:
+    def of(cls, said: Mapping[str, Any]) -> _Settings:
         return cls(said.get("lora_alpha"), said.get("alpha_pattern") or {}, bool(said.get("use_rslora")))
 
     def factor(self, layer: str, rank: int, alpha: float | None) -> float:
@@ -315,3 +331,6 @@ class _Settings:
         if alpha is None:
             return 1.0
         return float(alpha) / (rank**0.5 if self.root else rank)
+
+
+_NO_SETTINGS = _Settings(None, {}, False)

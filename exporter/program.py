@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError, InternalError
+from .components import TracedComponent
+from .convert import quiet
 from .families import NOISE_PRED, example_dims, example_inputs
 from .load import ModelSource, load_unet
 from .specs import TensorSpec
@@ -18,6 +20,7 @@ from .trace import dim_symbols, export_program
 
 if TYPE_CHECKING:
     import torch
+    from torch.export import ExportedProgram
     from torch.fx import GraphModule, Node
 
 
@@ -43,6 +46,17 @@ class TwinProgram:
     program: torch.export.ExportedProgram
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+
+
+def component_program(traced: TracedComponent) -> TwinProgram:
+    """A network around the UNet as a program that writes into its caller's buffers."""
+    specs = ([traced.given], list(traced.outputs))
+    example = traced.example()
+    examples = ([example], [value.clone() for value in traced.answers(example).values()])
+    symbols = traced.symbols()
+    dynamic = tuple([symbols(spec) for spec in each] for each in specs)
+    program = _writing(traced.module, examples, dynamic)
+    return TwinProgram(program, (traced.given.name,), tuple(spec.name for spec in traced.outputs))
 
 
 class UNetProgram:
@@ -120,28 +134,38 @@ class UNetProgram:
 
     def _export(self, module: GraphModule, read: tuple[str, ...], written: tuple[str, ...]) -> TwinProgram:
         """Trace the module again with a copy into the caller's buffers at its end."""
-        import torch
-
-        class Into(torch.nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.part = module
-
-            def forward(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> tuple[()]:
-                for buffer, result in zip(outputs, self.part(*inputs), strict=True):
-                    buffer.copy_(result)
-                return ()
-
         known = {**self._specs, **self.features, NOISE_PRED: self._noise}
         lists = [[known[name] for name in names] for names in (read, written)]
         examples = tuple(list(example_inputs(tuple(specs), self._dims).values()) for specs in lists)
         dynamic = tuple([self._dynamic(spec) for spec in specs] for specs in lists)
-        with torch.no_grad():
-            program = torch.export.export(Into(), examples, dynamic_shapes=dynamic, strict=False)
-        return TwinProgram(program, read, written)
+        return TwinProgram(_writing(module, examples, dynamic), read, written)
 
     def _dynamic(self, spec: TensorSpec) -> dict[int, object]:
         return {axis: self._symbols(dim) for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
+
+
+def _writing(module: torch.nn.Module, examples: tuple[Any, ...], dynamic: tuple[Any, ...]) -> ExportedProgram:
+    """Trace a module again with a copy into the caller's buffers at its end.
+
+    Args:
+        examples, dynamic: two lists, of what it reads and of what it writes.
+    """
+    import torch
+
+    class Into(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = module
+
+        def forward(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> tuple[()]:
+            made = self.part(*inputs)
+            results = made if isinstance(made, tuple | list) else (made,)
+            for buffer, result in zip(outputs, results, strict=True):
+                buffer.copy_(result)
+            return ()
+
+    with torch.no_grad(), quiet():
+        return torch.export.export(Into(), examples, dynamic_shapes=dynamic, strict=False)
 
 
 def find_program_joins(module: GraphModule) -> list[ProgramJoin]:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..exporter.components import load_component
 from ..exporter.families import downsampling, example_inputs
 from ..exporter.histogram import METHODS
-from ..exporter.load import ModelSource
+from ..exporter.load import ModelSource, read_index
 from .draw import draw, draws_from_prompts
 from .schedule import Uniform
 
@@ -158,6 +159,7 @@ def read_prompts(file: Path) -> tuple[str, ...]:
 def _text_to_image(source: ModelSource, unet: UNet) -> DiffusionPipeline | None:
     """The model's pipeline around this UNet, if it draws from a prompt alone."""
     import diffusers
+    import transformers
 
     from .pipeline import _dtype, _expecting_stand_ins, attach
 
@@ -166,9 +168,14 @@ def _text_to_image(source: ModelSource, unet: UNet) -> DiffusionPipeline | None:
     name = diffusers.DiffusionPipeline.load_config(source.root)["_class_name"]
     if not draws_from_prompts(getattr(diffusers, name).__call__):
         return None
+    index = read_index(source.root)
+    fused = {
+        part: load_component(transformers, folder, index[part][1], "fp32", source.variant).to(unet.dtype)
+        for part, folder in source.parts.items()
+    }
     with _expecting_stand_ins():
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            source.root, unet=unet, local_files_only=True, variant=source.variant, **_dtype(unet.dtype)
+            source.root, unet=unet, **fused, local_files_only=True, variant=source.variant, **_dtype(unet.dtype)
         )
     pipe.set_progress_bar_config(disable=True)
     return attach(pipe, unet)

@@ -68,7 +68,7 @@ class Network(torch.nn.Module):
         self._pair = None
 
 
-class _InEngines:
+class InEngines:
     """What a model says of itself whose layers are in engines."""
 
     network: Network
@@ -86,7 +86,7 @@ class _InEngines:
         return self
 
 
-class _TextEncoder(_InEngines):
+class _TextEncoder(InEngines):
     """The methods of a CLIP text encoder; mixed into transformers' class, which pipelines ask for."""
 
     config: Any
@@ -110,7 +110,7 @@ class _TextEncoder(_InEngines):
         return output if asked.get("return_dict", True) is not False else output.to_tuple()
 
 
-class _Autoencoder(_InEngines, AutoencoderKL):  # type: ignore[misc]  # diffusers is untyped
+class _Autoencoder(InEngines, AutoencoderKL):  # type: ignore[misc]  # diffusers is untyped
     """diffusers' autoencoder around two graphs; each has its quantising convolution in it."""
 
     def _set(self, encoder: Network, decoder: Network) -> None:
@@ -126,7 +126,7 @@ def open_components(bundle: Bundle, engine: str, precision: str, options: Engine
         engine, precision: of the UNet that they will stand beside.
     """
     entries = components_of(bundle, precision)
-    opener = engine_for(bundle, engine)
+    opener = engine_for(bundle, engine, entries.values())
     networks: dict[str, Network] = {}
     try:
         for name, entry in entries.items():

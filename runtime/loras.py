@@ -5,18 +5,22 @@ New weights are computed from the built ones each time, so a LoRA that was taken
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..exporter.lora import Lora, check, from_tensors, merged, read
+from ..exporter.lora import TEXT_ENCODERS, Lora, check, from_tensors, merged, read
+from .components import InEngines
 
 if TYPE_CHECKING:
     import torch
 
     from ..exporter.parameters import StoredWeights
+
+logger = logging.getLogger(__name__)
 
 
 class TakesLoras(ABC):
@@ -43,7 +47,8 @@ class TakesLoras(ABC):
         """Add a LoRA to the weights of all graphs, beside those that are on already.
 
         This opens the engines again with other weights, while the old ones are still there: it takes seconds, and the
-        memory of both. Layers of a text encoder are left out: ``pipe.load_lora_weights`` takes both kinds.
+        memory of both. Layers of a text encoder are left out, with a warning that says so: ``pipe.load_lora_weights``
+        takes both kinds.
 
         Args:
             path: a safetensors file of kohya, diffusers or PEFT, or a directory that one of the latter two wrote.
@@ -61,6 +66,13 @@ class TakesLoras(ABC):
         """
         lora = read(path, self.config)
         name = name or lora.name
+        if left := lora.text_encoder:
+            logger.warning(
+                "the LoRA %s has %d layers of a text encoder too, which a UNet leaves out: pipe.load_lora_weights "
+                "takes both kinds, and offcut build --lora fuses both into a bundle",
+                name,
+                left,
+            )
         self._wear({**self._loras, name: (lora, float(scale))})
         return name
 
@@ -119,14 +131,27 @@ class TakesLoras(ABC):
         adapter_name: str | None = None,
         network_alphas: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        _pipeline: Any = None,
         **_: Any,
     ) -> None:
-        """What ``pipe.load_lora_weights`` calls, with the tensors of a file."""
+        """What ``pipe.load_lora_weights`` calls, with the tensors of a file, before it goes to the text encoders.
+
+        Raises:
+            UserError: it is for a text encoder too, and the pipeline's is in an engine. Nothing was changed.
+        """
         if not isinstance(pretrained_model_name_or_path_or_dict, Mapping):
             self.load_lora(pretrained_model_name_or_path_or_dict, name=adapter_name)
             return
         name = adapter_name or f"default_{len(self._loras)}"
         tensors = dict(pretrained_model_name_or_path_or_dict)
+        for encoder in TEXT_ENCODERS:
+            compiled = isinstance(getattr(_pipeline, encoder, None), InEngines)
+            if compiled and any(key.startswith(f"{encoder}.") for key in tensors):
+                raise UserError(
+                    f"the LoRA {name} has layers of a text encoder, and this pipeline's {encoder} is compiled into an "
+                    "engine: fuse it with offcut build --compile-all --lora FILE, or take the UNet's layers alone with "
+                    "pipe.unet.load_lora"
+                )
         if prefix and not any(key.startswith(f"{prefix}.") for key in tensors):
             return  # a text encoder's alone
         lora = from_tensors(name, tensors, network_alphas or {}, metadata or {})

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from elsewhere import save_as_optimum
+from families import save_family_model
 from filelock import FileLock
-from models import save_stable_diffusion, save_stable_diffusion_xl, save_unet
+from models import save_small_pipeline, save_stable_diffusion, save_stable_diffusion_xl, save_unet
 from videos import save_video_pipeline
 
 import offcut
@@ -59,6 +60,12 @@ def tiny_unet_dir(once: Once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_pipeline_dir(once: Once) -> Path:
+    """A StableDiffusionPipeline around the UNet of ``tiny_unet_dir``."""
+    return once("small-pipeline", save_small_pipeline)
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tiny_pipeline_dir: Path, once: Once) -> Path:
     """``tiny_pipeline_dir`` as a bundle with every engine that runs here."""
     return once("tiny-sd.offcut", lambda path: offcut.build(tiny_pipeline_dir, path, cuts=TINY_CUTS, engine=ENGINES))
@@ -101,6 +108,23 @@ def video_bundle(video_dir: Callable[[str], Path], once: Once) -> Callable[[str]
     def get(name: str) -> Path:
         model = video_dir(name)
         return once(f"tiny-{name}.offcut", lambda path: offcut.build(model, path, cuts=VIDEO_CUTS, engine=ENGINES))
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def family_model(tiny_pipeline_dir: Path, once: Once) -> Callable[[str], Path]:
+    """The model of one of ``families.UNETS`` or ``families.UNCONDITIONALS``."""
+    return lambda name: once(f"family-{name}", lambda path: save_family_model(name, path, tiny_pipeline_dir))
+
+
+@pytest.fixture(scope="session")
+def family_bundle(family_model: Callable[[str], Path], once: Once) -> Callable[[str], Path]:
+    """The same as a bundle for ONNX Runtime with one cut."""
+
+    def get(name: str) -> Path:
+        model = family_model(name)
+        return once(f"family-{name}.offcut", lambda path: offcut.build(model, path, engine="onnxruntime"))
 
     return get
 

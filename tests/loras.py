@@ -75,6 +75,41 @@ def save_lora(kind: str, pipeline: Path, out: Path, *, seed: int = 0, rank: int 
     return out / f"{kind}.safetensors"
 
 
+def save_lora_for_both(pipeline: Path, out: Path, *, seed: int = 0, rank: int = 4, alpha: float = 2.0) -> Path:
+    """A LoRA for a pipeline's UNet and its text encoder as diffusers with PEFT saves it; gives the file."""
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+    from transformers import CLIPTextModel
+
+    unet = _adapted(pipeline, seed, rank, alpha)
+    text = CLIPTextModel.from_pretrained(pipeline / "text_encoder")
+    text.add_adapter(LoraConfig(r=rank + 1, lora_alpha=3 * alpha, target_modules=["q_proj", "v_proj", "fc1"]))
+    _fill(text, seed)
+    StableDiffusionPipeline.save_lora_weights(
+        out,
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        text_encoder_lora_layers=get_peft_model_state_dict(text),
+        unet_lora_adapter_metadata=dict(unet.peft_config["default"].to_dict()),
+        text_encoder_lora_adapter_metadata=dict(text.peft_config["default"].to_dict()),
+    )
+    return out / "pytorch_lora_weights.safetensors"
+
+
+def text_encoder_by_diffusers(pipeline: Path, loras: list[tuple[Path, float]]) -> Any:
+    """The text encoder after diffusers and PEFT loaded and fused these files."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline)
+    names = [f"lora{index}" for index in range(len(loras))]
+    for name, (path, _) in zip(names, loras, strict=True):
+        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+    pipe.set_adapters(names, [scale for _, scale in loras])
+    pipe.fuse_lora(components=["text_encoder"], adapter_names=names)
+    pipe.unload_lora_weights()
+    return pipe.text_encoder
+
+
 def fused_by_diffusers(pipeline: Path, loras: list[tuple[Path, float]]) -> dict[str, torch.Tensor]:
     """The UNet's weights after diffusers and PEFT loaded and fused these files."""
     from diffusers import StableDiffusionPipeline
@@ -100,12 +135,17 @@ def _adapted(pipeline: Path, seed: int, rank: int, alpha: float) -> Any:
 
     unet = UNet2DConditionModel.from_pretrained(pipeline / "unet")
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS)))
+    _fill(unet, seed)
+    return unet
+
+
+def _fill(model: Any, seed: int) -> None:
+    """Random factors; PEFT's own begin as zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in unet.named_parameters():
+        for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return unet
 
 
 def _other(name: str) -> str:

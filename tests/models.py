@@ -28,6 +28,21 @@ def save_unet(path: Path, **overrides: Any) -> Path:
     return path
 
 
+def save_small_pipeline(path: Path) -> Path:
+    """A StableDiffusionPipeline around ``save_unet``'s, with the same weights."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(save_unet(path / "unet"))
+    StableDiffusionPipeline(
+        **text_to_latent_parts(path, width=16),
+        unet=unet,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(path)
+    return path
+
+
 def save_stable_diffusion(path: Path) -> Path:
     """A StableDiffusionPipeline of Stable Diffusion 1.5's topology; a 64x64 image has 16x16 latents."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel

@@ -38,7 +38,7 @@ def _compile(flavour: Flavour, trt: Any, job: CompileJob) -> Compiled:
     images = 1 if graphs.precision == "fp32" else None
     native = trained_side(job.source.config.get("sample_size"))
     frames = job.source.family.trained_frames(job.source.config)
-    profiles = job.profiles or in_pixels(
+    profiles = job.profiles or in_pixels(  # of the UNet; the other networks are given theirs
         graphs.inputs, multiple=graphs.multiple, max_batch=images, native=native, frames=frames
     )
     check(profiles, graphs.inputs, graphs.multiple)

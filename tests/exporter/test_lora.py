@@ -45,10 +45,14 @@ def test_several_are_added_with_their_scales(tiny_pipeline_dir: Path, tmp_path: 
         torch.testing.assert_close(got[name], weight, rtol=0, atol=2e-6, msg=name)
 
 
-def test_a_text_encoders_layers_are_counted_and_left_out(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+def test_a_text_encoders_layers_are_kept_apart(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
     lora = read(save_lora("kohya", tiny_pipeline_dir, tmp_path), config_of(tiny_pipeline_dir))
     assert lora.text_encoder == 4
     assert not [name for name in lora.layers if "text" in name]
+    assert set(lora.text_layers["text_encoder"]) == {
+        f"text_model.encoder.layers.0.self_attn.to_{part}" for part in ("q", "k", "v", "out")
+    }
+    assert {low_rank.factor for low_rank in lora.text_layers["text_encoder"].values()} == {6.0 / 3}
 
 
 @pytest.mark.parametrize(

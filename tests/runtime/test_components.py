@@ -10,11 +10,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from exports import copy_export, exported
+from loras import save_lora
 from transformers import CLIPTextModel
 
 import offcut
 import offcut.engines.variants as variants_module
-from offcut.errors import BundleError, EngineError, UserError
+from offcut.errors import BundleError, UserError
 
 TOLERANCE = 2e-5  # of an image in [0, 1]
 
@@ -103,6 +104,20 @@ def test_answers_are_tuples_where_they_are_asked_for(pipe: Any, tiny_pipeline_di
         torch.testing.assert_close(pipe.vae.decode(latent)[0], eager.decode(latent)[0], rtol=0, atol=1e-4)
 
 
+def test_a_lora_for_a_text_encoder_in_an_engine_is_refused_whole(
+    pipe: Any, tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    both, plain = save_lora("kohya", tiny_pipeline_dir, tmp_path), image(pipe)
+    with pytest.raises(UserError, match=r"text_encoder is compiled into an engine: fuse it with offcut build"):
+        pipe.load_lora_weights(both.parent, weight_name=both.name, adapter_name="both")
+    assert pipe.unet.loras == {}
+    assert torch.equal(image(pipe), plain)
+    unets = save_lora("diffusers", tiny_pipeline_dir, tmp_path)
+    pipe.load_lora_weights(unets.parent, weight_name=unets.name, adapter_name="style")
+    assert pipe.unet.loras == {"style": 1.0}
+    assert not torch.equal(image(pipe), plain)
+
+
 def test_a_damaged_network_is_refused(whole: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -114,9 +129,7 @@ def test_a_damaged_network_is_refused(whole: Path, tmp_path: Path) -> None:
         offcut.load(copy, "onnxruntime")
 
 
-def test_what_compiles_unets_only_says_so(tiny_pipeline_dir: Path, tiny_unet_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="inductor compiles the UNet only"):
-        offcut.build(tiny_pipeline_dir, tmp_path / "a", engine="inductor", compile_all=True)
+def test_a_bare_unet_has_no_other_networks(tiny_unet_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no networks around its UNet"):
         offcut.build(tiny_unet_dir, tmp_path / "a", engine="onnxruntime", compile_all=True)
     assert not (tmp_path / "a").exists()

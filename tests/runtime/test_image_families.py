@@ -13,12 +13,13 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from models import _lively, save_unet
-from transformers import CLIPConfig, CLIPImageProcessor
-from unets import UNCONDITIONAL
+from families import UNETS
+from unets import random_inputs
+from unets import run as run_graph
 
 import offcut
+from offcut.engines.bundle import onnx_of
+from offcut.exporter.cut import find_cuts, split_all
 from offcut.runtime.schedule import Uniform
 
 pytestmark = [
@@ -29,40 +30,17 @@ pytestmark = [
 SAME = 100.0
 """Decibels from which two results count as the same one."""
 
-SMALL = {"sample_size": 16, "block_out_channels": (8, 16), "use_linear_projection": True}
-SDXL = {**SMALL, "addition_embed_type": "text_time", "addition_time_embed_dim": 4}
-UNETS: dict[str, dict[str, Any]] = {
-    "sd": {"sample_size": 16, "cross_attention_dim": 32},
-    "inpaint": {**SMALL, "in_channels": 9},
-    "sdxl": {**SDXL, "projection_class_embeddings_input_dim": 6 * 4 + 10},
-    "sdxl-inpaint": {**SDXL, "projection_class_embeddings_input_dim": 6 * 4 + 10, "in_channels": 9},
-    "refiner": {**SDXL, "projection_class_embeddings_input_dim": 5 * 4 + 1280},
-    # LDM-4-G: three levels, an embedded class as the only thing to attend to.
-    "ldm-class": {
-        "sample_size": 16,
-        "in_channels": 3,
-        "out_channels": 3,
-        "block_out_channels": (8, 16, 16),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "cross_attention_dim": 24,
-    },
-}
-UNCONDITIONALS: dict[str, dict[str, Any]] = {
-    "unconditional": UNCONDITIONAL,
-    "class": {**UNCONDITIONAL, "num_class_embeds": 5},
-}
-
 
 @pytest.fixture(scope="module")
-def pair_of(once: Any, parts: dict[str, Any]) -> Iterator[Callable[[str], tuple[Any, offcut.UNet]]]:
+def pair_of(
+    family_model: Callable[[str], Path], family_bundle: Callable[[str], Path]
+) -> Iterator[Callable[[str], tuple[Any, offcut.UNet]]]:
     """The eager UNet of a family and the stand-in on its bundle, each made once."""
     made: dict[str, tuple[Any, offcut.UNet]] = {}
 
     def make(name: str) -> tuple[Any, offcut.UNet]:
         if name not in made:
-            folder = once(f"family-{name}", lambda path: _save(name, path, parts))
-            bundle = once(f"family-{name}.offcut", lambda path: offcut.build(folder, path, engine="onnxruntime"))
+            folder, bundle = family_model(name), family_bundle(name)
             kind = diffusers.UNet2DConditionModel if name in UNETS else diffusers.UNet2DModel
             unet = offcut.UNet.load(bundle, threads=1)
             unet.advise = False
@@ -73,32 +51,6 @@ def pair_of(once: Any, parts: dict[str, Any]) -> Iterator[Callable[[str], tuple[
     yield make
     for _, unet in made.values():
         unet.close()
-
-
-def _save(name: str, path: Path, parts: dict[str, Any]) -> None:
-    """A bare UNet; for Stable Diffusion a pipeline with a safety checker that takes offence at whatever it sees."""
-    if name not in UNETS:
-        torch.manual_seed(0)
-        _lively(diffusers.UNet2DModel(**UNCONDITIONALS[name])).save_pretrained(path)
-        return
-    if name != "sd":
-        save_unet(path, **UNETS[name])
-        return
-    network = diffusers.UNet2DConditionModel.from_pretrained(save_unet(path / "bare", **UNETS[name]))
-    vision = {
-        "hidden_size": 12,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 8,
-        "patch_size": 4,
-    }
-    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=12))
-    with torch.no_grad():
-        checker.concept_embeds_weights.fill_(-2)  # every image is closer to every concept
-    extractor = CLIPImageProcessor(size=8, crop_size=8)
-    given = parts | {"unet": network, "safety_checker": checker, "feature_extractor": extractor}
-    diffusers.StableDiffusionPipeline(**given).save_pretrained(path)
 
 
 def noise(*shape: int, seed: int = 3) -> torch.Tensor:
@@ -118,7 +70,7 @@ def pooled(width: int) -> dict[str, torch.Tensor]:
     }
 
 
-SD = ("sd", "StableDiffusionPipeline")
+SD, SD2 = ("sd", "StableDiffusionPipeline"), ("sd2", "StableDiffusionPipeline")
 IMG2IMG = ("sd", "StableDiffusionImg2ImgPipeline")
 INPAINT = ("inpaint", "StableDiffusionInpaintPipeline")
 XL, XL_IMG2IMG = ("sdxl", "StableDiffusionXLPipeline"), ("sdxl", "StableDiffusionXLImg2ImgPipeline")
@@ -138,7 +90,7 @@ CASES: dict[str, tuple[tuple[str, str], dict[str, Any], int, dict[str, Any]]] = 
     "three images of a prompt": (SD, TEXT | {"num_images_per_prompt": 3}, 10, {}),
     "two prompts, landscape": (SD, {"prompt": ["a cat", "a dog"], "height": 48, "width": 96}, 10, {}),
     "large portrait": (SD, TEXT | {"height": 128, "width": 72}, 10, {}),
-    "SD 2 v-prediction": (SD, TEXT, 10, V_PREDICTION),
+    "SD 2 v-prediction": (SD2, TEXT, 10, V_PREDICTION),
     "img2img 0.3": (IMG2IMG, TEXT | {"image": PICTURE, "strength": 0.3}, 3, {}),
     "img2img 0.75": (IMG2IMG, TEXT | {"image": PICTURE, "strength": 0.75}, 7, {}),
     "img2img 1.0": (IMG2IMG, TEXT | {"image": PICTURE, "strength": 1.0}, 10, {}),
@@ -218,6 +170,28 @@ def test_the_pipeline_makes_what_deepcache_in_eager_pytorch_would(
         assert decibels(latents, reference) > SAME
     assert decibels(expected, uncached) < SAME - 10
     unet.set_schedule(None)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", ["sd2", "refiner", "class", "ldm-class"])
+def test_every_cut_given_fresh_features_is_the_full_graph_bit_for_bit(
+    name: str,
+    engine: str,
+    family_model: Callable[[str], Path],
+    family_bundle: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """The other families' are ``exporter/test_cut``'s."""
+    graph = onnx_of(family_bundle(name))
+    cuts = find_cuts(graph)
+    assert len([cut for cut in cuts if cut.name.startswith("deepcache:")]) == (4 if name in ("refiner", "class") else 6)
+    inputs = random_inputs(family_model(name), batch=2, height=8, width=12)
+    for twin in split_all(graph, cuts, tmp_path):
+        features = run_graph(engine, twin.full, inputs)
+        noise_pred = features.pop("noise_pred")
+        assert torch.equal(run_graph(engine, twin.shallow, {**inputs, **features})["noise_pred"], noise_pred)
+        stale = {name: -value for name, value in features.items()}
+        assert not torch.equal(run_graph(engine, twin.shallow, {**inputs, **stale})["noise_pred"], noise_pred)
 
 
 @pytest.mark.parametrize("kind", ["DDIMPipeline", "DDPMPipeline"])
@@ -312,9 +286,8 @@ def test_class_conditional_models_in_a_loop_of_ones_own(
     assert decibels(expected, uncached) < SAME - 10
 
 
-def test_a_bundle_carries_the_safety_checker(pair_of: Callable[[str], tuple[Any, offcut.UNet]], once: Any) -> None:
-    pair_of("sd")
-    bundle = once("family-sd.offcut", lambda path: None)
+def test_a_bundle_carries_the_safety_checker(family_bundle: Callable[[str], Path]) -> None:
+    bundle = family_bundle("sd")
     for given, flagged in (({}, True), ({"safety_checker": None, "requires_safety_checker": False}, False)):
         loaded = offcut.load(bundle, "onnxruntime", threads=1, **given)
         loaded.set_progress_bar_config(disable=True)

@@ -69,6 +69,16 @@ def test_from_a_to_b_and_back_leaves_no_trace(unet: offcut.UNet, files: dict[str
     assert all(differ)
 
 
+def test_layers_of_a_text_encoder_are_left_out_and_said_so(
+    unet: offcut.UNet, files: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    unet.load_lora(files["b"], name="b")
+    assert not caplog.records
+    unet.load_lora(files["a"], name="a")
+    assert "the LoRA a has 4 layers of a text encoder too" in caplog.text
+    assert "offcut build --lora fuses both" in caplog.text
+
+
 def test_the_pipeline_equals_eager_diffusers(
     unet: offcut.UNet, files: dict[str, Path], tiny_pipeline_dir: Path, engine: str
 ) -> None:

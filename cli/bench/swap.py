@@ -1,0 +1,79 @@
+"""``offcut bench swap``: what a LoRA takes to go onto an open bundle, beside a rebuild."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE
+from rich.table import Table
+
+from ..shell import BundleArgument, Device, Json, Threads, out, print_json, quiet_libraries, stages
+from .outcome import Outcome
+
+_PACKAGES = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "offcut")
+
+
+def swap(
+    bundle: BundleArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the result and its page.")] = Path(
+        "bench-swap"
+    ),
+    model: Annotated[
+        Path | None, typer.Option(help="What the bundle was built from, to time a rebuild with the LoRA fused.")
+    ] = None,
+    lora: Annotated[Path | None, typer.Option(help="A LoRA file; by default a random one is made.")] = None,
+    rank: Annotated[int, typer.Option(help="Of the random one, for every attention layer.", min=1)] = 16,
+    engine: Annotated[list[str] | None, typer.Option(help="Of the bundle; all by default. Again for several.")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the image that the calls are for, in pixels; a tiny one by default.")
+    ] = None,
+    iterations: Annotated[int, typer.Option(help="Rounds of load, rescale and unload.", min=1)] = 3,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Time a LoRA's way onto open engines and off again, beside a rebuild; exit 1 if the weights did not come back."""
+    from ...benchmarks.swap import measure
+    from ...engines.bundle import Bundle
+
+    outcome = Outcome(_PACKAGES)
+    quiet_libraries()
+    with stages() as stage:
+        measured = measure(
+            Bundle.open(bundle),
+            engines=engine or (),
+            model=model,
+            lora=lora,
+            rank=rank,
+            size=size,
+            rounds=iterations,
+            threads=threads,
+            device=device,
+            progress=stage,
+        )
+    result, path = outcome.save(output, f"LoRAs on {bundle.name}", swap=measured)
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+    else:
+        headings = (
+            "load s",
+            "rescale s",
+            "unload s",
+            "first calls s",
+            "usual calls s",
+            "rebuild s",
+            "back bit for bit",
+        )
+        table = Table("engine", *headings, box=SIMPLE)
+        for row in measured.rows:
+            medians = map(statistics.median, (row.loaded, row.rescaled, row.unloaded, row.first_calls))
+            rebuilt = "" if row.rebuilt is None else f"{row.rebuilt + (row.rebuilt_opened or 0):.2f}"
+            figures = (f"{seconds:.2f}" for seconds in (*medians, row.calls))
+            table.add_row(row.engine, *figures, rebuilt, "yes" if row.restored else "[bold red]NO[/]")
+        out.print(table)
+        out.print(f"LoRA: {measured.lora}, {measured.layers} layers. [bold]{path}[/]", highlight=False)
+    if not all(row.restored for row in measured.rows):
+        raise typer.Exit(1)

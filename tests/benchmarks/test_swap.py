@@ -1,0 +1,67 @@
+"""``offcut bench swap`` for real, on a small UNet: weights go out and come back, and a rebuild is timed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from results import result
+
+import offcut
+from offcut.benchmarks import record
+from offcut.benchmarks.report.page import write_report
+from offcut.benchmarks.swap import Swap, measure
+from offcut.errors import ModelError, UserError
+
+
+@pytest.fixture(scope="module")
+def measured(unet_bundle: Path) -> Swap:
+    return measure(offcut.Bundle.open(unet_bundle), rounds=2, rank=4, threads=1, size=128)
+
+
+def test_each_engine_takes_the_weights_and_gives_them_back(measured: Swap) -> None:
+    assert [row.engine for row in measured.rows] == ["onnxruntime", "openvino"]
+    assert measured.sizes == {"batch": 2, "height": 16, "width": 16, "sequence": 77}
+    assert measured.layers == 32
+    assert measured.lora == "random, rank 4, every attention layer"
+    for row in measured.rows:
+        assert row.restored
+        for seconds in (row.loaded, row.rescaled, row.unloaded, row.first_calls):
+            assert len(seconds) == 2
+            assert min(seconds) > 0
+        assert row.rebuilt is row.rebuilt_opened is None
+
+
+def test_the_page_shows_every_row(measured: Swap, tmp_path: Path) -> None:
+    page = write_report([result(swap=measured)], tmp_path).read_text(encoding="utf-8")
+    for said in ("LoRAs", "random, rank 4", "32 layers", "onnxruntime", "openvino", "bit for bit"):
+        assert said in page
+    assert ">yes<" in page
+    broken = measured.model_copy(update={"rows": [measured.rows[0].model_copy(update={"restored": False})]})
+    assert ">NO<" in write_report([result(swap=broken)], tmp_path).read_text(encoding="utf-8")
+
+
+def test_what_is_not_there_is_said(unet_bundle: Path, tmp_path: Path) -> None:
+    bundle = offcut.Bundle.open(unet_bundle)
+    with pytest.raises(ModelError, match="is not there: give the safetensors file"):
+        measure(bundle, lora=tmp_path / "none.safetensors", engines=["onnxruntime"])
+    with pytest.raises(UserError, match="not inductor: add it with"):
+        measure(bundle, engines=["inductor"])
+
+
+@pytest.mark.slow
+def test_the_command_times_a_rebuild_too(unet_bundle: Path, tiny_unet_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "offcut", "bench", "swap", unet_bundle, "--model", tiny_unet_dir, "--json"]
+    command += ["--engine", "onnxruntime", "--iterations", "1", "--threads", "1", "-o", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kept = record.read(tmp_path / "out")
+    assert json.loads(done.stdout) == kept.model_dump(mode="json")
+    assert kept.swap is not None
+    (row,) = kept.swap.rows
+    assert row.restored
+    assert (row.rebuilt or 0) > row.swap
+    assert (tmp_path / "out" / "report.html").is_file()

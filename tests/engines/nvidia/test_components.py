@@ -1,0 +1,82 @@
+"""All networks of a pipeline as plans, built for real, for a GPU that is not here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exports import copy_export
+from safetensors.torch import load_file
+
+import offcut
+import offcut.engines.variants as variants_module
+from offcut.errors import EngineError
+from offcut.exporter.trace import ExportedUNet
+
+from .conftest import PROFILES
+
+pytestmark = [pytest.mark.usefixtures("trt"), pytest.mark.slow]
+NETWORKS = ["text_encoder", "vae_decoder", "vae_encoder"]
+
+
+@pytest.fixture
+def build(small_pipeline_dir: Path, made: ExportedUNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(variants_module, "export", lambda source, out, **_: copy_export(made, out))
+
+    def run(engine: str, **asked: Any) -> tuple[offcut.Bundle, list[str]]:
+        said: list[str] = []
+        bundle = offcut.build(
+            small_pipeline_dir,
+            tmp_path / "all.offcut",
+            engine=engine,
+            compile_all=True,
+            progress=said.append,
+            **asked,
+        )
+        return bundle, said
+
+    return run
+
+
+def test_a_bundle_of_plans_alone_and_the_graphs_that_come_back(build: Any) -> None:
+    wanted = {"profiles": PROFILES, "settings": {"tensorrt-rtx": {"compute_capabilities": ("89",)}}}
+    bundle, said = build("tensorrt-rtx", deploy=True, **wanted)
+    assert [entry.name for entry in bundle.manifest.components] == NETWORKS
+    left = [path.name for path in bundle.path.rglob("*") if path.suffix in (".onnx", ".data", ".safetensors")]
+    assert {name.partition("-")[0].partition(".")[0] for name in left} == {"reference", "final_layer_norm"}
+    sizes = {}
+    for entry in bundle.manifest.components:
+        assert entry.graph is entry.weights is None
+        (plan,) = entry.engines
+        assert (bundle.path / plan.full).stat().st_size > 10_000
+        assert plan.targets == ("sm_89",)
+        sizes[entry.name] = [each.profile() for each in plan.profiles]
+        kept = load_file(bundle.path / plan.references[0])
+        given = entry.inputs[0]
+        assert tuple(kept[given.name].shape) == given.spec().resolve(sizes[entry.name][0].min)
+        assert set(kept) == {given.name, *(tensor.name for tensor in entry.outputs)}
+    assert [each.max for each in sizes["text_encoder"]] == [{"batch": 2}, {"batch": 6}]
+    assert sizes["vae_decoder"][1].min == {"batch": 1, "height": 4, "width": 4}
+    assert sizes["vae_encoder"][1].max == {"batch": 6, "height": 16 * 4, "width": 16 * 4}
+    bundle.verify_files()
+    if not torch.cuda.is_available():
+        assert [plan.verified for entry in bundle.manifest.components for plan in entry.engines] == [False] * 3
+        assert sum("is left unverified" in sentence for sentence in said) == 4
+        with pytest.raises(EngineError, match="cannot run on cuda here"):
+            offcut.load(bundle, "tensorrt-rtx", device="cuda")
+
+    more, _ = build("onnxruntime")
+    assert [entry.name for entry in more.manifest.components] == NETWORKS
+    for before, after in zip(bundle.manifest.components, more.manifest.components, strict=True):
+        assert after.engines == before.engines
+        assert after.graph is not None
+    pipe: Any = offcut.load(more, "onnxruntime", threads=1)
+    assert pipe("a cat", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
+    assert pipe.vae.network.engine == "onnxruntime"
+    pipe.unet.close()
+
+    again, said = build("tensorrt-rtx", **wanted)
+    assert sum(sentence.startswith("reuse") and " of tensorrt-rtx-" in sentence for sentence in said) == 3
+    assert again.manifest.components == more.manifest.components
