@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ..record import Result, write_whole
-from . import cost, growth, load, speed, tables, words
+from . import cost, growth, load, serving, speed, tables, words
 from .answers import answers
 from .markup import Markup, join, tag
 
@@ -37,7 +37,9 @@ def write_report(results: Sequence[Result], folder: Path, *, samples: Sequence[P
 
 def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
     """The page's text; ``samples`` are the folders of each result's images."""
-    if not any(result.latency or result.quality or result.mlperf or result.growth for result in results):
+    if not any(
+        result.latency or result.quality or result.mlperf or result.growth or result.serving for result in results
+    ):
         raise UserError("these results have no figures that a report could show: no latency, quality, load or growth")
     sections, links = [], []
     if any(result.latency or result.quality for result in results):
@@ -57,6 +59,9 @@ def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
         if result.growth:
             sections.append(growth.section(result.growth, f"growth-{index}"))
             links.append((f"growth-{index}", f"Growth{of}"))
+        if result.serving:
+            sections.append(serving.section(result.serving, f"serving-{index}"))
+            links.append((f"serving-{index}", f"Serving{of}"))
     links.append(("runs", "How it was measured"))
     title = " · ".join(dict.fromkeys(result.title for result in results))
     head = tag(
