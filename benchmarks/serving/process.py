@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -204,7 +205,8 @@ def _worker(pipe: Any, options: argparse.Namespace) -> Worker:
 
 def _end_with_parent(service: Service) -> None:
     """Who started this process holds its standard input open, and no longer does once it is gone, however it went."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # not sys.stdin, whose lock the interpreter wants at its end
+        pass
     service.stopping = True
 
 

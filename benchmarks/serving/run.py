@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from ...errors import UserError
 from ..planning.arrivals import arrivals
 from ..shapes.model import PROMPTS
 from . import watch
@@ -87,8 +88,14 @@ def run(serving: Serving, plan: Plan, stage: Stage = lambda text: None) -> Servi
     """All parts of a plan.
 
     Raises:
-        UserError: a server does not start.
+        UserError: a server does not start, or has fewer places than there are clients.
     """
+    places = serving.in_flight + serving.queue
+    if "load" in plan.parts and max(plan.clients) > places:
+        raise UserError(
+            f"{max(plan.clients)} clients find only {places} places in the servers, so some would be refused: give "
+            "fewer, or a longer queue"
+        )
     measured = ServingLoad(
         model=serving.bundle.name,
         engine="",
@@ -208,11 +215,12 @@ def _statuses(replies: Sequence[Reply]) -> dict[str, int]:
 
 
 def _soak(serving: Serving, plan: Plan, seconds: float, leak: int, measured: ServingLoad, stage: Stage) -> Soak:
+    clients = min(plan.soak_clients, serving.in_flight + serving.queue)
     with Process(serving, "steps", leak) as server:
         measured.engine = server.engine
         body = _mixed(serving, server.url)
         stage(f"soak{f' with a leak of {leak} bytes a request' if leak else ''}: {seconds / 60:g} minutes")
-        settle = _closed(server.url, body, plan.soak_clients, plan.settle, plan.settle)
+        settle = _closed(server.url, body, clients, plan.settle, plan.settle)
         usual = statistics.median(settle.latencies or [plan.settle])
         began = time.perf_counter()
 
@@ -220,13 +228,13 @@ def _soak(serving: Serving, plan: Plan, seconds: float, leak: int, measured: Ser
             stage(f"  {(look.at - began) / 60:.1f} of {seconds / 60:g} minutes, {look.resident / 1e6:.0f} MB")
 
         with watch.Watch(server.url, server.pid, min(_LOOKS, seconds / 40), told) as seen:
-            window = _closed(server.url, body, plan.soak_clients, seconds, 0.0, _leaving(plan.leaving, usual))
+            window = _closed(server.url, body, clients, seconds, 0.0, _leaving(plan.leaving, usual))
         held = _held(server)
     found = watch.growth([look for look in seen.looks if look.at < window.ended], _WARM_UP)
     return Soak(
         seconds=seconds,
         warm_up=_WARM_UP,
-        clients=plan.soak_clients,
+        clients=clients,
         leak=leak,
         requests=len(window.replies),
         left=sum(reply.status == LEFT for reply in window.replies),

@@ -92,13 +92,20 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
         pass
 
 
+def test_more_clients_than_places_are_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(UserError, match="16 clients find only 3 places"):
+        run(Serving(tiny_bundle, in_flight=2, queue=1), Plan())
+
+
 @pytest.mark.slow
 def test_every_way_is_measured_and_kept(tiny_bundle: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(
         app,
         ["bench", "serve", str(tiny_bundle), "--part", "load", "-o", str(tmp_path), "--json", *map(str, SHORT + SMALL)],
     )
-    assert done.exit_code in (0, 1), done.output  # 1: a goal is missed, as may be on such a model
+    # 1: a goal is missed, as may be on such a model
+    assert done.exit_code in (0, 1), done.output
+    assert isinstance(done.exception, SystemExit | None), done.exception
     found = record.read(tmp_path).serving
     assert found is not None
     assert json.loads(done.stdout)["serving"] == json.loads(found.model_dump_json())
