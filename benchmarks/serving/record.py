@@ -104,7 +104,8 @@ class Soak(BaseModel):
     leak: int = Field(description="bytes that the server kept at each request on purpose")
     requests: int
     left: int = Field(description="whose client went away")
-    unexpected: int
+    statuses: dict[str, int]
+    unexpected: int = Field(description="neither an image nor a 429 or 503 that says when to come back, nor left")
     first_bytes: int = Field(description="resident memory after the warm-up")
     last_bytes: int
     most_bytes: int

@@ -67,7 +67,8 @@ def seconds(value: float) -> Percentiles:
 
 def measured(**changed: Any) -> ServingLoad:
     """Everything as it should be."""
-    steady = {"seconds": 1200, "warm_up": 0.2, "clients": 8, "requests": 900, "left": 40, "unexpected": 0, "held": 0}
+    steady: dict[str, Any] = {"seconds": 1200, "warm_up": 0.2, "clients": 8, "requests": 900, "left": 40, "held": 0}
+    steady |= {"statuses": {"0": 40, "200": 860}, "unexpected": 0}
     given: dict[str, Any] = {
         "model": "m",
         "engine": "e",
