@@ -18,6 +18,7 @@ from .growth.record import Growth
 from .latency.record import Latency
 from .mlperf.record import MlPerf
 from .quality.record import Quality
+from .serving.record import ServingLoad
 from .swap import Swap
 
 SCHEMA: Literal[1] = 1
@@ -57,6 +58,7 @@ class Result(BaseModel):
     mlperf: MlPerf | None = None
     growth: Growth | None = None
     swap: Swap | None = None
+    serving: ServingLoad | None = None
 
     def save(self, folder: Path) -> Path:
         """Writes ``result.json`` into a folder, over an older one only when it is whole. Returns its path."""

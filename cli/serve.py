@@ -51,6 +51,24 @@ def serve(
         int, typer.Option(help="Full UNet every N calls; 1 is uncached. Costs quality.", min=1, **_DEFAULTS)
     ] = 5,
     warmup: Annotated[int, typer.Option(help="First calls that are always full.", min=0, **_DEFAULTS)] = 2,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of interval and warmup, e.g. quad:5; auto or tuned:NAME for what offcut tune made. "
+            "Costs quality.",
+            **_DEFAULTS,
+        ),
+    ] = None,
+    forecast: Annotated[
+        float,
+        typer.Option(
+            metavar="DAMPING",
+            help="Extrapolate the cached features: 0 is reuse, 1 undamped. Not for ancestral samplers.",
+            min=0,
+            max=1,
+            **_DEFAULTS,
+        ),
+    ] = 0.0,
     steps: Annotated[int, typer.Option(help="Of the scheduler.", min=1, **_DEFAULTS)] = 30,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.", min=0, **_DEFAULTS)] = 7.5,
     max_steps: Annotated[int, typer.Option(help="Of the scheduler.", min=1, **_LIMITS)] = 150,
@@ -118,6 +136,8 @@ def serve(
         guidance=guidance,
         interval=interval,
         warmup=warmup,
+        schedule=schedule,
+        forecast=forecast,
     )
     chosen = policy_of(policy)
     address = listen(host, port)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ..record import Result, write_whole
-from . import cost, growth, load, speed, swap, tables, words
+from . import cost, growth, load, serving, speed, swap, tables, words
 from .answers import answers
 from .markup import Markup, join, tag
 
@@ -37,31 +37,24 @@ def write_report(results: Sequence[Result], folder: Path, *, samples: Sequence[P
 
 def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
     """The page's text; ``samples`` are the folders of each result's images."""
-    if not any(each.latency or each.quality or each.mlperf or each.growth or each.swap for each in results):
-        raise UserError(
-            "these results have no figures that a report could show: no latency, quality, load, growth or LoRAs"
-        )
-    sections, links = [], []
+    sections: list[Markup] = []
+    links: list[tuple[str, str]] = []
     if any(result.latency or result.quality for result in results):
         sections.append(_answers(results))
         links.append(("answers", "In short"))
-    for index, (result, folder) in enumerate(zip(results, samples, strict=True)):
+    shown = [
+        list(_sections(result, folder, index))
+        for index, (result, folder) in enumerate(zip(results, samples, strict=True))
+    ]
+    if not any(shown):
+        raise UserError(
+            "these results have no figures that a report could show: no latency, quality, load, growth, LoRAs, serving"
+        )
+    for result, parts in zip(results, shown, strict=True):
         of = f": {result.title}" if len(results) > 2 else ""
-        if result.latency:
-            sections.append(speed.section(result.latency, f"latency-{index}"))
-            links.append((f"latency-{index}", f"Latency{of}"))
-        if result.quality:
-            sections.append(cost.section(result.quality, folder, f"quality-{index}"))
-            links.append((f"quality-{index}", f"Quality{of}"))
-        if result.mlperf:
-            sections.append(load.section(result.mlperf, f"load-{index}"))
-            links.append((f"load-{index}", f"Load{of}"))
-        if result.growth:
-            sections.append(growth.section(result.growth, f"growth-{index}"))
-            links.append((f"growth-{index}", f"Growth{of}"))
-        if result.swap:
-            sections.append(swap.section(result.swap, f"swap-{index}"))
-            links.append((f"swap-{index}", f"LoRAs{of}"))
+        for key, name, section in parts:
+            sections.append(section)
+            links.append((key, f"{name}{of}"))
     links.append(("runs", "How it was measured"))
     title = " · ".join(dict.fromkeys(result.title for result in results))
     head = tag(
@@ -84,6 +77,22 @@ def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
 
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def _sections(result: Result, folder: Path, index: int) -> Iterator[tuple[str, str, Markup]]:
+    """What there is of one result: each with its key in the page and its name."""
+    if result.latency:
+        yield f"latency-{index}", "Latency", speed.section(result.latency, f"latency-{index}")
+    if result.quality:
+        yield f"quality-{index}", "Quality", cost.section(result.quality, folder, f"quality-{index}")
+    if result.mlperf:
+        yield f"load-{index}", "Load", load.section(result.mlperf, f"load-{index}")
+    if result.growth:
+        yield f"growth-{index}", "Growth", growth.section(result.growth, f"growth-{index}")
+    if result.swap:
+        yield f"swap-{index}", "LoRAs", swap.section(result.swap, f"swap-{index}")
+    if result.serving:
+        yield f"serving-{index}", "Serving", serving.section(result.serving, f"serving-{index}")
 
 
 def _themes() -> Markup:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from . import compare, growth, latency, mlperf, plan, quality, report, swap
+from . import compare, growth, latency, mlperf, plan, quality, report, serve, swap
 
 app = typer.Typer(
     name="bench",
@@ -30,6 +30,8 @@ _COMMANDS: dict[Callable[..., None], str] = {
     plan.plan: "offcut bench plan sd15.offcut --arrival-rate 2 --p99 60 --steps 20 --interval 3 "
     "--export-times t.json\n\n"
     "offcut bench plan --times t.json --arrival-rate 50 --p99 8 --steps 20 --steps 30 --json",
+    serve.serve: "offcut bench serve shapes.offcut\n\n"
+    "offcut bench serve sd15.offcut --part load --steps 8 --clients 1 --clients 8 --closed 120 --open 300 --rounds 2",
 }
 for _command, _example in _COMMANDS.items():
     app.command(epilog=f"Example:  {_example}")(_command)

@@ -101,7 +101,12 @@ class Drawing:
         self._previews_made, self._preview_seconds = 0, 0.0
         self._sent = threading.Event()
         self._ticket: Ticket = worker.submit(
-            arguments, schedule=asked.schedule, cut=asked.cut, deadline=asked.seconds, on_step=self._stepped
+            arguments,
+            schedule=asked.schedule,
+            cut=asked.cut,
+            forecast=asked.forecast,
+            deadline=asked.seconds,
+            on_step=self._stepped,
         )
         self._sent.set()
         self._ticket.future.add_done_callback(lambda future: self._tell(self._finish))

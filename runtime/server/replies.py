@@ -39,7 +39,8 @@ def completed(asked: Wanted, drawn: Drawn) -> dict[str, Any]:
 def _how(asked: Wanted, drawn: Drawn) -> dict[str, Any]:
     return {
         "seed": asked.seed,
-        "schedule": None if asked.schedule is None else str(asked.schedule),
+        "schedule": asked.named,
+        "forecast": None if asked.forecast is None else str(asked.forecast),
         "timeline": drawn.timeline,
         "full_calls": drawn.timeline.count("#"),
         "shallow_calls": drawn.timeline.count("."),
@@ -60,12 +61,15 @@ def model(served: Served, settings: Settings, created: int) -> dict[str, Any]:
             "size": _size(served.size),
             "multiple": served.multiple,
             "cuts": list(served.cuts),
+            "tuned": list(served.tuned),
             "previews": served.previews,
             "defaults": {
                 "num_inference_steps": settings.steps,
                 "guidance_scale": settings.guidance,
                 "interval": settings.interval,
                 "warmup": settings.warmup,
+                "schedule": settings.schedule,
+                "forecast": settings.forecast,
                 "timeout": settings.timeout,
             },
             "limits": {

@@ -27,7 +27,9 @@ class GenerationRequest(BaseModel):
         stream: server-sent events: each UNet call as it is made, previews, then the image.
         partial_images: previews in the stream.
         interval, warmup: the full UNet every so many calls, and for so many first ones. Costs quality.
-        schedule: instead of the interval, e.g. ``quad:5``; see ``runtime.schedule.parse``. Costs quality.
+        schedule: instead of the interval, e.g. ``quad:5``, see ``runtime.schedule.parse``; ``auto`` or ``tuned:NAME``
+            for one that ``offcut tune`` made. Costs quality.
+        forecast: the damping with which cached features are extrapolated; 0 reuses them.
         cut: one of the bundle's.
         timeout: seconds; shortens the server's, and never lengthens it.
     """
@@ -54,6 +56,7 @@ class GenerationRequest(BaseModel):
     interval: Annotated[int, Field(ge=1, le=1000)] | None = None
     warmup: Annotated[int, Field(ge=0, le=1000)] | None = None
     schedule: Annotated[str, Field(min_length=1, max_length=2000)] | None = None
+    forecast: Annotated[Number, Field(ge=0, le=1)] | None = None
     cut: Annotated[str, Field(max_length=64)] | None = None
     timeout: Annotated[Number, Field(gt=0)] | None = None
 

@@ -11,11 +11,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ...engines.profiles import Profile
-from ...errors import CutError, ShapeError, UserError
+from ...errors import CutError, ScheduleError, ShapeError, UserError
 from ...exporter.cut import canonical_name
 from ...exporter.trace import SAMPLE
 from ..draw import draws_from_prompts
-from ..schedule import Steps
+from ..schedule import Schedule, Steps
+from ..tuning.artifact import Tuned, best, key_of
 from ..unet import UNet
 from .previews import can_preview
 
@@ -34,12 +35,21 @@ class Served:
         name: under which clients ask for it.
         multiple: of the latent's height and width, as the UNet needs it.
         profiles: the sizes that its engines take; none for all.
+        bundle: whose tuned schedules requests may name; None for none.
 
     Raises:
         UserError: the pipeline needs more than a prompt, or makes videos.
     """
 
-    def __init__(self, pipe: Any, name: str, *, multiple: int = 1, profiles: Sequence[Profile] = ()) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        name: str,
+        *,
+        multiple: int = 1,
+        profiles: Sequence[Profile] = (),
+        bundle: Bundle | None = None,
+    ) -> None:
         taken = inspect.signature(pipe.__call__).parameters
         if not draws_from_prompts(pipe.__call__) or not taken.keys().isdisjoint(("num_frames", "video_length")):
             raise UserError(
@@ -65,14 +75,18 @@ class Served:
         pair = pipe.unet._opened()
         self._outputs, self._features = pair.outputs, pair.cuts
         self._sample = pair.inputs[SAMPLE].shape  # [batch, channels, height, width]
+        self._bundle = bundle
+        self._tuned = {} if bundle is None else {each: Tuned.load(bundle, each) for each in bundle.manifest.schedules}
         self.calls = lru_cache(maxsize=256)(self._calls)
+        self._chosen = lru_cache(maxsize=256)(self._choose)
 
     @classmethod
     def of(cls, pipe: Any, bundle: Bundle, engine: str, device: str, name: str) -> Served:
         """Of a pipeline that ``load`` made from this bundle with this engine."""
         entry = bundle.find(engine, device=device)
         profiles = bundle.graphs(entry).profiles if entry.compiled else ()
-        return cls(pipe, name, multiple=bundle.manifest.variants[entry.variant].multiple, profiles=profiles)
+        multiple = bundle.manifest.variants[entry.variant].multiple
+        return cls(pipe, name, multiple=multiple, profiles=profiles, bundle=bundle)
 
     def _calls(self, steps: int) -> int:
         """UNet calls of so many steps, which differ for schedulers of a higher order.
@@ -113,14 +127,52 @@ class Served:
         if wanted and not self.cuts:
             raise CutError("this model was built without a cut, so every call is full: leave interval and schedule out")
 
-    def slot_bytes(self, cut: str | None, rows: int, width: int, height: int) -> int:
-        """Device memory that a request of so many rows keeps between its steps."""
+    @property
+    def tuned(self) -> tuple[str, ...]:
+        """The names of the bundle's tuned schedules."""
+        return tuple(self._tuned)
+
+    def tuned_for(self, name: str | None, steps: int, guidance: float) -> Tuned:
+        """The tuned schedule of this name, or the best of those that fit; refused where it was made for something else.
+
+        Raises:
+            ScheduleError: there is none, or none fits; the message has the reason and no path.
+        """
+        return self._chosen(name, steps, max(guidance, 1.0))
+
+    def _choose(self, name: str | None, steps: int, guidance: float) -> Tuned:
+        if self._bundle is None or not self._tuned:
+            raise ScheduleError("this model has no tuned schedule: give an interval")
+        if name is not None and name not in self._tuned:
+            raise ScheduleError(f"this model has no tuned schedule of that name; it has {', '.join(self._tuned)}")
+        asked = list(self._tuned.values()) if name is None else [self._tuned[name]]
+        key = key_of(self._bundle, copy.deepcopy(self.pipe.scheduler), steps, (guidance, guidance))
+        return best(asked, key, "this model")
+
+    def slot_bytes(
+        self,
+        cut: str | None,
+        rows: int,
+        width: int,
+        height: int,
+        *,
+        schedule: Schedule | None = None,
+        twice: bool = False,
+    ) -> int:
+        """Device memory that a request of so many rows keeps between its steps.
+
+        Args:
+            cut: of shallow calls to which the schedule gives none of their own.
+            twice: with a forecast, which needs the features of two full calls.
+        """
         if not self.cuts:
             return 0
-        name = self.cuts[0] if cut is None else canonical_name(cut)
+        default = self.cuts[0] if cut is None else canonical_name(cut)
+        used = [each or default for each in (schedule.cuts if schedule is not None else (None,))]
+        features = dict.fromkeys(feature for each in used for feature in self._features[each])
         dims = {"batch": rows, "height": height // self.scale, "width": width // self.scale, "sequence": 1, "frames": 1}
-        specs = [self._outputs[feature] for feature in self._features[name]]
-        return sum(math.prod(spec.resolve(dims)) * spec.torch_dtype().itemsize for spec in specs)
+        specs = [self._outputs[feature] for feature in features]
+        return (1 + twice) * sum(math.prod(spec.resolve(dims)) * spec.torch_dtype().itemsize for spec in specs)
 
     def warm_up(self, guidance: float) -> None:
         """Draw once, with a full and a shallow call: engines prepare their kernels, and it is seen that they work.

@@ -7,8 +7,9 @@ import logging
 import time
 from collections.abc import Callable
 
-from ...errors import EngineFaultError, InternalError, UserError, WorkerClosedError
+from ...errors import EngineFaultError, InternalError, LimitError, UserError, WorkerClosedError
 from ..batching import Statistics, Worker
+from .caching import caching
 from .drawing import Drawing
 from .metrics import Metrics
 from .problems import FAULT, INTERNAL, Problem, problem_of
@@ -35,7 +36,7 @@ class Service:
         settings: of the server.
 
     Raises:
-        UserError: the limits allow no image of the model's own size.
+        UserError: the limits allow no image of the model's own size, or its schedule does not fit.
     """
 
     def __init__(self, worker: Worker, served: Served, settings: Settings) -> None:
@@ -45,6 +46,11 @@ class Service:
                 f"the limits allow no image of this model's own size, {width}x{height} in {settings.steps} steps: "
                 "raise --max-pixels and --max-pixel-steps, or lower --steps"
             )
+        if settings.schedule is not None or settings.forecast:
+            try:
+                caching(GenerationRequest(prompt="a"), served, settings, settings.steps, settings.guidance)
+            except LimitError as error:
+                raise UserError(f"the server's own schedule does not fit its own requests: {error}") from error
         self.worker, self.served, self.settings = worker, served, settings
         self.metrics = Metrics(worker)
         self.started = int(time.time())

@@ -50,6 +50,9 @@ class Settings:
         stall: seconds without any progress after which the engine counts as failed, although it says nothing.
         linger: seconds that readiness says 503 after an engine failed, before the process ends.
         steps, guidance, interval, warmup: for requests that do not say. Caching costs image quality.
+        schedule: instead of interval and warmup, for requests that name none of these; ``auto`` and ``tuned:NAME`` are
+            refused to requests that they were not made for.
+        forecast: damping for requests that do not say and have no tuned schedule; 0 reuses features.
     """
 
     api_key: str | None = field(default=None, repr=False)
@@ -63,6 +66,8 @@ class Settings:
     guidance: float = 7.5
     interval: int = 5
     warmup: int = 2
+    schedule: str | None = None
+    forecast: float = 0.0
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
@@ -77,6 +82,8 @@ class Settings:
         ):
             if given < least:
                 raise UserError(f"{name} is {given}, but must be at least {least}")
+        if not 0 <= self.forecast <= 1:
+            raise UserError(f"a forecast's damping is {self.forecast:g}: give one from 0 (reuse) to 1 (undamped)")
         if self.steps > self.limits.steps:
             raise UserError(
                 f"{self.steps} steps by default are more than the {self.limits.steps} that requests may ask"

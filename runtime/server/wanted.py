@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import CapacityError, LimitError, ScheduleError, ShapeError, UserError
-from ..schedule import Schedule, Uniform, parse
+from ...errors import CapacityError, LimitError, ShapeError
+from ..forecast import Forecast
+from ..schedule import Schedule
+from .caching import caching
 from .schemas import GenerationRequest
 from .served import Served
 from .settings import Limits, Settings
@@ -20,8 +22,8 @@ class Wanted:
 
     Attributes:
         arguments: of the pipeline call, without generators.
-        schedule: None if every call is full.
-        cut: None for the first.
+        schedule, cut, forecast: as a worker takes them; the schedule is None if every call is full.
+        named: the schedule in words.
         seed: of the first image.
         images: how many.
         size: width and height in pixels.
@@ -33,6 +35,8 @@ class Wanted:
     arguments: Mapping[str, Any]
     schedule: Schedule | None
     cut: str | None
+    forecast: Forecast | None
+    named: str | None
     seed: int
     images: int
     size: tuple[int, int]
@@ -72,9 +76,12 @@ def wanted(body: GenerationRequest, served: Served, settings: Settings, cache_li
     if body.partial_images and not served.previews:
         raise LimitError("partial_images", "this model gives no previews: leave partial_images out")
 
-    schedule = _schedule(body, served, settings, steps)
+    chosen = caching(body, served, settings, steps, guidance)
     rows = images * (2 if guidance > 1 else 1)
-    keeps = 0 if schedule is None else served.slot_bytes(body.cut, rows, width, height)
+    keeps = 0
+    if chosen.schedule is not None:
+        twice = chosen.forecast is not None
+        keeps = served.slot_bytes(chosen.cut, rows, width, height, schedule=chosen.schedule, twice=twice)
     if keeps > cache_limit:
         needed, there = (f"{count / 2**20:.1f} MiB" for count in (keeps, cache_limit))
         why = CapacityError(f"this keeps {needed} between its steps, of {there} that there are")
@@ -91,8 +98,10 @@ def wanted(body: GenerationRequest, served: Served, settings: Settings, cache_li
     }
     return Wanted(
         arguments={name: value for name, value in asked.items() if name in served.takes and value is not None},
-        schedule=schedule,
-        cut=body.cut,
+        schedule=chosen.schedule,
+        cut=chosen.cut,
+        forecast=chosen.forecast,
+        named=chosen.named,
         seed=secrets.randbelow(2**32) if body.seed is None else body.seed,
         images=images,
         size=(width, height),
@@ -115,29 +124,3 @@ def _within(body: GenerationRequest, limits: Limits, size: tuple[int, int], imag
     for field, what, given, most in asked:
         if given > most:
             raise LimitError(field, f"this asks for {given} {what}, and the server allows {most}: ask for less")
-
-
-def _schedule(body: GenerationRequest, served: Served, settings: Settings, steps: int) -> Schedule | None:
-    """Of the request, or the server's own."""
-    field = "schedule" if body.schedule is not None else "interval" if body.interval is not None else None
-    own = settings.interval if served.cuts else 1
-    interval = own if body.interval is None else body.interval
-    warmup = settings.warmup if body.warmup is None and body.schedule is None else body.warmup
-    try:
-        calls = served.calls(steps)
-    except UserError as error:
-        raise LimitError("num_inference_steps", str(error)) from error
-    try:
-        if body.schedule is not None:
-            made: Schedule | None = parse(body.schedule, warmup=warmup)
-        else:
-            made = Uniform(interval, warmup=warmup or 0) if interval > 1 else None
-        if made is not None:
-            made.full_calls(calls)
-    except ScheduleError as error:
-        raise LimitError(field, str(error)) from error
-    try:
-        served.check_cut(body.cut, made is not None)
-    except UserError as error:
-        raise LimitError("cut" if body.cut is not None else field, str(error)) from error
-    return made

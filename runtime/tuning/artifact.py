@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -303,12 +303,23 @@ def choose(bundle: Bundle, key: Key, name: str | None = None) -> Tuned:
         ScheduleError: none fits; the message has the reason for each.
     """
     names = list(bundle.manifest.schedules) if name is None else [name]
-    tuned = [Tuned.load(bundle, each) for each in names]
+    return best([Tuned.load(bundle, each) for each in names], key, str(bundle.path))
+
+
+def best(tuned: Sequence[Tuned], key: Key, where: str) -> Tuned:
+    """Of those that fit the one with the best images.
+
+    Args:
+        where: they come from, in words.
+
+    Raises:
+        ScheduleError: none fits; the message has the reason for each.
+    """
     reasons = {each.name: refusal(each, key) for each in tuned}
     fitting = [each for each in tuned if reasons[each.name] is None]
     if not fitting:
         why = "; ".join(f"{each}: {reason}" for each, reason in reasons.items()) or "it has none"
-        raise ScheduleError(f"no schedule of {bundle.path} fits ({why}): make one with offcut tune, or set an interval")
+        raise ScheduleError(f"no schedule of {where} fits ({why}): make one with offcut tune, or set an interval")
     return max(fitting, key=lambda each: each.document.measured[0].psnr)
 
 

@@ -103,6 +103,15 @@ function asked() {
   return body;
 }
 
+// How calls are to be cached, by the slider or by a schedule that the server has.
+function caching() {
+  const schedule = at("schedule").value;
+  const interval = at("interval").valueAsNumber;
+  if (schedule === "auto" || schedule.startsWith("tuned:")) return { schedule }; // it has forecasts of its own
+  if (!schedule && interval === 1) return { interval };
+  return { ...(schedule ? { schedule } : { interval }), forecast: at("forecast").valueAsNumber };
+}
+
 async function submit() {
   if (running) return;
   const stop = (running = new AbortController());
@@ -110,13 +119,12 @@ async function submit() {
   at("draw").disabled = true;
   at("stop").disabled = false;
   const body = asked();
-  const interval = at("interval").valueAsNumber;
   clear(at("cached"));
   clear(at("uncached"));
   if (matchMedia("(max-width: 60rem)").matches) at("drawn").scrollIntoView(); // it stands below the form there
   try {
     say("Drawing with caching");
-    const fast = await draw(at("cached"), { ...body, interval }, body.prompt, stop.signal);
+    const fast = await draw(at("cached"), { ...body, ...caching() }, body.prompt, stop.signal);
     if (!at("compare").checked) {
       say(`${fast.toFixed(2)} s`);
     } else {
@@ -158,10 +166,12 @@ async function greet() {
   at("guidance").value = defaults.guidance_scale;
   at("prompt").maxLength = at("negative").maxLength = limits.prompt_chars;
   at("size").placeholder = model.offcut.size;
+  offer(model.offcut.cuts.length ? defaults.schedule : null, model.offcut.tuned);
+  at("forecast").value = defaults.forecast;
   if (model.offcut.previews) at("ask").dataset.previews = "yes";
   if (!model.offcut.cuts.length) {
     at("interval").value = 1;
-    at("interval").disabled = true;
+    at("interval").disabled = at("schedule").disabled = at("forecast").disabled = true;
   } else if (defaults.interval > 1) {
     at("interval").max = Math.max(10, defaults.interval);
     at("interval").value = defaults.interval;
@@ -169,7 +179,18 @@ async function greet() {
   shown();
 }
 
+// The schedules that the server has beside the slider; its own default is chosen at first.
+function offer(own, tuned) {
+  const names = [...new Set([...(own ? [own] : []), ...tuned.map((name) => `tuned:${name}`)])];
+  at("schedule").length = 1;
+  for (const name of names) at("schedule").append(new Option(name, name));
+  at("schedule").value = own ?? "";
+}
+
 function shown() {
+  const schedule = at("schedule").value;
+  at("interval").disabled = schedule !== "" || at("schedule").disabled;
+  at("forecast").disabled = schedule === "auto" || schedule.startsWith("tuned:") || at("schedule").disabled;
   const interval = at("interval").valueAsNumber;
   const text = interval === 1 ? "call" : `${interval} calls`;
   at("interval-shown").textContent = text;
@@ -194,6 +215,7 @@ at("dice").addEventListener("click", () => {
   at("seed").value = crypto.getRandomValues(new Uint32Array(1))[0];
 });
 at("interval").addEventListener("input", shown);
+at("schedule").addEventListener("change", shown);
 at("key").value = sessionStorage.getItem(KEY) ?? "";
 at("key").addEventListener("change", () => {
   sessionStorage.setItem(KEY, at("key").value);

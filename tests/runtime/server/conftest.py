@@ -51,8 +51,8 @@ Start = Callable[..., Any]
 
 
 @contextmanager
-def start(pipe: Any, settings: Settings = BRIEF, **options: Any) -> Iterator[Running]:
-    served = Served(pipe, "tiny", multiple=8)
+def start(pipe: Any, settings: Settings = BRIEF, bundle: Any = None, **options: Any) -> Iterator[Running]:
+    served = Served(pipe, "tiny", multiple=8, bundle=bundle)
     worker = Worker(pipe, **{"max_in_flight": 4, **options})
     service = Service(worker, served, settings)
     address, listening = listen("127.0.0.1", 0), threading.Event()

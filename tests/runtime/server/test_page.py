@@ -22,10 +22,11 @@ STICKING_OUT = """() => [...document.querySelectorAll('body *')].filter(element 
   element.checkVisibility() && element.getBoundingClientRect().right > innerWidth + 1
 ).map(element => element.outerHTML.slice(0, 120))"""
 
-UNLABELLED = """() => [...document.querySelectorAll('input, textarea, button')].filter(element =>
+UNLABELLED = """() => [...document.querySelectorAll("input, select, textarea, button")].filter(element =>
   !(element.labels?.length || element.ariaLabel || element.textContent.trim())).map(element => element.outerHTML)"""
 
-SMALL_TARGETS = """() => [...document.querySelectorAll('input:not([type=checkbox]), textarea, button, label.check')]
+SMALL_TARGETS = """() => [...document.querySelectorAll(
+  'input:not([type=checkbox]), select, textarea, button, label.check')]
   .filter(element => element.checkVisibility() && element.getBoundingClientRect().height < 36)
   .map(element => element.outerHTML)"""
 

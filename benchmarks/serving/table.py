@@ -1,0 +1,90 @@
+"""The run as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from .record import Percentiles, ServingLoad
+
+WORDS = {"steps": "offcut", "single": "one at a time", "whole": "whole requests"}
+"""The ways to batch."""
+
+
+def tables(measured: ServingLoad) -> Iterator[Table]:
+    """One for each kind of measurement that was made, the goals last."""
+    if measured.batches:
+        yield _batches(measured)
+    if measured.closed:
+        yield _closed(measured)
+    if measured.open:
+        yield _open(measured)
+    if measured.overload is not None:
+        yield _overload(measured)
+    if measured.soak is not None or measured.control is not None:
+        yield _soak(measured)
+    table = Table("goal", "wanted", "found", "", box=SIMPLE, title="Goals")
+    for goal in measured.goals:
+        table.add_row(goal.name, goal.wanted, goal.found, "[green]met[/]" if goal.met else "[red]missed[/]")
+    yield table
+
+
+def _batches(measured: ServingLoad) -> Table:
+    allowed = "" if measured.allowed is None else f"; {measured.allowed:.2f}x is what sharing calls can gain"
+    table = Table(box=SIMPLE, title=f"Engine calls by the requests that share them, ms a request{allowed}")
+    for heading in ("requests", "full", "shallow", "between"):
+        table.add_column(heading, justify="right")
+    for row in measured.batches:
+        each = (row.full, row.shallow, row.between)
+        table.add_row(str(row.requests), *(f"{seconds * 1000 / row.requests:.2f}" for seconds in each))
+    return table
+
+
+def _closed(measured: ServingLoad) -> Table:
+    table = Table(box=SIMPLE, title="Closed loops: each client waits for its image")
+    for heading in ("clients", "batching", "images/s", "p50 s", "p99 s"):
+        table.add_column(heading, justify="left" if heading == "batching" else "right")
+    for row in sorted(measured.closed, key=lambda row: row.clients):
+        table.add_row(str(row.clients), WORDS[row.way], f"{median(row.throughput):.2f}", *_ends(row.latency))
+    return table
+
+
+def _open(measured: ServingLoad) -> Table:
+    table = Table(box=SIMPLE, title="Open loops: requests come at random moments")
+    for heading in ("load", "batching", "requests/s", "p50 s", "p99 s", "refused"):
+        table.add_column(heading, justify="left" if heading == "batching" else "right")
+    for row in sorted(measured.open, key=lambda row: row.load):
+        table.add_row(
+            f"{row.load:.0%}", WORDS[row.way], f"{median(row.rates):.2f}", *_ends(row.latency), str(row.refused)
+        )
+    return table
+
+
+def _overload(measured: ServingLoad) -> Table:
+    found = measured.overload
+    assert found is not None
+    table = Table(box=SIMPLE, title=f"{found.rate:.1f} requests a second, {found.times:g} times the capacity")
+    for heading in ("", "images/s", "p50 s", "p99 s"):
+        table.add_column(heading, justify="right" if heading else "left")
+    table.add_row("every place taken", f"{found.capacity:.2f}", *_ends(found.at_capacity))
+    table.add_row("overload", f"{found.throughput:.2f}", *_ends(found.accepted))
+    table.add_row("refusals", "", *_ends(found.refusals, 4))
+    return table
+
+
+def _soak(measured: ServingLoad) -> Table:
+    table = Table(box=SIMPLE, title="Soak: several sizes and lengths, clients that go away")
+    for heading in ("", "minutes", "requests", "gone away", "MB after warm-up", "at the end", "more"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, soak in (("offcut", measured.soak), ("with a leak on purpose", measured.control)):
+        if soak is not None:
+            memory = (f"{soak.first_bytes / 1e6:.0f}", f"{soak.last_bytes / 1e6:.0f}", f"{soak.growth / 1e6:+.1f}")
+            table.add_row(name, f"{soak.seconds / 60:.1f}", str(soak.requests), str(soak.left), *memory)
+    return table
+
+
+def _ends(latency: Percentiles | None, places: int = 2) -> tuple[str, str]:
+    return ("", "") if latency is None else (f"{latency.p50:.{places}f}", f"{latency.p99:.{places}f}")

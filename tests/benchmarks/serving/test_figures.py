@@ -1,0 +1,165 @@
+"""What is made of replies and looks: throughput, percentiles, growth, and which goals are met."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from offcut.benchmarks.serving.client import Reply, Window
+from offcut.benchmarks.serving.goals import goals
+from offcut.benchmarks.serving.record import ClosedRow, OpenRow, Overload, Percentiles, ServingLoad, Soak
+from offcut.benchmarks.serving.run import Plan
+from offcut.benchmarks.serving.watch import Look, gauges, growth
+
+
+def replies(*spans: tuple[float, float], status: int = 200) -> tuple[Reply, ...]:
+    return tuple(Reply(begun, begun, ended, status) for begun, ended in spans)
+
+
+def test_throughput_counts_shares_at_the_edges() -> None:
+    """Two clients, images of 4 s, a window of 10 s: 5 images each way, wherever the window begins."""
+    for shift in (0.0, 1.0, 2.5, 3.9):
+        spans = [(4.0 * place, 4.0 * place + 4) for place in range(6)] * 2
+        assert Window(replies(*spans), shift, shift + 10).throughput == pytest.approx(0.5)
+
+
+def test_batches_that_end_together_do_not_make_it_jump() -> None:
+    spans = [(8.0 * place, 8.0 * place + 8) for place in range(4) for _ in range(8)]
+    assert {round(Window(replies(*spans), at, at + 12).throughput, 6) for at in (0, 3, 7, 8, 12)} == {1.0}
+
+
+def test_only_images_count() -> None:
+    window = Window(replies((0, 1)) + replies((1, 2), status=429), 0, 2)
+    assert window.throughput == 0.5
+    assert window.latencies == [1]
+
+
+def test_latency_is_from_when_a_request_was_due() -> None:
+    late = Reply(due=1.0, sent=3.0, ended=4.0, status=200)
+    assert Window((late,), 0, 10).latencies == [3.0]
+
+
+def test_percentiles() -> None:
+    found = Percentiles.of([float(value) for value in range(1, 101)])
+    assert found is not None
+    assert (found.p50, found.p90, found.p99, found.most, found.count) == (50.5, 91, 100, 100, 100)
+    assert Percentiles.of([]) is None
+
+
+def test_growth_leaves_the_warm_up_out() -> None:
+    steady = [Look(place, 100 + (50 if place < 20 else 100) + place % 3, {}) for place in range(100)]
+    assert growth(steady, 0.2).bytes == pytest.approx(0, abs=2)
+    leaking = [Look(place, 1000 * place, {}) for place in range(100)]
+    found = growth(leaking, 0.2)
+    assert found.bytes == pytest.approx(72_000, abs=2000)
+    assert found.most == 99_000
+
+
+def test_gauges_are_read_from_prometheus_text() -> None:
+    text = "# HELP offcut_cache_slots x\noffcut_cache_slots 3.0\noffcut_queued_requests 2.0\nother 7.0\n"
+    assert gauges(text) == {"offcut_cache_slots": 3.0, "offcut_queued_requests": 2.0}
+
+
+def seconds(value: float) -> Percentiles:
+    return Percentiles(p50=value, p90=value, p99=value, most=value, count=10)
+
+
+def measured(**changed: Any) -> ServingLoad:
+    """Everything as it should be."""
+    steady: dict[str, Any] = {"seconds": 1200, "warm_up": 0.2, "clients": 8, "requests": 900, "left": 40, "held": 0}
+    steady |= {"statuses": {"0": 40, "200": 860}, "unexpected": 0}
+    given: dict[str, Any] = {
+        "model": "m",
+        "engine": "e",
+        "threads": None,
+        "request": {"steps": 20, "interval": 3},
+        "in_flight": 8,
+        "queue": 16,
+        "rows": 16,
+        "rounds": 2,
+        "seconds": {"closed": 20},
+        "closed": [
+            ClosedRow(way=way, clients=16, throughput=rate, latency=seconds(1))
+            for way, rate in (("steps", [1.4, 1.4]), ("single", [1.0, 1.0]), ("whole", [1.3, 1.4]))
+        ],
+        "open": [
+            OpenRow(way=way, load=0.7, rates=[1, 1], p50=p50, latency=None, refused=0, late=None)
+            for way, p50 in (("steps", [1.0, 1.0]), ("whole", [2.5, 2.5]))
+        ],
+        "overload": Overload(
+            times=10,
+            rate=14,
+            seconds=120,
+            capacity=1.4,
+            throughput=1.3,
+            at_capacity=seconds(10),
+            accepted=seconds(11),
+            refusals=seconds(0.01),
+            late=None,
+            places=24,
+            taken=24,
+            statuses={"200": 9, "429 queue_full": 90},
+            unexpected=0,
+        ),
+        "soak": Soak(leak=0, first_bytes=10**9, last_bytes=10**9 + 10**6, most_bytes=2 * 10**9, **steady),
+        "control": Soak(leak=1000, first_bytes=10**9, last_bytes=10**9 + 10**8, most_bytes=2 * 10**9, **steady),
+    }
+    return ServingLoad(**{**given, **changed})
+
+
+def missed(**changed: Any) -> list[str]:
+    return [goal.name for goal in goals(measured(**changed)) if not goal.met]
+
+
+def test_a_server_that_is_as_it_should_be_meets_all_goals() -> None:
+    assert missed() == []
+    assert len(goals(measured())) == 11
+
+
+def closed(steps: list[float], single: list[float], whole: list[float]) -> list[ClosedRow]:
+    rows = {"steps": steps, "single": single, "whole": whole}
+    return [ClosedRow(way=way, clients=16, throughput=rate, latency=None) for way, rate in rows.items()]  # type: ignore[arg-type]
+
+
+def test_each_goal_can_be_missed() -> None:
+    slow = closed([1.2, 1.2], [1, 1], [1, 1])
+    assert missed(closed=slow) == ["throughput of 16 clients, beside one request at a time"]
+    assert missed(closed=slow, allowed=1.25) == []
+    assert missed(closed=slow, allowed=1.29) == ["throughput of 16 clients, beside one request at a time"]
+    assert missed(closed=slow, allowed=2.0) == ["throughput of 16 clients, beside one request at a time"]
+    behind = closed([1.4, 1.4], [1, 1], [1.5, 1.5])
+    assert missed(closed=behind) == ["throughput of 16 clients, beside batches of whole requests"]
+    late = [row.model_copy(update={"p50": [1.9, 1.9]}) if row.way == "whole" else row for row in measured().open]
+    assert missed(open=late) == ["p50 at 70% load, batches of whole requests beside it"]
+    whole = measured()
+    assert whole.overload is not None
+    assert whole.soak is not None
+    assert whole.control is not None
+    for changed, name in (
+        ({"taken": 25}, "requests in the server at 10 times its capacity"),
+        ({"refusals": seconds(0.051)}, "refusals, p99"),
+        ({"refusals": None}, "refusals, p99"),
+        ({"accepted": seconds(12.1)}, "p99 of the accepted, beside that at capacity"),
+        ({"accepted": None}, "images under overload"),
+        ({"unexpected": 1}, "other replies under overload"),
+    ):
+        assert missed(overload=whole.overload.model_copy(update=changed)) == [name]
+    for changed, name in (
+        ({"last_bytes": 10**9 + 50_000_001}, "memory after 20 minutes"),
+        ({"held": 1}, "held for clients that went away"),
+        ({"unexpected": 1}, "other replies in the soak"),
+    ):
+        assert missed(soak=whole.soak.model_copy(update=changed)) == [name]
+    quiet = whole.control.model_copy(update={"last_bytes": 10**9})
+    assert missed(control=quiet) == ["a server that keeps 1000 bytes a request is noticed"]
+
+
+def test_parts_that_were_not_run_have_no_goals() -> None:
+    nothing = measured(closed=[], open=[], overload=None, soak=None, control=None)
+    assert goals(nothing) == []
+
+
+def test_a_plan_says_how_long_it_takes() -> None:
+    assert Plan(parts=("overload",)).estimate == 60 + 120 + 8
+    assert Plan(parts=("load",), rounds=1, clients=(1,), loads=(0.5,)).estimate == 3 * (24 + 64)

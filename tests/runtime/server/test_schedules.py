@@ -1,0 +1,169 @@
+"""Tuned schedules and forecasts: asked for by a request, or the server's own; refused with a reason otherwise."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import offcut
+from offcut.errors import ScheduleError, UserError
+from offcut.runtime.batching import Worker
+from offcut.runtime.forecast import Coefficients
+from offcut.runtime.schedule import Uniform
+from offcut.runtime.server.served import Served
+from offcut.runtime.server.service import Service
+from offcut.runtime.server.settings import Settings
+from offcut.runtime.tuning.artifact import Document, Measured, Tuned, key_of, save
+
+STEPS, GUIDANCE = 6, 5.0
+BRIEF = Settings(steps=STEPS, interval=3, warmup=0, guidance=GUIDANCE)
+CUT = "deepcache:1"
+FULL = (0, 1, 4)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path, pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> offcut.Bundle:
+    """A copy with a schedule, made by hand, for six steps at guidance 5."""
+    copy = tmp_path_factory.mktemp("schedules") / "tiny.offcut"
+    shutil.copytree(tiny_bundle, copy)
+    opened = offcut.Bundle.open(copy)
+    row = Measured(name="this", full_calls=3, shallow_calls=3, speed_up=2.0, psnr=30.0, worst=25.0)
+    document = Document(
+        key=key_of(opened, pipe.scheduler, STEPS, (1.0, GUIDANCE)),
+        cut=CUT,
+        full=FULL,
+        predictors=("full", "full", "fit", "reuse", "full", "reuse"),
+        engine="onnxruntime",
+        shallow_over_full=0.5,
+        samples={"fit": 1, "select": 1, "test": 1},
+        measured=(row,),
+    )
+    (feature,) = pipe.unet._cuts[CUT]
+    save(opened, Tuned("by-hand", document, {2: {feature: Coefficients(scale=0.75)}}))
+    return offcut.Bundle.open(copy)
+
+
+@pytest.fixture
+def server(begin: Any, bundle: offcut.Bundle) -> Iterator[Any]:
+    with begin(BRIEF, bundle=bundle) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_bundle: Path) -> Iterator[Any]:
+    made: Any = offcut.load(tiny_bundle, "onnxruntime", threads=1)
+    made.set_progress_bar_config(disable=True)
+    made.unet.advise = False
+    yield made
+    made.unet.close()
+
+
+def drawn(pipe: Any) -> np.ndarray:
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    asked = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "generator": generator}
+    return np.asarray(pipe("a", **asked).images[0])
+
+
+def pixels(reply: Any) -> np.ndarray:
+    from PIL import Image
+
+    assert reply.status_code == 200, reply.text
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(reply.json()["data"][0]["b64_json"]))))
+
+
+def test_a_forecast_is_the_pipelines_own(server: Any, alone: Any) -> None:
+    images = {}
+    for damping in (0.0, 1.0):
+        alone.unet.set_schedule(Uniform(2), forecast=offcut.Extrapolate(damping))
+        reply = server.post({"prompt": "a", "seed": 1, "interval": 2, "forecast": damping})
+        images[damping] = pixels(reply)
+        assert np.array_equal(images[damping], drawn(alone))
+        assert reply.json()["offcut"]["forecast"] == (None if not damping else "extrapolated, damping 1")
+    assert not np.array_equal(images[0.0], images[1.0])
+
+
+@pytest.mark.parametrize("name", ["auto", "tuned:by-hand"])
+def test_a_tuned_schedule_is_the_pipelines_own(name: str, server: Any, alone: Any, bundle: offcut.Bundle) -> None:
+    Tuned.load(bundle, "by-hand").apply(alone.unet)
+    reply = server.post({"prompt": "a", "seed": 1, "schedule": name})
+    assert np.array_equal(pixels(reply), drawn(alone))
+    how = reply.json()["offcut"]
+    assert (how["schedule"], how["timeline"], how["forecast"]) == ("tuned:by-hand", "##..#.", "tuned")
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "says"),
+    [
+        ({"schedule": "auto", "num_inference_steps": 5}, "schedule", "tuned for 6 steps, not 5"),
+        ({"schedule": "tuned:by-hand", "guidance_scale": 9}, "schedule", "guidance 1 to 5, not 9"),
+        ({"schedule": "tuned:other"}, "schedule", "it has by-hand"),
+        ({"schedule": "auto", "forecast": 0.5}, "forecast", "has a forecast of its own"),
+        ({"schedule": "auto", "warmup": 1}, "warmup", "has a warmup of its own"),
+        ({"schedule": "auto", "cut": "deepcache:0"}, "cut", "has a cut of its own"),
+        ({"interval": 1, "forecast": 0.5}, "forecast", "every call of this request is full"),
+        ({"forecast": 1.5}, "forecast", "less than or equal to 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(asked: dict[str, Any], field: str, says: str, server: Any) -> None:
+    before = server.service.worker.statistics().ticks
+    reply = server.post({"prompt": "a", **asked})
+    assert reply.status_code == 422
+    error = reply.json()["error"]
+    assert (error["param"], says in error["message"]) == (field, True), error
+    assert "/" not in error["message"]
+    assert server.service.worker.statistics().ticks == before
+
+
+def test_the_servers_own_schedule_is_for_requests_that_name_none(begin: Any, bundle: offcut.Bundle) -> None:
+    with begin(replace(BRIEF, schedule="auto", forecast=1.0), bundle=bundle) as server:
+        told = server.get("/v1/models").json()["data"][0]["offcut"]
+        assert (told["tuned"], told["defaults"]["schedule"], told["defaults"]["forecast"]) == (["by-hand"], "auto", 1.0)
+        own, other = (server.post({"prompt": "a", **asked}).json()["offcut"] for asked in ({}, {"interval": 2}))
+        assert (own["schedule"], own["forecast"]) == ("tuned:by-hand", "tuned")
+        assert (other["timeline"], other["forecast"]) == ("#.#.#.", "extrapolated, damping 1")
+        full = server.post({"prompt": "a", "interval": 1}).json()["offcut"]
+        assert (full["timeline"], full["forecast"]) == ("######", None)
+        refused = server.post({"prompt": "a", "num_inference_steps": 5})
+        assert (refused.status_code, "tuned for 6 steps" in refused.text) == (422, True)
+
+
+def test_a_schedule_in_words_may_be_the_servers_own(begin: Any) -> None:
+    with begin(replace(BRIEF, schedule="steps:0,3")) as server:
+        assert server.post({"prompt": "a"}).json()["offcut"]["timeline"] == "#..#.."
+        assert server.post({"prompt": "a", "warmup": 2}).json()["offcut"]["timeline"] == "##.#.."
+        assert "no tuned schedule" in server.post({"prompt": "a", "schedule": "auto"}).text
+
+
+def test_what_the_server_itself_cannot_do_is_told_at_its_start(pipe: Any, bundle: offcut.Bundle) -> None:
+    served = Served(pipe, "tiny", multiple=8, bundle=bundle)
+    with Worker(pipe, max_in_flight=1) as worker:
+        for wrong in ({"steps": 5}, {"guidance": 9.0}, {"schedule": "tuned:x"}, {"schedule": "quad:2:center=9"}):
+            with pytest.raises(UserError, match="the server's own schedule does not fit"):
+                Service(worker, served, replace(BRIEF, **{"schedule": "auto", **wrong}))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="damping is 2"):
+        replace(BRIEF, forecast=2.0)
+    with pytest.raises(ScheduleError, match="no tuned schedule"):
+        Served(pipe, "tiny", multiple=8).tuned_for(None, STEPS, GUIDANCE)
+
+
+def test_a_forecast_needs_twice_the_memory(pipe: Any, begin: Any, bundle: offcut.Bundle) -> None:
+    once = Served(pipe, "tiny").slot_bytes(None, 2, 64, 64)
+    assert Served(pipe, "tiny").slot_bytes(None, 2, 64, 64, schedule=Uniform(2), twice=True) == 2 * once
+    mixed = Tuned.load(bundle, "by-hand").document.model_copy(
+        update={"cuts": (None, None, CUT, "deepcache:0", None, CUT)}
+    )
+    both = Served(pipe, "tiny").slot_bytes(CUT, 2, 64, 64, schedule=mixed.schedule)
+    assert both == once + Served(pipe, "tiny").slot_bytes(CUT, 2, 64, 64)
+    with begin(BRIEF, cache_bytes=2 * once - 1) as server:
+        assert server.post({"prompt": "a"}).status_code == 200
+        assert server.post({"prompt": "a", "forecast": 0.5}).status_code == 422
