@@ -46,8 +46,8 @@ def run(
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="Instead of interval and warmup, e.g. quad:5 or steps:0,1,2,10; auto or tuned:NAME for what "
-            "offcut tune made. Costs quality."
+            help="Instead of interval and warmup, e.g. quad:5, steps:0,1,2,10 or adaptive:0.2; auto or tuned:NAME for "
+            "what offcut tune made. Costs quality."
         ),
     ] = None,
     forecast: Annotated[
