@@ -213,7 +213,7 @@ def _tuned(bundle: Path, pipe: Any, name: str, steps: int, guidance: float | Non
     from ..runtime.tuning.artifact import choose, key_of
 
     opened, scale = Bundle.open(bundle), guidance or 1.0
-    tuned = choose(opened, key_of(opened, pipe.scheduler, steps, (scale, scale)), name or None)
+    tuned = choose(opened, key_of(opened, pipe.scheduler, steps, (scale, scale), pipe.unet.precision), name or None)
     err.print(f"schedule {tuned.name}: {len(tuned.document.full)} full calls", highlight=False)
     return tuned
 

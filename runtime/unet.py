@@ -89,6 +89,8 @@ class UNet(TakesLoras, StandIn):
         )
         self.record_times = False
         """Whether ``last_run`` has seconds. On a GPU this waits for the device at every call."""
+        self.precision: str | None = None
+        """In which the engines compute; None where nobody said."""
         self._pair: EnginePair | None = pair
         self._noise_pred = next(iter(pair.outputs))
         self._loras = {}
@@ -130,7 +132,9 @@ class UNet(TakesLoras, StandIn):
         entry = opened.find(engine, device=device, precision=precision, inference_precision=inference_precision)
         pair = opened.pair(entry, device=device, **options)
         attention = opened.manifest.source.attention
-        return cls(pair, opened.unet_config, attention=attention, stored=lambda: opened.weights(entry))
+        unet = cls(pair, opened.unet_config, attention=attention, stored=lambda: opened.weights(entry))
+        unet.precision = opened.precision_of(entry)
+        return unet
 
     @property
     def bound(self) -> BoundPair | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ..record import Result, write_whole
-from . import cost, growth, load, speed, tables, words
+from . import cost, drift, growth, load, speed, tables, words
 from .answers import answers
 from .markup import Markup, join, tag
 
@@ -37,8 +37,12 @@ def write_report(results: Sequence[Result], folder: Path, *, samples: Sequence[P
 
 def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
     """The page's text; ``samples`` are the folders of each result's images."""
-    if not any(result.latency or result.quality or result.mlperf or result.growth for result in results):
-        raise UserError("these results have no figures that a report could show: no latency, quality, load or growth")
+    if not any(
+        result.latency or result.quality or result.mlperf or result.growth or result.drift for result in results
+    ):
+        raise UserError(
+            "these results have no figures that a report could show: no latency, quality, drift, load or growth"
+        )
     sections, links = [], []
     if any(result.latency or result.quality for result in results):
         sections.append(_answers(results))
@@ -51,6 +55,9 @@ def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
         if result.quality:
             sections.append(cost.section(result.quality, folder, f"quality-{index}"))
             links.append((f"quality-{index}", f"Quality{of}"))
+        if result.drift:
+            sections.append(drift.section(result.drift, folder, f"drift-{index}"))
+            links.append((f"drift-{index}", f"Drift{of}"))
         if result.mlperf:
             sections.append(load.section(result.mlperf, f"load-{index}"))
             links.append((f"load-{index}", f"Load{of}"))
@@ -108,7 +115,8 @@ def _warnings(results: Sequence[Result]) -> Markup | None:
 def _doubts(results: Sequence[Result]) -> Iterator[str]:
     for result in results:
         load = result.environment.load
-        if load is not None and load > BUSY:
+        timed = result.latency or result.quality or result.mlperf or result.growth
+        if timed and load is not None and load > BUSY:
             yield (
                 f"The machine was not idle: load average {load:g} when “{result.title}” began. Ratios within a round "
                 "suffer less than seconds, but do suffer."

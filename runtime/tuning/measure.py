@@ -19,12 +19,20 @@ from .search import Array
 Progress = Callable[[str], None]
 
 
-def record(studio: Studio, sets: Sequence[ImageSet], recorder: Recorder, calls: int, progress: Progress) -> Costs:
+def record(
+    studio: Studio,
+    sets: Sequence[ImageSet],
+    recorder: Recorder,
+    calls: int,
+    progress: Progress,
+    reference: Studio | None = None,
+) -> Costs:
     """Uncached images, their features, and the times of the engine's calls.
 
     Args:
         sets: get pictures, and all but the last the moments of their features.
         calls: that the scheduler makes of the UNet.
+        reference: draws the pictures that others are held against; None for the studio itself.
 
     Raises:
         UserError: the pipeline makes another number.
@@ -37,7 +45,8 @@ def record(studio: Studio, sets: Sequence[ImageSet], recorder: Recorder, calls: 
             done += 1
             progress(f"  {done} of {total}")
             with recorder.watch():
-                each.pictures.append(studio.draw(image))
+                drawn = studio.draw(image)
+            each.pictures.append(drawn if reference is None else reference.draw(image))
             if each is not sets[-1]:
                 each.moments = each.moments or recorder.empty()
                 recorder.add_to(each.moments)
