@@ -190,9 +190,11 @@ class Generation:
         if not isinstance(schedule, Adaptive):
             return schedule.is_full(call, calls)
         if self._decided is None or self._decided[0] != call:
-            last = self._last_full
-            missed = self.missed
-            told = (lambda: None) if missed is None or last is None else (lambda: missed(call, last))
+            last, missed = self._last_full, self.missed
+
+            def told() -> float | None:
+                return None if missed is None or last is None else missed(call, last)
+
             self._decided = call, schedule.decide(call, calls, last, told)
         return self._decided[1]
 

@@ -83,7 +83,8 @@ class _Late:
 
     def __init__(self, value: torch.Tensor, call: int) -> None:
         self.call = call
-        self._host, self._arrived = value, None
+        self._host = value
+        self._arrived: torch.cuda.Event | None = None
         if value.is_cuda:
             self._host = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
             self._arrived = torch.cuda.Event()

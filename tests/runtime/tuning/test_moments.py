@@ -22,7 +22,7 @@ def values(seed: int, noise: float = 0.01) -> torch.Tensor:
 
 
 def moments(*each: torch.Tensor) -> Moments:
-    made = Moments(CALLS, CHANNELS)
+    made = Moments(each[0].shape[1], CHANNELS)
     for one in each:
         made.add(one)
     return made
