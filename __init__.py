@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from .runtime.deepcache import DeepCacheSDHelper
     from .runtime.forecast import Extrapolate
     from .runtime.pipeline import attach, load
-    from .runtime.schedule import Quad, Steps, Uniform
+    from .runtime.schedule import Adaptive, Quad, Steps, Uniform
     from .runtime.tuning.artifact import Tuned
     from .runtime.unet import UNet
 
 _WHERE = {
+    "Adaptive": "runtime.schedule",
     "Bundle": "engines.bundle",
     "Calibration": "runtime.calibration",
     "DeepCacheSDHelper": "runtime.deepcache",
@@ -43,6 +44,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "Adaptive",
     "Bundle",
     "Calibration",
     "DeepCacheSDHelper",

@@ -1,6 +1,7 @@
 """What low precision costs and saves: quality on the shapes model, and the ratio of a full and a shallow call's times.
 
 python -m offcut.benchmarks.low_precision quality --prompts 48 -o quality.json
+python -m offcut.benchmarks.low_precision ablation --samples 32 -o ablation.json
 python -m offcut.benchmarks.low_precision latency sd15.offcut --size 256 -o latency.json
 """
 
@@ -22,6 +23,7 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from ..engines.base import BoundPair, EnginePair
     from ..engines.bundle import Bundle
+    from .joint import Row
 
 # (engine, precision of the graphs, inference precision)
 Build = tuple[str, str, str | None]
@@ -215,11 +217,20 @@ def main() -> None:
     by_quality.add_argument("--prompts", type=int, default=48)
     by_quality.add_argument("--steps", type=int, default=25)
     by_quality.add_argument("--bundle", type=Path, help="keep the builds here, or use those that are there")
+    by_ablation = kinds.add_parser("ablation", help="caching and int8 together, on the shapes model")
+    by_ablation.add_argument("--engine", default="onnxruntime")
+    by_ablation.add_argument("--interval", type=int, default=5)
+    by_ablation.add_argument("--steps", type=int, default=30)
+    by_ablation.add_argument("--guidance", type=float, default=3.0)
+    by_ablation.add_argument("--samples", type=int, default=32, help="half to fit, a quarter to select, one to test")
+    by_ablation.add_argument("--probes", type=int, default=8)
+    by_ablation.add_argument("--threads", type=int)
+    by_ablation.add_argument("--bundle", type=Path, help="keep the builds here, or use those that are there")
     by_latency = kinds.add_parser("latency", help="of every build in a bundle")
     by_latency.add_argument("bundle", type=Path)
     by_latency.add_argument("--size", type=int, default=256, help="of the image in pixels")
     by_latency.add_argument("--rounds", type=int, default=7)
-    for each in (by_quality, by_latency):
+    for each in (by_quality, by_ablation, by_latency):
         each.add_argument("-o", "--output", type=Path, help="write the figures as JSON, too")
     arguments = parser.parse_args()
     try:
@@ -237,9 +248,12 @@ def _run(arguments: argparse.Namespace) -> None:
         if not sentence.startswith(" "):
             print(f"... {sentence}", flush=True)
 
-    rows: Sequence[Quality | Latency]
+    rows: Sequence[Quality | Latency | Row]
     if arguments.kind == "latency":
         rows = latency(Bundle.open(arguments.bundle), size=arguments.size, rounds=arguments.rounds, progress=progress)
+    elif arguments.kind == "ablation":
+        with tempfile.TemporaryDirectory() as folder:
+            rows = _ablation(arguments, arguments.bundle or Path(folder) / "shapes.offcut", progress)
     else:
         with tempfile.TemporaryDirectory() as folder:
             out = arguments.bundle or Path(folder) / "shapes.offcut"
@@ -251,6 +265,26 @@ def _run(arguments: argparse.Namespace) -> None:
         settings = {name: value for name, value in vars(arguments).items() if isinstance(value, int | str)}
         figures = {"machine": machine(), "settings": settings, "rows": [asdict(row) for row in rows]}
         arguments.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _ablation(arguments: argparse.Namespace, out: Path, progress: Callable[[str], None]) -> Sequence[Row]:
+    from .joint import Task, ablation
+    from .shapes.model import model_path
+    from .shapes.score import KINDS
+    from .shapes.score import prompts as captions
+
+    builds: Sequence[Build] = [(arguments.engine, precision, None) for precision in ("fp32", "int8")]
+    bundle = build_all(model_path(), out, builds, progress)
+    texts = [text for kind in KINDS[:2] for text in captions(kind, arguments.samples // 2)]
+    task = Task(
+        prompts=tuple(texts),
+        interval=arguments.interval,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        samples=arguments.samples,
+        probes=arguments.probes,
+    )
+    return ablation(bundle, arguments.engine, ("fp32", "int8"), task, progress, threads=arguments.threads)
 
 
 if __name__ == "__main__":

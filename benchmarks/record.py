@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UserError
+from .drift.record import Drift
 from .growth.record import Growth
 from .latency.record import Latency
 from .mlperf.record import MlPerf
@@ -59,6 +60,7 @@ class Result(BaseModel):
     growth: Growth | None = None
     swap: Swap | None = None
     serving: ServingLoad | None = None
+    drift: Drift | None = None
 
     def save(self, folder: Path) -> Path:
         """Writes ``result.json`` into a folder, over an older one only when it is whole. Returns its path."""

@@ -46,8 +46,8 @@ def run(
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="Instead of interval and warmup, e.g. quad:5 or steps:0,1,2,10; auto or tuned:NAME for what "
-            "offcut tune made. Costs quality."
+            help="Instead of interval and warmup, e.g. quad:5, steps:0,1,2,10 or adaptive:0.2; auto or tuned:NAME for "
+            "what offcut tune made. Costs quality."
         ),
     ] = None,
     forecast: Annotated[
@@ -211,7 +211,7 @@ def _tuned(bundle: Path, pipe: Any, name: str, steps: int, guidance: float | Non
     from ..runtime.tuning.artifact import choose, key_of
 
     opened, scale = Bundle.open(bundle), guidance or 1.0
-    tuned = choose(opened, key_of(opened, pipe.scheduler, steps, (scale, scale)), name or None)
+    tuned = choose(opened, key_of(opened, pipe.scheduler, steps, (scale, scale), pipe.unet.precision), name or None)
     err.print(f"schedule {tuned.name}: {len(tuned.document.full)} full calls", highlight=False)
     return tuned
 

@@ -53,6 +53,15 @@ def tune(
             **_FOR,
         ),
     ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BUNDLE",
+            help="A bundle with the same engine in higher precision, this one too: predictions correct the mean error "
+            "of this one's, and images are held against its.",
+            **_FOR,
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Of the schedule; from sampler, steps and target.", **_FOR)] = None,
     samples: Annotated[
         int, typer.Option(help="Images: half to fit, a quarter to select, a quarter to test.", min=4, **_HOW)
@@ -66,6 +75,9 @@ def tune(
         bool, typer.Option("--pareto", help="Also measure eight schedules from fast to slow.", **_HOW)
     ] = False,
     engine: EngineName = "auto",
+    precision: Annotated[
+        str | None, typer.Option(help="Of the engine's build, if the bundle has several; the newest.")
+    ] = None,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -80,6 +92,7 @@ def tune(
     from ..runtime.draw import with_class
     from ..runtime.pipeline import load
     from ..runtime.tuning.artifact import save
+    from ..runtime.tuning.reference import load_reference
     from ..runtime.tuning.tune import tune as run
     from ..runtime.tuning.wanted import Target, Wanted
 
@@ -88,7 +101,7 @@ def tune(
     quiet_libraries()
     with stages() as stage:
         stage("load the bundle")
-        pipe = load(opened, engine, device=device, threads=threads)
+        pipe = load(opened, engine, device=device, inference_precision=precision, threads=threads)
         if sampler is not None:
             pipe.scheduler = with_class(pipe.scheduler, sampler)
         kind = type(pipe.scheduler).__name__.removesuffix("Scheduler")
@@ -108,7 +121,11 @@ def tune(
             seed=seed,
             pareto=8 if pareto else 0,
         )
-        tuned = run(pipe, opened, chosen, wanted, stage)
+        refers = None
+        if reference is not None:
+            stage("load the reference")
+            refers = load_reference(Bundle.open(reference), opened, pipe.unet, device=device, threads=threads)
+        tuned = run(pipe, opened, chosen, wanted, stage, refers)
         save(opened, tuned)
     if as_json:
         print_json({"name": tuned.name, **tuned.document.model_dump(mode="json")})
@@ -142,8 +159,9 @@ def _print(tuned: Tuned) -> None:
         where = (
             f"if a shallow call takes {times} of a full one, as was given; on {document.engine} here it takes {here}"
         )
+    to = "the uncached images" if document.reference is None else f"the uncached images in {document.reference}"
     out.print(
-        f"PSNR to the uncached images of {document.samples['test']} prompts and seeds that had no part in the tuning; "
+        f"PSNR to {to} of {document.samples['test']} prompts and seeds that had no part in the tuning; "
         f"speed-up of the UNet's time {where}."
     )
     out.print(f"[bold]{tuned.name}[/]")

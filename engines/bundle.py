@@ -130,7 +130,7 @@ class Bundle:
             for entry in self.manifest.engines.values()
             if entry.engine == name
             and (precision is None or self.manifest.variants[entry.variant].precision == precision)
-            and (inference_precision is None or self._computes_in(entry) == inference_precision)
+            and (inference_precision is None or self.precision_of(entry) == inference_precision)
         ]
         if not found:
             there = ", ".join(self.manifest.engines) or "nothing"
@@ -140,7 +140,8 @@ class Bundle:
             raise CutError(f"{self.path} was not built with the cut {cut}; it has {', '.join(self.cuts)}")
         return with_cut[-1]
 
-    def _computes_in(self, entry: EngineEntry) -> str:
+    def precision_of(self, entry: EngineEntry) -> str:
+        """In which a build computes."""
         return entry.inference_precision or self.manifest.variants[entry.variant].precision
 
     def open_pair(

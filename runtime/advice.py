@@ -30,7 +30,7 @@ def against_caching(schedule: Schedule | None, calls: int, config: Mapping[str, 
         why = f"this generation has {calls} UNet calls, fewer than {FEW_CALLS}"
     else:
         return None
-    if calls < 1 or schedule is None or len(schedule.full_calls(calls)) == calls:
+    if calls < 1 or schedule is None or (not schedule.adaptive and len(schedule.full_calls(calls)) == calls):
         return None
     return (
         f"caching is unlikely to pay here: {why}, and the cached features change much from one to the next; to save "

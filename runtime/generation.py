@@ -7,10 +7,13 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from ..errors import ScheduleError
-from .schedule import Schedule
+from .schedule import Adaptive, Schedule
 
 Calls = int | Callable[[], int] | None
 """A number of calls, or how to find it out at the first call, or None where nobody knows."""
+
+Missed = Callable[[int, int], float | None]
+"""What a call would miss if it were shallow, relative to the features: (call, last full call); None if unknown."""
 
 Guided = bool | Callable[[], bool]
 """Whether calls are made with classifier-free guidance, or how to find it out at the first call."""
@@ -69,11 +72,12 @@ class Generation:
         ScheduleError: the schedule needs to know the number of calls.
     """
 
+    missed: Missed | None = None
+    """Foretells for an adaptive schedule what a shallow call would miss; set by whoever runs the calls."""
+
     def __init__(
         self, schedule: Schedule | None, cut: str | None = None, calls: Calls = None, guided: Guided = False
     ) -> None:
-        if schedule is not None and calls is None:
-            schedule.is_full(0)  # raises where the schedule cannot do without the number of calls
         self._schedule = schedule
         self._cut = cut
         self._calls = calls
@@ -84,6 +88,10 @@ class Generation:
         self._full: list[bool] = []
         self._seconds: list[float] = []
         self._plan: tuple[bool, ...] | None = None
+        self._last_full: int | None = None
+        self._decided: tuple[int, bool] | None = None
+        if schedule is not None and calls is None:
+            self._scheduled(schedule, 0, None)  # raises where the schedule cannot do without the number of calls
 
     @property
     def next_is_full(self) -> bool:
@@ -93,8 +101,7 @@ class Generation:
             ScheduleError: as ``begin``.
         """
         calls = self._resolve()
-        scheduled = self._schedule is None or self._schedule.is_full(len(self._full), calls)
-        return scheduled or not self._readable
+        return self._schedule is None or self._scheduled(self._schedule, self.made, calls) or not self._readable
 
     @property
     def guided(self) -> bool:
@@ -115,14 +122,14 @@ class Generation:
 
     @property
     def plan(self) -> tuple[bool, ...] | None:
-        """For each call whether the schedule has it full; None where nobody knows how many there will be.
+        """For each call whether the schedule has it full; None where nobody knows how many there will be, or which.
 
         Raises:
             ScheduleError: as ``begin``.
         """
         calls = self._resolve()
-        if self._plan is None and calls is not None:
-            schedule = self._schedule
+        schedule = self._schedule
+        if self._plan is None and calls is not None and not (schedule is not None and schedule.adaptive):
             self._plan = tuple(schedule is None or schedule.is_full(call, calls) for call in range(calls))
         return self._plan
 
@@ -151,6 +158,8 @@ class Generation:
     def end(self, full: bool, seconds: float | None = None) -> None:
         """The call that began completed."""
         self._readable = True
+        if full:
+            self._last_full = len(self._full)
         self._full.append(full)
         if seconds is not None:
             self._seconds.append(seconds)
@@ -180,6 +189,19 @@ class Generation:
         calls = self._calls if isinstance(self._calls, int) else None
         cuts = tuple(None if full else self.cut_of(call) for call, full in enumerate(self._full))
         return Run(tuple(self._full), tuple(self._seconds), self._schedule, self._cut, calls, cuts)
+
+    def _scheduled(self, schedule: Schedule, call: int, calls: int | None) -> bool:
+        """Whether the schedule has this call full; of one that decides as it goes, the same each time it is asked."""
+        if not isinstance(schedule, Adaptive):
+            return schedule.is_full(call, calls)
+        if self._decided is None or self._decided[0] != call:
+            last, missed = self._last_full, self.missed
+
+            def told() -> float | None:
+                return None if missed is None or last is None else missed(call, last)
+
+            self._decided = call, schedule.decide(call, calls, last, told)
+        return self._decided[1]
 
     def _resolve(self) -> int | None:
         """The number of calls, asked for when the first call begins."""

@@ -7,15 +7,21 @@ half as many. Call 0 is always full.
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, ClassVar
 
 from ..errors import ScheduleError
+
+_UNKNOWN_CALLS = (
+    "{!r} needs to know how many UNet calls a generation has, and nobody said: make the pipeline with offcut.load or "
+    "offcut.attach, or wrap a loop of your own in `with unet.generation(calls=n)`"
+)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -36,6 +42,8 @@ class Schedule(ABC):
 
     kind: ClassVar[str]
     """The first word of the text form, e.g. ``"uniform"``."""
+    adaptive: ClassVar[bool] = False
+    """Whether full calls are chosen as the generation goes, so that nobody knows them before."""
 
     def __post_init__(self) -> None:
         self._check("warmup", least=0)
@@ -77,10 +85,7 @@ class Schedule(ABC):
             ScheduleError: the schedule needs ``calls``.
         """
         if calls is None and self.needs_calls:
-            raise ScheduleError(
-                f"{self!r} needs to know how many UNet calls a generation has, and nobody said: make the pipeline with "
-                "offcut.load or offcut.attach, or wrap a loop of your own in `with unet.generation(calls=n)`"
-            )
+            raise ScheduleError(_UNKNOWN_CALLS.format(self))
         last_on_grid = self._last_on_grid(call, calls)  # first, so that what does not fit fails at the first call
         if call < self.warmup or (calls is not None and call >= calls - self.cooldown):
             return True
@@ -96,9 +101,9 @@ class Schedule(ABC):
 
     def _arguments(self) -> tuple[Any, dict[str, Any]]:
         """The first argument, and by name the others that differ from their defaults, the schedule's own ones first."""
-        own = sorted(fields(self), key=lambda field: field.kw_only is True)
-        others = {field.name: getattr(self, field.name) for field in own[1:]}
-        changed = {field.name: others[field.name] for field in own[1:] if others[field.name] != field.default}
+        own = sorted(fields(self), key=lambda each: each.kw_only is True)
+        others = {each.name: getattr(self, each.name) for each in own[1:]}
+        changed = {each.name: others[each.name] for each in own[1:] if others[each.name] != each.default}
         return getattr(self, own[0].name), changed
 
     def __repr__(self) -> str:
@@ -205,6 +210,77 @@ class Steps(Schedule):
         return self.calls[bisect_right(self.calls, call) - 1]
 
 
+@dataclass(frozen=True, repr=False)
+class Adaptive(Schedule):
+    """A call is full where reuse of the features would miss more than a bound, foretold as ``probe`` describes.
+
+    What the same bound costs depends on sampler and number of steps: features of an ancestral sampler move several
+    times as far from one call to the next. Where these are known before, a schedule of ``offcut tune`` is better.
+
+    >>> Adaptive(0.3, max_shallow=6)
+    Adaptive(0.3, max_shallow=6)
+
+    Attributes:
+        bound: of the error, relative to the features' size; the larger, the fewer full calls.
+        least: so many calls after a full one are shallow in any case, 1 or more: the first cannot be foretold.
+        warmup: two full calls are needed before anything can be foretold.
+        max_shallow: the most shallow calls in a row, whatever is foretold.
+    """
+
+    bound: float
+    least: int = 1
+    warmup: int = field(default=2, kw_only=True)
+    max_shallow: int | None = field(default=8, kw_only=True)
+    kind: ClassVar[str] = "adaptive"
+    adaptive: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("least", least=1)
+        if isinstance(self.bound, bool) or not isinstance(self.bound, int | float) or not 0 < self.bound < math.inf:
+            raise ScheduleError(f"bound is {self.bound!r}, but Adaptive needs one above 0, e.g. 0.2")
+        if self.max_shallow is not None and self.max_shallow < self.least:
+            raise ScheduleError(f"max_shallow is {self.max_shallow}, below least, {self.least}: give at least that")
+
+    def is_full(self, call: int, calls: int | None = None) -> bool:
+        """Nobody knows before the generation; see ``decide``.
+
+        Raises:
+            ScheduleError: always.
+        """
+        raise ScheduleError(
+            f"{self!r} chooses its full calls as the image is made, so that nobody knows them before: "
+            "this needs another schedule, such as Uniform(5, warmup=2)"
+        )
+
+    def decide(self, call: int, calls: int | None, last: int | None, missed: Callable[[], float | None]) -> bool:
+        """Whether this call is full.
+
+        Args:
+            call: the call's index.
+            calls: how many there will be; None where nobody knows.
+            last: the last full call; None where there was none.
+            missed: what the call would miss if it were shallow; None where nobody can say. Asked only if it matters.
+
+        Raises:
+            ScheduleError: it has to know the number of calls, and nobody does.
+        """
+        if calls is None and self.needs_calls:
+            raise ScheduleError(_UNKNOWN_CALLS.format(self))
+        if last is None or call < self.warmup or (calls is not None and call >= calls - self.cooldown):
+            return True
+        shallow = call - last - 1
+        if self.max_shallow is not None and shallow >= self.max_shallow:
+            return True
+        if shallow < self.least:
+            return False
+        error = missed()
+        return error is None or not error <= self.bound  # one that is no number is full
+
+    def _last_on_grid(self, call: int, calls: int | None) -> int:
+        raise NotImplementedError  # is_full does not ask
+
+
 def parse(text: str, **modifiers: int | None) -> Schedule:
     """The schedule that a text stands for, such as ``"uniform:5"``, ``"quad:5:center=12"`` or ``"steps:0,3:warmup=2"``.
 
@@ -218,9 +294,11 @@ def parse(text: str, **modifiers: int | None) -> Schedule:
     word, *rest = text.strip().split(":")
     kind = _KINDS.get(word.strip().lower())
     if kind is None or not rest:
-        raise ScheduleError(f"{text!r} is not a schedule: write uniform:5, quad:5:center=15 or steps:0,3,9")
-    known = {field.name: _READERS.get(field.name, int) for field in fields(kind)}
-    first = next(field.name for field in fields(kind) if not field.kw_only)
+        raise ScheduleError(
+            f"{text!r} is not a schedule: write uniform:5, quad:5:center=15, steps:0,3,9 or adaptive:0.2"
+        )
+    known = {each.name: _READERS.get(each.name, int) for each in fields(kind)}
+    first = next(each.name for each in fields(kind) if not each.kw_only)
     values: dict[str, Any] = {}
     for index, part in enumerate(rest):
         name, equals, value = part.partition("=")
@@ -243,11 +321,12 @@ def _optional(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text.lower() == "none" else read(text)
 
 
-_KINDS: dict[str, type[Schedule]] = {schedule.kind: schedule for schedule in (Uniform, Quad, Steps)}
+_KINDS: dict[str, type[Schedule]] = {schedule.kind: schedule for schedule in (Uniform, Quad, Steps, Adaptive)}
 _READERS: dict[str, Callable[[str], Any]] = {
     "max_shallow": _optional(int),
     "center": _optional(int),
     "power": _optional(float),
+    "bound": float,
     "calls": lambda text: [int(call) for call in text.split(",")],
 }
 

@@ -24,6 +24,7 @@ from .generation import Generation
 from .guidance import HalfBatch
 from .inputs import write_timestep
 from .loras import TakesLoras
+from .probe import Probe
 from .ranges import Ranges
 from .stand_in import IN_USE, StandIn
 
@@ -40,11 +41,13 @@ class _Memory:
         generation: whose.
         history: for a forecast of the features.
         guidance: for half of a guided batch.
+        probe: for a schedule that decides as it goes.
     """
 
     generation: Generation
     history: History | None
     guidance: HalfBatch | None
+    probe: Probe | None
 
 
 class UNet(TakesLoras, StandIn):
@@ -86,6 +89,8 @@ class UNet(TakesLoras, StandIn):
         )
         self.record_times = False
         """Whether ``last_run`` has seconds. On a GPU this waits for the device at every call."""
+        self.precision: str | None = None
+        """In which the engines compute; None where nobody said."""
         self._pair: EnginePair | None = pair
         self._noise_pred = next(iter(pair.outputs))
         self._loras = {}
@@ -127,7 +132,9 @@ class UNet(TakesLoras, StandIn):
         entry = opened.find(engine, device=device, precision=precision, inference_precision=inference_precision)
         pair = opened.pair(entry, device=device, **options)
         attention = opened.manifest.source.attention
-        return cls(pair, opened.unet_config, attention=attention, stored=lambda: opened.weights(entry))
+        unet = cls(pair, opened.unet_config, attention=attention, stored=lambda: opened.weights(entry))
+        unet.precision = opened.precision_of(entry)
+        return unet
 
     @property
     def bound(self) -> BoundPair | None:
@@ -155,7 +162,7 @@ class UNet(TakesLoras, StandIn):
         cut = None if full else generation.cut_of(generation.made)
         assert full or cut is not None
         with self._ranges.call(full, more=generation is self._announced):
-            enqueue = partial(self._enqueue, bound, half, cut, memory.history, guidance, generation.made)
+            enqueue = partial(self._enqueue, bound, half, cut, memory, guidance, generation.made)
             seconds = self._run(enqueue)
         generation.end(full, seconds)
         if half is not None and guidance is not None:
@@ -186,7 +193,7 @@ class UNet(TakesLoras, StandIn):
         bound: BoundPair,
         half: BoundPair | None,
         cut: str | None,
-        history: History | None,
+        memory: _Memory,
         guidance: HalfBatch | None,
         call: int,
     ) -> None:
@@ -194,14 +201,20 @@ class UNet(TakesLoras, StandIn):
 
         Args:
             cut: None for a full call.
+            guidance: the memory's, unless this call is made without.
         """
+        history, probe = memory.history, memory.probe
         if cut is None:
             bound.full()
             if history is not None:
                 history.keep(bound, call)
             if guidance is not None:
                 guidance.keep(bound)
+            if probe is not None:
+                probe.full(bound)
             return
+        if probe is not None:
+            probe.shallow(bound, call)
         if history is not None:
             history.predict(bound, call, self._cuts[cut])
         if half is not None and guidance is not None:
@@ -211,12 +224,15 @@ class UNet(TakesLoras, StandIn):
     def _remembered(self, generation: Generation) -> _Memory:
         """What this generation's own full calls left."""
         if self._memory is None or self._memory.generation is not generation:
-            history = guidance = None
+            history = guidance = probe = None
             if self._forecast is not None:
                 history = History(self._forecast, self._features)
             if self._reuse_guidance and generation.guided:
                 guidance = HalfBatch(self._specs, self._noise_pred)
-            self._memory = _Memory(generation, history, guidance)
+            if self._schedule is not None and self._schedule.adaptive:
+                probe = Probe(self._features)
+                generation.missed = probe.missed
+            self._memory = _Memory(generation, history, guidance, probe)
         return self._memory
 
     def _wait(self) -> None:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from offcut.benchmarks.drift.record import Call, Drift, Sample, Walk
 from offcut.benchmarks.growth.record import Fit, Growth, Made, Point, Sweep
 from offcut.benchmarks.latency.record import Contestant, Latency
 from offcut.benchmarks.quality.record import Claim, Estimate, Quality, QualityRow
@@ -215,6 +216,35 @@ def draw_samples(measured: Quality, folder: Path) -> None:
             box = (10 + 4 * place, 12, 42 + 4 * place + shift, 44)
             ImageDraw.Draw(image).ellipse(box, fill=((200, 40, 40), (40, 80, 200), (220, 180, 30))[place])
             image.save(folder / name)
+
+
+def drift(**changed: Any) -> Drift:
+    """Six calls, two of them full, predicted; the images are not there."""
+    uncached = Walk(prompt="a <b> of noise", seeds=(0, 1), steps=[0.1, 0.2, 0.3])
+    calls = [Call(cut=None, last=call, reused=0, read=0, fulls=1) for call in (0, 1)]
+    calls += [Call(cut="deepcache:0", last=1, reused=0.1 * n, read=0.05 * n, fulls=0) for n in (1, 2, 3, 4)]
+    given: dict[str, Any] = {
+        "model": "shapes",
+        "engine": "onnxruntime",
+        "precision": "fp32",
+        "scheduler": "DDIMScheduler",
+        "steps": 6,
+        "guidance": 3.0,
+        "schedule": "uniform:5:warmup=2",
+        "forecast": "extrapolated, damping 1",
+        "features": ["deep_feature_0"],
+        "images": 4,
+        "distances": [[0.3 * (later - call) for later in range(call + 1, 6)] for call in range(5)],
+        "calls": calls,
+        "samples": [
+            Sample(prompt="a <b>", seed=3, psnr=31.25, uncached="0.png", cached="1.png", changed="2.png", most=0.125)
+        ],
+        "mean_changed": "mean.png",
+        "mean_most": 0.0625,
+        "uncached_walks": [uncached],
+        "cached_walks": [uncached.model_copy(update={"steps": [0.2, 0.2, 0.2]})],
+    }
+    return Drift(**given | changed)
 
 
 def growth(**changed: Any) -> Growth:

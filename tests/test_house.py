@@ -19,6 +19,7 @@ ROOT = Path(inspect.getfile(offcut)).parent
 # From the ground to the roof. A floor may import those below it.
 FLOORS = ["errors", "exporter", "engines", "runtime", "benchmarks", "cli"]
 PUBLIC = {
+    "Adaptive",
     "Bundle",
     "Calibration",
     "DeepCacheSDHelper",

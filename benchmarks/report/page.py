@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ..record import Result, write_whole
-from . import cost, growth, load, serving, speed, swap, tables, words
+from . import cost, drift, growth, load, serving, speed, swap, tables, words
 from .answers import answers
 from .markup import Markup, join, tag
 
@@ -48,7 +48,8 @@ def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
     ]
     if not any(shown):
         raise UserError(
-            "these results have no figures that a report could show: no latency, quality, load, growth, LoRAs, serving"
+            "these results have no figures that a report could show: no latency, quality, drift, load, growth, LoRAs, "
+            "serving"
         )
     for result, parts in zip(results, shown, strict=True):
         of = f": {result.title}" if len(results) > 2 else ""
@@ -85,6 +86,8 @@ def _sections(result: Result, folder: Path, index: int) -> Iterator[tuple[str, s
         yield f"latency-{index}", "Latency", speed.section(result.latency, f"latency-{index}")
     if result.quality:
         yield f"quality-{index}", "Quality", cost.section(result.quality, folder, f"quality-{index}")
+    if result.drift:
+        yield f"drift-{index}", "Drift", drift.section(result.drift, folder, f"drift-{index}")
     if result.mlperf:
         yield f"load-{index}", "Load", load.section(result.mlperf, f"load-{index}")
     if result.growth:
@@ -122,7 +125,8 @@ def _warnings(results: Sequence[Result]) -> Markup | None:
 def _doubts(results: Sequence[Result]) -> Iterator[str]:
     for result in results:
         load = result.environment.load
-        if load is not None and load > BUSY:
+        timed = result.latency or result.quality or result.mlperf or result.growth
+        if timed and load is not None and load > BUSY:
             yield (
                 f"The machine was not idle: load average {load:g} when “{result.title}” began. Ratios within a round "
                 "suffer less than seconds, but do suffer."

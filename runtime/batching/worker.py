@@ -17,6 +17,7 @@ from ...errors import (
     QueueFullError,
     RequestCancelledError,
     RequestError,
+    ScheduleError,
     UserError,
     WorkerClosedError,
 )
@@ -164,11 +165,17 @@ class Worker:
             on_step: called after each of the request's UNet calls, in its thread, beside others' work.
 
         Raises:
+            ScheduleError: the schedule decides as it goes, and requests that share calls have to know before.
             QueueFullError: as many wait as may.
             DeadlineError: the deadline is past already.
             WorkerClosedError: the worker is draining or closed.
             EngineFaultError: the engines failed earlier.
         """
+        if schedule is not None and schedule.adaptive:
+            raise ScheduleError(
+                f"{schedule!r} chooses its full calls as the image is made, and requests that share calls have to "
+                "know them before: submit it with another schedule, such as Uniform(5, warmup=2)"
+            )
         now = time.monotonic()
         with self._changed:
             try:

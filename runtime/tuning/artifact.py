@@ -41,6 +41,9 @@ class Key(BaseModel):
     steps: int
     calls: int = Field(description="of the UNet, which some schedulers make more of than steps")
     guidance: tuple[float, float] = Field(description="the range of scales")
+    precision: str | None = Field(
+        default=None, description="of the engine whose own error the predictions correct; None if they correct none"
+    )
 
 
 class Measured(BaseModel):
@@ -75,6 +78,7 @@ class Document(BaseModel):
     measured_ratios: dict[str, float] = Field(
         default={}, description="the engine's own where it was tuned, by cut, if others were given to tune for"
     )
+    reference: str | None = Field(default=None, description="engine and precision that the predictions aim at")
     samples: dict[str, int] = Field(description="images to fit, to select and to test")
     measured: tuple[Measured, ...]
     pareto: tuple[Measured, ...] = ()
@@ -260,11 +264,14 @@ class Tuned:
         return tensors
 
 
-def key_of(bundle: Bundle, scheduler: Any, steps: int, guidance: tuple[float, float]) -> Key:
+def key_of(
+    bundle: Bundle, scheduler: Any, steps: int, guidance: tuple[float, float], precision: str | None = None
+) -> Key:
     """The key of what is about to be run.
 
     Args:
         scheduler: of the pipeline; its timesteps are set.
+        precision: of the engine, ``UNet.precision``.
     """
     scheduler.set_timesteps(steps)
     config = {name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")}
@@ -276,6 +283,7 @@ def key_of(bundle: Bundle, scheduler: Any, steps: int, guidance: tuple[float, fl
         steps=steps,
         calls=len(scheduler.timesteps),
         guidance=guidance,
+        precision=precision,
     )
 
 
@@ -284,6 +292,8 @@ def refusal(tuned: Tuned, key: Key) -> str | None:
     made = tuned.document.key
     if made.weights != key.weights:
         return "it was tuned for other weights"
+    if made.precision is not None and made.precision != key.precision:
+        return f"it corrects the error of {made.precision}, and this engine is in {key.precision or 'another'}"
     if made.scheduler != key.scheduler:
         return f"it was tuned for {made.scheduler}, not {key.scheduler}"
     if made.settings != key.settings:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
+import torch
 
 from ...errors import UserError
 from ..schedule import Steps, Uniform
@@ -21,14 +23,21 @@ Progress = Callable[[str], None]
 
 
 def record(
-    studio: Studio, sets: Sequence[ImageSet], recorder: Recorder, watch: Watch, calls: int, progress: Progress
+    studio: Studio,
+    sets: Sequence[ImageSet],
+    recorder: Recorder,
+    calls: int,
+    progress: Progress,
+    reference: Studio | None = None,
+    watch: Watch | None = None,
 ) -> Costs:
     """Uncached images, their features, and the times of the engine's calls.
 
     Args:
         sets: get pictures, and all but the last latents and the moments of their features.
-        watch: of the studio's pipeline.
         calls: that the scheduler makes of the UNet.
+        reference: draws the pictures that others are held against; None for the studio itself.
+        watch: of the pipeline that draws them, for their latents; None if nobody wants those.
 
     Raises:
         UserError: the pipeline makes another number.
@@ -40,8 +49,16 @@ def record(
         for image in each.images:
             done += 1
             progress(f"  {done} of {total}")
-            with recorder.watch(), watch.latents() as latents:
-                each.pictures.append(studio.draw(image))
+            seen: AbstractContextManager[list[torch.Tensor]] = nullcontext([]) if watch is None else watch.latents()
+            if reference is None:
+                with recorder.watch(), seen as latents:
+                    drawn = studio.draw(image)
+            else:
+                with recorder.watch():
+                    studio.draw(image)
+                with seen as latents:
+                    drawn = reference.draw(image)
+            each.pictures.append(drawn)
             if each is not sets[-1]:
                 each.latents.append(latents)
                 each.moments = each.moments or recorder.empty()

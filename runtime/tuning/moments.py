@@ -43,6 +43,13 @@ class Moments:
         whole = values.transpose(0, 1).flatten(1).float()
         self.distances += torch.cdist(whole, whole, p=1).double()
 
+    def first(self, calls: int) -> Moments:
+        """Those of the first calls alone."""
+        made = Moments(0, 0)
+        made.count, made.sums = self.count, self.sums[:, :calls]
+        made.products, made.distances = self.products[:, :calls, :calls], self.distances[:calls, :calls]
+        return made
+
     def power(self, call: int) -> torch.Tensor:
         """Mean square of each channel [channels]."""
         return self.products[:, call, call] / max(self.count, 1)

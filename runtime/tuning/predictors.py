@@ -36,6 +36,8 @@ class Predictors:
         fitted: moments of the images that coefficients are fitted to, by feature.
         held_out: of those that decide between them.
         kinds: what may be chosen beside reuse: ``forecast`` and ``fit``.
+        reference: whether the moments have a reference's calls behind those that predictions are made from, and
+            these are to be predicted.
     """
 
     def __init__(
@@ -43,11 +45,15 @@ class Predictors:
         fitted: Mapping[str, Moments],
         held_out: Mapping[str, Moments],
         kinds: Sequence[str] = ("forecast", "fit"),
+        *,
+        reference: bool = False,
     ) -> None:
         self._fitted, self._held_out, self._kinds = fitted, held_out, kinds
-        self.calls = next(iter(fitted.values())).sums.shape[1]
+        columns = next(iter(fitted.values())).sums.shape[1]
+        self.calls = columns // 2 if reference else columns
+        self._behind = self.calls if reference else 0
         self._power = {
-            call: max(sum(float(each.power(call).sum()) for each in held_out.values()), 1e-30)
+            call: max(sum(float(each.power(call + self._behind).sum()) for each in held_out.values()), 1e-30)
             for call in range(self.calls)
         }
         self._errors: dict[tuple[int, int | None], torch.Tensor] = {}
@@ -65,7 +71,7 @@ class Predictors:
         """The errors of plain reuse."""
         calls = range(last + 1, until)
         total = sum(
-            (each.errors(calls, last, last, Coefficients()) for each in self._held_out.values()),
+            (each.errors(self._wanted(calls), last, last, Coefficients()) for each in self._held_out.values()),
             torch.zeros(len(calls), dtype=torch.float64),
         )
         return total / torch.tensor([self._power[call] for call in calls], dtype=torch.float64)
@@ -81,11 +87,11 @@ class Predictors:
         self, calls: range, last: int, before: int | None
     ) -> list[tuple[str, torch.Tensor, dict[str, Coefficients] | None]]:
         found: list[tuple[str, torch.Tensor, dict[str, Coefficients] | None]] = []
-        other = last if before is None else before
+        other, wanted = last if before is None else before, self._wanted(calls)
         scales = torch.tensor([self._power[call] for call in calls], dtype=torch.float64)
 
         def judged(made: Mapping[str, Coefficients]) -> torch.Tensor:
-            parts = [each.errors(calls, last, other, made[name]) for name, each in self._held_out.items()]
+            parts = [each.errors(wanted, last, other, made[name]) for name, each in self._held_out.items()]
             return torch.stack(parts).sum(0) / scales
 
         found.append(("reuse", judged(dict.fromkeys(self._held_out, Coefficients())), None))
@@ -99,10 +105,14 @@ class Predictors:
             for ridge in RIDGES:
                 if ridge.slopes and before is None:
                     continue
-                made = {name: ridge.fit(each, calls, last, other) for name, each in self._fitted.items()}
+                made = {name: ridge.fit(each, wanted, last, other) for name, each in self._fitted.items()}
                 kind = f"fit {ridge.strength:g}" + ("" if ridge.slopes else ", no slope")
                 found.append((kind, judged(made), made))
         return found
+
+    def _wanted(self, calls: range) -> range:
+        """Where the moments have the truth of these calls."""
+        return range(calls.start + self._behind, calls.stop + self._behind)
 
 
 def by_cut(
@@ -110,6 +120,8 @@ def by_cut(
     fitted: Mapping[str, Moments],
     held_out: Mapping[str, Moments],
     kinds: Sequence[str] = ("forecast", "fit"),
+    *,
+    reference: bool = False,
 ) -> dict[str, Predictors]:
     """For each cut those of its features; other arguments as ``Predictors``.
 
@@ -117,7 +129,12 @@ def by_cut(
         cuts: with the names of their features.
     """
     return {
-        cut: Predictors({name: fitted[name] for name in names}, {name: held_out[name] for name in names}, kinds)
+        cut: Predictors(
+            {name: fitted[name] for name in names},
+            {name: held_out[name] for name in names},
+            kinds,
+            reference=reference,
+        )
         for cut, names in cuts.items()
     }
 

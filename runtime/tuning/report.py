@@ -66,16 +66,24 @@ def measured(
 
 
 def rows(
-    studio: Studio, costs: Costs, tuned: Tuned, alone: Tuned | None, test: ImageSet, fit: ImageSet
+    studio: Studio,
+    costs: Costs,
+    tuned: Tuned,
+    alone: Tuned | None,
+    test: ImageSet,
+    fit: ImageSet,
+    *,
+    reference: bool = False,
 ) -> list[Measured]:
     """The tuned schedule first, then what it is held against, all on the test images.
 
     Args:
         alone: the best with one cut only, where there are several.
+        reference: whether the images are another engine's, so that this one's own uncached ones differ.
     """
     interval = max(2, math.ceil(costs.calls / len(tuned.document.full)))
     plain, warm = f"every {interval}th call full", Uniform(interval, warmup=2)
-    differences = _Differences(fit, studio.cuts[studio.cut])
+    differences = Differences(fit, studio.cuts[studio.cut])
     at = f", {studio.cut}" if len(studio.cuts) > 1 else ""
     others: Sequence[tuple[str, Schedule, Forecast | None]] = (
         (f"CacheQuant's schedule{at}", Steps(cachequant(costs.calls, interval, differences)), None),
@@ -104,11 +112,13 @@ def rows(
         psnr=psnr,
         worst=worst,
     )
+    if reference:
+        made.append(measured(studio, costs, "uncached", None, None, test))
     return [*made, fewer]
 
 
 @dataclass(frozen=True)
-class _Differences:
+class Differences:
     """CacheQuant's D: the L1 distances of the features from ``begin`` to ``end`` - 1 to that of ``begin``."""
 
     fit: ImageSet

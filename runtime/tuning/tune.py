@@ -25,6 +25,7 @@ from .measure import Progress, influence, record
 from .moments import Moments
 from .predictors import Predictor, Predictors, by_cut
 from .record import Recorder
+from .reference import beside, named
 from .report import Costs, measured, rows
 from .search import Array, Found, last_two, within
 from .wanted import Wanted
@@ -39,27 +40,31 @@ _PROMISING = 3
 """Schedules with predictions that are tried with a correction too."""
 
 
-def tune(pipe: Any, bundle: Bundle, name: str, wanted: Wanted, progress: Progress) -> Tuned:
+def tune(pipe: Any, bundle: Bundle, name: str, wanted: Wanted, progress: Progress, reference: Any = None) -> Tuned:
     """Find the schedule of a pipeline of ``offcut.load`` with its present scheduler.
 
     Args:
         bundle: that the pipeline was loaded from.
         name: of the schedule.
+        reference: the same pipeline with another engine, e.g. in fp32 where this one is in int8. Predictions then aim
+            at its features, and so correct the mean error of this one's; images are held against its own.
 
     Raises:
-        UserError: the pipeline draws from more than a prompt, or the target cannot be reached.
+        UserError: the pipeline draws from more than a prompt, or the target cannot be reached, or the reference has
+            other weights or features.
         CutError: there is no such cut.
     """
     if not draws_from_prompts(pipe.__call__):
         raise UserError(
             f"{type(pipe).__name__} draws from more than a prompt, and tuning makes images from prompts only"
         )
-    pipe.set_progress_bar_config(disable=True)
+    for each in (pipe, *([] if reference is None else [reference])):
+        each.set_progress_bar_config(disable=True)
     advises, pipe.unet.advise = pipe.unet.advise, False
     timed, pipe.unet.record_times = pipe.unet.record_times, True
     try:
-        with watched(pipe) as watch:
-            return _Tuning(pipe, bundle, name, wanted, watch, progress).run()
+        with watched(pipe) as watch:  # and the reference, which gets a scheduler of the same class
+            return _Tuning(pipe, bundle, name, wanted, watch, progress, reference).run()
     finally:
         pipe.unet.advise, pipe.unet.record_times = advises, timed
         pipe.unet.set_schedule(None)
@@ -68,7 +73,16 @@ def tune(pipe: Any, bundle: Bundle, name: str, wanted: Wanted, progress: Progres
 class _Tuning:
     """One search; see ``tune``."""
 
-    def __init__(self, pipe: Any, bundle: Bundle, name: str, wanted: Wanted, watch: Watch, progress: Progress) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        bundle: Bundle,
+        name: str,
+        wanted: Wanted,
+        watch: Watch,
+        progress: Progress,
+        reference: Any,
+    ) -> None:
         unet = pipe.unet
         cuts: dict[str, tuple[str, ...]] = {}
         for cut in wanted.cuts or (None,):
@@ -78,18 +92,26 @@ class _Tuning:
         self._studio = Studio(pipe, wanted.steps, wanted.size, cuts)
         if wanted.ratios:
             Costs(0, dict.fromkeys(cuts, 0.0), 0.0).given(wanted.ratios)  # says what is missing before any image
-        self._key = key_of(bundle, pipe.scheduler, wanted.steps, wanted.guidance)
+        self._reference = None if reference is None else beside(self._studio, reference)
+        corrected = None if reference is None else unet.precision
+        self._key = key_of(bundle, pipe.scheduler, wanted.steps, wanted.guidance, corrected)
         self._fit, self._select, self._test = three_sets(wanted.prompts, wanted.samples, wanted.guidance, wanted.seed)
 
     def run(self) -> Tuned:
         cuts, fit, select = self._studio.cuts, self._fit, self._select
         sets = (fit, select, self._test)
-        self._costs = record(self._studio, sets, self._recorder(), self._watch, self._key.calls, self._progress)
+        self._costs = record(
+            self._studio, sets, self._recorder(), self._key.calls, self._progress, self._reference, self._watch
+        )
         if self._wanted.ratios:
             self._costs = self._costs.given(self._wanted.ratios)
-        reuse = by_cut(cuts, fit.moments, select.moments, kinds=())
-        better = by_cut(cuts, fit.moments, select.moments)
-        self._weights = influence(self._studio, select, reuse, self._wanted.probes, self._progress)
+        refers = self._reference is not None
+        reuse = by_cut(cuts, fit.moments, select.moments, kinds=(), reference=refers)
+        better = by_cut(cuts, fit.moments, select.moments, reference=refers)
+        # Influence is that of an error of this engine's images, so its own features are the truth.
+        alike = {name: each.first(self._key.calls) for name, each in select.moments.items()} if refers else {}
+        own = by_cut(cuts, alike, alike, kinds=()) if refers else reuse
+        self._weights = influence(self._studio, select, own, self._wanted.probes, self._progress)
         self._progress("search the schedules")
         found = self._search(better, tuple(cuts))
         budget = self._budget(found, better)
@@ -104,7 +126,7 @@ class _Tuning:
             alone, tuned = tuned, self._best([tuned, self._finished([mixed, self._again(mixed)])])
         pareto = self._pareto(found, better)
         self._progress("draw the test images")
-        report = rows(self._studio, self._costs, tuned, alone, self._test, fit)
+        report = rows(self._studio, self._costs, tuned, alone, self._test, fit, reference=refers)
         document = tuned.document.model_copy(update={"measured": tuple(report), "pareto": tuple(pareto)})
         return replace(tuned, document=document)
 
@@ -188,7 +210,7 @@ class _Tuning:
                 sums = sums or recorder.empty()
                 recorder.add_to(sums)
             moments.append(sums)
-        predictors = by_cut(self._studio.cuts, moments[0], moments[1])
+        predictors = by_cut(self._studio.cuts, moments[0], moments[1], reference=self._reference is not None)
         return self._best([tuned, self._predicting(tuned.document.by_call, predictors)])
 
     def _pareto(self, found: Sequence[Found], predictors: ByCut) -> list[Measured]:
@@ -222,7 +244,13 @@ class _Tuning:
         return self._studio.psnr(self._select, tuned.schedule, tuned.forecast)[0]
 
     def _recorder(self) -> Recorder:
-        return Recorder(self._studio.pipe.unet, self._studio.features, self._wanted.positions, self._wanted.seed)
+        return Recorder(
+            self._studio.pipe.unet,
+            self._studio.features,
+            self._wanted.positions,
+            self._wanted.seed,
+            reference=None if self._reference is None else self._reference.pipe.unet,
+        )
 
     def _tuned(self, cuts: ByCall, predictors: Mapping[int, Predictor]) -> Tuned:
         kinds = [predictors[call].kind if call in predictors else "full" for call in range(self._costs.calls)]
@@ -238,6 +266,7 @@ class _Tuning:
             engine=self._studio.pipe.unet.engine,
             shallow_over_full=ratios[cut],
             ratios=dict(ratios) if len(ratios) > 1 else {},
+            reference=None if self._reference is None else named(self._reference.pipe.unet),
             measured_ratios=dict(self._costs.measured),
             samples={
                 "fit": len(self._fit.images),

@@ -20,12 +20,13 @@ from offcut.errors import (
     EngineFaultError,
     QueueFullError,
     RequestCancelledError,
+    ScheduleError,
     UserError,
     WorkerClosedError,
 )
 from offcut.runtime.batching import Step, Ticket, Worker
 from offcut.runtime.batching.pool import SlotPool
-from offcut.runtime.schedule import Uniform
+from offcut.runtime.schedule import Adaptive, Uniform
 
 Alone = Callable[..., torch.Tensor]
 Send = Callable[..., Ticket]
@@ -321,3 +322,5 @@ def test_mistakes_are_told(shared: Any, eager: Any) -> None:
         Worker(eager)
     with pytest.raises(UserError, match="max_in_flight is at least 1, not 0"):
         Worker(shared, max_in_flight=0)
+    with Worker(shared) as worker, pytest.raises(ScheduleError, match="requests that share calls have to know"):
+        worker.submit({"prompt": "a"}, schedule=Adaptive(0.2))

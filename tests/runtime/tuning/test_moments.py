@@ -22,7 +22,7 @@ def values(seed: int, noise: float = 0.01) -> torch.Tensor:
 
 
 def moments(*each: torch.Tensor) -> Moments:
-    made = Moments(CALLS, CHANNELS)
+    made = Moments(each[0].shape[1], CHANNELS)
     for one in each:
         made.add(one)
     return made
@@ -109,6 +109,36 @@ def test_without_an_earlier_full_call_there_is_no_slope() -> None:
     chosen = lines.best(3, 0, None)
     slopes = [] if chosen.coefficients is None else [chosen.coefficients["f"].slope]
     assert all(torch.as_tensor(each).abs().max() == 0 for each in slopes)
+
+
+def test_a_reference_is_what_is_predicted() -> None:
+    """The engine's own features behind are the reference's, off by a scale and a shift that a fit undoes."""
+    own = [values(seed) for seed in (5, 6)]
+    scale, shift = torch.rand(CHANNELS, 1, 1) + 0.5, torch.randn(CHANNELS, 1, 1)
+    both = [moments(torch.cat([each, scale * each + shift], 1)) for each in own]
+    held = torch.cat([own[1], scale * own[1] + shift], 1).double()
+
+    moved = Predictors({"f": both[0]}, {"f": both[1]}, reference=True)
+    assert moved.calls == CALLS
+    power = (held[:, CALLS + 5] ** 2).mean(1).sum()
+    reused = ((held[:, CALLS + 5] - held[:, 3]) ** 2).mean(1).sum() / power
+    assert float(moved.reuse_errors(3, 6)[-1]) == pytest.approx(float(reused), rel=1e-6)
+    chosen = moved.best(5, 3, 1)
+    assert chosen.kind.startswith("fit")
+    assert chosen.error < 0.05 * float(reused)
+    assert chosen.coefficients is not None
+    made = chosen.coefficients["f"]
+    missed = held[:, CALLS + 5] - (
+        torch.as_tensor(made.scale)[:, None] * held[:, 3]
+        + torch.as_tensor(made.slope)[:, None] * (held[:, 3] - held[:, 1])
+        + torch.as_tensor(made.shift)[:, None]
+    )
+    assert chosen.error == pytest.approx(float((missed**2).mean(1).sum() / power), rel=1e-4)
+    alone, first = moments(own[1]), both[1].first(CALLS)
+    assert torch.allclose(first.products, alone.products)
+    assert torch.allclose(
+        first.errors(range(4, 6), 3, 1, Coefficients()), alone.errors(range(4, 6), 3, 1, Coefficients())
+    )
 
 
 def test_errors_are_kept_and_extended() -> None:

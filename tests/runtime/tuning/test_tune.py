@@ -122,7 +122,7 @@ def test_corrected_answers_bring_new_images_nearer(pipe: Any, shapes: Path, copi
     )
     pipe.unet.record_times, scheduler = True, pipe.scheduler
     with watched(pipe) as watch:
-        record(studio, sets, Recorder(pipe.unet, studio.features, 16), watch, steps, lambda said: None)
+        record(studio, sets, Recorder(pipe.unet, studio.features, 16), steps, lambda said: None, watch=watch)
         corrected = lockstep.fit(studio, watch, Tuned("corrected", document, {}), sets[0], sets[1])
     assert pipe.scheduler is scheduler
     assert len(corrected.document.corrected) > 6

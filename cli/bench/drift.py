@@ -1,0 +1,105 @@
+"""``offcut bench drift``: how cached features move, what a schedule misses of it, and what that does to pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..shell import BundleArgument, Device, EngineName, Json, Threads, out, print_json, quiet_libraries, stages
+from .outcome import Outcome
+
+_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "offcut")
+_WALKS = {"rich_help_panel": "Smoothness"}
+
+
+def drift(
+    bundle: BundleArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of result.json, report and images.")] = Path(
+        "bench-drift"
+    ),
+    schedule: Annotated[
+        str, typer.Option(help="As offcut run takes it, e.g. uniform:5:warmup=2, auto or tuned:NAME.")
+    ] = "uniform:5:warmup=2",
+    forecast: Annotated[
+        float | None, typer.Option(metavar="DAMPING", help="Extrapolate the cached features: 0 is reuse, 1 undamped.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="The scheduler's class in diffusers; the bundle's own.")] = None,
+    steps: Annotated[int, typer.Option(help="Of the scheduler.", min=2)] = 50,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.")] = 7.5,
+    cut: Annotated[str | None, typer.Option(help="One of the bundle's; its first by default.")] = None,
+    images: Annotated[int, typer.Option(help="From which drift and errors are.", min=1)] = 8,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts, one a line; some by default.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the images in pixels; the model's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first image.")] = 0,
+    walks: Annotated[
+        int, typer.Option(help="Interpolations of the start noise, uncached and cached; 0 for none.", min=0, **_WALKS)
+    ] = 2,
+    points: Annotated[int, typer.Option(help="Images of each.", min=3, **_WALKS)] = 9,
+    engine: EngineName = "auto",
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the drift of the cached features with a schedule drawn on it, each call's error, and where images change.
+
+    Images are drawn uncached and with the schedule, from the same seeds; report.html shows all of it.
+    """
+    from ...benchmarks.drift.run import Wanted
+    from ...benchmarks.drift.run import drift as run
+    from ...benchmarks.drift.table import notes, table
+    from ...engines.bundle import Bundle
+    from ...errors import UserError
+    from ...runtime.calibration import PROMPTS, read_prompts
+    from ...runtime.draw import with_class
+    from ...runtime.forecast import Extrapolate, Forecast
+    from ...runtime.pipeline import load
+    from ...runtime.schedule import parse
+    from ...runtime.tuning.artifact import choose, key_of
+
+    opened = Bundle.open(bundle)
+    choice = opened.choose_engine(engine, device)
+    entry = opened.find(choice.name, device=device)
+    precision = opened.precision_of(entry)
+    outcome = Outcome(_PACKAGES)
+    quiet_libraries()
+    with stages() as stage:
+        stage("load the bundle")
+        pipe = load(opened, choice.name, device=device, threads=threads)
+        if sampler is not None:
+            pipe.scheduler = with_class(pipe.scheduler, sampler)
+        predicted: Forecast | None = None if forecast is None else Extrapolate(forecast)
+        word, _, name = schedule.partition(":")
+        if word in ("auto", "tuned"):
+            if predicted is not None:
+                raise UserError("a tuned schedule has predictions of its own: leave --forecast out")
+            key = key_of(opened, pipe.scheduler, steps, (guidance, guidance), pipe.unet.precision)
+            tuned = choose(opened, key, name or None)
+            chosen, predicted, cut = tuned.schedule, tuned.forecast, tuned.document.cut
+        else:
+            chosen = parse(schedule)
+        wanted = Wanted(
+            chosen,
+            cut,
+            predicted,
+            steps,
+            guidance,
+            PROMPTS if prompts is None else read_prompts(prompts),
+            images=images,
+            size=size,
+            seed=seed,
+            walks=walks,
+            points=points,
+        )
+        measured = run(pipe, opened, precision, wanted, output, stage)
+    if word in ("auto", "tuned"):
+        measured = measured.model_copy(update={"schedule": f"tuned:{tuned.name}"})
+    result, path = outcome.save(output, f"Drift of {bundle.name}", drift=measured)
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+        return
+    out.print(table(measured))
+    for note in notes(measured):
+        out.print(note, highlight=False, markup=False)
+    out.print(f"[bold]{path}[/]")

@@ -1,0 +1,189 @@
+"""A schedule that decides as it goes: its rules, what it is told, and the same by hand on real engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import offcut
+from offcut import Adaptive, Uniform
+from offcut.errors import ScheduleError
+from offcut.runtime.generation import Generation
+from offcut.runtime.probe import Probe
+from offcut.runtime.schedule import parse
+
+CALLS, CUT, FEATURE = 16, "deepcache:0", "deep_feature_0"
+schedules = st.builds(
+    lambda bound, least, more, warmup, cooldown: Adaptive(
+        bound, least, warmup=warmup, cooldown=cooldown, max_shallow=None if more is None else least + more
+    ),
+    st.floats(0.01, 2),
+    st.integers(1, 3),
+    st.integers(0, 6) | st.none(),
+    st.integers(0, 4),
+    st.integers(0, 3),
+)
+foretold = st.lists(st.floats(0, 2) | st.just(float("nan")) | st.none(), min_size=CALLS, max_size=CALLS)
+
+
+@given(schedules, foretold)
+def test_full_where_the_bound_is_passed_between_floor_and_cap(schedule: Adaptive, errors: list[float | None]) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def missed(call: int, last: int) -> float | None:
+        asked.append((call, last))
+        return errors[call]
+
+    generation = Generation(schedule, calls=CALLS)
+    generation.missed = missed
+    for _ in range(CALLS):
+        assert generation.next_is_full == generation.next_is_full  # asked again, it is the same
+        generation.end(generation.begin("A"))
+    full = generation.run().full
+    assert generation.plan is None
+    assert len(set(asked)) == len(asked)
+    for call in range(CALLS):
+        last = max((each for each in range(call) if full[each]), default=None)
+        if last is None or call < schedule.warmup or call >= CALLS - schedule.cooldown:
+            assert full[call]
+            continue
+        shallow = call - last - 1
+        if schedule.max_shallow is not None and shallow == schedule.max_shallow:
+            assert full[call]
+        elif shallow < schedule.least:
+            assert not full[call]
+        else:
+            error = errors[call]
+            assert (call, last) in asked
+            assert full[call] == (error is None or not error <= schedule.bound)
+
+
+@given(schedules)
+def test_text_forms_can_be_read_back(schedule: Adaptive) -> None:
+    assert parse(str(schedule)) == schedule
+    assert eval(repr(schedule)) == schedule
+
+
+def test_what_cannot_be_says_so() -> None:
+    for bound in (0.0, -1.0, float("nan"), float("inf"), "much", True):
+        with pytest.raises(ScheduleError, match="needs one above 0"):
+            Adaptive(bound)  # type: ignore[arg-type]
+    with pytest.raises(ScheduleError, match="least is 0"):
+        Adaptive(0.2, 0)
+    with pytest.raises(ScheduleError, match="max_shallow is 2, below least, 3"):
+        Adaptive(0.2, 3, max_shallow=2)
+    with pytest.raises(ScheduleError, match="nobody knows them before"):
+        Adaptive(0.2).full_calls(20)
+    with pytest.raises(ScheduleError, match=r"unet\.generation\(calls=n\)"):
+        Generation(Adaptive(0.2, cooldown=1))
+    assert parse("adaptive:0.25:least=2", warmup=3) == Adaptive(0.25, 2, warmup=3)
+
+
+def test_a_failed_call_and_other_shapes_are_full_whatever_is_foretold() -> None:
+    generation = Generation(Adaptive(0.5, warmup=1))
+    generation.missed = lambda call, last: 0.0
+    generation.end(generation.begin("A"))
+    assert not generation.begin("A")  # and it fails
+    assert generation.begin("A")
+    generation.end(True)
+    assert generation.begin("B")
+
+
+def test_the_probe_says_what_its_formula_says() -> None:
+    buffers = {"sample": torch.zeros(2, 4, 4, 4), "a": torch.zeros(2, 3, 8, 8), "b": torch.zeros(2, 2, 2, 2)}
+    bound: Any = SimpleNamespace(buffers=buffers)
+    probe = Probe(("a", "b"))
+    made = torch.Generator().manual_seed(0)
+    drawn = []
+    for call in range(5):
+        for buffer in buffers.values():
+            buffer.copy_(torch.randn(buffer.shape, generator=made))
+        drawn.append({name: buffer.flatten().clone() for name, buffer in buffers.items()})
+        if call < 2:
+            probe.full(bound)
+        else:
+            probe.shallow(bound, call)
+        assert (probe.missed(call + 1, 1) is None) == (call < 2)
+
+    def moved(now: torch.Tensor, then: torch.Tensor) -> float:
+        return float((now - then).norm() / now.norm())
+
+    features = [torch.cat([each["a"], each["b"]]) for each in drawn]
+    pace = moved(features[1], features[0]) / moved(drawn[1]["sample"], drawn[0]["sample"])
+    expected = pace * moved(drawn[4]["sample"], drawn[1]["sample"]) * 4 / 3
+    assert probe.missed(5, 1) == pytest.approx(expected, rel=1e-5)
+    assert probe.missed(6, 1) is None  # of another call than the one before
+    probe.full(SimpleNamespace(buffers=buffers))  # type: ignore[arg-type]  # other shapes: nothing to compare with
+    probe.shallow(SimpleNamespace(buffers=buffers), 6)  # type: ignore[arg-type]
+    assert probe.missed(7, 5) is None
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+def unet(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[offcut.UNet]:
+    opened = offcut.UNet.load(tiny_bundle, request.param, threads=1)
+    opened.advise = False
+    yield opened
+    opened.close()
+
+
+def run(unet: offcut.UNet, schedule: Any, seen: Callable[[], None] = lambda: None) -> list[torch.Tensor]:
+    """Latents that drift along a line, faster and faster."""
+    unet.set_schedule(schedule, CUT)
+    width = unet.config["cross_attention_dim"]
+    made = torch.Generator().manual_seed(5)
+    start, along = (torch.randn(2, 4, 8, 8, generator=made) for _ in range(2))
+    text = torch.randn(2, 77, width, generator=made)
+    said = []
+    with unet.generation(CALLS):
+        for call in range(CALLS):
+            sample = start + along * (call / CALLS) ** 2
+            said.append(unet(sample, torch.tensor(900.0 - 50 * call), text).sample)
+            seen()
+    return said
+
+
+def test_a_generation_goes_as_the_features_and_latents_do(unet: offcut.UNet) -> None:
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep() -> None:
+        assert unet.bound is not None
+        kept.append((unet.bound.buffers["sample"].clone(), unet.bound.buffers[FEATURE].clone()))
+
+    schedule = Adaptive(0.02, max_shallow=5)
+    said = run(unet, schedule, keep)
+    assert unet.last_run is not None
+    full = unet.last_run.full_calls
+    assert 3 < len(full) < CALLS - 3
+
+    def moved(what: int, now: int, then: int) -> float:
+        return float((kept[now][what] - kept[then][what]).norm() / kept[now][what].norm())
+
+    expected = [0, 1]
+    for call in range(2, CALLS):
+        last, before = expected[-1], expected[-2]
+        if call - last > 1:
+            at = moved(1, last, before) / moved(0, last, before) * moved(0, call - 1, last)
+            if call - last > 5 or at * (call - last) / (call - 1 - last) > schedule.bound:
+                expected.append(call)
+    assert full == tuple(expected)
+    # The same calls, chosen before, say the same.
+    for one, other in zip(said, run(unet, offcut.Steps(full)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_generation_is_not_told_by_another(unet: offcut.UNet) -> None:
+    first = run(unet, Adaptive(0.02))
+    again = run(unet, Adaptive(0.02))
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    run(unet, Adaptive(1e9, max_shallow=4))
+    assert unet.last_run is not None
+    assert unet.last_run.full_calls == Uniform(5, warmup=2).full_calls(CALLS)
+    run(unet, Adaptive(1e-9, least=2))
+    assert unet.last_run.full_calls == Uniform(3, warmup=2).full_calls(CALLS)

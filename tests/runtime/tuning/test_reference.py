@@ -1,0 +1,162 @@
+"""Tuning one engine towards another of the same model: int8 towards fp32, for real."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import offcut
+from offcut import Tuned
+from offcut.benchmarks.joint import Task, ablation, corrections
+from offcut.benchmarks.shapes.model import PROMPTS, model_path
+from offcut.cli import app
+from offcut.errors import ScheduleError, UserError
+from offcut.runtime.draw import draw
+from offcut.runtime.tuning.artifact import choose, key_of, save
+from offcut.runtime.tuning.moments import Moments
+from offcut.runtime.tuning.record import Recorder
+from offcut.runtime.tuning.tune import tune
+from offcut.runtime.tuning.wanted import Target, Wanted
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+STEPS = 8
+
+
+def test_another_engine_is_asked_about_the_same_inputs(tiny_bundle: Path) -> None:
+    """A reference that is the same model says the same, on full and on shallow calls."""
+    unet, other = (offcut.UNet.load(tiny_bundle, "onnxruntime", threads=1) for _ in range(2))
+    assert unet.precision == "fp32"
+    recorder = Recorder(unet, ("deep_feature_0",), positions=16, reference=other)
+    width = unet.config["cross_attention_dim"]
+    unet.set_schedule(offcut.Uniform(2))
+    unet.advise = False
+    made = torch.Generator().manual_seed(0)
+    with recorder.watch(), unet.generation(4):
+        for call in range(4):
+            sample, text = torch.randn(2, 4, 8, 8, generator=made), torch.randn(2, 77, width, generator=made)
+            unet(sample, torch.tensor(900.0 - 50 * call), encoder_hidden_states=text)
+    kept, true = recorder.kept["deep_feature_0"], recorder.true["deep_feature_0"]
+    assert len(kept) == len(true) == 4
+    for one, exact in zip(kept, true, strict=True):
+        assert torch.allclose(one, exact, atol=1e-5)
+    sums = recorder.empty()
+    recorder.add_to(sums)
+    assert sums["deep_feature_0"].sums.shape[1] == 8
+    for each in (unet, other):
+        each.close()
+
+
+def test_cachequants_correction_is_a_regression_on_the_last_full_call() -> None:
+    calls, channels = 5, 3
+    random = torch.randn(channels, 2 * calls, 200, generator=torch.Generator().manual_seed(0)).double()
+    sums = Moments(2 * calls, channels)
+    sums.add(random)
+    found = corrections({"f": sums}, (0, 3), calls, reference=True)
+    assert sorted(found) == [1, 2, 4]
+    for call, last in ((1, 0), (2, 0), (4, 3)):
+        made = found[call]["f"]
+        for channel in range(channels):
+            x, y = random[channel, last].numpy(), random[channel, calls + call].numpy()
+            slope, intercept = np.polyfit(x, y, 1)
+            assert isinstance(made.scale, torch.Tensor)
+            assert isinstance(made.shift, torch.Tensor)
+            assert float(made.scale[channel]) == pytest.approx(slope, abs=1e-9)
+            assert float(made.shift[channel]) == pytest.approx(intercept, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def shapes(once: Once) -> Path:
+    def build(path: Path) -> None:
+        for precision in ("fp32", "int8"):
+            offcut.build(
+                model_path(),
+                path,
+                engine="onnxruntime",
+                precision=precision,
+                calibration=offcut.Calibration(prompts=PROMPTS[:1], samples=1, steps=4),
+            )
+
+    return once("joint-shapes.offcut", build)
+
+
+@pytest.fixture(scope="module")
+def pipes(shapes: Path) -> Iterator[dict[str, Any]]:
+    loaded = {
+        precision: offcut.load(shapes, "onnxruntime", inference_precision=precision, threads=1)
+        for precision in ("fp32", "int8")
+    }
+    for pipe in loaded.values():
+        pipe.set_progress_bar_config(disable=True)
+    yield loaded
+    for pipe in loaded.values():
+        pipe.unet.close()
+
+
+@pytest.mark.slow
+def test_int8_is_tuned_towards_fp32(shapes: Path, pipes: dict[str, Any]) -> None:
+    bundle, pipe = offcut.Bundle.open(shapes), pipes["int8"]
+    asked: dict[str, Any] = {"steps": STEPS, "guidance": (3.0, 3.0), "samples": 4, "prompts": PROMPTS, "probes": 2}
+    wanted = Wanted(Target(speed_up=1.6), ratios={"deepcache:0": 0.1}, **asked)
+    found = tune(pipe, bundle, "joint", wanted, lambda said: None, pipes["fp32"])
+    assert found.document.reference == "onnxruntime fp32"
+    assert found.document.key.precision == "int8"
+    names = [row.name for row in found.document.measured]
+    assert names[-2] == "uncached"
+    uncached = found.document.measured[-2]
+    assert uncached.full_calls == STEPS
+    assert uncached.psnr < 99  # int8's own images are not fp32's
+
+    save(bundle, found)
+    again = Tuned.load(offcut.Bundle.open(shapes), "joint")
+    assert again.document == found.document
+    again.apply(pipe.unet)
+    drawn = draw(pipe, PROMPTS[0], steps=STEPS, guidance=3.0, seed=1, size=None, output="np").images[0]
+    assert np.isfinite(drawn).all()
+    here = offcut.Bundle.open(shapes)
+    assert choose(here, key_of(here, pipe.scheduler, STEPS, (3.0, 3.0), "int8")).name == "joint"
+    for precision, says in (("fp32", "this engine is in fp32"), (None, "this engine is in another")):
+        with pytest.raises(ScheduleError, match=f"corrects the error of int8, and {says}"):
+            choose(here, key_of(here, pipe.scheduler, STEPS, (3.0, 3.0), precision))
+
+
+@pytest.mark.slow
+def test_a_reference_must_be_of_the_model_and_more_precise(shapes: Path, tiny_bundle: Path) -> None:
+    asked = ["tune", str(shapes), "--budget", "2x", "--engine", "onnxruntime", "--threads", "1"]
+    other = CliRunner().invoke(app, [*asked, "--precision", "int8", "--reference", str(tiny_bundle)])
+    assert isinstance(other.exception, UserError)
+    assert "was built from other weights" in str(other.exception)
+    same = CliRunner().invoke(app, [*asked, "--precision", "fp32", "--reference", str(shapes)])
+    assert isinstance(same.exception, UserError)
+    assert "no build of onnxruntime in higher precision than fp32" in str(same.exception)
+
+
+@pytest.mark.slow
+def test_the_command(shapes: Path, copied: Callable[[Path], Path]) -> None:
+    copy = copied(shapes)
+    asked = ["--steps", "6", "--guidance", "3", "--samples", "4", "--engine", "onnxruntime", "--threads", "1", "--json"]
+    given = ["tune", str(copy), "--budget", "1.5x", "--precision", "int8", "--reference", str(copy), *asked]
+    result = CliRunner().invoke(app, given, catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert (document["reference"], document["key"]["precision"]) == ("onnxruntime fp32", "int8")
+
+
+@pytest.mark.slow
+def test_the_ablation_has_every_cell(shapes: Path) -> None:
+    task = Task(PROMPTS[:3], interval=3, steps=6, guidance=3.0, samples=4, probes=1, positions=64)
+    rows = ablation(offcut.Bundle.open(shapes), "onnxruntime", ("fp32", "int8"), task, lambda said: None, threads=1)
+    ways = ["uncached", "reuse", "DP", "DP + correction", "ours"]
+    assert [(row.precision, row.way) for row in rows] == [(each, way) for each in ("fp32", "int8") for way in ways]
+    by = {(row.precision, row.way): row for row in rows}
+    assert by["fp32", "uncached"].psnr == 100
+    assert by["int8", "uncached"].psnr < 99
+    for precision in ("fp32", "int8"):
+        assert by[precision, "ours"].full_calls <= by[precision, "DP"].full_calls == 2
+        assert all(by[precision, way].psnr < 60 for way in ways[1:])
