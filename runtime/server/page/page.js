@@ -190,6 +190,9 @@ function offer(own, tuned) {
 function shown() {
   const schedule = at("schedule").value;
   at("interval").disabled = schedule !== "" || at("schedule").disabled;
+  at("interval-hint").textContent = schedule
+    ? `Not used: the schedule below is ${schedule}.`
+    : "Larger is faster and costs quality.";
   at("forecast").disabled = schedule === "auto" || schedule.startsWith("tuned:") || at("schedule").disabled;
   const interval = at("interval").valueAsNumber;
   const text = interval === 1 ? "call" : `${interval} calls`;

@@ -161,8 +161,32 @@ def test_what_goes_wrong_is_said(browser: Any, server: Any) -> None:
     tab.page.context.close()
 
 
-def test_the_last_one_with_an_api_key(browser: Any, server: Any, begin: Any) -> None:
-    """It ends the module's server, since one pipeline has one."""
+def test_the_last_ones_with_a_schedule_of_the_servers_own(browser: Any, server: Any, begin: Any) -> None:
+    """From here on the module's server has ended, since one pipeline has one."""
+    server.service.stopping = True
+    server.thread.join(60)
+    with begin(Settings(steps=8, interval=4, warmup=0, schedule="steps:0,5", forecast=0.5)) as running:
+        tab = Tab(browser, running.url)
+        tab.page.get_by_label("Prompt", exact=True).fill("a")
+        tab.page.get_by_text("More", exact=True).click()
+        schedule = tab.page.get_by_label("Schedule", exact=True)
+        assert schedule.input_value() == "steps:0,5"
+        assert tab.page.locator("#interval").is_disabled()
+        assert "steps:0,5" in tab.page.locator("#interval-hint").inner_text()
+        tab.page.get_by_role("button", name="Draw").click()
+        tab.status("times as fast")
+        assert (tab.steps("cached"), tab.steps("uncached")) == ("#....#..", "########")
+        schedule.select_option("")
+        assert tab.page.locator("#interval").is_enabled()
+        tab.page.get_by_label("Also draw it without caching").uncheck()
+        tab.page.get_by_role("button", name="Draw").click()
+        tab.page.wait_for_selector("#cached img:not([hidden]):not(.preview)")
+        assert tab.steps("cached") == "#...#..."
+        assert tab.said == []
+        tab.page.context.close()
+
+
+def test_the_last_ones_with_an_api_key(browser: Any, server: Any, begin: Any) -> None:
     from playwright.sync_api import expect
 
     server.service.stopping = True
