@@ -87,7 +87,7 @@ class _Late:
         self._arrived: torch.cuda.Event | None = None
         if value.is_cuda:
             self._host = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record(torch.cuda.current_stream(value.device))
 
     def read(self) -> float:
@@ -98,7 +98,8 @@ class _Late:
 
 def _moved(now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
     """How far a tensor is from what it was, relative to its size: []."""
-    return torch.linalg.vector_norm(now - then) / torch.linalg.vector_norm(now)
+    moved: torch.Tensor = torch.linalg.vector_norm(now - then) / torch.linalg.vector_norm(now)
+    return moved
 
 
 def _some(feature: torch.Tensor) -> torch.Tensor:

@@ -116,9 +116,9 @@ def _pictures(drift: Drift, folder: Path) -> Markup:
         return Markup()
     rows.append(
         [
-            f"mean of {drift.images} images",
-            "",
-            "",
+            join(f"mean of {drift.images} images"),
+            Markup(),
+            Markup(),
             samples.shown(samples.opened(folder, drift.mean_changed), "mean map"),
         ]
     )

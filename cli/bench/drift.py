@@ -55,7 +55,7 @@ def drift(
     from ...runtime.draw import with_class
     from ...runtime.forecast import Extrapolate, Forecast
     from ...runtime.pipeline import load
-    from ...runtime.schedule import parse
+    from ...runtime.schedule import Schedule, parse
     from ...runtime.tuning.artifact import choose, key_of
 
     opened = Bundle.open(bundle)
@@ -70,6 +70,7 @@ def drift(
         if sampler is not None:
             pipe.scheduler = with_class(pipe.scheduler, sampler)
         predicted: Forecast | None = None if forecast is None else Extrapolate(forecast)
+        chosen: Schedule
         word, _, name = schedule.partition(":")
         if word in ("auto", "tuned"):
             if predicted is not None:
