@@ -39,8 +39,8 @@ class SwapRow(BaseModel):
     first_calls: list[float] = Field(description="a full and a shallow call right after a load, buffers made anew")
     calls: float = Field(description="the same two calls before any LoRA was loaded, the median of as many rounds")
     restored: bool = Field(description="A, off, A again: the built answers and A's came back bit for bit")
-    rebuilt: float | None = Field(None, description="offcut build of the model with the LoRA fused, verified")
-    rebuilt_opened: float | None = Field(None, description="that bundle opened")
+    rebuilt: float | None = Field(default=None, description="offcut build of the model with the LoRA fused, verified")
+    rebuilt_opened: float | None = Field(default=None, description="that bundle opened")
 
     @property
     def swap(self) -> float:

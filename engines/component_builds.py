@@ -56,8 +56,8 @@ def _with_build(
     assert module is not None
     profiles = _profiles(entry, unet, plan.fixed)
     probe = module.probe()
-    decides = [plan.weights_digest, entry.label, entry.name, name, probe.version, dict(probe.targets), dict(recorded)]
-    decides += [plan.device, [ProfileEntry.of(each).model_dump() for each in profiles]]
+    decides: list[object] = [plan.weights_digest, entry.label, entry.name, plan.device, name, probe.version]
+    decides += [dict(probe.targets), dict(recorded), [ProfileEntry.of(each).model_dump() for each in profiles]]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     key = f"{name}-{digest[:12]}"
     if any(each.key == key for each in entry.engines):

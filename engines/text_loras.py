@@ -53,7 +53,7 @@ def fused_text_encoders(source: ModelSource, out: Path, progress: Callable[[str]
 def _fused(source: ModelSource, name: str, wanted: Wanted, out: Path) -> Path:
     first = wanted[0][0].name
     library, kind = read_index(source.root).get(name) or (None, None)
-    if library != "transformers":
+    if library != "transformers" or kind is None:
         raise ModelError(f"the LoRA {first} is for another model: this pipeline has no {name} of transformers")
     if find_spec("peft") is None:
         raise ModelError(

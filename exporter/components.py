@@ -100,7 +100,8 @@ class TracedComponent:
     @property
     def vocabulary(self) -> int:
         """How many tokens a text encoder knows."""
-        return int(self.module.model.config.vocab_size)  # type: ignore[union-attr]
+        model: Any = self.module.model
+        return int(model.config.vocab_size)
 
     def answers(self, given: torch.Tensor) -> dict[str, torch.Tensor]:
         """What PyTorch computes, by the outputs' names."""

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from loras import save_lora
 from unets import eager, random_inputs
 
 import offcut
@@ -18,6 +20,7 @@ from offcut.engines.profiles import Profile
 from offcut.engines.sizes import Sizes
 from offcut.engines.verify import verify_bundle
 from offcut.errors import BundleError, EngineError, ShapeError
+from offcut.exporter.lora import Scaled, fuse
 
 from .conftest import BF16_CUTS, BF16_SIZES, COMPILED_CUTS
 
@@ -110,6 +113,47 @@ def test_the_stand_in_runs_it(compiled_bundle: Path) -> None:
     assert unet.last_run is not None
     assert unet.last_run.timeline == "#..#"
     unet.close()
+
+
+@pytest.mark.slow
+def test_from_one_lora_to_another_and_back_leaves_no_trace(
+    compiled_bundle: Path, every_cut: Path, tiny_unet_dir: Path, tmp_path: Path
+) -> None:
+    """Its packages take other constants; the weights as built are another bundle's, as this one was built to deploy."""
+    (tmp_path / "unet").symlink_to(tiny_unet_dir)
+    loras = [
+        save_lora("kohya", tmp_path, tmp_path / "a", seed=1),
+        save_lora("diffusers", tmp_path, tmp_path / "b", seed=2, rank=4, alpha=2.0),
+    ]
+    bundle, whole = offcut.Bundle.open(compiled_bundle), offcut.Bundle.open(every_cut)
+    stored = whole.weights(whole.entry("onnxruntime"))
+    unet = offcut.UNet(bundle.open_pair("inductor"), bundle.unet_config, stored=lambda: stored)
+    unet.set_schedule(offcut.Uniform(2))
+    inputs = random_inputs(tiny_unet_dir, batch=2, height=8, width=8)
+    sample, text = inputs["sample"], inputs["encoder_hidden_states"]
+
+    def answers() -> list[torch.Tensor]:
+        with unet.generation(calls=2):
+            return [unet(sample, timestep, text).sample for timestep in (900, 850)]
+
+    plain = answers()
+    unet.load_lora(loras[0], 0.5, name="a")
+    with_a = answers()
+    unet.unload_lora()
+    unet.load_lora(loras[1], name="b")
+    with_b = answers()
+    unet.set_loras({})
+    assert all(map(torch.equal, answers(), plain))
+    unet.load_lora(loras[0], 0.5, name="a")
+    assert all(map(torch.equal, answers(), with_a))
+    for one, other in ((plain, with_a), (with_a, with_b)):
+        assert not any(map(torch.equal, one, other)), "both graphs took other weights"
+    unet.close()
+    fused = UNet2DConditionModel.from_pretrained(tiny_unet_dir)
+    fuse(fused, [Scaled(loras[0], 0.5)], dict(fused.config))
+    with torch.no_grad():
+        expected = fused(sample, 900, text).sample
+    assert float((with_a[0] - expected).abs().max()) <= 1e-4
 
 
 @pytest.mark.slow
