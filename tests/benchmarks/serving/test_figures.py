@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from offcut.benchmarks.serving.client import Reply, Window
 from offcut.benchmarks.serving.goals import goals
-from offcut.benchmarks.serving.record import ClosedRow, OpenRow, Overload, Percentiles, ServingLoad, Soak
+from offcut.benchmarks.serving.record import BatchRow, ClosedRow, OpenRow, Overload, Percentiles, ServingLoad, Soak
 from offcut.benchmarks.serving.run import Plan
+from offcut.benchmarks.serving.table import tables
 from offcut.benchmarks.serving.watch import Look, gauges, growth
 
 
@@ -163,3 +165,15 @@ def test_parts_that_were_not_run_have_no_goals() -> None:
 def test_a_plan_says_how_long_it_takes() -> None:
     assert Plan(parts=("overload",)).estimate == 60 + 120 + 8
     assert Plan(parts=("load",), rounds=1, clients=(1,), loads=(0.5,)).estimate == 3 * (24 + 64)
+
+
+def test_the_tables_show_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    batch = BatchRow(requests=2, rows=4, full=0.06, shallow=0.008, between=0.004)
+    given = measured(batches=[batch], allowed=1.07)
+    given.goals = goals(given)
+    console = Console(width=160, force_terminal=False)
+    for table in tables(given):
+        console.print(table)
+    shown = capsys.readouterr().out
+    for text in ("30.00", "1.07x", "one at a time", "70%", "14.0 requests", "+100.0", "met"):
+        assert text in shown

@@ -181,7 +181,7 @@ def test_an_engine_that_fails_ends_the_server(begin: Any, gate: Any, crowd: Thre
 
 
 def test_an_engine_that_hangs_ends_the_server_too(begin: Any, gate: Any, crowd: ThreadPoolExecutor) -> None:
-    with begin(replace(QUICK, stall=0.5, linger=0.5)) as server:
+    with begin(replace(QUICK, stall=0.5, linger=3.0)) as server:
         gate.close()
         waiting = crowd.submit(server.post, LONG)
         assert (waiting.result().status_code, waiting.result().json()["error"]["code"]) == (503, "engine_fault")
@@ -192,7 +192,7 @@ def test_an_engine_that_hangs_ends_the_server_too(begin: Any, gate: Any, crowd: 
 
 
 def test_an_engine_thread_that_is_gone_is_no_health(begin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with begin(replace(QUICK, linger=0.5)) as server:
+    with begin(replace(QUICK, linger=3.0)) as server:
         assert server.service.worker.healthy
         thread = threading.Thread(target=lambda: None)
         thread.start()
