@@ -14,12 +14,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from families import UNETS
-from unets import random_inputs
 from unets import run as run_graph
 
 import offcut
 from offcut.engines.bundle import onnx_of
 from offcut.exporter.cut import find_cuts, split_all
+from offcut.exporter.families import example_inputs
+from offcut.exporter.load import locate
 from offcut.runtime.schedule import Uniform
 
 pytestmark = [
@@ -185,7 +186,9 @@ def test_every_cut_given_fresh_features_is_the_full_graph_bit_for_bit(
     graph = onnx_of(family_bundle(name))
     cuts = find_cuts(graph)
     assert len([cut for cut in cuts if cut.name.startswith("deepcache:")]) == (4 if name in ("refiner", "class") else 6)
-    inputs = random_inputs(family_model(name), batch=2, height=8, width=12)
+    source = locate(family_model(name))
+    specs = source.family.specs(source.config, "float32")
+    inputs = example_inputs(specs, {"batch": 2, "height": 8, "width": 12, "sequence": 7})
     for twin in split_all(graph, cuts, tmp_path):
         features = run_graph(engine, twin.full, inputs)
         noise_pred = features.pop("noise_pred")
