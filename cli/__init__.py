@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from ..errors import UserError
 from . import bench, bundles, graphs, images, serve, tuning
-from .shell import err, out
+from .shell import complain, out
 
 app = typer.Typer(
     name="offcut",
@@ -67,6 +66,5 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        # Escaped, since `pip install 'offcut[cpu]'` has brackets of its own.
-        err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
+        complain(error)
         sys.exit(1)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 out = Console()
 err = Console(stderr=True)
@@ -65,6 +66,11 @@ Provider = Annotated[
     typer.Option(help="Of ONNX Runtime on cuda: cuda, tensorrt or tensorrt-rtx. The last two compile first."),
 ]
 Threads = Annotated[int | None, typer.Option(help="Of a CPU engine; one a core by default.")]
+
+
+def complain(error: Exception) -> None:
+    """Print an error; in ``pip install 'offcut[cpu]'`` the brackets are its own, not rich's."""
+    err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
 
 
 def quiet_libraries() -> None:

@@ -47,10 +47,7 @@ def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
         for index, (result, folder) in enumerate(zip(results, samples, strict=True))
     ]
     if not any(shown):
-        raise UserError(
-            "these results have no figures that a report could show: no latency, quality, drift, load, growth, LoRAs, "
-            "serving"
-        )
+        raise UserError("these results have no figures that a report could show: no latency, no quality, nor any other")
     for result, parts in zip(results, shown, strict=True):
         of = f": {result.title}" if len(results) > 2 else ""
         for key, name, section in parts:

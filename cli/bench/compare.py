@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ...errors import UserError
-from ..shell import Json, err, out, print_json
+from ..shell import Json, complain, err, out, print_json
 
 WORSE, TROUBLE = 1, 2
 """Exit codes, as diff has them: 1 for a difference, 2 where none could be made out."""
@@ -40,7 +40,7 @@ def compare(
     try:
         comparison = run_compare(record.read(old), record.read(new), *limits)
     except UserError as error:
-        err.print(f"[bold red]error[/]: {error}", highlight=False, soft_wrap=True)
+        complain(error)
         raise typer.Exit(TROUBLE) from error
     worse = comparison.worse(allow_missing=allow_missing)
     if as_json:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-Ends = Callable[["At", torch.Tensor], torch.Tensor]
+Ask = Callable[["At", torch.Tensor], torch.Tensor]
 """Given where a scheduler stands and the model's output, the output to take instead."""
 
 _LINEAR = 1e-3
@@ -41,14 +41,14 @@ class At:
         options = dict(self.options)
         if isinstance(options.get("generator"), torch.Generator):
             options["generator"] = options["generator"].clone_state()
-        output = output.to(self.sample.dtype)
         scheduler = copy.deepcopy(self.scheduler)
-        return _latent(self.step(scheduler, output, self.timestep, self.sample, **options)).float()
+        # In fp32 whatever the pipeline has: `towards` looks at small differences.
+        return _latent(self.step(scheduler, output.float(), self.timestep, self.sample.float(), **options)).float()
 
     def towards(self, latent: torch.Tensor) -> torch.Tensor | None:
         """The output that would lead to this latent; None where the output has no say, or no linear one."""
-        nothing = self.after(torch.zeros_like(self.sample))
-        rates = self.after(torch.ones_like(self.sample)) - nothing
+        nothing = self.after(torch.zeros_like(self.sample, dtype=torch.float32))
+        rates = self.after(torch.ones_like(self.sample, dtype=torch.float32)) - nothing
         rate = rates.mean()
         if rate.abs() < 1e-6 or (rates - rate).abs().max() > _LINEAR * rate.abs():
             return None
@@ -71,7 +71,7 @@ class Watch:
     """Who is asked at each step of the scheduler and of its copies."""
 
     def __init__(self) -> None:
-        self.ask: Ends | None = None
+        self.ask: Ask | None = None
 
     @contextmanager
     def latents(self) -> Iterator[list[torch.Tensor]]:

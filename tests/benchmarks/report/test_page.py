@@ -182,7 +182,7 @@ def test_a_page_of_little_is_still_a_page() -> None:
 
 def test_a_result_without_figures_is_refused() -> None:
     nothing = result().model_copy(update={"latency": None})
-    with pytest.raises(UserError, match="no latency, quality, load or growth"):
+    with pytest.raises(UserError, match="no latency, no quality, nor any other"):
         page([nothing], [NO_IMAGES])
 
 
