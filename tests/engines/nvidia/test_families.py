@@ -33,7 +33,7 @@ def add_plans(model: Path, bundle: Path, size: str, **asked: object) -> offcut.B
 
 def check(bundle: offcut.Bundle) -> None:
     entry = bundle.entry("tensorrt-rtx")
-    assert list(entry.shallow) == ["deepcache:0"]
+    assert "deepcache:0" in entry.shallow
     for file in (entry.full, *entry.shallow.values()):
         assert (bundle.path / file).stat().st_size > 10_000
     assert [Path(name).name for name in entry.references] == ["reference-0.safetensors"]
