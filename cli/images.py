@@ -87,11 +87,12 @@ def run(
     from ..errors import UserError
     from ..runtime.draw import with_class
     from ..runtime.forecast import Extrapolate
+    from ..runtime.tuning.artifact import tuned_name
 
-    tuned_name = _tuned_name(schedule)
-    chosen = None if tuned_name is not None else _schedule(schedule, interval, warmup)
+    named = tuned_name(schedule)
+    chosen = None if named is not None else _schedule(schedule, interval, warmup)
     predicted: Forecast | None = None if forecast is None else Extrapolate(forecast)
-    if tuned_name is not None and predicted is not None:
+    if named is not None and predicted is not None:
         raise UserError("a tuned schedule has predictions of its own: leave --forecast out")
     pipe = _load(bundle, engine, device=device, provider=provider, threads=threads)
     if sampler is not None:
@@ -99,8 +100,8 @@ def run(
     _load_loras(pipe, loras_of(lora))
     if guidance is None and not makes_videos(pipe):
         guidance = 7.5
-    if tuned_name is not None:
-        tuned = _tuned(bundle, pipe, tuned_name, steps, guidance)
+    if named is not None:
+        tuned = _tuned(bundle, pipe, named, steps, guidance)
         chosen, predicted, cut = tuned.schedule, tuned.forecast, tuned.document.cut
     request = Request(prompt, negative_prompt, steps, guidance, seed, height, width, image, frames)
     with bar(steps * (2 if compare else 1)) as step:
@@ -196,13 +197,6 @@ def _load_loras(pipe: Any, loras: Mapping[str | Path, float]) -> None:
         for path, scale in loras.items():
             stage(f"load the LoRA {Path(path).name} at {scale:g}")
             pipe.unet.load_lora(path, scale)
-
-
-def _tuned_name(schedule: str | None) -> str | None:
-    """The name in ``tuned:NAME``, an empty one for ``auto``; None for any other schedule."""
-    if schedule == "auto":
-        return ""
-    return schedule.partition(":")[2] if schedule is not None and schedule.startswith("tuned:") else None
 
 
 def _tuned(bundle: Path, pipe: Any, name: str, steps: int, guidance: float | None) -> Tuned:

@@ -18,11 +18,6 @@ from typing import Any, ClassVar
 
 from ..errors import ScheduleError
 
-_UNKNOWN_CALLS = (
-    "{!r} needs to know how many UNet calls a generation has, and nobody said: make the pipeline with offcut.load or "
-    "offcut.attach, or wrap a loop of your own in `with unet.generation(calls=n)`"
-)
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Schedule(ABC):
@@ -84,10 +79,9 @@ class Schedule(ABC):
         Raises:
             ScheduleError: the schedule needs ``calls``.
         """
-        if calls is None and self.needs_calls:
-            raise ScheduleError(_UNKNOWN_CALLS.format(self))
+        at_an_end = self._at_an_end(call, calls)
         last_on_grid = self._last_on_grid(call, calls)  # first, so that what does not fit fails at the first call
-        if call < self.warmup or (calls is not None and call >= calls - self.cooldown):
+        if at_an_end:
             return True
         since = call - max(last_on_grid, self.warmup - 1)
         return since == 0 or (self.max_shallow is not None and since % (self.max_shallow + 1) == 0)
@@ -95,6 +89,19 @@ class Schedule(ABC):
     @abstractmethod
     def _last_on_grid(self, call: int, calls: int | None) -> int:
         """The last call of the schedule's own grid that is not after this one."""
+
+    def _at_an_end(self, call: int, calls: int | None) -> bool:
+        """Whether a call is of the warm-up or the cooldown.
+
+        Raises:
+            ScheduleError: the schedule needs ``calls``.
+        """
+        if calls is None and self.needs_calls:
+            raise ScheduleError(
+                f"{self!r} needs to know how many UNet calls a generation has, and nobody said: make the pipeline with "
+                "offcut.load or offcut.attach, or wrap a loop of your own in `with unet.generation(calls=n)`"
+            )
+        return call < self.warmup or (calls is not None and call >= calls - self.cooldown)
 
     def _check(self, name: str, *, least: int) -> None:
         object.__setattr__(self, name, _integer(name, getattr(self, name), least))
@@ -242,17 +249,6 @@ class Adaptive(Schedule):
         if self.max_shallow is not None and self.max_shallow < self.least:
             raise ScheduleError(f"max_shallow is {self.max_shallow}, below least, {self.least}: give at least that")
 
-    def is_full(self, call: int, calls: int | None = None) -> bool:
-        """Nobody knows before the generation; see ``decide``.
-
-        Raises:
-            ScheduleError: always.
-        """
-        raise ScheduleError(
-            f"{self!r} chooses its full calls as the image is made, so that nobody knows them before: "
-            "this needs another schedule, such as Uniform(5, warmup=2)"
-        )
-
     def decide(self, call: int, calls: int | None, last: int | None, missed: Callable[[], float | None]) -> bool:
         """Whether this call is full.
 
@@ -265,9 +261,7 @@ class Adaptive(Schedule):
         Raises:
             ScheduleError: it has to know the number of calls, and nobody does.
         """
-        if calls is None and self.needs_calls:
-            raise ScheduleError(_UNKNOWN_CALLS.format(self))
-        if last is None or call < self.warmup or (calls is not None and call >= calls - self.cooldown):
+        if self._at_an_end(call, calls) or last is None:
             return True
         shallow = call - last - 1
         if self.max_shallow is not None and shallow >= self.max_shallow:
@@ -278,7 +272,11 @@ class Adaptive(Schedule):
         return error is None or not error <= self.bound  # one that is no number is full
 
     def _last_on_grid(self, call: int, calls: int | None) -> int:
-        raise NotImplementedError  # is_full does not ask
+        """Nobody knows before the generation; see ``decide``."""
+        raise ScheduleError(
+            f"{self!r} chooses its full calls as the image is made, so that nobody knows them before: "
+            "this needs another schedule, such as Uniform(5, warmup=2)"
+        )
 
 
 def parse(text: str, **modifiers: int | None) -> Schedule:

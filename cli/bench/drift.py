@@ -56,7 +56,7 @@ def drift(
     from ...runtime.forecast import Extrapolate, Forecast
     from ...runtime.pipeline import load
     from ...runtime.schedule import Schedule, parse
-    from ...runtime.tuning.artifact import choose, key_of
+    from ...runtime.tuning.artifact import choose, key_of, tuned_name
 
     opened = Bundle.open(bundle)
     choice = opened.choose_engine(engine, device)
@@ -71,8 +71,8 @@ def drift(
             pipe.scheduler = with_class(pipe.scheduler, sampler)
         predicted: Forecast | None = None if forecast is None else Extrapolate(forecast)
         chosen: Schedule
-        word, _, name = schedule.partition(":")
-        if word in ("auto", "tuned"):
+        name = tuned_name(schedule)
+        if name is not None:
             if predicted is not None:
                 raise UserError("a tuned schedule has predictions of its own: leave --forecast out")
             key = key_of(opened, pipe.scheduler, steps, (guidance, guidance), pipe.unet.precision)
@@ -94,7 +94,7 @@ def drift(
             points=points,
         )
         measured = run(pipe, opened, precision, wanted, output, stage)
-    if word in ("auto", "tuned"):
+    if name is not None:
         measured = measured.model_copy(update={"schedule": f"tuned:{tuned.name}"})
     result, path = outcome.save(output, f"Drift of {bundle.name}", drift=measured)
     if as_json:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ...errors import LimitError, ScheduleError, UserError
 from ..forecast import Extrapolate, Forecast
 from ..schedule import Schedule, Uniform, parse
+from ..tuning.artifact import tuned_name
 from .schemas import GenerationRequest
 from .served import Served
 from .settings import Settings
@@ -60,13 +61,6 @@ def caching(body: GenerationRequest, served: Served, settings: Settings, steps: 
     damping = settings.forecast if body.forecast is None else body.forecast
     forecast = Extrapolate(damping) if damping and made is not None else None
     return Caching(made, None if made is None else str(made), body.cut, forecast)
-
-
-def tuned_name(text: str) -> str | None:
-    """The name in ``tuned:NAME``, an empty one for ``auto``; None for any other schedule."""
-    if text == "auto":
-        return ""
-    return text.partition(":")[2] if text.startswith("tuned:") else None
 
 
 def _plain(body: GenerationRequest, served: Served, settings: Settings, text: str | None) -> Schedule | None:

@@ -306,6 +306,13 @@ def refusal(tuned: Tuned, key: Key) -> str | None:
     return None
 
 
+def tuned_name(schedule: str | None) -> str | None:
+    """The name in ``tuned:NAME``, an empty one for ``auto``; None for any other schedule."""
+    if schedule == "auto":
+        return ""
+    return schedule.partition(":")[2] if schedule is not None and schedule.startswith("tuned:") else None
+
+
 def choose(bundle: Bundle, key: Key, name: str | None = None) -> Tuned:
     """The schedule to use: the one named, or of those that fit the one with the best images.
 

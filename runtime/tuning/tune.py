@@ -96,6 +96,7 @@ class _Tuning:
         corrected = None if reference is None else unet.precision
         self._key = key_of(bundle, pipe.scheduler, wanted.steps, wanted.guidance, corrected)
         self._fit, self._select, self._test = three_sets(wanted.prompts, wanted.samples, wanted.guidance, wanted.seed)
+        self._tried: dict[int, tuple[Tuned, float]] = {}  # by identity, which lasts as long as they are in here
 
     def run(self) -> Tuned:
         cuts, fit, select = self._studio.cuts, self._fit, self._select
@@ -241,7 +242,10 @@ class _Tuning:
         return max(tried, key=self._psnr)
 
     def _psnr(self, tuned: Tuned) -> float:
-        return self._studio.psnr(self._select, tuned.schedule, tuned.forecast)[0]
+        """On the images that choices are made on, which are drawn once for each schedule."""
+        if id(tuned) not in self._tried:
+            self._tried[id(tuned)] = tuned, self._studio.psnr(self._select, tuned.schedule, tuned.forecast)[0]
+        return self._tried[id(tuned)][1]
 
     def _recorder(self) -> Recorder:
         return Recorder(

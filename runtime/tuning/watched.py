@@ -68,25 +68,21 @@ def watched(pipe: Any) -> Iterator[Watch]:
 
 
 class Watch:
-    """Who is asked at each step of the scheduler and of its copies."""
+    """Who is asked and told at each step of the scheduler and of its copies."""
 
     def __init__(self) -> None:
         self.ask: Ask | None = None
+        self.made: list[torch.Tensor] | None = None
+        """Gets the latent after each step, fp32."""
 
     @contextmanager
     def latents(self) -> Iterator[list[torch.Tensor]]:
         """Of one generation within the block: the latent after each step, fp32."""
-        kept: list[torch.Tensor] = []
-
-        def keep(at: At, output: torch.Tensor) -> torch.Tensor:
-            kept.append(at.after(output))
-            return output
-
-        self.ask = keep
+        self.made = []
         try:
-            yield kept
+            yield self.made
         finally:
-            self.ask = None
+            self.made = None
 
 
 def _watched(kind: Any, watch: Watch) -> Any:
@@ -99,7 +95,10 @@ def _watched(kind: Any, watch: Watch) -> Any:
         if watch.ask is not None and not rest:
             output = watch.ask(At(self, plain, timestep, sample, options), model_output)
             model_output = output.to(model_output.dtype)
-        return plain(self, model_output, timestep, sample, *rest, **options)
+        made = plain(self, model_output, timestep, sample, *rest, **options)
+        if watch.made is not None:
+            watch.made.append(_latent(made).float())
+        return made
 
     return type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
 

@@ -36,6 +36,15 @@ def opened(tiny_bundle: Path) -> Iterator[Callable[[str], offcut.UNet]]:
         unet.close()
 
 
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+def unet(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[offcut.UNet]:
+    """A UNet to call without a pipeline, with each engine."""
+    opened = offcut.UNet.load(tiny_bundle, request.param, threads=1)
+    opened.advise = False
+    yield opened
+    opened.close()
+
+
 @pytest.fixture(scope="session")
 def parts(tiny_pipeline_dir: Path) -> dict[str, Any]:
     """The components of the eager pipeline."""

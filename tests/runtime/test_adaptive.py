@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,14 +122,6 @@ def test_the_probe_says_what_its_formula_says() -> None:
     probe.full(SimpleNamespace(buffers=buffers))  # type: ignore[arg-type]  # other shapes: nothing to compare with
     probe.shallow(SimpleNamespace(buffers=buffers), 6)  # type: ignore[arg-type]
     assert probe.missed(7, 5) is None
-
-
-@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
-def unet(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[offcut.UNet]:
-    opened = offcut.UNet.load(tiny_bundle, request.param, threads=1)
-    opened.advise = False
-    yield opened
-    opened.close()
 
 
 def run(unet: offcut.UNet, schedule: Any, seen: Callable[[], None] = lambda: None) -> list[torch.Tensor]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,14 +28,6 @@ class EveryOther(Forecast):
 
     def at(self, feature: str, call: int, last: int, before: int | None) -> Coefficients | None:
         return Coefficients(1.1, 0.5 * (call - last), 0.01) if call % 2 == 0 else None
-
-
-@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
-def unet(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[offcut.UNet]:
-    opened = offcut.UNet.load(tiny_bundle, request.param, threads=1)
-    opened.advise = False
-    yield opened
-    opened.close()
 
 
 def inputs(unet: offcut.UNet, call: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

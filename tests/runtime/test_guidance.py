@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,6 @@ from offcut.errors import ScheduleError
 
 FEATURE, CUT, CALLS = "deep_feature_0", "deepcache:0", 7
 SCHEDULE = offcut.Uniform(3)
-
-
-@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
-def unet(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[offcut.UNet]:
-    opened = offcut.UNet.load(tiny_bundle, request.param, threads=1)
-    opened.advise = False
-    yield opened
-    opened.close()
 
 
 def inputs(unet: offcut.UNet, call: int, images: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
