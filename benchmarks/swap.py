@@ -37,6 +37,7 @@ class SwapRow(BaseModel):
     rescaled: list[float] = Field(description="unet.set_loras with another scale")
     unloaded: list[float] = Field(description="unet.unload_lora")
     first_calls: list[float] = Field(description="a full and a shallow call right after a load, buffers made anew")
+    later_calls: list[float] = Field(default_factory=list, description="the same calls once more, the LoRA still on")
     calls: float = Field(description="the same two calls before any LoRA was loaded, the median of as many rounds")
     restored: bool = Field(description="A, off, A again: the built answers and A's came back bit for bit")
     rebuilt: float | None = Field(default=None, description="offcut build of the model with the LoRA fused, verified")
@@ -157,7 +158,7 @@ def _exchange(
     opened = time.perf_counter() - began
     _calls(pair, entry.cuts[0], dims)
     usual, built = zip(*(_calls(pair, entry.cuts[0], dims) for _ in range(rounds)), strict=True)
-    loaded, rescaled, unloaded, first = [], [], [], []
+    loaded, rescaled, unloaded, first, later = [], [], [], [], []
     worn: list[list[torch.Tensor]] = []
     try:
         for _ in range(rounds):
@@ -165,6 +166,7 @@ def _exchange(
             seconds, answers = _calls(pair, entry.cuts[0], dims)
             first.append(seconds)
             worn.append(answers)
+            later.append(_calls(pair, entry.cuts[0], dims)[0])
             rescaled.append(_timed(lambda: unet.set_loras({"a": 0.5})))
             unloaded.append(_timed(unet.unload_lora))
         after = _calls(pair, entry.cuts[0], dims)[1]
@@ -180,6 +182,7 @@ def _exchange(
         rescaled=rescaled,
         unloaded=unloaded,
         first_calls=first,
+        later_calls=later,
         calls=statistics.median(usual),
         restored=all(returned) and not _same(worn[0], built[0]),
     )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,14 +75,7 @@ def make(pipe: Any, task: Task, setting: Setting, folder: Path, on_call: Progres
     Raises:
         UserError: `folder` cannot be written.
     """
-    parts = []
-    for first in range(0, len(task.prompts), PART):
-        path = folder / f"{task.key(setting, first)}.npz"
-        part = _read(path)
-        if part is None:
-            part = _part(pipe, task, setting, first, on_call)
-            _write(path, part)
-        parts.append(part)
+    parts = [make_part(pipe, task, setting, first, folder, on_call) for first in range(0, len(task.prompts), PART)]
     timelines = {part.timeline for part in parts}
     if len(timelines) != 1:
         raise InternalError(f"{setting.name}: parts of one setting ran different calls: {', '.join(timelines)}")
@@ -93,10 +87,31 @@ def make(pipe: Any, task: Task, setting: Setting, folder: Path, on_call: Progres
     )
 
 
+def make_part(
+    pipe: Any, task: Task, setting: Setting, first: int, folder: Path, on_call: Progress = lambda count: None
+) -> Made:
+    """The part that begins at picture ``first``: read where it lies in ``folder``, else generated and written there.
+
+    Raises:
+        UserError: `folder` cannot be written, or the file there is damaged.
+    """
+    path = part_path(task, setting, first, folder)
+    part = _read(path)
+    if part is None:
+        part = _part(pipe, task, setting, first, on_call)
+        _write(path, part)
+    return part
+
+
+def part_path(task: Task, setting: Setting, first: int, folder: Path) -> Path:
+    """The file of the part that begins at picture ``first``."""
+    return folder / f"{task.key(setting, first)}.npz"
+
+
 def missing(task: Task, setting: Setting, folder: Path) -> int:
     """How many pictures of a setting are still to be made."""
     starts = range(0, len(task.prompts), PART)
-    absent = [first for first in starts if not (folder / f"{task.key(setting, first)}.npz").exists()]
+    absent = [first for first in starts if not part_path(task, setting, first, folder).exists()]
     return sum(len(task.prompts[first : first + PART]) for first in absent)
 
 
@@ -178,7 +193,8 @@ def _write(path: Path, part: Made) -> None:
             )
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # where the folder itself is what cannot be
+            beside.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}; give another directory with -o") from error
 
 

@@ -164,9 +164,7 @@ def product_plan(
         UserError: an unknown sampler.
         ScheduleError, CutError: another value that cannot be.
     """
-    for sampler in samplers:
-        if sampler not in SAMPLERS:
-            raise UserError(f"{sampler!r} is no sampler here: choose one of {', '.join(SAMPLERS)}")
+    _check(samplers)
     rows = [Setting(sampler, steps) for sampler in samplers]
     rows += [
         cached(sampler, steps, kind, interval, cut, warmup, damping)
@@ -178,6 +176,20 @@ def product_plan(
         for damping in dampings
     ]
     return list(dict.fromkeys(rows))
+
+
+def of_samplers(settings: Sequence[Setting], samplers: Sequence[str]) -> list[Setting]:
+    """Those of a plan with these samplers.
+
+    Raises:
+        UserError: a sampler is unknown, or the plan has none of them.
+    """
+    _check(samplers)
+    rows = [setting for setting in settings if setting.sampler in samplers]
+    if not rows:
+        there = ", ".join(dict.fromkeys(setting.sampler for setting in settings))
+        raise UserError(f"this plan has {there}, not {', '.join(samplers)}: give --plan full, or leave --plan out")
+    return rows
 
 
 def with_fewer_steps(settings: Sequence[Setting], ratios: Mapping[str, float]) -> list[Setting]:
@@ -245,6 +257,12 @@ def counterpart(setting: Setting, rows: Iterable[Setting], ratios: Mapping[str, 
 def _fits(fewer: Setting, setting: Setting, ratios: Mapping[str, float]) -> bool:
     cost = setting.cost(ratios)
     return fewer.sampler == setting.sampler and abs(fewer.steps - cost) <= max(0.5, _TOLERANCE * cost)
+
+
+def _check(samplers: Sequence[str]) -> None:
+    for sampler in samplers:
+        if sampler not in SAMPLERS:
+            raise UserError(f"{sampler!r} is no sampler here: choose one of {', '.join(SAMPLERS)}")
 
 
 def reference(setting: Setting, rows: Iterable[Setting]) -> Setting:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..latency.record import Contestant, Latency
 from ..quality.record import Estimate, Quality, QualityRow
+from ..swap import Swap
 from . import words
 from .findings import OURS, Gain, Rivals, fastest, gain, measured, reference, speed, uncached_twin
 from .noise import Interval, difference
@@ -27,12 +29,12 @@ class Answer:
     sentences: tuple[str, ...]
 
 
-def answers(latencies: Sequence[Latency], qualities: Sequence[Quality]) -> list[Answer]:
+def answers(latencies: Sequence[Latency], qualities: Sequence[Quality], swaps: Sequence[Swap] = ()) -> list[Answer]:
     """Always the same three questions."""
     return [
         _faster(latencies),
         _quality(latencies, qualities),
-        _on_top(latencies),
+        _on_top(latencies, swaps),
     ]
 
 
@@ -167,7 +169,7 @@ def _names(text: str, part: str | None) -> bool:
     return bool(part) and re.search(rf"(?<![\w:]){re.escape(part or '')}(?![\w:=])", text) is not None
 
 
-def _on_top(latencies: Sequence[Latency]) -> Answer:
+def _on_top(latencies: Sequence[Latency], swaps: Sequence[Swap]) -> Answer:
     question = "What happens with LoRA or another method on top?"
     sentences: list[str] = []
     rows = [row for latency in latencies for row in latency.contestants]
@@ -187,10 +189,29 @@ def _on_top(latencies: Sequence[Latency]) -> Answer:
                 f"From {base.name}, {alone.name} alone is {words.times(first.times)} as fast, with caching on top "
                 f"{words.times(both.times)}."
             )
-    verdict = "Partly measured" if sentences else "Not measured"
     with_lora = [row.name for row in rows if row.loops and "lora" in f"{row.name} {row.settings}".lower()]
     if with_lora:
         sentences.append(f"With a LoRA: {words.listed(with_lora)}; see their rows below.")
-    else:
+    sentences += [sentence for swap in swaps for sentence in _swapped(swap)]
+    measured_all = bool(sentences) and bool(with_lora or swaps)
+    verdict = "Measured" if measured_all else "Partly measured" if sentences else "Not measured"
+    if not with_lora and not swaps:
         sentences.append("LoRA on top was not measured: no row of these results has one.")
     return Answer(question, verdict, tuple(sentences))
+
+
+def _swapped(swap: Swap) -> Iterator[str]:
+    """How long a LoRA takes to go onto open engines, and what it costs from then on."""
+    for row in swap.rows:
+        said = f"{words.model(swap.model)}, {row.engine} {row.precision}: a LoRA on {swap.layers} layers goes onto the "
+        said += f"open full and shallow graphs in {words.seconds(row.swap)}"
+        if row.rebuilt is not None:
+            rebuilt = row.rebuilt + (row.rebuilt_opened or 0)
+            said += f", a rebuild with it takes {words.seconds(rebuilt)}"
+        if row.later_calls:
+            share = statistics.median(row.later_calls) / row.calls
+            said += f"; calls then take {words.times(share)} the time of those without"
+        said += ". Taken off, the built answers " + (
+            "come back bit for bit." if row.restored else "did NOT come back bit for bit."
+        )
+        yield said

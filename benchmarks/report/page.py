@@ -138,13 +138,14 @@ def _doubts(results: Sequence[Result]) -> Iterator[str]:
 def _answers(results: Sequence[Result]) -> Markup:
     latencies = [result.latency for result in results if result.latency]
     qualities = [result.quality for result in results if result.quality]
+    swaps = [result.swap for result in results if result.swap]
     cards = [
         tag(
             "article",
             tag("div", tag("h3", answer.question), tag("p", answer.verdict, class_="answer")),
             tag("div", [tag("p", sentence) for sentence in answer.sentences]),
         )
-        for answer in answers(latencies, qualities)
+        for answer in answers(latencies, qualities, swaps)
     ]
     return tag("section", tag("h2", "In short"), tag("div", cards, class_="cards"), id="answers")
 

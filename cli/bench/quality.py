@@ -45,7 +45,10 @@ def quality(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Directory of result.json; a run that was cut off goes on there.")
     ] = Path("bench-quality"),
-    plan: Annotated[Plan, typer.Option(help="full varies interval, cut, schedule, warm-up and sampler.")] = Plan.QUICK,
+    plan: Annotated[
+        Plan | None,
+        typer.Option(help="quick (the default), or full: interval, cut, schedule, warm-up, forecast and sampler vary."),
+    ] = None,
     images: Annotated[int | None, typer.Option(help="Of each setting; 32, or 1000 in the full plan.", min=2)] = None,
     steps: Annotated[int, typer.Option(help="Of DDIM; the plans give other samplers half of them.", min=8)] = 50,
     interval: Annotated[
@@ -53,7 +56,8 @@ def quality(
         typer.Option(help="Instead of a plan: every combination of these. Again for several.", min=1),
     ] = None,
     sampler: Annotated[
-        list[str] | None, typer.Option(help="Of a combination: ddim, dpm++ 2m, euler ancestral. Again for several.")
+        list[str] | None,
+        typer.Option(help="Of a combination or of a plan: ddim, dpm++ 2m, euler ancestral. Again for several."),
     ] = None,
     cut: Annotated[
         list[str] | None, typer.Option(help="Of a combination, e.g. deepcache:1. Again for several.")
@@ -73,6 +77,7 @@ def quality(
     batch: Annotated[int, typer.Option(help="Images of a pipeline call.", min=1)] = 16,
     engine: EngineName = "auto",
     threads: Threads = None,
+    workers: Annotated[int, typer.Option(help="Processes that make the pictures, the cores divided.", min=1)] = 1,
     shallow_ratio: Annotated[
         list[str] | None,
         typer.Option(metavar="CUT=RATIO", help="A shallow call's time over a full one's, for equal latency."),
@@ -87,7 +92,7 @@ def quality(
     as_json: Json = False,
 ) -> None:
     """Compare cached runs with the uncached one, and with fewer steps at equal latency, on the shapes model."""
-    from ...benchmarks.quality import metrics, pictures
+    from ...benchmarks.quality import crew, metrics, pictures
     from ...benchmarks.quality.plan import reference_ratios, with_fewer_steps
     from ...benchmarks.quality.run import run
     from ...engines.bundle import Bundle
@@ -107,7 +112,7 @@ def quality(
     pipe = load(opened, engine=choice.name, threads=threads)
     versions = [f"{name} {outcome.environment.packages.get(name)}" for name in ("diffusers", choice.name)]
     task = pictures.Task(
-        prompts=pictures.prompts(images or _IMAGES[plan], 1000 + seed),
+        prompts=pictures.prompts(images or _IMAGES[plan or Plan.QUICK], 1000 + seed),
         guidance=guidance,
         seed=seed,
         batch=batch,
@@ -118,6 +123,18 @@ def quality(
         return
     total = sum(setting.steps * pictures.missing(task, setting, output / "pictures") for setting in settings)
     with _progress(total) as (on_call, stage):
+        if workers > 1:
+            stage(f"{workers} processes")
+            crew.make(
+                bundle,
+                choice.name,
+                task,
+                settings,
+                output / "pictures",
+                workers=workers,
+                threads=threads,
+                on_call=on_call,
+            )
         measured = run(
             pipe,
             task,
@@ -138,7 +155,7 @@ def quality(
 
 
 def _settings(
-    plan: Plan,
+    plan: Plan | None,
     steps: int,
     samplers: Sequence[str] | None,
     kinds: Sequence[Kind] | None,
@@ -147,9 +164,13 @@ def _settings(
     warmups: Sequence[int] | None,
     dampings: Sequence[float] | None,
 ) -> list[Setting]:
-    from ...benchmarks.quality.plan import full_plan, product_plan, quick_plan
+    from ...benchmarks.quality.plan import full_plan, of_samplers, product_plan, quick_plan
+    from ...errors import UserError
 
-    if any(given is not None for given in (samplers, kinds, intervals, cuts, warmups, dampings)):
+    combined = any(given is not None for given in (kinds, intervals, cuts, warmups, dampings))
+    if plan is not None and combined:
+        raise UserError("--plan has its own intervals, schedules, cuts, warm-ups and forecasts: leave it or them out")
+    if plan is None and (combined or samplers is not None):
         return product_plan(
             steps,
             samplers or ["ddim"],
@@ -159,7 +180,8 @@ def _settings(
             warmups or [0],
             [None if damping < 0 else damping for damping in dampings or [-1.0]],
         )
-    return full_plan(steps) if plan == Plan.FULL else quick_plan(steps)
+    rows = full_plan(steps) if plan == Plan.FULL else quick_plan(steps)
+    return rows if samplers is None else of_samplers(rows, samplers)
 
 
 def _given(texts: Sequence[str], latency: Path | None) -> dict[str, float]:

@@ -29,7 +29,7 @@ def test_each_engine_takes_the_weights_and_gives_them_back(measured: Swap) -> No
     assert measured.lora == "random, rank 4, every attention layer"
     for row in measured.rows:
         assert row.restored
-        for seconds in (row.loaded, row.rescaled, row.unloaded, row.first_calls):
+        for seconds in (row.loaded, row.rescaled, row.unloaded, row.first_calls, row.later_calls):
             assert len(seconds) == 2
             assert min(seconds) > 0
         assert row.rebuilt is row.rebuilt_opened is None

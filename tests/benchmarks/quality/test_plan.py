@@ -47,6 +47,16 @@ def test_every_cached_row_has_an_uncached_one_and_fewer_steps_at_its_cost(name: 
             assert abs(other.steps - cost) <= max(0.5, 0.06 * cost)
 
 
+def test_a_plan_by_samplers_is_the_whole_plan_in_pieces() -> None:
+    """So that a long run may be made, and published, a sampler at a time."""
+    whole = plan.with_fewer_steps(PLANS["full"], SHALLOW_OVER_FULL)
+    pieces = [
+        plan.with_fewer_steps(plan.of_samplers(PLANS["full"], [each]), SHALLOW_OVER_FULL) for each in plan.SAMPLERS
+    ]
+    assert {row for piece in pieces for row in piece} == set(whole)
+    assert sum(map(len, pieces)) == len(whole)
+
+
 @given(st.integers(20, 60), st.sampled_from(["uniform", "quad"]), st.integers(2, 10), st.integers(0, 3))
 @settings(max_examples=60, deadline=None)
 def test_a_cost_is_full_calls_and_the_share_of_shallow_ones(steps: int, kind: str, interval: int, warmup: int) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import offcut
 from offcut.benchmarks import record
-from offcut.benchmarks.quality import pictures, plan
+from offcut.benchmarks.quality import crew, pictures, plan
 from offcut.benchmarks.quality.pictures import Task
 from offcut.benchmarks.quality.record import Quality
 from offcut.benchmarks.quality.run import run
@@ -160,6 +160,27 @@ def test_the_command_leaves_a_result_and_does_nothing_twice(bundle: Path, tmp_pa
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
+def test_processes_make_what_one_makes(pipe: Any, bundle: Path, task: Task, tmp_path: Path) -> None:
+    one, several = tmp_path / "one", tmp_path / "several"
+    for setting in SETTINGS[1:3]:
+        pictures.make(pipe, task, setting, one)
+    calls: list[int] = []
+    asked = {"workers": 2, "threads": 1, "on_call": calls.append}
+    crew.make(bundle, "onnxruntime", task, SETTINGS[1:3], several, **asked)  # type: ignore[arg-type]
+    assert sum(calls) == sum(6 * setting.steps for setting in SETTINGS[1:3])
+    for setting in SETTINGS[1:3]:
+        first, second = (pictures.make(None, task, setting, folder) for folder in (one, several))
+        assert first.timeline == second.timeline
+        assert (first.pictures == second.pictures).all()
+    crew.make(bundle, "no engine", task, SETTINGS[1:3], several, workers=2)  # nothing is left to make, or to open
+
+
+def test_a_worker_s_error_is_the_caller_s(bundle: Path, task: Task, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="give another directory"):
+        crew.make(bundle, "onnxruntime", task, SETTINGS[:2], tmp_path / "file", workers=2, threads=1)
+
+
 def test_a_dry_run_says_what_is_to_come_and_makes_nothing(bundle: Path, tmp_path: Path) -> None:
     arguments = ["quality", str(bundle), "-o", str(tmp_path / "out"), "--dry-run", "--interval", "4", "--images", "2"]
     result = CliRunner().invoke(app, [*arguments, "--engine", "onnxruntime", "--steps", "8"], catch_exceptions=False)
@@ -172,6 +193,9 @@ def test_a_dry_run_says_what_is_to_come_and_makes_nothing(bundle: Path, tmp_path
     ("arguments", "message"),
     [
         (["--sampler", "heun"], "is no sampler here"),
+        (["--plan", "full", "--sampler", "heun"], "is no sampler here"),
+        (["--plan", "quick", "--sampler", "dpm++ 2m"], "this plan has ddim, euler ancestral"),
+        (["--plan", "full", "--interval", "3"], "leave it or them out"),
         (["--shallow-ratio", "deepcache:0=2"], "between 0 and 1"),
         (["--cut", "nowhere:1"], "nowhere"),
         (["--latency", "absent.json"], "cannot read"),

@@ -8,6 +8,7 @@ from results import around, contestant, latency, quality
 from offcut.benchmarks.latency.record import Contestant
 from offcut.benchmarks.quality.record import Quality
 from offcut.benchmarks.report.answers import Answer, answers
+from offcut.benchmarks.swap import Swap, SwapRow
 
 CACHED = "offcut openvino fp32, interval 5"
 
@@ -64,6 +65,32 @@ def test_a_lora_that_was_measured_is_named() -> None:
     with_lora = row("offcut openvino fp32 swapped", [2.0], caching="uniform:5", settings={"LoRA": "fused"})
     top = answers([latency(contestants=[with_lora, row("diffusers eager fp32", [4.0])])], [])[2]
     assert "With a LoRA: offcut openvino fp32 swapped; see their rows below." in top.sentences
+
+
+@pytest.mark.parametrize("restored", [True, False])
+def test_a_lora_on_open_engines(restored: bool) -> None:
+    exchanged = SwapRow(
+        engine="openvino",
+        precision="fp32",
+        opened=3.0,
+        loaded=[5.0, 4.0, 6.0],
+        rescaled=[4.0],
+        unloaded=[4.0],
+        first_calls=[2.0],
+        later_calls=[1.1, 0.9, 1.01],
+        calls=1.0,
+        restored=restored,
+        rebuilt=60.0,
+        rebuilt_opened=2.0,
+    )
+    swap = Swap(model="sd15", lora="random", layers=128, cut="deepcache:0", sizes={}, rounds=3, rows=[exchanged])
+    top = answers([latency()], [], [swap])[2]
+    assert top.verdict == "Measured"
+    (said,) = [sentence for sentence in top.sentences if "128 layers" in sentence]
+    assert "in 5.00 s, a rebuild with it takes 62.0 s; calls then take 1.01" in said
+    assert ("answers come back bit for bit" in said) is restored
+    assert ("did NOT come back" in said) is not restored
+    assert answers([], [], [swap])[2].verdict == "Measured"
 
 
 def test_caching_on_top_of_each_engine() -> None:
