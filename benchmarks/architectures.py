@@ -2,6 +2,7 @@
 
 python -m offcut.benchmarks.architectures sd15 sd15-random
 python -m offcut.benchmarks.architectures sdxl sdxl-random --dtype float16
+python -m offcut.benchmarks.architectures svd svd-random
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# The UNets' configs where they differ from diffusers' defaults.
+# The UNets' configs where they differ from the defaults of their class in diffusers.
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": {
         "sample_size": 64,
@@ -35,6 +36,8 @@ UNETS: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
+    # stable-video-diffusion-img2vid; its XT has the default of 25 frames.
+    "svd": {"_class_name": "UNetSpatioTemporalConditionModel", "sample_size": 96, "num_frames": 14},
 }
 
 
@@ -45,14 +48,16 @@ def random_unet(name: str, dtype: torch.dtype | None = None, seed: int = 0) -> t
         name: one of ``UNETS``.
         dtype: of the weights, which are made in it, so that memory never holds more; float32 by default.
     """
+    import diffusers
     import torch
-    from diffusers import UNet2DConditionModel
 
+    config = dict(UNETS[name])
+    kind = getattr(diffusers, config.pop("_class_name", "UNet2DConditionModel"))
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or torch.float32)
     try:
-        unet = UNet2DConditionModel(**UNETS[name])
+        unet = kind(**config)
     finally:
         torch.set_default_dtype(before)
     assert isinstance(unet, torch.nn.Module)

@@ -65,6 +65,7 @@ def grow(bundle: Bundle, base: Wanted, axes: Axes, options: Options, precision: 
         base={
             "steps": case.steps,
             "images": case.images_per_call,
+            **({} if case.frames is None else {"frames": case.frames}),
             "height": case.height,
             "width": case.width,
             "interval": schedule.interval,

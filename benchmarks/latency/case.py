@@ -15,15 +15,17 @@ class Case:
         model: the diffusers directory that the peers load; None if there is none.
         folder: where the processes exchange embeddings and latents.
         optimum: directory of optimum's ONNX pipeline; exported there if it is not.
-        steps, guidance, scheduler: of the denoising loop; the scheduler by its class in diffusers.
+        steps, guidance, scheduler: of the denoising loop; the scheduler by its class in diffusers. A video's guidance
+            rises from 1 at the first frame to this at the last.
         height, width: of the image, in pixels.
-        images: of one pipeline call; guidance doubles the UNet's batch.
+        images: of one pipeline call, or videos; guidance doubles the UNet's batch.
         schedule, cut: of the cached contestants, as text and by its canonical name.
         threads: of each contestant.
         device: as PyTorch spells it.
         end_to_end: whether the text encoder and VAE are loaded, for whole pipeline calls.
         prompt: of those calls, and of the embeddings.
-        seed: of the latents.
+        seed: of the latents, and of the images that videos start from.
+        frames: of each video; None for images.
     """
 
     bundle: str
@@ -43,6 +45,7 @@ class Case:
     end_to_end: bool = False
     prompt: str = "a photograph of a lighthouse in a storm"
     seed: int = 0
+    frames: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,6 +12,7 @@ from ...engines.registry import engine as engine_module
 from ...errors import UserError
 from ...runtime.schedule import Uniform, parse
 from .case import Case, Entrant
+from .loop import vae_scale
 
 PEERS = ("diffusers", "deepcache", "compile", "optimum", "engine")
 """diffusers eager; DeepCache's helper; ``torch.compile``; optimum's pipeline; the bundle's engines, full graph only."""
@@ -25,6 +26,8 @@ _GIB = 2**30
 # Resident memory at the peak for a byte of weights, beside activations and libraries; measured with SD 1.5.
 _NEED = {"onnxruntime": 1.3, "openvino": 2.2, "inductor": 1.3, "pytorch": 1.2, "compiled": 1.4, "optimum": 1.4}
 _BESIDE = int(1.5 * _GIB)
+# Activations of a video at the peak, in feature maps of the outermost level: eager PyTorch took 40 to 70.
+_MAPS = 60
 _SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -78,17 +81,18 @@ def catalogue(
         if name not in bundle.engines:
             engine_module(name)
             raise UserError(f"{bundle.path} holds {', '.join(bundle.engines)}, not {name}: add it with offcut build")
-    ours = list(_offcut(bundle, case, engines or bundle.engines, "engine" in peers))
+    beside = _beside(case, bundle)
+    ours = list(_offcut(bundle, case, engines or bundle.engines, "engine" in peers, beside))
     precisions = list(dict.fromkeys(["fp32", "bf16", *(entrant.precision for entrant in ours)]))
-    theirs = [entrant for precision in precisions for entrant in _pytorch(case, peers, precision, parameters)]
+    theirs = [entrant for precision in precisions for entrant in _pytorch(case, peers, precision, parameters, beside)]
     if "optimum" in peers:
-        theirs.append(_optimum(case, parameters, (pythons or {}).get("optimum")))
+        theirs.append(_optimum(case, parameters, (pythons or {}).get("optimum"), beside))
     if case.model is None:
         theirs = [replace(entrant, not_run=entrant.not_run or no_model) for entrant in theirs]
     return _neighbours([*theirs, *ours])
 
 
-def _offcut(bundle: Bundle, case: Case, engines: Iterable[str], uncached: bool) -> Iterator[Entrant]:
+def _offcut(bundle: Bundle, case: Case, engines: Iterable[str], uncached: bool, beside: int) -> Iterator[Entrant]:
     builds: dict[tuple[str, str], EngineEntry] = {}
     for entry in bundle.manifest.engines.values():
         if entry.engine in engines:  # of several builds alike the newest, as bundle.entry has it
@@ -121,7 +125,7 @@ def _offcut(bundle: Bundle, case: Case, engines: Iterable[str], uncached: bool) 
             "kind": "offcut",
             "house": f"{engine} {precision}",
             "build": entry.key,
-            "need": _need(engine, stored),
+            "need": _need(engine, stored) + beside,
             "not_run": reason,
         }
         alone = f"{engine} {precision} full only"
@@ -140,19 +144,21 @@ def _offcut(bundle: Bundle, case: Case, engines: Iterable[str], uncached: bool) 
             yield Entrant(alone, engine, cached=False, settings=settings | note, size=size, **common)
 
 
-def _pytorch(case: Case, peers: Sequence[str], precision: str, parameters: int) -> Iterator[Entrant]:
+def _pytorch(case: Case, peers: Sequence[str], precision: str, parameters: int, beside: int) -> Iterator[Entrant]:
     weights = parameters * _SIZES[precision]
     # SD 1.5's UNet on a CPU with AVX-512 bf16, 256x256: channels_last took 1.20 of contiguous in fp32, 1.00 in bf16.
+    # A video's UNet has weights of five dimensions, which PyTorch refuses to lay out as channels_last.
+    channels_last = case.frames is None and (case.device != "cpu" or precision != "fp32")
     settings = {
         "weights": f"torch_dtype={precision}",
-        "memory format": "channels_last" if (case.device != "cpu" or precision != "fp32") else "contiguous",
+        "memory format": "channels_last" if channels_last else "contiguous",
         "attention": "scaled_dot_product_attention, diffusers' default",
         "autocast": "none",
         "threads": str(case.threads),
     }
     common: dict[str, Any] = {"engine": "pytorch", "precision": precision, "size": weights}
     helper = _helper_reason(case)
-    eager: dict[str, Any] = {**common, "house": f"eager {precision}", "need": _need("pytorch", weights)}
+    eager: dict[str, Any] = {**common, "house": f"eager {precision}", "need": _need("pytorch", weights) + beside}
     if "diffusers" in peers:
         name = f"diffusers eager {precision}"
         yield Entrant(name, "diffusers", kind="eager", cached=False, settings=settings, **eager)
@@ -169,7 +175,7 @@ def _pytorch(case: Case, peers: Sequence[str], precision: str, parameters: int) 
         )
     if "compile" not in peers or precision == "fp32":  # whoever compiles for speed has lowered the precision first
         return
-    compiled: dict[str, Any] = {**common, "need": _need("compiled", weights)}
+    compiled: dict[str, Any] = {**common, "need": _need("compiled", weights) + beside}
     whole = "torch.compile(unet, fullgraph=True, dynamic=False), default mode; two whole loops more to warm up"
     name = f"torch.compile {precision}"
     yield Entrant(
@@ -205,7 +211,7 @@ def _pytorch(case: Case, peers: Sequence[str], precision: str, parameters: int) 
         )
 
 
-def _optimum(case: Case, parameters: int, python: str | None) -> Entrant:
+def _optimum(case: Case, parameters: int, python: str | None, beside: int) -> Entrant:
     from importlib.metadata import PackageNotFoundError, version
 
     reason = None
@@ -229,7 +235,7 @@ def _optimum(case: Case, parameters: int, python: str | None) -> Entrant:
             "threads": str(case.threads),
         },
         size=parameters * 4,
-        need=_need("optimum", parameters * 4),
+        need=_need("optimum", parameters * 4) + beside,
         python=python,
         not_run=reason,
     )
@@ -246,7 +252,14 @@ def _helper_reason(case: Case) -> str | None:
 
 
 def _need(kind: str, weights: int) -> int:
-    return int(_NEED.get(kind, 1.5) * weights) + _BESIDE
+    return int(_NEED.get(kind, 1.5) * weights)
+
+
+def _beside(case: Case, bundle: Bundle) -> int:
+    """What a contestant needs beside its weights, in bytes: libraries, and the activations of all frames at once."""
+    pixels = case.height * case.width // vae_scale(bundle) ** 2
+    batch = case.images * (2 if case.guidance > 1 else 1) * (case.frames or 0)
+    return _BESIDE + _MAPS * 4 * batch * pixels * int(bundle.unet_config["block_out_channels"][0])
 
 
 def _neighbours(entrants: Sequence[Entrant]) -> list[Entrant]:

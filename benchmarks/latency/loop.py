@@ -8,44 +8,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...engines.bundle import Bundle
-from ...errors import UserError
 from ...runtime.draw import with_class
+from . import video
 from .case import Case
+from .pipelines import PIPELINES, pipeline_name
 
 if TYPE_CHECKING:
     import torch
 
 INPUTS = "inputs.safetensors"
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-"""Those whose call takes embeddings and latents and needs no image."""
-
-CLOCK = (
-    "{clock}; a loop is one call of the diffusers pipeline with prompt embeddings and initial latents given and the "
-    "latent returned: the scheduler's set-up and steps, guidance and UNet calls lie inside, text encoder and VAE "
-    "outside; a short loop that is not measured comes before each"
+_GIVEN = (
+    "prompt embeddings and initial latents given and the latent returned: the scheduler's set-up and steps, guidance "
+    "and UNet calls lie inside, text encoder and VAE outside"
 )
 
-_SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
-
-def pipeline_name(bundle: Bundle) -> str:
-    """The class in diffusers that runs the loop of this bundle; a bare UNet's is told by its conditioning.
-
-    Raises:
-        UserError: it is none that a prompt alone drives.
-    """
-    name = bundle.manifest.pipeline
-    if name is None:
-        config = bundle.unet_config
-        if config["_class_name"] == "UNet2DConditionModel":
-            name = PIPELINES[config.get("addition_embed_type") == "text_time"]
-    if name not in PIPELINES or bundle.unet_config["in_channels"] != bundle.unet_config["out_channels"]:
-        raise UserError(
-            f"offcut bench latency runs text-to-image pipelines ({', '.join(PIPELINES)}), and {bundle.path} is of "
-            f"{name or bundle.unet_config['_class_name']}: use offcut run, or unet.record_times in a loop of your own"
-        )
-    return name
+def clock(case: Case) -> str:
+    """What is read, and what lies between its two readings."""
+    read = "CUDA events" if case.device.startswith("cuda") else "the host's monotonic clock"
+    given = _GIVEN if case.frames is None else video.GIVEN
+    return (
+        f"{read}; a loop is one call of the diffusers pipeline with {given}; a short loop that is not measured comes "
+        "before each"
+    )
 
 
 def build_pipeline(case: Case, bundle: Bundle, unet: Any, dtype: torch.dtype) -> Any:
@@ -76,41 +62,49 @@ def build_pipeline(case: Case, bundle: Bundle, unet: Any, dtype: torch.dtype) ->
 def _own_scheduler(bundle: Bundle) -> Any:
     import diffusers
 
+    pipeline = PIPELINES[pipeline_name(bundle)]
+    kind = getattr(diffusers, pipeline.scheduler)
     folder = bundle.path / "scheduler"
     if bundle.manifest.pipeline is None or not folder.is_dir():
-        return diffusers.DDIMScheduler(**_SCHEDULER, clip_sample=False, steps_offset=1)
+        return kind(**pipeline.noise)
     bundle.verify_files([name for name in bundle.manifest.parts if name.startswith("scheduler/")])
-    return diffusers.DDIMScheduler.from_pretrained(bundle.path, subfolder="scheduler", local_files_only=True)
+    return kind.from_pretrained(bundle.path, subfolder="scheduler", local_files_only=True)
 
 
 def prepare_inputs(case: Case, bundle: Bundle) -> dict[str, Any]:
-    """Encode the prompt, draw the latents, and write both for all contestants, in fp32.
+    """Encode the prompt or the image, draw the latents, and write both for all contestants, in fp32.
 
-    Without a text encoder in the bundle the embeddings are random, of its usual length.
+    Without an encoder in the bundle the embeddings are random, of its usual length.
     """
     import torch
     from safetensors.torch import save_file
 
-    config = bundle.unet_config
     generator = torch.Generator("cpu").manual_seed(case.seed)
     scale = vae_scale(bundle)
-    shape = (case.images, config["in_channels"], case.height // scale, case.width // scale)
-    inputs = {"latents": torch.randn(shape, generator=generator)}
-    encoder = bundle.path / "text_encoder"
-    if encoder.is_dir() and bundle.manifest.pipeline is not None:
-        import diffusers
+    latent = (case.height // scale, case.width // scale)
+    if case.frames is None:
+        inputs = _text_inputs(case, bundle, latent, generator)
+    else:
+        inputs = video.random_inputs(case, bundle, latent, generator)
+        if _has(bundle, "image_encoder"):
+            inputs |= video.encode(_encoders(bundle), case, generator)
+    save_file({name: tensor.float().contiguous() for name, tensor in inputs.items()}, Path(case.folder) / INPUTS)
+    return {"inputs": {name: list(tensor.shape) for name, tensor in inputs.items()}}
 
-        bundle.verify_files(bundle.manifest.parts)
-        pipeline = getattr(diffusers, pipeline_name(bundle))
-        pipe = pipeline.from_pretrained(
-            bundle.path, unet=None, vae=None, variant=_variant(bundle), local_files_only=True
-        )
+
+def _text_inputs(case: Case, bundle: Bundle, latent: tuple[int, int], generator: Any) -> dict[str, Any]:
+    import torch
+
+    config = bundle.unet_config
+    inputs = {"latents": torch.randn((case.images, config["in_channels"], *latent), generator=generator)}
+    if _has(bundle, "text_encoder"):
+        pipe = _encoders(bundle, vae=None)
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         with torch.no_grad():
             encoded = pipe.encode_prompt(
                 case.prompt, device="cpu", num_images_per_prompt=case.images, do_classifier_free_guidance=True
             )
-        inputs |= {name: tensor.float() for name, tensor in zip(names, encoded, strict=False) if tensor is not None}
+        inputs |= {name: tensor for name, tensor in zip(names, encoded, strict=False) if tensor is not None}
     else:
         tokens = (case.images, 77, config["cross_attention_dim"])
         for name in ("prompt_embeds", "negative_prompt_embeds"):
@@ -119,8 +113,20 @@ def prepare_inputs(case: Case, bundle: Bundle) -> dict[str, Any]:
             width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
             for name in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
                 inputs[name] = torch.randn((case.images, width), generator=generator)
-    save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, Path(case.folder) / INPUTS)
-    return {"inputs": {name: list(tensor.shape) for name, tensor in inputs.items()}}
+    return inputs
+
+
+def _has(bundle: Bundle, encoder: str) -> bool:
+    return bundle.manifest.pipeline is not None and (bundle.path / encoder).is_dir()
+
+
+def _encoders(bundle: Bundle, **left_out: None) -> Any:
+    """The bundle's pipeline without its UNet."""
+    import diffusers
+
+    bundle.verify_files(bundle.manifest.parts)
+    pipeline = getattr(diffusers, pipeline_name(bundle))
+    return pipeline.from_pretrained(bundle.path, unet=None, variant=_variant(bundle), local_files_only=True, **left_out)
 
 
 def read_inputs(case: Case, dtype: torch.dtype) -> dict[str, Any]:
@@ -134,18 +140,22 @@ def read_inputs(case: Case, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def denoise(pipe: Any, case: Case, inputs: Mapping[str, Any], *, calls: int | None = None) -> Any:
-    """One loop; the final latents [images, channels, height, width].
+    """One loop; the final latents [images, channels, height, width], of videos [images, frames, channels, ...].
 
     Args:
         calls: stop after so many steps; None for the whole loop.
     """
+    if case.frames is not None:
+        return video.denoise(pipe, case, inputs, calls)
     return _call(pipe, case, calls, **inputs, output_type="latent")
 
 
 def draw(pipe: Any, case: Case, *, calls: int | None = None) -> Any:
-    """One whole pipeline call, from the prompt to pictures; ``calls`` as in ``denoise``."""
+    """One whole pipeline call, from the prompt or image to pictures; ``calls`` as in ``denoise``."""
     import torch
 
+    if case.frames is not None:
+        return video.draw(pipe, case, calls)
     generator = torch.Generator("cpu").manual_seed(case.seed)
     return _call(pipe, case, calls, prompt=[case.prompt] * case.images, generator=generator)
 

@@ -12,13 +12,15 @@ from ...engines.bundle import Bundle
 from ...engines.profiles import trained_side
 from ...errors import CutError, UserError
 from ...exporter.cut import canonical_name
+from ...exporter.families import FAMILIES
 from ...exporter.load import locate
 from ...runtime.draw import with_class
 from ...runtime.schedule import parse
 from .case import Case, Entrant
 from .contestants import PEERS, catalogue
-from .loop import pipeline_name, vae_scale
+from .loop import vae_scale
 from .model import find_model, parameters
+from .pipelines import PIPELINES, pipeline_name
 from .run import warm_up_calls
 
 
@@ -32,7 +34,8 @@ class Wanted:
         engines: of the bundle; all by default.
         peers: of ``PEERS``, or ``all`` or ``none``.
         pythons: interpreters of other environments, by peer.
-        steps, guidance, scheduler, height, width, images, schedule, cut, threads, device, end_to_end: see ``Case``.
+        steps, guidance, scheduler, height, width, frames, images, schedule, cut, threads, device, end_to_end: see
+            ``Case``.
     """
 
     model: Path | None = None
@@ -41,10 +44,11 @@ class Wanted:
     peers: tuple[str, ...] = ("all",)
     pythons: Mapping[str, str] = field(default_factory=dict)
     steps: int = 20
-    guidance: float = 7.5
-    scheduler: str = "DDIMScheduler"
+    guidance: float | None = None
+    scheduler: str | None = None
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
     images: int = 1
     schedule: str = "uniform:5"
     cut: str | None = None
@@ -62,10 +66,11 @@ def plan(bundle: Bundle, wanted: Wanted, folder: Path) -> tuple[Case, list[Entra
     Raises:
         UserError: something of it cannot be.
     """
-    pipeline_name(bundle)
+    pipeline = PIPELINES[pipeline_name(bundle)]
     if wanted.end_to_end and bundle.manifest.pipeline is None:
         raise UserError(f"{bundle.path} was built from a bare UNet, which draws no images: leave --end-to-end out")
-    _check_scheduler(wanted.scheduler)
+    scheduler = wanted.scheduler or pipeline.scheduler
+    _check_scheduler(scheduler)
     schedule, cut = str(parse(wanted.schedule)), _cut(bundle, wanted.cut)
     height, width = _size(bundle, wanted)
     model, no_model = find_model(bundle, wanted.model)
@@ -75,8 +80,8 @@ def plan(bundle: Bundle, wanted: Wanted, folder: Path) -> tuple[Case, list[Entra
         folder=str(folder),
         optimum=str(wanted.optimum or folder / "optimum"),
         steps=wanted.steps,
-        guidance=wanted.guidance,
-        scheduler=wanted.scheduler,
+        guidance=pipeline.guidance if wanted.guidance is None else wanted.guidance,
+        scheduler=scheduler,
         height=height,
         width=width,
         images=wanted.images,
@@ -85,6 +90,7 @@ def plan(bundle: Bundle, wanted: Wanted, folder: Path) -> tuple[Case, list[Entra
         threads=wanted.threads or _cores(),
         device=wanted.device,
         end_to_end=wanted.end_to_end,
+        frames=_frames(bundle, wanted.frames),
     )
     warm_up_calls(case)
     entrants = catalogue(
@@ -130,6 +136,23 @@ def _size(bundle: Bundle, wanted: Wanted) -> tuple[int, int]:
         if side % multiple:
             raise UserError(f"an image side of {side} pixels does not fit this UNet: give a multiple of {multiple}")
     return sides
+
+
+def _frames(bundle: Bundle, wanted: int | None) -> int | None:
+    """Of each video; None for images.
+
+    Raises:
+        UserError: the UNet makes no videos, or none of this length.
+    """
+    config = bundle.unet_config
+    family = FAMILIES[config["_class_name"]]
+    if not family.is_video:
+        if wanted is not None:
+            raise UserError(f"{bundle.path} makes images, which have no frames: leave --frames out")
+        return None
+    frames = wanted or family.trained_frames(config)
+    family.check_limits(config, {"frames": frames or 0})
+    return frames
 
 
 def _peers(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -111,8 +111,9 @@ class Latency(BaseModel):
     steps: int
     height: int = Field(description="of the image, in pixels")
     width: int
-    images_per_call: int
-    guidance: float
+    images_per_call: int = Field(description="or videos, where there are frames")
+    frames: int | None = Field(default=None, description="of each video; None for images")
+    guidance: float = Field(description="scale; of a video that of the last frame, and 1 of the first")
     scheduler: str
     rounds: int = Field(description="each round runs every contestant once, in turn")
     threads: int | None = None

@@ -11,7 +11,7 @@ from ...errors import UserError
 from ...runtime.schedule import parse
 from .case import Case, Entrant
 from .house import Answer, Process, to_close
-from .loop import CLOCK
+from .loop import clock
 from .ratios import fill_in
 from .record import Contestant, Latency
 
@@ -67,11 +67,12 @@ def measure(case: Case, entrants: Sequence[Entrant], options: Options, model: st
         height=case.height,
         width=case.width,
         images_per_call=case.images,
+        frames=case.frames,
         guidance=case.guidance,
         scheduler=case.scheduler,
         rounds=rounds,
         threads=case.threads,
-        clock=CLOCK.format(clock="CUDA events" if case.device.startswith("cuda") else "the host's monotonic clock"),
+        clock=clock(case),
         contestants=list(run.rows.values()),
         warm_up=options.warm_up,
         idle_cpu_share=round(run.idle_share, 4),
@@ -136,14 +137,14 @@ class _Run:
         return [entrant for entrant in entrants if self.rows[entrant.name].not_run is None]
 
     def make_inputs(self) -> None:
-        self.options.progress("encode the prompt")
+        self.options.progress("encode the prompt" if self.case.frames is None else "encode the image")
         process = self._start(None)
         try:
             answer = process.ask("inputs", case=self.case.as_json())
         finally:
             process.close()
         if "error" in answer:
-            raise UserError(f"the prompt's embeddings cannot be made: {answer['error']}; see {self.options.log}")
+            raise UserError(f"what all loops begin with cannot be made: {answer['error']}; see {self.options.log}")
 
     def take(self, coming: Sequence[Entrant], number: int) -> None:
         """The turn of the first of these, in this round."""

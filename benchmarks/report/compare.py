@@ -105,7 +105,7 @@ def other_machine(old: Environment, new: Environment) -> bool:
     return (old.cpu, old.cores, old.gpu) != (new.cpu, new.cores, new.gpu)
 
 
-_LATENCY_TASK = ("model", "steps", "height", "width", "images_per_call", "guidance", "scheduler")
+_LATENCY_TASK = ("model", "steps", "height", "width", "images_per_call", "frames", "guidance", "scheduler")
 _QUALITY_TASK = ("model", "guidance")
 
 

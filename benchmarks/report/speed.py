@@ -30,10 +30,12 @@ def section(latency: Latency, key: str) -> Markup:
 
 def _task(latency: Latency) -> str:
     threads = f", {latency.threads} thread{'s' if latency.threads != 1 else ''}" if latency.threads else ""
-    images = "1 image" if latency.images_per_call == 1 else f"{latency.images_per_call} images"
+    made = "image" if latency.frames is None else f"video of {latency.frames} frames"
+    images = f"1 {made}" if latency.images_per_call == 1 else f"{latency.images_per_call} {made.replace(' ', 's ', 1)}"
+    guidance = f"{latency.guidance:g}" if latency.frames is None else f"rising from 1 to {latency.guidance:g}"
     return (
         f"{words.model(latency.model)}: {latency.steps} steps of {latency.scheduler}, {latency.width} by "
-        f"{latency.height} pixels, {images} a call, guidance {latency.guidance:g}{threads}. {latency.rounds} round"
+        f"{latency.height} pixels, {images} a call, guidance {guidance}{threads}. {latency.rounds} round"
         f"{'s' if latency.rounds != 1 else ''}, each running every contestant once, in turn."
     )
 

@@ -49,8 +49,8 @@ def growth(
         list[str] | None,
         typer.Option(
             metavar="MODEL",
-            help="Also export and build this model: a diffusers directory, shapes (the bundled one), or sd15 or sdxl "
-            "with random weights. Again for several.",
+            help="Also export and build this model: a diffusers directory, shapes (the bundled one), or sd15, sdxl or "
+            "svd with random weights. Again for several.",
             **_BUILDS,
         ),
     ] = None,

@@ -44,13 +44,24 @@ def latency(
         str | None, typer.Option(help="Instead of the interval, e.g. quad:5. Costs quality.", **_LOOP)
     ] = None,
     cut: Annotated[str | None, typer.Option(help="One of the bundle's; its first by default.", **_LOOP)] = None,
-    scheduler: Annotated[str, typer.Option(help="By its class in diffusers.", **_LOOP)] = "DDIMScheduler",
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.", **_LOOP)] = 7.5,
+    scheduler: Annotated[
+        str | None, typer.Option(help="By its class in diffusers; DDIMScheduler, for videos Euler's.", **_LOOP)
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance scale; 1 switches it off. 7.5; for videos 3: the last frame's, rising from 1 at the first.",
+            **_LOOP,
+        ),
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Of the image, in pixels; the model's own.", **_LOOP)] = None,
     width: Annotated[int | None, typer.Option(help="Of the image, in pixels; the model's own.", **_LOOP)] = None,
-    images: Annotated[int, typer.Option(help="Of one pipeline call.", min=1, **_LOOP)] = 1,
+    frames: Annotated[
+        int | None, typer.Option(help="Of each video; the model's own by default.", min=2, **_LOOP)
+    ] = None,
+    images: Annotated[int, typer.Option(help="Of one pipeline call, or videos.", min=1, **_LOOP)] = 1,
     end_to_end: Annotated[
-        bool, typer.Option("--end-to-end", help="Also time whole calls, from the prompt to pictures.", **_LOOP)
+        bool, typer.Option("--end-to-end", help="Also time whole calls, from prompt or image to pictures.", **_LOOP)
     ] = False,
     device: Device = "cpu",
     threads: Threads = None,
@@ -95,6 +106,7 @@ def latency(
         scheduler=scheduler,
         height=height,
         width=width,
+        frames=frames,
         images=images,
         schedule=schedule or f"uniform:{interval or 5}",
         cut=cut,

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from unets import save_family
 
 import offcut
-from offcut.benchmarks.latency.loop import INPUTS, pipeline_name
+from offcut.benchmarks.latency.loop import INPUTS
+from offcut.benchmarks.latency.pipelines import pipeline_name
 from offcut.benchmarks.latency.plan import Wanted, plan
 from offcut.benchmarks.latency.ratios import relative_difference
 from offcut.benchmarks.latency.worker import House
@@ -46,5 +47,5 @@ def test_a_bare_unet_is_measured_in_its_familys_pipeline(family: str, pipeline: 
 def test_a_unet_that_no_prompt_drives_is_refused(tmp_path: Path) -> None:
     model = save_family("unconditional", tmp_path / "model")
     bundle = offcut.build(model, tmp_path / "bundle", engine="onnxruntime")
-    with pytest.raises(UserError, match=r"text-to-image pipelines .* is of UNet2DModel"):
+    with pytest.raises(UserError, match=r"gets nothing but latents and embeddings, and .* is of UNet2DModel"):
         plan(Bundle.open(bundle.path), Wanted(), tmp_path)

@@ -188,6 +188,7 @@ def test_houses_share_weights_and_hold_only_their_own(
         ({"pythons": {"optimum": "/no/python"}}, UserError, "/no/python is no program"),
         ({"pythons": {"diffusers": sys.executable}}, UserError, "needs no environment of its own"),
         ({"cut": "deepcache:7"}, CutError, "was not built with the cut deepcache:7"),
+        ({"frames": 3}, UserError, "makes images, which have no frames: leave --frames out"),
         ({"height": 65}, UserError, "an image side of 65 pixels does not fit"),
         ({"scheduler": "NoScheduler"}, UserError, "diffusers has no scheduler NoScheduler"),
         ({"model": Path("/no/model")}, UserError, "/no/model is no directory"),
