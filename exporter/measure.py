@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cut import Cut, find_cuts, kept_nodes
+from .cut import Cut, find_cut, find_cuts, kept_nodes
 from .graph import UNetGraph, infer_shapes, read
 from .specs import Shape
 from .trace import ExportedUNet
@@ -70,6 +70,24 @@ def measure_cuts(
             )
         )
     return costs
+
+
+def count_flops(graph: UNetGraph | str | Path, dims: Mapping[str, int], cut: str) -> tuple[int, int]:
+    """What a full and a shallow step have to compute, two for each multiply-add; counted as ``CutCost.flops``.
+
+    Args:
+        graph: of a UNet, or its ONNX file.
+        dims: as in ``measure_cuts``.
+        cut: one of the graph's, by any of its names.
+
+    Raises:
+        CutError: the graph has no such cut.
+    """
+    unet = graph if isinstance(graph, UNetGraph) else read(graph)
+    shapes = infer_shapes(unet, dims)
+    cached = {tensor.value for tensor in find_cut(find_cuts(unet), cut).tensors}
+    full, shallow = (_flops(kept_nodes(unet.model, values), shapes) for values in (set(), cached))
+    return full, shallow
 
 
 def predicted_speed_up(shallow: float, interval: int) -> float:

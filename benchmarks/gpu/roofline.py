@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..latency.ceiling import product
 from ..latency.clock import Clock
 from .check import Claim, Outcome
 from .models import DTYPES, SIDE, conditioning, meta_unet, noise
@@ -15,9 +16,7 @@ from .performance import Contest
 from .workbench import CUT, Workbench
 
 _CALLS = 20
-# Rows of both factors and bytes of the copy: enough to keep each kind of device busy.
-_MATRIX = {"cuda": 8192, "cpu": 1024}
-_COPIED = {"cuda": 1 << 30, "cpu": 1 << 26}
+_COPIED = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes: more than any cache holds
 
 
 @dataclass(frozen=True)
@@ -60,17 +59,13 @@ def count(architecture: str, precision: str, batch: int) -> tuple[Work, Work]:
     )
 
 
-def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
+def ceilings(device: str, precision: str) -> tuple[float, float]:
     """FLOP/s of a large matrix product, and bytes/s of a large copy (read and written ones), on this machine."""
-    matrix, copied = (sizes[torch.device(device).type] for sizes in (_MATRIX, _COPIED))
-    clock = Clock(device)
-    left, right = (torch.randn((matrix, matrix), device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(left)
-    compute = 2 * matrix**3 / clock.median(lambda: torch.matmul(left, right, out=product), 10)
+    copied, clock = _COPIED[torch.device(device).type], Clock(device)
     source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     bandwidth = 2 * copied / clock.median(lambda: target.copy_(source), 10)
-    return compute, bandwidth
+    return product(device, precision), bandwidth
 
 
 def roofline(bench: Workbench, contest: Contest) -> Outcome:
@@ -88,7 +83,7 @@ def roofline(bench: Workbench, contest: Contest) -> Outcome:
             "full": clock.median(bound.full, _CALLS),
             "shallow": clock.median(lambda: bound.shallow(CUT), _CALLS),
         }
-    compute, bandwidth = ceilings(bench.device, contest.dtype)
+    compute, bandwidth = ceilings(bench.device, contest.precision)
     work = dict(zip(seconds, count(contest.architecture, contest.precision, 2 * contest.images), strict=True))
     claims = []
     figures: dict[str, float] = {"matrix product, TFLOP/s": compute / 1e12, "copy, GB/s": bandwidth / 1e9}

@@ -131,6 +131,26 @@ class Latency(BaseModel):
         default=None, description="how often a process was closed for want of memory, and came back"
     )
 
+    work: dict[str, int] = Field(
+        default_factory=dict,
+        description="floating-point operations of a full and a shallow call: two for each multiply-add of "
+        "convolutions, matrix products and attention",
+    )
+    products: dict[str, float] = Field(
+        default_factory=dict,
+        description="FLOP/s of PyTorch's product of two large matrices with the same threads, by precision, before the "
+        "first round: about what the machine can do",
+    )
+
+    def rate(self, row: Contestant) -> float | None:
+        """FLOP/s of a contestant's full calls in its loops; None where they were not counted or timed."""
+        return self.work["full"] / statistics.median(row.full) if row.full and "full" in self.work else None
+
+    def of_product(self, row: Contestant) -> float | None:
+        """The same as a share of the matrix product's in that precision: 1 is about the limit."""
+        rate, product = self.rate(row), self.products.get(row.precision)
+        return rate / product if rate and product else None
+
     def speed_up(self, name: str, base: str) -> float | None:
         """How many times faster ``name``'s loop is than ``base``'s: the median over rounds of the ratio within a round.
 

@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ...errors import UserError
 from ...runtime.schedule import parse
 from .case import Case, Entrant
+from .ceiling import DTYPES
 from .house import Answer, Process, to_close
 from .loop import clock
 from .ratios import fill_in
@@ -28,6 +30,7 @@ class Options:
         duration: go on with rounds for at least so many seconds.
         warm_up: loops of each contestant before its first measured one, cut short once its graphs have run.
         alone: calls back to back, for a call's time alone.
+        products: also time a large matrix product in each precision, as the limit of the calls.
         timeout: seconds that one answer of a process may take, compilation included.
         log: file for what the processes print.
         progress: called with a sentence as each turn begins.
@@ -38,6 +41,7 @@ class Options:
     duration: float = 0.0
     warm_up: int = 1
     alone: int = 5
+    products: bool = True
     timeout: float = 3600.0
     progress: Callable[[str], None] = lambda sentence: None
 
@@ -52,7 +56,7 @@ def measure(case: Case, entrants: Sequence[Entrant], options: Options, model: st
     """
     run = _Run(case, options, {entrant.name: _row(entrant, case) for entrant in entrants})
     try:
-        run.make_inputs()
+        run.prepare([entrant.precision for entrant in run.running(entrants)] if options.products else [])
         rounds = 0
         began = time.perf_counter()
         while run.running(entrants) and (rounds < options.rounds or time.perf_counter() - began < options.duration):
@@ -76,6 +80,8 @@ def measure(case: Case, entrants: Sequence[Entrant], options: Options, model: st
         contestants=list(run.rows.values()),
         warm_up=options.warm_up,
         idle_cpu_share=round(run.idle_share, 4),
+        work=run.work,
+        products=run.products,
         reopened=run.reopened,
     )
     fill_in(latency, run.latents, {entrant.name: entrant.twin for entrant in entrants})
@@ -125,6 +131,8 @@ class _Run:
     latents: dict[str, Path] = field(default_factory=dict)
     idle_share: float = 0.0
     reopened: int = 0
+    work: dict[str, int] = field(default_factory=dict)
+    products: dict[str, float] = field(default_factory=dict)
     _open: dict[str, Process] = field(default_factory=dict)
     _needs: dict[str, int] = field(default_factory=dict)
     _closed: set[str] = field(default_factory=set)
@@ -136,15 +144,26 @@ class _Run:
         """Those that have not failed."""
         return [entrant for entrant in entrants if self.rows[entrant.name].not_run is None]
 
-    def make_inputs(self) -> None:
+    def prepare(self, precisions: Sequence[str]) -> None:
+        """Make what all loops begin with, and time a large matrix product in each of these precisions."""
         self.options.progress("encode the prompt" if self.case.frames is None else "encode the image")
+        case = self.case.as_json()
         process = self._start(None)
         try:
-            answer = process.ask("inputs", case=self.case.as_json())
+            made = self._asked(process, "what all loops begin with cannot be made", "inputs", case=case)
+            self.work = made["work"]
+            for precision in dict.fromkeys(each for each in precisions if each in DTYPES):
+                self.options.progress(f"matrix product in {precision}")
+                why = f"a matrix product in {precision} failed"
+                self.products[precision] = self._asked(process, why, "product", case=case, precision=precision)["flops"]
         finally:
             process.close()
+
+    def _asked(self, process: Process, why: str, do: str, **arguments: Any) -> Answer:
+        answer = process.ask(do, **arguments)
         if "error" in answer:
-            raise UserError(f"what all loops begin with cannot be made: {answer['error']}; see {self.options.log}")
+            raise UserError(f"{why}: {answer['error']}; see {self.options.log}")
+        return answer
 
     def take(self, coming: Sequence[Entrant], number: int) -> None:
         """The turn of the first of these, in this round."""

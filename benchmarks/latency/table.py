@@ -21,7 +21,7 @@ KINDS = ("loops", "images", "full", "shallow", "full_alone", "shallow_alone")
 def tables(latency: Latency, percents: Sequence[float]) -> list[Table]:
     """The loops with their ratios, then the calls inside them, then memory and loading."""
     rows = [row for row in latency.contestants if row.not_run is None]
-    made = [_loops(rows, percents), _calls(rows), _memory(rows)]
+    made = [_loops(rows, percents), _calls(latency, rows), _memory(rows)]
     if any(row.not_run for row in latency.contestants):
         made.append(_not_run([row for row in latency.contestants if row.not_run]))
     return made
@@ -43,13 +43,17 @@ def _loops(rows: Sequence[Contestant], percents: Sequence[float]) -> Table:
     return table
 
 
-def _calls(rows: Sequence[Contestant]) -> Table:
-    table = _table("UNet calls", "full ms", "alone", "shallow", "alone", "/ideal", "alone", "of it")
+def _calls(latency: Latency, rows: Sequence[Contestant]) -> Table:
+    table = _table("UNet calls", "full ms", "alone", "of max", "shallow", "alone", "/ideal", "alone", "of it")
     for row in rows:
+        share = latency.of_product(row)
         ratios = (row.wall_over_ideal, row.wall_over_ideal_alone, row.of_ideal)
         cells = ["" if ratio is None else f"{ratio:.3f}" for ratio in ratios]
-        times = (row.full, row.full_alone, row.shallow, row.shallow_alone)
-        table.add_row(_name(row), *(_median([1e3 * seconds for seconds in each]) for each in times), *cells)
+        full, shallow = (
+            [_median([1e3 * seconds for seconds in each]) for each in pair]
+            for pair in ((row.full, row.full_alone), (row.shallow, row.shallow_alone))
+        )
+        table.add_row(_name(row), *full, "" if share is None else f"{share:.2f}", *shallow, *cells)
     return table
 
 
@@ -89,6 +93,12 @@ def notes(latency: Latency) -> list[str]:
         "GiB: largest resident memory of the process, which may be shared (settings in the result say with whom); on "
         "disk: GiB of the files it reads; load s: without the first call, files' digests checked; warm-up in seconds.",
     ]
+    if latency.work and latency.products:
+        limits = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in latency.products.items())
+        said.append(
+            f"of max: the full call's {latency.work['full'] / 1e9:.0f} GFLOP over its time, of what a large matrix "
+            f"product reaches on this machine ({limits} GFLOP/s); no engine can be much above 1."
+        )
     if latency.reference is not None:
         said.append(f"diff.: the final latents from those of {latency.reference}, norm over norm.")
     if latency.reopened:

@@ -1,6 +1,7 @@
 """A house: the process in which contestants that share weights run. Answers each line of JSON with one.
 
     {"do": "inputs", "case": {...}}
+    {"do": "product", "case": {...}, "precision": "bf16"}
     {"do": "open", "case": {...}, "entrant": {...}, "calls": 2, "warm_up": 1}
     {"do": "loop", "name": "diffusers eager fp32", "calls": 2}
     {"do": "alone", "name": "diffusers eager fp32", "repeats": 5}
@@ -42,6 +43,7 @@ class House:
         """Do one of the requests of the module's docstring."""
         does: dict[str, Callable[..., dict[str, Any]]] = {
             "inputs": self.inputs,
+            "product": self.product,
             "open": self.open,
             "loop": self.loop,
             "alone": self.alone,
@@ -50,12 +52,26 @@ class House:
         return does[request.pop("do")](**request)
 
     def inputs(self, case: dict[str, Any]) -> dict[str, Any]:
-        """Make what all contestants begin with."""
+        """Make what all contestants begin with, and count what their calls compute."""
         from ...engines.bundle import Bundle
+        from .ceiling import work
         from .loop import prepare_inputs
 
         made = Case(**case)
-        return prepare_inputs(made, Bundle.open(made.bundle))
+        bundle = Bundle.open(made.bundle)
+        prepared = prepare_inputs(made, bundle)
+        tokens = prepared["inputs"]["image_embeddings" if made.frames else "prompt_embeds"][1]
+        return prepared | {"work": work(made, bundle, tokens)}
+
+    def product(self, case: dict[str, Any], precision: str) -> dict[str, Any]:
+        """What the machine computes at best."""
+        import torch
+
+        from .ceiling import product
+
+        made = Case(**case)
+        torch.set_num_threads(made.threads)
+        return {"flops": product(made.device, precision)}
 
     def open(self, case: dict[str, Any], entrant: dict[str, Any], calls: int, warm_up: int) -> dict[str, Any]:
         """Open a contestant and warm it up.

@@ -21,7 +21,7 @@ def section(latency: Latency, key: str) -> Markup:
         tag("p", _task(latency), class_="lead"),
         _bars(rows) if rows else tag("p", "Nothing could be measured."),
         _ratios(latency, rows) if rows else None,
-        _calls(rows) if rows else None,
+        _calls(latency, rows) if rows else None,
         _not_run([row for row in latency.contestants if not row.loops]),
         _settings(latency.contestants),
         id=key,
@@ -149,12 +149,14 @@ def _times(row: Contestant, other: Contestant | None) -> Cell:
     return words.NONE if more is None or other is None else tag("span", words.times(more.times), title=other.name)
 
 
-def _calls(rows: Sequence[Contestant]) -> Markup:
+def _calls(latency: Latency, rows: Sequence[Contestant]) -> Markup:
     columns = [
         Column("contestant"),
         Column("full calls"),
         Column("t_full in loop"),
         Column("t_full alone"),
+        Column("GFLOP/s", "of the full calls in the loop"),
+        Column("of the limit", "of what a large matrix product of PyTorch's reaches in this precision on this machine"),
         Column("shallow calls"),
         Column("t_shallow in loop"),
         Column("t_shallow alone"),
@@ -168,11 +170,14 @@ def _calls(rows: Sequence[Contestant]) -> Markup:
 
     def cells(row: Contestant) -> list[Cell]:
         full, shallow = median(row.full), median(row.shallow)
+        rate, share = latency.rate(row), latency.of_product(row)
         return [
             _name(row),
             str(row.full_calls) if row.full_calls else words.NONE,
             words.seconds(full),
             words.seconds(median(row.full_alone)),
+            words.NONE if rate is None else f"{rate / 1e9:.0f}",
+            words.NONE if share is None else words.percent(share),
             str(row.shallow_calls) if row.shallow_calls else words.NONE,
             words.seconds(shallow),
             words.seconds(median(row.shallow_alone)),
@@ -182,8 +187,17 @@ def _calls(rows: Sequence[Contestant]) -> Markup:
         ]
 
     marks = ["ours" if row.family == OURS else None for row in rows]
+    note = None
+    if latency.work:
+        limits = words.listed([f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in latency.products.items()])
+        note = tag(
+            "p",
+            f"A full call computes {latency.work['full'] / 1e9:.0f} GFLOP, a shallow one "
+            f"{latency.work['shallow'] / 1e9:.0f}. A large matrix product reaches {limits} on this machine.",
+            class_="note",
+        )
     return join(
-        tag("h3", "Engine calls"), table("Medians of single calls", columns, [cells(row) for row in rows], marks)
+        tag("h3", "Engine calls"), note, table("Medians of single calls", columns, [cells(row) for row in rows], marks)
     )
 
 

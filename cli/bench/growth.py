@@ -100,7 +100,9 @@ def growth(
     except OSError as error:
         raise UserError(f"cannot write {log}: {error.strerror}; give another directory with -o") from error
     with stages() as stage:
-        measured = grow(opened, base, axes, Options(log, iterations, alone=0, progress=stage), precision)
+        measured = grow(
+            opened, base, axes, Options(log, iterations, alone=0, products=False, progress=stage), precision
+        )
         made, failed = build_all(build or [], build_engine, build_precision, log, stage)
     measured = measured.model_copy(
         update={

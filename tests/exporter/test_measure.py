@@ -9,7 +9,7 @@ from unets import random_inputs, run
 from offcut.exporter.cut import split_all
 from offcut.exporter.graph import infer_shapes, read
 from offcut.exporter.load import load_unet, locate
-from offcut.exporter.measure import _flops, _parameters, measure_cuts, predicted_speed_up
+from offcut.exporter.measure import _flops, _parameters, count_flops, measure_cuts, predicted_speed_up
 
 from .conftest import Family
 
@@ -28,6 +28,10 @@ def test_flops_and_parameters_of_the_whole_graph_are_pytorchs(plain: Family) -> 
     graph = read(plain.graph.path)
     nodes = set(graph.model.graph)
     assert _flops(nodes, infer_shapes(graph, DIMS)) == counter.get_total_flops()
+    for cost in measure_cuts(plain.graph, DIMS):
+        full, shallow = count_flops(plain.graph.path, DIMS, cost.cut.name)
+        assert full == counter.get_total_flops()
+        assert shallow == round(cost.flops * full)
     # The graph holds a few constants besides, of the time embedding.
     parameters = sum(p.numel() for p in unet.parameters())
     assert parameters <= _parameters(nodes) <= parameters + 200

@@ -104,6 +104,18 @@ def test_all_compute_the_same_loop(rows: dict[str, Contestant], latency: Latency
 
 
 @pytest.mark.slow
+def test_the_limit_stands_beside_the_calls(rows: dict[str, Contestant], latency: Latency) -> None:
+    assert latency.work["full"] > latency.work["shallow"] > 0
+    assert set(latency.products) == {"fp32", "bf16"}
+    assert min(latency.products.values()) > 1e9
+    seconds = statistics.median(rows[OURS].full)
+    assert latency.rate(rows[OURS]) == pytest.approx(latency.work["full"] / seconds)
+    for row in rows.values():
+        if row.loops:
+            assert 0 < (latency.of_product(row) or 0) < 1.05  # more would mean that work was left out
+
+
+@pytest.mark.slow
 def test_the_ratios_follow_from_the_loops(rows: dict[str, Contestant]) -> None:
     ours = rows[OURS]
     pairs = zip(rows[EAGER].loops, ours.loops, strict=True)

@@ -1,0 +1,51 @@
+"""The limit beside the figures: what a call has to compute at least, and what the machine computes at best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...engines.bundle import Bundle
+from ...exporter.measure import count_flops
+from .case import Case
+from .loop import vae_scale
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""PyTorch's names of the precisions that a matrix product is timed in."""
+
+_SIDE = {"cuda": 8192, "cpu": 2048}  # rows of both factors: enough to keep each kind of device busy
+_REPEATS = 12
+
+
+def work(case: Case, bundle: Bundle, tokens: int) -> dict[str, int]:
+    """Floating-point operations of a full and a shallow call in the case's loop, by kind; none without ONNX graphs.
+
+    Args:
+        tokens: of the conditioning.
+    """
+    graphs = next((variant.graphs for variant in bundle.manifest.variants.values() if variant.graphs), None)
+    if graphs is None:
+        return {}
+    scale = vae_scale(bundle)
+    dims = {
+        "batch": case.images * (2 if case.guidance > 1 else 1),
+        "height": case.height // scale,
+        "width": case.width // scale,
+        "sequence": tokens,
+        "frames": case.frames or 1,
+    }
+    full, shallow = count_flops(bundle.path / Path(graphs.full), dims, case.cut)
+    return {"full": full, "shallow": shallow}
+
+
+def product(device: str, precision: str) -> float:
+    """FLOP/s of PyTorch's product of two large square matrices, the best of some."""
+    import torch
+
+    from .clock import Clock
+
+    side, clock = _SIDE[torch.device(device).type], Clock(device)
+    left, right = (torch.randn((side, side), device=device).to(getattr(torch, DTYPES[precision])) for _ in range(2))
+    out = torch.empty_like(left)
+    for _ in range(3):
+        torch.matmul(left, right, out=out)
+    return 2 * side**3 / min(clock.time(lambda: torch.matmul(left, right, out=out)) for _ in range(_REPEATS))
