@@ -44,7 +44,7 @@ def _loops(rows: Sequence[Contestant], percents: Sequence[float]) -> Table:
 
 
 def _calls(latency: Latency, rows: Sequence[Contestant]) -> Table:
-    table = _table("UNet calls", "full ms", "alone", "of max", "shallow", "alone", "/ideal", "alone", "of it")
+    table = _table("UNet calls", "full ms", "alone", "peak", "shallow", "alone", "/ideal", "alone", "of it")
     for row in rows:
         share = latency.of_product(row)
         ratios = (row.wall_over_ideal, row.wall_over_ideal_alone, row.of_ideal)
@@ -96,7 +96,7 @@ def notes(latency: Latency) -> list[str]:
     if latency.work and latency.products:
         limits = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in latency.products.items())
         said.append(
-            f"of max: the full call's {latency.work['full'] / 1e9:.0f} GFLOP over its time, of what a large matrix "
+            f"peak: the full call's {latency.work['full'] / 1e9:.0f} GFLOP over its time, of what a large matrix "
             f"product reaches on this machine ({limits} GFLOP/s); no engine can be much above 1."
         )
     if latency.reference is not None:
