@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import EngineError
+from ...exporter.ip_adapter import is_embeds
 from ...exporter.specs import TensorSpec
 from ..base import Compiled, CompileJob
 from ..profiles import Profile, check, in_pixels, trained_side
+from .attention import tell_apart
 from .flavour import Flavour, load, this_gpu
 from .log import Messages, listening
 from .progress import Phases, monitor
@@ -106,7 +108,10 @@ class _Builder:
         if hasattr(self._trt.LayerType, "ATTENTION_INPUT"):
             # An attention that no fused kernel takes, such as one in fp32, is otherwise refused.
             network = SetDecomposableAttentions(network)
-        return network()
+        parsed = network()
+        if images := sum(map(is_embeds, self._job.graphs.inputs)):
+            tell_apart(self._trt, parsed[1], 1 + images)
+        return parsed
 
     def _why(self, summary: str) -> str:
         reason = self._messages.reason(summary.splitlines()[0])

@@ -1,4 +1,4 @@
-"""A pair of plans for families of image UNets, built for real, for a GPU that is not here.
+"""A pair of plans for every family of the README's table, built for real, for a GPU that is not here.
 
 Stable Diffusion's is ``test_compile``'s, Stable Video Diffusion's ``test_video``'s. The exports are other tests' too.
 """
@@ -9,8 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from diffusers import UNet2DConditionModel
+from ip_adapters import save_ip_adapter
 
 import offcut
+from offcut.engines.profiles import Profile
 from offcut.engines.sizes import Sizes
 
 pytestmark = [pytest.mark.usefixtures("trt"), pytest.mark.slow]
@@ -45,6 +48,39 @@ def test_an_image_family(
     name: str, family_model: Callable[[str], Path], family_bundle: Callable[[str], Path], copied: Callable[[Path], Path]
 ) -> None:
     check(add_plans(family_model(name), copied(family_bundle(name)), "64x64"))
+
+
+@pytest.mark.parametrize("name", ["animatediff", "text-to-video"])
+def test_a_video_family(
+    name: str, video_dir: Callable[[str], Path], video_bundle: Callable[[str], Path], copied: Callable[[Path], Path]
+) -> None:
+    sizes = {"batch": 2, "frames": 3, "height": 8, "width": 8, "sequence": 7}
+    bundle = offcut.build(
+        video_dir(name),
+        copied(video_bundle(name)),
+        engine="tensorrt-rtx",
+        cuts=["deepcache:0"],
+        profiles=[Profile.of({dim: (size,) * 3 for dim, size in sizes.items()})],
+        settings=SETTINGS,
+    )
+    check(bundle)
+
+
+def test_all_adapters_in_one(tiny_unet_dir: Path, tmp_path: Path) -> None:
+    """ControlNets, T2I-Adapters and two IP-Adapters are further inputs of the same graph."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_unet_dir)
+    adapters = [save_ip_adapter(tmp_path / f"{seed}.safetensors", unet, seed=seed) for seed in range(2)]
+    bundle = add_plans(
+        tiny_unet_dir,
+        tmp_path / "adapters.offcut",
+        "64x64",
+        adapters=["controlnet", "t2i-adapter"],
+        ip_adapters=adapters,
+    )
+    check(bundle)
+    (variant,) = bundle.manifest.variants.values()
+    names = {tensor.name for tensor in variant.inputs}
+    assert {"mid_block_residual", "down_block_residual_0", "down_intrablock_residual_0", "image_embeds_1"} <= names
 
 
 def test_cross_frame_attention(tiny_unet_dir: Path, tmp_path: Path) -> None:
