@@ -80,9 +80,10 @@ def _not_run(rows: Sequence[Contestant]) -> Table:
 def notes(latency: Latency) -> list[str]:
     """What the tables' headings leave unsaid."""
     of_videos = latency.frames is not None
+    rises = of_videos and latency.guidance > 1  # from frame to frame
     said = [
         f"{latency.model}: {f'{latency.frames} frames of ' if of_videos else ''}{latency.width}x{latency.height}, "
-        f"{latency.steps} steps of {latency.scheduler}, guidance {'1 to ' if of_videos else ''}{latency.guidance:g}, "
+        f"{latency.steps} steps of {latency.scheduler}, guidance {'1 to ' if rises else ''}{latency.guidance:g}, "
         f"{latency.images_per_call} {'video' if of_videos else 'image'}(s) a call, {latency.threads} threads, "
         f"{latency.rounds} rounds, contestants in turn.",
         f"Clock: {latency.clock}.",

@@ -32,7 +32,8 @@ def _task(latency: Latency) -> str:
     threads = f", {latency.threads} thread{'s' if latency.threads != 1 else ''}" if latency.threads else ""
     made = "image" if latency.frames is None else f"video of {latency.frames} frames"
     images = f"1 {made}" if latency.images_per_call == 1 else f"{latency.images_per_call} {made.replace(' ', 's ', 1)}"
-    guidance = f"{latency.guidance:g}" if latency.frames is None else f"rising from 1 to {latency.guidance:g}"
+    rises = latency.frames is not None and latency.guidance > 1
+    guidance = f"{'rising from 1 to ' if rises else ''}{latency.guidance:g}"
     return (
         f"{words.model(latency.model)}: {latency.steps} steps of {latency.scheduler}, {latency.width} by "
         f"{latency.height} pixels, {images} a call, guidance {guidance}{threads}. {latency.rounds} round"
