@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+import transformers
 from elsewhere import save_as_optimum
 from families import save_family_model
 from filelock import FileLock
@@ -15,6 +18,7 @@ from models import save_small_pipeline, save_stable_diffusion, save_stable_diffu
 from videos import save_video_pipeline
 
 import offcut
+from offcut.cli import main
 
 ENGINES = ["onnxruntime", "openvino"]
 VIDEO_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]
@@ -138,3 +142,27 @@ def copied(tmp_path: Path) -> Callable[[Path], Path]:
         return Path(shutil.copytree(bundle, tmp_path / bundle.name))
 
     return copy
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
+    """The command line's entry point, in this process: what it prints, or with ``fails`` its one-sentence error."""
+    levels = [library.utils.logging.get_verbosity() for library in (diffusers, transformers)]
+
+    def run(*arguments: str | Path, fails: bool = False) -> str:
+        monkeypatch.setattr(sys, "argv", ["offcut", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        assert (ended.value.code or 0) == int(fails), said.out + said.err
+        if not fails:
+            return said.out
+        lines = [line for line in said.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, said.err
+        return lines[0]
+
+    yield run
+    for library, level in zip((diffusers, transformers), levels, strict=True):
+        library.utils.logging.set_verbosity(level)
+        library.utils.logging.enable_progress_bar()
