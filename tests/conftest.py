@@ -18,6 +18,7 @@ from models import save_small_pipeline, save_stable_diffusion, save_stable_diffu
 from videos import save_video_pipeline
 
 import offcut
+from offcut.benchmarks.shapes.model import model_path
 from offcut.cli import main
 
 ENGINES = ["onnxruntime", "openvino"]
@@ -97,6 +98,16 @@ def elsewhere_bundle(elsewhere_dir: Path, once: Once) -> Path:
 def unet_bundle(tiny_unet_dir: Path, once: Once) -> Path:
     """``tiny_unet_dir`` as a UNet-only bundle."""
     return once("tiny-unet.offcut", lambda path: offcut.build(tiny_unet_dir, path, engine=ENGINES))
+
+
+@pytest.fixture(scope="session")
+def shapes_bundle(once: Once) -> Path:
+    """The shapes model for ONNX Runtime; a test that adds to it takes a copy, which needs no other export."""
+
+    def build(path: Path) -> None:
+        offcut.build(model_path(), path, cuts=["deepcache:0", "deepcache:3"], engine="onnxruntime")
+
+    return once("shapes.offcut", build)
 
 
 @pytest.fixture(scope="session")
