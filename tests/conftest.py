@@ -12,14 +12,17 @@ import pytest
 import torch
 import transformers
 from elsewhere import save_as_optimum
+from exports import build_from, keep, kept
 from families import save_family_model
 from filelock import FileLock
 from models import save_small_pipeline, save_stable_diffusion, save_stable_diffusion_xl, save_unet
+from unets import save_family
 from videos import save_video_pipeline
 
 import offcut
 from offcut.benchmarks.shapes.model import model_path
 from offcut.cli import main
+from offcut.exporter.trace import ExportedUNet
 
 ENGINES = ["onnxruntime", "openvino"]
 VIDEO_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]
@@ -95,9 +98,20 @@ def elsewhere_bundle(elsewhere_dir: Path, once: Once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def unet_bundle(tiny_unet_dir: Path, once: Once) -> Path:
+def unet_export(tiny_unet_dir: Path, once: Once) -> Callable[[str], tuple[Path, ExportedUNet]]:
+    """The model of one of ``unets.SKIPS`` and its export in fp32; ``plain`` is ``tiny_unet_dir``."""
+
+    def get(name: str) -> tuple[Path, ExportedUNet]:
+        model = tiny_unet_dir if name == "plain" else once(f"unet-{name}", lambda path: save_family(name, path))
+        return model, kept(once(f"unet-{name}-fp32", lambda path: keep(offcut.export(model, path / "unet"), path)))
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def unet_bundle(unet_export: Callable[[str], tuple[Path, ExportedUNet]], once: Once) -> Path:
     """``tiny_unet_dir`` as a UNet-only bundle."""
-    return once("tiny-unet.offcut", lambda path: offcut.build(tiny_unet_dir, path, engine=ENGINES))
+    return once("tiny-unet.offcut", lambda path: build_from(*unet_export("plain"), path, engine=ENGINES))
 
 
 @pytest.fixture(scope="session")
