@@ -153,7 +153,7 @@ def open_pair(
     def get(engine: str) -> EnginePair:
         key = engine, bundle_of(engine)
         if key not in opened:
-            opened[key] = offcut.Bundle.open(key[1]).open_pair(engine, threads=1)
+            opened[key] = offcut.Bundle.open(key[1]).open_pair(engine)
         return opened[key]
 
     return get
