@@ -15,10 +15,10 @@ demo: $(VENV)/installed  ## build the model that comes with offcut and show it a
 	$(BIN)/offcut demo
 
 test: $(VENV)/installed  ## the whole test suite
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 quick: $(VENV)/installed  ## the test suite without its slow tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 check: $(VENV)/installed-dev types  ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ from .shell import (
 
 if TYPE_CHECKING:
     from ..engines.base import OpenOptions
+    from ..engines.bundle import Bundle
     from ..runtime.forecast import Forecast
     from ..runtime.schedule import Schedule
     from ..runtime.tuning.artifact import Tuned
@@ -82,6 +83,9 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Generate an image or a video, with and without caching if you like."""
+    from ..engines.bundle import Bundle
+
+    opened = Bundle.open(bundle)  # before what takes seconds to import
     from ..benchmarks.compare import generate_to_file
     from ..benchmarks.generate import Request, makes_videos
     from ..errors import UserError
@@ -94,14 +98,14 @@ def run(
     predicted: Forecast | None = None if forecast is None else Extrapolate(forecast)
     if named is not None and predicted is not None:
         raise UserError("a tuned schedule has predictions of its own: leave --forecast out")
-    pipe = _load(bundle, engine, device=device, provider=provider, threads=threads)
+    pipe = _load(opened, engine, device=device, provider=provider, threads=threads)
     if sampler is not None:
         pipe.scheduler = with_class(pipe.scheduler, sampler)
     _load_loras(pipe, loras_of(lora))
     if guidance is None and not makes_videos(pipe):
         guidance = 7.5
     if named is not None:
-        tuned = _tuned(bundle, pipe, named, steps, guidance)
+        tuned = _tuned(opened, pipe, named, steps, guidance)
         chosen, predicted, cut = tuned.schedule, tuned.forecast, tuned.document.cut
     request = Request(prompt, negative_prompt, steps, guidance, seed, height, width, image, frames)
     with bar(steps * (2 if compare else 1)) as step:
@@ -148,8 +152,8 @@ def demo(
     from ..engines.build import build as run_build
 
     with stages() as stage:
-        run_build(model_path(), bundle, engine=engine, progress=stage)
-    pipe = _load(bundle, engine)
+        opened = run_build(model_path(), bundle, engine=engine, progress=stage)
+    pipe = _load(opened, engine)
     with bar(len(PROMPTS) * (1 + len(WAYS)) * steps) as step:
         result = run_demo(pipe, PROMPTS, output, steps=steps, on_step=step)
     if as_json:
@@ -177,11 +181,9 @@ def demo(
     out.print(f"[bold]{result.picture}[/]")
 
 
-def _load(bundle: Path, engine: str, device: str = "cpu", **options: Unpack[OpenOptions]) -> Any:
-    from ..engines.bundle import Bundle
+def _load(opened: Bundle, engine: str, device: str = "cpu", **options: Unpack[OpenOptions]) -> Any:
     from ..runtime.pipeline import load
 
-    opened = Bundle.open(bundle)
     choice = opened.choose_engine(engine, device)
     err.print(f"engine {choice.name}: {choice.reason}", highlight=False)
     quiet_libraries()
@@ -199,12 +201,11 @@ def _load_loras(pipe: Any, loras: Mapping[str | Path, float]) -> None:
             pipe.unet.load_lora(path, scale)
 
 
-def _tuned(bundle: Path, pipe: Any, name: str, steps: int, guidance: float | None) -> Tuned:
+def _tuned(opened: Bundle, pipe: Any, name: str, steps: int, guidance: float | None) -> Tuned:
     """A schedule of the bundle that fits this pipeline; which one is said."""
-    from ..engines.bundle import Bundle
     from ..runtime.tuning.artifact import choose, key_of
 
-    opened, scale = Bundle.open(bundle), guidance or 1.0
+    scale = guidance or 1.0
     tuned = choose(opened, key_of(opened, pipe.scheduler, steps, (scale, scale), pipe.unet.precision), name or None)
     err.print(f"schedule {tuned.name}: {len(tuned.document.full)} full calls", highlight=False)
     return tuned

@@ -108,6 +108,8 @@ def serve(
         if find_spec(module) is None:
             raise MissingExtraError("offcut serve", package, "serve")
     from ..engines.bundle import Bundle
+
+    opened = Bundle.open(bundle)  # before what takes seconds to import
     from ..runtime.batching import Worker
     from ..runtime.batching.policy import policy_of
     from ..runtime.draw import with_class
@@ -141,7 +143,6 @@ def serve(
     )
     chosen = policy_of(policy)
     address = listen(host, port)
-    opened = Bundle.open(bundle)
     choice = opened.choose_engine(engine, device)
     err.print(f"engine {choice.name}: {choice.reason}", highlight=False)
     quiet_libraries()

@@ -88,6 +88,8 @@ def tune(
     """
     from ..engines.bundle import Bundle
     from ..errors import UserError
+
+    opened = Bundle.open(bundle)  # before what takes seconds to import
     from ..runtime.calibration import PROMPTS, read_prompts
     from ..runtime.draw import with_class
     from ..runtime.pipeline import load
@@ -97,7 +99,6 @@ def tune(
     from ..runtime.tuning.wanted import Target, Wanted
 
     target = Target(speed_up=_times(budget), seconds=_seconds(latency), psnr=psnr)
-    opened = Bundle.open(bundle)
     quiet_libraries()
     with stages() as stage:
         stage("load the bundle")

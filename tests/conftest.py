@@ -3,22 +3,58 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+import transformers
 from elsewhere import save_as_optimum
+from exports import build_from, keep, kept
 from families import save_family_model
 from filelock import FileLock
 from models import save_small_pipeline, save_stable_diffusion, save_stable_diffusion_xl, save_unet
+from unets import save_family
 from videos import save_video_pipeline
 
 import offcut
+from offcut.benchmarks.shapes.model import model_path
+from offcut.cli import main
+from offcut.exporter.trace import ExportedUNet
 
 ENGINES = ["onnxruntime", "openvino"]
 VIDEO_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]
 TINY_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "deepcache:4", "mlperf"]
+
+
+LONGEST_FILES = (
+    "runtime/tuning/test_tune.py",
+    "engines/test_precision.py",
+    "runtime/test_image_families.py",
+    "engines/nvidia/test_families.py",
+    "engines/test_pairs.py",
+    "engines/test_inductor.py",
+    "test_groups.py",
+    "test_readme.py",
+    "benchmarks/latency/test_latency.py",
+    "runtime/test_schedulers.py",
+    "runtime/tuning/test_reference.py",
+    "runtime/test_video.py",
+    "engines/test_imported.py",
+    "runtime/tuning/test_tune_cuts.py",
+    "engines/test_calibrate.py",
+    "engines/test_component_builds.py",
+)
+"""They come first: a process gets a file at a time, and one that comes last leaves the others idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    places = {here / name: place for place, name in enumerate(LONGEST_FILES)}
+    assert all(path.is_file() for path in places)
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,9 +126,30 @@ def elsewhere_bundle(elsewhere_dir: Path, once: Once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def unet_bundle(tiny_unet_dir: Path, once: Once) -> Path:
+def unet_export(tiny_unet_dir: Path, once: Once) -> Callable[[str], tuple[Path, ExportedUNet]]:
+    """The model of one of ``unets.SKIPS`` and its export in fp32; ``plain`` is ``tiny_unet_dir``."""
+
+    def get(name: str) -> tuple[Path, ExportedUNet]:
+        model = tiny_unet_dir if name == "plain" else once(f"unet-{name}", lambda path: save_family(name, path))
+        return model, kept(once(f"unet-{name}-fp32", lambda path: keep(offcut.export(model, path / "unet"), path)))
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def unet_bundle(unet_export: Callable[[str], tuple[Path, ExportedUNet]], once: Once) -> Path:
     """``tiny_unet_dir`` as a UNet-only bundle."""
-    return once("tiny-unet.offcut", lambda path: offcut.build(tiny_unet_dir, path, engine=ENGINES))
+    return once("tiny-unet.offcut", lambda path: build_from(*unet_export("plain"), path, engine=ENGINES))
+
+
+@pytest.fixture(scope="session")
+def shapes_bundle(once: Once) -> Path:
+    """The shapes model for ONNX Runtime; a test that adds to it takes a copy, which needs no other export."""
+
+    def build(path: Path) -> None:
+        offcut.build(model_path(), path, cuts=["deepcache:0", "deepcache:3"], engine="onnxruntime")
+
+    return once("shapes.offcut", build)
 
 
 @pytest.fixture(scope="session")
@@ -138,3 +195,27 @@ def copied(tmp_path: Path) -> Callable[[Path], Path]:
         return Path(shutil.copytree(bundle, tmp_path / bundle.name))
 
     return copy
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
+    """The command line's entry point, in this process: what it prints, or with ``fails`` its one-sentence error."""
+    levels = [library.utils.logging.get_verbosity() for library in (diffusers, transformers)]
+
+    def run(*arguments: str | Path, fails: bool = False) -> str:
+        monkeypatch.setattr(sys, "argv", ["offcut", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        assert (ended.value.code or 0) == int(fails), said.out + said.err
+        if not fails:
+            return said.out
+        lines = [line for line in said.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, said.err
+        return lines[0]
+
+    yield run
+    for library, level in zip((diffusers, transformers), levels, strict=True):
+        library.utils.logging.set_verbosity(level)
+        library.utils.logging.enable_progress_bar()

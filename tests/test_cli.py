@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,34 +15,37 @@ from offcut.cli import _COMMANDS
 COMMANDS = [function.__name__ for function in _COMMANDS]
 
 
-def offcut(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "offcut", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+Command = Callable[..., str]
 
 
-def failed(result: subprocess.CompletedProcess[str]) -> str:
-    """The one-sentence error of a command that must fail without a traceback."""
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, result.stderr
-    return lines[0]
+def process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Other tests call the entry point in their own process, which has loaded what takes seconds to load."""
+    return subprocess.run(
+        [sys.executable, "-m", "offcut", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example(command: str) -> None:
-    result = offcut(command, "--help")
-    assert result.returncode == 0
-    assert f"offcut {command}" in result.stdout.replace("python -m ", "")
-    assert "Example:" in result.stdout
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example(name: str, command: Command) -> None:
+    said = command(name, "--help")
+    assert f"offcut {name}" in said
+    assert "Example:" in said
 
 
 def test_it_says_its_version() -> None:
     from importlib.metadata import version
 
-    result = offcut("--version")
+    result = process("--version")
     assert (result.returncode, result.stdout) == (0, f"offcut {version('offcut')}\n")
+
+
+def test_a_users_error_ends_the_process_without_a_traceback(tmp_path: Path) -> None:
+    result = process("inspect", tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -53,37 +57,51 @@ def test_help_loads_nothing_heavy() -> None:
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("arguments", [["inspect"], ["run"], ["tune", "--budget", "2x"], ["serve"]], ids=lambda a: a[0])
+def test_what_is_no_bundle_is_said_before_anything_heavy_is_loaded(arguments: list[str], tmp_path: Path) -> None:
+    name, *options = arguments
+    code = (
+        f"import atexit, sys; sys.argv = ['offcut', {name!r}, {str(tmp_path)!r}, *{options!r}]\n"
+        "atexit.register(lambda: print([m for m in ('torch', 'diffusers', 'onnx_ir') if m in sys.modules]))\n"
+        "from offcut.cli import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "is not an offcut bundle" in result.stderr
+    assert result.stdout.strip() == "[]"
+
+
 @pytest.mark.smoke
-def test_doctor_says_what_works() -> None:
-    report = json.loads(offcut("doctor", "--json").stdout)
+def test_doctor_says_what_works(command: Command) -> None:
+    report = json.loads(command("doctor", "--json"))
     assert report["engines"]["onnxruntime"]["usable"] is True
     assert "cpu" in report["engines"]["openvino"]["devices"]
 
 
-def test_inspect_gives_the_manifest(unet_bundle: Path) -> None:
-    report = json.loads(offcut("inspect", unet_bundle, "--json").stdout)
+def test_inspect_gives_the_manifest(unet_bundle: Path, command: Command) -> None:
+    report = json.loads(command("inspect", unet_bundle, "--json"))
     assert report["pipeline"] is None
     assert {entry["engine"] for entry in report["engines"].values()} == {"onnxruntime", "openvino"}
-    assert report["digest"] in offcut("inspect", unet_bundle).stdout
+    assert report["digest"] in command("inspect", unet_bundle)
 
 
-def test_verify_passes_and_fails(unet_bundle: Path, copied) -> None:  # type: ignore[no-untyped-def]
-    report = json.loads(offcut("verify", unet_bundle, "--json").stdout)
+def test_verify_passes_and_fails(unet_bundle: Path, copied: Callable[[Path], Path], command: Command) -> None:
+    report = json.loads(command("verify", unet_bundle, "--json"))
     assert report["passed"] is True
     assert {row["engine"].split("-")[0] for row in report["checks"]} == {"onnxruntime", "openvino"}
 
-    assert "another bundle" in failed(offcut("verify", unet_bundle, "--expect-digest", "00"))
+    assert "another bundle" in command("verify", unet_bundle, "--expect-digest", "00", fails=True)
 
     damaged = copied(unet_bundle)
     weights = next(damaged.rglob("weights.data"))
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    assert "altered" in failed(offcut("verify", damaged))
+    assert "altered" in command("verify", damaged, fails=True)
 
 
-def test_cuts_counts_every_cut(unet_bundle: Path) -> None:
-    rows = json.loads(offcut("cuts", unet_bundle, "--json", "--height", "16", "--width", "16").stdout)
+def test_cuts_counts_every_cut(unet_bundle: Path, command: Command) -> None:
+    rows = json.loads(command("cuts", unet_bundle, "--json", "--height", "16", "--width", "16"))
     names = [row["cut"]["name"] for row in rows]
     assert names == ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]
     flops = [row["flops"] for row in rows[:-1]]
@@ -92,43 +110,44 @@ def test_cuts_counts_every_cut(unet_bundle: Path) -> None:
     assert rows[0]["cache_bytes"] == 2 * 16 * 16 * 16 * 4  # [2, 16, 16, 16] in fp32
 
 
-def test_split_prints_the_contract(unet_bundle: Path, tmp_path: Path) -> None:
+def test_split_prints_the_contract(unet_bundle: Path, tmp_path: Path, command: Command) -> None:
     graph = next(unet_bundle.rglob("full.onnx"))
-    report = json.loads(offcut("split", graph, "--cut", "paper:0", "-o", tmp_path / "out", "--json").stdout)
+    report = json.loads(command("split", graph, "--cut", "paper:0", "-o", tmp_path / "out", "--json"))
     assert report["cut"] == "deepcache:1"
     assert [spec["name"] for spec in report["full"]["outputs"]] == ["noise_pred", "deep_feature_1"]
     assert "deep_feature_1" in [spec["name"] for spec in report["shallow"]["inputs"]]
     assert Path(report["shallow"]["path"]).is_file()
-    assert "no cut 'deepcache:9'" in failed(offcut("split", graph, "--cut", "deepcache:9", "-o", tmp_path / "other"))
+    said = command("split", graph, "--cut", "deepcache:9", "-o", tmp_path / "other", fails=True)
+    assert "no cut 'deepcache:9'" in said
 
 
-def test_prune_removes_only_what_is_not_named(unet_bundle: Path, copied) -> None:  # type: ignore[no-untyped-def]
+def test_prune_removes_only_what_is_not_named(
+    unet_bundle: Path, copied: Callable[[Path], Path], command: Command
+) -> None:
     bundle = copied(unet_bundle)
     (bundle / "left-over").write_text("x")
-    assert json.loads(offcut("prune", bundle, "--dry-run", "--json").stdout)["files"] == ["left-over"]
+    assert json.loads(command("prune", bundle, "--dry-run", "--json"))["files"] == ["left-over"]
     assert (bundle / "left-over").exists()
-    offcut("prune", bundle)
+    command("prune", bundle)
     assert not (bundle / "left-over").exists()
-    assert json.loads(offcut("verify", bundle, "--json").stdout)["passed"] is True
+    assert json.loads(command("verify", bundle, "--json"))["passed"] is True
 
 
 @pytest.mark.slow
-def test_run_compares(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_run_compares(tiny_bundle: Path, tmp_path: Path, command: Command) -> None:
     from PIL import Image
 
     picture = tmp_path / "picture.png"
-    result = offcut(
-        "run", tiny_bundle, "a cat", "-o", picture, "--steps", "6", "--interval", "3", "--warmup", "1",
-        "--engine", "onnxruntime", "--compare", "--json",
-    )  # fmt: skip
-    report = json.loads(result.stdout)
+    run = ("run", tiny_bundle, "a cat", "-o", picture)
+    engine = ("--engine", "onnxruntime", "--threads", "1")
+    schedule = ("--steps", "6", "--interval", "3", "--warmup", "1")
+    report = json.loads(command(*run, *schedule, *engine, "--compare", "--json"))
     assert report["timeline"] == "#..#.."
     assert report["full_calls"] == 2
     assert report["psnr"] > 20
     assert Image.open(picture).width > 3 * 256
 
-    plain = offcut("run", tiny_bundle, "a cat", "-o", picture, "--steps", "4", "--interval", "1")
-    assert plain.returncode == 0, plain.stderr
+    command(*run, "--steps", "4", "--interval", "1")
     assert Image.open(picture).size == (64, 64)
 
 
@@ -153,8 +172,15 @@ def test_run_compares(tiny_bundle: Path, tmp_path: Path) -> None:
     ],
 )
 def test_user_errors_are_one_sentence(
-    arguments: list[str], says: str, unet_bundle: Path, tiny_unet_dir: Path, tmp_path: Path
+    arguments: list[str],
+    says: str,
+    unet_bundle: Path,
+    tiny_unet_dir: Path,
+    tmp_path: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     places = {
         "unet": unet_bundle,
         "model": tiny_unet_dir,
@@ -162,5 +188,5 @@ def test_user_errors_are_one_sentence(
         "out": tmp_path / "out",
     }
     filled = [argument.format(**places) for argument in arguments]
-    assert says in failed(offcut(*filled, cwd=tmp_path))
+    assert says in command(*filled, fails=True)
     assert not (tmp_path / "out").exists()

@@ -3,57 +3,33 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-import transformers
 from elsewhere import save_as_optimum
 from models import _lively
 from PIL import Image
 from unets import UNCONDITIONAL
 
-from offcut.cli import main
-
 pytestmark = pytest.mark.slow
 
-Command = Callable[..., dict[str, Any]]
-
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """The entry point of the command line; what it prints as JSON."""
-    levels = [library.utils.logging.get_verbosity() for library in (diffusers, transformers)]
-
-    def run(*arguments: str | Path) -> dict[str, Any]:
-        monkeypatch.setattr(sys, "argv", ["offcut", *map(str, arguments), "--json"])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        assert ended.value.code in (0, None), said.err
-        return dict(json.loads(said.out))
-
-    yield run
-    for library, level in zip((diffusers, transformers), levels, strict=True):
-        library.utils.logging.set_verbosity(level)
-        library.utils.logging.enable_progress_bar()
-
-
-@pytest.fixture
-def made(command: Command, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def made(command: Callable[..., str], tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Build a model, run the bundle at interval 3, and give the report of the run."""
 
     def run(model: Path, *asked: str | Path, built: tuple[str, ...] = (), output: str = "out.png") -> dict[str, Any]:
         bundle, file = tmp_path / "model.offcut", tmp_path / output
-        report = command("build", model, "-o", bundle, "--engine", "onnxruntime", *built)
+        said = command("build", model, "-o", bundle, "--engine", "onnxruntime", *built, "--json")
+        report = json.loads(said)
         assert [entry["verified"] for entry in report["engines"].values()] == [True]
-        drawn = command(
-            "run", bundle, *asked, "-o", file, "--steps", "6", "--interval", "3", "--warmup", "0", "--threads", "1"
+        schedule = ("--steps", "6", "--interval", "3", "--warmup", "0")
+        drawn: dict[str, Any] = json.loads(
+            command("run", bundle, *asked, "-o", file, *schedule, "--threads", "1", "--json")
         )
         assert drawn["timeline"] == "#..#.."
         with Image.open(file) as picture:

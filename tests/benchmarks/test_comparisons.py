@@ -20,7 +20,7 @@ from offcut.errors import UserError
 
 @pytest.fixture(scope="module")
 def pipe(tiny_bundle: Path) -> Iterator[Any]:
-    pipe = offcut.load(tiny_bundle, engine="onnxruntime")
+    pipe = offcut.load(tiny_bundle, engine="onnxruntime", threads=1)
     yield pipe
     pipe.unet.close()
 

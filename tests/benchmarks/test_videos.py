@@ -25,7 +25,7 @@ def pictures(count: int) -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def svd(video_bundle: Callable[[str], Path]) -> Iterator[Any]:
-    pipe = offcut.load(video_bundle("svd"), "onnxruntime")
+    pipe = offcut.load(video_bundle("svd"), "onnxruntime", threads=1)
     yield pipe
     pipe.unet.close()
 
@@ -77,7 +77,7 @@ def test_a_video_is_made_from_an_image_and_written(compare: bool, svd: Any, star
 @pytest.mark.slow
 def test_a_video_is_made_from_a_prompt(video_bundle: Callable[[str], Path], tmp_path: Path) -> None:
     for name in ("animatediff", "text-to-video"):
-        pipe = offcut.load(video_bundle(name), "onnxruntime")
+        pipe = offcut.load(video_bundle(name), "onnxruntime", threads=1)
         report = generate_to_file(
             pipe, replace(SMALL, prompt="a cat", frames=3), offcut.Uniform(2), None, tmp_path / "out.png"
         )
@@ -118,7 +118,7 @@ def test_a_file_that_cannot_hold_a_video_is_refused_before_any_work(svd: Any, st
     ],
 )
 def test_an_image_has_no_frames_and_needs_a_prompt(change: dict[str, Any], sentence: str, tiny_bundle: Path) -> None:
-    pipe = offcut.load(tiny_bundle, "onnxruntime")
+    pipe = offcut.load(tiny_bundle, "onnxruntime", threads=1)
     with pytest.raises(UserError) as caught:
         arguments(pipe, replace(SMALL, **change))
     assert str(caught.value) == sentence

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from exports import copy_export, exported
+from exports import copy_export, exported, keep, kept
 
 import offcut
 import offcut.engines.variants as variants_module
@@ -34,6 +34,35 @@ CPU_ENGINES = (*ONNX_ENGINES, pytest.param("inductor", marks=pytest.mark.slow))
 def made(unet_bundle: Path) -> ExportedUNet:
     """The export of ``tiny_unet_dir`` that ``unet_bundle`` was built from; its graph has one output more."""
     return exported(unet_bundle)
+
+
+@pytest.fixture(scope="session")
+def export_in(tiny_unet_dir: Path, made: ExportedUNet, once: Callable[..., Path]) -> Callable[..., ExportedUNet]:
+    """The export of ``tiny_unet_dir`` in a precision; one serves all the processes that run the tests."""
+
+    def get(precision: str = "fp32") -> ExportedUNet:
+        if precision == "fp32":
+            return made
+
+        def export(path: Path) -> None:
+            keep(offcut.export(tiny_unet_dir, path / "unet", precision=precision), path)
+
+        return kept(once(f"tiny-unet-{precision}", export))
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def quick_exports(export_in: Callable[..., ExportedUNet]) -> Iterator[None]:
+    """All of a module's builds of ``tiny_unet_dir`` copy its export in their precision."""
+
+    def export(source: Any, out: Path, *, precision: str, dims: Mapping[str, int], **_: Any) -> ExportedUNet:
+        assert not dims
+        return copy_export(export_in(precision), out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants_module, "export", export)
+        yield
 
 
 @pytest.fixture
@@ -106,19 +135,28 @@ def bundle_of(request: pytest.FixtureRequest) -> Callable[[str], Path]:
     return lambda name: request.getfixturevalue("every_cut" if name in ONNX_ENGINES else "compiled_bundle")
 
 
-@pytest.fixture
-def open_pair(bundle_of: Callable[[str], Path]) -> Iterator[Callable[..., EnginePair]]:
-    """Open an engine of ``tiny_unet_dir``'s bundle, or of another one; closed at the end."""
-    opened: list[EnginePair] = []
-
-    def get(engine: str, bundle: Path | None = None, **options: Any) -> EnginePair:
-        pair = offcut.Bundle.open(bundle or bundle_of(engine)).open_pair(engine, **options)
-        opened.append(pair)
-        return pair
-
-    yield get
-    for pair in opened:
+@pytest.fixture(scope="session")
+def opened() -> Iterator[dict[tuple[str, Path], EnginePair]]:
+    """Pairs that stay open, by engine and bundle: to open one compiles every graph."""
+    pairs: dict[tuple[str, Path], EnginePair] = {}
+    yield pairs
+    for pair in pairs.values():
         pair.close()
+
+
+@pytest.fixture
+def open_pair(
+    bundle_of: Callable[[str], Path], opened: dict[tuple[str, Path], EnginePair]
+) -> Callable[..., EnginePair]:
+    """An engine of ``tiny_unet_dir``'s bundle, shared by tests that only bind it."""
+
+    def get(engine: str) -> EnginePair:
+        key = engine, bundle_of(engine)
+        if key not in opened:
+            opened[key] = offcut.Bundle.open(key[1]).open_pair(engine)
+        return opened[key]
+
+    return get
 
 
 @pytest.fixture

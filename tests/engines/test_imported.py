@@ -106,6 +106,10 @@ def test_a_compiling_engine_needs_one_beside_it(elsewhere_dir: Path, tmp_path: P
     assert entry.compiled
     assert not entry.verified
     assert len(entry.references) == len(entry.profiles) > 0
+    assert "deepcache:0" in entry.shallow
+    for file in (entry.full, *entry.shallow.values()):
+        assert (bundle.path / file).stat().st_size > 10_000
+    bundle.verify_files(entry.files)
 
 
 @pytest.mark.slow

@@ -221,12 +221,12 @@ def test_a_shape_that_the_engine_does_not_take_is_refused(
 
 
 def test_a_closed_pair_lets_go_of_its_memory_and_cannot_run(
-    name: str, open_pair: OpenPair, tiny_unet_dir: Path
+    name: str, bundle_of: Callable[[str], Path], tiny_unet_dir: Path
 ) -> None:
     """Above all it must not write to memory that was given back."""
     import weakref
 
-    pair = open_pair(name)
+    pair = offcut.Bundle.open(bundle_of(name)).open_pair(name)
     bound = bind(pair, inputs_of(tiny_unet_dir))
     bound.full()
     buffer = weakref.ref(bound.buffers["noise_pred"])
@@ -241,11 +241,16 @@ def test_a_closed_pair_lets_go_of_its_memory_and_cannot_run(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_number_of_threads_is_an_option(threads: int, name: str, open_pair: OpenPair, tiny_unet_dir: Path) -> None:
+def test_the_number_of_threads_is_an_option(
+    threads: int, name: str, bundle_of: Callable[[str], Path], tiny_unet_dir: Path
+) -> None:
     inputs = inputs_of(tiny_unet_dir)
-    bound = bind(open_pair(name, threads=threads), inputs)
+    pair = offcut.Bundle.open(bundle_of(name)).open_pair(name, threads=threads)
+    bound = bind(pair, inputs)
     bound.full()
     assert largest_difference(bound.buffers["noise_pred"], eager(tiny_unet_dir, inputs)) <= 1e-4
+    pair.close()
+    torch.set_num_threads(1)  # inductor's number is PyTorch's own
 
 
 def test_a_file_that_is_no_graph_is_refused_in_the_engines_words(

@@ -33,7 +33,7 @@ def needs(row: Row) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def table(tiny_unet_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def table(tiny_unet_dir: Path, tmp_path_factory: pytest.TempPathFactory, quick_exports: None) -> Path:
     """One bundle with every row that can be built here: an export for each precision."""
     path = tmp_path_factory.mktemp("precision") / "table.offcut"
     for name, precision, hint in BUILT:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,23 @@ from .conftest import contents
 
 Copy = Callable[[Path], Path]
 
-# A process that builds as told: MODEL DONOR TARGET CUT,ENGINE,POINT... where each triple is a child of its own.
+# A process that builds as told by each line: [MODEL, DONOR, TARGET, ["CUT,ENGINE,POINT", ...]], where each triple is a
+# child of its own, which finds imported what takes seconds to import. It answers with how they ended.
 # A child dies by SIGKILL at its point: "verify" while an engine is being verified, "moved" between moving the files in
 # and replacing the manifest; at "meet" it waits until every child is about to commit.
 CHILDREN = """
-import os, shutil, signal, sys, time
-from dataclasses import replace
+import json, os, shutil, signal, sys, time
 from pathlib import Path
+import diffusers, onnx_ir, onnxruntime, openvino
 import offcut
+import offcut.engines.build
 import offcut.engines.variants as variants_module
 import offcut.engines.store as store
 from offcut.exporter.trace import ExportedUNet
 
-model, donor, target = map(Path, sys.argv[1:4])
-children = [triple.split(",") for triple in sys.argv[4:]]
-variant = offcut.Bundle.open(donor).manifest.variants["fp32-opset23"]
 
-
-def export(source, out, **options):
+def copy(donor, out):
+    variant = offcut.Bundle.open(donor).manifest.variants["fp32-opset23"]
     out.mkdir(parents=True)
     graphs = variant.graphs
     names = {graphs.full: "unet.onnx", graphs.weights: "weights.data", graphs.parameters: "parameters.json",
@@ -53,8 +53,8 @@ def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def child(number, cut, engine, point):
-    variants_module.export = export
+def child(model, donor, target, count, number, cut, engine, point):
+    variants_module.export = lambda source, out, **options: copy(donor, out)
     if point == "moved":
         store._replace = die
 
@@ -64,43 +64,56 @@ def child(number, cut, engine, point):
         if point == "meet" and sentence == "commit":
             Path(f"{target}.met{number}").touch()
             deadline = time.monotonic() + 100
-            while len(list(target.parent.glob(f"{target.name}.met*"))) < len(children):
+            while len(list(target.parent.glob(f"{target.name}.met*"))) < count:
                 assert time.monotonic() < deadline, "the other build never came"
                 time.sleep(0.01)
 
     offcut.build(model, target, cuts=[cut], engine=engine, progress=progress)
 
 
-pids = []
-for number, triple in enumerate(children):
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            child(number, *triple)
-            code = 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    pids.append(pid)
-print(*[os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
+for line in sys.stdin:
+    *paths, triples = json.loads(line)
+    pids = []
+    for number, triple in enumerate(triples):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                child(*map(Path, paths), len(triples), number, *triple.split(","))
+                code = 0
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
 """
 
+InProcesses = Callable[..., list[int]]
 
-def in_processes(model: Path, donor: Path, target: Path, *children: str) -> list[int]:
-    """How each child ended: 0, or minus the signal."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHILDREN, str(model), str(donor), str(target), *children],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=True,
+
+@pytest.fixture(scope="module")
+def in_processes() -> Iterator[InProcesses]:
+    """Build in processes; how each ended: 0, or minus the signal."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", CHILDREN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    codes = [int(code) for code in done.stdout.split()]
-    assert 1 not in codes, done.stderr
-    return codes
+    asked, told = parent.stdin, parent.stdout
+    assert asked is not None
+    assert told is not None
+
+    def build(model: Path, donor: Path, target: Path, *children: str) -> list[int]:
+        asked.write(json.dumps([str(model), str(donor), str(target), children]) + "\n")
+        asked.flush()
+        codes: list[int] = json.loads(told.readline())
+        assert 1 not in codes, "standard error says why"
+        return codes
+
+    yield build
+    asked.close()
+    assert parent.wait(60) == 0
+    told.close()
 
 
 # ---- at once
@@ -109,7 +122,7 @@ def in_processes(model: Path, donor: Path, target: Path, *children: str) -> list
 @pytest.mark.slow
 @pytest.mark.parametrize("cuts", [("deepcache:0", "deepcache:0"), ("deepcache:1", "mlperf")], ids=["same", "other"])
 def test_two_builds_at_once_leave_one_valid_bundle_with_both(
-    cuts: tuple[str, str], tiny_unet_dir: Path, unet_bundle: Path, tmp_path: Path
+    cuts: tuple[str, str], tiny_unet_dir: Path, unet_bundle: Path, tmp_path: Path, in_processes: InProcesses
 ) -> None:
     """Both are ready to commit before either does. Where they cut differently, the second adds its cut."""
     target = tmp_path / "b"
@@ -177,7 +190,12 @@ def test_another_model_that_got_in_first_is_not_mixed_with(
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["verify", "moved"])
 def test_a_killed_build_of_a_new_bundle_can_be_built_again(
-    point: str, tiny_unet_dir: Path, unet_bundle: Path, tmp_path: Path, quick_export: list[Path]
+    point: str,
+    tiny_unet_dir: Path,
+    unet_bundle: Path,
+    tmp_path: Path,
+    quick_export: list[Path],
+    in_processes: InProcesses,
 ) -> None:
     target = tmp_path / "b"
     assert in_processes(tiny_unet_dir, unet_bundle, target, f"deepcache:0,onnxruntime,{point}") == [-9]
@@ -195,7 +213,7 @@ def test_a_killed_build_of_a_new_bundle_can_be_built_again(
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["verify", "moved"])
 def test_a_killed_build_leaves_the_bundle_valid_and_prune_removes_its_leftovers(
-    point: str, tiny_unet_dir: Path, unet_bundle: Path, copied: Copy
+    point: str, tiny_unet_dir: Path, unet_bundle: Path, copied: Copy, in_processes: InProcesses
 ) -> None:
     bundle = copied(unet_bundle)
     before = contents(bundle)

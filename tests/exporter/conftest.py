@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
-from unets import save_family
 
 from offcut.exporter.trace import ExportedUNet, export
 
@@ -24,24 +20,9 @@ class Family:
 
 
 @pytest.fixture(scope="session")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
-    """The export of one of ``unets.SKIPS``, shared by the processes of pytest-xdist too."""
-    made: dict[str, Family] = {}
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent
-
-    def get(name: str) -> Family:
-        folder = root / f"family-{name}"
-        with FileLock(root / f"family-{name}.lock"):
-            if not (folder / "made").is_file():
-                model = save_family(name, folder / "model")
-                (folder / "made").write_bytes(pickle.dumps(Family(model, export(model, folder / "export"))))
-        if name not in made:
-            made[name] = pickle.loads((folder / "made").read_bytes())
-        return made[name]
-
-    return get
+def family(unet_export: Callable[[str], tuple[Path, ExportedUNet]]) -> Callable[[str], Family]:
+    """The export of one of ``unets.SKIPS``."""
+    return lambda name: Family(*unet_export(name))
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def opened(tiny_bundle: Path) -> Iterator[Callable[[str], offcut.UNet]]:
 
     def open_once(engine: str) -> offcut.UNet:
         if engine not in unets:
-            unets[engine] = offcut.UNet.load(tiny_bundle, engine)
+            unets[engine] = offcut.UNet.load(tiny_bundle, engine, threads=1)
         return unets[engine]
 
     yield open_once

@@ -75,7 +75,7 @@ def with_controlnet(parts: dict[str, Any], nets: list[ControlNetModel]) -> Calla
 
 @pytest.fixture
 def unet(bundle: Path, engine: str) -> Iterator[offcut.UNet]:
-    opened = offcut.UNet.load(bundle, engine)
+    opened = offcut.UNet.load(bundle, engine, threads=1)
     yield opened
     opened.close()
 
@@ -113,7 +113,7 @@ def test_a_bundle_for_controlnets_serves_a_pipeline_without_one_too(
     generate: Callable[..., torch.Tensor],
     decibels: Callable[[torch.Tensor, torch.Tensor], float],
 ) -> None:
-    pipe = offcut.load(bundle, engine)
+    pipe = offcut.load(bundle, engine, threads=1)
     assert isinstance(pipe.controlnet, ControlNetModel)
     pipe.set_progress_bar_config(disable=True)
     generate(pipe, steps=2, prompt=PROMPT, image=control)  # leaves residuals in the buffers
@@ -179,7 +179,7 @@ def test_a_controlnet_whose_scale_changes_is_run_again(
 
 
 def test_what_cannot_be_is_said(bundle: Path, tiny_pipeline_dir: Path, eager: Any, tmp_path: Path) -> None:
-    opened = offcut.UNet.load(bundle, "onnxruntime")
+    opened = offcut.UNet.load(bundle, "onnxruntime", threads=1)
     with pytest.raises(UserError, match="no ControlNet whose feature maps"):
         offcut.attach(eager, opened, reuse_controlnet=True)
     assert not isinstance(eager.unet, offcut.UNet)

@@ -48,7 +48,7 @@ def eager(model: Path) -> Any:
 
 @pytest.fixture
 def cached(bundle: Path, engine: str) -> Iterator[Any]:
-    pipe = offcut.load(bundle, engine, **UNCHECKED)
+    pipe = offcut.load(bundle, engine, threads=1, **UNCHECKED)
     pipe.set_progress_bar_config(disable=True)
     yield pipe
     pipe.unet.close()

@@ -204,7 +204,7 @@ def test_attach_takes_over_the_scales_of_the_pipeline(
 
 
 def test_the_built_scale_is_the_default(bundle: Path) -> None:
-    unet = offcut.UNet.load(bundle, "onnxruntime")
+    unet = offcut.UNet.load(bundle, "onnxruntime", threads=1)
     assert [processor.scale for processor in unet.attn_processors.values()] == [[0.6, 0.8]] * 4
     unet.close()
 

@@ -23,6 +23,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DModel,
 )
+from exports import build_from
 
 import offcut
 from offcut.errors import BundleError, EngineError, UserError
@@ -37,7 +38,7 @@ def test_load_gives_the_whole_pipeline(
     tiny_bundle: Path, eager: Any, engine: str, generate: Generate, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        pipe = offcut.load(tiny_bundle, engine)
+        pipe = offcut.load(tiny_bundle, engine, threads=1)
     assert "Expected types" not in caplog.text
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe).__name__ == "StableDiffusionPipeline"
@@ -59,7 +60,7 @@ def test_load_passes_arguments_on(tiny_bundle: Path) -> None:
 def test_a_bare_unets_bundle_has_no_pipeline(unet_bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"bare UNet.*offcut\.UNet\.load, or offcut\.attach"):
         offcut.load(unet_bundle)
-    unet = offcut.UNet.load(unet_bundle, "onnxruntime")
+    unet = offcut.UNet.load(unet_bundle, "onnxruntime", threads=1)
     noise_pred = unet(torch.randn(1, 4, 8, 8), 10, encoder_hidden_states=torch.randn(1, 7, 16)).sample
     assert noise_pred.shape == (1, 4, 8, 8)
     unet.close()
@@ -259,21 +260,12 @@ def test_one_pipeline_in_two_threads_is_refused(pipe: Any, generate: Generate) -
 
 
 @pytest.mark.slow
-def test_an_unconditional_pipeline_without_num_timesteps(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    network = UNet2DModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-    )
-    eager = DDIMPipeline(unet=network, scheduler=DDIMScheduler())
+def test_an_unconditional_pipeline_without_num_timesteps(tmp_path: Path, unet_export: Any) -> None:
+    folder, made = unet_export("unconditional")
+    eager = DDIMPipeline(unet=UNet2DModel.from_pretrained(folder), scheduler=DDIMScheduler())
     eager.save_pretrained(tmp_path / "ddim")
-    offcut.build(tmp_path / "ddim", tmp_path / "ddim.offcut", engine="onnxruntime")
-    pipe = offcut.load(tmp_path / "ddim.offcut", "onnxruntime")
+    build_from(tmp_path / "ddim", made, tmp_path / "ddim.offcut", engine="onnxruntime")
+    pipe = offcut.load(tmp_path / "ddim.offcut", "onnxruntime", threads=1)
     pipe.unet.set_schedule(Quad(2, center=3))
     for each in (pipe, eager):
         each.set_progress_bar_config(disable=True)

@@ -13,7 +13,7 @@ from offcut.runtime.ranges import FULL, SCHEDULER, SHALLOW
 
 @pytest.fixture(scope="module")
 def unet(unet_bundle: Path) -> Iterator[offcut.UNet]:
-    opened = offcut.UNet.load(unet_bundle, "onnxruntime")
+    opened = offcut.UNet.load(unet_bundle, "onnxruntime", threads=1)
     yield opened
     opened.close()
 

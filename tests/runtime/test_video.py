@@ -37,12 +37,27 @@ def eager(name: str, video_dir: Callable[[str], Path]) -> Any:
     return pipe
 
 
+@pytest.fixture(scope="module")
+def loaded(video_bundle: Callable[[str], Path]) -> Iterator[Callable[[str, str], Any]]:
+    """The pipeline on a bundle's engine, each loaded once."""
+    pipes: dict[tuple[str, str], Any] = {}
+
+    def load(name: str, engine: str) -> Any:
+        if (name, engine) not in pipes:
+            pipes[name, engine] = offcut.load(video_bundle(name), engine, threads=1)
+            pipes[name, engine].set_progress_bar_config(disable=True)
+        return pipes[name, engine]
+
+    yield load
+    for pipe in pipes.values():
+        pipe.unet.close()
+
+
 @pytest.fixture
-def cached(name: str, video_bundle: Callable[[str], Path], engine: str) -> Iterator[Any]:
-    pipe = offcut.load(video_bundle(name), engine)
-    pipe.set_progress_bar_config(disable=True)
+def cached(name: str, engine: str, loaded: Callable[[str, str], Any]) -> Iterator[Any]:
+    pipe = loaded(name, engine)
     yield pipe
-    pipe.unet.close()
+    pipe.unet.set_schedule(None)
 
 
 def frames(pipe: Any, *, num_frames: int = 3, height: int = 32, width: int = 32, **settings: Any) -> torch.Tensor:
@@ -139,12 +154,9 @@ def test_the_stand_in_is_called_as_diffusers_own_and_answers_as_it(name: str, ca
 @pytest.mark.parametrize(
     ("count", "sentence"), [(9, "knows at most 8 frames, not 9: make fewer"), (1, "a video has at least 2 frames")]
 )
-def test_a_length_that_cannot_be_is_refused(count: int, sentence: str, video_bundle: Callable[[str], Path]) -> None:
-    pipe = offcut.load(video_bundle("animatediff"), "onnxruntime")
-    pipe.set_progress_bar_config(disable=True)
+def test_a_length_that_cannot_be_is_refused(count: int, sentence: str, loaded: Callable[[str, str], Any]) -> None:
     with pytest.raises(ShapeError, match=sentence):
-        frames(pipe, num_frames=count)
-    pipe.unet.close()
+        frames(loaded("animatediff", "onnxruntime"), num_frames=count)
 
 
 def test_a_bundle_of_another_kind_of_unet_is_refused(
@@ -180,8 +192,6 @@ def test_int8_is_not_for_videos(video_dir: Callable[[str], Path], tmp_path: Path
         )
 
 
-def test_forward_chunking_is_refused(video_bundle: Callable[[str], Path]) -> None:
-    unet = offcut.UNet.load(video_bundle("svd"), "onnxruntime")
+def test_forward_chunking_is_refused(loaded: Callable[[str, str], Any]) -> None:
     with pytest.raises(UserError, match=r"forward chunking .* leave it out"):
-        unet.enable_forward_chunking()
-    unet.close()
+        loaded("svd", "onnxruntime").unet.enable_forward_chunking()

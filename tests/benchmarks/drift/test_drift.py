@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-import offcut
 from offcut.benchmarks import record
 from offcut.benchmarks.drift.maps import changed, painted
 from offcut.benchmarks.drift.record import Drift
 from offcut.benchmarks.drift.walk import between, distances
-from offcut.benchmarks.shapes.model import model_path
 from offcut.cli import app
 
-Once = Callable[[str, Callable[[Path], object]], Path]
 STEPS = 8
 
 
@@ -52,11 +48,6 @@ def test_distances_and_maps() -> None:
     assert np.asarray(painted(found * 0, 0.0)).max() < 50
 
 
-@pytest.fixture(scope="module")
-def shapes(once: Once) -> Path:
-    return once("drift-shapes.offcut", lambda path: offcut.build(model_path(), path, engine="onnxruntime"))
-
-
 def run(shapes: Path, folder: Path, *options: str) -> Drift:
     asked = ("--engine", "onnxruntime", "--threads", "1", "--guidance", "3", "--steps", str(STEPS), "--images", "2")
     given = ["bench", "drift", str(shapes), *asked, "-o", str(folder), *options]
@@ -69,8 +60,10 @@ def run(shapes: Path, folder: Path, *options: str) -> Drift:
 
 
 @pytest.mark.slow
-def test_reuse_misses_what_the_features_moved(shapes: Path, tmp_path: Path) -> None:
-    found = run(shapes, tmp_path, "--schedule", f"steps:0,3:cooldown={STEPS - 4}", "--walks", "1", "--points", "3")
+def test_reuse_misses_what_the_features_moved(shapes_bundle: Path, tmp_path: Path) -> None:
+    found = run(
+        shapes_bundle, tmp_path, "--schedule", f"steps:0,3:cooldown={STEPS - 4}", "--walks", "1", "--points", "3"
+    )
     assert [len(row) for row in found.distances] == list(range(STEPS - 1, 0, -1))
     assert [call.cut is None for call in found.calls] == [True, False, False, *[True] * (STEPS - 3)]
     # Up to the first shallow call the latents are the uncached ones.
@@ -96,8 +89,8 @@ def test_reuse_misses_what_the_features_moved(shapes: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_predictions_are_judged_beside_reuse(shapes: Path, tmp_path: Path) -> None:
-    found = run(shapes, tmp_path, "--schedule", "uniform:3:warmup=2", "--forecast", "1", "--walks", "0")
+def test_predictions_are_judged_beside_reuse(shapes_bundle: Path, tmp_path: Path) -> None:
+    found = run(shapes_bundle, tmp_path, "--schedule", "uniform:3:warmup=2", "--forecast", "1", "--walks", "0")
     shallow = [call for call in found.calls if call.cut is not None]
     assert len(shallow) == STEPS - 4
     assert all(call.read != pytest.approx(call.reused, rel=1e-3) for call in shallow)
@@ -106,8 +99,8 @@ def test_predictions_are_judged_beside_reuse(shapes: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_forecast_of_ones_own_does_not_go_with_a_tuned_schedule(shapes: Path, tmp_path: Path) -> None:
-    given = ["bench", "drift", str(shapes), "--schedule", "auto", "--forecast", "1", "-o", str(tmp_path / "out")]
+def test_a_forecast_of_ones_own_does_not_go_with_a_tuned_schedule(shapes_bundle: Path, tmp_path: Path) -> None:
+    given = ["bench", "drift", str(shapes_bundle), "--schedule", "auto", "--forecast", "1", "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(app, given)
     assert result.exit_code != 0
     assert "predictions of its own" in f"{result.stderr} {result.exception}"

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from rich.console import Console
+from typer.testing import CliRunner
 
 from offcut.benchmarks import record
 from offcut.benchmarks.growth.record import Growth
 from offcut.benchmarks.growth.table import notes, tables
+from offcut.cli import app
+from offcut.errors import UserError
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 pytestmark = pytest.mark.slow
 
 
-def growth(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "offcut", "bench", "growth", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def growth(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["bench", "growth", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def measured(tiny_bundle: Path, tiny_unet_dir: Path, once: Once) -> Growth:
             "--all-steps", "none", "--all-images", "1,4", "--all-sides", "none", "--all-intervals", "1",
             "--threads", "1", "--build", tiny_unet_dir, "--build", "no-such-model", "-o", folder, "--json",
         )  # fmt: skip
-        assert result.returncode == 1, result.stderr  # for the model that is not there
+        assert result.exit_code == 1, result.output  # for the model that is not there
         said = " ".join(result.stderr.split())
         assert "no-such-model was not built: no-such-model is no directory" in said
         assert json.loads(result.stdout) == json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -100,6 +101,7 @@ def test_the_tables_show_them(measured: Growth) -> None:
 )
 def test_what_cannot_be_is_refused(tiny_bundle: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
     result = growth(tiny_bundle, "-o", tmp_path, "--all-sides", "none", *arguments)
-    assert result.returncode != 0
-    assert says in " ".join(result.stderr.replace("│", " ").split())
+    assert isinstance(result.exception, UserError | SystemExit)
+    assert result.exit_code != 0
+    assert says in " ".join(f"{result.stderr} {result.exception}".replace("│", " ").split())
     assert not (tmp_path / "result.json").exists()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from unets import save_family
 
-import offcut
 from offcut.benchmarks.latency.loop import INPUTS
 from offcut.benchmarks.latency.pipelines import pipeline_name
 from offcut.benchmarks.latency.plan import Wanted, plan
@@ -19,14 +18,21 @@ from offcut.errors import UserError
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "pipeline"), [("plain", "StableDiffusionPipeline"), ("sdxl", "StableDiffusionXLPipeline")]
-)
-def test_a_bare_unet_is_measured_in_its_familys_pipeline(family: str, pipeline: str, tmp_path: Path) -> None:
-    model = save_family(family, tmp_path / "model")
-    bundle = offcut.build(model, tmp_path / "bundle", engine="onnxruntime")
+@pytest.mark.parametrize("pipeline", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+def test_a_bare_unet_is_measured_in_its_familys_pipeline(
+    pipeline: str, unet_bundle: Path, family_bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bundle = Bundle.open(family_bundle("sdxl") if "XL" in pipeline else unet_bundle)
     assert pipeline_name(bundle) == pipeline
-    wanted = Wanted(steps=4, schedule="uniform:2", images=2, threads=1, guidance=5, peers=("diffusers", "engine"))
+    wanted = Wanted(
+        steps=4,
+        schedule="uniform:2",
+        images=2,
+        threads=1,
+        guidance=5,
+        engines=("onnxruntime",),
+        peers=("diffusers", "engine"),
+    )
     case, entrants = plan(bundle, wanted, tmp_path)
     house = House()
     house.answer({"do": "inputs", "case": case.as_json()})
@@ -44,8 +50,7 @@ def test_a_bare_unet_is_measured_in_its_familys_pipeline(family: str, pipeline: 
 
 
 @pytest.mark.slow
-def test_a_unet_that_no_prompt_drives_is_refused(tmp_path: Path) -> None:
-    model = save_family("unconditional", tmp_path / "model")
-    bundle = offcut.build(model, tmp_path / "bundle", engine="onnxruntime")
+def test_a_unet_that_no_prompt_drives_is_refused(family_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    bundle = Bundle.open(family_bundle("unconditional"))
     with pytest.raises(UserError, match=r"gets nothing but latents and embeddings, and .* is of UNet2DModel"):
-        plan(Bundle.open(bundle.path), Wanted(), tmp_path)
+        plan(bundle, Wanted(), tmp_path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,8 @@ SETTINGS = plan.with_fewer_steps(
 
 
 @pytest.fixture(scope="module")
-def bundle(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
-    return once("shapes.offcut", lambda path: offcut.build(model_path(), path, engine="onnxruntime"))
-
-
-@pytest.fixture(scope="module")
-def pipe(bundle: Path) -> Any:
-    return offcut.load(bundle, threads=1)
+def pipe(shapes_bundle: Path) -> Any:
+    return offcut.load(shapes_bundle, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +126,10 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(
                 assert first_figure.model_dump() == pytest.approx(second_figure.model_dump(), rel=1e-4), name
 
 
-def test_the_command_leaves_a_result_and_does_nothing_twice(bundle: Path, tmp_path: Path) -> None:
+def test_the_command_leaves_a_result_and_does_nothing_twice(shapes_bundle: Path, tmp_path: Path) -> None:
     arguments = [
         "quality",
-        str(bundle),
+        str(shapes_bundle),
         "-o",
         str(tmp_path / "out"),
         "--images",
@@ -160,29 +154,39 @@ def test_the_command_leaves_a_result_and_does_nothing_twice(bundle: Path, tmp_pa
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
-def test_processes_make_what_one_makes(pipe: Any, bundle: Path, task: Task, tmp_path: Path) -> None:
+def test_processes_make_what_one_makes(pipe: Any, shapes_bundle: Path, task: Task, tmp_path: Path) -> None:
     one, several = tmp_path / "one", tmp_path / "several"
     for setting in SETTINGS[1:3]:
         pictures.make(pipe, task, setting, one)
     calls: list[int] = []
     asked = {"workers": 2, "threads": 1, "on_call": calls.append}
-    crew.make(bundle, "onnxruntime", task, SETTINGS[1:3], several, **asked)  # type: ignore[arg-type]
+    crew.make(shapes_bundle, "onnxruntime", task, SETTINGS[1:3], several, **asked)  # type: ignore[arg-type]
     assert sum(calls) == sum(6 * setting.steps for setting in SETTINGS[1:3])
     for setting in SETTINGS[1:3]:
         first, second = (pictures.make(None, task, setting, folder) for folder in (one, several))
         assert first.timeline == second.timeline
         assert (first.pictures == second.pictures).all()
-    crew.make(bundle, "no engine", task, SETTINGS[1:3], several, workers=2)  # nothing is left to make, or to open
+    crew.make(shapes_bundle, "no engine", task, SETTINGS[1:3], several, workers=2)  # nothing is left to make, or to open
 
 
-def test_a_worker_s_error_is_the_caller_s(bundle: Path, task: Task, tmp_path: Path) -> None:
+def test_a_worker_s_error_is_the_caller_s(shapes_bundle: Path, task: Task, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="give another directory"):
-        crew.make(bundle, "onnxruntime", task, SETTINGS[:2], tmp_path / "file", workers=2, threads=1)
+        crew.make(shapes_bundle, "onnxruntime", task, SETTINGS[:2], tmp_path / "file", workers=2, threads=1)
 
 
-def test_a_dry_run_says_what_is_to_come_and_makes_nothing(bundle: Path, tmp_path: Path) -> None:
-    arguments = ["quality", str(bundle), "-o", str(tmp_path / "out"), "--dry-run", "--interval", "4", "--images", "2"]
+def test_a_dry_run_says_what_is_to_come_and_makes_nothing(shapes_bundle: Path, tmp_path: Path) -> None:
+    arguments = [
+        "quality",
+        str(shapes_bundle),
+        "-o",
+        str(tmp_path / "out"),
+        "--dry-run",
+        "--interval",
+        "4",
+        "--images",
+        "2",
+    ]
     result = CliRunner().invoke(app, [*arguments, "--engine", "onnxruntime", "--steps", "8"], catch_exceptions=False)
     assert result.exit_code == 0
     assert re.search(r"3 settings \(1 uncached, 1 cached, 1 fewer steps\) of 2 images", result.stderr)
@@ -203,8 +207,8 @@ def test_a_dry_run_says_what_is_to_come_and_makes_nothing(bundle: Path, tmp_path
         (["--lpips", "absent.pth"], "torchvision"),
     ],
 )
-def test_bad_input_is_one_sentence(bundle: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
-    command = ["quality", str(bundle), "-o", str(tmp_path / "out"), *arguments]
+def test_bad_input_is_one_sentence(shapes_bundle: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    command = ["quality", str(shapes_bundle), "-o", str(tmp_path / "out"), *arguments]
     result = CliRunner().invoke(app, command)
     assert result.exit_code != 0
     assert isinstance(result.exception, UserError)

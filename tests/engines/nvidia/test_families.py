@@ -1,6 +1,7 @@
 """A pair of plans for every family of the README's table, built for real, for a GPU that is not here.
 
-Stable Diffusion's is ``test_compile``'s, Stable Video Diffusion's ``test_video``'s. The exports are other tests' too.
+Stable Diffusion's is ``test_compile``'s, Stable Video Diffusion's ``test_video``'s, that of ONNX made elsewhere
+``engines/test_imported``'s. The exports are other tests' too.
 """
 
 from __future__ import annotations
@@ -85,15 +86,3 @@ def test_all_adapters_in_one(tiny_unet_dir: Path, tmp_path: Path) -> None:
 
 def test_cross_frame_attention(tiny_unet_dir: Path, tmp_path: Path) -> None:
     check(add_plans(tiny_unet_dir, tmp_path / "zero.offcut", "64x64", attention="cross-frame"))
-
-
-def test_onnx_made_elsewhere(elsewhere_dir: Path, elsewhere_bundle: Path, copied: Callable[[Path], Path]) -> None:
-    bundle = offcut.build(
-        elsewhere_dir,
-        copied(elsewhere_bundle),
-        engine=["tensorrt-rtx", "onnxruntime"],
-        cuts=["deepcache:0"],
-        profiles=Sizes(static=("64x64",)),
-        settings=SETTINGS,
-    )
-    check(bundle)

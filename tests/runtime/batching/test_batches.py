@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
+from exports import build_from
 
 import offcut
 from offcut.errors import ShapeError
@@ -294,12 +295,8 @@ def test_other_pipelines_of_the_same_modules_share_calls(shared: Any, send: Send
 
 
 @pytest.mark.slow
-def test_stable_diffusion_xl(once: Any, parts: dict[str, Any], send: Send) -> None:
-    from models import save_unet
-    from unets import SDXL
-
-    folder = once("batching-xl", lambda path: save_unet(path, **SDXL))
-    bundle = once("batching-xl.offcut", lambda path: offcut.build(folder, path, engine="onnxruntime"))
+def test_stable_diffusion_xl(unet_export: Any, parts: dict[str, Any], send: Send, tmp_path: Path) -> None:
+    bundle = build_from(*unet_export("sdxl"), tmp_path / "xl.offcut", engine="onnxruntime")
     unet = offcut.UNet.load(bundle, "onnxruntime", threads=1)
     unet.advise = False
     names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")

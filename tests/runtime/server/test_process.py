@@ -104,31 +104,20 @@ def test_an_engine_fault_ends_the_process(tiny_bundle: Path, tmp_path: Path) -> 
         assert "EngineFaultError" in process.stderr.read()
 
 
-def failed(*arguments: str, code: str = "pass") -> str:
-    """The one sentence of a command that must fail."""
-    script = f"import sys; {code}; from offcut.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", script, "serve", *arguments], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    return line
-
-
 @pytest.mark.parametrize("module", ["fastapi", "uvicorn", "prometheus_client"])
-def test_a_missing_package_is_told(module: str) -> None:
-    said = failed("x.offcut", code=f"sys.modules[{module!r}] = None")
+def test_a_missing_package_is_told(module: str, command: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
+    said = command("serve", "x.offcut", fails=True)
     assert f"the package {module.replace('_', '-')}" in said
     assert "pip install 'offcut[serve]'" in said
 
 
 @pytest.mark.slow
-def test_what_cannot_be_served_is_told(unet_bundle: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_told(unet_bundle: Path, tmp_path: Path, command: Callable[..., str]) -> None:
     import socket
 
-    assert "is not an offcut bundle" in failed(str(tmp_path), "--port", "0")
-    assert "use offcut.UNet.load" in failed(str(unet_bundle), "--port", "0")
+    assert "is not an offcut bundle" in command("serve", tmp_path, "--port", "0", fails=True)
+    assert "use offcut.UNet.load" in command("serve", unet_bundle, "--port", "0", fails=True)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert "give another --host or --port" in failed(str(unet_bundle), "--port", port)
+        assert "give another --host or --port" in command("serve", unet_bundle, "--port", port, fails=True)

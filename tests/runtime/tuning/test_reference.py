@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from offcut.runtime.tuning.record import Recorder
 from offcut.runtime.tuning.tune import tune
 from offcut.runtime.tuning.wanted import Target, Wanted
 
-Once = Callable[[str, Callable[[Path], object]], Path]
 STEPS, ENGINE, LOW = 8, "openvino", "bf16"  # int8 behaves alike, and takes minutes to calibrate
 
 
@@ -72,12 +72,11 @@ def test_cachequants_correction_is_a_regression_on_the_last_full_call() -> None:
 
 
 @pytest.fixture(scope="module")
-def shapes(once: Once) -> Path:
-    def build(path: Path) -> None:
-        for hint in (None, LOW):
-            offcut.build(model_path(), path, engine=ENGINE, inference_precision=hint)
-
-    return once("joint-shapes.offcut", build)
+def shapes(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = Path(shutil.copytree(shapes_bundle, tmp_path_factory.mktemp("joint") / "shapes.offcut"))
+    for hint in (None, LOW):
+        offcut.build(model_path(), path, engine=ENGINE, inference_precision=hint)
+    return path
 
 
 @pytest.fixture(scope="module")

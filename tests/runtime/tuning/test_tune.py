@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typer.testing import CliRunner
 
 import offcut
 from offcut import Extrapolate, Tuned
-from offcut.benchmarks.shapes.model import PROMPTS, model_path
+from offcut.benchmarks.shapes.model import PROMPTS
 from offcut.cli import app
 from offcut.errors import BundleError, ScheduleError, UserError
 from offcut.runtime.batching import Worker
@@ -31,16 +30,15 @@ from offcut.runtime.tuning.tune import tune
 from offcut.runtime.tuning.wanted import Target, Wanted
 from offcut.runtime.tuning.watched import watched
 
-Once = Callable[[str, Callable[[Path], object]], Path]
 pytestmark = pytest.mark.slow
 
 STEPS, GUIDANCE, NAME = 30, 3.0, "clear"
 
 
 @pytest.fixture(scope="module")
-def shapes(once: Once) -> Path:
+def shapes(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of its own, since schedules are added to it."""
-    return once("tuned-shapes.offcut", lambda path: offcut.build(model_path(), path, engine="onnxruntime"))
+    return Path(shutil.copytree(shapes_bundle, tmp_path_factory.mktemp("tuned") / "shapes.offcut"))
 
 
 @pytest.fixture(scope="module")
@@ -252,41 +250,30 @@ def test_heun_has_more_calls_than_steps(pipe: Any, shapes: Path) -> None:
     assert found.document.measured[0].psnr > 15
 
 
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "offcut", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-
-
-def test_the_commands(shapes: Path, tuned: Tuned, copied: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_the_commands(
+    shapes: Path, tuned: Tuned, copied: Callable[[Path], Path], tmp_path: Path, command: Callable[..., str]
+) -> None:
     copy = copied(shapes)
-    asked = ("--steps", "8", "--guidance", "3", "--samples", "4", "--engine", "onnxruntime", "--threads", "1")
-    made = command("tune", copy, "--budget", "2x", *asked, "--ratio", "0.2", "--json")
-    assert made.returncode == 0, made.stderr
-    document = json.loads(made.stdout)
+    asked = ("--steps", "8", "--guidance", "3", "--engine", "onnxruntime", "--threads", "1")
+    made = command("tune", copy, "--budget", "2x", *asked, "--samples", "4", "--ratio", "0.2", "--json")
+    document = json.loads(made)
     assert document["name"] == "DDIM-8-2x"
     assert document["key"]["steps"] == 8
     assert document["shallow_over_full"] == 0.2
-    drawn = command(
-        "run", copy, "a red circle", "--schedule", "auto", "--steps", "8", "--guidance", "3", "-o", tmp_path / "a.png",
-        "--json",
-    )  # fmt: skip
-    assert drawn.returncode == 0, drawn.stderr
-    report = json.loads(drawn.stdout)
+    run = ("run", copy, "a red circle", *asked, "-o", tmp_path / "a.png")
+    report = json.loads(command(*run, "--schedule", "auto", "--json"))
     assert report["full_calls"] == len(document["full"])
     predicts = any(kind not in ("full", "reuse") for kind in document["predictors"])
     assert report["forecast"] == ("tuned" if predicts else None)
     budget = document["measured"][0]
     assert budget["speed_up"] >= 2 or budget["full_calls"] == 1
-    listed = command("inspect", copy).stdout
+    listed = command("inspect", copy)
     assert "schedule DDIM-8-2x: DDIMScheduler, 8 steps, guidance 3" in " ".join(listed.split())
     assert f"schedule {NAME}:" in listed
-    refused = command(
-        "run", copy, "a red circle", "--schedule", f"tuned:{NAME}", "--steps", "8", "-o", tmp_path / "b.png"
-    )
-    assert refused.returncode == 1
-    assert f"{NAME}: it was tuned for {STEPS} steps, not 8" in " ".join(refused.stderr.split())
-    assert not (tmp_path / "b.png").exists()
+    (tmp_path / "a.png").unlink()
+    refused = command(*run, "--schedule", f"tuned:{NAME}", fails=True)
+    assert f"{NAME}: it was tuned for {STEPS} steps, not 8" in " ".join(refused.split())
+    assert not (tmp_path / "a.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,13 @@ import pytest
 
 import offcut
 from offcut import Tuned
-from offcut.benchmarks.shapes.model import PROMPTS, model_path
+from offcut.benchmarks.shapes.model import PROMPTS
 from offcut.errors import CutError, UserError
 from offcut.runtime.draw import draw
 from offcut.runtime.tuning.artifact import Document, save
 from offcut.runtime.tuning.tune import tune
 from offcut.runtime.tuning.wanted import Target, Wanted
 
-Once = Callable[[str, Callable[[Path], object]], Path]
 pytestmark = pytest.mark.slow
 
 STEPS, NAME = 12, "mixed"
@@ -29,9 +27,9 @@ CUTS = ("deepcache:0", "deepcache:3")
 
 
 @pytest.fixture(scope="module")
-def shapes(once: Once) -> Path:
+def shapes(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of its own, since schedules are added to it."""
-    return once("tuned-cuts.offcut", lambda path: offcut.build(model_path(), path, cuts=CUTS, engine="onnxruntime"))
+    return Path(shutil.copytree(shapes_bundle, tmp_path_factory.mktemp("tuned") / "shapes.offcut"))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +96,7 @@ def test_what_is_read_again_draws_the_same(pipe: Any, shapes: Path, tuned: Tuned
 
 
 def test_a_mixed_schedule_is_kept_in_the_bundle(
-    pipe: Any, shapes: Path, tuned: Tuned, copied: Callable[[Path], Path]
+    pipe: Any, shapes: Path, tuned: Tuned, copied: Callable[[Path], Path], command: Callable[..., str]
 ) -> None:
     """Whatever the search found above."""
     by_call = tuple(None if call % 4 == 0 else CUTS[call % 2] for call in range(STEPS))
@@ -111,10 +109,7 @@ def test_a_mixed_schedule_is_kept_in_the_bundle(
     assert again.schedule.cuts == (CUTS[1], CUTS[0])
     image(pipe, again)
     assert pipe.unet.last_run.cuts == by_call
-    listed = subprocess.run(
-        [sys.executable, "-m", "offcut", "inspect", copy], capture_output=True, text=True, check=True
-    ).stdout
-    assert f"{CUTS[1]} and {CUTS[0]}" in " ".join(listed.split())
+    assert f"{CUTS[1]} and {CUTS[0]}" in " ".join(command("inspect", copy).split())
 
 
 def test_documents_from_before_cuts_by_call_are_read(tuned: Tuned) -> None:
@@ -132,17 +127,10 @@ def test_a_cut_that_is_not_there_is_refused(pipe: Any, shapes: Path) -> None:
     assert pipe.unet.schedule is None
 
 
-def test_the_command_takes_all_cuts(shapes: Path, copied: Callable[[Path], Path]) -> None:
-    copy = copied(shapes)
+def test_the_command_takes_all_cuts(shapes: Path, copied: Callable[[Path], Path], command: Callable[..., str]) -> None:
     options = ("--budget", "1.5x", "--cut", "all", "--steps", "5", "--guidance", "3", "--samples", "4")
-    made = subprocess.run(
-        [sys.executable, "-m", "offcut", "tune", copy, *options, "--engine", "onnxruntime", "--threads", "1"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert made.returncode == 0, made.stderr
-    said = " ".join(made.stdout.split())
+    made = command("tune", copied(shapes), *options, "--engine", "onnxruntime", "--threads", "1")
+    said = " ".join(made.split())
     assert "one cut only, deepcache" in said
     assert f"({CUTS[0]})" in said
     assert f"({CUTS[1]})" in said
