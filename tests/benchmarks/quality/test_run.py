@@ -166,7 +166,7 @@ def test_processes_make_what_one_makes(pipe: Any, shapes_bundle: Path, task: Tas
         first, second = (pictures.make(None, task, setting, folder) for folder in (one, several))
         assert first.timeline == second.timeline
         assert (first.pictures == second.pictures).all()
-    crew.make(shapes_bundle, "no engine", task, SETTINGS[1:3], several, workers=2)  # nothing is left to make, or to open
+    crew.make(shapes_bundle, "no engine", task, SETTINGS[1:3], several, workers=2)  # nothing is left to make
 
 
 def test_a_worker_s_error_is_the_caller_s(shapes_bundle: Path, task: Task, tmp_path: Path) -> None:
