@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UserError
+from .controlnet.record import ControlNetReuse
 from .drift.record import Drift
 from .growth.record import Growth
 from .latency.record import Latency
@@ -61,6 +62,7 @@ class Result(BaseModel):
     swap: Swap | None = None
     serving: ServingLoad | None = None
     drift: Drift | None = None
+    controlnet: ControlNetReuse | None = None
 
     def save(self, folder: Path) -> Path:
         """Writes ``result.json`` into a folder, over an older one only when it is whole. Returns its path."""

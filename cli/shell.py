@@ -127,6 +127,20 @@ def bar(total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
+@contextmanager
+def long_bar(total: int) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
+    """A bar over the UNet calls, with the time that is left; what is being done stands before it."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, speed_estimate_period=300) as progress:
+        task = progress.add_task("", total=total)
+        yield (
+            lambda count: progress.advance(task, count),
+            lambda text: progress.update(task, description=text),
+        )
+
+
 def dims_of(text: str | None) -> dict[str, int]:
     """``"batch=2,height=64"`` as a dict."""
     dims = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ..record import Result, write_whole
-from . import cost, drift, growth, load, serving, speed, swap, tables, words
+from . import controlnet, cost, drift, growth, load, serving, speed, swap, tables, words
 from .answers import answers
 from .markup import Markup, join, tag
 
@@ -85,6 +85,12 @@ def _sections(result: Result, folder: Path, index: int) -> Iterator[tuple[str, s
         yield f"quality-{index}", "Quality", cost.section(result.quality, folder, f"quality-{index}")
     if result.drift:
         yield f"drift-{index}", "Drift", drift.section(result.drift, folder, f"drift-{index}")
+    if result.controlnet:
+        yield (
+            f"controlnet-{index}",
+            "ControlNet",
+            controlnet.section(result.controlnet, f"controlnet-{index}"),
+        )
     if result.mlperf:
         yield f"load-{index}", "Load", load.section(result.mlperf, f"load-{index}")
     if result.growth:
@@ -122,7 +128,7 @@ def _warnings(results: Sequence[Result]) -> Markup | None:
 def _doubts(results: Sequence[Result]) -> Iterator[str]:
     for result in results:
         load = result.environment.load
-        timed = result.latency or result.quality or result.mlperf or result.growth
+        timed = result.latency or result.quality or result.mlperf or result.growth or result.controlnet
         if timed and load is not None and load > BUSY:
             yield (
                 f"The machine was not idle: load average {load:g} when “{result.title}” began. Ratios within a round "

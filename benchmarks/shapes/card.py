@@ -79,7 +79,8 @@ def _megabytes(directory: Path) -> str:
     return f"{size / 1e6:.2f} MB"
 
 
-def _curve(rows: list[dict[str, float]], points: int = 12) -> str:
+def curve(rows: list[dict[str, float]], points: int = 12) -> str:
+    """Lines of a table of steps and losses: about `points` of the rows, and the last."""
     chosen = rows[:: max(1, len(rows) // points)]
     if rows and chosen[-1] is not rows[-1]:
         chosen.append(rows[-1])
@@ -138,7 +139,7 @@ def model_card(run: Path, directory: Path, *, guidance: float, steps: int, score
         decoder=_decoder(decoder_rows[-1]) if decoder_rows else "",
         steps=int(rows[-1]["step"]) if rows else 0,
         objects=DenoiserSettings.objects,
-        curve=_curve(rows),
+        curve=curve(rows),
         scores=_scores(scores),
         history=_history(run),
     )

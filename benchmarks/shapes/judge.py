@@ -66,10 +66,21 @@ def look(picture: npt.NDArray[np.uint8]) -> tuple[str, tuple[SeenObject, ...]]:
     if picture.shape != expected or picture.dtype != np.uint8:
         raise ValueError(f"the picture is {picture.dtype} {picture.shape}; pass uint8 {expected}.")
     pixels = picture.astype(np.float32)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    ground = np.median(border, axis=0)
-    patches = _patches(np.linalg.norm(pixels - ground, axis=-1) > _OBJECT_CONTRAST)
+    ground = _ground(pixels)
+    patches = _patches(_unlike(pixels, ground))
     return _nearest(ground, scenes.BACKGROUNDS), tuple(_recognise(pixels, patch) for patch in patches)
+
+
+def object_pixels(picture: npt.NDArray[np.uint8]) -> Mask:
+    """The pixels of `picture`, uint8 (64, 64, 3), whose colour is not the background's: bool (64, 64)."""
+    pixels = picture.astype(np.float32)
+    return _unlike(pixels, _ground(pixels))
+
+
+def intersection_over_union(one: Mask, other: Mask) -> float:
+    """The pixels in both as a share of those in either; 1 where there are none."""
+    either = int((one | other).sum())
+    return float((one & other).sum() / either) if either else 1.0
 
 
 def judge(picture: npt.NDArray[np.uint8], text: str) -> Verdict:
@@ -120,6 +131,16 @@ def stands(relation: scenes.Relation, first: SeenObject, second: SeenObject) -> 
     }[relation]
 
 
+def _ground(pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The background's colour: the median of the picture's border."""
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return np.asarray(np.median(border, axis=0))
+
+
+def _unlike(pixels: npt.NDArray[np.float32], ground: npt.NDArray[np.float32]) -> Mask:
+    return np.asarray(np.linalg.norm(pixels - ground, axis=-1) > _OBJECT_CONTRAST)
+
+
 def _nearest(colour: npt.NDArray[np.float32], names: dict[str, tuple[int, int, int]]) -> str:
     return min(names, key=lambda name: float(np.linalg.norm(colour - np.array(names[name]))))
 
@@ -153,8 +174,4 @@ def _recognise(pixels: npt.NDArray[np.float32], patch: Mask) -> SeenObject:
 def _overlap(patch: Mask, shape: str, x: float, y: float) -> float:
     """Best intersection over union of the patch with the shape of equal area and centre, over a few angles."""
     area = float(patch.sum())
-    return max(_intersection_over_union(patch, scenes.mask(shape, x, y, area, tilt)) for tilt in _TILTS)
-
-
-def _intersection_over_union(one: Mask, other: Mask) -> float:
-    return float((one & other).sum() / max(1, (one | other).sum()))
+    return max(intersection_over_union(patch, scenes.mask(shape, x, y, area, tilt)) for tilt in _TILTS)

@@ -19,6 +19,7 @@ PROMPTS: tuple[str, ...] = (
 """Demonstration prompts: six with one object, then two with a relation."""
 
 DIRECTORY = Path(__file__).parent / "model"
+CONTROL = Path(__file__).parent / "control"
 RUN = Path(__file__).parent / "run"
 
 
@@ -34,3 +35,17 @@ def model_path() -> Path:
             "reinstall offcut, or train it with `python -m offcut.benchmarks.shapes.train`"
         )
     return DIRECTORY
+
+
+def control_path() -> Path:
+    """The directory of the trained model's ControlNet for silhouettes, a diffusers `ControlNetModel`.
+
+    Raises:
+        ModelError: the installation lacks it.
+    """
+    if not (CONTROL / "config.json").exists():
+        raise ModelError(
+            f"the shapes model's ControlNet is missing from {CONTROL}; "
+            "reinstall offcut, or train it with `python -m offcut.benchmarks.shapes.train_control`"
+        )
+    return CONTROL

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from . import compare, drift, growth, latency, mlperf, plan, quality, report, serve, swap
+from . import compare, controlnet, drift, growth, latency, mlperf, plan, quality, report, serve, swap
 
 app = typer.Typer(
     name="bench",
@@ -27,6 +27,7 @@ _COMMANDS: dict[Callable[..., None], str] = {
     growth.growth: "offcut bench growth sd15.offcut --size 256 --build shapes --build sd15 --build sdxl",
     swap.swap: "offcut bench swap sd15.offcut --model stable-diffusion-v1-5 --size 512 -o bench-swap",
     drift.drift: "offcut bench drift sd15.offcut --schedule auto --steps 20 -o bench-drift",
+    controlnet.controlnet: "offcut bench controlnet -o bench-controlnet",
     mlperf.mlperf: "offcut bench mlperf --scenario SingleStream --interval 5",
     plan.plan: "offcut bench plan sd15.offcut --arrival-rate 2 --p99 60 --steps 20 --interval 3 "
     "--export-times t.json\n\n"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from ..shell import EngineName, Json, Threads, err, out, print_json, quiet_libraries, stages
+from ..shell import EngineName, Json, Threads, err, long_bar, out, print_json, quiet_libraries, stages
 from .outcome import Outcome
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ def quality(
     if dry_run:
         return
     total = sum(setting.steps * pictures.missing(task, setting, output / "pictures") for setting in settings)
-    with _progress(total) as (on_call, stage):
+    with long_bar(total) as (on_call, stage):
         if workers > 1:
             stage(f"{workers} processes")
             crew.make(
@@ -241,20 +240,6 @@ def _announce(pipe: Any, task: Task, settings: Sequence[Setting], output: Path, 
         f"about {hours} h {minutes:02d} min, more where a shallow call takes a larger share than on Stable Diffusion",
         highlight=False,
     )
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
-    """A bar over the UNet calls, with the time that is left; what is being done stands before it."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, speed_estimate_period=300) as progress:
-        task = progress.add_task("", total=total)
-        yield (
-            lambda count: progress.advance(task, count),
-            lambda text: progress.update(task, description=text),
-        )
 
 
 def _print(measured: Quality) -> None:

@@ -1,0 +1,1 @@
+"""``offcut bench controlnet``: what it costs and saves that a ControlNet rests on shallow calls."""

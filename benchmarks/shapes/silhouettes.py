@@ -1,0 +1,50 @@
+"""Silhouettes, the pictures that the ControlNet takes: where objects are and which outline they have, no colours."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from . import judge, scenes
+
+
+def silhouette(scene: scenes.Scene) -> npt.NDArray[np.uint8]:
+    """White where the scene has an object, black elsewhere: uint8 (64, 64, 3)."""
+    side = scenes.IMAGE_SIZE
+    rows, columns = np.mgrid[:side, :side].astype(np.float32) + np.float32(0.5)
+    points = np.stack([columns.ravel(), rows.ravel()], axis=1)
+    nearest = np.min([scenes.distance(points, item) for item in scene.items], axis=0)
+    white = np.where(nearest <= 0, 255, 0).astype(np.uint8).reshape(side, side, 1)
+    return np.repeat(white, 3, axis=2)
+
+
+def asked(picture: npt.NDArray[np.uint8]) -> judge.Mask:
+    """The pixels that a silhouette asks an object for: bool (64, 64)."""
+    return np.asarray(picture[..., 0] > 127)
+
+
+def open_caption(scene: scenes.Scene) -> str:
+    """The scene's caption without its sizes: what it leaves open only the silhouette tells."""
+    return scenes.caption(replace(scene, items=tuple(replace(item, says_size=False) for item in scene.items)))
+
+
+def overlaps(pictures: npt.NDArray[np.uint8], wanted: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """Intersection over union of the objects' pixels in each picture with those that its silhouette asks for.
+
+    A picture's objects are its pixels unlike the background, as `judge.look` sees them. Where neither has an object,
+    the two agree: 1.
+
+    Args:
+        pictures, wanted: uint8 (N, 64, 64, 3).
+
+    Returns:
+        (N,), each in [0, 1].
+    """
+    return np.array(
+        [
+            judge.intersection_over_union(judge.object_pixels(made), asked(mask))
+            for made, mask in zip(pictures, wanted, strict=True)
+        ]
+    )

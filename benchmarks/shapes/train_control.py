@@ -1,0 +1,47 @@
+"""Trains the shapes model's ControlNet and exports it: `python -m offcut.benchmarks.shapes.train_control`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...errors import UserError
+from . import control_card, control_stage, model
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Directory of the ControlNet and its card.")] = model.CONTROL,
+    run: Annotated[Path, typer.Option(help="Directory of the checkpoint and the log.")] = model.RUN,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default.")] = 2,
+    steps: Annotated[int, typer.Option(help="Of training.")] = control_stage.ControlSettings.steps,
+    batch: Annotated[int, typer.Option(help="Scenes a step.")] = control_stage.ControlSettings.batch,
+    judged: Annotated[int, typer.Option(help="Scenes that are drawn and judged for the card.", min=1)] = 96,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint; --no-resume starts anew.")] = True,
+) -> None:
+    """Trains a ControlNet that takes silhouettes, on drawn scenes."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    settings = control_stage.ControlSettings(steps=steps, batch=batch)
+    try:
+        trained = control_stage.train_control(run, model.model_path(), settings, device, resume=resume)
+        control_card.export_control(trained, run, model.model_path(), out, judged)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    print(f"exported to {out}")
+
+
+def application() -> typer.Typer:
+    """The command line: one command, `main`."""
+    app = typer.Typer(add_completion=False)
+    app.command()(main)
+    return app
+
+
+if __name__ == "__main__":
+    application()()

@@ -1,0 +1,125 @@
+"""``offcut bench controlnet``: what ``attach(..., reuse_controlnet=True)`` costs and saves, on the shapes model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE
+from rich.table import Table
+
+from ..shell import EngineName, Json, Threads, long_bar, out, print_json, quiet_libraries, stages
+from .outcome import Outcome
+
+if TYPE_CHECKING:
+    from ...benchmarks.controlnet.record import ControlNetReuse
+
+_PACKAGES = ("offcut", "torch", "diffusers", "transformers", "onnxruntime", "openvino", "numpy")
+
+
+def controlnet(
+    bundle: Annotated[
+        Path, typer.Argument(metavar="[BUNDLE]", help="The shapes model's, with --adapter controlnet; built if absent.")
+    ] = Path("shapes-controlnet.offcut"),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Directory of result.json; a run that was cut off goes on there.")
+    ] = Path("bench-controlnet"),
+    controlnet: Annotated[
+        Path | None, typer.Option(help="Directory of a ControlNet for silhouettes; the shapes model's own.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Scenes, each drawn in every way.", min=2)] = 240,
+    steps: Annotated[int, typer.Option(help="Of DDIM.", min=2)] = 50,
+    interval: Annotated[list[int] | None, typer.Option(help="3 and 5 by default. Again for several.", min=2)] = None,
+    warmup: Annotated[int, typer.Option(help="First calls that are full.", min=0)] = 2,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.")] = 3.0,
+    seed: Annotated[int, typer.Option(help="Of the scenes, and of the first image's noise.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Images of a pipeline call.", min=1)] = 8,
+    rounds: Annotated[
+        int, typer.Option(help="Of the times, taken after the images; 0 leaves them to a later run.", min=0)
+    ] = 7,
+    engine: EngineName = "onnxruntime",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Draw scenes under a ControlNet that runs at every call, and under one that rests on shallow calls."""
+    from ...benchmarks.controlnet import draw, ways
+    from ...benchmarks.controlnet.run import run
+    from ...benchmarks.shapes.model import control_path, model_path
+    from ...engines.build import build
+    from ...engines.bundle import Bundle
+    from ...runtime.unet import UNet
+
+    outcome = Outcome(_PACKAGES)
+    net = controlnet or control_path()
+    quiet_libraries()
+    with stages() as stage:
+        build(model_path(), bundle, cuts=[ways.CUT], engine=engine, adapters=["controlnet"], progress=stage)
+    opened = Bundle.open(bundle)
+    unet = UNet.load(opened, engine, threads=threads)
+    try:
+        pipes = draw.Pipelines(unet, model_path(), net)
+        compared = ways.ways(interval or [3, 5], warmup)
+        versions = [f"{name} {outcome.environment.packages.get(name)}" for name in ("diffusers", unet.engine)]
+        task = ways.task(
+            images,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            batch=batch,
+            identity=" ".join([opened.digest, draw.digest(net), *versions]),
+        )
+        pictures = sum(draw.missing(task, way, output / "pictures") for way in compared)
+        timed = (rounds + 1 if rounds else 0) * len(compared) * min(batch, images)
+        with long_bar(steps * (pictures + timed)) as (on_step, stage):
+            measured = run(
+                pipes,
+                task,
+                compared,
+                output,
+                rounds=rounds,
+                model="shapes",
+                controlnet=net.name,
+                on_step=on_step,
+                stage=stage,
+            )
+    finally:
+        unet.close()
+    title = "What a ControlNet that rests on shallow calls costs, on the shapes model"
+    result, path = outcome.save(output, title, controlnet=measured)
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+        return
+    _print(measured)
+    out.print(f"[bold]{path}[/]")
+
+
+def _print(measured: ControlNetReuse) -> None:
+    table = Table(box=SIMPLE)
+    for heading in ("", "full calls", "passes", "PSNR", "worst", "overlap", "right %", "time", "ControlNet"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for row in measured.rows:
+        table.add_row(
+            row.name,
+            f"{row.full_calls} of {row.full_calls + row.shallow_calls}",
+            str(row.passes) if row.control else "",
+            "" if row.psnr is None else f"{row.psnr.mean:.1f}",
+            "" if row.psnr_worst is None else f"{row.psnr_worst:.1f}",
+            f"{row.overlap.mean:.3f}",
+            f"{100 * row.accuracy.mean:.1f}",
+            "" if row.to_uncached is None else f"{row.to_uncached:.2f}",
+            "" if row.share is None or not row.control else f"{100 * row.share:.0f} %",
+        )
+    out.print(table)
+    out.print(
+        f"{measured.images} images a row, {measured.engine}. passes: of the ControlNet. PSNR: dB, to the uncached "
+        "image with the ControlNet. overlap: of objects and silhouette, intersection over union, "
+        f"{measured.drawn_overlap:.3f} for the scenes as drawn. time: of a call of the pipeline, uncached is 1; "
+        "ControlNet: its share.",
+        highlight=False,
+    )
+    for row in measured.rows:
+        if row.change is not None:
+            change = row.change.psnr
+            said = f"{change.mean:+.2f} dB [{change.low:+.2f}, {change.high:+.2f}]"
+            out.print(f"{row.name}: {said} beside the ControlNet at every call", highlight=False)

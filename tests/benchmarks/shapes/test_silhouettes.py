@@ -1,0 +1,70 @@
+"""Silhouettes show what a scene's renderer draws, and overlaps are those of known masks."""
+
+import numpy as np
+import pytest
+
+from offcut.benchmarks.shapes import scenes, silhouettes
+
+TEXT = "a small red circle above a large blue star on a grey background"
+
+
+def scene(text: str = TEXT) -> scenes.Scene:
+    return scenes.scene_from_caption(text, np.random.default_rng(3))
+
+
+def picture(rows: slice, columns: slice, ground: int = 0) -> np.ndarray:
+    made = np.full((64, 64, 3), ground, dtype=np.uint8)
+    made[rows, columns] = 255 - ground
+    return made
+
+
+def test_a_silhouette_is_white_where_the_object_covers_a_pixel_by_half() -> None:
+    asked = scene()
+    mask = silhouettes.silhouette(asked)
+    assert mask.shape == (64, 64, 3)
+    assert set(np.unique(mask)) == {0, 255}
+    plain = scenes.render(asked).astype(float) - scenes.BACKGROUNDS["grey"]
+    inside = np.zeros((64, 64), dtype=bool)
+    for item in asked.items:
+        colour = np.array(scenes.COLOURS[item.colour], dtype=float) - scenes.BACKGROUNDS["grey"]
+        inside |= (plain @ colour) / (colour @ colour) > 0.5
+    agree = inside == (mask[..., 0] > 0)
+    assert agree.mean() > 0.995  # one object's colour also lies a little along the other's
+
+
+def test_the_caption_for_a_silhouette_leaves_sizes_open() -> None:
+    assert silhouettes.open_caption(scene()) == "a red circle above a blue star on a grey background"
+    assert silhouettes.open_caption(scene("an orange cross on a teal background")) == (
+        "an orange cross on a teal background"
+    )
+
+
+@pytest.mark.parametrize("ground", [0, 255])
+def test_overlaps_are_those_of_the_masks(ground: int) -> None:
+    wanted = picture(slice(10, 30), slice(10, 30))
+    drawn = {
+        "the same": (picture(slice(10, 30), slice(10, 30), ground), 1.0),
+        "half of it": (picture(slice(10, 20), slice(10, 30), ground), 0.5),
+        "moved by half": (picture(slice(20, 40), slice(10, 30), ground), 1 / 3),
+        "elsewhere": (picture(slice(35, 55), slice(35, 55), ground), 0.0),
+        "nothing": (picture(slice(0, 0), slice(0, 0), ground), 0.0),
+    }
+    made = np.stack([shown for shown, _ in drawn.values()])
+    found = silhouettes.overlaps(made, np.stack([wanted] * len(drawn)))
+    assert found == pytest.approx([value for _, value in drawn.values()])
+
+
+def test_an_empty_picture_agrees_with_an_empty_silhouette() -> None:
+    empty = picture(slice(0, 0), slice(0, 0))[None]
+    assert silhouettes.overlaps(empty, empty) == [1.0]
+
+
+def test_drawn_scenes_overlap_with_their_own_silhouettes_only() -> None:
+    rng = np.random.default_rng(5)
+    asked = [scenes.sample_scene(rng) for _ in range(20)]
+    masks = np.stack([silhouettes.silhouette(each) for each in asked])
+    drawn = np.stack([scenes.render(each) for each in asked])
+    own, others = silhouettes.overlaps(drawn, masks), silhouettes.overlaps(drawn, np.roll(masks, 1, axis=0))
+    assert own.min() > 0.7
+    assert own.mean() > 0.85
+    assert others.mean() < 0.5
