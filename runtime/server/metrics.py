@@ -30,6 +30,7 @@ class Metrics:
         labels: their names; none where there is one worker.
 
     Attributes:
+        registry: where more may be added.
         queue_seconds: from a request's arrival until work on it began.
         step_seconds: of a UNet call as its request sees it, by kind: with the wait for others at the same call.
         request_seconds: from arrival to end, by outcome.
@@ -37,34 +38,34 @@ class Metrics:
     """
 
     def __init__(self, workers: Callable[[], Workers], labels: Sequence[str] = ()) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(_OfWorkers(workers, tuple(labels)))
-        ProcessCollector(registry=self._registry)
+        self.registry = CollectorRegistry()
+        self.registry.register(_OfWorkers(workers, tuple(labels)))
+        ProcessCollector(registry=self.registry)
         self.queue_seconds = Histogram(
             "offcut_queue_seconds",
             "From a request's arrival until work on it began.",
             buckets=(0.001, 0.01, *REQUEST_SECONDS),
-            registry=self._registry,
+            registry=self.registry,
         )
         self.step_seconds = Histogram(
             "offcut_step_seconds",
             "A UNet call as its request sees it.",
             ["kind"],
             buckets=STEP_SECONDS,
-            registry=self._registry,
+            registry=self.registry,
         )
         self.request_seconds = Histogram(
             "offcut_request_seconds",
             "From a request's arrival to its end.",
             ["outcome"],
             buckets=REQUEST_SECONDS,
-            registry=self._registry,
+            registry=self.registry,
         )
         self.rejections = Counter(
             "offcut_rejections_total",
             "Requests that were answered with an error.",
             ["reason"],
-            registry=self._registry,
+            registry=self.registry,
         )
         for kind in KINDS:
             self.step_seconds.labels(kind)
@@ -75,7 +76,7 @@ class Metrics:
 
     def text(self) -> bytes:
         """In Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
 
 class _OfWorkers(Collector):
