@@ -53,7 +53,7 @@ def write_repository(bundle: Bundle, folder: Path, *, name: str, engine: str, de
         raise UserError("the bundle was built for deployment, and its graphs are gone: build it without --deploy")
     bundle.verify_files({*engine_files(entry, variant), *variant.graphs.files})
     contract = bundle.graphs(entry)
-    onnx = {None: bundle.path / variant.graphs.full}
+    onnx: dict[str | None, Path] = {None: bundle.path / variant.graphs.full}
     onnx |= {cut: bundle.path / variant.graphs.shallow[cut] for cut in entry.shallow}
     written = []
     for cut, graph in onnx.items():

@@ -69,7 +69,7 @@ class Going(ABC):
         closed: called at the end of the context.
     """
 
-    def __init__(self, asked: Wanted, closed: Callable[[Self], None]) -> None:
+    def __init__(self, asked: Wanted, closed: Callable[[Any], None]) -> None:
         self.asked = asked
         self.events: asyncio.Queue[Event | None] = asyncio.Queue()
         """Of the drawing as it goes on; None at its end."""

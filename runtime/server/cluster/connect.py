@@ -89,7 +89,7 @@ def _on_this_machine() -> str:
     """The address of the one cluster that this machine has a node of."""
     import psutil
 
-    found = set()
+    found: set[str] = set()
     for process in psutil.process_iter(["name", "cmdline"]):
         if process.info["name"] == "raylet":
             words = [word for line in process.info["cmdline"] or () for word in line.split()]

@@ -33,7 +33,7 @@ class Ingress:
         version: of the deployment.
     """
 
-    async def __init__(self, replicas: Any, plan: Plan, version: str) -> None:
+    async def __init__(self, replicas: Any, plan: Plan, version: str) -> None:  # type: ignore[misc]  # Ray awaits it
         settings = replace(plan.settings, api_key=plan.settings.api_key or os.environ.get(KEY) or None)
         models = await self._ask(replicas, version)
         self._front = Front(replicas, replace(plan, settings=settings), models)

@@ -58,7 +58,7 @@ class Replica:
         version: of the deployment, so that its own ingress knows it from those that it replaces.
     """
 
-    async def __init__(self, plan: Plan, version: str) -> None:
+    async def __init__(self, plan: Plan, version: str) -> None:  # type: ignore[misc]  # Ray awaits it
         self._plan, self._version = plan, version
         self._settings = replace(plan.settings, api_key=None)
         self._name = serve.get_replica_context().replica_tag
@@ -72,7 +72,7 @@ class Replica:
             return opened
 
         self._load = serve.multiplexed(max_num_models_per_replica=plan.loaded)(load)
-        for name in reversed(plan.recipes):  # each is tried, and the first ones stay open
+        for name in reversed(list(plan.recipes)):  # each is tried, and the first ones stay open
             await self._load(name)
 
     async def draw(self, name: str | None, body: Mapping[str, Any], each_step: bool) -> AsyncIterator[Message]:
