@@ -35,8 +35,8 @@ pytestmark = pytest.mark.slow
 
 STEPS = 6
 OPTIONS = ["--engine", "onnxruntime", "--threads", "1", "--steps", str(STEPS), "--interval", "3", "--warmup", "0"]
-LOAD = ["--max-in-flight", "3", "--max-queue", "6", "--max-steps", "1000"]
-LONG = {"prompt": "a", "num_inference_steps": 1000, "interval": 1}
+LOAD = ["--max-in-flight", "3", "--max-queue", "6", "--max-steps", "900"]
+LONG = {"prompt": "a", "num_inference_steps": 900, "interval": 1}
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_clients_that_go_away_free_their_places_and_a_full_queue_says_so(cluster
 
 
 def test_a_replica_that_is_killed_under_load_loses_no_request(cluster: Cluster, draws: Any) -> None:
-    steps = 400
+    steps = 250
     asked = [{"prompt": "a", "num_inference_steps": steps, "seed": seed} for seed in range(8)]
     begun = threading.Barrier(len(asked) + 1, timeout=LIMIT)
 
@@ -161,7 +161,7 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(cluster: Cluster, 
     with ThreadPoolExecutor(len(asked)) as crowd:
         answers = [crowd.submit(ask, body) for body in asked]
         begun.wait()
-        until(lambda: counted(cluster, "offcut_in_flight_requests") == 6)
+        until(lambda: counted(cluster, "offcut_in_flight_requests") > 3)  # each has three places, so both have work
         killed = next(iter(replicas))
         replicas[killed].send_signal(signal.SIGKILL)
         heard = [answer.result() for answer in answers]
