@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from importlib.metadata import version
 from importlib.resources import files
 from string import Template
 
@@ -33,6 +34,7 @@ def manifest(plan: Plan) -> str:
     if scale.gpus:
         limits["nvidia.com/gpu"] = f"{max(scale.gpus, 1):g}"
     return text.substitute(
+        version=version("ray"),
         serve=textwrap.indent(config, " " * 4).rstrip(),
         least=scale.least,
         most=scale.most,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def test_it_is_a_rayservice(manifest: Any) -> None:
     spec = manifest["spec"]
     assert set(spec) == {"serveConfigV2", "rayClusterConfig"}
     cluster = spec["rayClusterConfig"]
+    assert cluster["rayVersion"] == version("ray")
     (workers,) = cluster["workerGroupSpecs"]
     assert (workers["replicas"], workers["minReplicas"], workers["maxReplicas"]) == (1, 1, 4)
     for group in (cluster["headGroupSpec"], workers):
