@@ -43,11 +43,11 @@ clean:  ## remove what the targets made
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[cpu,rtx,bench,serve,test]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[cpu,rtx,bench,serve,ray,test]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[cpu,rtx,bench,serve,test,dev]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[cpu,rtx,bench,serve,ray,test,dev]'
 	touch $@
 
 $(OLDER)/installed: pyproject.toml constraints-older.txt

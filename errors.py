@@ -16,6 +16,7 @@
     │       ├── LimitError            more than a server allows
     │       ├── DeadlineError         its deadline passed
     │       ├── RequestCancelledError somebody cancelled it
+    │       ├── ReplicaLostError      the replicas of a cluster that drew it ended
     │       └── WorkerClosedError     the worker takes no more
     └── InternalError             a fault of offcut itself: please report it, with the traceback
         └── EngineFaultError      an engine failed under requests in flight; their worker is unhealthy
@@ -89,6 +90,9 @@ class LimitError(RequestError):
         super().__init__(message)
         self.field = field
 
+    def __reduce__(self) -> tuple[type[LimitError], tuple[str | None, str]]:
+        return type(self), (self.field, str(self))
+
 
 class DeadlineError(RequestError):
     """The request's deadline passed before it was done."""
@@ -96,6 +100,10 @@ class DeadlineError(RequestError):
 
 class RequestCancelledError(RequestError):
     """The request was cancelled."""
+
+
+class ReplicaLostError(RequestError):
+    """Each replica of a cluster that drew the request ended before it was done; another try may succeed."""
 
 
 class WorkerClosedError(RequestError):

@@ -54,7 +54,7 @@ _COMMANDS: dict[Callable[..., None], str] = {
     tuning.tune: "offcut tune sd15.offcut --budget 2.5x --sampler DPMSolverMultistepScheduler --steps 20 --pareto",
     images.run: 'offcut run sd15.offcut "a lighthouse in a storm" -o out.png --interval 5 --compare',
     images.demo: "offcut demo -o demo.png",
-    serve.serve: "offcut serve sd15.offcut --interval 5 --port 8000",
+    serve.serve: "offcut serve sd15.offcut --interval 5 --port 8000\n\noffcut serve sd15.offcut --ray --replicas 2",
 }
 for _command, _example in _COMMANDS.items():
     app.command(epilog=f"Example:  {_example}")(_command)

@@ -67,6 +67,10 @@ def build(
     deploy: Annotated[
         bool, typer.Option("--deploy", help="Leave the ONNX graphs out; every engine must be a compiled one.")
     ] = False,
+    triton: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the graphs as models of Triton too, for onnxruntime or tensorrt."),
+    ] = None,
     compile_all: Annotated[
         bool, typer.Option("--compile-all", help="Text encoders and autoencoder too; a bundle without PyTorch weights.")
     ] = False,
@@ -166,7 +170,22 @@ def build(
             calibration=Calibration(**given) if precision in LOW_PRECISIONS else None,
             progress=stage,
         )
+        if triton is not None:
+            stage("write the models for Triton")
+            _write_triton(bundle, triton, output, device)
     _print_bundle(bundle, as_json)
+
+
+def _write_triton(bundle: Bundle, folder: Path, output: Path, device: str) -> None:
+    from ..engines.triton import BACKENDS, write_repository
+    from ..errors import UserError
+
+    built = {entry.engine for entry in bundle.manifest.engines.values()}
+    engine = next((name for name in reversed(BACKENDS) if name in built), "")
+    if not engine:
+        raise UserError(f"Triton runs none of this bundle's engines: add --engine {' or '.join(BACKENDS)}")
+    name = output.resolve().name.removesuffix(".offcut")
+    write_repository(bundle, folder, name=name, engine=engine, device=device)
 
 
 def inspect(

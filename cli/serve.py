@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .shell import BundleArgument, Device, EngineName, Loras, Provider, Threads, err, loras_of, quiet_libraries, stages
+from .cluster import Cluster, say, serve_on_cluster
+from .shell import Device, EngineName, Loras, Provider, Threads, err, loras_of, quiet_libraries, stages
 
 if TYPE_CHECKING:
+    from ..runtime.server.opening import Recipe
     from ..runtime.server.settings import Settings
 
 _WHERE = {"rich_help_panel": "Where, and for whom"}
 _DEFAULTS = {"rich_help_panel": "For requests that do not say"}
 _LIMITS = {"rich_help_panel": "The most that a request may ask for"}
 _LOAD = {"rich_help_panel": "How much at once"}
+_RAY = {"rich_help_panel": "More devices, more machines"}
 
 _PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 
 
 def serve(
-    bundle: BundleArgument,
+    bundles: Annotated[
+        list[Path], typer.Argument(metavar="BUNDLE", help="That offcut build made; with --ray there may be several.")
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on; this machine alone by default.", **_WHERE)] = (
         "127.0.0.1"
     ),
@@ -45,7 +52,12 @@ def serve(
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Of the model, for clients; the bundle's own by default.", **_WHERE)
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Of the model, for clients; the bundle's own by default. Again for each bundle.",
+            **_WHERE,
+        ),
     ] = None,
     interval: Annotated[
         int, typer.Option(help="Full UNet every N calls; 1 is uncached. Costs quality.", min=1, **_DEFAULTS)
@@ -90,6 +102,51 @@ def serve(
     drain: Annotated[
         float, typer.Option(help="Seconds that requests have to finish after SIGTERM.", min=0.1, **_LOAD)
     ] = 300.0,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Serve with Ray Serve: one replica a device, one ingress before them.", **_RAY)
+    ] = False,
+    replicas: Annotated[
+        str,
+        typer.Option(metavar="N or LOW..HIGH", help="Replicas; between two numbers as the queue needs them.", **_RAY),
+    ] = "1",
+    replica_cpus: Annotated[
+        float | None, typer.Option(help="That Ray reserves for a replica; --threads, else 1.", min=0, **_RAY)
+    ] = None,
+    replica_gpus: Annotated[
+        float | None, typer.Option(help="That Ray reserves for a replica; 1 on cuda, else none.", min=0, **_RAY)
+    ] = None,
+    loaded: Annotated[
+        int | None, typer.Option(help="Bundles that a replica keeps open at once; all by default.", min=1, **_RAY)
+    ] = None,
+    surge: Annotated[
+        int,
+        typer.Option(
+            help="Percent of the replicas that an update may start beside the old ones, which else end first.",
+            min=0,
+            max=100,
+            **_RAY,
+        ),
+    ] = 0,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RAY_ADDRESS",
+            show_envvar=True,
+            help="Deploy to this cluster and return; else one starts on this machine, and ends with the command.",
+            **_RAY,
+        ),
+    ] = None,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update",
+            help="Put these bundles in the place of what a cluster serves, this machine's by default, and return.",
+            **_RAY,
+        ),
+    ] = False,
+    kuberay: Annotated[
+        bool, typer.Option("--kuberay", help="Print a manifest for Kubernetes instead of serving.", **_RAY)
+    ] = False,
     sampler: Annotated[str | None, typer.Option(help="The scheduler's class in diffusers; the model's own.")] = None,
     engine: EngineName = "auto",
     device: Device = "cpu",
@@ -102,28 +159,23 @@ def serve(
     Requests at different steps share engine calls. SIGTERM lets those in flight finish; an engine that fails ends the
     process with an error, so let a process manager start it again.
     """
-    from ..errors import MissingExtraError
+    from ..errors import MissingExtraError, UserError
 
     for module, package in _PACKAGES.items():
         if find_spec(module) is None:
             raise MissingExtraError("offcut serve", package, "serve")
     from ..engines.bundle import Bundle
 
-    opened = Bundle.open(bundle)  # before what takes seconds to import
-    from ..runtime.batching import Worker
+    for bundle in () if kuberay else bundles:  # before what takes seconds to import
+        Bundle.open(bundle)
     from ..runtime.batching.policy import policy_of
-    from ..runtime.draw import with_class
-    from ..runtime.pipeline import load
     from ..runtime.server.guard import hosts_for
-    from ..runtime.server.run import listen
-    from ..runtime.server.run import serve as run
-    from ..runtime.server.served import Served
-    from ..runtime.server.service import Service
+    from ..runtime.server.opening import Recipe
     from ..runtime.server.settings import Limits, Settings
 
     settings = Settings(
         api_key=api_key,
-        hosts=hosts_for(host, allow_host or ()),
+        hosts=hosts_for("0.0.0.0" if kuberay else host, allow_host or ()),
         limits=Limits(
             prompt_chars=max_prompt,
             steps=max_steps,
@@ -141,40 +193,52 @@ def serve(
         schedule=schedule,
         forecast=forecast,
     )
-    chosen = policy_of(policy)
+    policy_of(policy)
+    first = Recipe(
+        bundle=str(bundles[0].resolve()),
+        engine=engine,
+        device=device,
+        provider=provider,
+        threads=threads,
+        sampler=sampler,
+        loras=tuple((str(Path(path).resolve()), scale) for path, scale in loras_of(lora).items()),
+        max_in_flight=max_in_flight,
+        max_queue=max_queue,
+        max_batch=max_batch,
+        cache_bytes=cache_mib * 2**20,
+        policy=policy,
+    )
+    recipes = _named([replace(first, bundle=str(bundle.resolve())) for bundle in bundles], name or [])
+    if ray:
+        cluster = Cluster(host, port, ray_address, update, kuberay, replicas, replica_cpus, replica_gpus, surge, loaded)
+        serve_on_cluster(recipes, settings, cluster)
+        return
+    if len(recipes) > 1 or update or kuberay:
+        raise UserError("several bundles, updates and manifests are Ray's: add --ray")
+    ((model, recipe),) = recipes.items()
+    _serve_here(recipe, settings, model, host, port)
+
+
+def _named(recipes: Sequence[Recipe], names: Sequence[str]) -> dict[str, Recipe]:
+    from ..errors import UserError
+
+    named = {recipe.name: recipe for recipe in recipes} if not names else dict(zip(names, recipes, strict=False))
+    if len(named) != len(recipes) or len(names) > len(recipes):
+        raise UserError("each bundle needs a name of its own: give --name once for each")
+    return named
+
+
+def _serve_here(recipe: Recipe, settings: Settings, name: str, host: str, port: int) -> None:
+    from ..engines.bundle import Bundle
+    from ..runtime.server.opening import open_service
+    from ..runtime.server.run import listen
+    from ..runtime.server.run import serve as run
+
     address = listen(host, port)
-    choice = opened.choose_engine(engine, device)
+    opened = Bundle.open(recipe.bundle)
+    choice = opened.choose_engine(recipe.engine, recipe.device)
     err.print(f"engine {choice.name}: {choice.reason}", highlight=False)
     quiet_libraries()
     with stages() as stage:
-        stage("load the bundle")
-        pipe = load(opened, choice.name, device=device, provider=provider, threads=threads)
-        served = Served.of(pipe, opened, choice.name, device, name or _name_of(bundle))
-        if sampler is not None:
-            served.pipe.scheduler = with_class(served.pipe.scheduler, sampler)
-        for path, scale in loras_of(lora).items():
-            stage(f"load the LoRA {Path(path).name} at {scale:g}")
-            served.pipe.unet.load_lora(path, scale)
-        stage("draw once to warm up")
-        served.warm_up(guidance)
-    worker = Worker(
-        served.pipe,
-        max_in_flight=max_in_flight,
-        max_queue=max_queue,
-        cache_bytes=cache_mib * 2**20,
-        max_batch=max_batch,
-        policy=chosen,
-    )
-    run(Service(worker, served, settings), address, lambda bound: _say(host, bound, settings, served.name))
-
-
-def _name_of(bundle: Path) -> str:
-    return bundle.resolve().name.removesuffix(".offcut")
-
-
-def _say(host: str, port: int, settings: Settings, name: str) -> None:
-    shown = f"[{host}]" if ":" in host else host
-    # One line that scripts can read, whatever the width of the terminal.
-    err.print(f"{name} on http://{shown}:{port}", highlight=False, markup=False, soft_wrap=True)
-    if settings.api_key is None and settings.hosts is None:
-        err.print("everybody who reaches this machine may use it: think of --api-key", style="yellow")
+        service = open_service(recipe, settings, name, opened, stage)
+    run(service, address, lambda bound: say(host, bound, settings, name))

@@ -14,13 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from .drawing import Drawing
 from .events import EventStream, cancel, gone
+from .going import Going
 from .guard import Guard
+from .offer import Offer
 from .problems import INTERNAL, INVALID, Problem, invalid, json_response
 from .replies import images, model
 from .schemas import GenerationRequest
-from .service import Service
 
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -29,38 +29,38 @@ _PAGE = {
 }
 
 
-def create_app(service: Service) -> ASGIApp:
+def create_app(offer: Offer) -> ASGIApp:
     """The whole application, guard included."""
     app = FastAPI(title="offcut", docs_url=None, redoc_url=None, redirect_slashes=False)
-    _health(app, service)
-    _models(app, service)
+    _health(app, offer)
+    _models(app, offer)
     _page(app)
-    _errors(app, service)
+    _errors(app, offer)
 
     @app.post("/v1/images/generations", response_model=None)
     async def generate(body: GenerationRequest, request: Request) -> Response:
         """Images for a prompt, as OpenAI's API has it."""
-        if body.model not in (None, service.served.name):
-            problem = _unknown_model(service)
-            service.refused(problem)
+        if body.model is not None and body.model not in offer.models:
+            problem = _unknown_model(offer)
+            offer.refused(problem)
             return problem.response()
         try:
-            drawing = service.draw(body)
+            drawing = offer.draw(body)
         except Exception as error:
-            return service.problem(error).response()
+            return offer.problem(error).response()
         if body.stream:
-            return EventStream(drawing, service.problem)
-        return await _whole(drawing, service, request)
+            return EventStream(drawing, offer.problem)
+        return await _whole(drawing, offer, request)
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
         """For Prometheus."""
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await offer.measured(), media_type=CONTENT_TYPE_LATEST)
 
-    return Guard(app, service.settings, service.refused)
+    return Guard(app, offer.settings, offer.refused)
 
 
-async def _whole(drawing: Drawing, service: Service, request: Request) -> Response:
+async def _whole(drawing: Going, offer: Offer, request: Request) -> Response:
     """All images at once; a client that goes away before they are done gives its place up."""
     with drawing:
         working = asyncio.ensure_future(drawing.result())
@@ -71,42 +71,42 @@ async def _whole(drawing: Drawing, service: Service, request: Request) -> Respon
                 return Response(status_code=499)  # nobody reads it
             drawn = working.result()
         except Exception as error:
-            return service.problem(error).response()
+            return offer.problem(error).response()
         finally:
             await cancel(working, leaving)
         return json_response(images(drawing.asked, drawn))
 
 
-def _health(app: FastAPI, service: Service) -> None:
+def _health(app: FastAPI, offer: Offer) -> None:
     """The two questions of KServe's Open Inference Protocol."""
 
     @app.get("/v2/health/live", response_model=None)
     async def live() -> Response:
         """Whether the engines work; if not, the process is about to end."""
-        works = service.fault is None
+        works = offer.fault is None
         return json_response({"live": works}, 200 if works else 503)
 
     @app.get("/v2/health/ready", response_model=None)
     async def ready() -> Response:
         """Whether requests are taken."""
-        return json_response({"ready": service.ready}, 200 if service.ready else 503)
+        return json_response({"ready": offer.ready}, 200 if offer.ready else 503)
 
 
-def _models(app: FastAPI, service: Service) -> None:
-    def found() -> dict[str, Any]:
-        return model(service.served, service.settings, service.started)
+def _models(app: FastAPI, offer: Offer) -> None:
+    def found(name: str) -> dict[str, Any]:
+        return model(offer.models[name], offer.settings, offer.started)
 
     @app.get("/v1/models", response_model=None)
     async def models() -> Response:
-        """The one model that is served."""
-        return json_response({"object": "list", "data": [found()]})
+        """All that are served, first the one for requests that name none."""
+        return json_response({"object": "list", "data": [found(name) for name in offer.models]})
 
     @app.get("/v1/models/{name:path}", response_model=None)
     async def one(name: str) -> Response:
-        """The same by its name."""
-        if name != service.served.name:
-            return _unknown_model(service).response()
-        return json_response(found())
+        """One of them by its name."""
+        if name not in offer.models:
+            return _unknown_model(offer).response()
+        return json_response(found(name))
 
 
 def _page(app: FastAPI) -> None:
@@ -123,7 +123,7 @@ def _file(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
     return answer
 
 
-def _errors(app: FastAPI, service: Service) -> None:
+def _errors(app: FastAPI, offer: Offer) -> None:
     """Whatever goes wrong, the reply is JSON in OpenAI's form."""
 
     async def body(request: Request, error: Exception) -> Response:
@@ -138,7 +138,7 @@ def _errors(app: FastAPI, service: Service) -> None:
         return _told(INTERNAL)  # uvicorn writes the traceback to the log
 
     def _told(problem: Problem) -> Response:
-        service.refused(problem)
+        offer.refused(problem)
         return problem.response()
 
     app.add_exception_handler(RequestValidationError, body)
@@ -154,6 +154,7 @@ def _http_problem(status: int) -> Problem:
     return Problem(400, "the body is no JSON that can be read", INVALID, "invalid_json")
 
 
-def _unknown_model(service: Service) -> Problem:
-    message = f"this server has one model, {service.served.name!r}: ask for that, or leave model out"
-    return Problem(404, message, INVALID, "model_not_found", "model")
+def _unknown_model(offer: Offer) -> Problem:
+    names = [repr(name) for name in offer.models]
+    there = f"one model, {names[0]}: ask for that" if len(names) == 1 else f"{', '.join(names)}: ask for one of these"
+    return Problem(404, f"this server has {there}, or leave model out", INVALID, "model_not_found", "model")

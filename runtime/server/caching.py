@@ -8,8 +8,8 @@ from ...errors import LimitError, ScheduleError, UserError
 from ..forecast import Extrapolate, Forecast
 from ..schedule import Schedule, Uniform, parse
 from ..tuning.artifact import tuned_name
+from .model import Model
 from .schemas import GenerationRequest
-from .served import Served
 from .settings import Settings
 
 
@@ -30,7 +30,7 @@ class Caching:
     forecast: Forecast | None
 
 
-def caching(body: GenerationRequest, served: Served, settings: Settings, steps: int, guidance: float) -> Caching:
+def caching(body: GenerationRequest, served: Model, settings: Settings, steps: int, guidance: float) -> Caching:
     """What a request asks for, or the server's own.
 
     Raises:
@@ -63,7 +63,7 @@ def caching(body: GenerationRequest, served: Served, settings: Settings, steps: 
     return Caching(made, None if made is None else str(made), body.cut, forecast)
 
 
-def _plain(body: GenerationRequest, served: Served, settings: Settings, text: str | None) -> Schedule | None:
+def _plain(body: GenerationRequest, served: Model, settings: Settings, text: str | None) -> Schedule | None:
     if text is not None:
         return parse(text, warmup=body.warmup)
     interval = body.interval or (settings.interval if served.cuts else 1)
@@ -71,7 +71,7 @@ def _plain(body: GenerationRequest, served: Served, settings: Settings, text: st
     return Uniform(interval, warmup=warmup) if interval > 1 else None
 
 
-def _tuned(body: GenerationRequest, served: Served, name: str, steps: int, guidance: float) -> Caching:
+def _tuned(body: GenerationRequest, served: Model, name: str, steps: int, guidance: float) -> Caching:
     own = {"warmup": body.warmup, "cut": body.cut, "forecast": body.forecast}
     for field, value in own.items():
         if value is not None:

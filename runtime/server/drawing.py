@@ -1,4 +1,4 @@
-"""One request on its way: a worker's threads draw, a coroutine waits and tells its client."""
+"""A request in a worker: its threads draw, a coroutine waits and tells its client."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import io
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InternalError, LimitError
 from ..batching import Step, Ticket, Worker
-from ..batching.worker import outcome_of
+from .going import Drawn, Going, Preview, Progress
 from .metrics import Metrics
 from .previews import preview, preview_steps
 from .wanted import Wanted
@@ -23,57 +22,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-@dataclass(frozen=True)
-class Progress:
-    """A UNet call that was made.
-
-    Attributes:
-        step: its number, from 1.
-        total: how many there will be; None where nobody knows.
-        kind: ``full`` or ``shallow``.
-        seconds: since the last one, or since work on the request began.
-        rows: of the engine call that others may have shared.
-    """
-
-    step: int
-    total: int | None
-    kind: str
-    seconds: float
-    rows: int
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What the image looks like so far: a PNG in base64, and after which step of the scheduler, from 1."""
-
-    index: int
-    step: int
-    size: tuple[int, int]
-    png: str
-
-
-Event = Progress | Preview
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What came of a request.
-
-    Attributes:
-        images: as PNG in base64.
-        seconds: from the beginning of the work to its end, previews left out.
-        queue_seconds: before that.
-        timeline: of the UNet calls, ``#`` for a full and ``.`` for a shallow one.
-    """
-
-    images: tuple[str, ...]
-    seconds: float
-    queue_seconds: float
-    timeline: str
-
-
-class Drawing:
-    """A request in a worker. Made, and used, in the event loop; a context that gives up what is unfinished at its end.
+class Drawing(Going):
+    """A request in a worker.
 
     Args:
         worker: draws.
@@ -86,13 +36,9 @@ class Drawing:
     """
 
     def __init__(self, worker: Worker, asked: Wanted, metrics: Metrics, closed: Callable[[Drawing], None]) -> None:
-        self.asked = asked
-        self.events: asyncio.Queue[Event | None] = asyncio.Queue()
-        """Of the drawing as it goes on; None at its end."""
+        super().__init__(asked, closed)
         self._loop = asyncio.get_running_loop()
-        self._ended: asyncio.Future[Any] = self._loop.create_future()
-        self._metrics, self._closed = metrics, closed
-        self._left = False
+        self._metrics = metrics
         self._timeline: list[str] = []
         self._submitted = self._last = time.monotonic()
         arguments = asked.pipeline_arguments()
@@ -111,19 +57,7 @@ class Drawing:
         self._sent.set()
         self._ticket.future.add_done_callback(lambda future: self._tell(self._finish))
 
-    @property
-    def outcome(self) -> str:
-        """``done``, ``failed``, ``cancelled``, ``expired`` or ``fault``."""
-        if not self._ended.done():
-            return "cancelled"
-        return outcome_of(self._ended.exception())
-
     async def result(self) -> Drawn:
-        """The images, once they are done.
-
-        Raises:
-            Exception: what the request came to instead.
-        """
         output = await asyncio.shield(self._ended)
         done = time.monotonic()
         if any(getattr(output, "nsfw_content_detected", None) or ()):  # then it is black
@@ -139,23 +73,9 @@ class Drawing:
             timeline="".join(self._timeline),
         )
 
-    def fail(self, error: Exception) -> None:
-        """Tell the client this, whatever becomes of the drawing, and stop that at its next step."""
-        self._ticket.cancel()
-        if not self._ended.done():
-            self._ended.set_exception(error)
-            self.events.put_nowait(None)
-
-    def __enter__(self) -> Drawing:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def _stop(self) -> None:
         if not self._ticket.future.done():
             self._ticket.cancel()
-        if self._ended.done() and not self._ended.cancelled():
-            self._ended.exception()  # whoever went away does not ask for it
-        self._left = True
-        self._closed(self)
 
     # In the loop
 
@@ -163,14 +83,8 @@ class Drawing:
         future = self._ticket.future
         if self._ticket.started is not None:
             self._metrics.queue_seconds.observe(self._ticket.started - self._submitted)
-        if self._ended.done() or self._left:
-            return
         error = future.exception()
-        if error is None:
-            self._ended.set_result(future.result())
-        else:
-            self._ended.set_exception(error)
-        self.events.put_nowait(None)
+        self._end(future.result() if error is None else error)
 
     # In the request's thread
 

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .drawing import Drawing, Event, Preview
+from .going import Event, Going, Preview
 from .problems import Problem
 from .replies import completed
 
@@ -30,7 +30,7 @@ class EventStream(Response):
         problem: tells a client of an error.
     """
 
-    def __init__(self, drawing: Drawing, problem: Callable[[BaseException], Problem]) -> None:
+    def __init__(self, drawing: Going, problem: Callable[[BaseException], Problem]) -> None:
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
         self._drawing, self._problem = drawing, problem

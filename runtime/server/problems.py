@@ -17,6 +17,7 @@ from ...errors import (
     EngineFaultError,
     LimitError,
     QueueFullError,
+    ReplicaLostError,
     RequestCancelledError,
     ScheduleError,
     ShapeError,
@@ -81,6 +82,7 @@ CODES = (
     *dict.fromkeys(code for _, _, code in _REQUESTS.values()),
     "draining",
     "engine_fault",
+    "replica_lost",
     "internal_error",
     "invalid_request",
     "invalid_json",
@@ -98,6 +100,9 @@ CODES = (
 
 DRAINING = Problem(503, "this server is shutting down: send the request to another one", SERVER, "draining", None, 5)
 FAULT = Problem(503, "the engine failed, and the server restarts: try again", SERVER, "engine_fault", None, 10)
+LOST = Problem(
+    503, "the replicas that drew this were lost: send it again, with its seed", SERVER, "replica_lost", None, 5
+)
 INTERNAL = Problem(500, "the server failed on this request; its log says how", SERVER, "internal_error")
 
 
@@ -107,6 +112,8 @@ def problem_of(error: BaseException, statistics: Statistics) -> Problem:
         return FAULT
     if isinstance(error, WorkerClosedError):
         return DRAINING
+    if isinstance(error, ReplicaLostError):
+        return LOST
     for kind, (status, of_type, code) in _REQUESTS.items():
         if isinstance(error, kind):
             later = retry_after(statistics) if status == 429 else None

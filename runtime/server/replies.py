@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from .drawing import Drawn
-from .served import Served
+from .going import Drawn
+from .model import Model
 from .settings import Settings
 from .wanted import Wanted
 
@@ -49,7 +49,7 @@ def _how(asked: Wanted, drawn: Drawn) -> dict[str, Any]:
     }
 
 
-def model(served: Served, settings: Settings, created: int) -> dict[str, Any]:
+def model(served: Model, settings: Settings, created: int) -> dict[str, Any]:
     """OpenAI's ``Model``, and under ``offcut`` what requests may ask of it."""
     limits = settings.limits
     return {

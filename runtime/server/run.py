@@ -12,7 +12,8 @@ import uvicorn
 
 from ...errors import EngineFaultError, UserError
 from .app import create_app
-from .service import Service, log
+from .offer import log
+from .service import Service
 
 _SENDING = 10
 """Seconds that clients have to read what was sent to them, once everything is drawn."""

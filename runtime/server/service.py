@@ -1,24 +1,22 @@
-"""What the routes of a server share: the worker, its drawings, and whether it is ready."""
+"""One worker as a server offers it: its drawings, and whether it is ready."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ...errors import EngineFaultError, InternalError, LimitError, UserError, WorkerClosedError
 from ..batching import Statistics, Worker
 from .caching import caching
 from .drawing import Drawing
 from .metrics import Metrics
-from .problems import FAULT, INTERNAL, Problem, problem_of
+from .model import Model
+from .offer import Offer, log
 from .schemas import GenerationRequest
 from .served import Served
 from .settings import Settings
 from .wanted import wanted
-
-log = logging.getLogger("offcut.server")
 
 _LOOK = 0.1
 """Seconds between looks at the worker."""
@@ -27,7 +25,7 @@ _TELLING = 5.0
 """Seconds that clients have to read an error before the server ends."""
 
 
-class Service:
+class Service(Offer):
     """A worker as a server offers it.
 
     Args:
@@ -51,33 +49,25 @@ class Service:
                 caching(GenerationRequest(prompt="a"), served, settings, settings.steps, settings.guidance)
             except LimitError as error:
                 raise UserError(f"the server's own schedule does not fit its own requests: {error}") from error
-        self.worker, self.served, self.settings = worker, served, settings
-        self.metrics = Metrics(worker)
-        self.started = int(time.time())
-        self.stopping = False
-        """Whether nothing more is taken; may be set from a signal handler."""
+        super().__init__(settings, Metrics(lambda: {(): worker.statistics()}))
+        self.worker, self.served = worker, served
         self._open: set[Drawing] = set()
         self._stuck: str | None = None
         self._mark: tuple[int, ...] = ()
         self._moved = time.monotonic()
 
     @property
-    def fault(self) -> str | None:
-        """Why the engines are of no use; None while they work."""
-        return self._stuck or self.worker.fault
+    def models(self) -> Mapping[str, Model]:
+        return {self.served.name: self.served}
 
     @property
-    def ready(self) -> bool:
-        """Whether requests are taken."""
-        return not self.stopping and self.fault is None
+    def fault(self) -> str | None:
+        return self._stuck or self.worker.fault
+
+    def statistics(self) -> Statistics:
+        return self.worker.statistics()
 
     def draw(self, body: GenerationRequest) -> Drawing:
-        """Ask for what a body says; a place in the worker is reserved before any work.
-
-        Raises:
-            RequestError: it asks for too much, or there is no room.
-            EngineFaultError: the engines do not work.
-        """
         if self._stuck is not None:
             raise EngineFaultError(self._stuck)
         if self.stopping:
@@ -92,20 +82,6 @@ class Service:
         drawing = Drawing(self.worker, asked, self.metrics, closed)
         self._open.add(drawing)
         return drawing
-
-    def problem(self, error: BaseException) -> Problem:
-        """What to tell a client of an error, which is counted, and logged where it is the server's own."""
-        told = problem_of(error, self.worker.statistics())
-        if told is INTERNAL:
-            log.error("a request failed", exc_info=error)
-        elif told is FAULT:
-            log.error("an engine failed: %s", error)
-        self.refused(told)
-        return told
-
-    def refused(self, problem: Problem) -> None:
-        """Count it."""
-        self.metrics.rejections.labels(problem.code).inc()
 
     async def watch(self, leave: Callable[[], None]) -> None:
         """Look after the worker until the server should end, and then say so once.

@@ -11,8 +11,8 @@ from ...errors import CapacityError, LimitError, ShapeError
 from ..forecast import Forecast
 from ..schedule import Schedule
 from .caching import caching
+from .model import Model
 from .schemas import GenerationRequest
-from .served import Served
 from .settings import Limits, Settings
 
 
@@ -52,7 +52,7 @@ class Wanted:
         return {**self.arguments, "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds]}
 
 
-def wanted(body: GenerationRequest, served: Served, settings: Settings, cache_limit: int) -> Wanted:
+def wanted(body: GenerationRequest, served: Model, settings: Settings, cache_limit: int) -> Wanted:
     """What this body asks for. No tensor is touched.
 
     Args:

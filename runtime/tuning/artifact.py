@@ -273,11 +273,18 @@ def key_of(
         scheduler: of the pipeline; its timesteps are set.
         precision: of the engine, ``UNet.precision``.
     """
+    return key_of_weights(bundle.manifest.source.weights_digest, scheduler, steps, guidance, precision)
+
+
+def key_of_weights(
+    weights: str, scheduler: Any, steps: int, guidance: tuple[float, float], precision: str | None = None
+) -> Key:
+    """The same where there is no bundle, but the digest of its weights."""
     scheduler.set_timesteps(steps)
     config = {name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")}
     text = json.dumps(config, sort_keys=True, default=repr)
     return Key(
-        weights=bundle.manifest.source.weights_digest,
+        weights=weights,
         scheduler=type(scheduler).__name__,
         settings=hashlib.sha256(text.encode()).hexdigest(),
         steps=steps,

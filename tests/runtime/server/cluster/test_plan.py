@@ -1,0 +1,96 @@
+"""A plan survives its way into a manifest, and what does not fit is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offcut.errors import UserError
+from offcut.runtime.server.cluster.plan import Plan, Scale
+from offcut.runtime.server.opening import Recipe
+from offcut.runtime.server.settings import Limits, Settings
+
+PLAN = Plan(
+    {
+        "one": Recipe("/bundles/one.offcut", device="cuda", loras=(("/bundles/style.safetensors", 0.8),)),
+        "other": Recipe("/bundles/other.offcut", threads=2, max_in_flight=4),
+    },
+    Settings(api_key="secret", hosts=None, steps=20, limits=Limits(images=2), schedule="quad:5"),
+    Scale(least=1, most=4, gpus=1.0, surge=50),
+    loaded=1,
+)
+
+
+def test_a_plan_is_the_same_after_its_way_through_json_and_has_no_key_there() -> None:
+    text = json.dumps(PLAN.document())
+    assert "secret" not in text
+    again = Plan.of(json.loads(text))
+    assert again == replace(PLAN, settings=replace(PLAN.settings, api_key=None))
+    assert again.first == "one"
+    assert again.places == 8
+
+
+def test_a_plan_that_somebody_changed_badly_is_refused_with_the_place() -> None:
+    document = PLAN.document()
+    document["scale"]["least"] = "many"
+    with pytest.raises(UserError, match=r"scale\.least"):
+        Plan.of(document)
+    with pytest.raises(UserError, match="surplus"):
+        Plan.of({**PLAN.document(), "surplus": 1})
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Scale(least=3, most=2), "3 to 2 replicas"),
+        (lambda: Scale(least=0), "0 to 1 replicas"),
+        (lambda: Scale(surge=101), "101 %"),
+        (lambda: Scale(gpus=-1), "0 or more"),
+        (lambda: Plan({}), "name a bundle"),
+        (lambda: replace(PLAN, loaded=3), "2 bundles cannot have 3"),
+    ],
+)
+def test_what_cannot_be_is_refused(make: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        make()
+
+
+def test_a_models_facts_check_requests_in_another_process(pipe: Any) -> None:
+    from offcut.errors import ShapeError
+    from offcut.runtime.server.served import Served
+
+    served = Served(pipe, "tiny", multiple=8)
+    model = pickle.loads(pickle.dumps(served.model()))
+    assert (model.name, model.size, model.cuts, model.takes) == ("tiny", served.size, served.cuts, served.takes)
+    assert model.calls(7) == served.calls(7)
+    assert model.slot_bytes(None, 2, 64, 64) == served.slot_bytes(None, 2, 64, 64) > 0
+    with pytest.raises(ShapeError):
+        model.check_size(60, 64)
+    assert not hasattr(model, "pipe")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["a.offcut", "b.offcut"], "add --ray"),
+        (["a.offcut", "--update"], "add --ray"),
+        (["a.offcut", "c/a.offcut", "--ray"], "a name of its own"),
+        (["a.offcut", "--ray", "--replicas", "many"], "'many' is no number of replicas"),
+        (["a.offcut", "--ray", "--loaded", "2"], "1 bundles cannot have 2"),
+        (["a.offcut", "--ray"], "a.offcut"),
+    ],
+)
+def test_the_command_says_what_does_not_fit(arguments: list[str], says: str, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs the extra ray")
+    command = [sys.executable, "-m", "offcut", "serve", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
