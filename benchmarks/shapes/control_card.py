@@ -39,7 +39,7 @@ dropped, the velocity's error counts {objects:g} times at objects, and the weigh
 ({size:.2f} MB).
 Mean squared error of the velocity on {held_out} scenes kept apart, {without:.4f} without the ControlNet:
 
-| step | error with it |
+| step | error with it, weights not averaged |
 |---|---|
 {curve}
 
@@ -47,6 +47,11 @@ Repeat it with `python -m offcut.benchmarks.shapes.train_control --steps {traine
 
 ## Does it control?
 
+{obeyed}
+It knows silhouettes of these shapes, one or two in a picture, and no others.
+"""
+
+_OBEYED = """\
 {judged} scenes that were not trained on, captions without sizes, {steps} DDIM steps, guidance {guidance}. Overlap:
 intersection over union of the drawn objects' pixels with the silhouette's. Right: captions obeyed in full, by
 `judge.py`.
@@ -56,8 +61,6 @@ intersection over union of the drawn objects' pixels with the silhouette's. Righ
 | with the ControlNet | {with_overlap:.3f} | {with_right:.0%} |
 | without it | {plain_overlap:.3f} | {plain_right:.0%} |
 | the scenes as the renderer draws them | {drawn_overlap:.3f} | {drawn_right:.0%} |
-
-It knows silhouettes of these shapes, one or two in a picture, and no others.
 """
 
 
@@ -75,40 +78,53 @@ def export_control(trainer: control_stage.ControlTrainer, run: Path, model: Path
     Args:
         run: where training kept its log.
         model: the pipeline's directory.
-        judged: scenes that are drawn for the card, none of them from training.
+        judged: scenes that are drawn for the card, none of them from training; 0 leaves their table out.
 
     Returns:
         `target`.
     """
     trainer.averaged().half().save_pretrained(target)
-    rng = np.random.default_rng((trainer.settings.seed, 1, judged))
-    asked = [scenes.sample_scene(rng) for _ in range(judged)]
-    with_it, plain = (_draw(pipe, asked) for pipe in _pipelines(model, target))
-    found = {
-        "with": obeyed(with_it, asked),
-        "plain": obeyed(plain, asked),
-        "drawn": obeyed(vae_stage.draw(asked).transpose(0, 2, 3, 1), asked),
-    }
-    rows = [{"step": row["step"], "loss": row["held_out"]} for row in checkpoint.read_log(run / "control.jsonl")]
-    settings = trainer.settings
-    text = _TEXT.format(
+    obeyed_table = _judge(model, target, trainer.settings.seed, judged) if judged else "Not judged for this export.\n"
+    text = card(checkpoint.read_log(run / "control.jsonl"), trainer.settings, target, obeyed_table)
+    (target / "README.md").write_text(text, encoding="utf-8")
+    for path in target.iterdir():
+        path.chmod(0o644)
+    return target
+
+
+def card(rows: list[dict[str, float]], settings: control_stage.ControlSettings, target: Path, obeyed_table: str) -> str:
+    """The README of the ControlNet in `target`, whose training logged `rows`."""
+    return _TEXT.format(
         steps=export.SAMPLE_STEPS,
         guidance=export.GUIDANCE,
-        trained=trainer.step,
+        trained=int(rows[-1]["step"]),
         batch=settings.batch,
         dropped=settings.drop_caption,
         objects=settings.objects,
         size=(target / "diffusion_pytorch_model.safetensors").stat().st_size / 1e6,
         held_out=settings.held_out,
-        without=trainer.held_out()["without"],
-        curve=curve(rows),
+        without=rows[-1]["without"],
+        curve=curve([{"step": row["step"], "loss": row["held_out"]} for row in rows]),
+        obeyed=obeyed_table,
+    )
+
+
+def _judge(model: Path, controlnet: Path, seed: int, judged: int) -> str:
+    """The card's table of how well so many scenes that were not trained on are followed."""
+    rng = np.random.default_rng((seed, 1, judged))
+    asked = [scenes.sample_scene(rng) for _ in range(judged)]
+    with_it, plain = (_draw(pipe, asked) for pipe in _pipelines(model, controlnet))
+    found = {
+        "with": obeyed(with_it, asked),
+        "plain": obeyed(plain, asked),
+        "drawn": obeyed(vae_stage.draw(asked).transpose(0, 2, 3, 1), asked),
+    }
+    return _OBEYED.format(
         judged=judged,
+        steps=export.SAMPLE_STEPS,
+        guidance=export.GUIDANCE,
         **{f"{kind}_{name}": value for kind, each in found.items() for name, value in vars(each).items()},
     )
-    (target / "README.md").write_text(text, encoding="utf-8")
-    for path in target.iterdir():
-        path.chmod(0o644)
-    return target
 
 
 def obeyed(pictures: Any, asked: list[scenes.Scene]) -> Obeyed:

@@ -18,7 +18,7 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default.")] = 2,
     steps: Annotated[int, typer.Option(help="Of training.")] = control_stage.ControlSettings.steps,
     batch: Annotated[int, typer.Option(help="Scenes a step.")] = control_stage.ControlSettings.batch,
-    judged: Annotated[int, typer.Option(help="Scenes that are drawn and judged for the card.", min=1)] = 96,
+    judged: Annotated[int, typer.Option(help="Scenes that are drawn and judged for the card; 0: none.", min=0)] = 96,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint; --no-resume starts anew.")] = True,
 ) -> None:
     """Trains a ControlNet that takes silhouettes, on drawn scenes."""
