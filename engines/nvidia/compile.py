@@ -12,7 +12,6 @@ from ...exporter.ip_adapter import is_embeds
 from ...exporter.specs import TensorSpec
 from ..base import Compiled, CompileJob
 from ..profiles import Profile, check, in_pixels, trained_side
-from .attention import tell_apart
 from .flavour import Flavour, load, this_gpu
 from .log import Messages, listening
 from .progress import Phases, monitor
@@ -35,6 +34,12 @@ def compile(flavour: Flavour, job: CompileJob) -> Compiled:
 def _compile(flavour: Flavour, trt: Any, job: CompileJob) -> Compiled:
     named = targets(flavour, trt, job.settings)
     graphs = job.graphs
+    if flavour.rtx and any(map(is_embeds, graphs.inputs)):
+        # Seen in 1.7: the builder crashes, and the process with it, where two attentions have the same query.
+        raise EngineError(
+            "TensorRT-RTX's builder cannot take a UNet with an IP-Adapter, whose attentions to text and image share a "
+            "query: build it for another engine, or without --ip-adapter"
+        )
     # No fused kernel takes attention in fp32, so its scores are held in memory: 17 GB for one guided image of 1024x1024
     # in SD 1.5. Four images would need more than the builder admits.
     images = 1 if graphs.precision == "fp32" else None
@@ -108,10 +113,7 @@ class _Builder:
         if hasattr(self._trt.LayerType, "ATTENTION_INPUT"):
             # An attention that no fused kernel takes, such as one in fp32, is otherwise refused.
             network = SetDecomposableAttentions(network)
-        parsed = network()
-        if images := sum(map(is_embeds, self._job.graphs.inputs)):
-            tell_apart(self._trt, parsed[1], 1 + images)
-        return parsed
+        return network()
 
     def _why(self, summary: str) -> str:
         reason = self._messages.reason(summary.splitlines()[0])

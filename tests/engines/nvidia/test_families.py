@@ -16,6 +16,7 @@ from ip_adapters import save_ip_adapter
 import offcut
 from offcut.engines.profiles import Profile
 from offcut.engines.sizes import Sizes
+from offcut.errors import EngineError
 
 pytestmark = [pytest.mark.usefixtures("trt"), pytest.mark.slow]
 
@@ -67,21 +68,18 @@ def test_a_video_family(
     check(bundle)
 
 
-def test_all_adapters_in_one(tiny_unet_dir: Path, tmp_path: Path) -> None:
-    """ControlNets, T2I-Adapters and two IP-Adapters are further inputs of the same graph."""
-    unet = UNet2DConditionModel.from_pretrained(tiny_unet_dir)
-    adapters = [save_ip_adapter(tmp_path / f"{seed}.safetensors", unet, seed=seed) for seed in range(2)]
-    bundle = add_plans(
-        tiny_unet_dir,
-        tmp_path / "adapters.offcut",
-        "64x64",
-        adapters=["controlnet", "t2i-adapter"],
-        ip_adapters=adapters,
-    )
+def test_controlnets_and_t2i_adapters_in_one(tiny_unet_dir: Path, tmp_path: Path) -> None:
+    bundle = add_plans(tiny_unet_dir, tmp_path / "adapters.offcut", "64x64", adapters=["controlnet", "t2i-adapter"])
     check(bundle)
     (variant,) = bundle.manifest.variants.values()
     names = {tensor.name for tensor in variant.inputs}
-    assert {"mid_block_residual", "down_block_residual_0", "down_intrablock_residual_0", "image_embeds_1"} <= names
+    assert {"mid_block_residual", "down_block_residual_0", "down_intrablock_residual_0"} <= names
+
+
+def test_an_ip_adapter_is_refused_before_it_ends_the_process(tiny_unet_dir: Path, tmp_path: Path) -> None:
+    adapter = save_ip_adapter(tmp_path / "ip.safetensors", UNet2DConditionModel.from_pretrained(tiny_unet_dir))
+    with pytest.raises(EngineError, match="cannot take a UNet with an IP-Adapter"):
+        add_plans(tiny_unet_dir, tmp_path / "ip.offcut", "64x64", ip_adapters=[adapter])
 
 
 def test_cross_frame_attention(tiny_unet_dir: Path, tmp_path: Path) -> None:
