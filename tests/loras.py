@@ -60,10 +60,12 @@ def save_lora(kind: str, pipeline: Path, out: Path, *, seed: int = 0, rank: int 
             head, _, layer = name.removesuffix(".0").rpartition(".")
             tensors |= {f"unet.{head}.processor.{layer}_lora.{side}.weight": half for side, half in _sides(down, up)}
     if kind == "kohya":
+        config = pipeline / "text_encoder" / "config.json"
+        width = json.loads(config.read_text(encoding="utf-8"))["hidden_size"] if config.is_file() else 32
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
             layer = f"lora_te_text_model_encoder_layers_0_self_attn_{part}"
-            tensors[f"{layer}.lora_down.weight"] = torch.randn(rank, 32)
-            tensors[f"{layer}.lora_up.weight"] = torch.randn(32, rank)
+            tensors[f"{layer}.lora_down.weight"] = torch.randn(rank, width)
+            tensors[f"{layer}.lora_up.weight"] = torch.randn(width, rank)
             tensors[f"{layer}.alpha"] = torch.tensor(alpha)
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     if kind == "peft":
