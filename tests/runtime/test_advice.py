@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 from PIL import Image
-from test_cli import offcut as command
+from test_cli import process as command
 
 from offcut.runtime.advice import against_caching
 from offcut.runtime.schedule import Quad, Schedule, Steps, Uniform
