@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ....errors import EngineError, UserError
+from .names import APP, INGRESS, REPLICA
 from .plan import Plan, Scale
 
 if TYPE_CHECKING:
     from ray.serve import Application
-
-APP = "offcut"
-"""Name of the application on the cluster; an update has the same."""
 
 _GRACE = 5.0
 """Seconds that a replica has beside its requests' own to end."""
@@ -36,7 +34,7 @@ def bind(plan: Plan) -> Application:
     leave = {"graceful_shutdown_timeout_s": plan.settings.timeout + _GRACE, "graceful_shutdown_wait_loop_s": 0.5}
     replica = serve.deployment(
         Replica,
-        name="Replica",
+        name=REPLICA,
         ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
         max_ongoing_requests=plan.places,
         health_check_period_s=2.0,
@@ -48,10 +46,10 @@ def bind(plan: Plan) -> Application:
     )
     ingress = serve.deployment(
         serve.ingress()(Ingress),
-        name="Ingress",
+        name=INGRESS,
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=1024,
+        max_ongoing_requests=4096,  # its own limits come first
         max_surge_percent=100,  # so that there always is one
         **leave,
     )

@@ -12,7 +12,8 @@ from types import FrameType
 
 from ..run import listen as free_socket
 from .connect import address, connected, listen
-from .deploy import APP, deploy
+from .deploy import deploy
+from .names import APP
 from .plan import Plan
 
 log = logging.getLogger("offcut.server")

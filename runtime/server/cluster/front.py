@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping
 from typing import Any
-
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
 from ....errors import QueueFullError, WorkerClosedError
 from ...batching import Statistics, Total
 from ..metrics import Workers
 from ..model import Model
-from ..offer import Offer, log
+from ..offer import Offer
 from ..schemas import GenerationRequest
 from ..wanted import wanted
 from .messages import Look
@@ -23,11 +19,8 @@ from .plan import Plan
 from .remote import RemoteDrawing
 from .send import sender
 
-_EVERY = 1.0
-"""Seconds between looks at the replicas."""
-
-_PATIENCE = 10.0
-"""Seconds that a look may take."""
+_FRESH = 15.0
+"""Seconds for which a replica counts that is not heard of; it says a word every second."""
 
 
 class Front(Offer):
@@ -43,7 +36,7 @@ class Front(Offer):
         self.cluster_metrics = ClusterMetrics(self._workers)
         super().__init__(plan.settings, self.cluster_metrics)
         self._replicas, self._plan, self._models = replicas, plan, models
-        self._looks: list[Look] = []
+        self._heard: dict[str, tuple[float, Look]] = {}
         self._open: set[RemoteDrawing] = set()
         self._queue_waits, self._ended = Total(), dict[str, Total]()
 
@@ -58,7 +51,7 @@ class Front(Offer):
 
     @property
     def ready(self) -> bool:
-        return not self.stopping and bool(self._looks)
+        return not self.stopping and bool(self._looks())
 
     @property
     def unfinished(self) -> int:
@@ -80,7 +73,7 @@ class Front(Offer):
             raise WorkerClosedError("the server is shutting down")
         name = body.model or self._plan.first
         asked = wanted(body, self._models[name], self.settings, self._plan.recipes[name].cache_bytes)
-        places = len(self._looks) * self._plan.places
+        places = len(self._looks()) * self._plan.places
         if len(self._open) >= places + self._plan.max_queue:
             raise QueueFullError(
                 f"{len(self._open)} requests are here already, and replicas work on {places} at once: try again later"
@@ -101,27 +94,14 @@ class Front(Offer):
         self._open.add(drawing)
         return drawing
 
-    async def measured(self) -> bytes:
-        await self.look()
-        return self.metrics.text()
+    def hear(self, look: Look) -> None:
+        """A replica says how it is."""
+        self._heard[look.replica] = time.monotonic(), look
 
-    async def watch(self) -> None:
-        """Look at the replicas again and again, for as long as the ingress lives."""
-        while True:
-            await self.look()
-            await asyncio.sleep(_EVERY)
-
-    async def look(self) -> None:
-        """Ask every replica that Ray knows how it is."""
-        try:
-            looks = await self._replicas.broadcast("look").results_async(timeout_s=_PATIENCE, return_exceptions=True)
-        except TimeoutError:
-            log.warning("replicas did not say within %g s how they are", _PATIENCE)
-            return  # what was known still is
-        except (RayError, RayServeException) as error:
-            log.warning("no replica says how it is: %s", error)
-            looks = []
-        self._looks = [each for each in looks if isinstance(each, Look)]
+    def _looks(self) -> list[Look]:
+        now = time.monotonic()
+        self._heard = {name: (when, look) for name, (when, look) in self._heard.items() if now - when < _FRESH}
+        return [look for _, look in self._heard.values()]
 
     def _workers(self) -> Workers:
-        return {(look.replica, name): each for look in self._looks for name, each in look.statistics.items()}
+        return {(look.replica, name): each for look in self._looks() for name, each in look.statistics.items()}

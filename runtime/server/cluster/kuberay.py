@@ -7,7 +7,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from string import Template
 
-from .deploy import APP
+from .names import APP
 from .plan import Plan
 
 _IMPORT = "offcut.runtime.server.cluster.deploy:application"

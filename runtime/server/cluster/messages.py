@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ...batching import Statistics
 from ..going import Drawn, Preview, Progress
+from ..model import Model
 
 
 @dataclass(frozen=True)
@@ -46,3 +47,16 @@ class Look:
 
     replica: str
     statistics: Mapping[str, Statistics]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a replica is.
+
+    Attributes:
+        models: what each can draw, the first one first.
+        look: at this moment.
+    """
+
+    models: Mapping[str, Model]
+    look: Look

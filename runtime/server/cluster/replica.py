@@ -11,6 +11,8 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from ....errors import EngineFaultError, InternalError, OffcutError, ReplicaLostError
 from ..going import Preview, Progress
@@ -18,10 +20,17 @@ from ..model import Model
 from ..opening import open_service
 from ..schemas import GenerationRequest
 from ..service import Service
-from .messages import Begun, Failed, Look, Message
+from .messages import Begun, Description, Failed, Look, Message
+from .names import INGRESS
 from .plan import Plan
 
 log = logging.getLogger("offcut.server")
+
+_EVERY = 1.0
+"""Seconds between words to the ingress."""
+
+_PATIENCE = 10.0
+"""Seconds for it to hear them."""
 
 
 class Opened:
@@ -74,6 +83,7 @@ class Replica:
         self._load = serve.multiplexed(max_num_models_per_replica=plan.loaded)(load)
         for name in reversed(list(plan.recipes)):  # each is tried, and the first ones stay open
             await self._load(name)
+        self._telling = asyncio.create_task(self._tell())
 
     async def draw(self, name: str | None, body: Mapping[str, Any], each_step: bool) -> AsyncIterator[Message]:
         """Draw what a body says; whoever stops reading stops the drawing.
@@ -110,20 +120,34 @@ class Replica:
             log.exception("a request failed")
             yield Failed(InternalError("a replica failed on this request; its log says how"))
 
-    async def look(self) -> Look:
-        """How it is."""
+    async def describe(self, version: str) -> Description | None:
+        """What it is; None if it is of another version."""
+        if version != self._version:
+            return None
+        return Description({name: self._models[name] for name in self._plan.recipes}, self._look())
+
+    def _look(self) -> Look:
         return Look(self._name, {name: each.service.worker.statistics() for name, each in self._opened().items()})
 
-    async def describe(self, version: str) -> Mapping[str, Model] | None:
-        """What its models can draw; None if it is of another version."""
-        return {name: self._models[name] for name in self._plan.recipes} if version == self._version else None
+    async def _tell(self) -> None:
+        """Let every ingress know how it is, for as long as it lives: a replica whose places are full takes no calls."""
+        ingress = serve.get_deployment_handle(INGRESS)
+        while True:
+            try:
+                await ingress.broadcast("hear", self._look()).results_async(timeout_s=_PATIENCE, return_exceptions=True)
+            except (RayError, RayServeException, TimeoutError) as error:
+                log.info("no ingress hears: %s", error)  # there is none yet, or it is being replaced
+            await asyncio.sleep(_EVERY)
 
     def check_health(self) -> None:
         """Ray asks every few seconds, and puts a new replica in the place of one that raises.
 
         Raises:
             EngineFaultError: an engine failed, hangs, or has lost its thread.
+            InternalError: nobody hears of it any more.
         """
+        if self._telling.done():
+            raise InternalError("the task that tells how a replica is has ended")
         for name, each in self._opened().items():
             if each.service.fault is not None:
                 raise EngineFaultError(f"the engine of {name} is of no use: {each.service.fault}")

@@ -30,6 +30,7 @@ def replica_of(service: Any) -> Replica:
 
     made._plan, made._version, made._name = Plan({"tiny": Recipe("tiny.offcut")}), "1", "replica"
     made._load, made._open, made._models = load, {"tiny": opened}, {"tiny": service.served.model()}  # type: ignore[assignment]
+    made._telling = asyncio.Future(loop=asyncio.new_event_loop())  # type: ignore[assignment]
     return made
 
 
@@ -59,5 +60,8 @@ def test_a_request_for_a_model_that_was_replaced_is_sent_back(begin: Any) -> Non
         assert isinstance(message, Failed)
         assert type(message.error).__name__ == "ReplicaLostError"
         assert asyncio.run(replica.describe("0")) is None
-        (model,) = (asyncio.run(replica.describe("1")) or {}).values()
+        described = asyncio.run(replica.describe("1"))
+        assert described is not None
+        (model,) = described.models.values()
+        assert described.look.statistics["tiny"].healthy
         assert model.size == server.service.served.size
