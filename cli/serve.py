@@ -164,10 +164,12 @@ def serve(
     for module, package in _PACKAGES.items():
         if find_spec(module) is None:
             raise MissingExtraError("offcut serve", package, "serve")
-    from ..engines.bundle import Bundle
+    if not ray:
+        from ..engines.bundle import Bundle
 
-    for bundle in () if kuberay else bundles:  # before what takes seconds to import
-        Bundle.open(bundle)
+        if len(bundles) > 1 or update or kuberay:
+            raise UserError("several bundles, updates and manifests are Ray's: add --ray")
+        Bundle.open(bundles[0])  # before what takes seconds to import
     from ..runtime.batching.policy import policy_of
     from ..runtime.server.guard import hosts_for
     from ..runtime.server.opening import Recipe
@@ -213,8 +215,6 @@ def serve(
         cluster = Cluster(host, port, ray_address, update, kuberay, replicas, replica_cpus, replica_gpus, surge, loaded)
         serve_on_cluster(recipes, settings, cluster)
         return
-    if len(recipes) > 1 or update or kuberay:
-        raise UserError("several bundles, updates and manifests are Ray's: add --ray")
     ((model, recipe),) = recipes.items()
     _serve_here(recipe, settings, model, host, port)
 
