@@ -14,6 +14,7 @@ from .cluster import Cluster, say, serve_on_cluster
 from .shell import Device, EngineName, Loras, Provider, Threads, err, loras_of, quiet_libraries, stages
 
 if TYPE_CHECKING:
+    from ..engines.bundle import Bundle
     from ..runtime.server.opening import Recipe
     from ..runtime.server.settings import Settings
 
@@ -164,12 +165,13 @@ def serve(
     for module, package in _PACKAGES.items():
         if find_spec(module) is None:
             raise MissingExtraError("offcut serve", package, "serve")
+    opened = None
     if not ray:
         from ..engines.bundle import Bundle
 
         if len(bundles) > 1 or update or kuberay:
             raise UserError("several bundles, updates and manifests are Ray's: add --ray")
-        Bundle.open(bundles[0])  # before what takes seconds to import
+        opened = Bundle.open(bundles[0])  # before what takes seconds to import
     from ..runtime.batching.policy import policy_of
     from ..runtime.server.guard import hosts_for
     from ..runtime.server.opening import Recipe
@@ -211,12 +213,12 @@ def serve(
         policy=policy,
     )
     recipes = _named([replace(first, bundle=str(bundle.resolve())) for bundle in bundles], name or [])
-    if ray:
+    if opened is None:
         cluster = Cluster(host, port, ray_address, update, kuberay, replicas, replica_cpus, replica_gpus, surge, loaded)
         serve_on_cluster(recipes, settings, cluster)
         return
     ((model, recipe),) = recipes.items()
-    _serve_here(recipe, settings, model, host, port)
+    _serve_here(opened, recipe, settings, model, host, port)
 
 
 def _named(recipes: Sequence[Recipe], names: Sequence[str]) -> dict[str, Recipe]:
@@ -228,14 +230,12 @@ def _named(recipes: Sequence[Recipe], names: Sequence[str]) -> dict[str, Recipe]
     return named
 
 
-def _serve_here(recipe: Recipe, settings: Settings, name: str, host: str, port: int) -> None:
-    from ..engines.bundle import Bundle
+def _serve_here(opened: Bundle, recipe: Recipe, settings: Settings, name: str, host: str, port: int) -> None:
     from ..runtime.server.opening import open_service
     from ..runtime.server.run import listen
     from ..runtime.server.run import serve as run
 
     address = listen(host, port)
-    opened = Bundle.open(recipe.bundle)
     choice = opened.choose_engine(recipe.engine, recipe.device)
     err.print(f"engine {choice.name}: {choice.reason}", highlight=False)
     quiet_libraries()

@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ..runtime.quiet import quiet_libraries as quiet_libraries
+
 out = Console()
 err = Console(stderr=True)
 
@@ -71,16 +73,6 @@ Threads = Annotated[int | None, typer.Option(help="Of a CPU engine; one a core b
 def complain(error: Exception) -> None:
     """Print an error; in ``pip install 'offcut[cpu]'`` the brackets are its own, not rich's."""
     err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
-
-
-def quiet_libraries() -> None:
-    """Keep diffusers' and transformers' own progress bars and notes off the terminal; their errors still come."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
 
 
 def loras_of(given: list[str] | None) -> dict[str | Path, float]:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from ...errors import InternalError, UserError
 from ...runtime.pipeline import attach
 from ...runtime.unet import UNet
+from ..quality import kept
 from ..quality.metrics import Pictures
+from ..quality.pictures import Progress, batch
 from .ways import CUT, Task, Way
-
-Progress = Callable[[int], None]
-"""Told of every denoising step: how many pictures it was for."""
 
 
 @dataclass
@@ -74,27 +71,15 @@ class Pipelines:
         """The pictures at these places of the task, by one call of the way's pipeline: uint8 (N, 64, 64, 3)."""
         import torch
 
-        def step_ended(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            on_step(len(places))
-            return tensors
-
         pipe: Any = self._controlled[way.reused] if way.control else self._plain
         asked: dict[str, Any] = {}
         if way.control:
             chosen = task.silhouettes[places.start : places.stop]
             asked["image"] = torch.from_numpy(chosen).permute(0, 3, 1, 2).float() / 255  # [N, 3, 64, 64]
         self.unet.set_schedule(way.schedule, None if way.schedule is None else CUT)
+        asked |= {"steps": task.steps, "guidance": task.guidance}
         with _watched(pipe.controlnet if way.control else None, watch):
-            images = pipe(
-                [task.prompts[place] for place in places],
-                num_inference_steps=task.steps,
-                guidance_scale=task.guidance,
-                generator=[torch.Generator().manual_seed(task.seed + place) for place in places],
-                callback_on_step_end=step_ended,
-                output_type="np",
-                **asked,
-            ).images
-        return np.asarray(np.rint(images * 255).astype(np.uint8))
+            return batch(pipe, task.prompts, task.seed, places, on_step, **asked)
 
 
 @contextmanager
@@ -134,8 +119,9 @@ def make(pipes: Pipelines, task: Task, way: Way, folder: Path, on_step: Progress
         UserError: `folder` cannot be written, or what lies there is damaged.
     """
     path = folder / f"{task.key(way)}.npz"
-    if path.exists():
-        return _read(path)
+    lying = kept.read(path, "pictures", "timeline", "passes")
+    if lying is not None:
+        return Drawn(*lying)
     pictures: list[Pictures] = []
     ran: set[tuple[str, int]] = set()
     for start in range(0, len(task.prompts), task.batch):
@@ -148,7 +134,7 @@ def make(pipes: Pipelines, task: Task, way: Way, folder: Path, on_step: Progress
     if len(ran) != 1:
         raise InternalError(f"{way.name}: batches of one way ran different calls: {sorted(ran)}")
     made = Drawn(np.concatenate(pictures), *ran.pop())
-    _write(path, made)
+    kept.write(path, pictures=made.pictures, timeline=made.timeline, passes=made.passes)
     return made
 
 
@@ -170,25 +156,3 @@ def digest(controlnet: Path) -> str:
 def missing(task: Task, way: Way, folder: Path) -> int:
     """How many pictures of a way are still to be drawn."""
     return 0 if (folder / f"{task.key(way)}.npz").exists() else len(task.prompts)
-
-
-def _read(path: Path) -> Drawn:
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            return Drawn(kept["pictures"], str(kept["timeline"].item()), int(kept["passes"]))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, and its pictures are made again") from error
-
-
-def _write(path: Path, made: Drawn) -> None:
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            np.savez_compressed(
-                file, pictures=made.pictures, timeline=np.str_(made.timeline), passes=np.int64(made.passes)
-            )
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; give another directory with -o") from error

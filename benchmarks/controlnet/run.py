@@ -15,9 +15,10 @@ from ...errors import UserError
 from ...runtime.generation import Run
 from ..picture import Tile, sheet
 from ..quality import metrics
+from ..quality.pictures import Progress
 from ..shapes import silhouettes
 from ..shapes.judge_net.reader import JudgeNet, verdicts
-from .draw import Drawn, Pipelines, Progress, Watch, make
+from .draw import Drawn, Pipelines, Watch, make
 from .record import Change, ControlNetReuse, ControlNetRow
 from .ways import CUT, UNCACHED, Task, Way
 

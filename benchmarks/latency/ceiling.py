@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ...engines.bundle import Bundle
 from ...exporter.measure import count_flops
 from .case import Case
@@ -33,7 +31,7 @@ def work(case: Case, bundle: Bundle, tokens: int) -> dict[str, int]:
         "sequence": tokens,
         "frames": case.frames or 1,
     }
-    full, shallow = count_flops(bundle.path / Path(graphs.full), dims, case.cut)
+    full, shallow = count_flops(bundle.path / graphs.full, dims, case.cut)
     return {"full": full, "shallow": shallow}
 
 

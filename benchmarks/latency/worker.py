@@ -245,12 +245,9 @@ def main() -> None:
     # Libraries print as they like; the answers have a channel of their own.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    import diffusers
-    import transformers
+    from ...runtime.quiet import quiet_libraries
 
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    quiet_libraries()
     house = House()
     for request in requests(sys.stdin):
         try:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ...errors import UserError
 from . import pictures
-from .pictures import PART, Progress, Task
+from .pictures import Progress, Task
 from .plan import Setting
 
 
@@ -42,12 +42,7 @@ def make(
     Raises:
         UserError: `folder` cannot be written, or a process was killed, for want of memory as a rule.
     """
-    jobs = [
-        (setting, first)
-        for setting in settings
-        for first in range(0, len(task.prompts), PART)
-        if not pictures.part_path(task, setting, first, folder).exists()
-    ]
+    jobs = [(setting, first) for setting in settings for first in pictures.missing_parts(task, setting, folder)]
     if not jobs:
         return
     each = threads or max(1, (os.cpu_count() or 1) // workers)
@@ -79,15 +74,12 @@ _pipe: Any = None  # of this process, when it is a worker
 def _open(bundle: Path, engine: str, threads: int) -> None:
     global _pipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's reaches all of them; the first process ends the rest
-    import diffusers
     import torch
-    import transformers
 
     from ...runtime.pipeline import load
+    from ...runtime.quiet import quiet_libraries
 
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    quiet_libraries()
     torch.set_num_threads(threads)
     _pipe = load(bundle, engine=engine, threads=threads)
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
-from ...errors import InternalError, UserError
+from ...errors import InternalError
+from . import kept
 from .metrics import Pictures
 from .plan import Setting
 
@@ -108,11 +106,15 @@ def part_path(task: Task, setting: Setting, first: int, folder: Path) -> Path:
     return folder / f"{task.key(setting, first)}.npz"
 
 
+def missing_parts(task: Task, setting: Setting, folder: Path) -> list[int]:
+    """Where the parts of a setting begin that are still to be made."""
+    starts = range(0, len(task.prompts), PART)
+    return [first for first in starts if not part_path(task, setting, first, folder).exists()]
+
+
 def missing(task: Task, setting: Setting, folder: Path) -> int:
     """How many pictures of a setting are still to be made."""
-    starts = range(0, len(task.prompts), PART)
-    absent = [first for first in starts if not part_path(task, setting, first, folder).exists()]
-    return sum(len(task.prompts[first : first + PART]) for first in absent)
+    return sum(len(task.prompts[first : first + PART]) for first in missing_parts(task, setting, folder))
 
 
 def scheduler(config: Any, sampler: str) -> Any:
@@ -137,7 +139,10 @@ def _part(pipe: Any, task: Task, setting: Setting, first: int, on_call: Progress
         pictures, runs = [], []
         end = min(first + PART, len(task.prompts))
         for start in range(first, end, task.batch):
-            pictures.append(_batch(pipe, task, setting, range(start, min(start + task.batch, end)), on_call))
+            places = range(start, min(start + task.batch, end))
+            pictures.append(
+                batch(pipe, task.prompts, task.seed, places, on_call, steps=setting.steps, guidance=task.guidance)
+            )
             runs.append(pipe.unet.last_run)
     finally:
         pipe.scheduler = own
@@ -149,7 +154,37 @@ def _part(pipe: Any, task: Task, setting: Setting, first: int, on_call: Progress
     return Made(np.concatenate(pictures), (median(True),), (median(False),), runs[0].timeline)
 
 
-def _batch(pipe: Any, task: Task, setting: Setting, places: range, on_call: Progress) -> Pictures:
+def _read(path: Path) -> Made | None:
+    lying = kept.read(path, "pictures", "full", "shallow", "timeline")
+    if lying is None:
+        return None
+    pictures, full, shallow, timeline = lying
+    return Made(pictures, (full,), (shallow,), timeline)
+
+
+def _write(path: Path, part: Made) -> None:
+    times = {"full": part.full[0], "shallow": part.shallow[0]}
+    kept.write(path, pictures=part.pictures, timeline=part.timeline, **times)
+
+
+def batch(
+    pipe: Any,
+    prompts: Sequence[str],
+    seed: int,
+    places: range,
+    on_call: Progress,
+    *,
+    steps: int,
+    guidance: float,
+    **asked: Any,
+) -> Pictures:
+    """Pictures of these places among all prompts, by one call of the pipeline: uint8 (N, 64, 64, 3).
+
+    Args:
+        seed: picture i starts from the noise of seed ``seed + i``.
+        on_call: told of every step.
+        asked: further arguments of the pipeline.
+    """
     import torch
 
     def step_ended(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -157,45 +192,15 @@ def _batch(pipe: Any, task: Task, setting: Setting, places: range, on_call: Prog
         return tensors
 
     images = pipe(
-        [task.prompts[place] for place in places],
-        num_inference_steps=setting.steps,
-        guidance_scale=task.guidance,
-        generator=[torch.Generator().manual_seed(task.seed + place) for place in places],
+        [prompts[place] for place in places],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=[torch.Generator().manual_seed(seed + place) for place in places],
         callback_on_step_end=step_ended,
         output_type="np",
+        **asked,
     ).images
     return np.asarray(np.rint(images * 255).astype(np.uint8))
-
-
-def _read(path: Path) -> Made | None:
-    if not path.exists():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            return Made(
-                kept["pictures"], (float(kept["full"]),), (float(kept["shallow"]),), str(kept["timeline"].item())
-            )
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, and its pictures are made again") from error
-
-
-def _write(path: Path, part: Made) -> None:
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            np.savez_compressed(
-                file,
-                pictures=part.pictures,
-                full=np.float64(part.full[0]),
-                shallow=np.float64(part.shallow[0]),
-                timeline=np.str_(part.timeline),
-            )
-        beside.replace(path)
-    except OSError as error:
-        with suppress(OSError):  # where the folder itself is what cannot be
-            beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; give another directory with -o") from error
 
 
 def prompts(count: int, seed: int) -> tuple[str, ...]:

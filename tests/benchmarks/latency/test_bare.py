@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from houses import latents_in_fp32
 from safetensors.torch import load_file
 
 from offcut.benchmarks.latency.loop import INPUTS
@@ -37,14 +38,7 @@ def test_a_bare_unet_is_measured_in_its_familys_pipeline(
     house = House()
     house.answer({"do": "inputs", "case": case.as_json()})
     assert load_file(tmp_path / INPUTS)["latents"].shape[0] == 2
-    latents = {}
-    for entrant in entrants:
-        if entrant.precision == "fp32":
-            house = House()
-            house.answer({"do": "open", "case": case.as_json(), "entrant": entrant.as_json(), "calls": 2, "warm_up": 1})
-            answer = house.answer({"do": "loop", "name": entrant.name, "calls": 2})
-            assert len(answer["full"]) == (2 if entrant.cached else 4)
-            latents[entrant.family] = load_file(answer["latents"])["latents"]
+    latents = latents_in_fp32(case, entrants)
     assert relative_difference(latents["onnxruntime"], latents["diffusers"]) < 1e-4
     assert relative_difference(latents["offcut"], latents["diffusers"]) > 1e-4
 

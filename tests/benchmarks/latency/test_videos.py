@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from houses import latents_in_fp32
 
 from offcut.benchmarks import record
 from offcut.benchmarks.latency import loop, video
@@ -122,14 +122,7 @@ def test_a_bare_unet_runs_with_the_published_models_scheduler(bare: Bundle, tmp_
     scheduler = loop.build_pipeline(case, bare, None, torch.float32).scheduler
     assert PIPELINES["StableVideoDiffusionPipeline"].noise.items() <= dict(scheduler.config).items()
     House().answer({"do": "inputs", "case": case.as_json()})
-    latents = {}
-    for entrant in entrants:
-        if entrant.precision == "fp32":
-            house = House()
-            house.answer({"do": "open", "case": case.as_json(), "entrant": entrant.as_json(), "calls": 2, "warm_up": 1})
-            answer = house.answer({"do": "loop", "name": entrant.name, "calls": 2})
-            assert len(answer["full"]) == (2 if entrant.cached else 4)
-            latents[entrant.family] = load_file(answer["latents"])["latents"]
+    latents = latents_in_fp32(case, entrants)
     assert latents["diffusers"].shape == (2, 3, 4, 8, 8)
     assert relative_difference(latents["onnxruntime"], latents["diffusers"]) < 1e-4
     assert relative_difference(latents["offcut"], latents["diffusers"]) > 1e-4

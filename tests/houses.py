@@ -1,0 +1,24 @@
+"""A process of `offcut bench latency`, without the process: what its contestants compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from safetensors.torch import load_file
+
+from offcut.benchmarks.latency.case import Case, Entrant
+from offcut.benchmarks.latency.worker import House
+
+
+def latents_in_fp32(case: Case, entrants: Iterable[Entrant]) -> dict[str, torch.Tensor]:
+    """The final latents of each fp32 contestant by its family, from a loop of four steps, every other call full."""
+    latents = {}
+    for entrant in entrants:
+        if entrant.precision == "fp32":
+            house = House()
+            house.answer({"do": "open", "case": case.as_json(), "entrant": entrant.as_json(), "calls": 2, "warm_up": 1})
+            answer = house.answer({"do": "loop", "name": entrant.name, "calls": 2})
+            assert len(answer["full"]) == (2 if entrant.cached else 4)
+            latents[entrant.family] = load_file(answer["latents"])["latents"]
+    return latents
