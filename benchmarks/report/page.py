@@ -125,10 +125,13 @@ def _warnings(results: Sequence[Result]) -> Markup | None:
     )
 
 
+_TIMED = ("latency", "quality", "mlperf", "growth", "swap", "serving", "controlnet")  # drift takes no times
+
+
 def _doubts(results: Sequence[Result]) -> Iterator[str]:
     for result in results:
         load = result.environment.load
-        timed = result.latency or result.quality or result.mlperf or result.growth or result.controlnet
+        timed = any(getattr(result, section) for section in _TIMED)
         if timed and load is not None and load > BUSY:
             yield (
                 f"The machine was not idle: load average {load:g} when “{result.title}” began. Ratios within a round "

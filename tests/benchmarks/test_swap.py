@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from results import result
+from results import machine, result
 
 import offcut
 from offcut.benchmarks import record
@@ -39,6 +39,9 @@ def test_the_page_shows_every_row(measured: Swap, tmp_path: Path) -> None:
     for said in ("LoRAs", "random, rank 4", "32 layers", "onnxruntime", "openvino", "bit for bit"):
         assert said in page
     assert ">yes<" in page
+    assert "The machine was not idle: load average 4" in write_report(
+        [result(swap=measured, environment=machine(load=4.0))], tmp_path
+    ).read_text(encoding="utf-8")
     broken = measured.model_copy(update={"rows": [measured.rows[0].model_copy(update={"restored": False})]})
     assert ">NO<" in write_report([result(swap=broken)], tmp_path).read_text(encoding="utf-8")
 
