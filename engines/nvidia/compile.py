@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import EngineError
-from ...exporter.ip_adapter import is_embeds
 from ...exporter.specs import TensorSpec
 from ..base import Compiled, CompileJob
 from ..profiles import Profile, check, in_pixels, trained_side
+from .attention import own_queries
 from .flavour import Flavour, load, this_gpu
 from .log import Messages, listening
 from .progress import Phases, monitor
@@ -34,12 +34,6 @@ def compile(flavour: Flavour, job: CompileJob) -> Compiled:
 def _compile(flavour: Flavour, trt: Any, job: CompileJob) -> Compiled:
     named = targets(flavour, trt, job.settings)
     graphs = job.graphs
-    if flavour.rtx and any(map(is_embeds, graphs.inputs)):
-        # Seen in 1.7: the builder crashes, and the process with it, where two attentions have the same query.
-        raise EngineError(
-            "TensorRT-RTX's builder cannot take a UNet with an IP-Adapter, whose attentions to text and image share a "
-            "query: build it for another engine, or without --ip-adapter"
-        )
     # No fused kernel takes attention in fp32, so its scores are held in memory: 17 GB for one guided image of 1024x1024
     # in SD 1.5. Four images would need more than the builder admits.
     images = 1 if graphs.precision == "fp32" else None
@@ -57,19 +51,25 @@ def _compile(flavour: Flavour, trt: Any, job: CompileJob) -> Compiled:
         for cut, onnx in graphs.shallow.items():
             features = [graphs.outputs[name] for name in graphs.cuts[cut]]
             build(onnx, shallow[cut], [*graphs.inputs.values(), *features])
-    _forget_paths(job.folder / LOG, graphs.full.parent)
+    _forget_paths(job.folder / LOG, build.folders)
     later = bool(job.settings["version_compatible"])
     return Compiled(full, shallow, named, profiles, later_versions=later)
 
 
-def _forget_paths(log: Path, folder: Path) -> None:
+def _forget_paths(log: Path, folders: Iterable[Path]) -> None:
     """The log goes where the bundle goes, and has no use there for this machine's directories."""
     text = log.read_text(encoding="utf-8")
-    log.write_text(text.replace(f"{folder}/", ""), encoding="utf-8")
+    for folder in folders:
+        text = text.replace(f"{folder}/", "")
+    log.write_text(text, encoding="utf-8")
 
 
 class _Builder:
-    """Builds one graph after the other with the same settings."""
+    """Builds one graph after the other with the same settings.
+
+    Attributes:
+        folders: that it read the graphs from.
+    """
 
     def __init__(
         self,
@@ -82,6 +82,7 @@ class _Builder:
     ) -> None:
         self._flavour, self._trt, self._job, self._named = flavour, trt, job, named
         self._profiles, self._messages = profiles, messages
+        self.folders: set[Path] = set()
 
     def __call__(self, onnx: Path, plan: Path, inputs: Iterable[TensorSpec]) -> None:
         """Write the plan of one graph, whose inputs are among these."""
@@ -93,13 +94,16 @@ class _Builder:
         phases = Phases(plan.stem, self._job.progress)
         self._messages.forget()
         try:
-            builder, network, parser = self._parse(onnx)
-            names = [network.get_input(index).name for index in range(network.num_inputs)]
-            profiles = [_polygraphy_profile(profile, [specs[name] for name in names]) for profile in self._profiles]
-            settings = self._job.settings
-            configure = config(self._flavour, self._trt, settings, self._named, profiles, monitor(self._trt, phases))
-            cache = timing_cache(settings)
-            plan.write_bytes(EngineBytesFromNetwork((builder, network, parser), configure, cache)())
+            with own_queries(onnx) if self._flavour.rtx else nullcontext(onnx) as file:
+                self.folders.add(file.parent)
+                builder, network, parser = self._parse(file)
+                names = [network.get_input(index).name for index in range(network.num_inputs)]
+                profiles = [_polygraphy_profile(profile, [specs[name] for name in names]) for profile in self._profiles]
+                settings = self._job.settings
+                watch = monitor(self._trt, phases)
+                configure = config(self._flavour, self._trt, settings, self._named, profiles, watch)
+                cache = timing_cache(settings)
+                plan.write_bytes(EngineBytesFromNetwork((builder, network, parser), configure, cache)())
         except PolygraphyException as error:
             if phases.failure is not None:
                 raise phases.failure from None

@@ -6,6 +6,7 @@ Stable Diffusion's is ``test_compile``'s, Stable Video Diffusion's ``test_video`
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,18 +69,25 @@ def test_a_video_family(
     check(bundle)
 
 
-def test_controlnets_and_t2i_adapters_in_one(tiny_unet_dir: Path, tmp_path: Path) -> None:
-    bundle = add_plans(tiny_unet_dir, tmp_path / "adapters.offcut", "64x64", adapters=["controlnet", "t2i-adapter"])
+def test_every_adapter_in_one(tiny_unet_dir: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(tiny_unet_dir)
+    images = [
+        save_ip_adapter(tmp_path / "plain.safetensors", unet, seed=1),
+        save_ip_adapter(tmp_path / "plus.safetensors", unet, seed=2, plus=True),
+    ]
+    bundle = add_plans(
+        tiny_unet_dir,
+        tmp_path / "adapters.offcut",
+        "64x64",
+        adapters=["controlnet", "t2i-adapter"],
+        ip_adapters=images,
+    )
     check(bundle)
     (variant,) = bundle.manifest.variants.values()
     names = {tensor.name for tensor in variant.inputs}
-    assert {"mid_block_residual", "down_block_residual_0", "down_intrablock_residual_0"} <= names
-
-
-def test_an_ip_adapter_is_refused_before_it_ends_the_process(tiny_unet_dir: Path, tmp_path: Path) -> None:
-    adapter = save_ip_adapter(tmp_path / "ip.safetensors", UNet2DConditionModel.from_pretrained(tiny_unet_dir))
-    with pytest.raises(EngineError, match="cannot take a UNet with an IP-Adapter"):
-        add_plans(tiny_unet_dir, tmp_path / "ip.offcut", "64x64", ip_adapters=[adapter])
+    assert {"mid_block_residual", "down_block_residual_0", "down_intrablock_residual_0", "image_embeds_1"} <= names
+    (log,) = bundle.path.rglob("build.log")
+    assert str(Path(tempfile.gettempdir(), "offcut-")) not in log.read_text()
 
 
 def test_cross_frame_attention(tiny_unet_dir: Path, tmp_path: Path) -> None:
