@@ -17,7 +17,6 @@ from ip_adapters import save_ip_adapter
 import offcut
 from offcut.engines.profiles import Profile
 from offcut.engines.sizes import Sizes
-from offcut.errors import EngineError
 
 pytestmark = [pytest.mark.usefixtures("trt"), pytest.mark.slow]
 
