@@ -126,7 +126,9 @@ def run(
         return
     out.print(report["timeline"], style="dim", highlight=False)
     out.print(
-        f"{report['full_calls']} full and {report['shallow_calls']} shallow UNet calls, {report['seconds']:.2f} s"
+        f"{report['full_calls']} full and {report['shallow_calls']} shallow UNet calls"
+        + (f", {report['skipped_calls']} without" if report["skipped_calls"] else "")
+        + f", {report['seconds']:.2f} s"
     )
     if compare:
         out.print(

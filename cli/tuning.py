@@ -44,6 +44,10 @@ def tune(
             help="One of the bundle's, its first by default; again for several, of which calls choose, or all.", **_FOR
         ),
     ] = None,
+    skip: Annotated[
+        bool,
+        typer.Option("--skip/--no-skip", help="Whether some calls may run no engine, where that is better.", **_FOR),
+    ] = True,
     ratio: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,6 +121,7 @@ def tune(
             samples=samples,
             prompts=PROMPTS if prompts is None else read_prompts(prompts),
             cuts=cuts,
+            skip=skip,
             ratios=_ratios(ratio or [], cuts or pipe.unet.cuts[:1]),
             size=size,
             seed=seed,
@@ -138,14 +143,17 @@ def tune(
 
 
 def _print(tuned: Tuned) -> None:
+    from ..runtime.schedule import SKIP
+
     document = tuned.document
-    marks = dict(zip(document.used, itertools.cycle(_MARKS), strict=False))
+    cuts = [cut for cut in document.used if cut != SKIP]
+    marks = dict(zip(cuts, itertools.cycle(_MARKS), strict=False)) | {SKIP: "_"}
     out.print("".join("#" if cut is None else marks[cut] for cut in document.by_call), style="dim", highlight=False)
     kinds = [kind for kind in document.predictors if kind != "full"]
     said = ", ".join(f"{kind} ({kinds.count(kind)})" for kind in dict.fromkeys(kinds))
     out.print(f"{len(document.full)} full calls; the others: {said or 'none'}", highlight=False)
-    if len(marks) > 1:
-        shares = (f"{mark} {cut} ({document.by_call.count(cut)})" for cut, mark in marks.items())
+    if len(cuts) > 1:
+        shares = (f"{marks[cut]} {cut} ({document.by_call.count(cut)})" for cut in cuts)
         out.print(f"at the cuts {', '.join(shares)}", highlight=False)
     if document.corrected:
         out.print(f"the answers of {len(document.corrected)} calls are corrected", highlight=False)
@@ -179,7 +187,7 @@ _MARKS = ".-=+*"
 def _table(rows: tuple[Measured, ...]) -> Table:
     table = Table("", "full calls", "UNet", "PSNR dB", "worst", box=SIMPLE)
     for row in rows:
-        calls = f"{row.full_calls} of {row.full_calls + row.shallow_calls}"
+        calls = f"{row.full_calls} of {row.full_calls + row.shallow_calls + row.skipped_calls}"
         table.add_row(row.name, calls, f"{row.speed_up:.2f}x", f"{row.psnr:.1f}", f"{row.worst:.1f}")
     return table
 

@@ -57,6 +57,15 @@ class Bundle:
         return cls(path, _parse(text, path), digest)
 
     @property
+    def built_digest(self) -> str:
+        """The digest that it has without its schedules, on which no engine's answer depends."""
+        schedules = self.manifest.schedules.values()
+        own = {name for entry in schedules for name in (entry.document, entry.coefficients)}
+        files = {name: entry for name, entry in self.manifest.files.items() if name not in own}
+        bare = self.manifest.model_copy(update={"schedules": {}, "files": files})
+        return hashlib.sha256(bare.to_json().encode()).hexdigest()
+
+    @property
     def engines(self) -> list[str]:
         """The engines that were built into it, by name."""
         return list(dict.fromkeys(entry.engine for entry in self.manifest.engines.values()))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from ..errors import ScheduleError
-from .schedule import Adaptive, Schedule
+from .schedule import SKIP, Adaptive, Schedule
 
 Calls = int | Callable[[], int] | None
 """A number of calls, or how to find it out at the first call, or None where nobody knows."""
@@ -29,7 +29,7 @@ class Run:
         schedule: None where every call is full.
         cut: of the shallow calls to which the schedule gives none of their own.
         calls: the number of calls that was announced; None where none was.
-        cuts: for each call the cut of the shallow graph that ran; None for a full one.
+        cuts: for each call the cut of the shallow graph that ran; None for a full one, ``SKIP`` where no graph ran.
     """
 
     full: tuple[bool, ...]
@@ -46,8 +46,8 @@ class Run:
 
     @property
     def timeline(self) -> str:
-        """One character for each call, ``#`` for a full and ``.`` for a shallow one."""
-        return "".join("#" if full else "." for full in self.full)
+        """One character for each call: ``#`` for a full one, ``.`` for a shallow one, ``_`` where no engine ran."""
+        return "".join({None: "#", SKIP: "_"}.get(cut, ".") for cut in self.cuts)
 
 
 class Generation:
@@ -137,6 +137,10 @@ class Generation:
         """The cut of a call if it is shallow."""
         named = None if self._schedule is None else self._schedule.cut_of(call)
         return self._cut if named is None else named
+
+    def skips(self, call: int) -> bool:
+        """Whether a call runs no engine if it is not full."""
+        return self.cut_of(call) == SKIP
 
     def begin(self, shapes: Hashable, timestep: float | None = None) -> bool:
         """Whether the call that now begins is full.

@@ -18,6 +18,12 @@ from typing import Any, ClassVar
 
 from ..errors import ScheduleError
 
+SKIP = "skip"
+"""The cut of a call that runs no engine: its answer is that of the call before, as a forecast corrects it.
+
+It costs nothing and misses more than any other. ``offcut tune`` fits what makes up for it.
+"""
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Schedule(ABC):

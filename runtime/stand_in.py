@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CutError, ScheduleError, UserError
+from ..errors import CutError, InternalError, ScheduleError, UserError
 from ..exporter.cut import canonical_name
 from ..exporter.families import family_of
 from ..exporter.ip_adapter import CONFIG_KEY, IMAGE_EMBEDS
@@ -27,7 +27,7 @@ from .generation import Calls, Generation, Guided, Run
 from .inputs import engine_inputs, in_place, refuse_ignored, timestep_shape, timestep_value
 from .ip_adapter import ImagePrompts
 from .model import EngineModel, output_class
-from .schedule import Schedule
+from .schedule import SKIP, Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class StandIn(EngineModel):
         self._unannounced: Generation | None = None
         self._latest: Generation | None = None
         self._answers: tuple[Generation, Answers] | None = None
+        self._held: tuple[Generation, torch.Tensor] | None = None  # the last answer, where calls may skip the engines
         self._busy = threading.Lock()
         self._in_use = IN_USE
 
@@ -137,15 +138,16 @@ class StandIn(EngineModel):
 
         Args:
             schedule: None makes every call full, which costs none.
-            cut: one of ``cuts``, in any convention; None for the first. A schedule may give calls a cut of their own,
-                which goes before this one.
+            cut: one of ``cuts``, in any convention, or ``"skip"`` to run no engine at all; None for the first. A
+                schedule may give calls a cut of their own, which goes before this one.
             forecast: predicts the cached features of the shallow calls; None reuses them.
             reuse_guidance: compute only the half with the prompt on shallow calls, and take the difference to the other
                 from the last full call; where the pipeline guides, and generations are announced.
 
         Raises:
             CutError: there is no such cut, or none that the schedule gives its calls.
-            ScheduleError: a generation is under way.
+            ScheduleError: a generation is under way; or the schedule decides as it goes, from what an engine computes,
+                and none is to run.
         """
         if self._announced is not None:
             raise ScheduleError("the schedule cannot change during a generation: set it before the pipeline is called")
@@ -154,10 +156,15 @@ class StandIn(EngineModel):
             if cut is None and not self._cuts:
                 raise CutError("this bundle was built without a cut, so it has no shallow graph: build it with --cut")
             name = next(iter(self._cuts)) if cut is None else canonical_name(cut)
-            if name not in self._cuts:
+            if name not in self._cuts and name != SKIP:
                 raise CutError(f"this UNet was not built with the cut {cut!r}; it has {there}")
             used = tuple(dict.fromkeys(name if each is None else each for each in schedule.cuts))
-            missing = [each for each in used if each not in self._cuts]
+            if schedule.adaptive and SKIP in used:
+                raise ScheduleError(
+                    f"{schedule!r} decides from what its shallow calls compute, and with the cut {SKIP!r} they compute "
+                    "nothing: give a cut of the UNet"
+                )
+            missing = [each for each in used if each not in self._cuts and each != SKIP]
             if missing:
                 raise CutError(f"this schedule has calls at the cut {missing[0]!r}, and this UNet has only {there}")
         self._schedule, self._cut = schedule, name if schedule is not None else None
@@ -169,7 +176,7 @@ class StandIn(EngineModel):
     @property
     def _features(self) -> tuple[str, ...]:
         """The names of the cached features that the schedule's shallow calls read, each once."""
-        return tuple(dict.fromkeys(name for cut in self._used for name in self._cuts[cut]))
+        return tuple(dict.fromkeys(name for cut in self._used for name in self._cuts.get(cut, ())))
 
     # Generations
 
@@ -307,7 +314,10 @@ class StandIn(EngineModel):
             given |= self.image_prompts.inputs(added_cond_kwargs or {}) | {IMAGE_EMBEDS: None}
         tensors = engine_inputs(given, self._specs, self._device)
         with self._exclusively(), torch.no_grad():
-            noise_pred = self._corrected(tensors[SAMPLE], self._call(tensors, timestep))
+            noise_pred = self._call(tensors, timestep)
+            if SKIP in self._used and self._latest is not None:
+                self._held = self._latest, noise_pred.clone()
+            noise_pred = self._corrected(tensors[SAMPLE], noise_pred)
         return self._output_class(sample=noise_pred) if return_dict else (noise_pred,)
 
     def _shapes(self, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Shape], list[str]]:
@@ -334,6 +344,12 @@ class StandIn(EngineModel):
             self._unannounced = Generation(self._schedule, self._cut)
         self._latest = self._unannounced
         return self._unannounced, self._unannounced.begin(place, value)
+
+    def _skipped(self, generation: Generation) -> torch.Tensor:
+        """The answer of a call that runs no engine, in memory of its own: the one before, as the engines gave it."""
+        if self._held is None or self._held[0] is not generation:
+            raise InternalError("a call was to repeat an answer of its generation, and there is none")
+        return self._held[1].clone()
 
     def _corrected(self, sample: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
         """A call's answer as the forecast corrects it, in announced generations."""

@@ -152,6 +152,10 @@ class UNet(TakesLoras, StandIn):
         write_timestep(bound.buffers["timestep"], timestep)
 
         generation, full = self._begin(tuple(shapes.items()), timestep)
+        if not full and generation.skips(generation.made):
+            answer = self._skipped(generation)
+            generation.end(full, 0.0 if self.record_times else None)
+            return answer
         memory = self._remembered(generation)
         guidance = memory.guidance
         if guidance is not None and generation.made == 0:

@@ -12,7 +12,7 @@ class Call(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    cut: str | None = Field(description="of the shallow call; None for a full one")
+    cut: str | None = Field(description="of the shallow call; None for a full one, skip where no engine ran")
     last: int = Field(description="the last full call; itself for a full one")
     reused: float = Field(description="what the features of the last full call miss; 0 for a full one")
     read: float = Field(description="what those that were read miss: after prediction, where the schedule predicts")

@@ -21,6 +21,9 @@ FEWEST = 200
 ACCURACY_MARGIN = 0.02
 """Share of prompts by which a row may fall behind and still match."""
 
+TUNED_MARGIN = 0.005
+"""The same for a tuned schedule against the uncached run."""
+
 FRECHET_MARGIN = 0.1
 """The same for the Fréchet distance, as a share of the other's."""
 
@@ -59,6 +62,7 @@ def claims(
                     _claim(f"{how} in Fréchet distance", pair, scores, frechet, "beats", 0.0, "of it"),
                 ]
         found += _of_forecasts(sampler, settings, scores, ratios)
+        found += _of_tuned(sampler, settings, scores, ratios)
     return found
 
 
@@ -75,6 +79,35 @@ def _of_forecasts(
             text = f"{sampler}: a forecast of the cached features stays nearer to the uncached picture than {than}"
             found.append(_claim(text, pairs, scores, _psnr, "beats", 0.0, "dB PSNR"))
     return found
+
+
+def _of_tuned(sampler: str, settings: Sequence[Setting], scores: Scores, ratios: Mapping[str, float]) -> list[Claim]:
+    """offcut's own: tuned schedules against each other way that is as fast or less, and against the uncached run."""
+    rows = [row for row in settings if row.sampler == sampler and row.kept is not None]
+    if not rows:
+        return []
+
+    def beside(row: Setting, ways: Sequence[Setting]) -> list[tuple[Setting, Setting]]:
+        """The way whose cost is next to the row's from above, or else that from below."""
+        ordered = sorted(ways, key=lambda way: way.cost(ratios))
+        above = [way for way in ordered if way.cost(ratios) >= row.cost(ratios) - 1e-9]
+        return [(row, (above or ordered[-1:])[0])] if ordered else []
+
+    own = [row for row in settings if row.sampler == sampler and row.kept is None]
+    others = {
+        "uniform reuse": [row for row in own if _plain(row)],
+        "reuse after a warm-up": [row for row in own if (row.schedule or "").endswith("warmup=2") and not row.damping],
+        "CacheQuant's schedule": [row for row in own if (row.schedule or "").startswith("steps:")],
+        "uncached runs of fewer steps": [row for row in own if row.fewer],
+    }
+    found = []
+    for than, ways in others.items():
+        if pairs := [pair for row in rows for pair in beside(row, ways)]:
+            text = f"{sampler}: tuned schedules stay nearer to the uncached picture than {than}"
+            found.append(_claim(text, pairs, scores, _psnr, "beats", 0.0, "dB PSNR"))
+    whole = [(row, plan.reference(row, settings)) for row in rows]
+    text = f"{sampler}: tuned schedules obey as many prompts as the uncached run"
+    return [*found, _claim(text, whole, scores, _right, "matches", TUNED_MARGIN, "of prompts")]
 
 
 def _plain(setting: Setting) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import InternalError
+from ...runtime.tuning.artifact import Tuned
 from . import kept
 from .metrics import Pictures
 from .plan import Setting
@@ -32,6 +33,7 @@ class Task:
         guidance: scale.
         batch: pictures of one call of the pipeline.
         identity: of all else that pictures depend on: the bundle and its engine.
+        bundle: has the schedules of settings with ``kept``.
     """
 
     prompts: tuple[str, ...]
@@ -39,11 +41,12 @@ class Task:
     seed: int
     batch: int
     identity: str
+    bundle: Path | None = None
 
     def key(self, setting: Setting, first: int) -> str:
         """A short digest of what decides the pictures of the part that begins at picture `first`."""
         prompts = self.prompts[first : first + PART]
-        parts = [self.identity, self.guidance, self.seed, self.batch, first, prompts, setting.name]
+        parts = [self.identity, self.guidance, self.seed, self.batch, first, prompts, setting.identity]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -132,7 +135,10 @@ def scheduler(config: Any, sampler: str) -> Any:
 def _part(pipe: Any, task: Task, setting: Setting, first: int, on_call: Progress) -> Made:
     own = pipe.scheduler
     pipe.scheduler = scheduler(own.config, setting.sampler)
-    pipe.unet.set_schedule(setting.parsed, setting.cut, setting.forecast)
+    if setting.kept is not None and task.bundle is not None:
+        Tuned.load(task.bundle, setting.kept.name).apply(pipe.unet)
+    else:
+        pipe.unet.set_schedule(setting.parsed, setting.cut, setting.forecast)
     pipe.unet.record_times = True
     pipe.set_progress_bar_config(disable=True)
     try:
@@ -147,11 +153,11 @@ def _part(pipe: Any, task: Task, setting: Setting, first: int, on_call: Progress
     finally:
         pipe.scheduler = own
 
-    def median(kind: bool) -> float:
-        times = [seconds for run in runs for full, seconds in zip(run.full, run.seconds, strict=True) if full is kind]
+    def median(mark: str) -> float:
+        times = [each for run in runs for call, each in zip(run.timeline, run.seconds, strict=True) if call == mark]
         return float(np.median(times)) if times else float("nan")
 
-    return Made(np.concatenate(pictures), (median(True),), (median(False),), runs[0].timeline)
+    return Made(np.concatenate(pictures), (median("#"),), (median("."),), runs[0].timeline)
 
 
 def _read(path: Path) -> Made | None:

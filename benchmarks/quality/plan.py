@@ -12,6 +12,7 @@ from ...errors import UserError
 from ...exporter.cut import canonical_name
 from ...runtime.forecast import Extrapolate, Forecast
 from ...runtime.schedule import Quad, Schedule, Uniform, parse
+from ...runtime.tuning.cuts import cost_of
 from ..latency.record import Latency
 
 SAMPLERS = ("ddim", "dpm++ 2m", "euler ancestral")
@@ -40,16 +41,32 @@ Kind = Literal["uniform", "quad"]
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A schedule of the bundle.
+
+    Attributes:
+        name: of the schedule.
+        document: its file, which has another name when what is in it changes.
+        by_call: the cut of each call, as ``Document.by_call``.
+    """
+
+    name: str
+    document: str
+    by_call: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
 class Setting:
     """One way to make the pictures.
 
     Attributes:
         sampler: one of `SAMPLERS`.
         steps: of the sampler; each is one UNet call.
-        schedule: in its text form; None where every call is full.
+        schedule: in its text form; None where every call is full, ``tuned:NAME`` of the bundle's.
         cut: of the shallow calls; None where there are none.
         fewer: whether this is an uncached run at a cached one's latency.
         damping: of the cached features' forecast; None reuses them.
+        kept: of a schedule of the bundle's.
     """
 
     sampler: str
@@ -58,6 +75,12 @@ class Setting:
     cut: str | None = None
     fewer: bool = False
     damping: float | None = None
+    kept: Kept | None = None
+
+    @property
+    def identity(self) -> str:
+        """Of all that the pictures depend on: the name, unless another schedule may come to have it."""
+        return self.name if self.kept is None else f"{self.name} {self.kept.document}"
 
     @property
     def name(self) -> str:
@@ -73,8 +96,8 @@ class Setting:
 
     @property
     def parsed(self) -> Schedule | None:
-        """The schedule."""
-        return None if self.schedule is None else parse(self.schedule)
+        """The schedule; None too for one of the bundle's."""
+        return None if self.schedule is None or self.kept is not None else parse(self.schedule)
 
     @property
     def forecast(self) -> Forecast | None:
@@ -85,18 +108,22 @@ class Setting:
     def interval(self) -> int | None:
         """N of a uniform or quad schedule; 1 where every call is full."""
         schedule = self.parsed
-        if schedule is None:
+        if self.schedule is None:
             return 1
         return schedule.interval if isinstance(schedule, Uniform | Quad) else None
 
     @property
     def full_calls(self) -> int:
         """Of one image."""
+        if self.kept is not None:
+            return self.kept.by_call.count(None)
         schedule = self.parsed
         return self.steps if schedule is None else len(schedule.full_calls(self.steps))
 
     def cost(self, ratios: Mapping[str, float]) -> float:
         """Of one image in full calls, where a shallow call costs its cut's ratio."""
+        if self.kept is not None:
+            return cost_of(self.kept.by_call, ratios)
         shallow = self.steps - self.full_calls
         return self.full_calls + (shallow * ratios[self.cut] if self.cut else 0.0)
 
@@ -164,7 +191,7 @@ def product_plan(
         UserError: an unknown sampler.
         ScheduleError, CutError: another value that cannot be.
     """
-    _check(samplers)
+    check(samplers)
     rows = [Setting(sampler, steps) for sampler in samplers]
     rows += [
         cached(sampler, steps, kind, interval, cut, warmup, damping)
@@ -184,7 +211,7 @@ def of_samplers(settings: Sequence[Setting], samplers: Sequence[str]) -> list[Se
     Raises:
         UserError: a sampler is unknown, or the plan has none of them.
     """
-    _check(samplers)
+    check(samplers)
     rows = [setting for setting in settings if setting.sampler in samplers]
     if not rows:
         there = ", ".join(dict.fromkeys(setting.sampler for setting in settings))
@@ -259,7 +286,12 @@ def _fits(fewer: Setting, setting: Setting, ratios: Mapping[str, float]) -> bool
     return fewer.sampler == setting.sampler and abs(fewer.steps - cost) <= max(0.5, _TOLERANCE * cost)
 
 
-def _check(samplers: Sequence[str]) -> None:
+def check(samplers: Sequence[str]) -> None:
+    """Whether these are of ``SAMPLERS``.
+
+    Raises:
+        UserError: one is not.
+    """
     for sampler in samplers:
         if sampler not in SAMPLERS:
             raise UserError(f"{sampler!r} is no sampler here: choose one of {', '.join(SAMPLERS)}")

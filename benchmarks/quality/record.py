@@ -24,13 +24,17 @@ class QualityRow(BaseModel):
     kind: str = Field(description="'uncached', 'cached', or 'fewer steps' (uncached, at a cached row's latency)")
     sampler: str = Field(description="the diffusers scheduler, e.g. ddim, dpm++ 2m, euler ancestral")
     steps: int
-    schedule: str | None = Field(None, description="as set_schedule's argument prints; None where every call is full")
+    schedule: str | None = Field(
+        None,
+        description="as set_schedule's argument prints; None where every call is full, tuned:NAME of the bundle's own",
+    )
     cut: str | None = None
     interval: int | None = None
     warmup: int | None = None
     damping: float | None = Field(None, description="of the cached features' forecast; None where they are reused")
     full_calls: int
     shallow_calls: int
+    skipped_calls: int = Field(0, description="that ran no engine")
     images: int
     cost: float = Field(description="of one image, full calls; a shallow call counts as the reference ratio")
     cost_here: float = Field(description="the same with this model's own ratio of shallow to full")
@@ -46,7 +50,9 @@ class QualityRow(BaseModel):
     frechet: float | None = Field(None, description="distance to drawn scenes of the same captions, judge features")
     samples: list[str] = Field(default_factory=list, description="PNG files beside result.json, of sample_prompts")
     external: dict[str, float] = Field(default_factory=dict, description="LPIPS, CLIP score, FID by networks given")
-    timeline: str | None = Field(None, description="a character for each UNet call: '#' full, '.' shallow")
+    timeline: str | None = Field(
+        None, description="a character for each UNet call: '#' full, '.' shallow, '_' no engine"
+    )
 
 
 class Claim(BaseModel):

@@ -127,6 +127,7 @@ def _row(
         damping=setting.damping,
         full_calls=timeline.count("#"),
         shallow_calls=timeline.count("."),
+        skipped_calls=timeline.count("_"),
         images=len(scored.right),
         cost=setting.cost(ratios),
         cost_here=setting.cost(here),

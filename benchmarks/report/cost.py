@@ -169,6 +169,8 @@ def _timelines(rows: Sequence[QualityRow]) -> Markup | None:
         followed = tag("span", label, class_="label", title=words.listed([row.name for row in those]))
         lines.append(tag("li", followed, plots.timeline(calls, title), tag("span", count, class_="value")))
     legend = [("full", "full UNet call"), ("shallow", "shallow call, deep features reused")]
+    if any("_" in calls for calls in followers):
+        legend.append(("skipped", "no engine, answer foretold"))
     return join(
         tag("h3", "Steps"),
         tag(
@@ -200,7 +202,7 @@ def _table(rows: Sequence[QualityRow]) -> Markup:
     lines = [
         [
             join(row.name, " ", tag("span", row.kind, class_="badge") if row.kind == "fewer steps" else None),
-            f"{row.full_calls} + {row.shallow_calls}",
+            f"{row.full_calls} + {row.shallow_calls}" + (f", {row.skipped_calls} skipped" if row.skipped_calls else ""),
             words.times(speed(rows, row)),
             words.stacked(row.psnr),
             words.NONE if row.psnr_worst is None else f"{row.psnr_worst:.1f}",

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ...runtime.schedule import SKIP
 from ..drift.record import Call, Drift, Walk
 from . import samples, words
 from .heatmap import SHADES, heatmap, steps
@@ -74,7 +75,7 @@ def _segments(calls: Sequence[Call]) -> Iterator[tuple[int, int]]:
 
 
 def _errors(drift: Drift) -> Markup:
-    shallow = [call.cut is not None for call in drift.calls]
+    shallow = [call.cut not in (None, SKIP) for call in drift.calls]
     reused = [call.reused if is_shallow else None for call, is_shallow in zip(drift.calls, shallow, strict=True)]
     read = [call.read if is_shallow else None for call, is_shallow in zip(drift.calls, shallow, strict=True)]
     most = max((value for value in (*reused, *read) if value is not None), default=0.0)

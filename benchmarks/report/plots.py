@@ -83,13 +83,12 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def timeline(calls: str, title: str) -> Markup:
-    """A mark for each UNet call, tall for a full one."""
+    """A mark for each UNet call, tall for a full one and flat where no engine runs."""
     marks = []
     width = 100 / len(calls)
     for index, call in enumerate(calls):
-        full = call == "#"
-        x, top = index * width, 0 if full else 12
-        mark = "full" if full else "shallow"
+        x = index * width
+        mark, top = {"#": ("full", 0), "_": ("skipped", 16)}.get(call, ("shallow", 12))
         place = {"x": f"{x:.3f}%", "width": f"{width * 0.8:.3f}%"}
         marks.append(tag("rect", class_=mark, y=top, height=18 - top, **place))
     return svg(title, tag("title", title), marks, class_="timeline", width="100%", height=18)

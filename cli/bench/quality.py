@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ...benchmarks.quality.record import Estimate, Quality, QualityRow
 
 _PACKAGES = ("offcut", "torch", "diffusers", "transformers", "onnxruntime", "openvino", "torchmetrics", "numpy")
-_IMAGES = {"quick": 32, "full": 1000}
+_IMAGES = {"quick": 32, "full": 1000, "front": 512}
 
 
 class Plan(StrEnum):
@@ -28,6 +28,7 @@ class Plan(StrEnum):
 
     QUICK = "quick"
     FULL = "full"
+    FRONT = "front"
 
 
 class Kind(StrEnum):
@@ -46,9 +47,14 @@ def quality(
     ] = Path("bench-quality"),
     plan: Annotated[
         Plan | None,
-        typer.Option(help="quick (the default), or full: interval, cut, schedule, warm-up, forecast and sampler vary."),
+        typer.Option(
+            help="quick (the default); full: interval, cut, schedule, warm-up, forecast and sampler vary; front: "
+            "tuned schedules beside others as fast, at three speeds."
+        ),
     ] = None,
-    images: Annotated[int | None, typer.Option(help="Of each setting; 32, or 1000 in the full plan.", min=2)] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Of each setting; 32, 1000 in the full plan, 512 in front.", min=2)
+    ] = None,
     steps: Annotated[int, typer.Option(help="Of DDIM; the plans give other samplers half of them.", min=8)] = 50,
     interval: Annotated[
         list[int] | None,
@@ -65,6 +71,7 @@ def quality(
         list[int] | None, typer.Option(help="Of a combination: first calls that are full. Again for several.", min=0)
     ] = None,
     schedule: Annotated[list[Kind] | None, typer.Option(help="Of a combination. Again for both.")] = None,
+    samples: Annotated[int, typer.Option(help="Images that a schedule of --plan front is tuned with.", min=4)] = 48,
     forecast: Annotated[
         list[float] | None,
         typer.Option(
@@ -92,6 +99,7 @@ def quality(
 ) -> None:
     """Compare cached runs with the uncached one, and with fewer steps at equal latency, on the shapes model."""
     from ...benchmarks.quality import crew, metrics, pictures
+    from ...benchmarks.quality.front import front_plan
     from ...benchmarks.quality.plan import reference_ratios, with_fewer_steps
     from ...benchmarks.quality.run import run
     from ...engines.bundle import Bundle
@@ -101,21 +109,27 @@ def quality(
     outcome = Outcome(_PACKAGES)
     asked = _settings(plan, steps, sampler, schedule, interval, cut, warmup, forecast)
     ratios = reference_ratios(asked, _given(shallow_ratio or [], latency))
-    settings = with_fewer_steps(asked, ratios)
     networks = _networks(lpips, clip, fid)
-    _build(bundle, engine, list(dict.fromkeys(setting.cut for setting in settings if setting.cut)))
+    _build(bundle, engine, list(dict.fromkeys(setting.cut for setting in asked if setting.cut)))
     opened = Bundle.open(bundle)
     choice = opened.choose_engine(engine)
     err.print(f"engine {choice.name}: {choice.reason}", highlight=False)
     quiet_libraries()
     pipe = load(opened, engine=choice.name, threads=threads)
+    if plan == Plan.FRONT and dry_run:
+        err.print("beside these a schedule is tuned for each plainly uniform one, and CacheQuant's is made")
+    elif plan == Plan.FRONT:
+        with stages() as stage:
+            asked = front_plan(pipe, opened, asked, guidance, ratios, samples, stage)
+    settings = with_fewer_steps(asked, ratios)
     versions = [f"{name} {outcome.environment.packages.get(name)}" for name in ("diffusers", choice.name)]
     task = pictures.Task(
         prompts=pictures.prompts(images or _IMAGES[plan or Plan.QUICK], 1000 + seed),
         guidance=guidance,
         seed=seed,
         batch=batch,
-        identity=" ".join([opened.digest, choice.name, *versions]),
+        identity=" ".join([opened.built_digest, choice.name, *versions]),
+        bundle=bundle,
     )
     _announce(pipe, task, settings, output, ratios)
     if dry_run:
@@ -163,7 +177,8 @@ def _settings(
     warmups: Sequence[int] | None,
     dampings: Sequence[float] | None,
 ) -> list[Setting]:
-    from ...benchmarks.quality.plan import full_plan, of_samplers, product_plan, quick_plan
+    from ...benchmarks.quality.front import known
+    from ...benchmarks.quality.plan import SAMPLERS, full_plan, of_samplers, product_plan, quick_plan
     from ...errors import UserError
 
     combined = any(given is not None for given in (kinds, intervals, cuts, warmups, dampings))
@@ -179,6 +194,8 @@ def _settings(
             warmups or [0],
             [None if damping < 0 else damping for damping in dampings or [-1.0]],
         )
+    if plan == Plan.FRONT:
+        return known(steps, samplers or SAMPLERS)
     rows = full_plan(steps) if plan == Plan.FULL else quick_plan(steps)
     return rows if samplers is None else of_samplers(rows, samplers)
 

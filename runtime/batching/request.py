@@ -25,7 +25,7 @@ class Step:
         call: its index, from 0.
         calls: how many the request makes; None where nobody knows.
         full: whether the full graph ran.
-        rows: of the engine call that it shared, without padding.
+        rows: of the engine call that it shared, without padding; 0 where no engine ran.
     """
 
     call: int

@@ -10,10 +10,11 @@ import torch
 from ...errors import InternalError
 from ...exporter.specs import solve
 from ...exporter.trace import SAMPLE
+from ..generation import Generation
 from ..inputs import write_timestep
 from ..stand_in import StandIn
 from ..unet import UNet
-from .batcher import Batcher
+from .batcher import Batcher, again
 from .lanes import Lane
 from .pool import Layout
 from .request import Call, Request, Step
@@ -67,8 +68,17 @@ class SharedUNet(StandIn):
 
         generation, full = self._begin(tuple(shapes.items()), timestep)
         plan, number = generation.plan, generation.made
-        ahead = None if plan is None else plan[number + 1 :]
-        keeps = full and self._schedule is not None and (ahead is None or not all(ahead))
+        if not full and generation.skips(number):
+            if request.ended is not None:
+                raise again(request.ended)
+            answer = self._skipped(generation)
+            self._done(generation, full, rows=0)
+            return answer
+        ahead = None  # whether each call is full, of those that run an engine
+        if plan is not None:
+            later = range(number + 1, len(plan))
+            ahead = tuple(plan[each] for each in later if plan[each] or not generation.skips(each))
+        keeps = full and self._features != () and (ahead is None or not all(ahead))
         cut = None if full else generation.cut_of(number)
         assert full or cut is not None
         call = Call(
@@ -85,11 +95,16 @@ class SharedUNet(StandIn):
             came=time.monotonic(),
         )
         noise_pred = self._batcher.step(call)
-        generation.end(full)
-        if request.on_step is not None:
-            with self._batcher.outside():
-                request.on_step(Step(number, None if plan is None else len(plan), full, call.shared))
+        self._done(generation, full, call.shared)
         return noise_pred
+
+    def _done(self, generation: Generation, full: bool, rows: int) -> None:
+        """A call has completed; its request is told."""
+        plan, number = generation.plan, generation.made
+        generation.end(full)
+        if self._request is not None and self._request.on_step is not None:
+            with self._batcher.outside():
+                self._request.on_step(Step(number, None if plan is None else len(plan), full, rows))
 
     def _layout(self, lane: Lane, rows: int) -> Layout:
         """The same at all of a request's full steps: another slot would not have the features of the step before."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import InternalError, LimitError
 from ..batching import Step, Ticket, Worker
 from .going import Drawn, Going, Preview, Progress
-from .metrics import Metrics
+from .metrics import SKIPPED, Metrics
 from .previews import preview, preview_steps
 from .wanted import Wanted
 
@@ -94,8 +94,8 @@ class Drawing(Going):
         began = self._ticket.started if step.call == 0 else None
         seconds = now - (self._last if began is None else began)
         self._last = now
-        kind = "full" if step.full else "shallow"
-        self._timeline.append("#" if step.full else ".")
+        kind, mark = ("full", "#") if step.full else ("shallow", ".") if step.rows else (SKIPPED, "_")
+        self._timeline.append(mark)
         self._metrics.step_seconds.labels(kind).observe(seconds)
         event = Progress(step.call + 1, step.calls, kind, seconds, step.rows)
         self._tell(lambda: self.events.put_nowait(event))

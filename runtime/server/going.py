@@ -19,9 +19,9 @@ class Progress:
     Attributes:
         step: its number, from 1.
         total: how many there will be; None where nobody knows.
-        kind: ``full`` or ``shallow``.
+        kind: ``full``, ``shallow``, or ``skipped`` where no engine ran.
         seconds: since the last one, or since work on the request began.
-        rows: of the engine call that others may have shared.
+        rows: of the engine call that others may have shared; 0 where none was made.
     """
 
     step: int
@@ -52,7 +52,7 @@ class Drawn:
         images: as PNG in base64.
         seconds: from the beginning of the work to its end, previews left out.
         queue_seconds: before that.
-        timeline: of the UNet calls, ``#`` for a full and ``.`` for a shallow one.
+        timeline: of the UNet calls, ``#`` for a full one, ``.`` for a shallow one, ``_`` where no engine ran.
     """
 
     images: tuple[str, ...]

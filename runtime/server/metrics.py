@@ -18,6 +18,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 OUTCOMES = ("done", "failed", "cancelled", "expired", "fault")
 KINDS = ("full", "shallow")
+SKIPPED = "skipped"
 
 Workers = Mapping[tuple[str, ...], Statistics]
 
@@ -67,7 +68,7 @@ class Metrics:
             ["reason"],
             registry=self.registry,
         )
-        for kind in KINDS:
+        for kind in (*KINDS, SKIPPED):
             self.step_seconds.labels(kind)
         for outcome in OUTCOMES:
             self.request_seconds.labels(outcome)

@@ -44,6 +44,7 @@ def _how(asked: Wanted, drawn: Drawn) -> dict[str, Any]:
         "timeline": drawn.timeline,
         "full_calls": drawn.timeline.count("#"),
         "shallow_calls": drawn.timeline.count("."),
+        "skipped_calls": drawn.timeline.count("_"),
         "seconds": round(drawn.seconds, 6),
         "queue_seconds": round(drawn.queue_seconds, 6),
     }

@@ -54,9 +54,11 @@ class Measured(BaseModel):
     name: str
     full_calls: int
     shallow_calls: int
+    skipped_calls: int = Field(default=0, description="that ran no engine")
     speed_up: float = Field(description="of the UNet's time, by the engine's own times")
     psnr: float = Field(description="mean over the images, in dB")
     worst: float
+    full: tuple[int, ...] = Field(default=(), description="the full calls")
 
 
 class Document(BaseModel):
@@ -67,9 +69,11 @@ class Document(BaseModel):
     version: int = 1
     key: Key
     cut: str = Field(description="of shallow calls for which cuts has none")
-    cuts: tuple[str | None, ...] = Field(default=(), description="of each call, none if full; empty if all have cut")
+    cuts: tuple[str | None, ...] = Field(
+        default=(), description="of each call, none if full and skip if no engine runs; empty if all have cut"
+    )
     full: tuple[int, ...] = Field(description="the full calls")
-    predictors: tuple[str, ...] = Field(description="of each call: full, reuse, forecast... or fit...")
+    predictors: tuple[str, ...] = Field(description="of each call: full, reuse, forecast..., fit... or skip")
     corrected: tuple[int, ...] = Field(default=(), description="the calls whose answers are corrected")
     correction_guidance: float | None = Field(default=None, description="scale that a correction reckons with")
     engine: str = Field(description="that the times are of")

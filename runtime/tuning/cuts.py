@@ -14,13 +14,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..schedule import SKIP
 from .search import Array, Found, SegmentErrors, best_of_each
 
 PRICES = 12
 """That are tried beside none; more make the front denser."""
 
 ByCall = tuple[str | None, ...]
-"""The cut of each call of a generation; None for a full one."""
+"""The cut of each call of a generation; None for a full one, ``SKIP`` where no engine runs."""
 
 
 def at_cut(full: Sequence[int], calls: int, cut: str) -> ByCall:
@@ -40,6 +41,7 @@ def cost_of(cuts: Sequence[str | None], ratios: Mapping[str, float]) -> float:
         ratios: a shallow call's time over a full one's, by cut.
     """
     counts = Counter(cuts)
+    del counts[SKIP]
     return counts.pop(None, 0) + sum(ratios[cut] * count for cut, count in counts.items() if cut is not None)
 
 

@@ -25,7 +25,7 @@ from .images import Image, ImageSet, Studio
 from .watched import At, Watch
 
 SIZES = (1, 3)
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _GAIN = 0.99
 """A kernel must leave less than this share of the held-out images' error."""
 
@@ -38,10 +38,10 @@ def fit(studio: Studio, watch: Watch, tuned: Tuned, fitted: ImageSet, held_out: 
         fitted: images that kernels are fitted to, with their latents.
         held_out: those that decide how strong a kernel's ridge is, and whether there is one.
     """
+    if not possible(tuned.document.key.calls, fitted, held_out):
+        return tuned
     images = [*fitted.images, *held_out.images]
     latents = [*fitted.latents, *held_out.latents]
-    if any(len(each) != tuned.document.key.calls or each[0].dim() != 4 for each in latents):
-        return tuned  # a scheduler with other steps than calls; a video
     meeting = _Meeting(tuned, images, latents, len(fitted.images))
     worker = Worker(
         studio.pipe,
@@ -69,6 +69,11 @@ def fit(studio: Studio, watch: Watch, tuned: Tuned, fitted: ImageSet, held_out: 
     if not meeting.kernels:
         return tuned
     return tuned.with_correction(Convolutions(meeting.kernels, meeting.full, meeting.guidance))
+
+
+def possible(calls: int, *sets: ImageSet) -> bool:
+    """Whether kernels can be fitted to these: not where the scheduler has other steps than calls, nor to videos."""
+    return all(len(each) == calls and each[0].dim() == 4 for one in sets for each in one.latents)
 
 
 def _send(worker: Worker, studio: Studio, tuned: Tuned, image: Image, forecast: Forecast) -> Ticket:

@@ -10,7 +10,7 @@ from ...errors import UserError
 from ..forecast import Extrapolate, Forecast
 from ..schedule import Schedule, Steps, Uniform
 from .artifact import Measured, Tuned
-from .cuts import cost_of
+from .cuts import at_cut, cost_of
 from .images import ImageSet, Studio
 from .search import cachequant
 
@@ -54,14 +54,15 @@ def measured(
     """A row: the images of a set with this schedule."""
     psnr, worst = studio.psnr(on, schedule, forecast)
     run = studio.run
-    full = sum(run.full)
     return Measured(
         name=name,
-        full_calls=full,
-        shallow_calls=costs.calls - full,
+        full_calls=run.timeline.count("#"),
+        shallow_calls=run.timeline.count("."),
+        skipped_calls=run.timeline.count("_"),
         speed_up=costs.calls / costs.of(run.cuts),
         psnr=psnr,
         worst=worst,
+        full=run.full_calls,
     )
 
 
@@ -69,7 +70,7 @@ def rows(
     studio: Studio,
     costs: Costs,
     tuned: Tuned,
-    alone: Tuned | None,
+    others: Mapping[str, Tuned],
     test: ImageSet,
     fit: ImageSet,
     *,
@@ -78,14 +79,14 @@ def rows(
     """The tuned schedule first, then what it is held against, all on the test images.
 
     Args:
-        alone: the best with one cut only, where there are several.
+        others: what it would be with less to choose from, by name.
         reference: whether the images are another engine's, so that this one's own uncached ones differ.
     """
-    interval = max(2, math.ceil(costs.calls / len(tuned.document.full)))
+    interval = _interval(studio.cut, costs, tuned)
     plain, warm = f"every {interval}th call full", Uniform(interval, warmup=2)
     differences = Differences(fit, studio.cuts[studio.cut])
     at = f", {studio.cut}" if len(studio.cuts) > 1 else ""
-    others: Sequence[tuple[str, Schedule, Forecast | None]] = (
+    known: Sequence[tuple[str, Schedule, Forecast | None]] = (
         (f"CacheQuant's schedule{at}", Steps(cachequant(costs.calls, interval, differences)), None),
         (f"{plain}{at}", Uniform(interval), None),
         (f"{plain}, 2 to warm up{at}", warm, None),
@@ -93,14 +94,12 @@ def rows(
         (f"{plain}, 2 to warm up, forecast 1{at}", warm, Extrapolate(1.0)),
     )
     made = [measured(studio, costs, "tuned", tuned.schedule, tuned.forecast, test)]
-    if alone is not None:
-        name = f"one cut only, {alone.document.cut}"
-        made.append(measured(studio, costs, name, alone.schedule, alone.forecast, test))
+    made += [measured(studio, costs, name, each.schedule, each.forecast, test) for name, each in others.items()]
     made.append(measured(studio, costs, "tuned schedule, features reused", tuned.schedule, None, test))
     if tuned.correction is not None:
         uncorrected = replace(tuned, correction=None).forecast
         made.append(measured(studio, costs, "tuned, answers not corrected", tuned.schedule, uncorrected, test))
-    made += [measured(studio, costs, name, schedule, forecast, test) for name, schedule, forecast in others]
+    made += [measured(studio, costs, name, schedule, forecast, test) for name, schedule, forecast in known]
     steps = max(1, round(studio.steps / made[0].speed_up))
     psnr, worst = studio.psnr(test, None, steps=steps)
     calls = len(studio.run.full)
@@ -111,10 +110,20 @@ def rows(
         speed_up=costs.calls / calls,
         psnr=psnr,
         worst=worst,
+        full=tuple(range(calls)),
     )
     if reference:
         made.append(measured(studio, costs, "uncached", None, None, test))
     return [*made, fewer]
+
+
+def _interval(cut: str, costs: Costs, tuned: Tuned) -> int:
+    """The shortest that is as fast as the tuned schedule; where shallow calls take too long for any, by full calls."""
+    budget = costs.of(tuned.document.by_call) + 1e-9
+    for interval in range(2, costs.calls):
+        if costs.of(at_cut(Uniform(interval).full_calls(costs.calls), costs.calls, cut)) <= budget:
+            return interval
+    return max(2, math.ceil(costs.calls / len(tuned.document.full)))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from ...errors import UserError
 from ..draw import draws_from_prompts
 from ..forecast import Extrapolate
-from ..schedule import Uniform
+from ..schedule import SKIP, Uniform
 from . import lockstep
 from .artifact import Document, Measured, Tuned, key_of
 from .cuts import ByCall, at_cut, full_of, search
@@ -28,6 +28,7 @@ from .record import Recorder
 from .reference import beside, named
 from .report import Costs, measured, rows
 from .search import Array, Found, last_two, within
+from .skipping import ladder, mixed, within_budget
 from .wanted import Wanted
 from .watched import Watch, watched
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 ByCut = Mapping[str, Predictors]
 
-_PROMISING = 3
+_PROMISING = 2
 """Schedules with predictions that are tried with a correction too."""
 
 
@@ -115,19 +116,28 @@ class _Tuning:
         self._weights = influence(self._studio, select, own, self._wanted.probes, self._progress)
         self._progress("search the schedules")
         found = self._search(better, tuple(cuts))
-        budget = self._budget(found, better)
+        skips = self._wanted.skip and lockstep.possible(self._key.calls, fit, select)
+        rungs = [ladder(self._key.calls, self._costs.ratios[cut], cut) for cut in cuts] if skips else []
+        budget = self._budget([found, *rungs], better)
         self._progress("compare predictions with reuse")
         tried = [each for cut in cuts for each in self._at(cut, budget, reuse, better)]
         tuned = self._finished([*tried, self._again(self._best(tried))])
-        alone = None
+        less: dict[str, Tuned] = {}
         if len(cuts) > 1:
             self._progress("let each call have a cut of its own")
             plain = self._predicting(within(self._search(reuse, tuple(cuts)), budget).cuts, reuse)
-            mixed = self._best([plain, self._predicting(within(found, budget).cuts, better)])
-            alone, tuned = tuned, self._best([tuned, self._finished([mixed, self._again(mixed)])])
-        pareto = self._pareto(found, better)
+            several = self._best([plain, self._predicting(within(found, budget).cuts, better)])
+            less[f"one cut only, {tuned.document.cut}"] = tuned
+            tuned = self._best([tuned, self._finished([several, self._again(several)])])
+        if skips:
+            self._progress("let calls run no engine")
+            skipping = self._best([self._skipping(cut, budget, better) for cut in cuts])
+            if self._psnr(skipping) > self._psnr(tuned):
+                less["tuned, no call skipped"] = tuned
+                tuned = skipping
+        pareto = self._pareto([found, *rungs], better)
         self._progress("draw the test images")
-        report = rows(self._studio, self._costs, tuned, alone, self._test, fit, reference=refers)
+        report = rows(self._studio, self._costs, tuned, less, self._test, fit, reference=refers)
         document = tuned.document.model_copy(update={"measured": tuple(report), "pareto": tuple(pareto)})
         return replace(tuned, document=document)
 
@@ -149,8 +159,26 @@ class _Tuning:
             *(self._extrapolating(cut, budget, damping) for damping in (0.5, 1.0)),
         ]
 
-    def _budget(self, found: Sequence[Found], predictors: ByCut) -> float:
-        """The target as full calls' time."""
+    def _skipping(self, cut: str, budget: float, predictors: ByCut) -> Tuned:
+        """The best with calls that run no engine; nobody knows it before they are tried."""
+        calls = self._costs.calls
+        even = within_budget(calls, budget, self._costs.ratios[cut], cut)
+        best = self._best([self._corrected(self._predicting(cuts, predictors)) for cuts in even])
+        shallow = best.document.by_call.count(cut)
+        placed = [  # as many full calls, where the features would have them
+            self._corrected(self._predicting(mixed(each.full, calls, shallow, cut), predictors))
+            for each in self._search(predictors, [cut])
+            if len(each.full) == len(best.document.full)
+        ]
+        best = self._best([best, *placed])
+        return self._best([best, self._corrected(self._refitted(best))])
+
+    def _budget(self, families: Sequence[Sequence[Found]], predictors: ByCut) -> float:
+        """The target as full calls' time.
+
+        Args:
+            families: of schedules to choose from, in each the cheapest first and last one without a shallow call.
+        """
         target, calls = self._wanted.target, self._costs.calls
         if target.speed_up is not None:
             return calls / target.speed_up
@@ -158,7 +186,7 @@ class _Tuning:
             began = time.perf_counter()
             self._studio.draw(self._select.images[0])
             rest = time.perf_counter() - began - sum(self._studio.run.seconds)
-            least = rest + found[0].cost * self._costs.full_seconds
+            least = rest + min(family[0].cost for family in families) * self._costs.full_seconds
             if target.seconds < least:
                 raise UserError(
                     f"an image takes {least:.2f} s with the fewest full calls here ({rest:.2f} s outside the UNet), "
@@ -167,15 +195,19 @@ class _Tuning:
             return (target.seconds - rest) / self._costs.full_seconds
         assert target.psnr is not None
         self._progress(f"find the fastest schedule that reaches {target.psnr:g} dB")
-        low, high = 0, len(found) - 1  # the last has no shallow call
+        return min(self._cheapest(family, target.psnr, predictors) for family in families)
+
+    def _cheapest(self, family: Sequence[Found], psnr: float, predictors: ByCut) -> float:
+        """The cost of a family's first schedule with such images, as bisection finds it."""
+        low, high = 0, len(family) - 1
         while low < high:
             middle = (low + high) // 2
-            self._progress(f"  {len(found[middle].full)} full calls")
-            if self._psnr(self._corrected(self._predicting(found[middle].cuts, predictors))) >= target.psnr:
+            self._progress(f"  {len(family[middle].full)} full calls")
+            if self._psnr(self._corrected(self._predicting(family[middle].cuts, predictors))) >= psnr:
                 high = middle
             else:
                 low = middle + 1
-        return found[low].cost
+        return family[low].cost
 
     def _extrapolating(self, cut: str, budget: float, damping: float) -> Tuned:
         """What needs no tuning: two calls to warm up, then a uniform interval, extrapolated."""
@@ -192,10 +224,13 @@ class _Tuning:
 
     def _predicting(self, cuts: ByCall, predictors: ByCut) -> Tuned:
         """A schedule with the best prediction for each of its shallow calls."""
-        full, shallow = full_of(cuts), [(call, cut) for call, cut in enumerate(cuts) if cut is not None]
+        full, shallow = full_of(cuts), [(call, cut) for call, cut in enumerate(cuts) if cut not in (None, SKIP)]
         return self._tuned(cuts, {call: predictors[cut].best(call, *last_two(full, call)) for call, cut in shallow})
 
     def _again(self, tuned: Tuned) -> Tuned:
+        return self._best([tuned, self._refitted(tuned)])
+
+    def _refitted(self, tuned: Tuned) -> Tuned:
         """Fit once more, on the cached trajectory: errors feed back, and features there are others."""
         if not tuned.coefficients:
             return tuned
@@ -212,19 +247,25 @@ class _Tuning:
                 recorder.add_to(sums)
             moments.append(sums)
         predictors = by_cut(self._studio.cuts, moments[0], moments[1], reference=self._reference is not None)
-        return self._best([tuned, self._predicting(tuned.document.by_call, predictors)])
+        return self._predicting(tuned.document.by_call, predictors)
 
-    def _pareto(self, found: Sequence[Found], predictors: ByCut) -> list[Measured]:
-        """So many schedules, from the fewest full calls to the most, on the selecting images."""
+    def _pareto(self, families: Sequence[Sequence[Found]], predictors: ByCut) -> list[Measured]:
+        """So many schedules, from the fewest full calls to the most, on the selecting images.
+
+        Args:
+            families: the first gives the costs, and each of the others its dearest schedule within them.
+        """
+        found, *others = families
         count = min(self._wanted.pareto, len(found) - 1)
         if count == 0:
             return []
         self._progress("measure the Pareto front")
         made = []
         for place in sorted({round(place) for place in np.geomspace(1, len(found) - 1, count)}):
-            cuts = found[place - 1].cuts
-            self._progress(f"  {len(full_of(cuts))} full calls")
-            tuned = self._corrected(self._predicting(cuts, predictors))
+            within_it = [each for family in others for each in family if each.cost <= found[place - 1].cost + 1e-9]
+            tried = [found[place - 1], *sorted(within_it, key=lambda each: each.cost)[-1:]]
+            self._progress(f"  {len(tried[0].full)} full calls")
+            tuned = self._best([self._corrected(self._predicting(each.cuts, predictors)) for each in tried])
             made.append(measured(self._studio, self._costs, "tuned", tuned.schedule, tuned.forecast, self._select))
         return made
 
@@ -257,14 +298,17 @@ class _Tuning:
         )
 
     def _tuned(self, cuts: ByCall, predictors: Mapping[int, Predictor]) -> Tuned:
-        kinds = [predictors[call].kind if call in predictors else "full" for call in range(self._costs.calls)]
+        kinds = [
+            predictors[call].kind if call in predictors else "full" if cut is None else cut
+            for call, cut in enumerate(cuts)
+        ]
         default, ratios = self._studio.cut, self._costs.ratios
         used = [cut for cut in self._studio.cuts if cut in cuts]
         cut = default if default in used or not used else used[0]
         document = Document(
             key=self._key,
             cut=cut,
-            cuts=cuts if set(used) - {default} else (),
+            cuts=cuts if set(cuts) - {None, cut} else (),
             full=full_of(cuts),
             predictors=tuple(kinds),
             engine=self._studio.pipe.unet.engine,

@@ -39,6 +39,7 @@ class Wanted:
         samples: images in all: half to fit, a quarter each to select and to test.
         prompts: drawn in turn; each set has its own where there are three or more.
         cuts: of the shallow calls, each of which gets one of them; none for the bundle's first.
+        skip: whether calls may run no engine at all, where a correction of the answers makes up for it.
         ratios: a shallow call's time over a full one's, for each of the cuts, to tune for instead of this engine's
             here: another machine's, or a larger model's; empty to measure it.
         size: the images' height and width in pixels; None is the model's own.
@@ -55,6 +56,7 @@ class Wanted:
     samples: int = 16
     prompts: tuple[str, ...] = ()
     cuts: tuple[str, ...] = ()
+    skip: bool = True
     ratios: Mapping[str, float] = field(default_factory=dict)
     size: int | None = None
     longest: int = 20

@@ -61,7 +61,9 @@ function stepped(figure, event) {
   bar.className = event.kind;
   bar.title = `step ${event.step}, ${event.kind}: ${event.seconds.toFixed(3)} s`;
   const full = steps.querySelectorAll(".full").length;
-  const text = `${full} full and ${event.step - full} shallow of ${total} calls`;
+  const skipped = steps.querySelectorAll(".skipped").length;
+  const without = skipped ? `, ${skipped} without an engine,` : "";
+  const text = `${full} full and ${event.step - full - skipped} shallow${without} of ${total} calls`;
   figure.querySelector(".count").textContent = text;
   steps.setAttribute("aria-label", text);
 }

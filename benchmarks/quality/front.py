@@ -1,0 +1,128 @@
+"""The front of quality and speed: tuned schedules beside all else that is as fast, for several samplers and speeds.
+
+Each schedule is tuned for the ratio of Stable Diffusion 1.5, to be as fast as an interval of DeepCache's, on prompts
+and seeds that the compared pictures do not have, and kept in the bundle: a run that was cut off goes on there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ...engines.bundle import Bundle
+from ...errors import ScheduleError
+from ...runtime.schedule import Steps
+from ...runtime.tuning.artifact import Tuned, choose, key_of, save
+from ...runtime.tuning.tune import tune
+from ...runtime.tuning.wanted import Target, Wanted
+from . import pictures
+from .plan import CUTS, SAMPLERS, Kept, Setting, cached, check
+
+INTERVALS = (3, 5, 10)
+SAMPLES = 48
+"""Images that a schedule is tuned with."""
+
+_DAMPING = {"ddim": 1.0}  # of forecasts, where not a half
+_OTHER_PROMPTS = 9000
+_OTHER_SEEDS = 1_000_000
+
+
+def known(steps: int, samplers: Sequence[str] = SAMPLERS) -> list[Setting]:
+    """What needs no tuning: for each sampler and interval reuse, with and without warm-up, and a forecast.
+
+    Args:
+        steps: of DDIM; other samplers have half of them.
+
+    Raises:
+        UserError: a sampler is unknown.
+    """
+    check(samplers)
+    rows = []
+    for sampler in samplers:
+        own = steps if sampler == "ddim" else max(4, steps // 2)
+        rows.append(Setting(sampler, own))
+        for interval in INTERVALS:
+            rows += [
+                cached(sampler, own, "uniform", interval),
+                cached(sampler, own, "uniform", interval, warmup=2),
+                cached(sampler, own, "uniform", interval, warmup=2, damping=_DAMPING.get(sampler, 0.5)),
+            ]
+    return rows
+
+
+def front_plan(
+    pipe: Any,
+    bundle: Bundle,
+    settings: Sequence[Setting],
+    guidance: float,
+    ratios: Mapping[str, float],
+    samples: int = SAMPLES,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Setting]:
+    """These settings, and for each that is plainly uniform a tuned schedule as fast, and CacheQuant's.
+
+    Args:
+        pipe: of the bundle.
+        bundle: schedules that it lacks are tuned and added to it.
+        settings: as ``known`` gives them.
+        ratios: a shallow call's time over a full one's, by cut.
+        samples: images that a schedule is tuned with.
+        progress: told what is being done.
+    """
+    rows = list(settings)
+    for plain in settings:
+        if plain.schedule != f"uniform:{plain.interval}" or plain.damping is not None:
+            continue
+        tuned = _tuned(pipe, bundle, plain, guidance, ratios, samples, progress)
+        bundle = Bundle.open(bundle.path)
+        theirs = next(row for row in tuned.document.measured if row.name == "CacheQuant's schedule")
+        rows += [
+            Setting(plain.sampler, plain.steps, str(Steps(theirs.full)), plain.cut),
+            of_bundle(bundle, tuned, plain.sampler),
+        ]
+    return rows
+
+
+def of_bundle(bundle: Bundle, tuned: Tuned, sampler: str) -> Setting:
+    """The setting of a schedule that a bundle has."""
+    document = tuned.document
+    kept = Kept(tuned.name, bundle.manifest.schedules[tuned.name].document, document.by_call)
+    return Setting(sampler, document.key.steps, f"tuned:{tuned.name}", document.cut, kept=kept)
+
+
+def _tuned(
+    pipe: Any,
+    bundle: Bundle,
+    plain: Setting,
+    guidance: float,
+    ratios: Mapping[str, float],
+    samples: int,
+    progress: Callable[[str], None],
+) -> Tuned:
+    """A schedule as fast as a plain one: the bundle's, or one that is now tuned and added."""
+    name = f"front-{plain.sampler.replace('+', 'p').replace(' ', '-')}-{plain.steps}-n{plain.interval}-s{samples}"
+    before = pipe.scheduler
+    pipe.scheduler = pictures.scheduler(before.config, plain.sampler)
+    try:
+        key = key_of(bundle, pipe.scheduler, plain.steps, (guidance, guidance))
+        if name in bundle.manifest.schedules:
+            try:
+                return choose(bundle, key, name)
+            except ScheduleError:
+                progress(f"{name} of the bundle was made for something else: tune it again")
+        wanted = Wanted(
+            Target(speed_up=plain.steps / plain.cost(ratios)),
+            steps=plain.steps,
+            guidance=(guidance, guidance),
+            samples=samples,
+            prompts=pictures.prompts(samples, _OTHER_PROMPTS),
+            cuts=(CUTS[0],),
+            ratios={CUTS[0]: ratios[CUTS[0]]},
+            seed=_OTHER_SEEDS,
+        )
+        progress(f"tune {plain.sampler}, {plain.steps} steps, as fast as every {plain.interval}th call full")
+        tuned = tune(pipe, bundle, name, wanted, lambda said: progress(f"  {said.strip()}"))
+    finally:
+        pipe.scheduler = before
+    save(bundle, tuned)
+    return tuned

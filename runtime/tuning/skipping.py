@@ -1,0 +1,78 @@
+"""Schedules in which some calls run no engine, to be tried: how many calls are full, and where the shallow ones lie.
+
+The answers that a sampler gets move along a smooth path. Where a correction is fitted to continue it (``lockstep``),
+many calls need no engine, and the time goes into full calls that lie closer. How good that is follows from no error
+that is known before, so these are tried.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from ..schedule import SKIP
+from .cuts import ByCall, cost_of
+from .search import Found
+
+_LOWEST_SHARE = 0.6
+"""Of the most full calls within a budget: with fewer, more shallow calls have not been seen to make up for them."""
+
+
+def evenly(calls: int, count: int) -> tuple[int, ...]:
+    """So many full calls at equal distances, 0 first.
+
+    >>> evenly(20, 6)
+    (0, 3, 7, 10, 13, 17)
+    """
+    return tuple(round(calls * place / count) for place in range(count))
+
+
+def mixed(full: Sequence[int], calls: int, shallow: int, cut: str) -> ByCall:
+    """Between these full calls so many shallow ones, evenly over the widest gaps; the others run no engine.
+
+    >>> mixed((0, 4), 8, 3, "deepcache:0")
+    (None, 'deepcache:0', 'deepcache:0', 'skip', None, 'skip', 'deepcache:0', 'skip')
+    """
+    gaps = list(itertools.pairwise((*full, calls)))
+    each = [0] * len(gaps)
+
+    def crowded(gap: int) -> float:
+        begin, end = gaps[gap]
+        return (end - begin) / (each[gap] + 1) if each[gap] < end - begin - 1 else 0.0
+
+    for _ in range(min(shallow, calls - len(full))):
+        each[max(range(len(gaps)), key=lambda gap: (crowded(gap), -gap))] += 1
+    made: list[str | None] = [SKIP] * calls
+    for (begin, end), count in zip(gaps, each, strict=True):
+        made[begin] = None
+        for place in range(1, count + 1):
+            made[begin + place * (end - begin) // (count + 1)] = cut
+    return tuple(made)
+
+
+def within_budget(calls: int, budget: float, ratio: float, cut: str) -> Iterator[ByCall]:
+    """Evenly spaced full calls, from as many as the budget allows downwards, and the shallow calls that it leaves.
+
+    Args:
+        budget: in full calls' time.
+        ratio: of a shallow call's time to a full one's.
+    """
+    most = max(1, min(int(budget + 1e-9), calls))
+    for count in range(most, max(1, round(_LOWEST_SHARE * most)) - 1, -1):
+        shallow = min(int((budget - count) / ratio + 1e-9), calls - count)
+        yield mixed(evenly(calls, count), calls, shallow, cut)
+        if count + shallow == calls:  # fewer full calls than that leave time over
+            return
+
+
+def ladder(calls: int, ratio: float, cut: str) -> list[Found]:
+    """For every number of full calls one schedule, the cheapest first: a shallow call amid each gap; last all full.
+
+    Their errors are not known.
+    """
+    found = []
+    for count in range(2, calls + 1):
+        cuts = mixed(evenly(calls, count), calls, count, cut)
+        full = tuple(call for call, each in enumerate(cuts) if each is None)
+        found.append(Found(full, 0.0, cost_of(cuts, {cut: ratio}), cuts))
+    return found
