@@ -107,9 +107,12 @@ def _tuned(
         key = key_of(bundle, pipe.scheduler, plain.steps, (guidance, guidance))
         if name in bundle.manifest.schedules:
             try:
-                return choose(bundle, key, name)
+                there = choose(bundle, key, name)
             except ScheduleError:
-                progress(f"{name} of the bundle was made for something else: tune it again")
+                there = None
+            if there is not None and there.document.shallow_over_full == ratios[CUTS[0]]:
+                return there
+            progress(f"{name} of the bundle was made for something else: tune it again")
         wanted = Wanted(
             Target(speed_up=plain.steps / plain.cost(ratios)),
             steps=plain.steps,
