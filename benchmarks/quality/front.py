@@ -18,7 +18,7 @@ from ...runtime.tuning.wanted import Target, Wanted
 from . import pictures
 from .plan import CUTS, SAMPLERS, Kept, Setting, cached, check
 
-INTERVALS = (3, 5, 10)
+INTERVALS = (2, 3, 5, 10)
 SAMPLES = 48
 """Images that a schedule is tuned with."""
 

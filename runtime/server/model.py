@@ -12,7 +12,7 @@ from ...engines.profiles import Profile
 from ...errors import CutError, ScheduleError, ShapeError, UserError
 from ...exporter.cut import canonical_name
 from ...exporter.specs import Dim, TensorSpec
-from ..schedule import Schedule
+from ..schedule import SKIP, Schedule
 from ..tuning.artifact import Tuned, best, key_of_weights
 
 _REMEMBERED = 256
@@ -93,7 +93,7 @@ class Model:
     def check_cut(self, cut: str | None, wanted: bool) -> None:
         """Raise a ``CutError`` for a cut that is not there; ``wanted`` if some call is to be shallow."""
         there = ", ".join(self.cuts) or "none"
-        if cut is not None and canonical_name(cut) not in self.cuts:
+        if cut is not None and cut != SKIP and canonical_name(cut) not in self.cuts:
             raise CutError(f"this model was not built with that cut; it has {there}")
         if wanted and not self.cuts:
             raise CutError("this model was built without a cut, so every call is full: leave interval and schedule out")
@@ -143,7 +143,7 @@ class Model:
             return 0
         default = self.cuts[0] if cut is None else canonical_name(cut)
         used = [each or default for each in (schedule.cuts if schedule is not None else (None,))]
-        features = dict.fromkeys(feature for each in used for feature in self.features[each])
+        features = dict.fromkeys(feature for each in used if each != SKIP for feature in self.features[each])
         dims = {"batch": rows, "height": height // self.scale, "width": width // self.scale, "sequence": 1, "frames": 1}
         specs = [self.outputs[feature] for feature in features]
         return (1 + twice) * sum(math.prod(spec.resolve(dims)) * spec.torch_dtype().itemsize for spec in specs)

@@ -17,7 +17,7 @@ import offcut
 from offcut.errors import ScheduleError, UserError
 from offcut.runtime.batching import Worker
 from offcut.runtime.forecast import Coefficients
-from offcut.runtime.schedule import Uniform
+from offcut.runtime.schedule import SKIP, Uniform
 from offcut.runtime.server.served import Served
 from offcut.runtime.server.service import Service
 from offcut.runtime.server.settings import Settings
@@ -35,12 +35,13 @@ def bundle(tiny_bundle: Path, pipe: Any, tmp_path_factory: pytest.TempPathFactor
     copy = tmp_path_factory.mktemp("schedules") / "tiny.offcut"
     shutil.copytree(tiny_bundle, copy)
     opened = offcut.Bundle.open(copy)
-    row = Measured(name="this", full_calls=3, shallow_calls=3, speed_up=2.0, psnr=30.0, worst=25.0)
+    row = Measured(name="this", full_calls=3, shallow_calls=2, skipped_calls=1, speed_up=2.0, psnr=30.0, worst=25.0)
     document = Document(
         key=key_of(opened, pipe.scheduler, STEPS, (1.0, GUIDANCE)),
         cut=CUT,
+        cuts=(None, None, CUT, SKIP, None, CUT),
         full=FULL,
-        predictors=("full", "full", "fit", "reuse", "full", "reuse"),
+        predictors=("full", "full", "fit", SKIP, "full", "reuse"),
         engine="onnxruntime",
         shallow_over_full=0.5,
         samples={"fit": 1, "select": 1, "test": 1},
@@ -98,7 +99,8 @@ def test_a_tuned_schedule_is_the_pipelines_own(name: str, server: Any, alone: An
     reply = server.post({"prompt": "a", "seed": 1, "schedule": name})
     assert np.array_equal(pixels(reply), drawn(alone))
     how = reply.json()["offcut"]
-    assert (how["schedule"], how["timeline"], how["forecast"]) == ("tuned:by-hand", "##..#.", "tuned")
+    assert (how["schedule"], how["timeline"], how["forecast"]) == ("tuned:by-hand", "##._#.", "tuned")
+    assert (how["full_calls"], how["shallow_calls"], how["skipped_calls"]) == (3, 2, 1)
 
 
 @pytest.mark.parametrize(
