@@ -132,7 +132,7 @@ def test_a_reference_must_be_of_the_model_and_more_precise(shapes: Path, tiny_bu
 def test_the_command(shapes: Path, copied: Callable[[Path], Path]) -> None:
     copy = copied(shapes)
     asked = ["--steps", "6", "--guidance", "3", "--samples", "4", "--engine", ENGINE, "--threads", "1", "--json"]
-    given = ["tune", str(copy), "--budget", "1.5x", "--precision", LOW, "--reference", str(copy), *asked]
+    given = ["tune", str(copy), "--budget", "1.5x", "--precision", LOW, "--reference", str(copy), "--no-skip", *asked]
     result = CliRunner().invoke(app, given, catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)

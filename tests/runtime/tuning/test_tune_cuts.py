@@ -43,9 +43,8 @@ def pipe(shapes: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def tuned(shapes: Path, pipe: Any) -> Tuned:
-    wanted = Wanted(
-        Target(speed_up=1.5), steps=STEPS, guidance=(3.0, 3.0), samples=4, prompts=PROMPTS, probes=3, cuts=CUTS
-    )
+    asked: dict[str, Any] = {"guidance": (3.0, 3.0), "samples": 4, "prompts": PROMPTS, "probes": 3}
+    wanted = Wanted(Target(speed_up=1.5), steps=STEPS, cuts=CUTS, skip=False, **asked)
     bundle = offcut.Bundle.open(shapes)
     found = tune(pipe, bundle, NAME, wanted, lambda said: None)
     save(bundle, found)
@@ -54,6 +53,7 @@ def tuned(shapes: Path, pipe: Any) -> Tuned:
 
 def test_each_cut_has_a_given_ratio_of_its_own(pipe: Any, shapes: Path) -> None:
     asked: dict[str, Any] = {"steps": 6, "guidance": (3.0, 3.0), "samples": 4, "prompts": PROMPTS, "probes": 1}
+    asked["skip"] = False
     bundle, ratios = offcut.Bundle.open(shapes), dict(zip(CUTS, (0.1, 0.4), strict=True))
     with pytest.raises(UserError, match=f"no ratio was given for {CUTS[1]}: give one for each cut"):
         tune(
@@ -128,7 +128,7 @@ def test_a_cut_that_is_not_there_is_refused(pipe: Any, shapes: Path) -> None:
 
 
 def test_the_command_takes_all_cuts(shapes: Path, copied: Callable[[Path], Path], command: Callable[..., str]) -> None:
-    options = ("--budget", "1.5x", "--cut", "all", "--steps", "5", "--guidance", "3", "--samples", "4")
+    options = ("--budget", "1.5x", "--cut", "all", "--no-skip", "--steps", "5", "--guidance", "3", "--samples", "4")
     made = command("tune", copied(shapes), *options, "--engine", "onnxruntime", "--threads", "1")
     said = " ".join(made.split())
     assert "one cut only, deepcache" in said
