@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ...runtime.quiet import quiet_libraries
 from .catalog import catalog
 from .check import perform
 from .report import result_as_json
@@ -33,11 +34,9 @@ def main() -> None:
 
 def serve(options: Options, folder: Path, wanted: set[str], say: Callable[[str, Any], None]) -> None:
     """Run these checks in order: ``begin`` with an id before each, ``result`` after it, ``progress`` in between."""
-    import diffusers
     import torch
 
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     if options.device.startswith("cuda"):
         torch.cuda.set_device(options.device)
     torch.backends.cudnn.allow_tf32 = False  # the references in fp32 are exact

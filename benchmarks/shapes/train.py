@@ -106,12 +106,5 @@ def main(
         raise typer.Exit(1) from error
 
 
-def application() -> typer.Typer:
-    """The command line: one command, `main`."""
-    app = typer.Typer(add_completion=False)
-    app.command()(main)
-    return app
-
-
 if __name__ == "__main__":
-    application()()
+    typer.run(main)

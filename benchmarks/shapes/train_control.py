@@ -36,12 +36,5 @@ def main(
     print(f"exported to {out}")
 
 
-def application() -> typer.Typer:
-    """The command line: one command, `main`."""
-    app = typer.Typer(add_completion=False)
-    app.command()(main)
-    return app
-
-
 if __name__ == "__main__":
-    application()()
+    typer.run(main)

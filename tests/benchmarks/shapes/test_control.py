@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from typer.testing import CliRunner
 
@@ -89,7 +90,9 @@ def test_the_command_exports_what_it_trained_with_a_card(finished: tuple[Path, C
     run, trainer = finished
     out = tmp_path / "control"
     asked = ["--run", str(run), "--out", str(out), "--steps", "2", "--judged", "1", "--threads", "1"]
-    result = CliRunner().invoke(train_control.application(), asked)
+    app = typer.Typer()
+    app.command()(train_control.main)
+    result = CliRunner().invoke(app, asked)
     assert result.exit_code == 0, result.output
     net = ControlNetModel.from_pretrained(out)
     average = trainer.averaged().state_dict()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from offcut.benchmarks.shapes import checkpoint, decoder_stage, denoiser_stage, export, train, vae_stage
@@ -142,7 +143,8 @@ def test_the_average_follows_the_weights() -> None:
 def test_an_export_without_checkpoints_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="train"):
         export.export(tmp_path, tmp_path / "model")
-    app = train.application()
+    app = typer.Typer()
+    app.command()(train.main)
     result = CliRunner().invoke(app, ["--export-only", "--run", str(tmp_path), "--out", str(tmp_path / "model")])
     assert result.exit_code == 1
     assert "does not exist" in result.output
