@@ -28,6 +28,9 @@ class Column:
 
 Cell = Markup | str
 
+_PROSE = 60
+"""Characters from which on a cell keeps the width of a sentence, however narrow the page."""
+
 
 def table(
     caption: str, columns: Sequence[Column], rows: Iterable[Sequence[Cell]], marks: Sequence[str | None] = ()
@@ -48,7 +51,8 @@ def table(
         row = [line[place] for place in kept]
         cells = [tag("th", row[0], scope="row")]
         for column, cell in zip(columns[1:], row[1:], strict=True):
-            cells.append(tag("td", cell, class_="number" if column.numeric else None))
+            words = "prose" if len(str(cell)) > _PROSE else None
+            cells.append(tag("td", cell, class_="number" if column.numeric else words))
         body.append(tag("tr", cells, class_=marks[index] if index < len(marks) else None))
     inner = tag("table", tag("caption", caption), tag("thead", tag("tr", head)), tag("tbody", body))
     return tag("div", inner, class_="scroll", role="region", aria_label=caption, tabindex=0)
