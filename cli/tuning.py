@@ -86,7 +86,7 @@ def tune(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Find which calls should be full, and how the others predict the cached features; added to the bundle.
+    """Find which calls should be full, how the others predict, and which need no engine; added to the bundle.
 
     Draws images with the bundle's own pipeline. The report is of prompts and seeds that nothing was fitted to.
     """

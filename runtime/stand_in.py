@@ -171,7 +171,7 @@ class StandIn(EngineModel):
         self._used = used if schedule is not None else ()
         self._forecast = forecast if schedule is not None else None
         self._reuse_guidance = reuse_guidance and schedule is not None
-        self._unannounced = None
+        self._unannounced = self._held = None
 
     @property
     def _features(self) -> tuple[str, ...]:

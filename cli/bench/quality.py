@@ -49,7 +49,7 @@ def quality(
         Plan | None,
         typer.Option(
             help="quick (the default); full: interval, cut, schedule, warm-up, forecast and sampler vary; front: "
-            "tuned schedules beside others as fast, at three speeds."
+            "tuned schedules beside others as fast, at four speeds."
         ),
     ] = None,
     images: Annotated[

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 ByCut = Mapping[str, Predictors]
 
+_PATIENCE = 2
+"""Numbers of full calls, one below the other, that may be worse than the best before no other is tried."""
+
 _PROMISING = 2
 """Schedules with predictions that are tried with a correction too."""
 
@@ -162,8 +165,17 @@ class _Tuning:
     def _skipping(self, cut: str, budget: float, predictors: ByCut) -> Tuned:
         """The best with calls that run no engine; nobody knows it before they are tried."""
         calls = self._costs.calls
-        even = within_budget(calls, budget, self._costs.ratios[cut], cut)
-        best = self._best([self._corrected(self._predicting(cuts, predictors)) for cuts in even])
+        best, worse = None, 0
+        for cuts in within_budget(calls, budget, self._costs.ratios[cut], cut):
+            self._progress(f"  {len(full_of(cuts))} full calls")
+            tuned = self._corrected(self._predicting(cuts, predictors))
+            if best is None or self._psnr(tuned) > self._psnr(best):
+                best, worse = tuned, 0
+            else:
+                worse += 1
+            if worse == _PATIENCE:
+                break
+        assert best is not None
         shallow = best.document.by_call.count(cut)
         placed = [  # as many full calls, where the features would have them
             self._corrected(self._predicting(mixed(each.full, calls, shallow, cut), predictors))
