@@ -135,10 +135,12 @@ def scheduler(config: Any, sampler: str) -> Any:
 def _part(pipe: Any, task: Task, setting: Setting, first: int, on_call: Progress) -> Made:
     own = pipe.scheduler
     pipe.scheduler = scheduler(own.config, setting.sampler)
-    if setting.kept is not None and task.bundle is not None:
-        Tuned.load(task.bundle, setting.kept.name).apply(pipe.unet)
-    else:
+    if setting.kept is None:
         pipe.unet.set_schedule(setting.parsed, setting.cut, setting.forecast)
+    elif task.bundle is None:
+        raise InternalError(f"{setting.name} is a schedule of a bundle, and none was given")
+    else:
+        Tuned.load(task.bundle, setting.kept.name).apply(pipe.unet)
     pipe.unet.record_times = True
     pipe.set_progress_bar_config(disable=True)
     try:
