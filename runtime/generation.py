@@ -47,7 +47,8 @@ class Run:
     @property
     def timeline(self) -> str:
         """One character for each call: ``#`` for a full one, ``.`` for a shallow one, ``_`` where no engine ran."""
-        return "".join({None: "#", SKIP: "_"}.get(cut, ".") for cut in self.cuts)
+        calls = zip(self.full, self.cuts, strict=True)
+        return "".join("#" if full else "_" if cut == SKIP else "." for full, cut in calls)
 
 
 class Generation:
