@@ -21,12 +21,17 @@ if TYPE_CHECKING:
 def own_queries(onnx: Path) -> Iterator[Path]:
     """A file of this graph in which no two ``Attention`` have the same query; the file itself if it is so already.
 
-    A new file lasts as long as the context, and its weights stay where they are.
+    A new file lasts as long as the context, and its weights stay where they are. One that is no graph is given as it
+    is: the builder says so in its own words.
     """
     import onnx_ir as ir
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    model = ir.load(onnx)
-    if not write_out_shared(model):
+    try:
+        model = ir.load(onnx)
+    except DecodeError:
+        model = None
+    if model is None or not write_out_shared(model):
         yield onnx
         return
     stored = [value.const_value for value in model.graph.initializers.values()]
