@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from ..schedule import SKIP
-from .cuts import ByCall, cost_of
+from .cuts import ByCall, cost_of, full_of
 from .search import Found
 
 _LOWEST_SHARE = 0.6
@@ -73,6 +73,5 @@ def ladder(calls: int, ratio: float, cut: str) -> list[Found]:
     found = []
     for count in range(2, calls + 1):
         cuts = mixed(evenly(calls, count), calls, count, cut)
-        full = tuple(call for call, each in enumerate(cuts) if each is None)
-        found.append(Found(full, 0.0, cost_of(cuts, {cut: ratio}), cuts))
+        found.append(Found(full_of(cuts), 0.0, cost_of(cuts, {cut: ratio}), cuts))
     return found
