@@ -26,7 +26,7 @@ def fill_in(latency: Latency, latents: Mapping[str, Path], twins: Mapping[str, s
     rows = {row.name: row for row in latency.contestants}
     for name, twin in twins.items():
         if name in tensors and twin in tensors and tensors[name].equal(tensors[twin]):
-            _withdraw(rows[name], NOT_CACHED)
+            rows[name].withdraw(NOT_CACHED)
     latency.reference = _reference(latency, tensors)
     if latency.reference is not None:
         for name, tensor in tensors.items():
@@ -76,9 +76,3 @@ def _of_ideal(latency: Latency, row: Contestant, uncached: str) -> float | None:
     if ideal is None or gained is None:
         return None
     return gained / ((row.full_calls + row.shallow_calls) * statistics.median(row.full) / ideal)
-
-
-def _withdraw(row: Contestant, reason: str) -> None:
-    row.not_run = reason
-    for measured in (row.loops, row.images, row.full, row.shallow, row.full_alone, row.shallow_alone):
-        measured.clear()

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
+TIMES = ("loops", "images", "full", "shallow", "full_alone", "shallow_alone", "forecast_alone")
+"""The lists of times that a row has."""
+
 
 def percentile(values: Sequence[float], percent: float) -> float:
     """The value below which ``percent`` % of the values lie, interpolated linearly between neighbours.
@@ -29,6 +32,8 @@ class Contestant(BaseModel):
     Times are in seconds. ``loops`` are the denoising loops (scheduler, guidance and UNet calls; text encoder and VAE
     outside), one for each round; ``images`` are whole pipeline calls. ``full`` and ``shallow`` are the engine's own
     calls inside those loops, ``full_alone`` and ``shallow_alone`` the same calls back to back outside of them.
+    ``forecast_alone`` is what a forecast adds to them at the most: to keep the features of a full call, and to predict
+    those of a shallow one with coefficients for each channel; nothing was predicted in the loops.
     """
 
     model_config = ConfigDict(extra="ignore")  # the derived figures are written beside the measured ones
@@ -48,6 +53,7 @@ class Contestant(BaseModel):
     shallow: list[float] = []
     full_alone: list[float] = []
     shallow_alone: list[float] = []
+    forecast_alone: list[float] = []
     full_calls: int = Field(default=0, description="of one loop")
     shallow_calls: int = 0
     load_seconds: float | None = Field(default=None, description="to open it, before the first call")
@@ -85,6 +91,20 @@ class Contestant(BaseModel):
     def wall_over_ideal_alone(self) -> float | None:
         """The same with the calls' times alone."""
         return self._over(self.full_alone, self.shallow_alone)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def forecast_over_shallow(self) -> float | None:
+        """What a forecast adds to a shallow call, as a share of it; medians alone."""
+        if not self.forecast_alone or not self.shallow_alone:
+            return None
+        return statistics.median(self.forecast_alone) / statistics.median(self.shallow_alone)
+
+    def withdraw(self, reason: str) -> None:
+        """It could not be measured after all: what was is no longer there."""
+        self.not_run = reason
+        for name in TIMES:
+            getattr(self, name).clear()
 
     def percentiles(self, percents: Sequence[float] = (50, 90, 99)) -> Mapping[float, float]:
         """Of the loops' seconds; empty where nothing was measured."""

@@ -176,9 +176,7 @@ class _Run:
         answer = self._turn(process, entrant, row)
         if "error" in answer:
             where = "" if not row.loops else f"in round {number}: "
-            row.not_run = where + answer["error"]
-            for measured in (row.loops, row.images, row.full, row.shallow, row.full_alone, row.shallow_alone):
-                measured.clear()
+            row.withdraw(where + answer["error"])
             self.latents.pop(entrant.name, None)
         if not process.alive:
             self._open.pop(entrant.house, None)
@@ -211,6 +209,7 @@ class _Run:
             if "error" in answer:
                 return answer
             row.full_alone, row.shallow_alone = answer.get("full", []), answer.get("shallow", [])
+            row.forecast_alone = answer.get("forecast", [])
         if self.case.end_to_end:
             answer = process.ask("image", name=entrant.name)
             if "error" in answer:

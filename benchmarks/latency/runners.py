@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from ...engines.base import EngineOptions
 from ...engines.bundle import Bundle, open_entry
 from ...exporter.load import load_unet, locate
 from ...runtime.draw import with_class
+from ...runtime.forecast import Coefficients, Forecast, History
 from ...runtime.pipeline import attach
 from ...runtime.schedule import parse
 from ...runtime.unet import UNet
@@ -73,13 +74,17 @@ class Runner(ABC):
     def call_alone(self, full: bool) -> Callable[[], object] | None:
         """The UNet's latest full or shallow call, to be repeated; None if there was none. Call it inside a turn."""
 
+    def forecast(self) -> Callable[[], object] | None:
+        """What a forecast adds to a full and a shallow call, to be repeated after them; None where it cannot."""
+        return None
+
 
 class OffcutRunner(Runner):
     """A bundle's engine, cached or with every call full."""
 
-    def __init__(self, pipe: Any, marks: Marks, unet: UNet, case: Case, cached: bool) -> None:
-        super().__init__(pipe, marks, unet.dtype)
-        self._unet = unet
+    def __init__(self, pipe: Any, pair: TimedPair, unet: UNet, case: Case, cached: bool) -> None:
+        super().__init__(pipe, pair.marks, unet.dtype)
+        self._unet, self._features = unet, pair.cuts[case.cut]
         self._schedule = parse(case.schedule) if cached else None
         self._cut = case.cut if cached else None
 
@@ -93,6 +98,31 @@ class OffcutRunner(Runner):
         if bound is None or (not full and self._cut is None):
             return None
         return bound.full if full else partial(bound.shallow, self._cut or "")
+
+    def forecast(self) -> Callable[[], object] | None:
+        bound = self._unet.bound
+        if bound is None or self._cut is None:
+            return None
+        history = History(_PerChannel({name: bound.buffers[name] for name in self._features}), self._features)
+
+        def keep_and_predict() -> None:
+            history.keep(bound, 0)
+            history.predict(bound, 1)
+
+        return keep_and_predict
+
+
+class _PerChannel(Forecast):
+    """Half of an extrapolation, with a number for each channel of each feature: what ``offcut tune`` fits, in shape."""
+
+    def __init__(self, features: Mapping[str, torch.Tensor]) -> None:
+        self._coefficients = {
+            name: Coefficients(*(each.new_full(each.shape[1:2], value) for value in (1.0, 0.5, 0.0)))
+            for name, each in features.items()
+        }
+
+    def at(self, feature: str, call: int, last: int, before: int | None) -> Coefficients:
+        return self._coefficients[feature]
 
 
 class PeerRunner(Runner):
@@ -173,17 +203,17 @@ def open_offcut(entrant: Entrant, shared: Shared) -> Runner:
     case, bundle = shared.case, shared.bundle
     assert entrant.build is not None
 
-    def open_unet() -> tuple[UNet, Marks]:
+    def open_unet() -> tuple[UNet, TimedPair]:
         entry = bundle.manifest.engines[entrant.build or ""]
         # The other cuts' shallow graphs would only take memory; the full graph writes their features all the same.
         entry = entry.model_copy(update={"shallow": {case.cut: entry.shallow[case.cut]}})
         options = EngineOptions(case.device, case.threads, inference_precision=entry.inference_precision)
         pair = TimedPair(open_entry(bundle, entry, options), Marks(Clock(case.device)))
-        return UNet(pair, bundle.unet_config), pair.marks
+        return UNet(pair, bundle.unet_config), pair
 
-    unet, marks = shared.get("engine", open_unet)
+    unet, pair = shared.get("engine", open_unet)
     pipe = build_pipeline(case, bundle, unet, unet.dtype)
-    return OffcutRunner(attach(pipe.to(unet.device), unet), marks, unet, case, entrant.cached)
+    return OffcutRunner(attach(pipe.to(unet.device), unet), pair, unet, case, entrant.cached)
 
 
 def open_eager(entrant: Entrant, shared: Shared) -> Runner:

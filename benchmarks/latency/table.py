@@ -12,10 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...errors import UserError
-from .record import Contestant, Latency
-
-KINDS = ("loops", "images", "full", "shallow", "full_alone", "shallow_alone")
-"""The lists of times that a row has."""
+from .record import TIMES, Contestant, Latency
 
 
 def tables(latency: Latency, percents: Sequence[float]) -> list[Table]:
@@ -100,6 +97,12 @@ def notes(latency: Latency) -> list[str]:
             f"peak: the full call's {latency.work['full'] / 1e9:.0f} GFLOP over its time, of what a large matrix "
             f"product reaches on this machine ({limits} GFLOP/s); no engine can be much above 1."
         )
+    shares = [row.forecast_over_shallow for row in latency.contestants if row.forecast_over_shallow is not None]
+    if shares:
+        said.append(
+            f"A forecast would add up to {max(shares):.1%} to a shallow call: the most of all engines, with the copy "
+            "that it needs of each full call's features."
+        )
     if latency.reference is not None:
         said.append(f"diff.: the final latents from those of {latency.reference}, norm over norm.")
     if latency.reopened:
@@ -112,7 +115,7 @@ def notes(latency: Latency) -> list[str]:
 def times(latency: Latency) -> Iterator[tuple[str, str, int, float]]:
     """Every time of the run: contestant, kind, its index in that kind, seconds."""
     for row in latency.contestants:
-        for kind in KINDS:
+        for kind in TIMES:
             for index, seconds in enumerate(getattr(row, kind)):
                 yield row.name, kind, index, seconds
 

@@ -144,7 +144,7 @@ class House:
         return {"loop": seconds, "latents": str(file), **inside, **self._memory()}
 
     def alone(self, name: str, repeats: int) -> dict[str, Any]:
-        """The UNet's calls back to back: seconds of each repetition, by kind."""
+        """The UNet's calls, and what a forecast adds to them, back to back: seconds of each repetition, by kind."""
         import torch
 
         from .clock import Clock
@@ -152,8 +152,12 @@ class House:
         runner, clock = self._runners[name], Clock(self._case.device)
         seconds: dict[str, list[float]] = {}
         with runner.turn(), torch.no_grad():
-            for kind, full in (("full", True), ("shallow", False)):
-                call = runner.call_alone(full)
+            calls = {
+                "full": runner.call_alone(True),
+                "shallow": runner.call_alone(False),
+                "forecast": runner.forecast(),
+            }
+            for kind, call in calls.items():
                 if call is not None:
                     call()
                     seconds[kind] = [clock.time(call) for _ in range(repeats)]

@@ -162,6 +162,7 @@ def _calls(latency: Latency, rows: Sequence[Contestant]) -> Markup:
         Column("t_shallow in loop"),
         Column("t_shallow alone"),
         Column("shallow / full", "in the loop"),
+        Column("forecast / shallow", "what predicting the features adds at the most; both alone, and in no loop here"),
         Column("whole image", "median of whole pipeline calls"),
         Column("warm-up", "calls that were not measured, compilation included"),
     ]
@@ -183,6 +184,7 @@ def _calls(latency: Latency, rows: Sequence[Contestant]) -> Markup:
             words.seconds(shallow),
             words.seconds(median(row.shallow_alone)),
             words.percent(shallow / full, 1) if shallow is not None and full else words.NONE,
+            words.NONE if row.forecast_over_shallow is None else words.percent(row.forecast_over_shallow, 1),
             words.seconds(median(row.images)),
             words.seconds(row.warm_up_seconds),
         ]

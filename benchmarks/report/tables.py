@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ..latency.record import Contestant
+from ..latency.record import TIMES, Contestant
 from ..quality.record import QualityRow
 from ..record import Result
 from .findings import Rivals, gain, reference, speed
@@ -96,7 +96,7 @@ def latency_lines(result: Result) -> list[Mapping[str, Any]]:
 
     def line(row: Contestant) -> dict[str, Any]:
         ranks = row.percentiles()
-        medians = {name: _median(getattr(row, name)) for name in ("full", "shallow", "full_alone", "shallow_alone")}
+        medians = {name: _median(getattr(row, name)) for name in TIMES if name not in ("loops", "images")}
         against = {
             f"times_faster_than_{name}": getattr(gain(row, other), "times", None) if other else None
             for name, other in (

@@ -18,8 +18,8 @@ from offcut.benchmarks import record
 from offcut.benchmarks.latency.case import Entrant
 from offcut.benchmarks.latency.contestants import OPTIMUM_MISSING, PEERS
 from offcut.benchmarks.latency.plan import Wanted, plan
-from offcut.benchmarks.latency.record import Contestant, Latency
-from offcut.benchmarks.latency.table import KINDS, notes, tables
+from offcut.benchmarks.latency.record import TIMES, Contestant, Latency
+from offcut.benchmarks.latency.table import notes, tables
 from offcut.cli import app
 from offcut.cli.bench import _COMMANDS
 from offcut.engines.bundle import Bundle
@@ -81,6 +81,7 @@ def test_every_contestant_is_measured_or_says_why_not(rows: dict[str, Contestant
         assert (len(row.full), len(row.shallow)) == (ROUNDS * row.full_calls, ROUNDS * row.shallow_calls)
         assert len(row.full_alone) == 5
         assert len(row.shallow_alone) == (5 if cached else 0)
+        assert len(row.forecast_alone) == (5 if row.name == OURS else 0)
         assert sum(row.full) + sum(row.shallow) < sum(row.loops)
         assert row.wall_over_ideal is not None
         assert row.load_seconds is not None
@@ -135,7 +136,7 @@ def test_the_ratios_follow_from_the_loops(rows: dict[str, Contestant]) -> None:
 def test_every_time_is_exported(done: Path, latency: Latency) -> None:
     with (done / "times.csv").open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == sum(len(getattr(row, kind)) for row in latency.contestants for kind in KINDS)
+    assert len(lines) == sum(len(getattr(row, kind)) for row in latency.contestants for kind in TIMES)
     loops = [float(line["seconds"]) for line in lines if (line["contestant"], line["kind"]) == (OURS, "loops")]
     assert loops == next(row for row in latency.contestants if row.name == OURS).loops
 
@@ -151,6 +152,7 @@ def test_the_tables_show_every_row_whole(latency: Latency) -> None:
         assert row.name in text
     assert any(EAGER in note for note in notes(latency))
     assert any("monotonic" in note for note in notes(latency))
+    assert any("A forecast would add up to" in note for note in notes(latency))
 
 
 def planned(bundle: Path, folder: Path, **wanted: object) -> list[Entrant]:
