@@ -35,6 +35,7 @@ from .manifest import (
     FusedLora,
     Manifest,
     ProfileEntry,
+    ScheduleEntry,
     Source,
     Variant,
 )
@@ -425,11 +426,13 @@ def _merge(
         **{key: entry for key, entry in (current.engines if current else {}).items() if key not in added},
         **added,
     }
+    schedules = dict(current.schedules) if current else {}
     known = {**(current.files if current else {}), **files}
     networks = {(each.name, each.label): each for each in (current.components if current else ())}
     for each in components:
         before = networks.get((each.name, each.label))
         networks[each.name, each.label] = before.joined(each) if before else each
+    named = _named(variants, engines, parts, networks.values(), schedules.values())
     return Manifest(
         schema_version=SCHEMA_VERSION,
         offcut_version=version("offcut"),
@@ -441,7 +444,8 @@ def _merge(
         variants=variants,
         engines=engines,
         components=tuple(networks.values()),
-        files={name: known[name] for name in sorted(_named(variants, engines, parts, networks.values()) & set(known))},
+        schedules=schedules,
+        files={name: known[name] for name in sorted(named & set(known))},
     )
 
 
@@ -462,6 +466,7 @@ def _named(
     engines: Mapping[str, EngineEntry],
     parts: Sequence[str],
     components: Iterable[ComponentEntry],
+    schedules: Iterable[ScheduleEntry],
 ) -> set[str]:
     """Every file that the manifest speaks of; what it no longer does, ``prune`` removes."""
     names = {UNET_CONFIG, *parts, *(file for each in components for file in each.files)}
@@ -469,4 +474,6 @@ def _named(
         names |= {variant.reference, *(variant.graphs.files if variant.graphs else ())}
     for entry in engines.values():
         names |= {*engine_files(entry, variants[entry.variant]), f"engines/{entry.key}/build.json"}
+    for schedule in schedules:
+        names |= {schedule.document, schedule.coefficients}
     return names

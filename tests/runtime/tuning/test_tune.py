@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import offcut
 from offcut import Extrapolate, Tuned
-from offcut.benchmarks.shapes.model import PROMPTS
+from offcut.benchmarks.shapes.model import PROMPTS, model_path
 from offcut.cli import app
 from offcut.errors import BundleError, ScheduleError, UserError
 from offcut.runtime.batching import Worker
@@ -232,6 +232,14 @@ def test_a_second_of_the_name_takes_its_place(tuned: Tuned, shapes: Path, copied
     assert after.manifest.schedules[NAME] != before
     assert before.document not in after.manifest.files
     assert Tuned.load(after, NAME).document.engine == "another"
+
+
+def test_another_build_and_a_prune_keep_it(tuned: Tuned, shapes: Path, copied: Callable[[Path], Path]) -> None:
+    bundle = copied(shapes)
+    offcut.build(model_path(), bundle, cuts=["deepcache:0", "deepcache:3"], engine="onnxruntime")
+    pruned = CliRunner().invoke(app, ["prune", str(bundle)])
+    assert pruned.exit_code == 0, pruned.output
+    assert Tuned.load(bundle, NAME).document == tuned.document
 
 
 def test_watching_changes_nothing(pipe: Any, tuned: Tuned) -> None:
