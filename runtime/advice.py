@@ -1,8 +1,8 @@
-"""Where caching is unlikely to pay: few calls, and schedulers and models that are made for few."""
+"""Where caching is unlikely to pay: few calls, schedulers and models that are made for few; and where nobody knows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from .schedule import Schedule
@@ -11,6 +11,7 @@ FEW_CALLS = 15
 """Below so many UNet calls, fewer uncached steps at the same time make the better image."""
 
 _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+_TUNED = "tuned"  # schedules of this kind were measured beside fewer steps before they were kept
 
 
 def against_caching(schedule: Schedule | None, calls: int, config: Mapping[str, Any], scheduler: object) -> str | None:
@@ -30,9 +31,21 @@ def against_caching(schedule: Schedule | None, calls: int, config: Mapping[str, 
         why = f"this generation has {calls} UNet calls, fewer than {FEW_CALLS}"
     else:
         return None
-    if calls < 1 or schedule is None or (not schedule.adaptive and len(schedule.full_calls(calls)) == calls):
+    if calls < 1 or schedule is None or schedule.kind == _TUNED:
+        return None
+    if not schedule.adaptive and len(schedule.full_calls(calls)) == calls:
         return None
     return (
         f"caching is unlikely to pay here: {why}, and the cached features change much from one to the next; to save "
         "time, rather take fewer steps without caching (unet.set_schedule(None), offcut run --interval 1)"
+    )
+
+
+def beyond_tuning(schedule: Schedule | None, loras: Collection[str]) -> str | None:
+    """What to tell a user whose schedule was tuned without the LoRAs that are on; None where that is not so."""
+    if not loras or schedule is None or schedule.kind != _TUNED:
+        return None
+    return (
+        f"this schedule was tuned without the LoRA {', '.join(loras)}: how near its images come to uncached ones was "
+        "not measured; offcut build --lora and offcut tune measure it"
     )

@@ -216,13 +216,17 @@ class StandIn(EngineModel):
 
         def known() -> int:
             count = calls if isinstance(calls, int) else calls()
-            advice = against_caching(self._schedule, count, self.config, scheduler) if self.advise else None
+            advice = self._advice(count, scheduler) if self.advise else None
             if advice is not None:
                 logger.warning(advice)
                 self.advise = False
             return count
 
         return known() if isinstance(calls, int) else known
+
+    def _advice(self, calls: int, scheduler: object) -> str | None:
+        """What to tell the user of a generation of so many calls."""
+        return against_caching(self._schedule, calls, self.config, scheduler)
 
     def reset(self) -> None:
         """Make the next call full, and, where nobody announces generations, the first of a new one."""

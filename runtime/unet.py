@@ -18,6 +18,7 @@ from ..errors import EngineError, UserError
 from ..exporter.residuals import argument_of
 from ..exporter.specs import solve
 from ..exporter.trace import SAMPLE
+from .advice import beyond_tuning
 from .bound import BoundPairs
 from .forecast import History
 from .generation import Generation
@@ -250,6 +251,9 @@ class UNet(TakesLoras, StandIn):
 
     def _generation_ended(self) -> None:
         self._ranges.end()
+
+    def _advice(self, calls: int, scheduler: object) -> str | None:
+        return beyond_tuning(self._schedule, self._loras) or super()._advice(calls, scheduler)
 
     # The engines
 

@@ -13,8 +13,9 @@ from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 from PIL import Image
 from test_cli import process as command
 
-from offcut.runtime.advice import against_caching
+from offcut.runtime.advice import against_caching, beyond_tuning
 from offcut.runtime.schedule import Quad, Schedule, Steps, Uniform
+from offcut.runtime.tuning.artifact import TunedSteps
 
 PHRASE = "caching is unlikely to pay"
 
@@ -36,6 +37,7 @@ PHRASE = "caching is unlikely to pay"
         (Uniform(3), 1, LCMScheduler(), {}, None),
         (Steps(range(8)), 8, DDIMScheduler(), {}, None),
         (Uniform(3, warmup=4), 4, DDIMScheduler(), {}, None),
+        (TunedSteps((0, 4), 8), 8, DDIMScheduler(), {}, None),  # it was measured beside fewer steps
     ],
 )
 def test_who_is_advised(
@@ -49,6 +51,12 @@ def test_who_is_advised(
         assert reason in advice
         assert PHRASE in advice
         assert "fewer steps without caching" in advice
+
+
+def test_a_tuned_schedule_does_not_know_of_loras() -> None:
+    tuned = TunedSteps((0, 4), 8)
+    assert "tuned without the LoRA style, ink:" in (beyond_tuning(tuned, ["style", "ink"]) or "")
+    assert beyond_tuning(tuned, []) is beyond_tuning(Uniform(3), ["style"]) is beyond_tuning(None, ["style"]) is None
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from loras import save_lora
 import offcut
 from offcut.errors import ModelError, UserError
 from offcut.runtime.schedule import Uniform
+from offcut.runtime.tuning.artifact import TunedSteps
 
 STEPS = 6
 
@@ -67,6 +69,19 @@ def test_from_a_to_b_and_back_leaves_no_trace(unet: offcut.UNet, files: dict[str
     assert same(answers(unet), with_a)
     differ = [not torch.equal(one, other) for one, other in ((plain[1], with_a[1]), (with_a[0], with_b[0]))]
     assert all(differ)
+
+
+def test_it_is_said_that_a_schedule_was_tuned_without_it(
+    unet: offcut.UNet, files: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    unet.set_schedule(TunedSteps((0,), 2))
+    with caplog.at_level(logging.WARNING, logger="offcut"):
+        answers(unet)
+        assert "tuned without" not in caplog.text
+        unet.load_lora(files["a"], name="style")
+        answers(unet)
+        answers(unet)
+    assert caplog.text.count("this schedule was tuned without the LoRA style:") == 1
 
 
 def test_layers_of_a_text_encoder_are_left_out_and_said_so(
