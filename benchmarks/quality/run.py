@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..shapes.judge_net.reader import JudgeNet
-from . import claims, metrics, pictures, plan
+from . import claims, crew, metrics, pictures, plan
 from .external import External
 from .pictures import Made, Task
 from .plan import Setting
@@ -32,6 +32,8 @@ def run(
     ratios: Mapping[str, float],
     model: str,
     external: External | None = None,
+    workers: int = 1,
+    threads: int | None = None,
     on_call: pictures.Progress = lambda count: None,
     stage: Stage = lambda text: None,
 ) -> Quality:
@@ -44,6 +46,8 @@ def run(
         ratios: a shallow call's time over a full one's on Stable Diffusion 1.5, by cut.
         model: its name in the result.
         external: networks of the user's for further figures.
+        workers: processes that judge the pictures.
+        threads: of each; the cores divided among them by default.
         on_call: told of every UNet call.
         stage: told what is being done between the pictures.
 
@@ -62,9 +66,20 @@ def run(
     truth = pictures.drawn(task.prompts, task.seed)
     features = net.pooled(truth)
     scored = {}
-    for setting in settings:
-        stage(f"judge: {setting.name}")
-        scored[setting] = score(net, task, made[setting], made[plan.reference(setting, settings)])
+    if workers > 1:
+        stage(f"judge in {workers} processes")
+        scored = crew.score(
+            task,
+            settings,
+            folder / "pictures",
+            workers=workers,
+            threads=threads,
+            done=lambda setting: stage(f"judged: {setting.name}"),
+        )
+    else:
+        for setting in settings:
+            stage(f"judge: {setting.name}")
+            scored[setting] = score(net, task, made[setting], made[plan.reference(setting, settings)])
     stage("confidence intervals")
     rows = []
     for setting in settings:

@@ -83,7 +83,9 @@ def quality(
     batch: Annotated[int, typer.Option(help="Images of a pipeline call.", min=1)] = 16,
     engine: EngineName = "auto",
     threads: Threads = None,
-    workers: Annotated[int, typer.Option(help="Processes that make the pictures, the cores divided.", min=1)] = 1,
+    workers: Annotated[
+        int, typer.Option(help="Processes that make and judge the pictures, the cores divided.", min=1)
+    ] = 1,
     shallow_ratio: Annotated[
         list[str] | None,
         typer.Option(metavar="CUT=RATIO", help="A shallow call's time over a full one's, for equal latency."),
@@ -156,6 +158,8 @@ def quality(
             ratios=ratios,
             model="shapes",
             external=networks,
+            workers=workers,
+            threads=threads,
             on_call=on_call,
             stage=stage,
         )
