@@ -475,5 +475,5 @@ def _named(
     for entry in engines.values():
         names |= {*engine_files(entry, variants[entry.variant]), f"engines/{entry.key}/build.json"}
     for schedule in schedules:
-        names |= {schedule.document, schedule.coefficients}
+        names.update(schedule.files)
     return names

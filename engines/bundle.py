@@ -60,7 +60,7 @@ class Bundle:
     def built_digest(self) -> str:
         """The digest that it has without its schedules, on which no engine's answer depends."""
         schedules = self.manifest.schedules.values()
-        own = {name for entry in schedules for name in (entry.document, entry.coefficients)}
+        own = {name for entry in schedules for name in entry.files}
         files = {name: entry for name, entry in self.manifest.files.items() if name not in own}
         bare = self.manifest.model_copy(update={"schedules": {}, "files": files})
         return hashlib.sha256(bare.to_json().encode()).hexdigest()

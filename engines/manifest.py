@@ -247,6 +247,10 @@ class ScheduleEntry(_Model):
     document: InsidePath
     coefficients: InsidePath
 
+    @property
+    def files(self) -> tuple[str, str]:
+        return self.document, self.coefficients
+
 
 class Manifest(_Model):
     """The whole of ``offcut.json``."""

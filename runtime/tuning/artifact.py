@@ -211,7 +211,7 @@ class Tuned:
                 f"{opened.path} has no schedule {name}; it has {', '.join(there) or 'none'}: make one with offcut tune"
             )
         entry = there[name]
-        opened.verify_files([entry.document, entry.coefficients])
+        opened.verify_files(entry.files)
         try:
             document = Document.model_validate_json((opened.path / entry.document).read_bytes())
         except ValidationError as error:
@@ -372,7 +372,7 @@ def save(bundle: Bundle, tuned: Tuned) -> None:
     def update(current: Manifest | None, entries: dict[str, FileEntry]) -> Manifest:
         assert current is not None
         gone = current.schedules.get(tuned.name)
-        dropped = set() if gone is None or gone == entry else {gone.document, gone.coefficients}
+        dropped = () if gone is None or gone == entry else gone.files
         files = {name: each for name, each in current.files.items() if name not in dropped} | entries
         return current.model_copy(update={"schedules": {**current.schedules, tuned.name: entry}, "files": files})
 
