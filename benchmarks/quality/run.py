@@ -65,7 +65,6 @@ def run(
     net = JudgeNet.load()
     truth = pictures.drawn(task.prompts, task.seed)
     features = net.pooled(truth)
-    scored = {}
     if workers > 1:
         stage(f"judge in {workers} processes")
         scored = crew.score(
@@ -77,6 +76,7 @@ def run(
             done=lambda setting: stage(f"judged: {setting.name}"),
         )
     else:
+        scored = {}
         for setting in settings:
             stage(f"judge: {setting.name}")
             scored[setting] = score(net, task, made[setting], made[plan.reference(setting, settings)])
