@@ -59,6 +59,7 @@ def test_videos_are_measured_cached_and_uncached_beside_the_peers(latency: Laten
         assert (row.full_calls, row.shallow_calls) == ((2, 2) if row.caching else (4, 0))
         assert len(row.loops) == len(row.images) == 1
         assert sum(row.full) + sum(row.shallow) < row.loops[0]
+        assert row.images[0] > max(row.full)
         assert (len(row.forecast_alone) > 0) == (row.name == OURS)
     assert latency.reference == EAGER
     assert 0 < (rows[UNCACHED].difference or 0) < 1e-4
