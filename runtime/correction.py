@@ -1,9 +1,9 @@
 """Correcting what the UNet answers in a cached generation, by small convolutions that were fitted beforehand.
 
 What caching leaves wrong is not all noise. Much of it follows from what is at hand: this call's answer and sample, what
-the last two full calls were asked and answered, and the answer before. A convolution over these few channels of the
-latent's size takes it out, in no time beside a call of the UNet. ``tuning.lockstep`` fits it so that the sampler gets
-back to where it would be without caching. No engine knows of it.
+the last two full calls were asked and answered, what the prompt had added to each answer, and the answer before. A
+convolution over these few channels of the latent's size takes it out, in no time beside a call of the UNet.
+``tuning.lockstep`` fits it so that the sampler gets back to where it would be without caching. No engine knows of it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Answers:
         self._planned, self._guidance, self._kernels = full, guidance, kernels
         self._calls = 0
         self._rows: int | None = None
-        self._full: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the last two full calls: answer and sample
+        self._full: list[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]] = []  # of the last two: see `keep`
         self._previous: torch.Tensor | None = None
         self._lost = False
 
@@ -99,8 +99,9 @@ class Answers:
     def inputs(self, full: bool, sample: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor | None:
         """What a kernel of the next call sees, [images, inputs, height, width] in fp32; ``keep`` must follow.
 
-        In this order: the answer, the sample; of the last full call and of the one before its answer, and how far the
-        sample has come since; the answer of the call before, if that was shallow. None once the schedule was left.
+        In this order: the answer, the sample, and under guidance the difference between both halves of the answer; of
+        the last full call and of the one before its answer, how far the sample has come since, and that difference; the
+        answer of the call before, if that was shallow. None once the schedule was left.
         """
         self._rows = self._rows or len(noise_pred)
         planned = self._calls in self._planned
@@ -109,11 +110,11 @@ class Answers:
         if self._lost:
             return None
         self._is_full = full
-        self._sample = self._one(sample.float(), 1.0)
-        self._answer = self._one(noise_pred.float(), self._guidance)
-        seen = [self._answer, self._sample]
-        for answer, at in reversed(self._full):
-            seen += [answer, self._sample - at]
+        self._sample, _ = self._one(sample.float(), 1.0)
+        self._answer, self._apart = self._one(noise_pred.float(), self._guidance)
+        seen = [self._answer, self._sample, *self._apart]
+        for answer, at, apart in reversed(self._full):
+            seen += [answer, self._sample - at, *apart]
         if self._previous is not None:
             seen.append(self._previous)
         return torch.cat(seen, 1)
@@ -127,12 +128,12 @@ class Answers:
         answer = self._answer if change is None else self._answer + change
         self._previous = None if self._is_full else answer
         if self._is_full:
-            self._full = [*self._full[-1:], (answer, self._sample)]
+            self._full = [*self._full[-1:], (answer, self._sample, self._apart)]
         self._calls += 1
 
-    def _one(self, tensor: torch.Tensor, guidance: float | None) -> torch.Tensor:
-        """Both halves of a guided batch as one: without the prompt, and from there to the prompt's."""
+    def _one(self, tensor: torch.Tensor, guidance: float | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Both halves of a guided batch as one, from that without the prompt to the prompt's; and their difference."""
         if self._guidance is None or guidance is None:
-            return tensor.clone()
+            return tensor.clone(), []
         without, prompted = tensor.chunk(2)
-        return without + guidance * (prompted - without)
+        return without + guidance * (prompted - without), [prompted - without]

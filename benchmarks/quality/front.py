@@ -19,7 +19,7 @@ from . import pictures
 from .plan import CUTS, SAMPLERS, Kept, Setting, cached, check
 
 INTERVALS = (2, 3, 5, 10)
-SAMPLES = 48
+SAMPLES = 64
 """Images that a schedule is tuned with."""
 
 _DAMPING = {"ddim": 1.0}  # of forecasts, where not a half

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from ...engines.bundle import Bundle
     from ..stand_in import StandIn
 
+VERSION = 2
+
 _NAMES = ("scale", "slope", "shift")
 _CORRECTION = "correction"
+_OUTDATED = "was tuned by an earlier version of offcut, whose corrections saw less: tune it again"
 
 
 class Key(BaseModel):
@@ -66,7 +69,7 @@ class Document(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: int = 1
+    version: int = Field(default=VERSION, description="2 since corrections see both halves of a guided answer apart")
     key: Key
     cut: str = Field(description="of shallow calls for which cuts has none")
     cuts: tuple[str | None, ...] = Field(
@@ -242,6 +245,11 @@ class Tuned:
         return replace(self, document=self.document.model_copy(update=said), correction=correction)
 
     @property
+    def outdated(self) -> bool:
+        """Whether its correction was fitted to other inputs than corrections have now."""
+        return bool(self.document.corrected) and self.document.version != VERSION
+
+    @property
     def schedule(self) -> TunedSteps:
         return self.document.schedule
 
@@ -252,7 +260,13 @@ class Tuned:
         return Fitted(self.coefficients, self.document.full, self.correction)
 
     def apply(self, unet: StandIn) -> None:
-        """Set it from the next generation on; see ``set_schedule`` for what it raises."""
+        """Set it from the next generation on; see ``set_schedule`` for what it raises.
+
+        Raises:
+            ScheduleError: an earlier version of offcut fitted its correction to other inputs.
+        """
+        if self.outdated:
+            raise ScheduleError(f"{self.name} {_OUTDATED}")
         unet.set_schedule(self.schedule, self.document.cut, self.forecast)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -301,6 +315,8 @@ def key_of_weights(
 def refusal(tuned: Tuned, key: Key) -> str | None:
     """Why a schedule does not fit what is about to be run; None if it does."""
     made = tuned.document.key
+    if tuned.outdated:
+        return f"it {_OUTDATED}"
     if made.weights != key.weights:
         return "it was tuned for other weights"
     if made.precision is not None and made.precision != key.precision:

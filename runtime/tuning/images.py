@@ -134,12 +134,13 @@ class Studio:
     ) -> tuple[float, float]:
         """Mean and least PSNR to the uncached pictures of a set, in dB."""
         found = [
-            _psnr(self.draw(image, schedule, forecast, steps=steps), whole)
+            psnr(self.draw(image, schedule, forecast, steps=steps), whole)
             for image, whole in zip(on.images, on.pictures, strict=True)
         ]
         return statistics.fmean(found), min(found)
 
 
-def _psnr(one: Picture, other: Picture) -> float:
+def psnr(one: Picture, other: Picture) -> float:
+    """In dB, where two images are the same 100."""
     error = float(np.mean((np.asarray(one, np.float64) - np.asarray(other, np.float64)) ** 2))
     return _BEST if error == 0 else min(_BEST, -10 * math.log10(error))

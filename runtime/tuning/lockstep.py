@@ -7,6 +7,7 @@ kernels of later calls know what those before have mended.
 
 from __future__ import annotations
 
+import statistics
 import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
@@ -21,25 +22,35 @@ from ..correction import Answers, Convolutions, Correction, Kernel
 from ..draw import arguments_of
 from ..forecast import Coefficients, Forecast
 from .artifact import Tuned
-from .images import Image, ImageSet, Studio
+from .images import Image, ImageSet, Studio, psnr
 from .watched import At, Watch
 
 SIZES = (1, 3)
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _GAIN = 0.99
 """A kernel must leave less than this share of the held-out images' error."""
 
+_TOGETHER = 2 * 64 * 64
+"""Positions of the latents in one engine call: those of a guided image of 512x512. Smaller ones share calls."""
 
-def fit(studio: Studio, watch: Watch, tuned: Tuned, fitted: ImageSet, held_out: ImageSet) -> Tuned:
+_PATIENCE = 1e-3
+"""Seconds that the engines wait for images that may be on their way; those that wait to meet others are not."""
+
+
+def fit(studio: Studio, watch: Watch, tuned: Tuned, fitted: ImageSet, held_out: ImageSet) -> tuple[Tuned, float | None]:
     """The schedule with a correction; without, where none helps or can be.
 
     Args:
         watch: of the studio's pipeline.
         fitted: images that kernels are fitted to, with their latents.
         held_out: those that decide how strong a kernel's ridge is, and whether there is one.
+
+    Returns:
+        The schedule, and the mean PSNR of all these images with it, to compare fitted schedules by: those that decide
+        are few. None where no correction can be.
     """
     if not possible(tuned.document.key.calls, fitted, held_out):
-        return tuned
+        return tuned, None
     images = [*fitted.images, *held_out.images]
     latents = [*fitted.latents, *held_out.latents]
     meeting = _Meeting(tuned, images, latents, len(fitted.images))
@@ -47,8 +58,9 @@ def fit(studio: Studio, watch: Watch, tuned: Tuned, fitted: ImageSet, held_out: 
         studio.pipe,
         max_in_flight=len(images),
         max_queue=0,
-        max_batch=2,
+        max_batch=max(2, _TOGETHER // (latents[0][0].shape[-1] * latents[0][0].shape[-2])),
         bound_shapes=2,
+        patience=_PATIENCE,
         cache_bytes=2**62,
     )
     watch.ask = meeting.step
@@ -66,9 +78,12 @@ def fit(studio: Studio, watch: Watch, tuned: Tuned, fitted: ImageSet, held_out: 
             raise (whys or errors)[0]
     finally:
         watch.ask = None
+    pictures = [each.future.result().images[0] for each in tickets]
+    wholes = [*fitted.pictures, *held_out.pictures]
+    seen = statistics.fmean(psnr(picture, whole) for picture, whole in zip(pictures, wholes, strict=True))
     if not meeting.kernels:
-        return tuned
-    return tuned.with_correction(Convolutions(meeting.kernels, meeting.full, meeting.guidance))
+        return tuned, seen
+    return tuned.with_correction(Convolutions(meeting.kernels, meeting.full, meeting.guidance)), seen
 
 
 def possible(calls: int, *sets: ImageSet) -> bool:
@@ -84,7 +99,7 @@ def _send(worker: Worker, studio: Studio, tuned: Tuned, image: Image, forecast: 
         guidance=image.guidance,
         seed=image.seed,
         size=studio.size,
-        output="latent",
+        output="np",
     )
     return worker.submit(arguments, schedule=tuned.schedule, cut=tuned.document.cut, forecast=forecast)
 

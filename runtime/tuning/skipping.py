@@ -19,12 +19,30 @@ _LOWEST_SHARE = 0.6
 
 
 def evenly(calls: int, count: int) -> tuple[int, ...]:
-    """So many full calls at equal distances, 0 first.
+    """So many full calls at equal distances, 0 first; what follows the last of them is such a distance too.
 
     >>> evenly(20, 6)
     (0, 3, 7, 10, 13, 17)
     """
     return tuple(round(calls * place / count) for place in range(count))
+
+
+def to_the_end(calls: int, count: int) -> tuple[int, ...]:
+    """The same, a little further apart, so that the last call is full; the only one is the first.
+
+    >>> to_the_end(20, 6)
+    (0, 4, 8, 11, 15, 19)
+    """
+    return tuple(round((calls - 1) * place / max(1, count - 1)) for place in range(count))
+
+
+def between(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
+    """As many full calls half-way from those of one schedule to those of another.
+
+    >>> between((0, 5, 10), (0, 6, 12))
+    (0, 6, 11)
+    """
+    return tuple((first + second + 1) // 2 for first, second in zip(one, other, strict=True))
 
 
 def mixed(full: Sequence[int], calls: int, shallow: int, cut: str) -> ByCall:
@@ -50,8 +68,12 @@ def mixed(full: Sequence[int], calls: int, shallow: int, cut: str) -> ByCall:
     return tuple(made)
 
 
-def within_budget(calls: int, budget: float, ratio: float, cut: str) -> Iterator[ByCall]:
+def within_budget(calls: int, budget: float, ratio: float, cut: str) -> Iterator[tuple[ByCall, ...]]:
     """Evenly spaced full calls, from as many as the budget allows downwards, and the shallow calls that it leaves.
+
+    Yields:
+        For each number of full calls two schedules, or one where both are the same: what ends with a call that runs no
+        engine is left to the correction, and a full call there may be worth more than closer ones before.
 
     Args:
         budget: in full calls' time.
@@ -60,7 +82,7 @@ def within_budget(calls: int, budget: float, ratio: float, cut: str) -> Iterator
     most = max(1, min(int(budget + 1e-9), calls))
     for count in range(most, max(1, round(_LOWEST_SHARE * most)) - 1, -1):
         shallow = min(int((budget - count) / ratio + 1e-9), calls - count)
-        yield mixed(evenly(calls, count), calls, shallow, cut)
+        yield tuple(dict.fromkeys(mixed(spaced(calls, count), calls, shallow, cut) for spaced in (evenly, to_the_end)))
         if count + shallow == calls:  # fewer full calls than that leave time over
             return
 

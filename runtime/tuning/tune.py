@@ -28,7 +28,7 @@ from .record import Recorder
 from .reference import beside, named
 from .report import Costs, measured, rows
 from .search import Array, Found, last_two, within
-from .skipping import ladder, mixed, within_budget
+from .skipping import between, evenly, ladder, mixed, to_the_end, within_budget
 from .wanted import Wanted
 from .watched import Watch, watched
 
@@ -101,6 +101,7 @@ class _Tuning:
         self._key = key_of(bundle, pipe.scheduler, wanted.steps, wanted.guidance, corrected)
         self._fit, self._select, self._test = three_sets(wanted.prompts, wanted.samples, wanted.guidance, wanted.seed)
         self._tried: dict[int, tuple[Tuned, float]] = {}  # by identity, which lasts as long as they are in here
+        self._fitted: dict[int, tuple[Tuned, float]] = {}  # likewise
 
     def run(self) -> Tuned:
         cuts, fit, select = self._studio.cuts, self._fit, self._select
@@ -134,7 +135,7 @@ class _Tuning:
             tuned = self._best([tuned, self._finished([several, self._again(several)])])
         if skips:
             self._progress("let calls run no engine")
-            skipping = self._best([self._skipping(cut, budget, better) for cut in cuts])
+            skipping = self._nearest([self._skipping(cut, budget, better) for cut in cuts])
             if self._psnr(skipping) > self._psnr(tuned):
                 less["tuned, no call skipped"] = tuned
                 tuned = skipping
@@ -166,24 +167,23 @@ class _Tuning:
         """The best with calls that run no engine; nobody knows it before they are tried."""
         calls = self._costs.calls
         best, worse = None, 0
-        for cuts in within_budget(calls, budget, self._costs.ratios[cut], cut):
-            self._progress(f"  {len(full_of(cuts))} full calls")
-            tuned = self._corrected(self._predicting(cuts, predictors))
-            if best is None or self._psnr(tuned) > self._psnr(best):
+        for choices in within_budget(calls, budget, self._costs.ratios[cut], cut):
+            self._progress(f"  {len(full_of(choices[0]))} full calls")
+            tuned = self._nearest([self._corrected(self._predicting(cuts, predictors)) for cuts in choices])
+            if best is None or self._nearest([best, tuned]) is tuned:
                 best, worse = tuned, 0
             else:
                 worse += 1
             if worse == _PATIENCE:
                 break
         assert best is not None
-        shallow = best.document.by_call.count(cut)
-        placed = [  # as many full calls, where the features would have them
-            self._corrected(self._predicting(mixed(each.full, calls, shallow, cut), predictors))
-            for each in self._search(predictors, [cut])
-            if len(each.full) == len(best.document.full)
-        ]
-        best = self._best([best, *placed])
-        return self._best([best, self._corrected(self._refitted(best))])
+        shallow, count = best.document.by_call.count(cut), len(best.document.full)
+        placed = [each.full for each in self._search(predictors, [cut]) if len(each.full) == count]  # by the features
+        placed.append(between(evenly(calls, count), to_the_end(calls, count)))
+        for each in dict.fromkeys(mixed(full, calls, shallow, cut) for full in placed):
+            best = self._nearest([best, self._corrected(self._predicting(each, predictors))])
+        refitted = self._refitted(best)
+        return best if refitted is best else self._nearest([best, self._corrected(refitted)])
 
     def _budget(self, families: Sequence[Sequence[Found]], predictors: ByCut) -> float:
         """The target as full calls' time.
@@ -288,7 +288,17 @@ class _Tuning:
         return self._best([each for tuned in promising for each in (tuned, self._corrected(tuned))])
 
     def _corrected(self, tuned: Tuned) -> Tuned:
-        return lockstep.fit(self._studio, self._watch, tuned, self._fit, self._select)
+        made, seen = lockstep.fit(self._studio, self._watch, tuned, self._fit, self._select)
+        if seen is not None:
+            self._fitted[id(made)] = made, seen
+        return made
+
+    def _nearest(self, tried: Sequence[Tuned]) -> Tuned:
+        """Of schedules whose corrections were fitted, that with the best images of all that it was fitted with.
+
+        They are alike in how well they know these images, and the few that choices are made on tell too little.
+        """
+        return max(tried, key=lambda each: self._fitted[id(each)][1])
 
     def _best(self, tried: Sequence[Tuned]) -> Tuned:
         """That with the best images among those that choices are made on."""

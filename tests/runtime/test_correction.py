@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,9 @@ from offcut.runtime.correction import Convolutions, Kernel
 from offcut.runtime.tuning.artifact import Fitted
 
 CUT, CALLS, GUIDANCE, FULL = "deepcache:0", 7, 3.0, (0, 1, 4)
-SEEN = {1: 4, 2: 6, 3: 7, 4: 7, 5: 6, 6: 7}
-"""Of each call how many latents a kernel sees: the answer, the sample, two for each of at most two full calls before,
-and the answer of the call before if that was shallow."""
+SEEN = {1: 6, 2: 9, 3: 10, 4: 10, 5: 9, 6: 10}
+"""Of each call how many latents a kernel sees: the answer, the sample and the difference of the halves, three for each
+of at most two full calls before, and the answer of the call before if that was shallow."""
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +33,11 @@ def inputs(unet: offcut.UNet, call: int, images: int = 1) -> tuple[torch.Tensor,
     return sample, torch.tensor(900.0 - 50 * call), text
 
 
-def kernels() -> dict[int, Kernel]:
+def kernels(numbers: Mapping[int, int] = SEEN) -> dict[int, Kernel]:
     made = torch.Generator().manual_seed(5)
     return {
         call: Kernel(0.02 * torch.randn(4, 4 * seen, 3, 3, generator=made), 0.1 * torch.randn(4, generator=made))
-        for call, seen in SEEN.items()
+        for call, seen in numbers.items()
     }
 
 
@@ -57,14 +57,15 @@ def run(
 
 def plainly(unet: offcut.UNet, answers: list[torch.Tensor], by: dict[int, Kernel]) -> list[torch.Tensor]:
     """The corrections of these answers, [images, 4, 8, 8]; none at a call without a kernel."""
-    guided, changes = [], []
+    guided, apart, changes = [], [], []
     for call, answer in enumerate(answers):
         without, prompted = answer.chunk(2)
         sample = inputs(unet, call, len(answer) // 2)[0].chunk(2)[0]
         own = without + GUIDANCE * (prompted - without)
-        seen = [own, sample]
+        apart.append(prompted - without)
+        seen = [own, sample, apart[call]]
         for full in sorted((each for each in FULL if each < call), reverse=True)[:2]:
-            seen += [guided[full], sample - inputs(unet, full, len(answer) // 2)[0].chunk(2)[0]]
+            seen += [guided[full], sample - inputs(unet, full, len(answer) // 2)[0].chunk(2)[0], apart[full]]
         if call - 1 not in FULL and call > 0:
             seen.append(guided[call - 1])
         change = torch.zeros_like(own)
@@ -92,7 +93,7 @@ def test_both_halves_are_corrected_by_the_convolution(unet: offcut.UNet, images:
 
 def test_a_pipeline_that_does_not_guide_has_a_row_for_each_image(unet: offcut.UNet) -> None:
     """One call is corrected: the answer, the sample, and both of the full call before, row by row."""
-    kernel = kernels()[1]
+    kernel = kernels({1: 4})[1]
     plain, answers = run(unet, None), run(unet, Convolutions({1: kernel}, FULL, None))
     before, sample = (inputs(unet, call)[0] for call in (0, 1))
     seen = torch.cat([plain[1], sample, plain[0], sample - before], 1)

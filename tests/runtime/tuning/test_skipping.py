@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from offcut.runtime.schedule import SKIP
 from offcut.runtime.tuning.cuts import cost_of, full_of
-from offcut.runtime.tuning.skipping import evenly, ladder, mixed, within_budget
+from offcut.runtime.tuning.skipping import evenly, ladder, mixed, to_the_end, within_budget
 
 CUT = "deepcache:0"
 
@@ -22,6 +22,17 @@ def test_full_calls_are_evenly_spaced(calls: int, data: st.DataObject) -> None:
     assert full[0] == 0
     gaps = [after - before for before, after in itertools.pairwise((*full, calls))]
     assert max(gaps) - min(gaps) <= 1
+
+
+@given(st.integers(2, 60), st.data())
+def test_the_last_call_of_a_schedule_to_the_end_is_full(calls: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(2, calls))
+    full = to_the_end(calls, count)
+    assert len(set(full)) == count
+    assert (full[0], full[-1]) == (0, calls - 1)
+    gaps = [after - before for before, after in itertools.pairwise(full)]
+    assert max(gaps) - min(gaps) <= 1
+    assert to_the_end(calls, 1) == (0,)
 
 
 @given(st.integers(2, 60), st.data())
@@ -44,8 +55,8 @@ def test_shallow_calls_go_where_most_are_skipped(calls: int, data: st.DataObject
 def test_they_keep_to_the_budget_and_use_it(calls: int, budget: float, ratio: float) -> None:
     made = list(within_budget(calls, budget, ratio, CUT))
     assert made
-    assert len({full_of(cuts) for cuts in made}) == len(made)
-    for cuts in made:
+    assert len({len(full_of(choices[0])) for choices in made}) == len(made)
+    for cuts in itertools.chain.from_iterable(made):
         cost = cost_of(cuts, {CUT: ratio})
         assert cost <= budget + 1e-6
         assert cost > budget - max(1.0, ratio) - 1e-6 or SKIP not in cuts

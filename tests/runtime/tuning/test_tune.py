@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,19 @@ def test_corrected_answers_bring_new_images_nearer(pipe: Any, shapes: Path, copi
     pipe.unet.record_times, scheduler = True, pipe.scheduler
     with watched(pipe) as watch:
         record(studio, sets, Recorder(pipe.unet, studio.features, 16), steps, lambda said: None, watch=watch)
-        corrected = lockstep.fit(studio, watch, Tuned("corrected", document, {}), sets[0], sets[1])
+        corrected, seen = lockstep.fit(studio, watch, Tuned("corrected", document, {}), sets[0], sets[1])
     assert pipe.scheduler is scheduler
     assert len(corrected.document.corrected) > 6
     assert 0 not in corrected.document.corrected
+    drawn = [studio.psnr(each, corrected.schedule, corrected.forecast)[0] for each in sets[:2]]
+    assert seen == pytest.approx((2 * drawn[0] + drawn[1]) / 3, abs=0.1)  # there are two to fit to for each to select
     reused = studio.psnr(sets[2], corrected.schedule)[0]
     assert studio.psnr(sets[2], corrected.schedule, corrected.forecast)[0] > reused + 1
+
+    earlier = replace(corrected, document=document.model_copy(update={"version": 1, "corrected": (1,)}))
+    assert "earlier version" in (refusal(earlier, document.key) or "")
+    with pytest.raises(ScheduleError, match="tune it again"):
+        earlier.apply(pipe.unet)
 
     save(bundle, corrected)
     again = Tuned.load(offcut.Bundle.open(bundle.path), "corrected")
@@ -170,7 +178,7 @@ def test_calls_without_an_engine_are_better_than_fewer_steps(pipe: Any, shapes: 
     pipe.unet.record_times = True
     with watched(pipe) as watch:
         record(studio, sets, Recorder(pipe.unet, studio.features, 16), STEPS, lambda said: None, watch=watch)
-        made = lockstep.fit(studio, watch, Tuned("skipping", document, {}), sets[0], sets[1])
+        made, _ = lockstep.fit(studio, watch, Tuned("skipping", document, {}), sets[0], sets[1])
     found = studio.psnr(sets[2], made.schedule, made.forecast)[0]
     assert studio.run.cuts == cuts
     assert found > studio.psnr(sets[2], made.schedule)[0] + 3  # the answers held as they are
