@@ -19,9 +19,6 @@ from . import pictures
 from .plan import CUTS, SAMPLERS, Kept, Setting, cached, check
 
 INTERVALS = (2, 3, 5, 10)
-SAMPLES = 64
-"""Images that a schedule is tuned with."""
-
 _DAMPING = {"ddim": 1.0}  # of forecasts, where not a half
 _OTHER_PROMPTS = 9000
 _OTHER_SEEDS = 1_000_000
@@ -56,7 +53,7 @@ def front_plan(
     settings: Sequence[Setting],
     guidance: float,
     ratios: Mapping[str, float],
-    samples: int = SAMPLES,
+    samples: int,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Setting]:
     """These settings, and for each that is plainly uniform a tuned schedule as fast, and CacheQuant's.

@@ -71,7 +71,7 @@ def quality(
         list[int] | None, typer.Option(help="Of a combination: first calls that are full. Again for several.", min=0)
     ] = None,
     schedule: Annotated[list[Kind] | None, typer.Option(help="Of a combination. Again for both.")] = None,
-    samples: Annotated[int, typer.Option(help="Images that a schedule of --plan front is tuned with.", min=4)] = 48,
+    samples: Annotated[int, typer.Option(help="Images that a schedule of --plan front is tuned with.", min=4)] = 64,
     forecast: Annotated[
         list[float] | None,
         typer.Option(
