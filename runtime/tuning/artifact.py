@@ -244,6 +244,11 @@ class Tuned:
         said = {"corrected": calls, "correction_guidance": correction.guidance}
         return replace(self, document=self.document.model_copy(update=said), correction=correction)
 
+    def without_correction(self) -> Tuned:
+        """The same, and answers are not corrected."""
+        said = {"corrected": (), "correction_guidance": None}
+        return replace(self, document=self.document.model_copy(update=said), correction=None)
+
     @property
     def outdated(self) -> bool:
         """Whether its correction was fitted to other inputs than corrections have now."""

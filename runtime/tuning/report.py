@@ -97,7 +97,7 @@ def rows(
     made += [measured(studio, costs, name, each.schedule, each.forecast, test) for name, each in others.items()]
     made.append(measured(studio, costs, "tuned schedule, features reused", tuned.schedule, None, test))
     if tuned.correction is not None:
-        uncorrected = replace(tuned, correction=None).forecast
+        uncorrected = tuned.without_correction().forecast
         made.append(measured(studio, costs, "tuned, answers not corrected", tuned.schedule, uncorrected, test))
     made += [measured(studio, costs, name, schedule, forecast, test) for name, schedule, forecast in known]
     steps = max(1, round(studio.steps / made[0].speed_up))

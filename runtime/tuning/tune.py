@@ -43,6 +43,9 @@ _PATIENCE = 2
 _PROMISING = 2
 """Schedules with predictions that are tried with a correction too."""
 
+_UNTUNED = ((0, None), (2, None), (2, 0.5), (2, 1.0))
+"""What anybody would try: calls to warm up, and damping of a forecast. What is found is not to be worse."""
+
 
 def tune(pipe: Any, bundle: Bundle, name: str, wanted: Wanted, progress: Progress, reference: Any = None) -> Tuned:
     """Find the schedule of a pipeline of ``offcut.load`` with its present scheduler.
@@ -136,6 +139,7 @@ class _Tuning:
         if skips:
             self._progress("let calls run no engine")
             skipping = self._nearest([self._skipping(cut, budget, better) for cut in cuts])
+            skipping = self._best([skipping, skipping.without_correction()])
             if self._psnr(skipping) > self._psnr(tuned):
                 less["tuned, no call skipped"] = tuned
                 tuned = skipping
@@ -160,7 +164,7 @@ class _Tuning:
                 self._predicting(within(self._search(predictors, [cut]), budget).cuts, predictors)
                 for predictors in (reuse, better)
             ),
-            *(self._extrapolating(cut, budget, damping) for damping in (0.5, 1.0)),
+            *(self._untuned(cut, budget, *each) for each in _UNTUNED),
         ]
 
     def _skipping(self, cut: str, budget: float, predictors: ByCut) -> Tuned:
@@ -221,15 +225,15 @@ class _Tuning:
                 low = middle + 1
         return family[low].cost
 
-    def _extrapolating(self, cut: str, budget: float, damping: float) -> Tuned:
-        """What needs no tuning: two calls to warm up, then a uniform interval, extrapolated."""
-        forecast, calls = Extrapolate(damping), self._costs.calls
-        choices = (Uniform(n, warmup=2).full_calls(calls) for n in range(2, calls))
+    def _untuned(self, cut: str, budget: float, warmup: int, damping: float | None) -> Tuned:
+        """A uniform interval after some calls to warm up, reused or extrapolated."""
+        forecast, calls = None if damping is None else Extrapolate(damping), self._costs.calls
+        choices = (Uniform(n, warmup=warmup).full_calls(calls) for n in range(2, calls))
         within_it = (each for each in choices if self._costs.of(at_cut(each, calls, cut)) <= budget + 1e-9)
         full = next(within_it, (0,))
         predictors = {}
         for call in (each for each in range(calls) if each not in full):
-            made = forecast.at("", call, *last_two(full, call))
+            made = None if forecast is None else forecast.at("", call, *last_two(full, call))
             coefficients = None if made is None else dict.fromkeys(self._studio.cuts[cut], made)
             predictors[call] = Predictor("reuse" if made is None else f"forecast {damping:g}", 0.0, coefficients)
         return self._tuned(at_cut(full, calls, cut), predictors)
