@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -135,6 +136,15 @@ def _settle(threads: int) -> None:
 
     quiet_libraries()
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_first, daemon=True).start()
+
+
+def _end_with_first() -> None:
+    """A first process that is killed tells nobody, and the others would wait for its next job forever."""
+    first = multiprocessing.parent_process()
+    assert first is not None
+    first.join()
+    os._exit(1)
 
 
 def _open(bundle: Path, engine: str, threads: int) -> None:
