@@ -170,10 +170,17 @@ class _Tuning:
     def _skipping(self, cut: str, budget: float, predictors: ByCut) -> Tuned:
         """The best with calls that run no engine; nobody knows it before they are tried."""
         calls = self._costs.calls
+        made: dict[ByCall, Tuned] = {}
+
+        def tried(cuts: ByCall) -> Tuned:
+            if cuts not in made:
+                made[cuts] = self._corrected(self._predicting(cuts, predictors))
+            return made[cuts]
+
         best, worse = None, 0
         for choices in within_budget(calls, budget, self._costs.ratios[cut], cut):
             self._progress(f"  {len(full_of(choices[0]))} full calls")
-            tuned = self._nearest([self._corrected(self._predicting(cuts, predictors)) for cuts in choices])
+            tuned = self._nearest([tried(cuts) for cuts in choices])
             if best is None or self._nearest([best, tuned]) is tuned:
                 best, worse = tuned, 0
             else:
@@ -184,8 +191,7 @@ class _Tuning:
         shallow, count = best.document.by_call.count(cut), len(best.document.full)
         placed = [each.full for each in self._search(predictors, [cut]) if len(each.full) == count]  # by the features
         placed.append(between(evenly(calls, count), to_the_end(calls, count)))
-        for each in dict.fromkeys(mixed(full, calls, shallow, cut) for full in placed):
-            best = self._nearest([best, self._corrected(self._predicting(each, predictors))])
+        best = self._nearest([best, *(tried(mixed(full, calls, shallow, cut)) for full in placed)])
         refitted = self._refitted(best)
         return best if refitted is best else self._nearest([best, self._corrected(refitted)])
 
