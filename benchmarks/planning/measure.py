@@ -92,7 +92,8 @@ def _run(worker: Worker, arguments: Mapping[str, Any], schedule: Schedule, cut: 
     images = [ticket.future.result().images for ticket in tickets]
     ended = time.perf_counter()
     ticks = _difference(before, worker.statistics())
-    return _Group(count, marks[0] - began, marks[-1] - marks[0], ended - marks[-1], ticks, images[0][0])
+    last = marks[-count]  # the first to be over with its last step; then some may be at the autoencoder before others
+    return _Group(count, marks[0] - began, last - marks[0], ended - last, ticks, images[0][0])
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ class _Group:
 
     Attributes:
         count: how many.
-        before, within, after: seconds until the first step was over, from there to the end of the last one, and then.
+        before, within, after: seconds until the first of them was over with its first step, from there until the first
+            was over with its last one, and then.
         ticks: the engine calls, by kind and rows.
         image: one of what was drawn.
     """

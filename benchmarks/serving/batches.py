@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from ..shapes.model import PROMPTS
+from .goals import AT_LOAD
 from .record import BatchRow
 
 if TYPE_CHECKING:
+    from ..planning.answer import Load
     from ..planning.costs import Costs
+    from ..planning.simulate import Setting
     from .process import Serving
 
 
@@ -38,6 +41,7 @@ class Batches:
             "prompt": PROMPTS[0],
             "num_inference_steps": serving.steps,
             "guidance_scale": serving.guidance,
+            **({} if serving.size is None else {"height": serving.size, "width": serving.size}),
         }
         schedule = Uniform(serving.interval, warmup=serving.warmup)
         together = [count for count in (1, 2, 4, 8, 16) if count <= serving.in_flight]
@@ -72,16 +76,41 @@ class Batches:
 
     def allowed(self, serving: Serving) -> float:
         """Throughput with as many requests as may be in flight over that with one, as these times simulate it."""
-        from ...runtime.batching.policy import Deadline
-        from ...runtime.schedule import Uniform
-        from ..planning.answer import Load, capacity
-        from ..planning.simulate import Kind, Setting
+        from ..planning.answer import capacity
 
-        schedule = Uniform(serving.interval, warmup=serving.warmup)
-        kind = Kind(tuple(schedule.is_full(call, serving.steps) for call in range(serving.steps)))
-        load = Load([kind], requests=400)
+        setting = _setting(serving)
+        most, one = (
+            capacity(self.costs, _load(serving, 400), replace(setting, max_in_flight=in_flight))
+            for in_flight in (serving.in_flight, 1)
+        )
+        return most / one
 
-        def most(in_flight: int) -> float:
-            return capacity(self.costs, load, Setting(Deadline(), max_in_flight=in_flight, max_batch=serving.rows))
+    def allowed_latency(self, serving: Serving) -> float:
+        """p50 of batches of whole requests over that of shared steps at ``AT_LOAD``, if only engine calls took time."""
+        from ..planning.answer import WARMUP, capacity
 
-        return most(serving.in_flight) / most(1)
+        free = {"between": dict.fromkeys(self.costs.between, 0.0), "encode": 0.0, "decode": 0.0}
+        bare, load = type(self.costs)(**self.costs.model_dump() | free), _load(serving, 4000)
+        shared = _setting(serving)
+        whole = replace(shared, whole_requests=True)
+        rate = AT_LOAD * min(capacity(bare, load, each) for each in (shared, whole))
+        steps, others = (load.on(bare, each, rate).percentile(50, WARMUP) for each in (shared, whole))
+        return others / steps
+
+
+def _setting(serving: Serving) -> Setting:
+    from ...runtime.batching.policy import Deadline
+    from ..planning.simulate import Setting
+
+    return Setting(Deadline(), max_in_flight=serving.in_flight, max_queue=10**6, max_batch=serving.rows)
+
+
+def _load(serving: Serving, requests: int) -> Load:
+    from ...runtime.schedule import Uniform
+    from ..planning.answer import Load
+    from ..planning.simulate import Kind
+
+    schedule = Uniform(serving.interval, warmup=serving.warmup)
+    return Load(
+        [Kind(tuple(schedule.is_full(call, serving.steps) for call in range(serving.steps)))], requests=requests
+    )

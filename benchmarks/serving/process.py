@@ -40,6 +40,7 @@ class Serving:
     Attributes:
         bundle: what they serve.
         steps, interval, warmup, guidance: for requests, which say nothing of it.
+        size: side of the images in pixels, which requests say; None for the model's own.
         in_flight: requests that are worked on at once, or in one batch of whole requests.
         queue: requests that wait beside them.
         rows: most rows of an engine call.
@@ -50,6 +51,7 @@ class Serving:
     interval: int = 3
     warmup: int = 2
     guidance: float = 3.0
+    size: int | None = None
     in_flight: int = 8
     queue: int = 16
     rows: int = 16

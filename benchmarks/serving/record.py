@@ -149,6 +149,11 @@ class ServingLoad(BaseModel):
         default=None,
         description="throughput with in_flight requests over that with one, simulated with these times",
     )
+    allowed_latency: float | None = Field(
+        default=None,
+        description="p50 of batches of whole requests over that of shared steps at 0.7 of the capacity, simulated with "
+        "the times of engine calls alone",
+    )
     overload: Overload | None = None
     soak: Soak | None = None
     control: Soak | None = None

@@ -105,6 +105,7 @@ def run(serving: Serving, plan: Plan, stage: Stage = lambda text: None) -> Servi
             "interval": serving.interval,
             "warmup": serving.warmup,
             "guidance": serving.guidance,
+            **({} if serving.size is None else {"size": serving.size}),
         },
         in_flight=serving.in_flight,
         queue=serving.queue,
@@ -116,6 +117,7 @@ def run(serving: Serving, plan: Plan, stage: Stage = lambda text: None) -> Servi
         stage("measure engine calls by how many requests share them")
         batches = Batches.measure(serving, lambda text: stage(f"  {text}"))
         measured.batches, measured.allowed = batches.rows, batches.allowed(serving)
+        measured.allowed_latency = batches.allowed_latency(serving)
         _load(serving, plan, measured, stage)
     if "overload" in plan.parts:
         measured.overload = _overload(serving, plan, measured, stage)
@@ -139,7 +141,7 @@ def _load(serving: Serving, plan: Plan, measured: ServingLoad, stage: Stage) -> 
         for place in range(plan.rounds):
             for (way, count), windows in loops.items():
                 stage(f"  round {place + 1} of {plan.rounds}: {way}, {count} clients")
-                windows.append(_closed(servers[way].url, _simple, count, plan.closed, plan.settle))
+                windows.append(_closed(servers[way].url, _simple(serving), count, plan.closed, plan.settle))
         measured.closed = [_closed_row(way, count, windows) for (way, count), windows in loops.items()]
 
         most = max(plan.clients)
@@ -150,7 +152,9 @@ def _load(serving: Serving, plan: Plan, measured: ServingLoad, stage: Stage) -> 
         for place in range(plan.rounds):
             for (way, load), windows in streams.items():
                 stage(f"  round {place + 1} of {plan.rounds}: {way}, {load:.0%}")
-                windows.append(_open(servers[way].url, load * capacity, plan.open, plan.settle, seed=place))
+                windows.append(
+                    _open(servers[way].url, _simple(serving), load * capacity, plan.open, plan.settle, seed=place)
+                )
         measured.open = [_open_row(way, load, load * capacity, windows) for (way, load), windows in streams.items()]
 
 
@@ -181,11 +185,11 @@ def _overload(serving: Serving, plan: Plan, measured: ServingLoad, stage: Stage)
     with Process(serving, "steps") as server:
         measured.engine = server.engine
         stage(f"every place taken: {places} clients for {plan.capacity:g} s")
-        full = _closed(server.url, _simple, places, plan.capacity, plan.settle)
+        full = _closed(server.url, _simple(serving), places, plan.capacity, plan.settle)
         rate = plan.times * full.throughput
         stage(f"overload: {rate:.1f} requests a second for {plan.overload:g} s")
         with watch.Watch(server.url, server.pid, 0.25) as seen:
-            window = _open(server.url, rate, plan.overload, plan.settle, seed=1)
+            window = _open(server.url, _simple(serving), rate, plan.overload, plan.settle, seed=1)
     refused = [reply for reply in window.replies if _refused(reply)]
     return Overload(
         times=plan.times,
@@ -259,16 +263,17 @@ def _held(server: Process) -> int:
         time.sleep(0.1)
 
 
-def _simple(number: int) -> Mapping[str, Any]:
-    return {"prompt": PROMPTS[number % len(PROMPTS)], "seed": number}
+def _simple(serving: Serving) -> Body:
+    size = {} if serving.size is None else {"size": f"{serving.size}x{serving.size}"}
+    return lambda number: {"prompt": PROMPTS[number % len(PROMPTS)], "seed": number, **size}
 
 
 def _mixed(serving: Serving, url: str) -> Body:
-    """Three sizes around the model's own, three numbers of steps, cached and not."""
+    """Three sizes around the requests' own, three numbers of steps, cached and not."""
     import httpx
 
     told = httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["offcut"]
-    width, height = map(int, told["size"].split("x"))
+    width, height = (serving.size,) * 2 if serving.size else map(int, told["size"].split("x"))
     step = told["multiple"]
     sizes = [f"{width}x{height}", f"{width + step}x{height}", f"{width}x{max(step, height - step)}"]
     lengths = [serving.steps, max(serving.steps * 3 // 4, 2), max(serving.steps // 2, 2)]
@@ -276,7 +281,7 @@ def _mixed(serving: Serving, url: str) -> Body:
     def body(number: int) -> Mapping[str, Any]:
         draw = random.Random(number)
         return {
-            **_simple(number),
+            **_simple(serving)(number),
             "size": draw.choice(sizes),
             "num_inference_steps": draw.choice(lengths),
             "interval": draw.choice([serving.interval, serving.interval, 1]),
@@ -303,11 +308,11 @@ def _closed(url: str, body: Body, count: int, seconds: float, settle: float, lea
     return asyncio.run(measure())
 
 
-def _open(url: str, rate: float, seconds: float, settle: float, seed: int) -> Window:
+def _open(url: str, body: Body, rate: float, seconds: float, settle: float, seed: int) -> Window:
     async def measure() -> Window:
         count = int(rate * (seconds + settle) * 2) + 20  # more than come in that time
         moments = [moment for moment in arrivals("poisson", rate, count, seed) if moment < settle + seconds]
-        async with Client(url, _simple) as client:
+        async with Client(url, body) as client:
             return await opened(client, moments, seconds, settle)
 
     return asyncio.run(measure())

@@ -33,6 +33,9 @@ def serve(
     interval: Annotated[int, typer.Option(help="Full UNet every N calls. Costs quality.", min=2, **_REQUEST)] = 3,
     warmup: Annotated[int, typer.Option(help="First calls that are always full.", min=0, **_REQUEST)] = 2,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.", min=0, **_REQUEST)] = 3.0,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the images in pixels; the model's own.", min=8, **_REQUEST)
+    ] = None,
     max_in_flight: Annotated[
         int, typer.Option(help="Requests worked on at once, or in one batch of whole requests.", min=1, **_SERVER)
     ] = 8,
@@ -92,6 +95,7 @@ def serve(
         interval=interval,
         warmup=warmup,
         guidance=guidance,
+        size=size,
         in_flight=max_in_flight,
         queue=max_queue,
         rows=max_batch,

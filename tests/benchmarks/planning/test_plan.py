@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 import offcut
 from offcut.benchmarks.planning.check import compare
 from offcut.benchmarks.planning.costs import Costs
+from offcut.benchmarks.planning.measure import measure
 from offcut.benchmarks.planning.throughput import measure as throughput
 from offcut.cli import app
 from offcut.errors import UserError
@@ -108,6 +110,21 @@ def test_mistakes_are_told(times: Path, tmp_path: Path) -> None:
         assert done.exit_code == 1
         assert isinstance(done.exception, UserError)
         assert message in str(done.exception)
+
+
+def test_a_slow_autoencoder_is_not_between_the_calls(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of requests that end together one is at the autoencoder before others are told of their last step."""
+    decode = pipe.vae.decode
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.2)
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(pipe.vae, "decode", slowly)
+    arguments = {"prompt": "a red square", "num_inference_steps": 4, "guidance_scale": 3.0}
+    costs = measure(pipe, arguments, Uniform(2), model="tiny", device="cpu", together=(4,), repeats=1)
+    assert costs.decode > 0.2
+    assert costs.between[8] < 0.15  # 3 of 4 autoencoders over 3 gaps would be 0.2
 
 
 @pytest.mark.slow

@@ -169,11 +169,11 @@ def test_a_plan_says_how_long_it_takes() -> None:
 
 def test_the_tables_show_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     batch = BatchRow(requests=2, rows=4, full=0.06, shallow=0.008, between=0.004)
-    given = measured(batches=[batch], allowed=1.07)
+    given = measured(batches=[batch], allowed=1.07, allowed_latency=1.093)
     given.goals = goals(given)
     console = Console(width=160, force_terminal=False)
     for table in tables(given):
         console.print(table)
     shown = capsys.readouterr().out
-    for text in ("30.00", "1.07x", "one at a time", "70%", "14.0 requests", "+100.0", "met"):
+    for text in ("30.00", "1.07x", "one at a time", "70%", "14.0 requests", "+100.0", "met", "alone allow 1.09x"):
         assert text in shown

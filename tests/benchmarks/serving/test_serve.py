@@ -101,7 +101,10 @@ def test_more_clients_than_places_are_refused(tiny_bundle: Path) -> None:
 def test_every_way_is_measured_and_kept(tiny_bundle: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(
         app,
-        ["bench", "serve", str(tiny_bundle), "--part", "load", "-o", str(tmp_path), "--json", *map(str, SHORT + SMALL)],
+        [
+            *("bench", "serve", str(tiny_bundle), "--part", "load", "--size", "64", "-o", str(tmp_path), "--json"),
+            *map(str, SHORT + SMALL),
+        ],
     )
     # 1: a goal is missed, as may be on such a model
     assert done.exit_code in (0, 1), done.output
@@ -113,10 +116,13 @@ def test_every_way_is_measured_and_kept(tiny_bundle: Path, tmp_path: Path) -> No
         (way, clients) for way in ("steps", "single", "whole") for clients in (1, 3)
     }
     assert all(rate > 0 for row in found.closed for rate in row.throughput)
+    assert found.request["size"] == 64
     assert {row.way for row in found.open} == {"steps", "single", "whole"}
     assert [row.requests for row in found.batches] == [1, 2]
     assert found.allowed is not None
     assert found.allowed > 0.3
+    assert found.allowed_latency is not None
+    assert found.allowed_latency > 0.1
     assert len(found.goals) == 3
     assert "The server under load" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
