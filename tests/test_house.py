@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import inspect
 import re
 import subprocess
@@ -160,3 +162,11 @@ def test_no_error_is_defined_elsewhere() -> None:
                 if isinstance(node, ast.ClassDef) and node.name.endswith("Error") and not node.name.startswith("_"):
                     elsewhere.append(f"{path.relative_to(ROOT)}: {node.name}")
     assert elsewhere == []
+
+
+def test_examples_in_docstrings_hold() -> None:
+    files = [path for path in modules() if ">>> " in path.read_text(encoding="utf-8")]
+    names = [".".join(("offcut", *path.relative_to(ROOT).with_suffix("").parts)) for path in files]
+    results = {name: doctest.testmod(importlib.import_module(name)) for name in names}
+    assert sum(result.attempted for result in results.values()) >= 4
+    assert not {name: result for name, result in results.items() if result.failed}
