@@ -8,6 +8,7 @@ features.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from ..runtime.forecast import Coefficients, Forecast
 from ..runtime.pipeline import load
 from ..runtime.schedule import Schedule, Steps, Uniform
-from ..runtime.tuning.artifact import Fitted
 from ..runtime.tuning.images import Studio, three_sets
 from ..runtime.tuning.measure import record
 from ..runtime.tuning.moments import Moments, Ridge
@@ -23,6 +23,7 @@ from ..runtime.tuning.record import Recorder
 from ..runtime.tuning.reference import beside
 from ..runtime.tuning.report import Differences
 from ..runtime.tuning.search import cachequant
+from ..runtime.tuning.steps import Fitted
 from ..runtime.tuning.tune import tune
 from ..runtime.tuning.wanted import Target, Wanted
 
@@ -139,9 +140,9 @@ def _of(
     rows = []
     for way, (schedule, forecast) in ways.items():
         progress(f"{precision}: {way}")
-        psnr, worst = studio.psnr(test, schedule, forecast)
+        near = studio.psnr(test, schedule, forecast)
         made = studio.run.full
-        rows.append(Row(precision, way, sum(made), len(made), psnr, worst))
+        rows.append(Row(precision, way, sum(made), len(made), statistics.fmean(near), min(near)))
     return rows
 
 

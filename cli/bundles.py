@@ -124,7 +124,8 @@ def build(
     from ..engines.build import build as run_build
     from ..engines.schemes import LOW_PRECISIONS
     from ..engines.sizes import Sizes
-    from ..runtime.calibration import Calibration, read_prompts
+    from ..runtime.calibration import Calibration
+    from ..runtime.prompts import read_prompts
 
     wanted: dict[str, Any] = {
         "prompts": read_prompts(calibrate) if calibrate else None,

@@ -91,7 +91,7 @@ def run(
     from ..errors import UserError
     from ..runtime.draw import with_class
     from ..runtime.forecast import Extrapolate
-    from ..runtime.tuning.artifact import tuned_name
+    from ..runtime.tuning.choice import tuned_name
 
     named = tuned_name(schedule)
     chosen = None if named is not None else _schedule(schedule, interval, warmup)
@@ -205,10 +205,11 @@ def _load_loras(pipe: Any, loras: Mapping[str | Path, float]) -> None:
 
 def _tuned(opened: Bundle, pipe: Any, name: str, steps: int, guidance: float | None) -> Tuned:
     """A schedule of the bundle that fits this pipeline; which one is said."""
-    from ..runtime.tuning.artifact import choose, key_of
+    from ..runtime.tuning.choice import choose, key_of
 
     scale = guidance or 1.0
-    tuned = choose(opened, key_of(opened, pipe.scheduler, steps, (scale, scale), pipe.unet.precision), name or None)
+    key = key_of(opened, pipe.scheduler, steps, (scale, scale), pipe.unet.precision)
+    tuned = choose(opened, key, name or None, pipe.unet.cuts)
     err.print(f"schedule {tuned.name}: {len(tuned.document.full)} full calls", highlight=False)
     return tuned
 

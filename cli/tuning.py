@@ -15,7 +15,8 @@ from rich.table import Table
 from .shell import BundleArgument, Device, EngineName, Json, Threads, err, out, print_json, quiet_libraries, stages
 
 if TYPE_CHECKING:
-    from ..runtime.tuning.artifact import Measured, Tuned
+    from ..runtime.tuning.artifact import Tuned
+    from ..runtime.tuning.document import Measured
 
 _TARGET = {"rich_help_panel": "What to reach: one of them"}
 _FOR = {"rich_help_panel": "What it is for"}
@@ -69,9 +70,12 @@ def tune(
     name: Annotated[str | None, typer.Option(help="Of the schedule; from sampler, steps and target.", **_FOR)] = None,
     samples: Annotated[
         int, typer.Option(help="Images: half to fit, a quarter to select, a quarter to test.", min=4, **_HOW)
-    ] = 16,
+    ] = 32,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompts, one a line; some by default.", **_HOW)
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Prompts like those to draw later, one a line; those of the model, or some.", **_HOW
+        ),
     ] = None,
     size: Annotated[int | None, typer.Option(help="Side of the images in pixels; the model's own.", **_HOW)] = None,
     seed: Annotated[int, typer.Option(help="Of the first image.", **_HOW)] = 0,
@@ -94,9 +98,9 @@ def tune(
     from ..errors import UserError
 
     opened = Bundle.open(bundle)  # before what takes seconds to import
-    from ..runtime.calibration import PROMPTS, read_prompts
     from ..runtime.draw import with_class
     from ..runtime.pipeline import load
+    from ..runtime.prompts import prompts_for
     from ..runtime.tuning.artifact import save
     from ..runtime.tuning.reference import load_reference
     from ..runtime.tuning.tune import tune as run
@@ -119,7 +123,7 @@ def tune(
             steps=steps,
             guidance=_range(guidance),
             samples=samples,
-            prompts=PROMPTS if prompts is None else read_prompts(prompts),
+            prompts=prompts_for(opened.path, prompts),
             cuts=cuts,
             skip=skip,
             ratios=_ratios(ratio or [], cuts or pipe.unet.cuts[:1]),
@@ -173,6 +177,13 @@ def _print(tuned: Tuned) -> None:
         f"PSNR to {to} of {document.samples['test']} prompts and seeds that had no part in the tuning; "
         f"speed-up of the UNet's time {where}."
     )
+    if (nearer := document.nearer) is not None:
+        out.print(
+            f"[yellow]{nearer.name} comes nearer there: {nearer.psnr:.1f} dB against {document.measured[0].psnr:.1f}. "
+            f"Give --prompts like those that you will draw, and more --samples than {sum(document.samples.values())}; "
+            "if it stays ahead, take it instead.[/]",
+            highlight=False,
+        )
     out.print(f"[bold]{tuned.name}[/]")
 
 

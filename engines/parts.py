@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import ModelError
 from ..exporter.imported_parts import folder_of, index_of
-from ..exporter.load import INDEX_FILE, ModelSource
+from ..exporter.load import INDEX_FILE, PROMPTS_FILE, ModelSource
 
 _SMALL = (".json", ".txt", ".model")
 _INDEX_OF_WEIGHTS = ".safetensors.index.json"
@@ -23,7 +23,7 @@ def pipeline_class(source: ModelSource) -> str | None:
 
 
 def copy_parts(source: ModelSource, out: Path, without_weights: Container[str] = ()) -> list[str]:
-    """Copy every component but the UNet, safetensors only, and give the copies' names.
+    """Copy every component but the UNet, safetensors only, and the model's prompts; give the copies' names.
 
     Args:
         without_weights: components of which only the configs are copied, as their networks are in graphs.
@@ -60,6 +60,8 @@ def copy_parts(source: ModelSource, out: Path, without_weights: Container[str] =
         (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     else:
         shutil.copyfile(source.root / INDEX_FILE, out / INDEX_FILE)
+    if (source.root / PROMPTS_FILE).is_file():
+        copies[PROMPTS_FILE] = source.root / PROMPTS_FILE
     for name, file in copies.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, out / name)

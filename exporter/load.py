@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import torch
 
 INDEX_FILE = "model_index.json"
+
+PROMPTS_FILE = "prompts.txt"
+"""Beside the index, where a model has it: prompts like those that it knows, one a line."""
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 

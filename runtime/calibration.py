@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
@@ -18,6 +17,7 @@ from ..exporter.families import downsampling, example_inputs
 from ..exporter.histogram import METHODS
 from ..exporter.load import ModelSource, read_index
 from .draw import draw, draws_from_prompts
+from .prompts import PROMPTS
 from .schedule import Uniform
 
 if TYPE_CHECKING:
@@ -25,18 +25,6 @@ if TYPE_CHECKING:
 
     from ..engines.base import EnginePair
     from .unet import UNet
-
-PROMPTS = (
-    "a photograph of a mountain lake in the morning",
-    "a portrait of an old fisherman, oil painting",
-    "a red circle on a white background",
-    "a busy street at night in the rain, neon lights",
-    "a bowl of fruit on a wooden table",
-    "a small blue house beside a green tree",
-    "an astronaut on the surface of the moon",
-    "a close-up of a cat's face",
-)
-"""What is drawn where no prompts are given."""
 
 Progress = Callable[[str], None]
 
@@ -138,22 +126,6 @@ class Calibration:
         pixels = self.size or trained_side(source.config.get("sample_size"))
         side = max(multiple, pixels // VAE_SCALE // multiple * multiple)
         return {"batch": 2, "height": side, "width": side, "sequence": 77}
-
-
-def read_prompts(file: Path) -> tuple[str, ...]:
-    """The prompts of a text file, one a line; empty lines are left out.
-
-    Raises:
-        UserError: it cannot be read, or holds none.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts in {file}: give a text file with one a line") from error
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise UserError(f"{file} holds no prompt: write one a line")
-    return prompts
 
 
 def _text_to_image(source: ModelSource, unet: UNet) -> DiffusionPipeline | None:

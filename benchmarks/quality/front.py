@@ -12,7 +12,8 @@ from typing import Any
 from ...engines.bundle import Bundle
 from ...errors import ScheduleError
 from ...runtime.schedule import Steps
-from ...runtime.tuning.artifact import Tuned, choose, key_of, save
+from ...runtime.tuning.artifact import Tuned, save
+from ...runtime.tuning.choice import choose, key_of
 from ...runtime.tuning.tune import tune
 from ...runtime.tuning.wanted import Target, Wanted
 from . import pictures
@@ -104,7 +105,7 @@ def _tuned(
         key = key_of(bundle, pipe.scheduler, plain.steps, (guidance, guidance))
         if name in bundle.manifest.schedules:
             try:
-                there = choose(bundle, key, name)
+                there = choose(bundle, key, name, pipe.unet.cuts)
             except ScheduleError:
                 there = None
             if there is not None and there.document.shallow_over_full == ratios[CUTS[0]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...exporter.load import INDEX_FILE, PROMPTS_FILE
 from . import card, checkpoint, model, networks, score, tokenizer, vae_stage
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ GUIDANCE = 3.0
 
 SAMPLE_STEPS = 50
 """DDIM steps of the sample pictures."""
+
+_TRAINED = ("one object", "two objects")
+_OF_EACH = 24
+_SEED = 500  # of the prompts; those of the benchmarks have others
 
 
 def export(run: Path, target: Path, *, seeds: Sequence[int] = (0, 1), judged: int = 0) -> Path:
@@ -54,7 +59,8 @@ def export(run: Path, target: Path, *, seeds: Sequence[int] = (0, 1), judged: in
         _save_text_encoder(text_encoder.half(), made / "text_encoder")
         tokenizer.write_tokenizer(made / "tokenizer")
         networks.new_scheduler().save_pretrained(made / "scheduler")
-        _write_index(made / "model_index.json")
+        _write_index(made / INDEX_FILE)
+        write_prompts(made / PROMPTS_FILE)
 
         pipe = load_pipeline(made)
         pictures = [picture for seed in seeds for picture in sample(pipe, model.PROMPTS, seed=seed)]
@@ -87,6 +93,13 @@ def _save_text_encoder(text_encoder: object, directory: Path) -> None:
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = config["torch_dtype"] = "float32"
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_prompts(path: Path) -> None:
+    """Write prompts of each kind that the model was trained on, in turn: what to tune a schedule with."""
+    kinds = [score.prompts(kind, _OF_EACH, seed) for seed, kind in enumerate(_TRAINED, _SEED)]
+    texts = [text for row in zip(*kinds, strict=True) for text in row]
+    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
 
 
 def _write_index(path: Path) -> None:

@@ -30,7 +30,9 @@ def drift(
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.")] = 7.5,
     cut: Annotated[str | None, typer.Option(help="One of the bundle's; its first by default.")] = None,
     images: Annotated[int, typer.Option(help="From which drift and errors are.", min=1)] = 8,
-    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts, one a line; some by default.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts, one a line; those of the model, or some.")
+    ] = None,
     size: Annotated[int | None, typer.Option(help="Side of the images in pixels; the model's own.")] = None,
     seed: Annotated[int, typer.Option(help="Of the first image.")] = 0,
     walks: Annotated[
@@ -51,12 +53,12 @@ def drift(
     from ...benchmarks.drift.table import notes, table
     from ...engines.bundle import Bundle
     from ...errors import UserError
-    from ...runtime.calibration import PROMPTS, read_prompts
     from ...runtime.draw import with_class
     from ...runtime.forecast import Extrapolate, Forecast
     from ...runtime.pipeline import load
+    from ...runtime.prompts import prompts_for
     from ...runtime.schedule import Schedule, parse
-    from ...runtime.tuning.artifact import choose, key_of, tuned_name
+    from ...runtime.tuning.choice import choose, key_of, tuned_name
 
     opened = Bundle.open(bundle)
     choice = opened.choose_engine(engine, device)
@@ -76,7 +78,7 @@ def drift(
             if predicted is not None:
                 raise UserError("a tuned schedule has predictions of its own: leave --forecast out")
             key = key_of(opened, pipe.scheduler, steps, (guidance, guidance), pipe.unet.precision)
-            tuned = choose(opened, key, name or None)
+            tuned = choose(opened, key, name or None, pipe.unet.cuts)
             chosen, predicted, cut = tuned.schedule, tuned.forecast, tuned.document.cut
         else:
             chosen = parse(schedule)
@@ -86,7 +88,7 @@ def drift(
             predicted,
             steps,
             guidance,
-            PROMPTS if prompts is None else read_prompts(prompts),
+            prompts_for(opened.path, prompts),
             images=images,
             size=size,
             seed=seed,

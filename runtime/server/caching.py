@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...errors import LimitError, ScheduleError, UserError
 from ..forecast import Extrapolate, Forecast
 from ..schedule import Schedule, Uniform, parse
-from ..tuning.artifact import tuned_name
+from ..tuning.choice import tuned_name
 from .model import Model
 from .schemas import GenerationRequest
 from .settings import Settings

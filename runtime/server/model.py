@@ -13,7 +13,8 @@ from ...errors import CutError, ScheduleError, ShapeError, UserError
 from ...exporter.cut import canonical_name
 from ...exporter.specs import Dim, TensorSpec
 from ..schedule import SKIP, Schedule
-from ..tuning.artifact import Tuned, best, key_of_weights
+from ..tuning.artifact import Tuned
+from ..tuning.choice import best, key_of_weights
 
 _REMEMBERED = 256
 """Answers that a model keeps, of each kind."""
@@ -121,7 +122,7 @@ class Model:
             raise ScheduleError(f"this model has no tuned schedule of that name; it has {', '.join(self.schedules)}")
         asked = list(self.schedules.values()) if name is None else [self.schedules[name]]
         key = key_of_weights(self.weights, copy.deepcopy(self.scheduler), steps, (guidance, guidance))
-        return best(asked, key, "this model")
+        return best(asked, key, "this model", self.cuts)
 
     def slot_bytes(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,13 +130,12 @@ class Studio:
 
     def psnr(
         self, on: ImageSet, schedule: Schedule | None, forecast: Forecast | None = None, *, steps: int | None = None
-    ) -> tuple[float, float]:
-        """Mean and least PSNR to the uncached pictures of a set, in dB."""
-        found = [
+    ) -> tuple[float, ...]:
+        """PSNR of each image of a set to its uncached picture, in dB."""
+        return tuple(
             psnr(self.draw(image, schedule, forecast, steps=steps), whole)
             for image, whole in zip(on.images, on.pictures, strict=True)
-        ]
-        return statistics.fmean(found), min(found)
+        )
 
 
 def psnr(one: Picture, other: Picture) -> float:

@@ -7,7 +7,6 @@ kernels of later calls know what those before have mended.
 
 from __future__ import annotations
 
-import statistics
 import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
@@ -28,7 +27,10 @@ from .watched import At, Watch
 SIZES = (1, 3)
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _GAIN = 0.99
-"""A kernel must leave less than this share of the held-out images' error."""
+"""A kernel must leave less than this share of the error of images that it was not fitted to."""
+
+_FOLDS = 4
+"""Into so many parts the images are dealt; on each a kernel is tried that was fitted to the others."""
 
 _TOGETHER = 2 * 64 * 64
 """Positions of the latents in one engine call: those of a guided image of 512x512. Smaller ones share calls."""
@@ -37,22 +39,34 @@ _PATIENCE = 1e-3
 """Seconds that the engines wait for images that may be on their way; those that wait to meet others are not."""
 
 
-def fit(studio: Studio, watch: Watch, tuned: Tuned, fitted: ImageSet, held_out: ImageSet) -> tuple[Tuned, float | None]:
+@dataclass(frozen=True)
+class Seen:
+    """The PSNR of each image with the schedule that came of a fit, in dB.
+
+    Attributes:
+        fitted: of those that kernels were fitted to.
+        others: of those that only went along.
+    """
+
+    fitted: tuple[float, ...]
+    others: tuple[float, ...]
+
+
+def fit(studio: Studio, watch: Watch, tuned: Tuned, fitted: ImageSet, others: ImageSet) -> tuple[Tuned, Seen | None]:
     """The schedule with a correction; without, where none helps or can be.
 
     Args:
         watch: of the studio's pipeline.
         fitted: images that kernels are fitted to, with their latents.
-        held_out: those that decide how strong a kernel's ridge is, and whether there is one.
+        others: images that go along, corrected by kernels that know nothing of them.
 
     Returns:
-        The schedule, and the mean PSNR of all these images with it, to compare fitted schedules by: those that decide
-        are few. None where no correction can be.
+        The schedule, and how near the images come with it; None where no correction can be.
     """
-    if not possible(tuned.document.key.calls, fitted, held_out):
+    if not possible(tuned.document.key.calls, fitted, others):
         return tuned, None
-    images = [*fitted.images, *held_out.images]
-    latents = [*fitted.latents, *held_out.latents]
+    images = [*fitted.images, *others.images]
+    latents = [*fitted.latents, *others.latents]
     meeting = _Meeting(tuned, images, latents, len(fitted.images))
     worker = Worker(
         studio.pipe,
@@ -79,8 +93,8 @@ def fit(studio: Studio, watch: Watch, tuned: Tuned, fitted: ImageSet, held_out: 
     finally:
         watch.ask = None
     pictures = [each.future.result().images[0] for each in tickets]
-    wholes = [*fitted.pictures, *held_out.pictures]
-    seen = statistics.fmean(psnr(picture, whole) for picture, whole in zip(pictures, wholes, strict=True))
+    near = tuple(map(psnr, pictures, [*fitted.pictures, *others.pictures]))
+    seen = Seen(near[: len(fitted.images)], near[len(fitted.images) :])
     if not meeting.kernels:
         return tuned, seen
     return tuned.with_correction(Convolutions(meeting.kernels, meeting.full, meeting.guidance)), seen
@@ -149,7 +163,7 @@ class _Meeting:
         seen = [self._seen[place] for place in range(len(self._images))]
         known = [each for each in seen if each is not None]
         if call > 0 and len(known) == len(seen):  # at the first call nothing was cached
-            kernel = _kernel(known[: self._fitted], known[self._fitted :])
+            kernel = _kernel(known[: self._fitted])
             if kernel is not None:
                 self.kernels[call] = kernel
 
@@ -190,32 +204,42 @@ class _Predicts(Forecast):
         return None if self.other is None else self.other.at(feature, call, last, before)
 
 
-def _kernel(
-    fitted: Sequence[tuple[torch.Tensor, torch.Tensor]], held_out: Sequence[tuple[torch.Tensor, torch.Tensor]]
-) -> Kernel | None:
-    """The kernel with the least error on the images held out; None if none is better than no correction.
+def _kernel(fitted: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Kernel | None:
+    """The kernel of the size and ridge that do best where images are left out; None if none beats no correction.
 
     Args:
-        fitted, held_out: of each image what a kernel sees [1, inputs, height, width], and what it should say
+        fitted: of each image what a kernel sees [1, inputs, height, width], and what it should say
             [1, channels, height, width].
     """
     channels = fitted[0][1].shape[1]
-    ours, others = (sum(map(_products, each), torch.zeros((), dtype=torch.float64)) for each in (fitted, held_out))
-    patches = len(ours) - channels - 1
-    best, least = None, _GAIN * float(others[patches:-1, patches:-1].trace())
+    parts = [sum(map(_products, fitted[first::_FOLDS]), _NOTHING) for first in range(min(_FOLDS, len(fitted)))]
+    whole = sum(parts, _NOTHING)
+    if len(parts) == 1:
+        return None  # there is nothing to try it on
+    patches = len(whole) - channels - 1
+    best, least = None, _GAIN * float(whole[patches:-1, patches:-1].trace())
     for size in SIZES:
         # Of a patch's 9 places all, or the one in the middle; and of every patch what follows it.
         rows = torch.arange(patches)[:: 1 if size == 3 else 9] + (0 if size == 3 else 4)
-        kept = torch.cat([rows, torch.arange(patches, len(ours))])
-        own, other = ours[kept][:, kept], others[kept][:, kept]
+        kept = torch.cat([rows, torch.arange(patches, len(whole))])
+        own = [each[kept][:, kept] for each in parts]
+        total = sum(own, _NOTHING)
         for ridge in RIDGES:
-            solution = _ridge(own, channels, ridge)
-            made = torch.cat([-solution[:-1], torch.eye(channels, dtype=torch.float64), -solution[-1:]])
-            error = float((made * (other @ made)).sum())
+            error = sum(_missed(_ridge(total - part, channels, ridge), part) for part in own)
             if error < least:
+                solution = _ridge(total, channels, ridge)
                 weight = solution[:-1].T.reshape(channels, -1, size, size)
                 best, least = Kernel(weight.float().contiguous(), solution[-1].float()), error
     return best
+
+
+_NOTHING = torch.zeros((), dtype=torch.float64)
+
+
+def _missed(solution: torch.Tensor, products: torch.Tensor) -> float:
+    """The sum of the squared errors of a solution of ``_ridge`` on images of which these are the products."""
+    made = torch.cat([-solution[:-1], torch.eye(solution.shape[1], dtype=torch.float64), -solution[-1:]])
+    return float((made * (products @ made)).sum())
 
 
 def _ridge(products: torch.Tensor, channels: int, strength: float) -> torch.Tensor:

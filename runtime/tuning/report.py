@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...errors import UserError
 from ..forecast import Extrapolate, Forecast
 from ..schedule import Schedule, Steps, Uniform
-from .artifact import Measured, Tuned
+from .artifact import Tuned
 from .cuts import at_cut, cost_of
+from .document import Measured
 from .images import ImageSet, Studio
 from .search import cachequant
 
@@ -52,7 +54,7 @@ def measured(
     studio: Studio, costs: Costs, name: str, schedule: Schedule | None, forecast: Forecast | None, on: ImageSet
 ) -> Measured:
     """A row: the images of a set with this schedule."""
-    psnr, worst = studio.psnr(on, schedule, forecast)
+    near = studio.psnr(on, schedule, forecast)
     run = studio.run
     return Measured(
         name=name,
@@ -60,8 +62,8 @@ def measured(
         shallow_calls=run.timeline.count("."),
         skipped_calls=run.timeline.count("_"),
         speed_up=costs.calls / costs.of(run.cuts),
-        psnr=psnr,
-        worst=worst,
+        psnr=statistics.fmean(near),
+        worst=min(near),
         full=run.full_calls,
     )
 
@@ -101,15 +103,15 @@ def rows(
         made.append(measured(studio, costs, "tuned, answers not corrected", tuned.schedule, uncorrected, test))
     made += [measured(studio, costs, name, schedule, forecast, test) for name, schedule, forecast in known]
     steps = max(1, round(studio.steps / made[0].speed_up))
-    psnr, worst = studio.psnr(test, None, steps=steps)
+    near = studio.psnr(test, None, steps=steps)
     calls = len(studio.run.full)
     fewer = Measured(
         name=f"uncached, {steps} steps",
         full_calls=calls,
         shallow_calls=0,
         speed_up=costs.calls / calls,
-        psnr=psnr,
-        worst=worst,
+        psnr=statistics.fmean(near),
+        worst=min(near),
         full=tuple(range(calls)),
     )
     if reference:

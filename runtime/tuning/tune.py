@@ -6,8 +6,9 @@ enters the report only.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,30 +16,34 @@ import numpy as np
 
 from ...errors import UserError
 from ..draw import draws_from_prompts
-from ..forecast import Extrapolate
-from ..schedule import SKIP, Uniform
+from ..schedule import Uniform
 from . import lockstep
-from .artifact import Document, Measured, Tuned, key_of
-from .cuts import ByCall, at_cut, full_of, search
+from .artifact import Tuned
+from .candidates import ByCut, Candidates
+from .choice import key_of
+from .cuts import ByCall, full_of, search
+from .document import Measured
+from .gauge import Gauge
 from .images import Studio, three_sets
 from .measure import Progress, influence, record
 from .moments import Moments
-from .predictors import Predictor, Predictors, by_cut
+from .predictors import Predictors, by_cut
 from .record import Recorder
 from .reference import beside, named
 from .report import Costs, measured, rows
-from .search import Array, Found, last_two, within
-from .skipping import between, evenly, ladder, mixed, to_the_end, within_budget
+from .search import Array, Found, within
+from .skipping import between, evenly, ladder, mixed, moved, to_the_end, within_budget
 from .wanted import Wanted
 from .watched import Watch, watched
 
 if TYPE_CHECKING:
     from ...engines.bundle import Bundle
 
-ByCut = Mapping[str, Predictors]
-
 _PATIENCE = 2
 """Numbers of full calls, one below the other, that may be worse than the best before no other is tried."""
+
+_MOVES = 16
+"""Schedules that are tried with one full call moved."""
 
 _PROMISING = 2
 """Schedules with predictions that are tried with a correction too."""
@@ -103,8 +108,7 @@ class _Tuning:
         corrected = None if reference is None else unet.precision
         self._key = key_of(bundle, pipe.scheduler, wanted.steps, wanted.guidance, corrected)
         self._fit, self._select, self._test = three_sets(wanted.prompts, wanted.samples, wanted.guidance, wanted.seed)
-        self._tried: dict[int, tuple[Tuned, float]] = {}  # by identity, which lasts as long as they are in here
-        self._fitted: dict[int, tuple[Tuned, float]] = {}  # likewise
+        self._gauge = Gauge(self._studio, watch, self._fit, self._select)
 
     def run(self) -> Tuned:
         cuts, fit, select = self._studio.cuts, self._fit, self._select
@@ -114,6 +118,14 @@ class _Tuning:
         )
         if self._wanted.ratios:
             self._costs = self._costs.given(self._wanted.ratios)
+        self._candidates = Candidates(
+            self._name,
+            self._key,
+            self._studio,
+            self._costs,
+            samples={"fit": len(fit.images), "select": len(select.images), "test": len(self._test.images)},
+            reference=None if self._reference is None else named(self._reference.pipe.unet),
+        )
         refers = self._reference is not None
         reuse = by_cut(cuts, fit.moments, select.moments, kinds=(), reference=refers)
         better = by_cut(cuts, fit.moments, select.moments, reference=refers)
@@ -128,19 +140,19 @@ class _Tuning:
         budget = self._budget([found, *rungs], better)
         self._progress("compare predictions with reuse")
         tried = [each for cut in cuts for each in self._at(cut, budget, reuse, better)]
-        tuned = self._finished([*tried, self._again(self._best(tried))])
+        tuned = self._finished([*tried, self._again(self._gauge.best(tried))])
         less: dict[str, Tuned] = {}
         if len(cuts) > 1:
             self._progress("let each call have a cut of its own")
-            plain = self._predicting(within(self._search(reuse, tuple(cuts)), budget).cuts, reuse)
-            several = self._best([plain, self._predicting(within(found, budget).cuts, better)])
+            plain = self._candidates.predicting(within(self._search(reuse, tuple(cuts)), budget).cuts, reuse)
+            several = self._gauge.best([plain, self._candidates.predicting(within(found, budget).cuts, better)])
             less[f"one cut only, {tuned.document.cut}"] = tuned
-            tuned = self._best([tuned, self._finished([several, self._again(several)])])
+            tuned = self._gauge.best([tuned, self._finished([several, self._again(several)])])
         if skips:
             self._progress("let calls run no engine")
-            skipping = self._nearest([self._skipping(cut, budget, better) for cut in cuts])
-            skipping = self._best([skipping, skipping.without_correction()])
-            if self._psnr(skipping) > self._psnr(tuned):
+            skipping = self._gauge.nearest([self._skipping(cut, budget, better) for cut in cuts])
+            skipping = self._gauge.mended(skipping.without_correction(), skipping)
+            if self._gauge.psnr(skipping) > self._gauge.psnr(tuned):
                 less["tuned, no call skipped"] = tuned
                 tuned = skipping
         pareto = self._pareto([found, *rungs], better)
@@ -161,10 +173,10 @@ class _Tuning:
         """What there is to choose from with one cut."""
         return [
             *(
-                self._predicting(within(self._search(predictors, [cut]), budget).cuts, predictors)
+                self._candidates.predicting(within(self._search(predictors, [cut]), budget).cuts, predictors)
                 for predictors in (reuse, better)
             ),
-            *(self._untuned(cut, budget, *each) for each in _UNTUNED),
+            *(self._candidates.untuned(cut, budget, *each) for each in _UNTUNED),
         ]
 
     def _skipping(self, cut: str, budget: float, predictors: ByCut) -> Tuned:
@@ -174,14 +186,14 @@ class _Tuning:
 
         def tried(cuts: ByCall) -> Tuned:
             if cuts not in made:
-                made[cuts] = self._corrected(self._predicting(cuts, predictors))
+                made[cuts] = self._gauge.corrected(self._candidates.predicting(cuts, predictors))
             return made[cuts]
 
         best, worse = None, 0
         for choices in within_budget(calls, budget, self._costs.ratios[cut], cut):
             self._progress(f"  {len(full_of(choices[0]))} full calls")
-            tuned = self._nearest([tried(cuts) for cuts in choices])
-            if best is None or self._nearest([best, tuned]) is tuned:
+            tuned = self._gauge.nearest([tried(cuts) for cuts in choices])
+            if best is None or self._gauge.nearest([best, tuned]) is tuned:
                 best, worse = tuned, 0
             else:
                 worse += 1
@@ -191,9 +203,31 @@ class _Tuning:
         shallow, count = best.document.by_call.count(cut), len(best.document.full)
         placed = [each.full for each in self._search(predictors, [cut]) if len(each.full) == count]  # by the features
         placed.append(between(evenly(calls, count), to_the_end(calls, count)))
-        best = self._nearest([best, *(tried(mixed(full, calls, shallow, cut)) for full in placed)])
+        best = self._gauge.nearest([best, *(tried(mixed(full, calls, shallow, cut)) for full in placed)])
+        best = self._moved(best, lambda full: tried(mixed(full, calls, shallow, cut)))
         refitted = self._refitted(best)
-        return best if refitted is best else self._nearest([best, self._corrected(refitted)])
+        return best if refitted is best else self._gauge.nearest([best, self._gauge.corrected(refitted)])
+
+    def _moved(self, best: Tuned, made: Callable[[tuple[int, ...]], Tuned]) -> Tuned:
+        """The best that moving one full call after the other leads to.
+
+        Args:
+            made: a schedule with these full calls.
+        """
+        known, before = {best.document.full}, None
+        while before is not best and len(known) <= _MOVES:
+            before = best
+            for place, by in itertools.product(range(1, len(best.document.full)), (-1, 1)):
+                while (full := moved(best.document.full, self._costs.calls, place, by)) is not None:
+                    if full in known or len(known) > _MOVES:
+                        break
+                    known.add(full)
+                    self._progress(f"  move full call {place + 1}")
+                    nearer = self._gauge.nearest([best, made(full)])
+                    if nearer is best:
+                        break
+                    best = nearer
+        return best
 
     def _budget(self, families: Sequence[Sequence[Found]], predictors: ByCut) -> float:
         """The target as full calls' time.
@@ -225,32 +259,17 @@ class _Tuning:
         while low < high:
             middle = (low + high) // 2
             self._progress(f"  {len(family[middle].full)} full calls")
-            if self._psnr(self._corrected(self._predicting(family[middle].cuts, predictors))) >= psnr:
+            if (
+                self._gauge.psnr(self._gauge.corrected(self._candidates.predicting(family[middle].cuts, predictors)))
+                >= psnr
+            ):
                 high = middle
             else:
                 low = middle + 1
         return family[low].cost
 
-    def _untuned(self, cut: str, budget: float, warmup: int, damping: float | None) -> Tuned:
-        """A uniform interval after some calls to warm up, reused or extrapolated."""
-        forecast, calls = None if damping is None else Extrapolate(damping), self._costs.calls
-        choices = (Uniform(n, warmup=warmup).full_calls(calls) for n in range(2, calls))
-        within_it = (each for each in choices if self._costs.of(at_cut(each, calls, cut)) <= budget + 1e-9)
-        full = next(within_it, (0,))
-        predictors = {}
-        for call in (each for each in range(calls) if each not in full):
-            made = None if forecast is None else forecast.at("", call, *last_two(full, call))
-            coefficients = None if made is None else dict.fromkeys(self._studio.cuts[cut], made)
-            predictors[call] = Predictor("reuse" if made is None else f"forecast {damping:g}", 0.0, coefficients)
-        return self._tuned(at_cut(full, calls, cut), predictors)
-
-    def _predicting(self, cuts: ByCall, predictors: ByCut) -> Tuned:
-        """A schedule with the best prediction for each of its shallow calls."""
-        full, shallow = full_of(cuts), [(call, cut) for call, cut in enumerate(cuts) if cut not in (None, SKIP)]
-        return self._tuned(cuts, {call: predictors[cut].best(call, *last_two(full, call)) for call, cut in shallow})
-
     def _again(self, tuned: Tuned) -> Tuned:
-        return self._best([tuned, self._refitted(tuned)])
+        return self._gauge.best([tuned, self._refitted(tuned)])
 
     def _refitted(self, tuned: Tuned) -> Tuned:
         """Fit once more, on the cached trajectory: errors feed back, and features there are others."""
@@ -269,7 +288,7 @@ class _Tuning:
                 recorder.add_to(sums)
             moments.append(sums)
         predictors = by_cut(self._studio.cuts, moments[0], moments[1], reference=self._reference is not None)
-        return self._predicting(tuned.document.by_call, predictors)
+        return self._candidates.predicting(tuned.document.by_call, predictors)
 
     def _pareto(self, families: Sequence[Sequence[Found]], predictors: ByCut) -> list[Measured]:
         """So many schedules, from the fewest full calls to the most, on the selecting images.
@@ -287,38 +306,17 @@ class _Tuning:
             within_it = [each for family in others for each in family if each.cost <= found[place - 1].cost + 1e-9]
             tried = [found[place - 1], *sorted(within_it, key=lambda each: each.cost)[-1:]]
             self._progress(f"  {len(tried[0].full)} full calls")
-            tuned = self._best([self._corrected(self._predicting(each.cuts, predictors)) for each in tried])
+            tuned = self._gauge.best(
+                [self._gauge.corrected(self._candidates.predicting(each.cuts, predictors)) for each in tried]
+            )
             made.append(measured(self._studio, self._costs, "tuned", tuned.schedule, tuned.forecast, self._select))
         return made
 
     def _finished(self, tried: Sequence[Tuned]) -> Tuned:
         """The best of the most promising, with corrected answers where that helps."""
         self._progress("correct what the UNet answers")
-        promising = sorted(tried, key=self._psnr, reverse=True)[:_PROMISING]
-        return self._best([each for tuned in promising for each in (tuned, self._corrected(tuned))])
-
-    def _corrected(self, tuned: Tuned) -> Tuned:
-        made, seen = lockstep.fit(self._studio, self._watch, tuned, self._fit, self._select)
-        if seen is not None:
-            self._fitted[id(made)] = made, seen
-        return made
-
-    def _nearest(self, tried: Sequence[Tuned]) -> Tuned:
-        """Of schedules whose corrections were fitted, that with the best images of all that it was fitted with.
-
-        They are alike in how well they know these images, and the few that choices are made on tell too little.
-        """
-        return max(tried, key=lambda each: self._fitted[id(each)][1])
-
-    def _best(self, tried: Sequence[Tuned]) -> Tuned:
-        """That with the best images among those that choices are made on."""
-        return max(tried, key=self._psnr)
-
-    def _psnr(self, tuned: Tuned) -> float:
-        """On the images that choices are made on, which are drawn once for each schedule."""
-        if id(tuned) not in self._tried:
-            self._tried[id(tuned)] = tuned, self._studio.psnr(self._select, tuned.schedule, tuned.forecast)[0]
-        return self._tried[id(tuned)][1]
+        promising = sorted(tried, key=self._gauge.psnr, reverse=True)[:_PROMISING]
+        return self._gauge.best([self._gauge.mended(tuned, self._gauge.corrected(tuned)) for tuned in promising])
 
     def _recorder(self) -> Recorder:
         return Recorder(
@@ -328,35 +326,6 @@ class _Tuning:
             self._wanted.seed,
             reference=None if self._reference is None else self._reference.pipe.unet,
         )
-
-    def _tuned(self, cuts: ByCall, predictors: Mapping[int, Predictor]) -> Tuned:
-        kinds = [
-            predictors[call].kind if call in predictors else "full" if cut is None else cut
-            for call, cut in enumerate(cuts)
-        ]
-        default, ratios = self._studio.cut, self._costs.ratios
-        used = [cut for cut in self._studio.cuts if cut in cuts]
-        cut = default if default in used or not used else used[0]
-        document = Document(
-            key=self._key,
-            cut=cut,
-            cuts=cuts if set(cuts) - {None, cut} else (),
-            full=full_of(cuts),
-            predictors=tuple(kinds),
-            engine=self._studio.pipe.unet.engine,
-            shallow_over_full=ratios[cut],
-            ratios=dict(ratios) if len(ratios) > 1 else {},
-            reference=None if self._reference is None else named(self._reference.pipe.unet),
-            measured_ratios=dict(self._costs.measured),
-            samples={
-                "fit": len(self._fit.images),
-                "select": len(self._select.images),
-                "test": len(self._test.images),
-            },
-            measured=(),
-        )
-        coefficients = {call: dict(each.coefficients) for call, each in predictors.items() if each.coefficients}
-        return Tuned(self._name, document, coefficients)
 
 
 def _weighted(predictors: Predictors, weights: Array) -> Callable[[int, int | None, int], Array]:

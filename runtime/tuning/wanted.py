@@ -53,7 +53,7 @@ class Wanted:
     target: Target
     steps: int = 50
     guidance: tuple[float, float] = (7.5, 7.5)
-    samples: int = 16
+    samples: int = 32
     prompts: tuple[str, ...] = ()
     cuts: tuple[str, ...] = ()
     skip: bool = True

@@ -29,6 +29,12 @@ def test_every_component_but_the_unet_is_copied(pipeline: Path, tmp_path: Path) 
     assert copies == set(names)
 
 
+def test_the_model_s_prompts_come_along(pipeline: Path, tmp_path: Path) -> None:
+    (pipeline / "prompts.txt").write_text("a cat\n", encoding="utf-8")
+    assert "prompts.txt" in copy_parts(locate(pipeline), tmp_path / "out")
+    assert (tmp_path / "out" / "prompts.txt").read_text(encoding="utf-8") == "a cat\n"
+
+
 def test_a_bare_unet_has_no_parts(tiny_unet_dir: Path, tmp_path: Path) -> None:
     source = locate(tiny_unet_dir)
     assert copy_parts(source, tmp_path / "out") == []

@@ -15,7 +15,7 @@ from test_cli import process as command
 
 from offcut.runtime.advice import against_caching, beyond_tuning
 from offcut.runtime.schedule import Quad, Schedule, Steps, Uniform
-from offcut.runtime.tuning.artifact import TunedSteps
+from offcut.runtime.tuning.steps import TunedSteps
 
 PHRASE = "caching is unlikely to pay"
 

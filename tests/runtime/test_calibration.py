@@ -13,7 +13,6 @@ import offcut
 from offcut.engines.base import BoundPair, EnginePair
 from offcut.errors import UserError
 from offcut.exporter.load import locate
-from offcut.runtime.calibration import read_prompts
 
 
 class Counted:
@@ -83,20 +82,6 @@ def test_the_record_tells_prompts_apart() -> None:
 def test_wrong_settings_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         offcut.Calibration(**settings)
-
-
-def test_prompts_are_read_line_by_line(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_text("a cat\n\n  a dog \n", encoding="utf-8")
-    assert read_prompts(file) == ("a cat", "a dog")
-    file.write_text("\n", encoding="utf-8")
-    with pytest.raises(UserError, match="holds no prompt"):
-        read_prompts(file)
-    with pytest.raises(UserError, match="cannot read the prompts"):
-        read_prompts(tmp_path / "missing")
-    file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="cannot read the prompts"):
-        read_prompts(file)
 
 
 def test_noise_is_the_same_for_the_same_seed(unet_bundle: Path, tiny_unet_dir: Path) -> None:

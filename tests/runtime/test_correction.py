@@ -10,7 +10,7 @@ import torch
 
 import offcut
 from offcut.runtime.correction import Convolutions, Kernel
-from offcut.runtime.tuning.artifact import Fitted
+from offcut.runtime.tuning.steps import Fitted
 
 CUT, CALLS, GUIDANCE, FULL = "deepcache:0", 7, 3.0, (0, 1, 4)
 SEEN = {1: 6, 2: 9, 3: 10, 4: 10, 5: 9, 6: 10}

@@ -11,7 +11,7 @@ import offcut
 from offcut.errors import CutError, ScheduleError
 from offcut.runtime.forecast import Coefficients, Extrapolate, Forecast
 from offcut.runtime.schedule import Schedule
-from offcut.runtime.tuning.artifact import TunedSteps
+from offcut.runtime.tuning.steps import TunedSteps
 
 BY_CALL = (
     None, None, "deepcache:0", "mlperf", "deepcache:2", None, "mlperf", "deepcache:0", "deepcache:2", "mlperf",

@@ -15,7 +15,7 @@ from loras import save_lora
 import offcut
 from offcut.errors import ModelError, UserError
 from offcut.runtime.schedule import Uniform
-from offcut.runtime.tuning.artifact import TunedSteps
+from offcut.runtime.tuning.steps import TunedSteps
 
 STEPS = 6
 

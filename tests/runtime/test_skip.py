@@ -14,7 +14,7 @@ from offcut.runtime.batching.request import Step
 from offcut.runtime.correction import Convolutions, Correction, Kernel
 from offcut.runtime.forecast import Coefficients, Forecast
 from offcut.runtime.schedule import SKIP, Schedule
-from offcut.runtime.tuning.artifact import Fitted, TunedSteps
+from offcut.runtime.tuning.steps import Fitted, TunedSteps
 
 BY_CALL = (None, "deepcache:0", SKIP, SKIP, None, SKIP, "deepcache:0", SKIP)
 CALLS = len(BY_CALL)

@@ -19,7 +19,7 @@ from offcut.errors import CutError, EngineError, OffcutError, ScheduleError, Sha
 from offcut.exporter.specs import TensorSpec, solve
 from offcut.runtime.pipeline import attach
 from offcut.runtime.schedule import Quad, Steps, Uniform
-from offcut.runtime.tuning.artifact import TunedSteps
+from offcut.runtime.tuning.steps import TunedSteps
 from offcut.runtime.unet import UNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' use of NumPy

@@ -21,7 +21,9 @@ from offcut.runtime.schedule import SKIP, Uniform
 from offcut.runtime.server.served import Served
 from offcut.runtime.server.service import Service
 from offcut.runtime.server.settings import Settings
-from offcut.runtime.tuning.artifact import Document, Measured, Tuned, key_of, save
+from offcut.runtime.tuning.artifact import Tuned, save
+from offcut.runtime.tuning.choice import key_of
+from offcut.runtime.tuning.document import Document, Measured
 
 STEPS, GUIDANCE = 6, 5.0
 BRIEF = Settings(steps=STEPS, interval=3, warmup=0, guidance=GUIDANCE)

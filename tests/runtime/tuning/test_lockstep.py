@@ -112,7 +112,7 @@ def pairs(count: int, weight: torch.Tensor, bias: torch.Tensor, noise: float, se
 def test_least_squares_find_the_convolution() -> None:
     made = torch.Generator().manual_seed(1)
     weight, bias = torch.randn(4, 6, 3, 3, generator=made), torch.randn(4, generator=made)
-    found = _kernel(pairs(6, weight, bias, 0.1, 2), pairs(2, weight, bias, 0.1, 3))
+    found = _kernel(pairs(8, weight, bias, 0.1, 2))
     assert found is not None
     torch.testing.assert_close(found.weight, weight, rtol=0, atol=0.03)
     torch.testing.assert_close(found.bias, bias, rtol=0, atol=0.2)
@@ -122,4 +122,10 @@ def test_least_squares_find_the_convolution() -> None:
 
 def test_noise_gets_no_kernel() -> None:
     nothing = torch.zeros(4, 6, 3, 3), torch.zeros(4)
-    assert _kernel(pairs(3, *nothing, 1.0, 2), pairs(3, *nothing, 1.0, 3)) is None
+    assert _kernel(pairs(6, *nothing, 1.0, 2)) is None
+
+
+def test_one_image_shows_of_no_kernel_that_it_helps() -> None:
+    something = torch.ones(4, 6, 3, 3), torch.ones(4)
+    assert _kernel(pairs(1, *something, 0.1, 2)) is None
+    assert _kernel(pairs(2, *something, 0.1, 2)) is not None

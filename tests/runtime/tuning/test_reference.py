@@ -20,7 +20,8 @@ from offcut.benchmarks.shapes.model import PROMPTS, model_path
 from offcut.cli import app
 from offcut.errors import ScheduleError, UserError
 from offcut.runtime.draw import draw
-from offcut.runtime.tuning.artifact import choose, key_of, save
+from offcut.runtime.tuning.artifact import save
+from offcut.runtime.tuning.choice import choose, key_of
 from offcut.runtime.tuning.moments import Moments
 from offcut.runtime.tuning.record import Recorder
 from offcut.runtime.tuning.tune import tune

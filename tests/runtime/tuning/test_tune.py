@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,10 @@ from offcut.runtime.batching import Worker
 from offcut.runtime.draw import arguments_of, draw
 from offcut.runtime.schedule import SKIP
 from offcut.runtime.tuning import lockstep
-from offcut.runtime.tuning.artifact import Document, choose, key_of, refusal, save
+from offcut.runtime.tuning.artifact import save
+from offcut.runtime.tuning.choice import choose, key_of, refusal
 from offcut.runtime.tuning.cuts import full_of
+from offcut.runtime.tuning.document import Document
 from offcut.runtime.tuning.images import Studio, three_sets
 from offcut.runtime.tuning.measure import record
 from offcut.runtime.tuning.record import Recorder
@@ -109,6 +112,21 @@ def test_it_is_better_than_reuse_at_the_same_cost(tuned: Tuned) -> None:
             assert ours.psnr > row.psnr, row.name
 
 
+def test_a_plain_way_that_is_as_fast_and_nearer_is_named(tuned: Tuned) -> None:
+    ours, fewer = tuned.document.measured[0], tuned.document.measured[-1]
+
+    def nearer(**changed: Any) -> str | None:
+        rows = [ours.model_copy(update={"psnr": 30.0, "speed_up": 2.0}), fewer.model_copy(update=changed)]
+        found = tuned.document.model_copy(update={"measured": tuple(rows)}).nearer
+        return found and found.name
+
+    assert nearer(psnr=30.5, speed_up=2.0) == fewer.name
+    assert nearer(psnr=30.5, speed_up=1.98) == fewer.name
+    assert nearer(psnr=30.5, speed_up=1.9) is None
+    assert nearer(psnr=29.5, speed_up=2.0) is None
+    assert nearer(psnr=30.5, speed_up=2.0, name="tuned, answers not corrected") is None
+
+
 def test_corrected_answers_bring_new_images_nearer(pipe: Any, shapes: Path, copied: Callable[[Path], Path]) -> None:
     """Of plain reuse at every fourth of 12 calls; alone, in a worker, and from a bundle alike."""
     bundle, steps = offcut.Bundle.open(copied(shapes)), 12
@@ -133,10 +151,11 @@ def test_corrected_answers_bring_new_images_nearer(pipe: Any, shapes: Path, copi
     assert pipe.scheduler is scheduler
     assert len(corrected.document.corrected) > 6
     assert 0 not in corrected.document.corrected
-    drawn = [studio.psnr(each, corrected.schedule, corrected.forecast)[0] for each in sets[:2]]
-    assert seen == pytest.approx((2 * drawn[0] + drawn[1]) / 3, abs=0.1)  # there are two to fit to for each to select
-    reused = studio.psnr(sets[2], corrected.schedule)[0]
-    assert studio.psnr(sets[2], corrected.schedule, corrected.forecast)[0] > reused + 1
+    assert seen is not None
+    for near, each in zip((seen.fitted, seen.others), sets, strict=False):
+        assert near == pytest.approx(studio.psnr(each, corrected.schedule, corrected.forecast), abs=0.1)
+    reused = fmean(studio.psnr(sets[2], corrected.schedule))
+    assert fmean(studio.psnr(sets[2], corrected.schedule, corrected.forecast)) > reused + 1
 
     earlier = replace(corrected, document=document.model_copy(update={"version": 1, "corrected": (1,)}))
     assert "earlier version" in (refusal(earlier, document.key) or "")
@@ -179,10 +198,10 @@ def test_calls_without_an_engine_are_better_than_fewer_steps(pipe: Any, shapes: 
     with watched(pipe) as watch:
         record(studio, sets, Recorder(pipe.unet, studio.features, 16), STEPS, lambda said: None, watch=watch)
         made, _ = lockstep.fit(studio, watch, Tuned("skipping", document, {}), sets[0], sets[1])
-    found = studio.psnr(sets[2], made.schedule, made.forecast)[0]
+    found = fmean(studio.psnr(sets[2], made.schedule, made.forecast))
     assert studio.run.cuts == cuts
-    assert found > studio.psnr(sets[2], made.schedule)[0] + 3  # the answers held as they are
-    assert found > studio.psnr(sets[2], None, steps=7)[0] + 1
+    assert found > fmean(studio.psnr(sets[2], made.schedule)) + 3  # the answers held as they are
+    assert found > fmean(studio.psnr(sets[2], None, steps=7)) + 1
 
 
 def test_what_is_read_again_draws_the_same(pipe: Any, shapes: Path, tuned: Tuned) -> None:
@@ -211,6 +230,9 @@ def test_it_fits_what_it_was_tuned_for_and_nothing_else(pipe: Any, shapes: Path,
             choose(bundle, key_of(bundle, scheduler, steps, (scale, scale)))
     other = key_of(bundle, ddim, STEPS, (3.0, 3.0)).model_copy(update={"weights": "0" * 64})
     assert refusal(tuned, other) == "it was tuned for other weights"
+    cuts = tuple(cut for cut in tuned.document.used if cut != SKIP)
+    assert refusal(tuned, tuned.document.key, cuts) is None
+    assert bool(cuts) == ("it needs" in (refusal(tuned, tuned.document.key, ("deepcache:9",)) or ""))
     with pytest.raises(ScheduleError, match=f"has no schedule fast; it has {NAME}"):
         Tuned.load(shapes, "fast")
 

@@ -16,7 +16,8 @@ from offcut import Tuned
 from offcut.benchmarks.shapes.model import PROMPTS
 from offcut.errors import CutError, UserError
 from offcut.runtime.draw import draw
-from offcut.runtime.tuning.artifact import Document, save
+from offcut.runtime.tuning.artifact import save
+from offcut.runtime.tuning.document import Document
 from offcut.runtime.tuning.tune import tune
 from offcut.runtime.tuning.wanted import Target, Wanted
 

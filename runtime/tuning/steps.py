@@ -1,0 +1,80 @@
+"""What a tuned schedule is to the runtime: full calls and cuts for one number of calls, and how the others predict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...errors import ScheduleError
+from ..correction import Correction
+from ..forecast import Coefficients, Forecast
+from ..schedule import Schedule
+
+
+@dataclass(frozen=True, repr=False)
+class TunedSteps(Schedule):
+    """Full calls that were chosen for a number of calls, and hold for no other.
+
+    Attributes:
+        full: their indices, 0 first.
+        total: the number of calls.
+        by_call: for each call its cut if it is shallow, None for the one that the schedule is set with; empty if all
+            take that.
+
+    Raises:
+        ScheduleError: it has cuts for another number of calls.
+    """
+
+    full: tuple[int, ...]
+    total: int
+    by_call: tuple[str | None, ...] = ()
+    kind: ClassVar[str] = "tuned"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.by_call and len(self.by_call) != self.total:
+            raise ScheduleError(f"{len(self.by_call)} cuts cannot serve {self.total} UNet calls: give one for each")
+
+    @property
+    def needs_calls(self) -> bool:
+        return True
+
+    @property
+    def cuts(self) -> tuple[str | None, ...]:
+        return tuple(dict.fromkeys(self.cut_of(call) for call in range(self.total) if call not in self.full))
+
+    def cut_of(self, call: int) -> str | None:
+        return self.by_call[call] if call < len(self.by_call) else None
+
+    def _last_on_grid(self, call: int, calls: int | None) -> int:
+        if calls != self.total:
+            raise ScheduleError(
+                f"this schedule was tuned for {self.total} UNet calls, and the generation has {calls}: tune for that, "
+                "or set another schedule"
+            )
+        return max(each for each in self.full if each <= call)
+
+
+@dataclass(frozen=True)
+class Fitted(Forecast):
+    """Coefficients for each call of one schedule.
+
+    Attributes:
+        coefficients: by call and feature; a call without reuses.
+        full: the schedule's full calls, which the coefficients rely on.
+        correction: of the answers.
+    """
+
+    coefficients: Mapping[int, Mapping[str, Coefficients]]
+    full: tuple[int, ...]
+    correction: Correction | None = None
+
+    def __str__(self) -> str:
+        return "tuned"
+
+    def at(self, feature: str, call: int, last: int, before: int | None) -> Coefficients | None:
+        earlier = [each for each in self.full if each < call]
+        if earlier[-1:] != [last] or (len(earlier) > 1 and earlier[-2] != before):
+            return None  # a full call that the schedule did not ask for: other shapes, or features that were dropped
+        return self.coefficients.get(call, {}).get(feature)
