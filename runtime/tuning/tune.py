@@ -6,7 +6,6 @@ enters the report only.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,7 +31,7 @@ from .record import Recorder
 from .reference import beside, named
 from .report import Costs, measured, rows
 from .search import Array, Found, within
-from .skipping import between, evenly, ladder, mixed, moved, to_the_end, within_budget
+from .skipping import between, evenly, ladder, mixed, to_the_end, within_budget
 from .wanted import Wanted
 from .watched import Watch, watched
 
@@ -41,9 +40,6 @@ if TYPE_CHECKING:
 
 _PATIENCE = 2
 """Numbers of full calls, one below the other, that may be worse than the best before no other is tried."""
-
-_MOVES = 16
-"""Schedules that are tried with one full call moved."""
 
 _PROMISING = 2
 """Schedules with predictions that are tried with a correction too."""
@@ -204,30 +200,8 @@ class _Tuning:
         placed = [each.full for each in self._search(predictors, [cut]) if len(each.full) == count]  # by the features
         placed.append(between(evenly(calls, count), to_the_end(calls, count)))
         best = self._gauge.nearest([best, *(tried(mixed(full, calls, shallow, cut)) for full in placed)])
-        best = self._moved(best, lambda full: tried(mixed(full, calls, shallow, cut)))
         refitted = self._refitted(best)
         return best if refitted is best else self._gauge.nearest([best, self._gauge.corrected(refitted)])
-
-    def _moved(self, best: Tuned, made: Callable[[tuple[int, ...]], Tuned]) -> Tuned:
-        """The best that moving one full call after the other leads to.
-
-        Args:
-            made: a schedule with these full calls.
-        """
-        known, before = {best.document.full}, None
-        while before is not best and len(known) <= _MOVES:
-            before = best
-            for place, by in itertools.product(range(1, len(best.document.full)), (-1, 1)):
-                while (full := moved(best.document.full, self._costs.calls, place, by)) is not None:
-                    if full in known or len(known) > _MOVES:
-                        break
-                    known.add(full)
-                    self._progress(f"  move full call {place + 1}")
-                    nearer = self._gauge.nearest([best, made(full)])
-                    if nearer is best:
-                        break
-                    best = nearer
-        return best
 
     def _budget(self, families: Sequence[Sequence[Found]], predictors: ByCut) -> float:
         """The target as full calls' time.
