@@ -99,6 +99,8 @@ class Tuned:
 
     def without_correction(self) -> Tuned:
         """The same, and answers are not corrected."""
+        if self.correction is None:
+            return self
         said = {"corrected": (), "correction_guidance": None}
         return replace(self, document=self.document.model_copy(update=said), correction=None)
 

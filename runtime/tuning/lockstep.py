@@ -212,10 +212,10 @@ def _kernel(fitted: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Kernel | Non
             [1, channels, height, width].
     """
     channels = fitted[0][1].shape[1]
+    if len(fitted) == 1:
+        return None  # there is nothing to try it on
     parts = [sum(map(_products, fitted[first::_FOLDS]), _NOTHING) for first in range(min(_FOLDS, len(fitted)))]
     whole = sum(parts, _NOTHING)
-    if len(parts) == 1:
-        return None  # there is nothing to try it on
     patches = len(whole) - channels - 1
     best, least = None, _GAIN * float(whole[patches:-1, patches:-1].trace())
     for size in SIZES:
@@ -223,7 +223,7 @@ def _kernel(fitted: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Kernel | Non
         rows = torch.arange(patches)[:: 1 if size == 3 else 9] + (0 if size == 3 else 4)
         kept = torch.cat([rows, torch.arange(patches, len(whole))])
         own = [each[kept][:, kept] for each in parts]
-        total = sum(own, _NOTHING)
+        total = whole[kept][:, kept]
         for ridge in RIDGES:
             error = sum(_missed(_ridge(total - part, channels, ridge), part) for part in own)
             if error < least:

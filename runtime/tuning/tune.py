@@ -182,7 +182,7 @@ class _Tuning:
 
         def tried(cuts: ByCall) -> Tuned:
             if cuts not in made:
-                made[cuts] = self._gauge.corrected(self._candidates.predicting(cuts, predictors))
+                made[cuts] = self._corrected(cuts, predictors)
             return made[cuts]
 
         best, worse = None, 0
@@ -233,10 +233,7 @@ class _Tuning:
         while low < high:
             middle = (low + high) // 2
             self._progress(f"  {len(family[middle].full)} full calls")
-            if (
-                self._gauge.psnr(self._gauge.corrected(self._candidates.predicting(family[middle].cuts, predictors)))
-                >= psnr
-            ):
+            if self._gauge.psnr(self._corrected(family[middle].cuts, predictors)) >= psnr:
                 high = middle
             else:
                 low = middle + 1
@@ -280,11 +277,13 @@ class _Tuning:
             within_it = [each for family in others for each in family if each.cost <= found[place - 1].cost + 1e-9]
             tried = [found[place - 1], *sorted(within_it, key=lambda each: each.cost)[-1:]]
             self._progress(f"  {len(tried[0].full)} full calls")
-            tuned = self._gauge.best(
-                [self._gauge.corrected(self._candidates.predicting(each.cuts, predictors)) for each in tried]
-            )
+            tuned = self._gauge.best([self._corrected(each.cuts, predictors) for each in tried])
             made.append(measured(self._studio, self._costs, "tuned", tuned.schedule, tuned.forecast, self._select))
         return made
+
+    def _corrected(self, cuts: ByCall, predictors: ByCut) -> Tuned:
+        """A schedule with the best predictions, and corrected answers where that is possible."""
+        return self._gauge.corrected(self._candidates.predicting(cuts, predictors))
 
     def _finished(self, tried: Sequence[Tuned]) -> Tuned:
         """The best of the most promising, with corrected answers where that helps."""
