@@ -18,53 +18,45 @@ class Gauge:
 
     Args:
         watch: of the studio's pipeline.
-        fit: images to fit corrections to.
-        select: those to choose on, which nothing is fitted to.
+        fit: images that predictions are fitted to.
+        select: those that nothing is fitted to but corrections, which are fitted to all: each image is then judged
+            with what was fitted without it, see ``lockstep``.
     """
 
     def __init__(self, studio: Studio, watch: Watch, fit: ImageSet, select: ImageSet) -> None:
         self._studio, self._watch, self._fit, self._select = studio, watch, fit, select
-        # By identity, which lasts as long as they are in here.
+        # By identity, which lasts as long as they are in here; of the selecting images, or of those to fit and these.
         self._tried: dict[int, tuple[Tuned, tuple[float, ...]]] = {}
-        self._fitted: dict[int, tuple[Tuned, lockstep.Seen]] = {}
 
     def corrected(self, tuned: Tuned) -> Tuned:
         """With its answers corrected, where a correction is possible and helps."""
-        made, seen = lockstep.fit(self._studio, self._watch, tuned, self._fit, self._select)
-        if seen is not None:
-            self._fitted[id(made)] = made, seen
-            self._tried[id(made)] = made, seen.others
+        made, near = lockstep.fit(self._studio, self._watch, tuned, self._fit, self._select)
+        if near is not None:
+            self._tried[id(made)] = made, near
         return made
 
-    def nearest(self, tried: Sequence[Tuned]) -> Tuned:
-        """Of schedules whose corrections were fitted, that with the best images of all that it was fitted with.
-
-        They are alike in how well they know these images, and the few to choose on tell too little.
-        """
-
-        def near(each: Tuned) -> float:
-            seen = self._fitted[id(each)][1]
-            return statistics.fmean([*seen.fitted, *seen.others])
-
-        return max(tried, key=near)
-
-    def mended(self, tuned: Tuned, corrected: Tuned) -> Tuned:
-        """The corrected one if its images are surely nearer: of prompts far apart, one mends what another spoils."""
-        return corrected if surely(self.near(corrected), self.near(tuned)) else tuned
+    def surely(self, nearer: Tuned, than: Tuned) -> bool:
+        """Whether images come nearer with one schedule than with another by more than chance."""
+        return surely(*self._near(nearer, than))
 
     def best(self, tried: Sequence[Tuned]) -> Tuned:
-        """That with the best images of those to choose on."""
-        return max(tried, key=self.psnr)
+        """That with the nearest images."""
+        means = [statistics.fmean(near) for near in self._near(*tried)]
+        return tried[means.index(max(means))]
 
     def psnr(self, tuned: Tuned) -> float:
-        """Mean PSNR of the images to choose on, in dB."""
-        return statistics.fmean(self.near(tuned))
+        """Mean PSNR of the images, in dB."""
+        return statistics.fmean(self._near(tuned)[0])
 
-    def near(self, tuned: Tuned) -> tuple[float, ...]:
-        """PSNR of each image to choose on, in dB."""
-        if id(tuned) not in self._tried:
-            self._tried[id(tuned)] = tuned, self._studio.psnr(self._select, tuned.schedule, tuned.forecast)
-        return self._tried[id(tuned)][1]
+    def _near(self, *tried: Tuned) -> list[tuple[float, ...]]:
+        """PSNR, in dB, of the images that all of these were drawn with: the selecting ones, or all."""
+        for tuned in tried:
+            if id(tuned) not in self._tried:
+                near = self._studio.psnr(self._select, tuned.schedule, tuned.forecast)
+                self._tried[id(tuned)] = tuned, near
+        found = [self._tried[id(tuned)][1] for tuned in tried]
+        common = min(map(len, found))
+        return [near[-common:] for near in found]
 
 
 def surely(nearer: Sequence[float], than: Sequence[float]) -> bool:

@@ -3,6 +3,10 @@
 Each image has a thread. At every step of the scheduler the threads meet; from what they were asked and answered follows
 the kernel that takes all of them as near as can be to where they are without caching, and with it they go on. So the
 kernels of later calls know what those before have mended.
+
+An image that a kernel was fitted to tells nothing of others. So images are dealt into parts, and each goes on by a
+kernel that was fitted without its part: how near it comes is how near a new image would come, or a little less, as one
+part more knows the kernels that are kept.
 """
 
 from __future__ import annotations
@@ -29,8 +33,8 @@ RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _GAIN = 0.99
 """A kernel must leave less than this share of the error of images that it was not fitted to."""
 
-_FOLDS = 4
-"""Into so many parts the images are dealt; on each a kernel is tried that was fitted to the others."""
+_PARTS = 4
+"""Into so many parts the images are dealt."""
 
 _TOGETHER = 2 * 64 * 64
 """Positions of the latents in one engine call: those of a guided image of 512x512. Smaller ones share calls."""
@@ -39,35 +43,22 @@ _PATIENCE = 1e-3
 """Seconds that the engines wait for images that may be on their way; those that wait to meet others are not."""
 
 
-@dataclass(frozen=True)
-class Seen:
-    """The PSNR of each image with the schedule that came of a fit, in dB.
-
-    Attributes:
-        fitted: of those that kernels were fitted to.
-        others: of those that only went along.
-    """
-
-    fitted: tuple[float, ...]
-    others: tuple[float, ...]
-
-
-def fit(studio: Studio, watch: Watch, tuned: Tuned, fitted: ImageSet, others: ImageSet) -> tuple[Tuned, Seen | None]:
+def fit(studio: Studio, watch: Watch, tuned: Tuned, *sets: ImageSet) -> tuple[Tuned, tuple[float, ...] | None]:
     """The schedule with a correction; without, where none helps or can be.
 
     Args:
         watch: of the studio's pipeline.
-        fitted: images that kernels are fitted to, with their latents.
-        others: images that go along, corrected by kernels that know nothing of them.
+        sets: images, with their latents.
 
     Returns:
-        The schedule, and how near the images come with it; None where no correction can be.
+        The schedule, and the PSNR of each image with kernels that know nothing of it, in dB; None where no correction
+        can be.
     """
-    if not possible(tuned.document.key.calls, fitted, others):
+    if not possible(tuned.document.key.calls, *sets):
         return tuned, None
-    images = [*fitted.images, *others.images]
-    latents = [*fitted.latents, *others.latents]
-    meeting = _Meeting(tuned, images, latents, len(fitted.images))
+    images = [image for each in sets for image in each.images]
+    latents = [latent for each in sets for latent in each.latents]
+    meeting = _Meeting(tuned, latents)
     worker = Worker(
         studio.pipe,
         max_in_flight=len(images),
@@ -93,11 +84,11 @@ def fit(studio: Studio, watch: Watch, tuned: Tuned, fitted: ImageSet, others: Im
     finally:
         watch.ask = None
     pictures = [each.future.result().images[0] for each in tickets]
-    near = tuple(map(psnr, pictures, [*fitted.pictures, *others.pictures]))
-    seen = Seen(near[: len(fitted.images)], near[len(fitted.images) :])
+    near = tuple(map(psnr, pictures, [picture for each in sets for picture in each.pictures]))
     if not meeting.kernels:
-        return tuned, seen
-    return tuned.with_correction(Convolutions(meeting.kernels, meeting.full, meeting.guidance)), seen
+        return tuned, near
+    kernels = {call: each.kernel for call, each in meeting.kernels.items()}
+    return tuned.with_correction(Convolutions(kernels, meeting.full, meeting.guidance)), near
 
 
 def possible(calls: int, *sets: ImageSet) -> bool:
@@ -121,15 +112,13 @@ def _send(worker: Worker, studio: Studio, tuned: Tuned, image: Image, forecast: 
 class _Meeting:
     """Where the images' threads meet at each step."""
 
-    def __init__(
-        self, tuned: Tuned, images: Sequence[Image], latents: Sequence[Sequence[torch.Tensor]], fitted: int
-    ) -> None:
+    def __init__(self, tuned: Tuned, latents: Sequence[Sequence[torch.Tensor]]) -> None:
         low, high = tuned.document.key.guidance
         self.full, self.guidance = tuned.document.full, (low + high) / 2 if low > 1 else None
-        self.kernels: dict[int, Kernel] = {}
-        self.barrier = threading.Barrier(len(images), self._fit)
+        self.kernels: dict[int, Kernels] = {}
+        self.barrier = threading.Barrier(len(latents), self._fit)
         self.outside: Any = None
-        self._tuned, self._images, self._latents, self._fitted = tuned, images, latents, fitted
+        self._tuned, self._latents = tuned, latents
         self._parts: dict[int, _Part] = {}  # by thread
         self._seen: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}  # by image
         self._call = 0
@@ -151,8 +140,8 @@ class _Meeting:
         self._seen[part.place] = None if wanted is None or part.seen is None else (part.seen, wanted - output.float())
         with self.outside():
             self.barrier.wait()
-        kernel = self.kernels.get(self._call - 1)
-        change = None if kernel is None or part.seen is None else kernel(part.seen)
+        kernels = self.kernels.get(self._call - 1)
+        change = None if kernels is None or part.seen is None else kernels.of(part.place)(part.seen)
         if part.seen is not None:
             part.keep(change)
         return output if change is None else output + change.to(output.dtype)
@@ -160,12 +149,12 @@ class _Meeting:
     def _fit(self) -> None:
         """In one of the threads, while the others wait."""
         call, self._call = self._call, self._call + 1
-        seen = [self._seen[place] for place in range(len(self._images))]
+        seen = [self._seen[place] for place in range(len(self._latents))]
         known = [each for each in seen if each is not None]
         if call > 0 and len(known) == len(seen):  # at the first call nothing was cached
-            kernel = _kernel(known[: self._fitted])
-            if kernel is not None:
-                self.kernels[call] = kernel
+            kernels = best_kernels(known)
+            if kernels is not None:
+                self.kernels[call] = kernels
 
 
 class _Part(Answers):
@@ -204,17 +193,34 @@ class _Predicts(Forecast):
         return None if self.other is None else self.other.at(feature, call, last, before)
 
 
-def _kernel(fitted: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Kernel | None:
-    """The kernel of the size and ridge that do best where images are left out; None if none beats no correction.
+@dataclass(frozen=True)
+class Kernels:
+    """Of one call.
+
+    Attributes:
+        kernel: fitted to all images.
+        without: the same size and ridge, fitted without the images of each part.
+    """
+
+    kernel: Kernel
+    without: tuple[Kernel, ...]
+
+    def of(self, place: int) -> Kernel:
+        """That which was fitted without an image."""
+        return self.without[place % len(self.without)]
+
+
+def best_kernels(images: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Kernels | None:
+    """Those of the size and ridge that do best where images are left out; None if none beats no correction.
 
     Args:
-        fitted: of each image what a kernel sees [1, inputs, height, width], and what it should say
+        images: of each what a kernel sees [1, inputs, height, width], and what it should say
             [1, channels, height, width].
     """
-    channels = fitted[0][1].shape[1]
-    if len(fitted) == 1:
+    channels = images[0][1].shape[1]
+    if len(images) == 1:
         return None  # there is nothing to try it on
-    parts = [sum(map(_products, fitted[first::_FOLDS]), _NOTHING) for first in range(min(_FOLDS, len(fitted)))]
+    parts = [sum(map(_products, images[first::_PARTS]), _NOTHING) for first in range(min(_PARTS, len(images)))]
     whole = sum(parts, _NOTHING)
     patches = len(whole) - channels - 1
     best, least = None, _GAIN * float(whole[patches:-1, patches:-1].trace())
@@ -225,12 +231,18 @@ def _kernel(fitted: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Kernel | Non
         own = [each[kept][:, kept] for each in parts]
         total = whole[kept][:, kept]
         for ridge in RIDGES:
-            error = sum(_missed(_ridge(total - part, channels, ridge), part) for part in own)
+            without = [_ridge(total - part, channels, ridge) for part in own]
+            error = sum(map(_missed, without, own))
             if error < least:
-                solution = _ridge(total, channels, ridge)
-                weight = solution[:-1].T.reshape(channels, -1, size, size)
-                best, least = Kernel(weight.float().contiguous(), solution[-1].float()), error
+                made = [_convolution(each, size) for each in (_ridge(total, channels, ridge), *without)]
+                best, least = Kernels(made[0], tuple(made[1:])), error
     return best
+
+
+def _convolution(solution: torch.Tensor, size: int) -> Kernel:
+    """The kernel of a solution of ``_ridge``."""
+    weight = solution[:-1].T.reshape(solution.shape[1], -1, size, size)
+    return Kernel(weight.float().contiguous(), solution[-1].float())
 
 
 _NOTHING = torch.zeros((), dtype=torch.float64)

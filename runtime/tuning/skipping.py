@@ -45,6 +45,17 @@ def between(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
     return tuple((first + second + 1) // 2 for first, second in zip(one, other, strict=True))
 
 
+def moved(full: Sequence[int], calls: int, place: int, by: int) -> tuple[int, ...] | None:
+    """The same with one full call earlier or later; None where another one or an end is in the way.
+
+    >>> moved((0, 4, 8), 10, 1, -1)
+    (0, 3, 8)
+    """
+    at = full[place] + by
+    after = full[place + 1] if place + 1 < len(full) else calls
+    return (*full[:place], at, *full[place + 1 :]) if place > 0 and full[place - 1] < at < after else None
+
+
 def mixed(full: Sequence[int], calls: int, shallow: int, cut: str) -> ByCall:
     """Between these full calls so many shallow ones, evenly over the widest gaps; the others run no engine.
 

@@ -1,11 +1,13 @@
 """``tune``: record uncached images, find the schedule for a target, fit its predictions, and say what they are worth.
 
-Three disjoint sets of images: coefficients are fitted to the first, choices are made on the second, and the third
-enters the report only.
+Three disjoint sets of images: predictions of features are fitted to the first, and of which kind they are is chosen on
+the second. Corrections of answers are fitted to both, and schedules chosen by both, where no image is judged with a
+correction that was fitted to it. The third enters the report only.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,7 +33,7 @@ from .record import Recorder
 from .reference import beside, named
 from .report import Costs, measured, rows
 from .search import Array, Found, within
-from .skipping import between, evenly, ladder, mixed, to_the_end, within_budget
+from .skipping import between, evenly, ladder, mixed, moved, to_the_end, within_budget
 from .wanted import Wanted
 from .watched import Watch, watched
 
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
 
 _PATIENCE = 2
 """Numbers of full calls, one below the other, that may be worse than the best before no other is tried."""
+
+_MOVES = 16
+"""Schedules that are tried with one full call moved."""
 
 _PROMISING = 2
 """Schedules with predictions that are tried with a correction too."""
@@ -146,9 +151,9 @@ class _Tuning:
             tuned = self._gauge.best([tuned, self._finished([several, self._again(several)])])
         if skips:
             self._progress("let calls run no engine")
-            skipping = self._gauge.nearest([self._skipping(cut, budget, better) for cut in cuts])
-            skipping = self._gauge.mended(skipping.without_correction(), skipping)
-            if self._gauge.psnr(skipping) > self._gauge.psnr(tuned):
+            skipping = self._gauge.best([self._skipping(cut, budget, better) for cut in cuts])
+            skipping = self._mended(skipping.without_correction(), skipping)
+            if self._gauge.best([tuned, skipping]) is skipping:
                 less["tuned, no call skipped"] = tuned
                 tuned = skipping
         pareto = self._pareto([found, *rungs], better)
@@ -188,8 +193,8 @@ class _Tuning:
         best, worse = None, 0
         for choices in within_budget(calls, budget, self._costs.ratios[cut], cut):
             self._progress(f"  {len(full_of(choices[0]))} full calls")
-            tuned = self._gauge.nearest([tried(cuts) for cuts in choices])
-            if best is None or self._gauge.nearest([best, tuned]) is tuned:
+            tuned = self._gauge.best([tried(cuts) for cuts in choices])
+            if best is None or self._gauge.best([best, tuned]) is tuned:
                 best, worse = tuned, 0
             else:
                 worse += 1
@@ -199,9 +204,30 @@ class _Tuning:
         shallow, count = best.document.by_call.count(cut), len(best.document.full)
         placed = [each.full for each in self._search(predictors, [cut]) if len(each.full) == count]  # by the features
         placed.append(between(evenly(calls, count), to_the_end(calls, count)))
-        best = self._gauge.nearest([best, *(tried(mixed(full, calls, shallow, cut)) for full in placed)])
+        best = self._gauge.best([best, *(tried(mixed(full, calls, shallow, cut)) for full in placed)])
+        best = self._moved(best, lambda full: tried(mixed(full, calls, shallow, cut)))
         refitted = self._refitted(best)
-        return best if refitted is best else self._gauge.nearest([best, self._gauge.corrected(refitted)])
+        return best if refitted is best else self._gauge.best([best, self._gauge.corrected(refitted)])
+
+    def _moved(self, best: Tuned, made: Callable[[tuple[int, ...]], Tuned]) -> Tuned:
+        """The best that moving one full call after the other leads to, as long as images surely come nearer.
+
+        Args:
+            made: a schedule with these full calls.
+        """
+        known, before = {best.document.full}, None
+        while before is not best and len(known) <= _MOVES:
+            before = best
+            for place, by in itertools.product(range(1, len(best.document.full)), (-1, 1)):
+                while (full := moved(best.document.full, self._costs.calls, place, by)) is not None:
+                    if full in known or len(known) > _MOVES:
+                        break
+                    known.add(full)
+                    self._progress(f"  move full call {place + 1}")
+                    if not self._gauge.surely(tried := made(full), best):
+                        break
+                    best = tried
+        return best
 
     def _budget(self, families: Sequence[Sequence[Found]], predictors: ByCut) -> float:
         """The target as full calls' time.
@@ -289,7 +315,11 @@ class _Tuning:
         """The best of the most promising, with corrected answers where that helps."""
         self._progress("correct what the UNet answers")
         promising = sorted(tried, key=self._gauge.psnr, reverse=True)[:_PROMISING]
-        return self._gauge.best([self._gauge.mended(tuned, self._gauge.corrected(tuned)) for tuned in promising])
+        return self._gauge.best([self._mended(tuned, self._gauge.corrected(tuned)) for tuned in promising])
+
+    def _mended(self, tuned: Tuned, corrected: Tuned) -> Tuned:
+        """The corrected one if its images are surely nearer: of prompts far apart, one mends what another spoils."""
+        return corrected if self._gauge.surely(corrected, tuned) else tuned
 
     def _recorder(self) -> Recorder:
         return Recorder(

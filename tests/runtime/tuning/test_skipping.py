@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from offcut.runtime.schedule import SKIP
 from offcut.runtime.tuning.cuts import cost_of, full_of
-from offcut.runtime.tuning.skipping import between, evenly, ladder, mixed, to_the_end, within_budget
+from offcut.runtime.tuning.skipping import between, evenly, ladder, mixed, moved, to_the_end, within_budget
 
 CUT = "deepcache:0"
 
@@ -79,3 +79,17 @@ def test_half_way_between_two_ways_of_spacing_are_as_many_full_calls(calls: int,
     found = between(one, other)
     assert len(set(found)) == count
     assert all(min(pair) <= full <= max(pair) for full, *pair in zip(found, one, other, strict=True))
+
+
+@given(st.integers(2, 60), st.data())
+def test_a_moved_full_call_stays_between_its_neighbours(calls: int, data: st.DataObject) -> None:
+    full = (0, *sorted(data.draw(st.sets(st.integers(1, calls - 1), max_size=calls - 1))))
+    place, by = data.draw(st.integers(0, len(full) - 1)), data.draw(st.sampled_from((-1, 1)))
+    found = moved(full, calls, place, by)
+    if found is None:
+        assert place == 0 or {full[place] + by} <= {*full, calls}
+    else:
+        assert found[0] == 0
+        assert sorted(set(found)) == list(found)
+        assert [one - other for one, other in zip(found, full, strict=True) if one != other] == [by]
+        assert found[-1] < calls
