@@ -1,9 +1,9 @@
 """The engines' own thread: it gathers the requests that stand at the UNet, and makes one engine call after another.
 
-Everybody takes turns: either one request's own code runs (text encoder, scheduler, autoencoder) or the engines do.
-Python runs one thread at a time anyway, modules that requests share need not be thread-safe, and on a CPU the engines
-have all cores to themselves. The engines' turn comes when every request in flight stands at the UNet, so a call has
-all the members that it can have.
+Everybody takes turns: either one request's own code runs (tokenizer, scheduler) or the engines do. Python runs one
+thread at a time anyway, and on a CPU the engines have all cores to themselves. The engines' turn comes when every
+request in flight stands at the UNet, or at a text encoder or autoencoder, whose calls this thread makes too; so a call
+has all the members that it can have.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from ...engines.base import BoundPair, EnginePair
 from ...errors import DeadlineError, EngineFaultError, RequestError, ShapeError
 from .calls import EngineCalls
 from .lanes import Lanes
+from .modules import ModuleCall, ModuleCalls
 from .policy import Pick, Policy, View, Waiting
 from .pool import SlotPool
 from .request import Call, Request
@@ -56,11 +58,13 @@ class Batcher:
         self.lanes = lanes
         self._pair, self._policy, self._patience = pair, policy, patience
         self._engines = EngineCalls(pair, self.log)
+        self._modules = ModuleCalls()
         self._on_tick, self._on_fault = on_tick, on_fault
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._waiting: dict[int, Call] = {}
-        self._active = 0  # requests in flight that do not stand at the UNet
+        self._at_modules: dict[int, ModuleCall] = {}
+        self._active = 0  # requests in flight that stand at neither
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="offcut-engines", daemon=True)
         self._thread.start()
@@ -97,32 +101,43 @@ class Batcher:
             EngineFaultError: the engines failed.
             ShapeError: they take no such batch.
         """
+        answer: torch.Tensor = self.wait(call)
+        return answer
+
+    def wait(self, call: Call | ModuleCall) -> Any:
+        """Until a call was made; its answer.
+
+        Raises:
+            Exception: as ``step``, or what a module raised.
+        """
         with self._changed:
             error = self.fault or call.request.ended
             if error is None:
-                self._waiting[call.request.key] = call
+                if isinstance(call, Call):
+                    self._waiting[call.request.key] = call
+                else:
+                    self._at_modules[call.request.key] = call
                 self._active -= 1
-                if not self._active or len(self._waiting) == 1:
+                if not self._active or len(self._waiting) + len(self._at_modules) == 1:
                     self._changed.notify()
         if error is not None:
             raise again(error)
         self.turn.release()
         call.done.wait()
         self.turn.acquire()
-        if isinstance(call.answer, torch.Tensor):
-            return call.answer
-        assert call.answer is not None
-        raise call.answer
+        if isinstance(call.answer, Exception):
+            raise call.answer
+        return call.answer
 
     def outside(self) -> AbstractContextManager[object]:
         """Around somebody else's code in a request's thread, which may block: others have the turn meanwhile."""
         return _Outside(self.turn)
 
     def end(self, request: Request, why: RequestError) -> None:
-        """Stop a request at its next step: now, if it stands at the UNet. From any thread."""
+        """Stop a request at its next step: now, if it stands at the UNet or a module. From any thread."""
         with self._changed:
             request.ended = request.ended or why
-            call = self._waiting.pop(request.key, None)
+            call = self._waiting.pop(request.key, None) or self._at_modules.pop(request.key, None)
             if call is not None:
                 self._answer(call, again(request.ended))
             self._changed.notify()
@@ -153,18 +168,21 @@ class Batcher:
                         self._changed.wait(self._patience)
 
     def _meet(self) -> bool:
-        """Wait until all requests in flight stand at the UNet; whether there is more to do."""
+        """Wait until all requests in flight stand at the UNet or a module; whether there is more to do."""
         with self._changed:
-            while not self._waiting and not self._closing:
+            while not self._waiting and not self._at_modules and not self._closing:
                 self._changed.wait()
             while self._active and not self._closing:
                 told = self._changed.wait(self._patience)
                 if not told and not self.turn.locked():
                     break  # those who are not here are not at work either
-            return bool(self._waiting) or not self._closing
+            return bool(self._waiting or self._at_modules) or not self._closing
 
     def _tick(self) -> bool:
-        """One engine call, if one can be made; False if all that wait do so for memory."""
+        """One call, if one can be made; False if all that wait do so for memory."""
+        if self._at_modules:
+            self._make_at_module()
+            return True
         began = time.perf_counter()
         with self._changed:
             ready = self._ready(time.monotonic())
@@ -195,6 +213,16 @@ class Batcher:
                 call.passed += 1
         self._make(pick, calls, bound, size, began)
         return True
+
+    def _make_at_module(self) -> None:
+        with self._changed:
+            calls = self._modules.choose(self._at_modules.values()) if self._at_modules else []
+            for call in calls:
+                del self._at_modules[call.request.key]
+        answers = self._modules.make(calls) if calls else []
+        with self._changed:
+            for call, answer in zip(calls, answers, strict=True):
+                self._answer(call, answer)
 
     def _make(self, pick: Pick, calls: Sequence[Call], bound: BoundPair, size: int, began: float) -> None:
         waits = time.monotonic()
@@ -244,7 +272,7 @@ class Batcher:
         """Take calls out of the waiting ones; those that are still there."""
         return [call for call in calls if self._waiting.pop(call.request.key, None) is not None]
 
-    def _answer(self, call: Call, answer: torch.Tensor | Exception) -> None:
+    def _answer(self, call: Call | ModuleCall, answer: Any) -> None:
         self._active += 1
         call.answer = answer
         call.done.set()
@@ -258,8 +286,9 @@ class Batcher:
         self.fault = EngineFaultError(f"the {self._pair.name} engine failed: {type(error).__name__}: {error}")
         self.fault.__cause__ = error
         with self._changed:
-            for call in list(self._waiting.values()):
-                self._answer(self._waiting.pop(call.request.key), again(self.fault))
+            for waiting in (self._waiting, self._at_modules):
+                while waiting:
+                    self._answer(waiting.popitem()[1], again(self.fault))
         self._on_fault(self.fault)
 
 

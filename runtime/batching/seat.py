@@ -14,12 +14,13 @@ from ...errors import UserError
 from ..pipeline import attach
 from ..unet import UNet
 from .batcher import Batcher
+from .modules import Sharing
 from .request import Request
 from .unet import SharedUNet
 
 
 class Seat:
-    """Pipelines that share all modules with the worker's but the UNet's stand-in and the scheduler.
+    """Pipelines that have all modules of the worker's but the UNet's stand-in and the scheduler.
 
     Args:
         pipe: the worker's.
@@ -30,6 +31,7 @@ class Seat:
     def __init__(self, pipe: Any, unet: UNet, batcher: Batcher) -> None:
         self._pipe, self._batcher = pipe, batcher
         self._unet = SharedUNet(unet, batcher)
+        self._modules = Sharing(batcher.wait)
         self._pipelines: dict[type | None, Any] = {}
 
     def run(self, request: Request) -> Any:
@@ -49,11 +51,15 @@ class Seat:
                 # PyTorch's own is shared, so an image would depend on who else draws from it.
                 arguments["generator"] = torch.Generator("cpu")
                 arguments["generator"].seed()
-            self._unet.serve(request)
+            self._serve(request)
             try:
                 return pipe(**arguments)
             finally:
-                self._unet.serve(None)
+                self._serve(None)
+
+    def _serve(self, request: Request | None) -> None:
+        self._modules.request = request
+        self._unet.serve(request)
 
     @contextmanager
     def _turn(self, request: Request) -> Iterator[None]:
@@ -68,6 +74,7 @@ class Seat:
             made = copy.copy(self._pipe) if kind is None else _of_components(self._pipe, kind)
             made.unet = self._unet
             made.set_progress_bar_config(disable=True)
+            self._modules.share(made)
             self._pipelines[kind] = attach(made, self._unet)
         return self._pipelines[kind]
 

@@ -1,4 +1,4 @@
-"""``Worker``: many requests at once on one pair of engines, which share engine calls step by step."""
+"""``Worker``: many requests at once on one pair of engines, whose calls they share step by step."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ HORIZON = 60.0
 
 
 class Worker:
-    """Runs pipeline calls of many requests at once; those at the same kind of step share engine calls.
+    """Runs pipeline calls of many requests at once; those at the same kind of step share engine calls, those that begin
+    or end together calls of text encoder and autoencoder.
 
         worker = Worker("sd15.offcut", max_in_flight=8)
         ticket = worker.submit({"prompt": "a lighthouse"}, schedule=Uniform(5), deadline=30)
         image = ticket.future.result().images[0]
 
     Prompts, seeds, guidance, numbers of steps, schedules and schedulers may differ; requests whose inputs have other
-    shapes share calls among themselves. An image depends on what it shared calls with only as far as the engine's
-    rounding depends on the batch size.
+    shapes share calls among themselves. An image depends on what it shared calls with only as far as the rounding of
+    engines and modules depends on the batch size.
 
     All methods may be called from any thread.
 
