@@ -79,7 +79,6 @@ def build_all(model: str | Path, out: Path, builds: Iterable[Build], progress: C
     from ..engines.build import build
     from ..engines.bundle import Bundle
     from ..runtime.calibration import Calibration
-    from .shapes.model import PROMPTS
 
     for engine, precision, hint in builds:
         progress(f"{engine} {name_of(precision, hint)}")
@@ -89,7 +88,7 @@ def build_all(model: str | Path, out: Path, builds: Iterable[Build], progress: C
             engine=engine,
             precision=precision,
             inference_precision=hint,
-            calibration=Calibration(prompts=PROMPTS),
+            calibration=Calibration(),
             progress=progress,
         )
     return Bundle.open(out)

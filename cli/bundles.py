@@ -95,7 +95,9 @@ def build(
     ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Prompts, one a line, to calibrate on; some by default.", **_in(_LOW)),
+        typer.Option(
+            metavar="FILE", help="Prompts to calibrate on, one a line; by default the model's, or some.", **_in(_LOW)
+        ),
     ] = None,
     calibration_samples: Annotated[int | None, typer.Option(help="Images to denoise.", **_in(_LOW))] = None,
     calibration_steps: Annotated[int | None, typer.Option(help="Of each image.", **_in(_LOW))] = None,

@@ -58,7 +58,7 @@ class Calibrator(Protocol):
         """Denoise with this pair as the UNet, with a cached schedule, through every cut."""
         ...
 
-    def record(self) -> Settings:
+    def record(self, source: ModelSource) -> Settings:
         """All that decides what ``run`` feeds to the pair."""
         ...
 
@@ -117,7 +117,7 @@ def quantized(
         base=scheme.base,
         method=calibrator.method,
         sensitive=calibrator.sensitive,
-        calibration=calibrator.record(),
+        calibration=calibrator.record(source),
         kept=tuple(layer.name for layer in layers if layer.name in kept),
         rounded=len(layers) - len(kept),
     )

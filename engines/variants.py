@@ -96,7 +96,7 @@ def _check_calibration(plan: Plan, held: Variant) -> None:
     if plan.calibrator is None or held.quantization is None:
         return
     was = held.quantization
-    asked = (plan.calibrator.record(), plan.calibrator.method, plan.calibrator.sensitive)
+    asked = (plan.calibrator.record(plan.source), plan.calibrator.method, plan.calibrator.sensitive)
     if (was.calibration, was.method, was.sensitive) != asked:
         raise BundleError(
             f"this bundle's {held.name} was calibrated in another way: give the same calibration as then, "

@@ -17,7 +17,7 @@ from ..exporter.families import downsampling, example_inputs
 from ..exporter.histogram import METHODS
 from ..exporter.load import ModelSource, read_index
 from .draw import draw, draws_from_prompts
-from .prompts import PROMPTS
+from .prompts import prompts_for
 from .schedule import Uniform
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Calibration:
     """Images to denoise while the tensors of the UNet are watched, and how the graph is rounded after that.
 
     Attributes:
-        prompts: drawn in turn.
+        prompts: drawn in turn; none for the model's own, see ``prompts.prompts_for``.
         samples: images; each goes through the next cut of the bundle.
         steps: of the scheduler, for each image.
         interval, warmup: of the cached schedule, ``Uniform(interval, warmup=warmup)``.
@@ -50,7 +50,7 @@ class Calibration:
         UserError: a number is out of its range.
     """
 
-    prompts: tuple[str, ...] = PROMPTS
+    prompts: tuple[str, ...] = ()
     samples: int = 4
     steps: int = 20
     interval: int = 3
@@ -66,15 +66,13 @@ class Calibration:
         for name, least in (("samples", 1), ("steps", 1), ("interval", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"the calibration's {name} is {getattr(self, name)}: give at least {least}")
-        if not self.prompts:
-            raise UserError("the calibration has no prompt: give at least one")
         if self.method not in METHODS:
             raise UserError(f"there is no method {self.method!r} to choose ranges: choose {', '.join(METHODS)}")
 
-    def record(self) -> dict[str, str | int | float | bool | tuple[str, ...] | None]:
+    def record(self, source: ModelSource) -> dict[str, str | int | float | bool | tuple[str, ...] | None]:
         """What decides which inputs are seen; of the prompts their SHA-256, one a line."""
         names = ("samples", "steps", "interval", "warmup", "guidance", "size", "seed", "keep")
-        digest = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
+        digest = hashlib.sha256("\n".join(self._prompts(source)).encode()).hexdigest()
         return {"prompts_sha256": digest, **{name: getattr(self, name) for name in names}}
 
     def run(self, pair: EnginePair, source: ModelSource, progress: Progress) -> None:
@@ -93,10 +91,13 @@ class Calibration:
             if pipe is None:
                 self._denoise_noise(unet, pair, source, sample)
             else:
-                self._draw(pipe, sample)
+                prompts = self._prompts(source)
+                self._draw(pipe, prompts[sample % len(prompts)], self.seed + sample)
 
-    def _draw(self, pipe: Any, sample: int) -> None:
-        prompt, seed = self.prompts[sample % len(self.prompts)], self.seed + sample
+    def _prompts(self, source: ModelSource) -> tuple[str, ...]:
+        return self.prompts or prompts_for(source.root, None)
+
+    def _draw(self, pipe: Any, prompt: str, seed: int) -> None:
         draw(pipe, prompt, steps=self.steps, guidance=self.guidance, seed=seed, size=self.size, output="latent")
 
     def _denoise_noise(self, unet: UNet, pair: EnginePair, source: ModelSource, sample: int) -> None:

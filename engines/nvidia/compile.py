@@ -51,7 +51,7 @@ def _compile(flavour: Flavour, trt: Any, job: CompileJob) -> Compiled:
         for cut, onnx in graphs.shallow.items():
             features = [graphs.outputs[name] for name in graphs.cuts[cut]]
             build(onnx, shallow[cut], [*graphs.inputs.values(), *features])
-    _forget_paths(job.folder / LOG, build.folders)
+    _forget_paths(job.folder / LOG, [*build.folders, Path(trt.__file__).parents[1]])  # where it is installed
     later = bool(job.settings["version_compatible"])
     return Compiled(full, shallow, named, profiles, later_versions=later)
 

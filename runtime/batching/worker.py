@@ -225,7 +225,10 @@ class Worker:
             self._batcher.end(request, why)
 
     def outside(self) -> AbstractContextManager[object]:
-        """Around code of a request's own that waits, e.g. in a callback: others go on meanwhile."""
+        """Around code of a request's own that waits, e.g. in a callback, and calls none of the pipeline's modules.
+
+        Others go on meanwhile.
+        """
         return self._batcher.outside()
 
     # State

@@ -49,7 +49,7 @@ def test_a_build_in_int8_is_verified_small_and_says_how_it_was_made(
     assert all(entry.verified for entry in bundle.manifest.engines.values())
     rounding = variant.quantization
     assert rounding is not None
-    assert rounding.calibration == CALIBRATION.record()
+    assert rounding.calibration == CALIBRATION.record(locate(tiny_unet_dir))
     assert {"conv_in", "conv_out"} <= set(rounding.kept)
     assert rounding.rounded > len(rounding.kept)
     assert variant.graphs is not None

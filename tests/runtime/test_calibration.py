@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,14 @@ def test_a_bare_unet_denoises_noise_and_says_so(unet_bundle: Path, tiny_unet_dir
     pair.close()
 
 
-def test_the_record_tells_prompts_apart() -> None:
-    one, other = offcut.Calibration(prompts=("a",)), offcut.Calibration(prompts=("b",))
-    assert one.record() != other.record()
-    assert one.record() == offcut.Calibration(prompts=("a",)).record()
-    assert "a" not in one.record().values()
+def test_the_record_tells_prompts_apart(tiny_unet_dir: Path, tmp_path: Path) -> None:
+    source, own = locate(tiny_unet_dir), locate(shutil.copytree(tiny_unet_dir, tmp_path / "own"))
+    (tmp_path / "own" / "prompts.txt").write_text("a\n")
+    one, other = (offcut.Calibration(prompts=(prompt,)).record(source) for prompt in "ab")
+    assert one != other
+    assert one == offcut.Calibration(prompts=("a",)).record(source) == offcut.Calibration().record(own)
+    assert offcut.Calibration().record(source) not in (one, other)
+    assert "a" not in one.values()
 
 
 @pytest.mark.parametrize(
@@ -75,7 +79,6 @@ def test_the_record_tells_prompts_apart() -> None:
         ({"steps": 0}, "steps is 0"),
         ({"interval": 0}, "interval is 0"),
         ({"warmup": -1}, "warmup is -1"),
-        ({"prompts": ()}, "no prompt"),
         ({"method": "guess"}, "no method 'guess'"),
     ],
 )
