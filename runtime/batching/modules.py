@@ -119,7 +119,7 @@ class Sharing:
 
     def _shared(self, module: _Module, mixin: type, method: str) -> _Module:
         shared = copy.copy(module)  # with the same layers
-        shared.__class__ = extended(type(module), mixin, method, "in_company")
+        shared.__class__ = extended(type(module), mixin, method, "in_company")  # type: ignore[arg-type]  # types are hashable
         shared.__dict__["_offcut_shared"] = self, module
         return shared
 
@@ -167,7 +167,7 @@ def _split(answer: Any, rows: Sequence[int]) -> list[Any]:
     if answer is None:
         return [None] * len(rows)
     if isinstance(answer, torch.Tensor) and answer.dim() and len(answer) == sum(rows):
-        return [part.clone() for part in answer.split(list(rows))]  # none keeps the memory of all
+        return [part.clone() for part in torch.split(answer, list(rows))]  # none keeps the memory of all
     if isinstance(answer, Mapping):  # an output class of transformers or diffusers
         parts = {name: _split(value, rows) for name, value in answer.items()}
         return [type(answer)(**{name: each[place] for name, each in parts.items()}) for place in range(len(rows))]

@@ -85,7 +85,7 @@ def test_a_request_is_cancelled_where_it_waits_for_one(shared: Any, send: Send) 
 
 def call(rows: int, forward: Callable[..., Any], key: Any = "same", due: float = 0, positions: int = 1) -> ModuleCall:
     request: Any = SimpleNamespace(due=due, key=due)
-    return ModuleCall(request, key, forward, {"x": torch.full((rows, 3), due)}, {}, rows, positions)
+    return ModuleCall(request, key, forward, {"x": torch.full((rows, 3), float(due))}, {}, rows, positions)
 
 
 def outputs(x: torch.Tensor) -> Any:
