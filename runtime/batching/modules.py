@@ -129,10 +129,10 @@ class _TextEncoder:
 
     _offcut_shared: tuple[Sharing, Any]
 
-    def in_company(self, input_ids: torch.Tensor, attention_mask: Any = None, *rest: Any, **options: Any) -> Any:
+    def in_company(self, input_ids: Any = None, attention_mask: Any = None, *rest: Any, **options: Any) -> Any:
         sharing, module = self._offcut_shared
         forward = super().forward  # type: ignore[misc]
-        if rest or not isinstance(attention_mask, torch.Tensor | None):
+        if rest or not isinstance(input_ids, torch.Tensor) or not isinstance(attention_mask, torch.Tensor | None):
             return forward(input_ids, attention_mask, *rest, **options)
         tensors = {"input_ids": input_ids}
         if attention_mask is not None:
