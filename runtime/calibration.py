@@ -84,6 +84,7 @@ class Calibration:
         pipe = _text_to_image(source, unet)
         if pipe is None:
             progress("calibrate on latents denoised from noise, with random conditioning: there is no pipeline")
+        prompts = self._prompts(source)
         for sample in range(self.samples):
             cut = unet.cuts[sample % len(unet.cuts)]
             progress(f"  image {sample + 1} of {self.samples}, {cut}")
@@ -91,7 +92,6 @@ class Calibration:
             if pipe is None:
                 self._denoise_noise(unet, pair, source, sample)
             else:
-                prompts = self._prompts(source)
                 self._draw(pipe, prompts[sample % len(prompts)], self.seed + sample)
 
     def _prompts(self, source: ModelSource) -> tuple[str, ...]:
