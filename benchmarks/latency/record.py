@@ -106,6 +106,13 @@ class Contestant(BaseModel):
         for name in TIMES:
             getattr(self, name).clear()
 
+    def cut_short(self, rounds: int) -> None:
+        """Forget what was measured after so many rounds."""
+        for times in (self.loops, self.images):
+            del times[rounds:]
+        del self.full[rounds * self.full_calls :]
+        del self.shallow[rounds * self.shallow_calls :]
+
     def percentiles(self, percents: Sequence[float] = (50, 90, 99)) -> Mapping[float, float]:
         """Of the loops' seconds; empty where nothing was measured."""
         return {percent: percentile(self.loops, percent) for percent in percents} if self.loops else {}
@@ -136,6 +143,7 @@ class Latency(BaseModel):
     guidance: float = Field(description="scale; of a video that of the last frame, and 1 of the first")
     scheduler: str
     rounds: int = Field(description="each round runs every contestant once, in turn")
+    interrupted: bool = Field(default=False, description="there were to be more rounds")
     threads: int | None = None
     clock: str = Field(description="what was read, and what lies between its two readings")
     contestants: list[Contestant]

@@ -49,20 +49,17 @@ class Options:
 def measure(case: Case, entrants: Sequence[Entrant], options: Options, model: str) -> Latency:
     """Run all contestants in turn.
 
-    A contestant that fails keeps its row, with the reason in place of figures.
+    A contestant that fails keeps its row, with the reason in place of figures. An interrupt ends the run after the
+    rounds that are complete.
 
     Raises:
         UserError: the schedule leaves no shallow call in so few steps, or the common inputs cannot be made.
+        KeyboardInterrupt: in the first round.
     """
     run = _Run(case, options, {entrant.name: _row(entrant, case) for entrant in entrants})
     try:
         run.prepare([entrant.precision for entrant in run.running(entrants)] if options.products else [])
-        rounds = 0
-        began = time.perf_counter()
-        while run.running(entrants) and (rounds < options.rounds or time.perf_counter() - began < options.duration):
-            rounds += 1
-            for coming in turns(run.running(entrants)):
-                run.take(coming, rounds)
+        rounds, interrupted = run.rounds(entrants)
     finally:
         run.close()
     latency = Latency(
@@ -75,6 +72,7 @@ def measure(case: Case, entrants: Sequence[Entrant], options: Options, model: st
         guidance=case.guidance,
         scheduler=case.scheduler,
         rounds=rounds,
+        interrupted=interrupted,
         threads=case.threads,
         clock=clock(case),
         contestants=list(run.rows.values()),
@@ -164,6 +162,24 @@ class _Run:
         if "error" in answer:
             raise UserError(f"{why}: {answer['error']}; see {self.options.log}")
         return answer
+
+    def rounds(self, entrants: Sequence[Entrant]) -> tuple[int, bool]:
+        """Run them all; how many are complete, and whether an interrupt came before the last."""
+        done, began = 0, time.perf_counter()
+        try:
+            while self.running(entrants) and (
+                done < self.options.rounds or time.perf_counter() - began < self.options.duration
+            ):
+                for coming in turns(self.running(entrants)):
+                    self.take(coming, done + 1)
+                done += 1
+        except KeyboardInterrupt:
+            if not done:
+                raise
+            for row in self.rows.values():
+                row.cut_short(done)
+            return done, True
+        return done, False
 
     def take(self, coming: Sequence[Entrant], number: int) -> None:
         """The turn of the first of these, in this round."""

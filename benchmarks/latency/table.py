@@ -105,6 +105,8 @@ def notes(latency: Latency) -> list[str]:
         )
     if latency.reference is not None:
         said.append(f"diff.: the final latents from those of {latency.reference}, norm over norm.")
+    if latency.interrupted:
+        said.append(f"Interrupted: {latency.rounds} round(s) were complete, and the times of a later one are left out.")
     if latency.reopened:
         said.append(f"Memory was short: {latency.reopened} times a process was closed and opened again.")
     if latency.idle_cpu_share is not None:

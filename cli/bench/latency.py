@@ -134,6 +134,9 @@ def latency(
         print_json(result.model_dump(mode="json"))
     else:
         _print(measured, percents, path)
+    if measured.interrupted:
+        err.print("[bold red]error[/]: interrupted before the last round", highlight=False)
+        raise typer.Exit(130)
     if not any(row.loops for row in measured.contestants):
         err.print("[bold red]error[/]: nobody could be measured", highlight=False)
         raise typer.Exit(1)

@@ -19,6 +19,7 @@ from offcut.benchmarks.latency.case import Entrant
 from offcut.benchmarks.latency.contestants import OPTIMUM_MISSING, PEERS
 from offcut.benchmarks.latency.plan import Wanted, plan
 from offcut.benchmarks.latency.record import TIMES, Contestant, Latency
+from offcut.benchmarks.latency.run import Options, measure
 from offcut.benchmarks.latency.table import notes, tables
 from offcut.cli import app
 from offcut.cli.bench import _COMMANDS
@@ -153,6 +154,29 @@ def test_the_tables_show_every_row_whole(latency: Latency) -> None:
     assert any(EAGER in note for note in notes(latency))
     assert any("monotonic" in note for note in notes(latency))
     assert any("A forecast would add up to" in note for note in notes(latency))
+
+
+def test_an_interrupt_keeps_the_rounds_that_are_complete(unet_bundle: Path, tmp_path: Path) -> None:
+    wanted = Wanted(steps=STEPS, schedule="uniform:3", engines=("onnxruntime",), peers=("engine",), threads=1)
+    case, entrants = plan(Bundle.open(unet_bundle), wanted, tmp_path)
+
+    def interrupt(at: str) -> Latency:
+        def progress(sentence: str) -> None:
+            if sentence == at:
+                raise KeyboardInterrupt
+
+        return measure(case, entrants, Options(tmp_path / "log", rounds=3, progress=progress), "a model")
+
+    with pytest.raises(KeyboardInterrupt):  # nothing is complete yet
+        interrupt(f"round 1: {UNCACHED}")
+    latency = interrupt(f"round 2: {UNCACHED}")
+    assert (latency.rounds, latency.interrupted) == (1, True)
+    assert any("Interrupted: 1 round" in note for note in notes(latency))
+    for row in latency.contestants:
+        assert len(row.loops) == 1
+        assert (len(row.full), len(row.shallow)) == (row.full_calls, row.shallow_calls)
+        assert len(row.full_alone) == 5
+    assert latency.contestants[0].speed_ups
 
 
 def planned(bundle: Path, folder: Path, **wanted: object) -> list[Entrant]:
