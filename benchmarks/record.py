@@ -19,6 +19,7 @@ from .drift.record import Drift
 from .growth.record import Growth
 from .latency.record import Latency
 from .mlperf.record import MlPerf
+from .precision.record import Precision
 from .quality.record import Quality
 from .serving.record import ServingLoad
 from .swap import Swap
@@ -63,6 +64,7 @@ class Result(BaseModel):
     serving: ServingLoad | None = None
     drift: Drift | None = None
     controlnet: ControlNetReuse | None = None
+    precision: Precision | None = None
 
     def save(self, folder: Path) -> Path:
         """Writes ``result.json`` into a folder, over an older one only when it is whole. Returns its path."""

@@ -107,17 +107,12 @@ def measure(
     Raises:
         UserError: an engine or its weights are not there, or the LoRA is for another model.
     """
-    from ..exporter.families import example_dims
     from ..exporter.lora import read
-    from .latency.loop import vae_scale
+    from .latency.loop import call_dims
 
     names = list(engines) or bundle.engines
     entries = [bundle.find(name, device=device) for name in names]
-    config = bundle.unet_config
-    dims = example_dims(config)
-    if size:
-        side = size // vae_scale(bundle)
-        dims |= {"height": side, "width": side, "sequence": 77}
+    dims = call_dims(bundle, size)
     with tempfile.TemporaryDirectory() as folder:
         file = lora or random_lora(bundle, entries[0], rank, Path(folder) / "random.safetensors")
         said = lora.name if lora else f"random, rank {rank}, every attention layer"
@@ -132,7 +127,7 @@ def measure(
         return Swap(
             model=bundle.manifest.source.model,
             lora=said,
-            layers=len(read(file, config).layers),
+            layers=len(read(file, bundle.unet_config).layers),
             cut=entries[0].cuts[0],
             sizes=dims,
             rounds=rounds,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...engines.bundle import Bundle
+from ...exporter.families import example_dims
 from ...runtime.draw import with_class
 from . import video
 from .case import Case
@@ -186,6 +187,15 @@ def vae_scale(bundle: Bundle) -> int:
     bundle.verify_files([name])
     config = json.loads((bundle.path / name).read_text(encoding="utf-8"))
     return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
+def call_dims(bundle: Bundle, size: int | None = None) -> dict[str, int]:
+    """Dimensions of a UNet call with guidance for one image of this side in pixels; without one tiny ones."""
+    dims = example_dims(bundle.unet_config)
+    if size is None:
+        return dims
+    side = size // vae_scale(bundle)
+    return dims | {"batch": 2, "height": side, "width": side, "sequence": 77}
 
 
 def _variant(bundle: Bundle) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ..record import Result, write_whole
-from . import controlnet, cost, drift, growth, load, serving, speed, swap, tables, words
+from . import controlnet, cost, drift, growth, load, precision, serving, speed, swap, tables, words
 from .answers import answers
 from .markup import Markup, join, tag
 
@@ -91,6 +91,8 @@ def _sections(result: Result, folder: Path, index: int) -> Iterator[tuple[str, s
             "ControlNet",
             controlnet.section(result.controlnet, f"controlnet-{index}"),
         )
+    if result.precision:
+        yield f"precision-{index}", "Precision", precision.section(result.precision, f"precision-{index}")
     if result.mlperf:
         yield f"load-{index}", "Load", load.section(result.mlperf, f"load-{index}")
     if result.growth:
@@ -125,7 +127,16 @@ def _warnings(results: Sequence[Result]) -> Markup | None:
     )
 
 
-_TIMED = ("latency", "quality", "mlperf", "growth", "swap", "serving", "controlnet")  # drift takes no times
+_TIMED = (
+    "latency",
+    "quality",
+    "mlperf",
+    "growth",
+    "swap",
+    "serving",
+    "controlnet",
+    "precision",
+)  # not drift
 
 
 def _doubts(results: Sequence[Result]) -> Iterator[str]:

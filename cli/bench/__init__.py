@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from . import compare, controlnet, drift, growth, latency, mlperf, plan, quality, report, serve, swap
+from . import compare, controlnet, drift, growth, latency, mlperf, plan, precision, quality, report, serve, swap
 
 app = typer.Typer(
     name="bench",
@@ -28,6 +28,8 @@ _COMMANDS: dict[Callable[..., None], str] = {
     swap.swap: "offcut bench swap sd15.offcut --model stable-diffusion-v1-5 --size 512 -o bench-swap",
     drift.drift: "offcut bench drift sd15.offcut --schedule auto --steps 20 -o bench-drift",
     controlnet.controlnet: "offcut bench controlnet -o bench-controlnet",
+    precision.precision: "offcut bench precision -o bench-precision\n\n"
+    "offcut bench precision sd15.offcut --part calls --size 512",
     mlperf.mlperf: "offcut bench mlperf --scenario SingleStream --interval 5",
     plan.plan: "offcut bench plan sd15.offcut --arrival-rate 2 --p99 60 --steps 20 --interval 3 "
     "--export-times t.json\n\n"

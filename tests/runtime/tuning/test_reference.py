@@ -15,14 +15,12 @@ from typer.testing import CliRunner
 
 import offcut
 from offcut import Tuned
-from offcut.benchmarks.joint import Task, ablation, corrections
 from offcut.benchmarks.shapes.model import PROMPTS, model_path
 from offcut.cli import app
 from offcut.errors import ScheduleError, UserError
 from offcut.runtime.draw import draw
 from offcut.runtime.tuning.artifact import save
 from offcut.runtime.tuning.choice import choose, key_of
-from offcut.runtime.tuning.moments import Moments
 from offcut.runtime.tuning.record import Recorder
 from offcut.runtime.tuning.tune import tune
 from offcut.runtime.tuning.wanted import Target, Wanted
@@ -52,24 +50,6 @@ def test_another_engine_is_asked_about_the_same_inputs(tiny_bundle: Path) -> Non
     assert sums["deep_feature_0"].sums.shape[1] == 8
     for each in (unet, other):
         each.close()
-
-
-def test_cachequants_correction_is_a_regression_on_the_last_full_call() -> None:
-    calls, channels = 5, 3
-    random = torch.randn(channels, 2 * calls, 200, generator=torch.Generator().manual_seed(0)).double()
-    sums = Moments(2 * calls, channels)
-    sums.add(random)
-    found = corrections({"f": sums}, (0, 3), calls, reference=True)
-    assert sorted(found) == [1, 2, 4]
-    for call, last in ((1, 0), (2, 0), (4, 3)):
-        made = found[call]["f"]
-        for channel in range(channels):
-            x, y = random[channel, last].numpy(), random[channel, calls + call].numpy()
-            slope, intercept = np.polyfit(x, y, 1)
-            assert isinstance(made.scale, torch.Tensor)
-            assert isinstance(made.shift, torch.Tensor)
-            assert float(made.scale[channel]) == pytest.approx(slope, abs=1e-9)
-            assert float(made.shift[channel]) == pytest.approx(intercept, abs=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -138,16 +118,3 @@ def test_the_command(shapes: Path, copied: Callable[[Path], Path]) -> None:
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
     assert (document["reference"], document["key"]["precision"]) == (f"{ENGINE} fp32", LOW)
-
-
-@pytest.mark.slow
-def test_the_ablation_has_every_cell(shapes: Path) -> None:
-    task = Task(PROMPTS[:3], interval=3, steps=6, guidance=3.0, samples=4, probes=1, positions=64)
-    rows = ablation(offcut.Bundle.open(shapes), ENGINE, ("fp32", LOW), task, lambda said: None, threads=1)
-    ways = ["uncached", "reuse", "DP", "DP + correction", "ours"]
-    assert [(row.precision, row.way) for row in rows] == [(each, way) for each in ("fp32", LOW) for way in ways]
-    by = {(row.precision, row.way): row for row in rows}
-    assert by["fp32", "uncached"].psnr == 100
-    for precision in ("fp32", LOW):
-        assert by[precision, "ours"].full_calls <= by[precision, "DP"].full_calls == 2
-        assert all(by[precision, way].psnr < 60 for way in ways[1:])

@@ -1,0 +1,106 @@
+"""The builds that are compared: every engine that computes on a CPU in its precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...engines.build import build
+from ...engines.bundle import Bundle
+from ...engines.manifest import EngineEntry
+from ...errors import UserError
+from ...runtime.calibration import Calibration
+
+
+@dataclass(frozen=True)
+class Build:
+    """One of them.
+
+    Attributes:
+        precision: of the graphs.
+        computed_in: another precision, by the engine's hint.
+    """
+
+    engine: str
+    precision: str = "fp32"
+    computed_in: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the precision, unique within an engine, e.g. ``fp32 computed in bf16``."""
+        return f"{self.precision} computed in {self.computed_in}" if self.computed_in else self.precision
+
+    @property
+    def computes_in(self) -> str:
+        """``offcut.load``'s ``inference_precision``."""
+        return self.computed_in or self.precision
+
+
+EXACT = "fp32"
+
+BUILDS = (
+    Build("onnxruntime"),
+    Build("onnxruntime", "int8"),
+    Build("openvino"),
+    Build("openvino", computed_in="bf16"),
+    Build("openvino", "int8"),
+)
+"""fp32 before what is held against it."""
+
+
+def builds_of(engines: Sequence[str], precisions: Sequence[str]) -> list[Build]:
+    """Those of these engines and low precisions, or of all where none is named, and fp32 of each engine.
+
+    Raises:
+        UserError: there is no such engine or precision among `BUILDS`, or no engine of these computes in these.
+    """
+    for given, known in (
+        (engines, dict.fromkeys(each.engine for each in BUILDS)),
+        (precisions, dict.fromkeys(each.computes_in for each in BUILDS if each.computes_in != EXACT)),
+    ):
+        for name in given:
+            if name not in known:
+                raise UserError(f"{name} is not compared: choose {' or '.join(known)}")
+    chosen = [
+        each
+        for each in BUILDS
+        if (not engines or each.engine in engines) and (not precisions or each.computes_in in (EXACT, *precisions))
+    ]
+    if all(each.computes_in == EXACT for each in chosen):
+        raise UserError(f"{' and '.join(engines)} cannot compute in {' or '.join(precisions)}: leave --engine out")
+    return chosen
+
+
+def builds_in(bundle: Bundle, engines: Sequence[str] = ()) -> list[tuple[Build, EngineEntry]]:
+    """Those that a bundle has, of these engines or of all.
+
+    Raises:
+        UserError: it has none of these.
+    """
+    manifest = bundle.manifest
+    found = [
+        (Build(entry.engine, manifest.variants[entry.variant].precision, entry.inference_precision), entry)
+        for entry in manifest.engines.values()
+        if not engines or entry.engine in engines
+    ]
+    if not found:
+        raise UserError(f"{bundle.path} has builds of {', '.join(bundle.engines)}, not of {' or '.join(engines)}")
+    return found
+
+
+def make(model: Path, out: Path, builds: Sequence[Build], cut: str, progress: Callable[[str], None]) -> Bundle:
+    """All of them in one bundle, with those that are there; int8 is calibrated on the model's own prompts."""
+    for each in builds:
+        progress(f"build {each.engine} {each.name}")
+        build(
+            model,
+            out,
+            cuts=[cut],
+            engine=each.engine,
+            precision=each.precision,
+            inference_precision=each.computed_in,
+            calibration=Calibration(),
+            progress=lambda said: progress(f"  {said.strip()}"),
+        )
+    return Bundle.open(out)

@@ -1,0 +1,75 @@
+"""Times a full and a shallow call of every build of a bundle, in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+
+from ...engines.base import BoundPair
+from ...engines.bundle import Bundle
+from ...exporter.families import example_inputs
+from ..latency.loop import call_dims
+from .builds import Build, builds_in
+from .record import CallRow, Calls
+
+FULL = "full"
+
+
+def measure(
+    bundle: Bundle,
+    engines: Sequence[str] = (),
+    *,
+    size: int,
+    rounds: int,
+    threads: int | None,
+    progress: Callable[[str], None],
+) -> Calls:
+    """Time every call once a round, after one round that is not measured.
+
+    Args:
+        engines: of the bundle; all by default.
+        size: side of the image that the calls are for, in pixels.
+
+    Raises:
+        UserError: the bundle has no build of these engines.
+        EngineError: a build cannot be opened here.
+        ShapeError: the UNet does not take this size.
+    """
+    dims = call_dims(bundle, size)
+    acts: dict[tuple[Build, str], Callable[[], object]] = {}
+    with ExitStack() as opened:
+        for build, entry in builds_in(bundle, engines):
+            progress(f"open {build.engine} {build.name}")
+            pair = bundle.pair(entry, threads=threads)
+            opened.callback(pair.close)
+            given = example_inputs(tuple(pair.inputs.values()), dims)
+            bound: BoundPair = pair.prepare({name: tuple(value.shape) for name, value in given.items()})
+            opened.callback(bound.close)
+            for name, value in given.items():
+                bound.buffers[name].copy_(value)
+            cut = entry.cuts[0]
+            acts[build, FULL], acts[build, cut] = bound.full, partial(bound.shallow, cut)
+        times: dict[tuple[Build, str], list[float]] = {call: [] for call in acts}
+        for turn in range(rounds + 1):
+            progress(f"round {turn} of {rounds}" if turn else "warm up")
+            for call, act in acts.items():
+                began = time.perf_counter()
+                act()
+                if turn:
+                    times[call].append(time.perf_counter() - began)
+    return Calls(sizes=dims, rounds=rounds, rows=[_row(*call, times) for call in times])
+
+
+def _row(build: Build, call: str, times: Mapping[tuple[Build, str], list[float]]) -> CallRow:
+    own, exact = times[build, call], times.get((Build(build.engine), call))
+    ratios = [one / other for one, other in zip(own, exact, strict=True)] if exact else []
+    return CallRow(
+        engine=build.engine,
+        precision=build.name,
+        call=call,
+        seconds=own,
+        to_fp32=statistics.median(ratios) if ratios and own is not exact else None,
+    )

@@ -1,0 +1,108 @@
+"""Draws the same prompts with every build and schedule, and says how near to fp32 and how obedient the images are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...engines.bundle import Bundle
+from ...runtime.pipeline import load
+from ..quality import metrics, pictures
+from ..quality.plan import CUTS, Setting, cached
+from ..shapes.judge_net.reader import JudgeNet, verdicts
+from .builds import Build
+from .record import ImageRow, Images
+
+SAMPLER = "ddim"
+WARMUP = 2
+
+
+def settings(steps: int, intervals: Sequence[int]) -> list[Setting]:
+    """Uncached, then every interval after two full calls."""
+    rows = [cached(SAMPLER, steps, "uniform", interval, CUTS[0], WARMUP) for interval in intervals]
+    return [Setting(SAMPLER, steps), *rows]
+
+
+def tasks(
+    bundle: Bundle, builds: Sequence[Build], count: int, *, guidance: float, seed: int, batch: int, versions: str
+) -> dict[Build, pictures.Task]:
+    """The same prompts and seeds for every build, whose name is part of what pictures are kept under.
+
+    Args:
+        versions: of what computes, likewise.
+    """
+    prompts = pictures.prompts(count, 1000 + seed)
+    return {
+        each: pictures.Task(
+            prompts, guidance, seed, batch, f"{bundle.built_digest} {each.engine} {each.name} {versions}"
+        )
+        for each in builds
+    }
+
+
+def draw(
+    bundle: Bundle,
+    asked: Mapping[Build, pictures.Task],
+    compared: Sequence[Setting],
+    folder: Path,
+    *,
+    threads: int | None,
+    on_call: pictures.Progress,
+    stage: Callable[[str], None],
+) -> Images:
+    """Draw and judge all; pictures that lie in a folder already are not drawn again.
+
+    Args:
+        asked: every build with its task; each engine has fp32 among its builds.
+        compared: of ``settings``.
+
+    Raises:
+        UserError: `folder` cannot be written, or something in it is damaged.
+        EngineError: a build cannot be opened here.
+    """
+    drawn: dict[tuple[Build, Setting], metrics.Pictures] = {}
+    for build, task in asked.items():
+        stage(f"{build.engine} {build.name}")
+        pipe = load(
+            bundle,
+            build.engine,
+            precision=build.precision,
+            inference_precision=build.computes_in,
+            threads=threads,
+        )
+        try:
+            for setting in compared:
+                drawn[build, setting] = pictures.make(pipe, task, setting, folder, on_call).pictures
+        finally:
+            pipe.unet.close()
+    stage("scores")
+    net, task = JudgeNet.load(), next(iter(asked.values()))
+    right = {
+        each: np.array([verdict.right for verdict in verdicts(net, made, task.prompts)], dtype=np.float64)
+        for each, made in drawn.items()
+    }
+
+    def row(build: Build, setting: Setting) -> ImageRow:
+        own, exact, uncached = (build, setting), (Build(build.engine), setting), (Build(build.engine), compared[0])
+        near = None if own == exact else metrics.psnr(drawn[own], drawn[exact])
+        return ImageRow(
+            engine=build.engine,
+            precision=build.name,
+            schedule=setting.schedule,
+            accuracy=metrics.estimate(right[own]),
+            accuracy_change=None if own == exact else metrics.estimate(right[own] - right[exact]),
+            psnr=None if near is None else metrics.estimate(near),
+            psnr_worst=None if near is None else float(near.min()),
+            psnr_uncached=None if own == uncached else metrics.estimate(metrics.psnr(drawn[own], drawn[uncached])),
+        )
+
+    return Images(
+        sampler=SAMPLER,
+        steps=compared[0].steps,
+        guidance=task.guidance,
+        images=len(task.prompts),
+        cut=CUTS[0],
+        rows=[row(*each) for each in drawn],
+    )

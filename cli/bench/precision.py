@@ -1,0 +1,207 @@
+"""``offcut bench precision``: what low precision saves and costs, alone and with caching, on the shapes model."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE
+from rich.table import Table
+
+from ..shell import Json, Threads, long_bar, out, print_json, quiet_libraries, stages
+from .outcome import Outcome
+
+if TYPE_CHECKING:
+    from ...benchmarks.precision.builds import Build
+    from ...benchmarks.precision.record import CallRow, Calls, ImageRow, Images, Joint
+    from ...benchmarks.quality.record import Estimate
+    from ...engines.bundle import Bundle
+
+_PACKAGES = ("offcut", "torch", "diffusers", "transformers", "onnxruntime", "openvino", "numpy")
+_OWN = Path("shapes-precision.offcut")
+
+
+class Part(StrEnum):
+    """What can be measured by itself."""
+
+    CALLS = "calls"
+    IMAGES = "images"
+    JOINT = "joint"
+
+
+def precision(
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(
+            help="The shapes model's, which gets the builds that it lacks (shapes-precision.offcut); with --part calls "
+            "any, as it is."
+        ),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="Directory of result.json; images that lie there are kept."),
+    ] = Path("bench-precision"),
+    part: Annotated[
+        list[Part] | None,
+        typer.Option(help="Times of calls, images of each build, caching and int8 jointly. Again for several."),
+    ] = None,
+    engine: Annotated[
+        list[str] | None, typer.Option(help="onnxruntime and openvino; the joint part has the first. Again for both.")
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="bf16 (OpenVINO's hint) and int8, beside fp32. Again for both.")
+    ] = None,
+    interval: Annotated[list[int] | None, typer.Option(help="3 and 5; the joint part has the largest.", min=2)] = None,
+    steps: Annotated[int, typer.Option(help="Of DDIM.", min=4)] = 30,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.")] = 3.0,
+    images: Annotated[int, typer.Option(help="Of each row.", min=2)] = 96,
+    samples: Annotated[int, typer.Option(help="Images that a schedule of the joint part is tuned with.", min=4)] = 32,
+    size: Annotated[int | None, typer.Option(help="Side of the image that calls are for; the model's own.")] = None,
+    rounds: Annotated[int, typer.Option(help="Of the calls, in turns.", min=1)] = 7,
+    seed: Annotated[int, typer.Option(help="Of the prompts, and of the first image's noise.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Images of a pipeline call.", min=1)] = 16,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Time every build's calls, draw with them, and put caching and int8 together as CacheQuant's ablation does."""
+    from ...benchmarks.precision.builds import builds_of, make
+    from ...benchmarks.precision.record import Precision
+    from ...benchmarks.quality.plan import CUTS
+    from ...benchmarks.shapes.model import model_path
+    from ...engines.bundle import Bundle
+
+    outcome = Outcome(_PACKAGES)
+    asked = list(part or Part)
+    intervals = interval or [3, 5]
+    builds: list[Build] = []
+    quiet_libraries()
+    if bundle is not None and asked == [Part.CALLS]:
+        opened = Bundle.open(bundle)
+    else:
+        builds = builds_of(engine or [], precision or [])
+        with stages() as stage:
+            opened = make(model_path(), bundle or _OWN, builds, CUTS[0], stage)
+    measured = Precision(model=opened.manifest.source.model, threads=threads)
+    if Part.CALLS in asked:
+        measured.calls = _calls(opened, engine or [], size, rounds, threads)
+    if Part.IMAGES in asked:
+        versions = " ".join(f"{name} {version}" for name, version in outcome.environment.packages.items())
+        measured.images = _images(
+            opened, builds, output, intervals, steps, guidance, images, seed, batch, threads, versions
+        )
+    if Part.JOINT in asked:
+        own = [each for each in builds if each.engine == builds[0].engine]
+        measured.joint = _joint(opened, own, max(intervals), steps, guidance, images, samples, seed, threads)
+    result, path = outcome.save(output, f"Low precision on {opened.path.name}", precision=measured)
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+        return
+    if measured.calls:
+        _print_calls(measured.calls)
+    if measured.images:
+        _print_images(measured.images)
+    if measured.joint:
+        _print_joint(measured.joint)
+    out.print(f"[bold]{path}[/]")
+
+
+def _calls(bundle: Bundle, engines: list[str], size: int | None, rounds: int, threads: int | None) -> Calls:
+    from ...benchmarks.latency.loop import vae_scale
+    from ...benchmarks.precision.calls import measure
+    from ...engines.profiles import trained_side
+
+    side = size or trained_side(bundle.unet_config.get("sample_size"), vae_scale(bundle))
+    with stages() as stage:
+        return measure(bundle, engines, size=side, rounds=rounds, threads=threads, progress=stage)
+
+
+def _images(
+    bundle: Bundle,
+    builds: list[Build],
+    output: Path,
+    intervals: list[int],
+    steps: int,
+    guidance: float,
+    images: int,
+    seed: int,
+    batch: int,
+    threads: int | None,
+    versions: str,
+) -> Images:
+    from ...benchmarks.precision.images import draw, settings, tasks
+    from ...benchmarks.quality.pictures import missing
+
+    compared = settings(steps, intervals)
+    asked = tasks(bundle, builds, images, guidance=guidance, seed=seed, batch=batch, versions=versions)
+    folder = output / "pictures"
+    total = steps * sum(missing(task, setting, folder) for task in asked.values() for setting in compared)
+    with long_bar(total) as (on_call, stage):
+        return draw(bundle, asked, compared, folder, threads=threads, on_call=on_call, stage=stage)
+
+
+def _joint(
+    bundle: Bundle,
+    builds: list[Build],
+    interval: int,
+    steps: int,
+    guidance: float,
+    images: int,
+    samples: int,
+    seed: int,
+    threads: int | None,
+) -> Joint:
+    from ...benchmarks.precision.joint import Task, ablation
+
+    task = Task(interval=interval, steps=steps, guidance=guidance, samples=samples, images=images, seed=seed)
+    with stages() as stage:
+        precisions = [each.computes_in for each in builds]
+        return ablation(bundle, builds[0].engine, precisions, task, stage, threads=threads)
+
+
+def _print_calls(calls: Calls) -> None:
+    table = _table("a call", "ms", "of fp32", names=("build", "call"))
+    for row in calls.rows:
+        share = "" if row.to_fp32 is None else f"{row.to_fp32:.2f}"
+        table.add_row(_name(row), row.call, f"{1000 * row.median:.1f}", share)
+    out.print(table)
+
+
+def _print_images(images: Images) -> None:
+    table = _table("images", "PSNR", "worst", "uncached", "right %", names=("build", "schedule"))
+    for row in images.rows:
+        worst = "" if row.psnr_worst is None else f"{row.psnr_worst:.1f}"
+        right = f"{100 * row.accuracy.mean:.1f}"
+        table.add_row(_name(row), row.schedule or "uncached", _mean(row.psnr), worst, _mean(row.psnr_uncached), right)
+    out.print(table)
+    out.print(
+        f"{images.images} images a row. PSNR: dB, to the same engine's image in fp32 with the same schedule; uncached: "
+        "to that with every call full.",
+        highlight=False,
+    )
+
+
+def _print_joint(joint: Joint) -> None:
+    table = _table("caching and precision", "PSNR", "worst", names=("precision", "way", "calls"))
+    for row in joint.rows:
+        table.add_row(row.precision, row.way, row.timeline, _mean(row.psnr), f"{row.psnr_worst:.1f}")
+    out.print(table)
+    out.print(f"{joint.images} images a row. PSNR: dB, to the uncached image in fp32.", highlight=False)
+
+
+def _table(title: str, *figures: str, names: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 0, 0, 0))
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for figure in figures:
+        table.add_column(figure, justify="right", no_wrap=True)
+    return table
+
+
+def _name(row: CallRow | ImageRow) -> str:
+    return f"{row.engine} {row.precision.rpartition(' ')[2]}"  # bf16 for fp32 computed in bf16
+
+
+def _mean(value: Estimate | None) -> str:
+    return "" if value is None else f"{value.mean:.1f}"
