@@ -66,7 +66,7 @@ def _of_joint(joint: Joint | None) -> Iterator[Markup]:
     yield table(caption, _JOINT, [_joint(row) for row in joint.rows])
     yield tag(
         "p",
-        f"Reuse: every {joint.interval}th call full. DP: as many, where CacheQuant's dynamic programming puts "
+        f"Reuse: one call in {joint.interval} full, evenly. DP: as many, where CacheQuant's dynamic programming puts "
         "them; correction: with its scale and shift for each call and channel. Ours: offcut tune at that cost, where a "
         f"shallow call is {words.digits(joint.shallow_over_full, 2)} of a full one. Corrections are fitted to "
         f"{joint.samples} images, and tuning sees as many; none of them is judged.",

@@ -79,11 +79,12 @@ def precision(
     quiet_libraries()
     if bundle is not None and asked == [Part.CALLS]:
         opened = Bundle.open(bundle)
+        model = opened.manifest.source.model
     else:
         builds = builds_of(engine or [], precision or [])
         with stages() as stage:
-            opened = make(model_path(), bundle or _OWN, builds, CUTS[0], stage)
-    measured = Precision(model=opened.manifest.source.model, threads=threads)
+            opened, model = make(model_path(), bundle or _OWN, builds, CUTS[0], stage), "shapes"
+    measured = Precision(model=model, threads=threads)
     if Part.CALLS in asked:
         measured.calls = _calls(opened, engine or [], size, rounds, threads)
     if Part.IMAGES in asked:

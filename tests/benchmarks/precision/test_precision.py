@@ -57,6 +57,7 @@ def measured(done: Path) -> Precision:
 @pytest.mark.slow
 def test_every_build_of_the_engine_is_timed(measured: Precision) -> None:
     assert measured.calls is not None
+    assert measured.model == "shapes"
     rows = {(row.engine, row.precision, row.call): row for row in measured.calls.rows}
     builds = [(ENGINE, "fp32"), (ENGINE, LOW)]  # not ONNX Runtime's, which the bundle has too
     assert set(rows) == {(*build, call) for build in builds for call in ("full", "deepcache:0")}
