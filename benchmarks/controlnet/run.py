@@ -9,15 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ...errors import UserError
 from ...runtime.generation import Run
 from ..picture import Tile, sheet
 from ..quality import metrics
 from ..quality.pictures import Progress
 from ..shapes import silhouettes
-from ..shapes.judge_net.reader import JudgeNet, verdicts
+from ..shapes.judge_net.reader import JudgeNet, obeyed
 from .draw import Drawn, Pipelines, Watch, make
 from .record import Change, ControlNetReuse, ControlNetRow
 from .ways import CUT, UNCACHED, Task, Way
@@ -85,7 +83,7 @@ def run(
         way: _Scored(
             psnr=metrics.psnr(made.pictures, base),
             overlap=silhouettes.overlaps(made.pictures, task.silhouettes),
-            right=np.array([verdict.right for verdict in verdicts(net, made.pictures, task.prompts)], dtype=np.float64),
+            right=obeyed(net, made.pictures, task.prompts),
         )
         for way, made in drawn.items()
     }

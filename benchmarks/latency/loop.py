@@ -195,7 +195,7 @@ def call_dims(bundle: Bundle, size: int | None = None) -> dict[str, int]:
     if size is None:
         return dims
     side = size // vae_scale(bundle)
-    return dims | {"batch": 2, "height": side, "width": side, "sequence": 77}
+    return dims | {"height": side, "width": side, "sequence": 77}
 
 
 def _variant(bundle: Bundle) -> str | None:

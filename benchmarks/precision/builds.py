@@ -11,6 +11,7 @@ from ...engines.bundle import Bundle
 from ...engines.manifest import EngineEntry
 from ...errors import UserError
 from ...runtime.calibration import Calibration
+from ..progress import indented
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,6 @@ def make(model: Path, out: Path, builds: Sequence[Build], cut: str, progress: Ca
             precision=each.precision,
             inference_precision=each.computed_in,
             calibration=Calibration(),
-            progress=lambda said: progress(f"  {said.strip()}"),
+            progress=indented(progress),
         )
     return Bundle.open(out)

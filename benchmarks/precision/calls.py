@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
-from ...engines.base import BoundPair
 from ...engines.bundle import Bundle
-from ...exporter.families import example_inputs
+from ..gpu.exercise import write
 from ..latency.loop import call_dims
 from .builds import Build, builds_in
 from .record import CallRow, Calls
@@ -45,11 +44,9 @@ def measure(
             progress(f"open {build.engine} {build.name}")
             pair = bundle.pair(entry, threads=threads)
             opened.callback(pair.close)
-            given = example_inputs(tuple(pair.inputs.values()), dims)
-            bound: BoundPair = pair.prepare({name: tuple(value.shape) for name, value in given.items()})
+            bound = pair.prepare({name: spec.resolve(dims) for name, spec in pair.inputs.items()})
             opened.callback(bound.close)
-            for name, value in given.items():
-                bound.buffers[name].copy_(value)
+            write(pair, bound, seed=0)
             cut = entry.cuts[0]
             acts[build, FULL], acts[build, cut] = bound.full, partial(bound.shallow, cut)
         times: dict[tuple[Build, str], list[float]] = {call: [] for call in acts}

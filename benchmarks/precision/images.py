@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from ...engines.bundle import Bundle
 from ...runtime.pipeline import load
 from ..quality import metrics, pictures
 from ..quality.plan import CUTS, Setting, cached
-from ..shapes.judge_net.reader import JudgeNet, verdicts
+from ..shapes.judge_net.reader import JudgeNet, obeyed
 from .builds import Build
 from .record import ImageRow, Images
 
@@ -79,10 +77,7 @@ def draw(
             pipe.unet.close()
     stage("scores")
     net, task = JudgeNet.load(), next(iter(asked.values()))
-    right = {
-        each: np.array([verdict.right for verdict in verdicts(net, made, task.prompts)], dtype=np.float64)
-        for each, made in drawn.items()
-    }
+    right = {each: obeyed(net, made, task.prompts) for each, made in drawn.items()}
 
     def row(build: Build, setting: Setting) -> ImageRow:
         own, exact, uncached = (build, setting), (Build(build.engine), setting), (Build(build.engine), compared[0])

@@ -28,13 +28,15 @@ from ...runtime.tuning.search import cachequant
 from ...runtime.tuning.steps import Fitted
 from ...runtime.tuning.tune import tune
 from ...runtime.tuning.wanted import Target, Wanted
+from ..progress import indented
 from ..quality import metrics
+from ..quality.front import OTHER_SEEDS
 from ..quality.pictures import prompts
 from ..quality.plan import CUTS, SHALLOW_OVER_FULL
 from .builds import EXACT
 from .record import Joint, JointRow
 
-_OTHER_SEEDS = 1_000_000  # of the samples
+CUT = CUTS[0]
 
 
 @dataclass(frozen=True)
@@ -75,57 +77,62 @@ def ablation(
         bundle: with builds of the engine in fp32 and in all precisions.
         precisions: as ``offcut.load``'s ``inference_precision``.
     """
-    exact = load(bundle, engine, inference_precision=EXACT, threads=threads)
+    exact = _load(bundle, engine, EXACT, threads)
     rows: list[JointRow] = []
     try:
+        progress("images to judge by")
+        test = _set(prompts(task.images, 1000 + task.seed), task.seed, task)
+        test.pictures = [_studio(exact, task).draw(image) for image in test.images]
         for precision in precisions:
             if precision == EXACT:
-                rows += _of(exact, None, bundle, precision, task, progress)
+                rows += _of(exact, None, bundle, precision, task, test, progress)
                 continue
-            pipe = load(bundle, engine, inference_precision=precision, threads=threads)
+            pipe = _load(bundle, engine, precision, threads)
             try:
-                rows += _of(pipe, exact, bundle, precision, task, progress)
+                rows += _of(pipe, exact, bundle, precision, task, test, progress)
             finally:
                 pipe.unet.close()
-        scheduler, cut = type(exact.scheduler).__name__, exact.unet.cuts[0]
     finally:
         exact.unet.close()
     return Joint(
         engine=engine,
-        scheduler=scheduler,
+        scheduler=type(exact.scheduler).__name__,
         steps=task.steps,
         guidance=task.guidance,
         interval=task.interval,
-        cut=cut,
+        cut=CUT,
         samples=task.samples,
         images=task.images,
-        shallow_over_full=SHALLOW_OVER_FULL[CUTS[0]],
+        shallow_over_full=SHALLOW_OVER_FULL[CUT],
         rows=rows,
     )
 
 
+def _load(bundle: Bundle, engine: str, precision: str, threads: int | None) -> Any:
+    pipe: Any = load(bundle, engine, inference_precision=precision, threads=threads)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.advise, pipe.unet.record_times = False, True
+    return pipe
+
+
+def _studio(pipe: Any, task: Task) -> Studio:
+    return Studio(pipe, task.steps, None, {CUT: pipe.unet._cuts[CUT]})
+
+
 def _of(
-    pipe: Any, exact: Any, bundle: Bundle, precision: str, task: Task, progress: Callable[[str], None]
+    pipe: Any, exact: Any, bundle: Bundle, precision: str, task: Task, test: ImageSet, progress: Callable[[str], None]
 ) -> list[JointRow]:
-    unet = pipe.unet
-    cut = unet.cuts[0]
-    studio = Studio(pipe, task.steps, None, {cut: unet._cuts[cut]})
+    studio = _studio(pipe, task)
     reference = None if exact is None else beside(studio, exact)
-    for each in (pipe, exact):
-        if each is not None:
-            each.set_progress_bar_config(disable=True)
-    unet.advise, unet.record_times = False, True
     pipe.scheduler.set_timesteps(task.steps)
     calls = len(pipe.scheduler.timesteps)
     samples = prompts_for(bundle.path, None)
-    fit = _set([samples[place % len(samples)] for place in range(task.samples)], task.seed + _OTHER_SEEDS, task)
-    test = _set(prompts(task.images, 1000 + task.seed), task.seed, task)
+    fit = _set([samples[place % len(samples)] for place in range(task.samples)], task.seed + OTHER_SEEDS, task)
     recorder = Recorder(
-        unet, studio.features, task.positions, task.seed, reference=None if exact is None else exact.unet
+        pipe.unet, studio.features, task.positions, task.seed, reference=None if exact is None else exact.unet
     )
     progress(f"{precision}: images and features")
-    record(studio, (fit, ImageSet(test.images[:1])), recorder, calls, _indented(progress), reference)
-    test.pictures = [(reference or studio).draw(image) for image in test.images]
+    record(studio, (fit, ImageSet(test.images[:1])), recorder, calls, indented(progress), reference)
     full = cachequant(calls, task.interval, Differences(fit, studio.features))
     corrected = Fitted(corrections(fit.moments, full, calls, reference=exact is not None), full)
     ways: dict[str, tuple[Schedule | None, Forecast | None]] = {
@@ -135,7 +142,7 @@ def _of(
         "DP + correction": (Steps(full), corrected),
     }
     progress(f"{precision}: tune")
-    ratio = SHALLOW_OVER_FULL[CUTS[0]]
+    ratio = SHALLOW_OVER_FULL[CUT]
     wanted = Wanted(
         Target(speed_up=calls / (len(full) + ratio * (calls - len(full)))),
         steps=task.steps,
@@ -144,12 +151,12 @@ def _of(
         prompts=samples,
         probes=task.probes,
         positions=task.positions,
-        seed=task.seed + _OTHER_SEEDS,
-        ratios={cut: ratio},
+        seed=task.seed + OTHER_SEEDS,
+        cuts=(CUT,),
+        ratios={CUT: ratio},
     )
-    ours = tune(pipe, bundle, "ablation", wanted, _indented(progress), exact)
+    ours = tune(pipe, bundle, "ablation", wanted, indented(progress), exact)
     ways["ours"] = ours.schedule, ours.forecast
-    unet.advise = False
     rows = []
     for way, (schedule, forecast) in ways.items():
         progress(f"{precision}: {way}")
@@ -188,7 +195,3 @@ def corrections(
             scale, shift = (value[:, 0].clone() for value in (fitted.scale, fitted.shift))  # type: ignore[index]
             made[call][name] = Coefficients(scale, 0.0, shift)
     return made
-
-
-def _indented(progress: Callable[[str], None]) -> Callable[[str], None]:
-    return lambda sentence: progress(f"  {sentence.strip()}")

@@ -16,13 +16,15 @@ from ...runtime.tuning.artifact import Tuned, save
 from ...runtime.tuning.choice import choose, key_of
 from ...runtime.tuning.tune import tune
 from ...runtime.tuning.wanted import Target, Wanted
+from ..progress import indented
 from . import pictures
 from .plan import CUTS, SAMPLERS, Kept, Setting, cached, check
 
 INTERVALS = (2, 3, 5, 10)
 _DAMPING = {"ddim": 1.0}  # of forecasts, where not a half
 _OTHER_PROMPTS = 9000
-_OTHER_SEEDS = 1_000_000
+OTHER_SEEDS = 1_000_000
+"""Of the images that are tuned with; those that are judged have lower ones."""
 
 
 def known(steps: int, samplers: Sequence[str] = SAMPLERS) -> list[Setting]:
@@ -119,10 +121,10 @@ def _tuned(
             prompts=pictures.prompts(samples, _OTHER_PROMPTS),
             cuts=(CUTS[0],),
             ratios={CUTS[0]: ratios[CUTS[0]]},
-            seed=_OTHER_SEEDS,
+            seed=OTHER_SEEDS,
         )
         progress(f"tune {plain.sampler}, {plain.steps} steps, as fast as every {plain.interval}th call full")
-        tuned = tune(pipe, bundle, name, wanted, lambda said: progress(f"  {said.strip()}"))
+        tuned = tune(pipe, bundle, name, wanted, indented(progress))
     finally:
         pipe.scheduler = before
     save(bundle, tuned)

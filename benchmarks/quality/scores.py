@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..shapes import judge
-from ..shapes.judge_net.reader import JudgeNet, verdicts
+from ..shapes.judge_net.reader import JudgeNet, obeyed
 from . import metrics
 from .pictures import Made, Task
 
@@ -43,7 +43,7 @@ def score(net: JudgeNet, task: Task, made: Made, base: Made) -> Scored:
         psnr=metrics.psnr(own, other),
         ssim=metrics.ssim(own, other),
         distance=net.distance(own, other),
-        right=np.array([verdict.right for verdict in verdicts(net, own, task.prompts)], dtype=np.float64),
+        right=obeyed(net, own, task.prompts),
         right_by_rules=np.array([verdict.right for verdict in ruled], dtype=np.float64),
         features=net.pooled(own),
     )

@@ -127,16 +127,8 @@ def _warnings(results: Sequence[Result]) -> Markup | None:
     )
 
 
-_TIMED = (
-    "latency",
-    "quality",
-    "mlperf",
-    "growth",
-    "swap",
-    "serving",
-    "controlnet",
-    "precision",
-)  # not drift
+_TIMED = ("latency", "quality", "mlperf", "growth", "swap", "serving", "controlnet", "precision")
+"""The sections that have times."""
 
 
 def _doubts(results: Sequence[Result]) -> Iterator[str]:

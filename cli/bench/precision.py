@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +17,8 @@ from .outcome import Outcome
 if TYPE_CHECKING:
     from ...benchmarks.precision.builds import Build
     from ...benchmarks.precision.record import CallRow, Calls, ImageRow, Images, Joint
+    from ...benchmarks.quality.pictures import Task
+    from ...benchmarks.quality.plan import Setting
     from ...benchmarks.quality.record import Estimate
     from ...engines.bundle import Bundle
 
@@ -66,6 +69,8 @@ def precision(
     as_json: Json = False,
 ) -> None:
     """Time every build's calls, draw with them, and put caching and int8 together as CacheQuant's ablation does."""
+    from ...benchmarks.precision import images as images_of
+    from ...benchmarks.precision import joint
     from ...benchmarks.precision.builds import builds_of, make
     from ...benchmarks.precision.record import Precision
     from ...benchmarks.quality.plan import CUTS
@@ -89,12 +94,14 @@ def precision(
         measured.calls = _calls(opened, engine or [], size, rounds, threads)
     if Part.IMAGES in asked:
         versions = " ".join(f"{name} {version}" for name, version in outcome.environment.packages.items())
-        measured.images = _images(
-            opened, builds, output, intervals, steps, guidance, images, seed, batch, threads, versions
-        )
+        tasks = images_of.tasks(opened, builds, images, guidance=guidance, seed=seed, batch=batch, versions=versions)
+        measured.images = _images(opened, tasks, images_of.settings(steps, intervals), output / "pictures", threads)
     if Part.JOINT in asked:
         own = [each for each in builds if each.engine == builds[0].engine]
-        measured.joint = _joint(opened, own, max(intervals), steps, guidance, images, samples, seed, threads)
+        task = joint.Task(max(intervals), steps, guidance, samples, images, seed=seed)
+        with stages() as stage:
+            computed = [each.computes_in for each in own]
+            measured.joint = joint.ablation(opened, own[0].engine, computed, task, stage, threads=threads)
     result, path = outcome.save(output, f"Low precision on {opened.path.name}", precision=measured)
     if as_json:
         print_json(result.model_dump(mode="json"))
@@ -119,46 +126,14 @@ def _calls(bundle: Bundle, engines: list[str], size: int | None, rounds: int, th
 
 
 def _images(
-    bundle: Bundle,
-    builds: list[Build],
-    output: Path,
-    intervals: list[int],
-    steps: int,
-    guidance: float,
-    images: int,
-    seed: int,
-    batch: int,
-    threads: int | None,
-    versions: str,
+    bundle: Bundle, tasks: Mapping[Build, Task], compared: Sequence[Setting], folder: Path, threads: int | None
 ) -> Images:
-    from ...benchmarks.precision.images import draw, settings, tasks
+    from ...benchmarks.precision.images import draw
     from ...benchmarks.quality.pictures import missing
 
-    compared = settings(steps, intervals)
-    asked = tasks(bundle, builds, images, guidance=guidance, seed=seed, batch=batch, versions=versions)
-    folder = output / "pictures"
-    total = steps * sum(missing(task, setting, folder) for task in asked.values() for setting in compared)
+    total = sum(setting.steps * missing(task, setting, folder) for task in tasks.values() for setting in compared)
     with long_bar(total) as (on_call, stage):
-        return draw(bundle, asked, compared, folder, threads=threads, on_call=on_call, stage=stage)
-
-
-def _joint(
-    bundle: Bundle,
-    builds: list[Build],
-    interval: int,
-    steps: int,
-    guidance: float,
-    images: int,
-    samples: int,
-    seed: int,
-    threads: int | None,
-) -> Joint:
-    from ...benchmarks.precision.joint import Task, ablation
-
-    task = Task(interval=interval, steps=steps, guidance=guidance, samples=samples, images=images, seed=seed)
-    with stages() as stage:
-        precisions = [each.computes_in for each in builds]
-        return ablation(bundle, builds[0].engine, precisions, task, stage, threads=threads)
+        return draw(bundle, tasks, compared, folder, threads=threads, on_call=on_call, stage=stage)
 
 
 def _print_calls(calls: Calls) -> None:

@@ -171,3 +171,8 @@ def _middle(heat: torch.Tensor, row: int, column: int) -> tuple[float, float]:
 def verdicts(net: JudgeNet, pictures: Pictures, texts: Sequence[str]) -> list[judge.Verdict]:
     """Whether each picture obeys its caption, by the network."""
     return [reading.verdict(text) for reading, text in zip(net.read(pictures), texts, strict=True)]
+
+
+def obeyed(net: JudgeNet, pictures: Pictures, texts: Sequence[str]) -> npt.NDArray[np.float64]:
+    """1 where a picture obeys its caption in full, by the network, else 0: (N,)."""
+    return np.array([verdict.right for verdict in verdicts(net, pictures, texts)], dtype=np.float64)
