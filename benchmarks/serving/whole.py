@@ -79,13 +79,21 @@ class WholeRequests:
             on_step=on_step,
         )
         with self._changed:
-            if self._closing:
-                raise WorkerClosedError("this worker takes no more requests: send them to another one")
-            if len(self._queue) >= self._max_queue + self._most - len(self._running):
-                raise QueueFullError(f"{len(self._queue)} requests wait already: try again later")
+            self._check()
             self._queue.append(request)
             self._changed.notify_all()
         return Ticket(request, self._cancel)
+
+    def expect_room(self) -> None:
+        """As ``Worker.expect_room``."""
+        with self._changed:
+            self._check()
+
+    def _check(self) -> None:
+        if self._closing:
+            raise WorkerClosedError("this worker takes no more requests: send them to another one")
+        if len(self._queue) >= self._max_queue + self._most - len(self._running):
+            raise QueueFullError(f"{len(self._queue)} requests wait already: try again later")
 
     @property
     def healthy(self) -> bool:

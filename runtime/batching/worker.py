@@ -179,11 +179,7 @@ class Worker:
             )
         now = time.monotonic()
         with self._changed:
-            try:
-                self._admit(deadline)
-            except (RequestError, EngineFaultError):
-                self._rejected += 1
-                raise
+            self._admit(deadline)
             expires = None if deadline is None else now + deadline
             request = Request(
                 key=next(self._keys),
@@ -202,7 +198,26 @@ class Worker:
             self._changed.notify_all()
         return Ticket(request, self._cancel)
 
-    def _admit(self, deadline: float | None) -> None:
+    def expect_room(self) -> None:
+        """Raise what ``submit`` would now, before anything is made ready for it: a server that is asked for more than it
+        can do has to say so cheaply.
+
+        Raises:
+            QueueFullError: as many wait as may.
+            WorkerClosedError: the worker is draining or closed.
+            EngineFaultError: the engines failed earlier.
+        """
+        with self._changed:
+            self._admit()
+
+    def _admit(self, deadline: float | None = None) -> None:
+        try:
+            self._check(deadline)
+        except (RequestError, EngineFaultError):
+            self._rejected += 1
+            raise
+
+    def _check(self, deadline: float | None) -> None:
         if self._fault is not None:
             raise again(self._fault)
         if self._draining or self._closed:

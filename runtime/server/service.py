@@ -51,6 +51,7 @@ class Service(Offer):
                 raise UserError(f"the server's own schedule does not fit its own requests: {error}") from error
         super().__init__(settings, Metrics(lambda: {(): worker.statistics()}))
         self.worker, self.served = worker, served
+        self._cache_limit = worker.statistics().cache_limit
         self._open: set[Drawing] = set()
         self._stuck: str | None = None
         self._mark: tuple[int, ...] = ()
@@ -72,7 +73,8 @@ class Service(Offer):
             raise EngineFaultError(self._stuck)
         if self.stopping:
             raise WorkerClosedError("the server is shutting down")
-        asked = wanted(body, self.served, self.settings, self.worker.statistics().cache_limit)
+        self.worker.expect_room()
+        asked = wanted(body, self.served, self.settings, self._cache_limit)
         began = time.monotonic()
 
         def closed(drawing: Drawing) -> None:

@@ -236,9 +236,13 @@ def test_a_full_queue_says_so(shared: Any, send: Send) -> None:
         queued = send(worker, ask(1))
         with pytest.raises(QueueFullError, match="1 requests wait already, beside 1 in flight"):
             send(worker, ask(2))
+        with pytest.raises(QueueFullError, match="1 requests wait already"):
+            worker.expect_room()
+        assert worker.statistics().rejected == 2
         gate.open.set()
         running.future.result()
         queued.future.result()
+        worker.expect_room()
         send(worker, ask(2)).future.result()
 
 

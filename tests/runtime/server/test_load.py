@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ import pytest
 from offcut.errors import EngineFaultError, QueueFullError
 from offcut.runtime.batching.statistics import Statistics, Total
 from offcut.runtime.server.problems import problem_of, retry_after
+from offcut.runtime.server.run import listen
 from offcut.runtime.server.settings import Settings
 
 LONG = {"prompt": "a", "num_inference_steps": 40, "interval": 4, "seed": 1}
@@ -47,6 +50,25 @@ def test_a_full_queue_says_when_to_come_back(begin: Any, gate: Any, crowd: Threa
         gate.open.set()
         assert [one.result().status_code for one in (first, second)] == [200, 200]
         assert 'offcut_rejections_total{reason="queue_full"} 1.0' in server.get("/metrics").text
+
+
+def test_replies_do_not_wait_for_the_client_to_acknowledge_their_headers() -> None:
+    """Nagle's algorithm would hold the body of every reply but a connection's first back for 40 ms."""
+
+    async def accepted() -> int:
+        came: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            came.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        address = listen("127.0.0.1", 0)
+        async with await asyncio.start_server(connected, sock=address):
+            _, writer = await asyncio.open_connection(*address.getsockname())
+            writer.close()
+            return await came
+
+    assert asyncio.run(accepted())
 
 
 def test_the_time_to_come_back_follows_the_load() -> None:
