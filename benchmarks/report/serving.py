@@ -82,7 +82,7 @@ def _tables(measured: ServingLoad) -> Iterator[Markup]:
 def _long(measured: ServingLoad) -> Iterator[Markup]:
     if (found := measured.overload) is not None:
         yield table(
-            f"Overload: {found.rate:.1f} requests a second, {found.times:g} times the capacity",
+            f"Overload: {found.title}",
             (Column("", numeric=False), Column("Images a second"), *_ENDS),
             [
                 ("Every place taken", f"{found.capacity:.2f}", *_ends(found.at_capacity)),

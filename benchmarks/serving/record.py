@@ -85,12 +85,19 @@ class Overload(BaseModel):
     accepted: Percentiles | None = Field(description="latency under overload")
     refusals: Percentiles | None = Field(description="seconds until a request was refused")
     late: Percentiles | None = Field(description="how much after its moment the generator sent a request")
+    client: float | None = Field(default=None, description="cores that sending the requests took of this machine")
     places: int = Field(description="for requests, in flight and waiting together")
     taken: int = Field(description="most of them that were seen taken")
     statuses: dict[str, int]
     unexpected: int = Field(
         description="replies that are neither an image nor a 429 or 503 that says when to come back"
     )
+
+    @property
+    def title(self) -> str:
+        """Of its table."""
+        sent = "" if self.client is None else f"; sending them takes {self.client:.2f} cores"
+        return f"{self.rate:.1f} requests a second, {self.times:g} times the capacity{sent}"
 
 
 class Soak(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import statistics
 import time
@@ -188,8 +189,10 @@ def _overload(serving: Serving, plan: Plan, measured: ServingLoad, stage: Stage)
         full = _closed(server.url, _simple(serving), places, plan.capacity, plan.settle)
         rate = plan.times * full.throughput
         stage(f"overload: {rate:.1f} requests a second for {plan.overload:g} s")
+        began, worked = time.perf_counter(), time.process_time()
         with watch.Watch(server.url, server.pid, 0.25) as seen:
             window = _open(server.url, _simple(serving), rate, plan.overload, plan.settle, seed=1)
+        client = (time.process_time() - worked) / (time.perf_counter() - began)
     refused = [reply for reply in window.replies if _refused(reply)]
     return Overload(
         times=plan.times,
@@ -201,6 +204,7 @@ def _overload(serving: Serving, plan: Plan, measured: ServingLoad, stage: Stage)
         accepted=Percentiles.of(window.latencies),
         refusals=Percentiles.of([reply.ended - reply.sent for reply in refused]),
         late=Percentiles.of([reply.sent - reply.due for reply in window.replies]),
+        client=client,
         places=places,
         taken=seen.most(watch.QUEUED, watch.IN_FLIGHT),
         statuses=_statuses(window.replies),
@@ -253,11 +257,9 @@ def _soak(serving: Serving, plan: Plan, seconds: float, leak: int, measured: Ser
 
 def _held(server: Process) -> int:
     """Requests and slots that are left, once those that are given up have had time for their step."""
-    import httpx
-
     deadline = time.perf_counter() + _QUIET
     while True:
-        left = int(sum(watch.gauges(httpx.get(f"{server.url}/metrics", timeout=60).text).values()))
+        left = int(sum(watch.gauges(watch.read(f"{server.url}/metrics")).values()))
         if not left or time.perf_counter() > deadline:
             return left
         time.sleep(0.1)
@@ -270,9 +272,7 @@ def _simple(serving: Serving) -> Body:
 
 def _mixed(serving: Serving, url: str) -> Body:
     """Three sizes around the requests' own, three numbers of steps, cached and not."""
-    import httpx
-
-    told = httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["offcut"]
+    told = json.loads(watch.read(f"{url}/v1/models"))["data"][0]["offcut"]
     width, height = (serving.size,) * 2 if serving.size else map(int, told["size"].split("x"))
     step = told["multiple"]
     sizes = [f"{width}x{height}", f"{width + step}x{height}", f"{width}x{max(step, height - step)}"]

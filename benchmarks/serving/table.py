@@ -66,7 +66,7 @@ def _open(measured: ServingLoad) -> Table:
 def _overload(measured: ServingLoad) -> Table:
     found = measured.overload
     assert found is not None
-    table = Table(box=SIMPLE, title=f"{found.rate:.1f} requests a second, {found.times:g} times the capacity")
+    table = Table(box=SIMPLE, title=f"Overload: {found.title}")
     for heading in ("", "images/s", "p50 s", "p99 s"):
         table.add_column(heading, justify="right" if heading else "left")
     table.add_row("every place taken", f"{found.capacity:.2f}", *_ends(found.at_capacity))

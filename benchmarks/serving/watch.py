@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -63,16 +64,19 @@ class Watch:
         return int(max((sum(look.gauges[name] for name in names) for look in self.looks), default=0))
 
     def _work(self) -> None:
-        import httpx
-
         try:
-            with httpx.Client(timeout=60) as http:
-                while not self._over.wait(self._every):
-                    text = http.get(f"{self._url}/metrics").text
-                    self.looks.append(Look(time.perf_counter(), self._process.memory_info().rss, gauges(text)))
-                    self._told(self.looks[-1])
+            while not self._over.wait(self._every):
+                text = read(f"{self._url}/metrics")
+                self.looks.append(Look(time.perf_counter(), self._process.memory_info().rss, gauges(text)))
+                self._told(self.looks[-1])
         except Exception as error:  # told at the end of the context
             self._error = error
+
+
+def read(url: str) -> str:
+    """What a server says there."""
+    with urllib.request.urlopen(url, timeout=60) as reply:
+        return str(reply.read().decode())
 
 
 def gauges(text: str) -> dict[str, float]:

@@ -84,7 +84,7 @@ def serve(
         ("fastapi", "fastapi", "serve"),
         ("uvicorn", "uvicorn", "serve"),
         ("prometheus_client", "prometheus-client", "serve"),
-        ("httpx", "httpx", "bench"),
+        ("aiohttp", "aiohttp", "bench"),
     ):
         if find_spec(module) is None:
             raise MissingExtraError("offcut bench serve", package, extra)
@@ -119,7 +119,7 @@ def serve(
         leaving=leaving,
         leak=leak,
     )
-    outcome = Outcome(("torch", "diffusers", "onnxruntime", "openvino", "fastapi", "uvicorn", "httpx"))
+    outcome = Outcome(("torch", "diffusers", "onnxruntime", "openvino", "fastapi", "uvicorn", "aiohttp"))
     err.print(f"about {plan.estimate / 60:.0f} minutes, and what starting the servers takes", highlight=False)
     quiet_libraries()
     with stages() as stage:

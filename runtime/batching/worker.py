@@ -199,8 +199,7 @@ class Worker:
         return Ticket(request, self._cancel)
 
     def expect_room(self) -> None:
-        """Raise what ``submit`` would now, before anything is made ready for it: a server that is asked for more than it
-        can do has to say so cheaply.
+        """Raise what ``submit`` would now, before anything is made ready for it: refusing has to be cheap.
 
         Raises:
             QueueFullError: as many wait as may.

@@ -99,6 +99,7 @@ def measured(**changed: Any) -> ServingLoad:
             accepted=seconds(11),
             refusals=seconds(0.01),
             late=None,
+            client=0.25,
             places=24,
             taken=24,
             statuses={"200": 9, "429 queue_full": 90},
@@ -175,5 +176,15 @@ def test_the_tables_show_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     for table in tables(given):
         console.print(table)
     shown = capsys.readouterr().out
-    for text in ("30.00", "1.07x", "one at a time", "70%", "14.0 requests", "+100.0", "met", "alone allow 1.09x"):
+    for text in (
+        "30.00",
+        "1.07x",
+        "one at a time",
+        "70%",
+        "14.0 requests",
+        "takes 0.25 cores",
+        "+100.0",
+        "met",
+        "alone allow 1.09x",
+    ):
         assert text in shown

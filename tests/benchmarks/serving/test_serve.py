@@ -151,6 +151,8 @@ def test_overload_is_refused_and_memory_is_watched(tiny_bundle: Path) -> None:
     assert over.refusals.count == over.statuses["429 queue_full"]
     assert over.unexpected == 0
     assert 0 < over.taken <= over.places == 3
+    assert over.client is not None
+    assert 0 < over.client < 2
     assert (soak.unexpected, soak.held) == (0, 0), soak.statuses
     assert 0 < soak.left < soak.requests
     assert control.growth > soak.growth
