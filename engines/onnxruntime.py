@@ -277,11 +277,12 @@ def _open(
 def _run_options(provider: Provider | None, graph_id: int) -> Any:
     import onnxruntime
 
+    if provider is None:
+        return None  # ONNX Runtime looks into options at each call: 0.1 ms
     options = onnxruntime.RunOptions()
-    if provider is not None:
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        if provider.graph_id is not None:
-            options.add_run_config_entry(provider.graph_id, str(graph_id))
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    if provider.graph_id is not None:
+        options.add_run_config_entry(provider.graph_id, str(graph_id))
     return options
 
 

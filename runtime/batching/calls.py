@@ -19,9 +19,6 @@ from .ticks import TickLog
 Stamp = tuple[int, int, int]
 """Whose features lie in some rows of a buffer: the request's key, the number of its full step, how many rows."""
 
-Place = tuple[int, int]
-"""A request's first row in a batch, and the one behind its last."""
-
 
 class EngineCalls:
     """Makes the calls of a pair of engines. One thread at a time.
@@ -50,9 +47,8 @@ class EngineCalls:
         Returns:
             Each call's noise prediction, in its sample's dtype and memory of its own.
         """
-        places = _places(calls)
-        rows = places[-1][1]
-        self._write_inputs(calls, places, bound)
+        rows = sum(call.rows for call in calls)
+        self._write_inputs(calls, bound, size)
         held = self._held.setdefault(bound, {})
         gathered = None
         if cut is not None:
@@ -65,8 +61,9 @@ class EngineCalls:
             )
             gathered = any(held.get(name) != wanted for name in names)
             if gathered:  # else they are still where the last call of the same requests left them
-                self._gather(names, calls, places, bound, size)
-                self._predict(foreseen, calls, places, bound, size)
+                parts = {name: _parts(bound.buffers[name], calls, size) for name in names}
+                _gather(parts, calls)
+                _predict(parts, calls, foreseen)
                 held |= dict.fromkeys(names, wanted)
         with self._ranges.call(cut is None, more=False), self._log.call(calls[0].lane, cut, size, rows, gathered):
             if cut is None:
@@ -74,7 +71,7 @@ class EngineCalls:
             else:
                 bound.shallow(cut)
         if cut is None:
-            self._scatter(calls, places, bound, size)
+            _scatter(calls, bound, size)
             for call in calls:
                 request = call.request
                 request.before = request.written if request.written >= 0 else None
@@ -85,52 +82,23 @@ class EngineCalls:
         for call in calls:
             call.shared = rows
         return [
-            _part(noise_pred, place, size).to(call.tensors[SAMPLE].dtype, copy=True)
-            for call, place in zip(calls, places, strict=True)
+            part.to(call.tensors[SAMPLE].dtype, copy=True)
+            for call, part in zip(calls, _parts(noise_pred, calls, size), strict=True)
         ]
 
-    def _write_inputs(self, calls: Sequence[Call], places: Sequence[Place], bound: BoundPair) -> None:
-        targets, sources = [], []
+    def _write_inputs(self, calls: Sequence[Call], bound: BoundPair, size: int) -> None:
+        targets: list[torch.Tensor] = []
+        sources: list[torch.Tensor] = []
         for name in (*calls[0].tensors, "timestep"):
             buffer = bound.buffers[name]
-            per = calls[0].lane.per_row.get(name)
-            for call, (first, end) in zip(calls, places, strict=True):
-                targets.append(buffer if per is None else buffer[per * first : per * end])
-                sources.append(call.timestep if name == "timestep" else call.tensors[name])
-                if per is None:
-                    break  # the same for all
+            given = [call.timestep if name == "timestep" else call.tensors[name] for call in calls]
+            if name in calls[0].lane.per_row:
+                targets += _parts(buffer, calls, size)
+                sources += given
+            else:  # the same for all
+                targets.append(buffer)
+                sources.append(given[0])
         _copy(targets, sources)
-
-    def _scatter(self, calls: Sequence[Call], places: Sequence[Place], bound: BoundPair, size: int) -> None:
-        """The features of a full call, into the slots of those who will need them; what was there goes back by one."""
-        kept = [
-            (_slot(call).features, name, _part(bound.buffers[name], place, size))
-            for call, place in zip(calls, places, strict=True)
-            for name in call.layout or ()
-            if name in bound.buffers
-        ]
-        older = [(slot[before(name)], slot[name]) for slot, name, _ in kept if before(name) in slot]
-        _copy([target for target, _ in older], [source for _, source in older])
-        _copy([slot[name] for slot, name, _ in kept], [fresh for _, _, fresh in kept])
-
-    def _gather(
-        self, names: Sequence[str], calls: Sequence[Call], places: Sequence[Place], bound: BoundPair, size: int
-    ) -> None:
-        """The features of these requests, from their slots into the buffers of a shallow call."""
-        _copy(
-            [_part(bound.buffers[name], place, size) for name in names for place in places],
-            [_slot(call).features[name] for name in names for call in calls],
-        )
-
-    def _predict(
-        self, foreseen: Sequence[_Foreseen], calls: Sequence[Call], places: Sequence[Place], bound: BoundPair, size: int
-    ) -> None:
-        """Over the features as they were, those of requests with a forecast."""
-        for made, call, place in zip(foreseen, calls, places, strict=True):
-            for name, coefficients in made.items():
-                slot = _slot(call).features
-                earlier = slot[name] if call.request.before is None else slot[before(name)]
-                write(_part(bound.buffers[name], place, size), slot[name], earlier, coefficients)
 
 
 _Foreseen = Mapping[str, Coefficients]
@@ -145,24 +113,47 @@ def _foreseen(call: Call, names: Sequence[str]) -> _Foreseen:
     return {name: coefficients for name, coefficients in made.items() if coefficients is not None}
 
 
+def _scatter(calls: Sequence[Call], bound: BoundPair, size: int) -> None:
+    """The features of a full call, into the slots of those who will need them; what was there goes back by one."""
+    kept = [
+        (_slot(call).features, name, part)
+        for name in dict.fromkeys(name for call in calls for name in call.layout or () if name in bound.buffers)
+        for call, part in zip(calls, _parts(bound.buffers[name], calls, size), strict=True)
+        if call.layout and name in call.layout
+    ]
+    older = [(slot[before(name)], slot[name]) for slot, name, _ in kept if before(name) in slot]
+    _copy([target for target, _ in older], [source for _, source in older])
+    _copy([slot[name] for slot, name, _ in kept], [fresh for _, _, fresh in kept])
+
+
+def _gather(parts: Mapping[str, Sequence[torch.Tensor]], calls: Sequence[Call]) -> None:
+    """The features of these requests, from their slots into the buffers of a shallow call."""
+    _copy(
+        [part for each in parts.values() for part in each],
+        [_slot(call).features[name] for name in parts for call in calls],
+    )
+
+
+def _predict(parts: Mapping[str, Sequence[torch.Tensor]], calls: Sequence[Call], foreseen: Sequence[_Foreseen]) -> None:
+    """Over the features as they were, those of requests with a forecast."""
+    for place, (call, made) in enumerate(zip(calls, foreseen, strict=True)):
+        for name, coefficients in made.items():
+            slot = _slot(call).features
+            earlier = slot[name] if call.request.before is None else slot[before(name)]
+            write(parts[name][place], slot[name], earlier, coefficients)
+
+
 def _slot(call: Call) -> Slot:
     if call.request.slot is None:
         raise InternalError(f"request {call.request.key} has no slot for its cached features")
     return call.request.slot
 
 
-def _places(calls: Sequence[Call]) -> list[Place]:
-    places, end = [], 0
-    for call in calls:
-        places.append((end, end + call.rows))
-        end += call.rows
-    return places
-
-
-def _part(buffer: torch.Tensor, place: Place, size: int) -> torch.Tensor:
-    """These rows of a buffer with ``size`` rows; each may be several entries, e.g. the frames of a video."""
+def _parts(buffer: torch.Tensor, calls: Sequence[Call], size: int) -> Sequence[torch.Tensor]:
+    """Each call's rows of a buffer with ``size`` rows; each may be several entries, e.g. the frames of a video."""
     per = buffer.shape[0] // size
-    return buffer[per * place[0] : per * place[1]]
+    counts = [per * call.rows for call in calls]
+    return torch.split(buffer[: sum(counts)], counts)
 
 
 def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

@@ -40,6 +40,7 @@ class Drawing(Going):
         self._loop = asyncio.get_running_loop()
         self._metrics = metrics
         self._timeline: list[str] = []
+        self._untold: list[Progress] = []
         self._submitted = self._last = time.monotonic()
         arguments = asked.pipeline_arguments()
         if asked.previews:
@@ -83,6 +84,8 @@ class Drawing(Going):
         future = self._ticket.future
         if self._ticket.started is not None:
             self._metrics.queue_seconds.observe(self._ticket.started - self._submitted)
+        for event in self._untold:
+            self.events.put_nowait(event)
         error = future.exception()
         self._end(future.result() if error is None else error)
 
@@ -98,7 +101,10 @@ class Drawing(Going):
         self._timeline.append(mark)
         self._metrics.step_seconds.labels(kind).observe(seconds)
         event = Progress(step.call + 1, step.calls, kind, seconds, step.rows)
-        self._tell(lambda: self.events.put_nowait(event))
+        if self.asked.stream:
+            self._tell(lambda: self.events.put_nowait(event))
+        else:  # nobody waits for it, and waking the loop's thread would cost as much as the step's own Python
+            self._untold.append(event)
 
     def _step_ended(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if step in preview_steps(pipe.num_timesteps, self.asked.previews):

@@ -72,7 +72,7 @@ class Going(ABC):
     def __init__(self, asked: Wanted, closed: Callable[[Any], None]) -> None:
         self.asked = asked
         self.events: asyncio.Queue[Event | None] = asyncio.Queue()
-        """Of the drawing as it goes on; None at its end."""
+        """Of the drawing as it goes on, where the client streams, else together at its end; None after the last."""
         self._ended: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._closed = closed
         self._left = False

@@ -29,6 +29,7 @@ class Wanted:
         size: width and height in pixels.
         steps: of the scheduler.
         seconds: until the deadline.
+        stream: whether the client is told of each UNet call as it is made.
         previews: in the stream.
     """
 
@@ -42,6 +43,7 @@ class Wanted:
     size: tuple[int, int]
     steps: int
     seconds: float
+    stream: bool
     previews: int
 
     def pipeline_arguments(self) -> dict[str, Any]:
@@ -107,6 +109,7 @@ def wanted(body: GenerationRequest, served: Model, settings: Settings, cache_lim
         size=(width, height),
         steps=steps,
         seconds=settings.timeout if body.timeout is None else min(body.timeout, settings.timeout),
+        stream=bool(body.stream),
         previews=body.partial_images or 0,
     )
 

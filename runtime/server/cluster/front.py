@@ -71,13 +71,13 @@ class Front(Offer):
     def draw(self, body: GenerationRequest) -> RemoteDrawing:
         if self.stopping:
             raise WorkerClosedError("the server is shutting down")
-        name = body.model or self._plan.first
-        asked = wanted(body, self._models[name], self.settings, self._plan.recipes[name].cache_bytes)
         places = len(self._looks()) * self._plan.places
         if len(self._open) >= places + self._plan.max_queue:
             raise QueueFullError(
                 f"{len(self._open)} requests are here already, and replicas work on {places} at once: try again later"
             )
+        name = body.model or self._plan.first
+        asked = wanted(body, self._models[name], self.settings, self._plan.recipes[name].cache_bytes)
         began = time.monotonic()
 
         def closed(drawing: RemoteDrawing) -> None:

@@ -63,7 +63,7 @@ class Sent:
 
 
 def asked(seconds: float = 60.0) -> Wanted:
-    return Wanted({}, None, None, None, None, 7, 1, (64, 64), 3, seconds, 0)
+    return Wanted({}, None, None, None, None, 7, 1, (64, 64), 3, seconds, True, 0)
 
 
 async def outcome(sent: Sent, seconds: float = 60.0, stream: bool = True) -> tuple[Any, list[Any], ClusterMetrics]:
