@@ -1,37 +1,84 @@
-"""The networks around the UNet, compiled by the engines that compile: each a full graph without a shallow one."""
+"""The networks around the UNet in the engines of a build: each a full graph without a shallow one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..exporter.components import component_of, trace_component, write_answers
 from ..exporter.specs import symbols
-from .base import Compiled, CompileJob, EngineOptions, Setting
-from .bundle import devices_of
-from .components import FOLDER, contract, prove_component
+from .base import Compiled, CompileJob, EngineOptions
+from .bundle import Bundle
+from .components import FOLDER, contract, make_components, prove_component
 from .manifest import ComponentEntry, EngineEntry, ProfileEntry
-from .plan import Plan
+from .merge import source_of
+from .plan import Plan, Progress
 from .profiles import Profile, Range
 from .registry import compiler, engine
+
+
+def build_components(
+    plan: Plan, engines: Sequence[EngineEntry], existing: Bundle | None, staged: Path, progress: Progress
+) -> Sequence[ComponentEntry]:
+    """The networks around the UNet, each proven on every engine of the build that was not there before.
+
+    Args:
+        engines: what the build's engines made of the UNet.
+        existing: the bundle as it is; None if there is none yet.
+        staged: the bundle in the making.
+
+    Raises:
+        EngineError: an engine refuses a network.
+        ParityError: it computes something else.
+    """
+    if not plan.compile_all:
+        return ()
+    label = f"{plan.base}-opset{plan.opset}"
+    held = [entry for entry in existing.manifest.components if entry.label == label] if existing else []
+    whole = bool(held) and all(entry.graph is not None for entry in held)  # else only what was compiled was kept
+    root = existing.path if whole and existing else staged
+    if whole:
+        progress(f"reuse the networks around the UNet, {label}")
+        made = held
+    else:
+        compiled = {entry.name: entry.engines for entry in held}
+        made = [
+            entry.model_copy(update={"engines": compiled.get(entry.name, ())})
+            for entry in make_components(plan.source, staged, precision=plan.base, opset=plan.opset, progress=progress)
+        ]
+    options = EngineOptions(plan.device)
+    against = source_of(plan).reference
+    for unet in engines:
+        name = unet.engine
+        if compiler(name) is None:
+            for entry in made:
+                progress(f"verify {entry.name} on {name}")
+                prove_component(root, entry, name, options, against)
+        elif not plan.source.onnx:  # else they run in an engine that opens the graphs
+            made = compile_components(plan, unet, made, root, staged, progress)
+    return [_without_graph(entry, staged) for entry in made] if plan.deploy and not whole else made
+
+
+def _without_graph(entry: ComponentEntry, staged: Path) -> ComponentEntry:
+    for name in (entry.graph, entry.weights):
+        (staged / str(name)).unlink()
+    return entry.model_copy(update={"graph": None, "weights": None})
 
 
 def compile_components(
     plan: Plan,
     unet: EngineEntry,
-    recorded: Mapping[str, Setting],
     entries: list[ComponentEntry],
     root: Path,
     staged: Path,
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> list[ComponentEntry]:
     """Each of these networks with the engine's own build of it, proven where the engine runs on this machine.
 
     Args:
         unet: what the engine made of the UNet; the networks take the sizes that it takes.
-        recorded: the settings that decide what is built.
         entries: the networks; those that the engine has compiled so already are left as they are.
         root: the directory that their files' names start from.
         staged: the bundle in the making.
@@ -40,24 +87,24 @@ def compile_components(
         EngineError: the engine refuses a network.
         ParityError: it computes something else.
     """
-    return [_with_build(plan, unet, recorded, entry, root, staged, progress) for entry in entries]
+    return [_with_build(plan, unet, entry, root, staged, progress) for entry in entries]
 
 
 def _with_build(
     plan: Plan,
     unet: EngineEntry,
-    recorded: Mapping[str, Setting],
     entry: ComponentEntry,
     root: Path,
     staged: Path,
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> ComponentEntry:
     name, module = unet.engine, compiler(unet.engine)
     assert module is not None
+    recorded = plan.recorded(name)
     profiles = _profiles(entry, unet, plan.fixed)
     probe = module.probe()
     decides: list[object] = [plan.weights_digest, entry.label, entry.name, plan.device, name, probe.version]
-    decides += [dict(probe.targets), dict(recorded), [ProfileEntry.of(each).model_dump() for each in profiles]]
+    decides += [dict(probe.targets), recorded, [ProfileEntry.of(each).model_dump() for each in profiles]]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     key = f"{name}-{digest[:12]}"
     if any(each.key == key for each in entry.engines):
@@ -89,7 +136,7 @@ def _with_build(
         requires=(),
         targets=compiled.targets,
         profiles=tuple(ProfileEntry.of(each) for each in compiled.profiles),
-        settings=dict(recorded),
+        settings=recorded,
         references=tuple(file.relative_to(staged).as_posix() for file in references),
         later_versions=compiled.later_versions,
         verified=False,
@@ -97,8 +144,7 @@ def _with_build(
         shallow={},
         files=tuple(sorted(file.relative_to(staged).as_posix() for file in folder.rglob("*") if file.is_file())),
     )
-    if devices := devices_of(made):
-        device = plan.device if plan.device.partition(":")[0] in devices else devices[0]
+    if device := plan.device_for(made):
         progress(f"verify {entry.name} on {name}")
         prove_component(root, entry, name, EngineOptions(device), compiled=made, within=staged)
         made = made.model_copy(update={"verified": True})

@@ -17,12 +17,12 @@ from ..exporter.load import PRECISIONS, ModelSource, locate, read_index
 from ..exporter.lora import Scaled, find, read
 from ..exporter.original import open_original
 from ..exporter.quantize import Scheme
-from .base import Settings
-from .bundle import Bundle, digest_file
+from .base import Setting, Settings
+from .bundle import Bundle, devices_of, digest_file
 from .calibrate import Calibrator
 from .components import compilable
 from .imported import check_onnx
-from .manifest import MANIFEST_FILE
+from .manifest import MANIFEST_FILE, EngineEntry
 from .parts import weight_files
 from .precision import bounds
 from .profiles import Profile, trained_side
@@ -77,6 +77,19 @@ class Plan:
         fixed = "".join(f"-{name[0]}{size}" for name, size in sorted(self.fixed.items()))
         adapters = "".join(f"-{name}" for name in sorted(self.adapters))
         return f"{self.scheme.label if self.scheme else self.precision}-opset{self.opset}{fixed}{adapters}"
+
+    def recorded(self, name: str) -> dict[str, Setting]:
+        """The settings of an engine that decide what is built."""
+        compiles = compiler(name)
+        helpers = compiles.HELPERS if compiles else frozenset()
+        return {setting: value for setting, value in self.settings[name].items() if setting not in helpers}
+
+    def device_for(self, entry: EngineEntry) -> str | None:
+        """What to verify an engine on: the device asked for, or another that it runs on; None if none is here."""
+        fitting = devices_of(entry)
+        if self.device.partition(":")[0] in fitting:
+            return self.device
+        return fitting[0] if fitting else None
 
 
 def make_plan(

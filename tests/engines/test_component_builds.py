@@ -15,7 +15,6 @@ import offcut.engines.variants as variants_module
 from offcut.engines.base import EngineOptions
 from offcut.engines.component_builds import compile_components
 from offcut.engines.components import components_of, engine_for, open_component
-from offcut.engines.inductor import SETTINGS
 from offcut.engines.plan import make_plan
 from offcut.engines.store import commit, staging
 from offcut.engines.verify import verify_bundle
@@ -56,7 +55,7 @@ def bundle(small_pipeline_dir: Path, made: ExportedUNet, tmp_path_factory: pytes
         unet = first.entry("onnxruntime").model_copy(update={"engine": "inductor"})
         text = [entry for entry in first.manifest.components if entry.name == "text_encoder"]
         with staging(path) as staged:
-            (compiled,) = compile_components(plan, unet, SETTINGS, text, path, staged, lambda sentence: None)
+            (compiled,) = compile_components(plan, unet, text, path, staged, lambda sentence: None)
             commit(
                 path,
                 staged,
