@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InternalError
 from .parameters import Parameter
+from .simplify import simplify
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,7 +32,6 @@ def to_onnx(
         inputs, outputs: names for them.
         prefix: of the parameters' names, which is left out.
     """
-    import onnxscript.optimizer
     import torch
 
     with quiet():
@@ -50,7 +50,7 @@ def to_onnx(
     _promote_joined(model)
     parameters = _lay_out_weights(model, prefix)
     with _weights_aside(model, parameters), quiet():
-        onnxscript.optimizer.optimize_ir(model)
+        simplify(model)
     used = {name: parameter for name, parameter in parameters.items() if name in model.graph.initializers}
     return model, used
 
@@ -163,7 +163,7 @@ def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
 
 @contextmanager
 def _weights_aside(model: ir.Model, names: Iterable[str]) -> Iterator[None]:
-    """Hide the weights from the optimizer, which would otherwise fold and merge them out of the parameter map."""
+    """Hide the weights from ``simplify``, which would otherwise fold and merge them out of the parameter map."""
     graph = model.graph
     weights = {name: graph.initializers[name] for name in names}
     constants = {name: value.const_value for name, value in weights.items()}
