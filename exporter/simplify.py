@@ -40,7 +40,8 @@ def simplify(model: ir.Model) -> None:
 
     class FoldConstants(ir.passes.InPlacePass):
         def call(self, model: ir.Model) -> ir.passes.PassResult:
-            return fold_constants_ir(model, onnx_shape_inference=True)
+            folded: ir.passes.PassResult = fold_constants_ir(model, onnx_shape_inference=True)
+            return folded
 
     ir.passes.Sequential(
         common.InlinePass(),
@@ -49,7 +50,7 @@ def simplify(model: ir.Model) -> None:
                 FoldConstants(),
                 RewritePass(_rules()),
                 common.RemoveUnusedNodesPass(),
-                common.RemoveUnusedFunctionsPass(),
+                common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
                 common.RemoveUnusedOpsetsPass(),
             ],
             steps=_ROUNDS,
