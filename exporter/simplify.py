@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 _ROUNDS = 2
 
-# Of onnxscript's rules those that it applies by default, but for ``slice_split_rule``: that has two results, for which
-# onnxscript goes through the whole graph at each node. It took a third of the time of exporting SDXL, and a UNet has
-# nothing that it fits.
+# Of onnxscript's rules those that it applies by default, but for those on integer convolutions, of which an export has
+# none, and for ``slice_split_rule``: that has two results, for which onnxscript goes through the whole graph at each
+# node. It took a third of the time of exporting SDXL, and a UNet has nothing that it fits.
+_COMMUTING = ("mul_by_1", "add_0")
 _RULES = (
-    *("mul_by_1", "add_0"),  # whichever operand it is
     *("sub_0", "div_by_1", "dropout_zero", "dropout_inference"),
     *("two_reshapes_matmul_reshape", "one_reshape_matmul_reshape"),
     *("cast_constant_of_shape", "cast_constant_of_shape_without_value"),
@@ -69,5 +69,7 @@ def simplify(model: ir.Model) -> None:
 def _rules() -> list[RewriteRule]:
     from onnxscript.rewriter.rules import common
 
-    rules = [getattr(common, f"{name}_rule") for name in _RULES]
-    return [*rules[0].commute(), *rules[1].commute(), *rules[2:]]
+    def rule(name: str) -> RewriteRule:
+        return getattr(common, f"{name}_rule")
+
+    return [*(each for name in _COMMUTING for each in rule(name).commute()), *map(rule, _RULES)]

@@ -48,7 +48,7 @@ class EngineCalls:
             Each call's noise prediction, in its sample's dtype and memory of its own.
         """
         rows = sum(call.rows for call in calls)
-        self._write_inputs(calls, bound, size)
+        _write_inputs(calls, bound, size)
         held = self._held.setdefault(bound, {})
         gathered = None
         if cut is not None:
@@ -86,20 +86,6 @@ class EngineCalls:
             for call, part in zip(calls, _parts(noise_pred, calls, size), strict=True)
         ]
 
-    def _write_inputs(self, calls: Sequence[Call], bound: BoundPair, size: int) -> None:
-        targets: list[torch.Tensor] = []
-        sources: list[torch.Tensor] = []
-        for name in (*calls[0].tensors, "timestep"):
-            buffer = bound.buffers[name]
-            given = [call.timestep if name == "timestep" else call.tensors[name] for call in calls]
-            if name in calls[0].lane.per_row:
-                targets += _parts(buffer, calls, size)
-                sources += given
-            else:  # the same for all
-                targets.append(buffer)
-                sources.append(given[0])
-        _copy(targets, sources)
-
 
 _Foreseen = Mapping[str, Coefficients]
 """How a shallow call predicts each feature; one that it reuses is not there."""
@@ -111,6 +97,21 @@ def _foreseen(call: Call, names: Sequence[str]) -> _Foreseen:
         return {}
     made = {name: request.forecast.at(name, call.number, request.written, request.before) for name in names}
     return {name: coefficients for name, coefficients in made.items() if coefficients is not None}
+
+
+def _write_inputs(calls: Sequence[Call], bound: BoundPair, size: int) -> None:
+    targets: list[torch.Tensor] = []
+    sources: list[torch.Tensor] = []
+    for name in (*calls[0].tensors, "timestep"):
+        buffer = bound.buffers[name]
+        given = [call.timestep if name == "timestep" else call.tensors[name] for call in calls]
+        if name in calls[0].lane.per_row:
+            targets += _parts(buffer, calls, size)
+            sources += given
+        else:  # the same for all
+            targets.append(buffer)
+            sources.append(given[0])
+    _copy(targets, sources)
 
 
 def _scatter(calls: Sequence[Call], bound: BoundPair, size: int) -> None:

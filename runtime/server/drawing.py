@@ -103,7 +103,7 @@ class Drawing(Going):
         event = Progress(step.call + 1, step.calls, kind, seconds, step.rows)
         if self.asked.stream:
             self._tell(lambda: self.events.put_nowait(event))
-        else:  # nobody waits for it, and waking the loop's thread would cost as much as the step's own Python
+        else:  # nobody waits for it, so the loop's thread sleeps on
             self._untold.append(event)
 
     def _step_ended(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
