@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engines.build import build
-    from .engines.bundle import Bundle
+    from .engines.build.build import build
+    from .engines.bundle.bundle import Bundle
     from .errors import OffcutError
     from .exporter.cut import find_cuts, split
     from .exporter.trace import export
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "Adaptive": "runtime.schedule",
-    "Bundle": "engines.bundle",
+    "Bundle": "engines.bundle.bundle",
     "Calibration": "runtime.calibration",
     "DeepCacheSDHelper": "runtime.deepcache",
     "Extrapolate": "runtime.forecast",
@@ -36,7 +36,7 @@ _WHERE = {
     "UNet": "runtime.unet",
     "Uniform": "runtime.schedule",
     "attach": "runtime.pipeline",
-    "build": "engines.build",
+    "build": "engines.build.build",
     "export": "exporter.trace",
     "find_cuts": "exporter.cut",
     "load": "runtime.pipeline",

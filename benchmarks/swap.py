@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
 
     from ..engines.base import EnginePair
-    from ..engines.bundle import Bundle
-    from ..engines.manifest import EngineEntry
+    from ..engines.bundle.bundle import Bundle
+    from ..engines.bundle.manifest import EngineEntry
 
 Progress = Callable[[str], None]
 
@@ -186,7 +186,7 @@ def _exchange(
 def _rebuild(
     row: SwapRow, bundle: Bundle, entry: EngineEntry, model: Path, file: Path, out: Path, device: str
 ) -> SwapRow:
-    from ..engines.build import build
+    from ..engines.build.build import build
 
     variant = bundle.manifest.variants[entry.variant]
     began = time.perf_counter()

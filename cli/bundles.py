@@ -37,7 +37,7 @@ from .shell import (
 )
 
 if TYPE_CHECKING:
-    from ..engines.bundle import Bundle
+    from ..engines.bundle.bundle import Bundle
 
 
 def _in(panel: str) -> dict[str, Any]:
@@ -123,9 +123,9 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Build a bundle: export, cut, compile, verify each engine against PyTorch, or against the ONNX that is given."""
-    from ..engines.build import build as run_build
-    from ..engines.schemes import LOW_PRECISIONS
-    from ..engines.sizes import Sizes
+    from ..engines.build.build import build as run_build
+    from ..engines.build.schemes import LOW_PRECISIONS
+    from ..engines.build.sizes import Sizes
     from ..runtime.calibration import Calibration
     from ..runtime.prompts import read_prompts
 
@@ -180,7 +180,7 @@ def build(
 
 
 def _write_triton(bundle: Bundle, folder: Path, output: Path, device: str) -> None:
-    from ..engines.triton import BACKENDS, write_repository
+    from ..engines.build.triton import BACKENDS, write_repository
     from ..errors import UserError
 
     built = {entry.engine for entry in bundle.manifest.engines.values()}
@@ -207,7 +207,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a bundle holds: model, engines, cuts, inputs and outputs, digest; with --time, where the time goes."""
-    from ..engines.bundle import Bundle
+    from ..engines.bundle.bundle import Bundle
 
     opened = Bundle.open(bundle)
     if not timed:
@@ -246,8 +246,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every file's digest, and every engine against its model and across its cuts; exit 1 if one fails."""
-    from ..engines.bundle import Bundle
-    from ..engines.verify import verify_bundle
+    from ..engines.build.verify import verify_bundle
+    from ..engines.bundle.bundle import Bundle
 
     with stages() as stage:
         results = verify_bundle(Bundle.open(bundle, expect_digest), stage, device)
@@ -277,7 +277,7 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Remove what the manifest no longer names, and what a killed build left behind."""
-    from ..engines.store import prune as run_prune
+    from ..engines.bundle.store import prune as run_prune
 
     pruned = run_prune(bundle, dry_run)
     if as_json:

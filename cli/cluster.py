@@ -37,7 +37,7 @@ def serve_on_cluster(recipes: Mapping[str, Recipe], settings: Settings, cluster:
     Raises:
         UserError: Ray is missing, a bundle does not open, or the cluster does not take it.
     """
-    from ..engines.bundle import Bundle
+    from ..engines.bundle.bundle import Bundle
     from ..errors import MissingExtraError
 
     if find_spec("ray") is None:

@@ -114,7 +114,7 @@ def cuts(
     """List a UNet's cuts: what each caches, what its shallow graph costs, and the speed-up to expect."""
     from dataclasses import asdict
 
-    from ..engines.bundle import onnx_of
+    from ..engines.bundle.bundle import onnx_of
     from ..exporter.measure import measure_cuts
 
     dims = {"batch": batch, "frames": frames, "height": height, "width": width, "sequence": sequence}

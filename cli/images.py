@@ -29,7 +29,7 @@ from .shell import (
 
 if TYPE_CHECKING:
     from ..engines.base import OpenOptions
-    from ..engines.bundle import Bundle
+    from ..engines.bundle.bundle import Bundle
     from ..runtime.forecast import Forecast
     from ..runtime.schedule import Schedule
     from ..runtime.tuning.artifact import Tuned
@@ -83,7 +83,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Generate an image or a video, with and without caching if you like."""
-    from ..engines.bundle import Bundle
+    from ..engines.bundle.bundle import Bundle
 
     opened = Bundle.open(bundle)  # before what takes seconds to import
     from ..benchmarks.compare import generate_to_file
@@ -151,7 +151,7 @@ def demo(
     from ..benchmarks.demo import WAYS
     from ..benchmarks.demo import demo as run_demo
     from ..benchmarks.shapes.model import PROMPTS, model_path
-    from ..engines.build import build as run_build
+    from ..engines.build.build import build as run_build
 
     with stages() as stage:
         opened = run_build(model_path(), bundle, engine=engine, progress=stage)

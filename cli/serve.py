@@ -14,7 +14,7 @@ from .cluster import Cluster, say, serve_on_cluster
 from .shell import Device, EngineName, Loras, Provider, Threads, err, loras_of, quiet_libraries, stages
 
 if TYPE_CHECKING:
-    from ..engines.bundle import Bundle
+    from ..engines.bundle.bundle import Bundle
     from ..runtime.server.opening import Recipe
     from ..runtime.server.settings import Settings
 
@@ -167,7 +167,7 @@ def serve(
             raise MissingExtraError("offcut serve", package, "serve")
     opened = None
     if not ray:
-        from ..engines.bundle import Bundle
+        from ..engines.bundle.bundle import Bundle
 
         if len(bundles) > 1 or update or kuberay:
             raise UserError("several bundles, updates and manifests are Ray's: add --ray")

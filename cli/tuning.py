@@ -94,7 +94,7 @@ def tune(
 
     Draws images with the bundle's own pipeline. The report is of prompts and seeds that nothing was fitted to.
     """
-    from ..engines.bundle import Bundle
+    from ..engines.bundle.bundle import Bundle
     from ..errors import UserError
 
     opened = Bundle.open(bundle)  # before what takes seconds to import

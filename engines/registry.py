@@ -10,9 +10,15 @@ from typing import cast
 from ..errors import EngineError
 from .base import CompilingEngine, Engine, Probe
 
-# A new engine: one file in this folder ("_" for a "-" in its name), one line here, one row in precision.BOUNDS, one
-# parameter in the tests.
-ENGINES = ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime", "inductor")
+# A new engine: one module, one line here, one row in precision.BOUNDS, one parameter in the tests.
+_MODULES = {
+    "tensorrt": "nvidia.tensorrt",
+    "tensorrt-rtx": "nvidia.tensorrt_rtx",
+    "openvino": "openvino",
+    "onnxruntime": "onnxruntime.pair",
+    "inductor": "inductor",
+}
+ENGINES = tuple(_MODULES)
 
 _COMPILED_FOR_CUDA = ("tensorrt", "tensorrt-rtx")
 
@@ -33,7 +39,7 @@ def engine(name: str) -> Engine:
     """
     if name not in ENGINES:
         raise EngineError(f"there is no engine {name!r}; choose auto or one of {', '.join(ENGINES)}")
-    return cast(Engine, import_module(f".{name.replace('-', '_')}", __package__))
+    return cast(Engine, import_module(f".{_MODULES[name]}", __package__))
 
 
 def compiler(name: str) -> CompilingEngine | None:

@@ -14,12 +14,12 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..engines.base import EngineOptions, EnginePair
-from ..engines.components import components_of, engine_for, open_component
+from ..engines.bundle.networks import components_of, engine_for, open_component
 from ..errors import UserError
 from .bound import BoundPairs
 
 if TYPE_CHECKING:
-    from ..engines.bundle import Bundle
+    from ..engines.bundle.bundle import Bundle
 
 _BOUND = 4  # sets of shapes that buffers are kept for: an image's, and tiles at its edges
 

@@ -22,7 +22,7 @@ from .stand_in import StandIn
 from .unet import UNet
 
 if TYPE_CHECKING:
-    from ..engines.bundle import Bundle
+    from ..engines.bundle.bundle import Bundle
 
 
 def load(
@@ -49,7 +49,7 @@ def load(
         BundleError: the bundle is damaged, or holds a bare UNet.
         EngineError: the engine is missing or cannot run here.
     """
-    from ..engines.bundle import Bundle
+    from ..engines.bundle.bundle import Bundle
 
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     if opened.manifest.pipeline is None:

@@ -30,7 +30,7 @@ from .ranges import Ranges
 from .stand_in import IN_USE, StandIn
 
 if TYPE_CHECKING:
-    from ..engines.bundle import Bundle
+    from ..engines.bundle.bundle import Bundle
     from ..exporter.parameters import StoredWeights
 
 
@@ -127,7 +127,7 @@ class UNet(TakesLoras, StandIn):
             BundleError: the bundle is damaged or is none.
             EngineError: the engine is missing or cannot run here.
         """
-        from ..engines.bundle import Bundle
+        from ..engines.bundle.bundle import Bundle
 
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         entry = opened.find(engine, device=device, precision=precision, inference_precision=inference_precision)

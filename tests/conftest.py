@@ -29,34 +29,6 @@ VIDEO_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlper
 TINY_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "deepcache:4", "mlperf"]
 
 
-LONGEST_FILES = (
-    "runtime/tuning/test_tune.py",
-    "engines/test_precision.py",
-    "runtime/test_image_families.py",
-    "engines/nvidia/test_families.py",
-    "engines/test_pairs.py",
-    "engines/test_inductor.py",
-    "test_groups.py",
-    "test_readme.py",
-    "benchmarks/latency/test_latency.py",
-    "runtime/test_schedulers.py",
-    "runtime/tuning/test_reference.py",
-    "runtime/test_video.py",
-    "engines/test_imported.py",
-    "runtime/tuning/test_tune_cuts.py",
-    "engines/test_calibrate.py",
-    "engines/test_component_builds.py",
-)
-"""They come first: a process gets a file at a time, and one that comes last leaves the others idle."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    places = {here / name: place for place, name in enumerate(LONGEST_FILES)}
-    assert all(path.is_file() for path in places)
-    items.sort(key=lambda item: places.get(item.path, len(places)))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Eager layers of a few channels run several times faster on one thread than waiting for others."""

@@ -27,7 +27,7 @@ from .record import Call, Drift, Sample, Walk
 from .walk import walk
 
 if TYPE_CHECKING:
-    from ...engines.bundle import Bundle
+    from ...engines.bundle.bundle import Bundle
 
 SHOWN = 4
 """Images that are kept."""

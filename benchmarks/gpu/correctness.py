@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ...engines.build.verify import verify
 from ...engines.precision import bounds
-from ...engines.verify import verify
 from ...exporter.reference import read_reference
 from ...runtime.schedule import Uniform
 from .check import Claim, Outcome

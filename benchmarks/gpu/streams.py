@@ -18,7 +18,7 @@ from .peers import Conditioning
 from .workbench import CUT, Workbench
 
 if TYPE_CHECKING:
-    from ...engines.bundle import Bundle
+    from ...engines.bundle.bundle import Bundle
     from ...runtime.unet import UNet
 
 RECORDING = ("tensorrt", "tensorrt-rtx", "inductor", "onnxruntime")

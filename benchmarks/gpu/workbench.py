@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...engines.base import EngineOptions, Settings
-from ...engines.bundle import Bundle, open_entry
+from ...engines.bundle.bundle import Bundle, open_entry
 from ...engines.profiles import Profile
 from ...errors import EngineError
 from .models import EVERY_CUT, SIDE, SMALL_CUTS, TOKENS, save_model
@@ -128,7 +128,7 @@ class Workbench:
         return self._build(architecture, engine, precision, cuts=(CUT,), dims=fixed, settings=settings)
 
     def _build(self, architecture: str, engine: str, precision: str, **how: Any) -> Bundle:
-        from ...engines.build import build
+        from ...engines.build.build import build
 
         key = (architecture, engine, precision, str(how))
         if key not in self._built:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...engines.bundle import Bundle
+from ...engines.bundle.bundle import Bundle
 from ...errors import UserError
 from ...runtime.schedule import Uniform, parse
 from ..latency.plan import Wanted, model_name, plan

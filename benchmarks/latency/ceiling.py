@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...engines.bundle import Bundle
+from ...engines.bundle.bundle import Bundle
 from ...exporter.measure import count_flops
 from .case import Case
 from .loop import vae_scale

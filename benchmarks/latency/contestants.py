@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...engines.bundle import Bundle, devices_of
-from ...engines.manifest import EngineEntry
+from ...engines.bundle.bundle import Bundle, devices_of
+from ...engines.bundle.manifest import EngineEntry
 from ...engines.registry import engine as engine_module
 from ...errors import UserError
 from ...runtime.schedule import Uniform, parse

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...engines.bundle import Bundle
+from ...engines.bundle.bundle import Bundle
 from ...exporter.families import example_dims
 from ...runtime.draw import with_class
 from . import video

@@ -6,9 +6,9 @@ import json
 import math
 from pathlib import Path
 
-from ...engines.bundle import Bundle
-from ...engines.parts import weight_files
-from ...engines.plan import weights_digest
+from ...engines.build.request import weights_digest
+from ...engines.bundle.bundle import Bundle
+from ...engines.bundle.pipeline_files import weight_files
 from ...errors import ModelError, UserError
 from ...exporter.load import ModelSource, locate
 

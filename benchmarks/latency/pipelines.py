@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...engines.bundle import Bundle
+from ...engines.bundle.bundle import Bundle
 from ...errors import UserError
 
 

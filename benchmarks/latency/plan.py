@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...engines.bundle import Bundle
+from ...engines.bundle.bundle import Bundle
 from ...engines.profiles import trained_side
 from ...errors import CutError, UserError
 from ...exporter.cut import canonical_name

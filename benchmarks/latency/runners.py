@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...engines.base import EngineOptions
-from ...engines.bundle import Bundle, open_entry
+from ...engines.bundle.bundle import Bundle, open_entry
 from ...exporter.load import load_unet, locate
 from ...runtime.draw import with_class
 from ...runtime.forecast import Coefficients, Forecast, History

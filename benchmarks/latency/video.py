@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ...engines.bundle import Bundle
+from ...engines.bundle.bundle import Bundle
 from .case import Case
 
 if TYPE_CHECKING:

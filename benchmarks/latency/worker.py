@@ -53,7 +53,7 @@ class House:
 
     def inputs(self, case: dict[str, Any]) -> dict[str, Any]:
         """Make what all contestants begin with, and count what their calls compute."""
-        from ...engines.bundle import Bundle
+        from ...engines.bundle.bundle import Bundle
         from .ceiling import work
         from .loop import prepare_inputs
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...engines.build import build
-from ...engines.bundle import Bundle
-from ...engines.manifest import EngineEntry
+from ...engines.build.build import build
+from ...engines.bundle.bundle import Bundle
+from ...engines.bundle.manifest import EngineEntry
 from ...errors import UserError
 from ...runtime.calibration import Calibration
 from ..progress import indented

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
-from ...engines.bundle import Bundle
+from ...engines.bundle.bundle import Bundle
 from ..gpu.exercise import write
 from ..latency.loop import call_dims
 from .builds import Build, builds_in

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ...engines.bundle import Bundle
+from ...engines.bundle.bundle import Bundle
 from ...runtime.pipeline import load
 from ..quality import metrics, pictures
 from ..quality.plan import CUTS, Setting, cached

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...engines.bundle import Bundle
+from ...engines.bundle.bundle import Bundle
 from ...runtime.forecast import Coefficients, Forecast
 from ...runtime.pipeline import load
 from ...runtime.prompts import prompts_for

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...engines.bundle import Bundle
+from ...engines.bundle.bundle import Bundle
 from ...errors import ScheduleError
 from ...runtime.schedule import Steps
 from ...runtime.tuning.artifact import Tuned, save

@@ -29,7 +29,7 @@ class Batches:
 
     @classmethod
     def measure(cls, serving: Serving, stage: Callable[[str], None] = lambda text: None) -> Self:
-        from ...engines.bundle import Bundle
+        from ...engines.bundle.bundle import Bundle
         from ...runtime.pipeline import load
         from ...runtime.schedule import Uniform
         from ..planning.measure import measure

@@ -133,7 +133,7 @@ class Process:
 
 def main(given: Sequence[str] | None = None) -> int:
     """The process: it says its port in a line of JSON, and serves until SIGTERM."""
-    from ...engines.bundle import Bundle
+    from ...engines.bundle.bundle import Bundle
     from ...runtime.pipeline import load
     from ...runtime.server.run import listen, serve
     from ...runtime.server.served import Served

@@ -46,8 +46,8 @@ def controlnet(
     from ...benchmarks.controlnet import draw, ways
     from ...benchmarks.controlnet.run import run
     from ...benchmarks.shapes.model import control_path, model_path
-    from ...engines.build import build
-    from ...engines.bundle import Bundle
+    from ...engines.build.build import build
+    from ...engines.bundle.bundle import Bundle
     from ...runtime.unet import UNet
 
     outcome = Outcome(_PACKAGES)

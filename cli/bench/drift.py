@@ -51,7 +51,7 @@ def drift(
     from ...benchmarks.drift.run import Wanted
     from ...benchmarks.drift.run import drift as run
     from ...benchmarks.drift.table import notes, table
-    from ...engines.bundle import Bundle
+    from ...engines.bundle.bundle import Bundle
     from ...errors import UserError
     from ...runtime.draw import with_class
     from ...runtime.forecast import Extrapolate, Forecast

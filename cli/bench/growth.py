@@ -68,7 +68,7 @@ def growth(
     from ...benchmarks.latency.loop import vae_scale
     from ...benchmarks.latency.plan import Wanted
     from ...benchmarks.latency.run import Options
-    from ...engines.bundle import Bundle
+    from ...engines.bundle.bundle import Bundle
     from ...engines.profiles import trained_side
     from ...errors import UserError
 

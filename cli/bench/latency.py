@@ -89,7 +89,7 @@ def latency(
     from ...benchmarks.latency.plan import Wanted, model_name, plan
     from ...benchmarks.latency.run import Options, measure
     from ...benchmarks.latency.table import export_times as write_times
-    from ...engines.bundle import Bundle
+    from ...engines.bundle.bundle import Bundle
     from ...errors import UserError
 
     if interval is not None and schedule is not None:

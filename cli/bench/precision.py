@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ...benchmarks.quality.pictures import Task
     from ...benchmarks.quality.plan import Setting
     from ...benchmarks.quality.record import Estimate
-    from ...engines.bundle import Bundle
+    from ...engines.bundle.bundle import Bundle
 
 _PACKAGES = ("offcut", "torch", "diffusers", "transformers", "onnxruntime", "openvino", "numpy")
 _OWN = Path("shapes-precision.offcut")
@@ -75,7 +75,7 @@ def precision(
     from ...benchmarks.precision.record import Precision
     from ...benchmarks.quality.plan import CUTS
     from ...benchmarks.shapes.model import model_path
-    from ...engines.bundle import Bundle
+    from ...engines.bundle.bundle import Bundle
 
     outcome = Outcome(_PACKAGES)
     asked = list(part or Part)

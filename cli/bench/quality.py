@@ -104,7 +104,7 @@ def quality(
     from ...benchmarks.quality.front import front_plan
     from ...benchmarks.quality.plan import reference_ratios, with_fewer_steps
     from ...benchmarks.quality.run import run
-    from ...engines.bundle import Bundle
+    from ...engines.bundle.bundle import Bundle
     from ...runtime.pipeline import load
 
     metrics.require_torchmetrics()
@@ -237,7 +237,7 @@ def _build(bundle: Path, engine: str, cuts: Sequence[str]) -> None:
     """Builds the shapes model's bundle where there is none; one that lacks a cut gets it."""
     from ...benchmarks.quality.plan import CUTS
     from ...benchmarks.shapes.model import model_path
-    from ...engines.build import build
+    from ...engines.build.build import build
 
     with stages() as stage:
         build(model_path(), bundle, cuts=cuts or [CUTS[0]], engine=engine, progress=stage)

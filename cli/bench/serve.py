@@ -76,7 +76,7 @@ def serve(
     from ...benchmarks.serving.process import Serving
     from ...benchmarks.serving.run import PARTS, Plan, run
     from ...benchmarks.serving.table import tables
-    from ...engines.bundle import Bundle
+    from ...engines.bundle.bundle import Bundle
     from ...errors import MissingExtraError
     from ..shell import quiet_libraries
 

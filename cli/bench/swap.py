@@ -37,7 +37,7 @@ def swap(
 ) -> None:
     """Time a LoRA's way onto open engines and off again, beside a rebuild; exit 1 if the weights did not come back."""
     from ...benchmarks.swap import measure
-    from ...engines.bundle import Bundle
+    from ...engines.bundle.bundle import Bundle
 
     outcome = Outcome(_PACKAGES)
     quiet_libraries()

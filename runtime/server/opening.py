@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...engines.bundle import Bundle
+from ...engines.bundle.bundle import Bundle
 from ..batching import Worker
 from ..batching.policy import policy_of
 from ..draw import with_class

@@ -20,7 +20,7 @@ from .model import Model
 from .previews import can_preview
 
 if TYPE_CHECKING:
-    from ...engines.bundle import Bundle
+    from ...engines.bundle.bundle import Bundle
 
 _PIPELINES_NEED = 8
 """Every pipeline of Stable Diffusion wants its height and width to be a multiple of it, whatever the autoencoder."""

@@ -23,7 +23,7 @@ from .document import VERSION, Document
 from .steps import Fitted, TunedSteps
 
 if TYPE_CHECKING:
-    from ...engines.bundle import Bundle
+    from ...engines.bundle.bundle import Bundle
     from ..stand_in import StandIn
 
 OUTDATED = "was tuned by an earlier version of offcut, whose corrections saw less: tune it again"
@@ -58,7 +58,7 @@ class Tuned:
         """
         from safetensors.torch import load_file
 
-        from ...engines.bundle import Bundle
+        from ...engines.bundle.bundle import Bundle
 
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         there = opened.manifest.schedules
@@ -150,8 +150,8 @@ def save(bundle: Bundle, tuned: Tuned) -> None:
     """
     from safetensors.torch import save as to_bytes
 
-    from ...engines.manifest import FileEntry, Manifest, ScheduleEntry
-    from ...engines.store import commit, staging
+    from ...engines.bundle.manifest import FileEntry, Manifest, ScheduleEntry
+    from ...engines.bundle.store import commit, staging
 
     text, tensors = (tuned.document.model_dump_json(indent=1) + "\n").encode(), to_bytes(tuned.tensors())
     # Files never change once written: another schedule of the same name has other ones.

@@ -13,7 +13,7 @@ from .artifact import OUTDATED, Tuned
 from .document import Key
 
 if TYPE_CHECKING:
-    from ...engines.bundle import Bundle
+    from ...engines.bundle.bundle import Bundle
 
 
 def key_of(

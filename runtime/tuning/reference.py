@@ -15,7 +15,7 @@ from ..unet import UNet
 from .images import Studio
 
 if TYPE_CHECKING:
-    from ...engines.bundle import Bundle
+    from ...engines.bundle.bundle import Bundle
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
 """The highest first."""

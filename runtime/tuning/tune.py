@@ -38,7 +38,7 @@ from .wanted import Wanted
 from .watched import Watch, watched
 
 if TYPE_CHECKING:
-    from ...engines.bundle import Bundle
+    from ...engines.bundle.bundle import Bundle
 
 _PATIENCE = 2
 """Numbers of full calls, one below the other, that may be worse than the best before no other is tried."""

@@ -11,7 +11,7 @@ import pytest
 from exports import copy_export, exported, keep, kept
 
 import offcut
-import offcut.engines.variants as variants_module
+import offcut.engines.build.variants as variants_module
 from offcut.engines.base import EnginePair
 from offcut.exporter.trace import ExportedUNet
 
@@ -162,7 +162,7 @@ def open_pair(
 @pytest.fixture
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails a test in which an engine is given a graph to read."""
-    import offcut.engines.onnxruntime as onnxruntime_module
+    import offcut.engines.onnxruntime.pair as onnxruntime_module
     import offcut.engines.openvino as openvino_module
 
     def refuse(*args: object) -> None:

@@ -15,10 +15,10 @@ from unets import eager, random_inputs
 import offcut
 import offcut.engines.inductor as inductor
 from offcut.engines.base import Probe
+from offcut.engines.build.sizes import Sizes
+from offcut.engines.build.verify import verify_bundle
 from offcut.engines.precision import bounds
 from offcut.engines.profiles import Profile
-from offcut.engines.sizes import Sizes
-from offcut.engines.verify import verify_bundle
 from offcut.errors import BundleError, EngineError, ShapeError
 from offcut.exporter.lora import Scaled, fuse
 

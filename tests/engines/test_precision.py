@@ -9,11 +9,11 @@ import pytest
 from unets import eager, random_inputs
 
 import offcut
-import offcut.engines.variants as variants_module
+import offcut.engines.build.variants as variants_module
+from offcut.engines.build.schemes import LOW_PRECISIONS, scheme_of
+from offcut.engines.build.verify import Check, verify_bundle
 from offcut.engines.precision import BOUNDS, Bounds, bounds
 from offcut.engines.registry import ENGINES, compiler, engine
-from offcut.engines.schemes import LOW_PRECISIONS, scheme_of
-from offcut.engines.verify import Check, verify_bundle
 from offcut.errors import EngineError
 from offcut.exporter.load import PRECISIONS
 

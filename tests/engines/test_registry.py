@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-import offcut.engines.onnxruntime as onnxruntime_module
+import offcut.engines.onnxruntime.pair as onnxruntime_module
 import offcut.engines.openvino as openvino_module
 import offcut.engines.registry as registry
 from offcut.engines.base import Probe

@@ -11,7 +11,7 @@ import torch
 from unets import largest_difference, run
 from videos import SKIPS, new_unet, random_inputs, save_video_unet
 
-from offcut.engines.bundle import onnx_of
+from offcut.engines.bundle.bundle import onnx_of
 from offcut.errors import ModelError, ShapeError
 from offcut.exporter.cut import TwinGraph, find_cuts, split_all
 from offcut.exporter.families import FEWEST_FRAMES, family_of

@@ -17,7 +17,7 @@ from families import UNETS
 from unets import run as run_graph
 
 import offcut
-from offcut.engines.bundle import onnx_of
+from offcut.engines.bundle.bundle import onnx_of
 from offcut.exporter.cut import find_cuts, split_all
 from offcut.exporter.families import example_inputs
 from offcut.exporter.load import locate

@@ -12,7 +12,7 @@ from elsewhere import save_as_optimum
 from loras import save_lora
 
 import offcut
-from offcut.engines.bundle import Bundle
+from offcut.engines.bundle.bundle import Bundle
 from offcut.errors import UserError
 from offcut.runtime.schedule import Uniform
 

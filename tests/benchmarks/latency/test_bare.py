@@ -14,7 +14,7 @@ from offcut.benchmarks.latency.pipelines import pipeline_name
 from offcut.benchmarks.latency.plan import Wanted, plan
 from offcut.benchmarks.latency.ratios import relative_difference
 from offcut.benchmarks.latency.worker import House
-from offcut.engines.bundle import Bundle
+from offcut.engines.bundle.bundle import Bundle
 from offcut.errors import UserError
 
 

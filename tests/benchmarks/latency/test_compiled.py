@@ -14,7 +14,7 @@ from offcut.benchmarks.latency.case import Case, Entrant
 from offcut.benchmarks.latency.plan import Wanted, plan
 from offcut.benchmarks.latency.ratios import relative_difference
 from offcut.benchmarks.latency.worker import House
-from offcut.engines.bundle import Bundle
+from offcut.engines.bundle.bundle import Bundle
 
 EAGER, HELPER = "diffusers eager bf16", "DeepCache eager bf16"
 COMPILED, BLOCKS, WHOLE = "torch.compile bf16", "DeepCache compile-blocks bf16", "DeepCache compile bf16"

@@ -23,7 +23,7 @@ from offcut.benchmarks.latency.run import Options, measure
 from offcut.benchmarks.latency.table import notes, tables
 from offcut.cli import app
 from offcut.cli.bench import _COMMANDS
-from offcut.engines.bundle import Bundle
+from offcut.engines.bundle.bundle import Bundle
 from offcut.errors import CutError, EngineError, UserError
 
 STEPS, INTERVAL, ROUNDS = 6, 3, 2

@@ -22,7 +22,7 @@ from offcut.benchmarks.latency.record import Latency
 from offcut.benchmarks.latency.table import notes
 from offcut.benchmarks.latency.worker import House
 from offcut.benchmarks.report.speed import section
-from offcut.engines.bundle import Bundle
+from offcut.engines.bundle.bundle import Bundle
 from offcut.errors import ShapeError
 
 pytestmark = pytest.mark.slow

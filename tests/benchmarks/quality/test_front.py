@@ -13,7 +13,7 @@ import offcut
 from offcut.benchmarks.quality import front, pictures, plan
 from offcut.benchmarks.quality.pictures import Task
 from offcut.benchmarks.quality.run import run
-from offcut.engines.bundle import Bundle
+from offcut.engines.bundle.bundle import Bundle
 from offcut.errors import UserError
 
 pytestmark = pytest.mark.slow

@@ -12,10 +12,10 @@ import torch
 from exports import copy_export
 
 import offcut
-import offcut.engines.variants as variants_module
-from offcut.engines import tensorrt_rtx
+import offcut.engines.build.variants as variants_module
 from offcut.engines.base import CompileJob, EngineOptions, Graphs
-from offcut.engines.bundle import open_entry
+from offcut.engines.bundle.bundle import open_entry
+from offcut.engines.nvidia import tensorrt_rtx
 from offcut.engines.nvidia.compile import LOG
 from offcut.engines.nvidia.flavour import TENSORRT_RTX
 from offcut.engines.nvidia.pair import NvidiaPair

@@ -11,7 +11,7 @@ from exports import copy_export
 from safetensors.torch import load_file
 
 import offcut
-import offcut.engines.variants as variants_module
+import offcut.engines.build.variants as variants_module
 from offcut.errors import EngineError
 from offcut.exporter.trace import ExportedUNet
 

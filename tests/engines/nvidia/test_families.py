@@ -15,8 +15,8 @@ from diffusers import UNet2DConditionModel
 from ip_adapters import save_ip_adapter
 
 import offcut
+from offcut.engines.build.sizes import Sizes
 from offcut.engines.profiles import Profile
-from offcut.engines.sizes import Sizes
 
 pytestmark = [pytest.mark.usefixtures("trt"), pytest.mark.slow]
 

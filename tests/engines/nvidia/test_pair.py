@@ -13,9 +13,9 @@ from exports import copy_export
 from unets import eager, random_inputs
 
 import offcut
-import offcut.engines.variants as variants_module
+import offcut.engines.build.variants as variants_module
 from offcut.engines.base import BoundPair, EngineOptions
-from offcut.engines.bundle import open_entry
+from offcut.engines.bundle.bundle import open_entry
 from offcut.engines.nvidia.pair import NvidiaPair
 from offcut.engines.precision import bounds
 from offcut.engines.registry import engine

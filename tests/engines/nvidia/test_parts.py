@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from offcut.engines import onnxruntime, tensorrt, tensorrt_rtx
 from offcut.engines.base import Probe
+from offcut.engines.nvidia import tensorrt, tensorrt_rtx
 from offcut.engines.nvidia.flavour import TENSORRT, load, probe
 from offcut.engines.nvidia.plan import share_budget
 from offcut.engines.nvidia.progress import Phases
 from offcut.engines.nvidia.settings import targets
+from offcut.engines.onnxruntime import pair as onnxruntime
 from offcut.engines.registry import Choice, choose, compiler
 from offcut.errors import EngineError
 

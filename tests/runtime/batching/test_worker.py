@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import offcut
-from offcut.engines.onnxruntime import BoundOnnxRuntimePair
+from offcut.engines.onnxruntime.pair import BoundOnnxRuntimePair
 from offcut.errors import (
     CapacityError,
     CutError,

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 import offcut
-from offcut.engines.onnxruntime import BoundOnnxRuntimePair
+from offcut.engines.onnxruntime.pair import BoundOnnxRuntimePair
 from offcut.errors import OffcutError
 from offcut.runtime.batching import Worker
 from offcut.runtime.server.run import listen, serve

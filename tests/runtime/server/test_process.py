@@ -18,7 +18,7 @@ import pytest
 
 SLOWED = """
 import os, time
-from offcut.engines.onnxruntime import BoundOnnxRuntimePair as Pair
+from offcut.engines.onnxruntime.pair import BoundOnnxRuntimePair as Pair
 from offcut.cli import main
 
 def slowed(real):

@@ -1,0 +1,161 @@
+"""From an export to the same in low precision: watch it on cached trajectories, choose ranges and layers, round.
+
+The trajectories are run from above, by a ``Calibrator``: the pipeline and the schedule are none of this floor's.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Protocol
+
+from ...errors import ModelError
+from ...exporter.convert import WEIGHTS_FILE
+from ...exporter.cut import split_all
+from ...exporter.graph import infer_shapes, read
+from ...exporter.histogram import Histogram, Range
+from ...exporter.load import ModelSource, load_unet
+from ...exporter.observe import stride
+from ...exporter.quantize import Layer, Scheme, find_layers, kept_by_name, quantize, shadow
+from ...exporter.reference import write_answer
+from ...exporter.trace import GRAPH_FILE, PARAMETERS_FILE, ExportedUNet
+from ..base import EnginePair
+from ..bundle.manifest import Quantization
+from ..onnxruntime.observer import ObservingPair, session
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[str], None]
+Settings = dict[str, str | int | float | bool | tuple[str, ...] | None]
+
+
+class Calibrator(Protocol):
+    """Runs trajectories, and says how a graph is to be rounded; ``offcut.Calibration`` is one."""
+
+    @property
+    def method(self) -> str:
+        """How ranges are chosen: one of ``exporter.histogram.METHODS``."""
+        ...
+
+    @property
+    def keep(self) -> tuple[str, ...]:
+        """Patterns of layers to leave in the graph's own precision."""
+        ...
+
+    @property
+    def sensitive(self) -> float:
+        """How far below the median layer's a layer's signal-to-noise ratio may be, in dB, for it to be rounded."""
+        ...
+
+    def run(self, pair: EnginePair, source: ModelSource, progress: Progress) -> None:
+        """Denoise with this pair as the UNet, with a cached schedule, through every cut."""
+        ...
+
+    def record(self, source: ModelSource) -> Settings:
+        """All that decides what ``run`` feeds to the pair."""
+        ...
+
+
+def quantized(
+    exported: ExportedUNet,
+    out: Path,
+    source: ModelSource,
+    scheme: Scheme,
+    cuts: Sequence[str],
+    calibrator: Calibrator,
+    progress: Progress,
+) -> tuple[ExportedUNet, Quantization]:
+    """The export in low precision, in a directory of its own; its reference is a call of the calibration.
+
+    Raises:
+        ModelError: a pattern matches no layer, or a tensor overflows.
+        CutError: the UNet has no such cut.
+    """
+    graph = read(exported.path)
+    layers = find_layers(graph.model)
+    kept = kept_by_name(layers, calibrator.keep)
+    chosen = {layer.name for layer in layers} - kept
+    folder = exported.path.parent / "calibration"
+    progress(f"calibrate on cached trajectories: {len(chosen)} layers")
+    shapes = infer_shapes(graph)
+    tensors = {name for layer in layers if layer.name in chosen for name in (layer.input, layer.output)}
+    strides = {name: stride(math.prod(shapes.get(name, (1 << 20,)))) for name in sorted(tensors)}
+    twins = split_all(graph, cuts, folder, link=True)
+    pair = ObservingPair(twins, exported.inputs, exported.outputs, exported.multiple, exported.precision, strides)
+    try:
+        calibrator.run(pair, source, progress)
+    finally:
+        pair.close()
+        shutil.rmtree(folder)  # its link to the weights, too: onnx_ir reads none that have two
+    moments, histograms = pair.moments.chosen(), pair.histograms
+    del pair, graph
+    gc.collect()  # the pipeline lies in cycles, with the weights of its other parts
+    if not moments:
+        raise ModelError("the calibration made no call of the UNet: give it at least one sample and one step")
+    ranges = _ranges(histograms, scheme, calibrator.method)
+
+    progress("measure what rounding costs each layer")
+    ratios = _ratios(exported.path, scheme, ranges, layers, chosen, moments)
+    least = median(ratios.values()) - calibrator.sensitive if ratios else 0.0
+    sensitive = {name for name, ratio in ratios.items() if ratio < least}
+    kept |= sensitive
+    worst = f", {len(sensitive)} of them as they would be below {least:.0f} dB" if sensitive else ""
+    progress(f"round {len(layers) - len(kept)} layers to {scheme.name}; {len(kept)} stay in {scheme.base}{worst}")
+    quantize(exported.path, out / GRAPH_FILE, scheme, ranges, chosen - sensitive)
+    _write_parameters(exported, out, chosen - sensitive)
+    unet = load_unet(source, exported.precision).float()  # weights are rounded to the precision all the same
+    write_answer(unet, source.family, moments[len(moments) // 2], out / exported.reference.name)
+    record = Quantization(
+        scheme=scheme.label,
+        base=scheme.base,
+        method=calibrator.method,
+        sensitive=calibrator.sensitive,
+        calibration=calibrator.record(source),
+        kept=tuple(layer.name for layer in layers if layer.name in kept),
+        rounded=len(layers) - len(kept),
+    )
+    made = replace(exported, path=out / GRAPH_FILE, weights=out / WEIGHTS_FILE, reference=out / exported.reference.name)
+    return made, record
+
+
+def _write_parameters(exported: ExportedUNet, out: Path, rounded: set[str]) -> None:
+    """The map of parameters without the weights that are no longer there as they were."""
+    names = json.loads((exported.path.parent / PARAMETERS_FILE).read_text(encoding="utf-8"))
+    left = {key: value for key, value in names.items() if value["initializer"].removesuffix(".weight") not in rounded}
+    (out / PARAMETERS_FILE).write_text(json.dumps(left, indent=1), encoding="utf-8")
+
+
+def _ranges(histograms: Mapping[str, Histogram], scheme: Scheme, method: str) -> dict[str, Range]:
+    # Floating-point formats have their own way with large values: nothing is clipped.
+    method = "minmax" if scheme.floating else method
+    levels = 255 if scheme.symmetric else 256
+    return {name: seen.range(method, levels, scheme.symmetric) for name, seen in histograms.items()}
+
+
+def _ratios(
+    graph: Path,
+    scheme: Scheme,
+    ranges: Mapping[str, Range],
+    layers: Sequence[Layer],
+    names: set[str],
+    moments: Sequence[Mapping[str, torch.Tensor]],
+) -> dict[str, float]:
+    """Each layer's signal to noise in dB where it alone is rounded, weight and input."""
+    twins = graph.with_name(f"twins-{graph.name}")
+    order = shadow(graph, twins, scheme, ranges, names)
+    opened = session(twins, optimize=False)
+    signal, noise = dict.fromkeys(order, 0.0), dict.fromkeys(order, 0.0)
+    for inputs in moments:
+        given = {argument.name: inputs[argument.name].numpy() for argument in opened.get_inputs()}
+        sums = iter(opened.run(None, given))
+        for name in order:
+            signal[name] += float(next(sums))
+            noise[name] += float(next(sums))
+    return {name: 10 * math.log10(max(signal[name], 1e-30) / max(noise[name], 1e-30)) for name in order}

@@ -1,0 +1,98 @@
+"""The rest of a pipeline, which a bundle carries as diffusers lays it out: scheduler, tokenizer, text encoder, VAE."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Container
+from pathlib import Path
+
+from ...errors import ModelError
+from ...exporter.imported_parts import folder_of, index_of
+from ...exporter.load import INDEX_FILE, PROMPTS_FILE, ModelSource
+
+_SMALL = (".json", ".txt", ".model")
+_INDEX_OF_WEIGHTS = ".safetensors.index.json"
+
+
+def pipeline_class(source: ModelSource) -> str | None:
+    """The pipeline's class in diffusers; None for a bare UNet."""
+    if not source.is_pipeline:
+        return None
+    return str(index_of(source)["_class_name"])
+
+
+def copy_parts(source: ModelSource, out: Path, without_weights: Container[str] = ()) -> list[str]:
+    """Copy every component but the UNet, safetensors only, and the model's prompts; give the copies' names.
+
+    Args:
+        without_weights: components of which only the configs are copied, as their networks are in graphs.
+
+    Raises:
+        ModelError: a component has no safetensors of the chosen variant.
+    """
+    if not source.is_pipeline:
+        return []
+    index = index_of(source)
+    copies: dict[str, Path] = {}
+    for component, location in index.items():
+        if not component.isidentifier():
+            raise ModelError(f"{source.name} has a component {component!r}, which is no name of a folder in it")
+        folder = folder_of(source, component)
+        if (
+            component.startswith("_")
+            or folder == source.folder
+            or not isinstance(location, list)
+            or location[0] is None
+        ):
+            continue
+        files = _files(folder, source.variant)
+        if not files:
+            raise ModelError(
+                f"{source.name} has nothing to load in {component}; offcut takes safetensors only"
+                + (f" of the variant {source.variant}" if source.variant else "")
+            )
+        if component in without_weights:
+            files = [file for file in files if file.suffix in _SMALL and not file.name.endswith(_INDEX_OF_WEIGHTS)]
+        copies |= {f"{component}/{file.name}": file for file in files}
+    out.mkdir(parents=True, exist_ok=True)
+    if source.onnx:
+        (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    else:
+        shutil.copyfile(source.root / INDEX_FILE, out / INDEX_FILE)
+    if (source.root / PROMPTS_FILE).is_file():
+        copies[PROMPTS_FILE] = source.root / PROMPTS_FILE
+    for name, file in copies.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, out / name)
+    return [INDEX_FILE, *copies]
+
+
+def _files(folder: Path, variant: str | None) -> list[Path]:
+    """A component's configs, and its weights of this variant or, where it has none of it, of no variant."""
+    if not folder.is_dir():
+        return []
+    chosen = weight_files(folder, variant)
+    pickled = any(folder.glob("*.bin")) or any(folder.glob("*.ckpt"))
+    if pickled and not chosen:
+        return []
+    return sorted([*small_files(folder), *chosen])
+
+
+def small_files(folder: Path) -> list[Path]:
+    """A component's configs and vocabularies."""
+    return [file for file in folder.iterdir() if file.suffix in _SMALL and file.is_file()]
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors of this variant or, where there are none of it, of no variant."""
+    weights = sorted(folder.glob("*.safetensors"))
+    return [file for file in weights if _variant_of(file) == variant] or [
+        file for file in weights if _variant_of(file) is None
+    ]
+
+
+def _variant_of(file: Path) -> str | None:
+    """``model.fp16.safetensors`` and ``model.fp16-00001-of-00002.safetensors`` are of the variant fp16."""
+    middle = file.name.removesuffix(".safetensors").partition(".")[2]
+    return middle.partition("-")[0] or None

@@ -1,0 +1,158 @@
+"""Writing a bundle: files are made aside, then moved in, and one replacement of the manifest makes them count.
+
+Files never change once they are in place. Whatever stops a build half-way, the bundle stays as it was; two builds at
+once both get in, one after the other.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from filelock import FileLock
+
+from ...errors import BundleError
+from ..onnxruntime.cache import CACHE_FOLDER
+from .bundle import Bundle, digest_file
+from .manifest import MANIFEST_FILE, FileEntry, Manifest
+
+_STAGING = ".build-"
+LOCK_FILE = ".lock"
+
+
+@contextmanager
+def staging(bundle: Path) -> Iterator[Path]:
+    """A directory inside the bundle to build in; it is removed at the end, whatever happens.
+
+    Raises:
+        BundleError: the disk is full or the directory cannot be written.
+    """
+    try:
+        bundle.mkdir(parents=True, exist_ok=True)
+        folder = bundle / f"{_STAGING}{uuid.uuid4().hex[:12]}"
+        folder.mkdir()
+    except OSError as error:
+        raise BundleError(f"cannot write {bundle}: {error.strerror or error}") from error
+    try:
+        yield folder
+    except OSError as error:
+        # NumPy, which writes the weights, tells of a full disk without a number.
+        cut_short = error.errno is None and "requested and" in str(error)
+        if cut_short or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BundleError(
+                f"the disk of {bundle} is full; what was in the bundle is unchanged: free some space and build again"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            bundle.rmdir()  # a build that failed leaves no empty bundle; another one's files keep it
+
+
+def commit(bundle: Path, staged: Path, update: Callable[[Manifest | None, dict[str, FileEntry]], Manifest]) -> Manifest:
+    """Move the staged files into the bundle and replace its manifest.
+
+    Args:
+        bundle: the bundle's directory.
+        staged: a directory laid out as the bundle is.
+        update: from the manifest that is there now (None for a new bundle) and the entries of the staged files to
+            the new manifest. Called under the bundle's lock.
+
+    Raises:
+        BundleError: a staged file has the name of another one that is there already.
+    """
+    entries = {}
+    for file in sorted(path for path in staged.rglob("*") if path.is_file()):
+        entries[file.relative_to(staged).as_posix()] = FileEntry(size=file.stat().st_size, sha256=digest_file(file))
+    with FileLock(bundle / LOCK_FILE):
+        current = Bundle.open(bundle).manifest if (bundle / MANIFEST_FILE).exists() else None
+        manifest = update(current, entries)
+        kept = set(current.files) if current else set()
+        moved: list[Path] = []
+        try:
+            for name, entry in entries.items():
+                if name in kept:
+                    _check_same(bundle / name, name, entry)
+                    continue
+                # What lies there and is in no manifest, a build left behind that was killed here.
+                (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(staged / name, bundle / name)
+                moved.append(bundle / name)
+            _replace(bundle / MANIFEST_FILE, manifest.to_json())
+        except BaseException:
+            _take_back(moved, bundle)
+            raise
+    return manifest
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was removed: files by name, and their bytes in all."""
+
+    files: tuple[str, ...]
+    bytes: int
+
+
+def prune(bundle: Path, dry_run: bool = False) -> Pruned:
+    """Remove what no manifest names: older graphs, what a killed build left behind, compiled engines of either.
+
+    The compiled engines that belong to an engine of the manifest stay, though no manifest lists their files.
+    Do not prune while a build is running into the same bundle: its unfinished files would go too.
+
+    Raises:
+        BundleError: it is not a bundle; nothing is touched.
+    """
+    Bundle.open(bundle)  # before the lock, which would make a file in any directory
+    with FileLock(bundle / LOCK_FILE):
+        opened = Bundle.open(bundle)
+        named = {*opened.manifest.files, MANIFEST_FILE, LOCK_FILE}
+        files = sorted(path for path in opened.path.rglob("*") if path.is_file() or path.is_symlink())
+        loose = [path for path in files if not _kept(path.relative_to(bundle).as_posix(), named, opened.manifest)]
+        removed = Pruned(
+            tuple(path.relative_to(bundle).as_posix() for path in loose), sum(path.lstat().st_size for path in loose)
+        )
+        if not dry_run:
+            for path in loose:
+                path.unlink()
+            for folder in sorted((path for path in bundle.rglob("*") if path.is_dir()), reverse=True):
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+    return removed
+
+
+def _kept(name: str, named: set[str], manifest: Manifest) -> bool:
+    place = PurePosixPath(name).parts
+    return name in named or (place[0] == CACHE_FOLDER and len(place) > 2 and place[1] in manifest.engines)
+
+
+def _check_same(target: Path, name: str, entry: FileEntry) -> None:
+    if not target.is_file() or target.stat().st_size != entry.size or digest_file(target) != entry.sha256:
+        raise BundleError(f"{target.parent} holds another {name}; build into another directory")
+
+
+def _take_back(files: list[Path], bundle: Path) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
+        for folder in file.parents:
+            if folder == bundle or any(folder.iterdir()):
+                break
+            folder.rmdir()
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new, never a part."""
+    fresh = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        with fresh.open("w", encoding="utf-8", newline="\n") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(fresh, file)
+    finally:
+        fresh.unlink(missing_ok=True)

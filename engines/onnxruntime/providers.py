@@ -1,0 +1,181 @@
+"""The providers through which ONNX Runtime reaches an NVIDIA GPU: what they are called, and how they are asked.
+
+``cuda`` runs the graphs' operators one by one. ``tensorrt`` and ``tensorrt-rtx`` compile each graph into an engine of
+their own when it is opened or first run, which takes minutes, and keep it in a cache for the next time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ...errors import EngineError
+from ...exporter.specs import Shape, TensorSpec
+from ..profiles import Profile
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One of ONNX Runtime's ways onto the GPU.
+
+    Attributes:
+        name: as ONNX Runtime spells it.
+        install: what to do where it is missing.
+        graph_id: the run option that names the CUDA graph to capture or replay; None where several cannot be told
+            apart. TensorRT's provider keeps one graph a session and waits for the device after each replay.
+        plugin: the module that registers it, where ONNX Runtime does not bring it along.
+        caches: whether it keeps compiled engines.
+    """
+
+    name: str
+    install: str
+    graph_id: str | None = None
+    plugin: str | None = None
+    caches: bool = False
+
+
+PROVIDERS = {
+    "cuda": Provider(
+        "CUDAExecutionProvider",
+        "pip uninstall onnxruntime, then pip install 'offcut[cuda]'",
+        graph_id="gpu_graph_id",
+    ),
+    "tensorrt": Provider(
+        "TensorrtExecutionProvider",
+        "pip uninstall onnxruntime, then pip install 'offcut[cuda]', and the TensorRT that onnxruntime-gpu is made for",
+        caches=True,
+    ),
+    "tensorrt-rtx": Provider(
+        "NvTensorRTRTXExecutionProvider",
+        "pip install onnxruntime-ep-nv-tensorrt-rtx",
+        graph_id="cuda_graph_annotation_id",
+        plugin="onnxruntime_ep_nv_tensorrt_rtx",
+        caches=True,
+    ),
+}
+
+
+def provider_of(name: str | None, device: str) -> Provider | None:
+    """The provider for a kind of device; None on the CPU, where there is no choice.
+
+    Raises:
+        EngineError: there is no such provider, or it is not for this device.
+    """
+    if name is not None and name not in PROVIDERS:
+        raise EngineError(f"onnxruntime has no provider {name!r} here; choose one of {', '.join(PROVIDERS)}")
+    if device != "cuda":
+        if name is not None:
+            raise EngineError(f"the provider {name} runs on cuda, not on {device}: choose the device, or leave it out")
+        return None
+    return PROVIDERS[name or "cuda"]
+
+
+def find(provider: Provider) -> Any:
+    """Make sure that ONNX Runtime has a provider; the devices of one that is registered as a plugin.
+
+    Raises:
+        EngineError: it is not installed, cannot be loaded, or finds no device.
+    """
+    import onnxruntime
+
+    if provider.plugin is None:
+        if provider.name not in onnxruntime.get_available_providers():
+            raise EngineError(f"this onnxruntime has no {provider.name}: {provider.install}")
+        return None
+    try:
+        plugin = import_module(provider.plugin)
+    except ImportError as error:
+        raise EngineError(f"this onnxruntime has no {provider.name}: {provider.install}") from error
+    if not _devices(provider):
+        try:
+            onnxruntime.register_execution_provider_library(provider.name, plugin.get_library_path())
+        except Exception as error:  # its exceptions share no public base
+            raise EngineError(f"onnxruntime cannot load {provider.name}: {first_line(error)}") from error
+    if not (found := _devices(provider)):
+        raise EngineError(f"{provider.name} finds no GPU that it supports here")
+    return found
+
+
+def _devices(provider: Provider) -> list[Any]:
+    import onnxruntime
+
+    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider.name]
+
+
+def provider_options(
+    provider: Provider,
+    *,
+    device: int,
+    stream: int,
+    precision: str,
+    cuda_graphs: bool = False,
+    cache: Path | None = None,
+    profile: Profile | None = None,
+    inputs: Iterable[TensorSpec] = (),
+) -> dict[str, str]:
+    """What a session's provider is asked for.
+
+    Args:
+        device: the GPU's number.
+        stream: handle of the CUDA stream to run on; not 0, which stands for none.
+        precision: of the graph.
+        cuda_graphs: let it capture CUDA graphs. Ignored where it cannot tell several apart.
+        cache: directory for compiled engines.
+        profile: the sizes to compile for; without it they are those of the first run, and an engine is compiled again
+            whenever other sizes come.
+        inputs: of the graph, cached features too.
+    """
+    shapes = _profile_shapes(profile, inputs)
+    if provider.plugin is not None:  # it is given a device, not a device's number
+        options = {
+            "has_user_compute_stream": "1",
+            "user_compute_stream": str(stream),
+            "enable_cuda_graph": str(int(cuda_graphs)),
+        }
+        options |= {f"nv_profile_{bound}_shapes": text for bound, text in shapes.items()}
+        return options if cache is None else options | {"nv_runtime_cache_path": str(cache)}
+    options = {"device_id": str(device), "user_compute_stream": str(stream)}
+    if not provider.caches:
+        # fp32 graphs are computed in fp32
+        return options | {"use_tf32": "0", "enable_cuda_graph": str(int(cuda_graphs))}
+    options |= {f"trt_{kind}_enable": str(kind == precision) for kind in ("fp16", "bf16")}
+    options |= {f"trt_profile_{bound}_shapes": text for bound, text in shapes.items()}
+    if cache is not None:
+        for what in ("engine", "timing"):
+            options |= {f"trt_{what}_cache_enable": "True", f"trt_{what}_cache_path": str(cache)}
+    return options
+
+
+def covering(profiles: Sequence[Profile]) -> Profile | None:
+    """One profile for all the sizes of several, tuned for the first one's; None of none."""
+    if not profiles:
+        return None
+    names = profiles[0].min
+    return Profile(
+        min={name: min(profile.min[name] for profile in profiles) for name in names},
+        opt=profiles[0].opt,
+        max={name: max(profile.max[name] for profile in profiles) for name in names},
+    )
+
+
+def _profile_shapes(profile: Profile | None, inputs: Iterable[TensorSpec]) -> dict[str, str]:
+    """``sample:2x4x64x64,...`` for ``min``, ``opt`` and ``max``; fixed inputs need no range."""
+    dynamic = [spec for spec in inputs if any(isinstance(dim, str) for dim in spec.shape)]
+    if profile is None or not dynamic:
+        return {}
+    shapes = profile.shapes(dynamic)
+    return {bound: _spelled({name: three[place] for name, three in shapes.items()}) for place, bound in _BOUNDS}
+
+
+_BOUNDS = tuple(enumerate(("min", "opt", "max")))
+
+
+def _spelled(shapes: dict[str, Shape]) -> str:
+    return ",".join(f"{name}:{'x'.join(str(size) for size in shape)}" for name, shape in shapes.items())
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,147 @@
+"""Bundles from ONNX that was made elsewhere: what a build takes, refuses and says of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from elsewhere import exported_by_optimum
+from models import save_stable_diffusion, save_stable_diffusion_xl
+from typer.testing import CliRunner
+
+import offcut
+from offcut.cli import app
+from offcut.engines.build.sizes import Sizes
+from offcut.engines.build.verify import verify_bundle
+from offcut.errors import EngineError, ModelError, UserError
+
+
+def test_a_bundle_says_what_it_was_held_against(elsewhere_bundle: Path) -> None:
+    bundle = offcut.Bundle.open(elsewhere_bundle)
+    assert bundle.manifest.source.onnx
+    assert list(bundle.manifest.variants) == ["fp32-opset18"]
+    assert [entry.name for entry in bundle.manifest.components] == ["text_encoder", "vae_decoder", "vae_encoder"]
+    checks = {key: {check.name: check for check in found} for key, found in verify_bundle(bundle).items()}
+    for found in checks.values():
+        assert all(check.passed for check in found.values())
+        assert not any("PyTorch" in name for name in found)
+    exact = next(found for key, found in checks.items() if key.startswith("onnxruntime"))
+    assert exact["full against the original ONNX"].error == 0
+    shown = CliRunner().invoke(app, ["inspect", str(elsewhere_bundle)])
+    assert "from ONNX that was made elsewhere" in shown.stdout
+
+
+def test_no_weights_of_pytorch_are_needed_or_made(elsewhere_dir: Path, elsewhere_bundle: Path) -> None:
+    assert not list(elsewhere_dir.rglob("*.safetensors"))
+    kept = {path.name for path in elsewhere_bundle.rglob("*.safetensors")}
+    assert kept == {"reference.safetensors", "final_layer_norm.safetensors"}
+
+
+def test_a_bundle_is_added_to(elsewhere_dir: Path, elsewhere_bundle: Path, tmp_path: Path) -> None:
+    """Another cut, without another import; and another file is another model."""
+    copy = Path(shutil.copytree(elsewhere_bundle, tmp_path / "copy.offcut"))
+    said: list[str] = []
+    bundle = offcut.build(elsewhere_dir, copy, cuts=["deepcache:7"], engine="onnxruntime", progress=said.append)
+    assert "deepcache:7" in bundle.cuts
+    assert "reuse the export fp32-opset18, cut it again" in said
+    assert "reuse the networks around the UNet, fp32-opset18" in said
+    other = Path(shutil.copytree(elsewhere_dir, tmp_path / "other"))
+    with (other / "unet" / "model.onnx").open("ab") as file:
+        file.write(b"\x12\x01x")  # another producer_name
+    with pytest.raises(UserError, match="holds another model"):
+        offcut.build(other, copy, engine="onnxruntime")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "sentence"),
+    [
+        ({"precision": "fp16"}, ModelError, r"is fp32, which cannot be made fp16: build with --precision fp32"),
+        ({"opset": 23}, ModelError, r"has opset 18, not 23: leave --opset out"),
+        ({"adapters": ["controlnet"]}, ModelError, "cannot be given the inputs of controlnet: build from the model"),
+        ({"attention": "cross-frame"}, ModelError, "cannot be given cross-frame attention: build from the model"),
+        ({"engine": "inductor"}, ModelError, "cannot be given graphs for inductor, which PyTorch makes: build from"),
+        (
+            {"precision": "int8", "calibration": offcut.Calibration(samples=1)},
+            ModelError,
+            "cannot be given int8, which is calibrated in PyTorch: build from the model",
+        ),
+        ({"dims": {"depth": 2}}, ModelError, "dims: depth cannot be fixed"),
+    ],
+)
+def test_what_needs_the_weights_is_refused_in_one_sentence(
+    settings: dict[str, Any], error: type[UserError], sentence: str, elsewhere_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=sentence):
+        offcut.build(elsewhere_dir, tmp_path / "b.offcut", **{"engine": "onnxruntime", **settings})
+    assert not (tmp_path / "b.offcut" / "offcut.json").exists()
+
+
+def test_a_lora_is_for_the_run(elsewhere_dir: Path, tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+    from loras import save_lora
+
+    lora = save_lora("kohya", tiny_pipeline_dir, tmp_path / "lora")
+    with pytest.raises(ModelError, match="cannot be given a LoRA in its weights: give it to offcut run --lora"):
+        offcut.build(elsewhere_dir, tmp_path / "b.offcut", engine="onnxruntime", loras={lora: 1.0})
+
+
+def test_a_bare_unet_makes_a_bundle_without_a_pipeline(elsewhere_dir: Path, tmp_path: Path) -> None:
+    bundle = offcut.build(elsewhere_dir / "unet", tmp_path / "b.offcut", engine="onnxruntime")
+    assert bundle.manifest.pipeline is None
+    assert bundle.manifest.components == ()
+
+
+@pytest.mark.slow
+def test_a_compiling_engine_needs_one_beside_it(elsewhere_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    settings: dict[str, Any] = {
+        "settings": {"tensorrt-rtx": {"compute_capabilities": ("89",)}},
+        "profiles": Sizes(static=("64x64",)),
+    }
+    with pytest.raises(EngineError, match="holds text_encoder, vae as ONNX too: name onnxruntime or"):
+        offcut.build(elsewhere_dir, tmp_path / "a.offcut", engine="tensorrt-rtx", **settings)
+    bundle = offcut.build(elsewhere_dir, tmp_path / "b.offcut", engine=["tensorrt-rtx", "onnxruntime"], **settings)
+    entry = next(each for each in bundle.manifest.engines.values() if each.engine == "tensorrt-rtx")
+    assert entry.compiled
+    assert not entry.verified
+    assert len(entry.references) == len(entry.profiles) > 0
+    assert "deepcache:0" in entry.shallow
+    for file in (entry.full, *entry.shallow.values()):
+        assert (bundle.path / file).stat().st_size > 10_000
+    bundle.verify_files(entry.files)
+
+
+@pytest.mark.slow
+@pytest.mark.smoke
+@pytest.mark.parametrize("save", [save_stable_diffusion, save_stable_diffusion_xl])
+def test_what_optimum_wrote_is_built_and_run(save: Any, tmp_path: Path) -> None:
+    """Where optimum is installed, which is on the older stack; against the bundle of the same model's weights."""
+    import torch
+
+    pytest.importorskip("optimum.exporters.onnx", reason="optimum-onnx holds transformers below 4.58")
+    model = save(tmp_path / "model")
+    theirs = exported_by_optimum(model, tmp_path / "onnx")
+    assert not list(theirs.rglob("*.safetensors"))
+    images = {}
+    for name, source in {"weights": model, "onnx": theirs}.items():
+        bundle = offcut.build(source, tmp_path / f"{name}.offcut", engine="onnxruntime")
+        pipe: Any = offcut.load(bundle)
+        for schedule in (None, offcut.Uniform(3)):
+            pipe.unet.set_schedule(schedule)
+            settings = {"num_inference_steps": 6, "height": 64, "width": 64, "output_type": "pt"}
+            made = pipe("a red square", generator=torch.Generator().manual_seed(0), **settings).images
+            images[name, schedule is None] = made
+        pipe.unet.close()
+    for uncached in (True, False):
+        assert (images["weights", uncached] - images["onnx", uncached]).abs().max() < 2e-5
+    assert (images["onnx", True] - images["onnx", False]).abs().max() > 1e-4
+
+
+def test_peers_have_no_model_to_load(elsewhere_bundle: Path) -> None:
+    """``offcut bench latency`` then says so, in place of loading a directory without weights."""
+    from offcut.benchmarks.latency.model import find_model
+
+    found, why = find_model(offcut.Bundle.open(elsewhere_bundle), None)
+    assert found is None
+    assert "the peers need the PyTorch weights of" in why

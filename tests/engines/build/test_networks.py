@@ -1,0 +1,121 @@
+"""A network around the UNet that inductor compiles; TensorRT's are in ``nvidia``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exports import copy_export
+from transformers import CLIPTextModel
+
+import offcut
+import offcut.engines.build.variants as variants_module
+from offcut.engines.base import EngineOptions
+from offcut.engines.build.networks import compile_components
+from offcut.engines.build.request import make_plan
+from offcut.engines.build.verify import verify_bundle
+from offcut.engines.bundle.networks import components_of, engine_for, open_component
+from offcut.engines.bundle.store import commit, staging
+from offcut.errors import BundleError, EngineError
+from offcut.exporter.trace import ExportedUNet
+
+from ..conftest import _quick_host_code
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def bundle(small_pipeline_dir: Path, made: ExportedUNet, tmp_path_factory: pytest.TempPathFactory) -> offcut.Bundle:
+    """All networks for ONNX Runtime, and the text encoder for inductor: each takes a minute to compile."""
+    path = tmp_path_factory.mktemp("bundles") / "all.offcut"
+    with pytest.MonkeyPatch.context() as patch, _quick_host_code():
+        patch.setattr(variants_module, "export", lambda source, out, **_: copy_export(made, out))
+        first = offcut.build(small_pipeline_dir, path, engine="onnxruntime", compile_all=True)
+        asked: dict[str, Any] = dict.fromkeys(
+            ("inference_precision", "opset", "dims", "settings", "revision", "variant", "subfolder", "attention")
+        )
+        plan = make_plan(
+            small_pipeline_dir,
+            cuts=["deepcache:0"],
+            engines="inductor",
+            precision="fp32",
+            profiles=(),
+            deploy=False,
+            compile_all=True,
+            device="cpu",
+            adapters=None,
+            loras={},
+            ip_adapters=(),
+            calibrator=None,
+            progress=lambda sentence: None,
+            **asked,
+        )
+        unet = first.entry("onnxruntime").model_copy(update={"engine": "inductor"})
+        text = [entry for entry in first.manifest.components if entry.name == "text_encoder"]
+        with staging(path) as staged:
+            (compiled,) = compile_components(plan, unet, text, path, staged, lambda sentence: None)
+            commit(
+                path,
+                staged,
+                lambda manifest, files: manifest.model_copy(
+                    update={
+                        "components": tuple(
+                            compiled if entry.name == compiled.name else entry for entry in manifest.components
+                        ),
+                        "files": {**manifest.files, **files},
+                    }
+                ),
+            )
+    return offcut.Bundle.open(path)
+
+
+def test_it_computes_what_eager_transformers_does(bundle: offcut.Bundle, small_pipeline_dir: Path) -> None:
+    entry = components_of(bundle, "fp32")["text_encoder"]
+    (build,) = entry.engines
+    assert build.verified
+    assert {Path(name).name for name in build.files} == {"full.pt2", "full.json"}
+    pair = open_component(bundle, entry, "inductor", EngineOptions())
+    assert pair.name == "inductor"
+    eager = CLIPTextModel.from_pretrained(small_pipeline_dir / "text_encoder").eval()
+    for batch in (1, 3):
+        ids = torch.randint(0, 26, (batch, 16), generator=torch.Generator().manual_seed(batch))
+        bound = pair.prepare({"input_ids": tuple(ids.shape)})
+        bound.buffers["input_ids"].copy_(ids)
+        bound.full()
+        with torch.no_grad():
+            expected = eager(ids, output_hidden_states=True)
+        torch.testing.assert_close(bound.buffers["last_hidden_state"], expected.last_hidden_state, rtol=0, atol=1e-5)
+        torch.testing.assert_close(bound.buffers["pooler_output"], expected.pooler_output, rtol=0, atol=1e-5)
+        torch.testing.assert_close(bound.buffers["hidden_states_1"], expected.hidden_states[1], rtol=0, atol=1e-5)
+        bound.close()
+    pair.close()
+
+
+def test_it_is_verified_with_the_rest(bundle: offcut.Bundle) -> None:
+    results = verify_bundle(bundle)
+    (key,) = (key for key in results if key.startswith("text_encoder of inductor-"))
+    (check,) = results[key]
+    assert check.name == "text_encoder against PyTorch"
+    assert check.passed
+
+
+def test_the_engine_for_the_networks_is_one_that_has_them_all(bundle: offcut.Bundle) -> None:
+    entries = components_of(bundle, "fp32")
+    assert engine_for(bundle, "inductor", [entries["text_encoder"]]) == "inductor"
+    assert engine_for(bundle, "inductor", entries.values()) == "onnxruntime"
+    with pytest.raises(EngineError, match="has no vae_decoder for inductor: build it with --compile-all"):
+        open_component(bundle, entries["vae_decoder"], "inductor", EngineOptions())
+
+
+def test_an_altered_package_is_not_loaded(bundle: offcut.Bundle) -> None:
+    entry = components_of(bundle, "fp32")["text_encoder"]
+    package = bundle.path / entry.engines[0].full
+    whole = package.read_bytes()
+    try:
+        package.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(BundleError, match=r"full\.pt2 was altered"):
+            open_component(bundle, entry, "inductor", EngineOptions())
+    finally:
+        package.write_bytes(whole)
