@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .engines.bundle.bundle import Bundle
     from .errors import OffcutError
     from .exporter.cut import find_cuts, split
-    from .exporter.trace import export
+    from .exporter.trace.export import export
     from .runtime.calibration import Calibration
     from .runtime.deepcache import DeepCacheSDHelper
     from .runtime.forecast import Extrapolate
@@ -37,7 +37,7 @@ _WHERE = {
     "Uniform": "runtime.schedule",
     "attach": "runtime.pipeline",
     "build": "engines.build.build",
-    "export": "exporter.trace",
+    "export": "exporter.trace.export",
     "find_cuts": "exporter.cut",
     "load": "runtime.pipeline",
     "split": "exporter.cut",

@@ -46,8 +46,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a UNet to ONNX: one graph, one weights file."""
-    from ..exporter.trace import DEFAULT_OPSET
-    from ..exporter.trace import export as run_export
+    from ..exporter.trace.export import DEFAULT_OPSET
+    from ..exporter.trace.export import export as run_export
 
     with stages() as stage:
         exported = run_export(

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Protocol, TypedDict, runtime_checkable
 
 from ..errors import EngineError
 from ..exporter.load import ModelSource
-from ..exporter.parameters import read_parameters
 from ..exporter.specs import Shape, TensorSpec
+from ..exporter.trace.parameters import read_parameters
 from .profiles import Profile
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from .convert import quiet, save, to_onnx
+from .foreign.find import OPTIMUMS_NAMES
 from .load import PRECISIONS
-from .original import OPTIMUMS_NAMES
-from .reference import REFERENCE_FILE
 from .specs import TensorSpec, factors
+from .trace.convert import quiet, save, to_onnx
+from .trace.reference import REFERENCE_FILE
 
 if TYPE_CHECKING:
     import torch

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CutError, InternalError, ModelError
-from .convert import WEIGHTS_FILE
 from .families import NOISE_PRED
 from .graph import PROBE, UNetGraph, infer_shapes, read
 from .specs import Dim, Factors, Shape, TensorSpec, factors
-from .trace import ExportedUNet
+from .trace.convert import WEIGHTS_FILE
+from .trace.export import ExportedUNet
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from .attention import ATTENTION, PIPELINES
 from .families import FAMILIES, Family, family_of
+from .foreign.find import OPTIMUMS_NAMES, made_elsewhere
 from .ip_adapter import IPAdapter, load_into, with_adapters
 from .lora import Scaled, fuse
-from .original import OPTIMUMS_NAMES, made_elsewhere
+from .trace.attention import ATTENTION, PIPELINES
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .cut import Cut, find_cut, find_cuts, kept_nodes
 from .graph import UNetGraph, infer_shapes, read
 from .specs import Shape
-from .trace import ExportedUNet
+from .trace.export import ExportedUNet
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError, InternalError
 from .components import TracedComponent
-from .convert import quiet
 from .families import NOISE_PRED, example_dims, example_inputs
 from .load import ModelSource, load_unet
 from .specs import TensorSpec
-from .trace import dim_symbols, export_program
+from .trace.convert import quiet
+from .trace.export import dim_symbols, export_program
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..exporter.components import load_component
 from ..exporter.families import downsampling, example_inputs
-from ..exporter.histogram import METHODS
 from ..exporter.load import ModelSource, read_index
+from ..exporter.quantize.histogram import METHODS
 from .draw import draw, draws_from_prompts
 from .prompts import prompts_for
 from .schedule import Uniform

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from ..errors import ShapeError, UserError
-from ..exporter.attention import PROCESSORS
+from ..exporter.trace.attention import PROCESSORS
 
 
 def _refusal(what: str, remedy: str) -> Callable[..., NoReturn]:

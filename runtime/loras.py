@@ -18,7 +18,7 @@ from .components import InEngines
 if TYPE_CHECKING:
     import torch
 
-    from ..exporter.parameters import StoredWeights
+    from ..exporter.trace.parameters import StoredWeights
 
 logger = logging.getLogger(__name__)
 

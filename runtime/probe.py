@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..exporter.trace import SAMPLE
+from ..exporter.trace.export import SAMPLE
 
 if TYPE_CHECKING:
     from ..engines.base import BoundPair

@@ -18,7 +18,7 @@ from ..exporter.families import family_of
 from ..exporter.ip_adapter import CONFIG_KEY, IMAGE_EMBEDS
 from ..exporter.residuals import flatten
 from ..exporter.specs import Shape, TensorSpec, solve
-from ..exporter.trace import SAMPLE
+from ..exporter.trace.export import SAMPLE
 from .advice import against_caching
 from .bound import Shapes
 from .correction import Answers

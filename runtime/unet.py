@@ -17,7 +17,7 @@ from ..engines.base import BoundPair, EnginePair, OpenOptions
 from ..errors import EngineError, UserError
 from ..exporter.residuals import argument_of
 from ..exporter.specs import solve
-from ..exporter.trace import SAMPLE
+from ..exporter.trace.export import SAMPLE
 from .advice import beyond_tuning
 from .bound import BoundPairs
 from .forecast import History
@@ -31,7 +31,7 @@ from .stand_in import IN_USE, StandIn
 
 if TYPE_CHECKING:
     from ..engines.bundle.bundle import Bundle
-    from ..exporter.parameters import StoredWeights
+    from ..exporter.trace.parameters import StoredWeights
 
 
 @dataclass(frozen=True)

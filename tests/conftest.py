@@ -22,7 +22,7 @@ from videos import save_video_pipeline
 import offcut
 from offcut.benchmarks.shapes.model import model_path
 from offcut.cli import main
-from offcut.exporter.trace import ExportedUNet
+from offcut.exporter.trace.export import ExportedUNet
 
 ENGINES = ["onnxruntime", "openvino"]
 VIDEO_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]

@@ -12,7 +12,7 @@ import pytest
 
 import offcut
 from offcut.engines.build import variants
-from offcut.exporter.trace import ExportedUNet
+from offcut.exporter.trace.export import ExportedUNet
 
 
 def exported(path: Path) -> ExportedUNet:

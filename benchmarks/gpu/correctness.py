@@ -6,7 +6,7 @@ import torch
 
 from ...engines.build.verify import verify
 from ...engines.precision import bounds
-from ...exporter.reference import read_reference
+from ...exporter.trace.reference import read_reference
 from ...runtime.schedule import Uniform
 from .check import Claim, Outcome
 from .exercise import STALE, addresses, bind, farthest, run, stale_answers, write

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...errors import BundleError
-from ...exporter.imported_parts import left_out
+from ...exporter.foreign.networks import left_out
 from ...exporter.ip_adapter import IPAdapter
 from ..base import Settings
 from ..bundle.bundle import Bundle

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...errors import EngineError, ModelError
-from ...exporter.imported import check_precision
+from ...exporter.foreign.find import Original, open_original
+from ...exporter.foreign.unet import check_precision
 from ...exporter.load import ModelSource
-from ...exporter.original import Original, open_original
-from ...exporter.quantize import Scheme
+from ...exporter.quantize.qdq import Scheme
 from ..bundle.networks import compilable
 from ..registry import compiler
 

@@ -16,15 +16,15 @@ from statistics import median
 from typing import TYPE_CHECKING, Protocol
 
 from ...errors import ModelError
-from ...exporter.convert import WEIGHTS_FILE
 from ...exporter.cut import split_all
 from ...exporter.graph import infer_shapes, read
-from ...exporter.histogram import Histogram, Range
 from ...exporter.load import ModelSource, load_unet
-from ...exporter.observe import stride
-from ...exporter.quantize import Layer, Scheme, find_layers, kept_by_name, quantize, shadow
-from ...exporter.reference import write_answer
-from ...exporter.trace import GRAPH_FILE, PARAMETERS_FILE, ExportedUNet
+from ...exporter.quantize.histogram import Histogram, Range
+from ...exporter.quantize.observe import stride
+from ...exporter.quantize.qdq import Layer, Scheme, find_layers, kept_by_name, quantize, shadow
+from ...exporter.trace.convert import WEIGHTS_FILE
+from ...exporter.trace.export import GRAPH_FILE, PARAMETERS_FILE, ExportedUNet
+from ...exporter.trace.reference import write_answer
 from ..base import EnginePair
 from ..bundle.manifest import Quantization
 from ..onnxruntime.observer import ObservingPair, session

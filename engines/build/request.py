@@ -11,12 +11,12 @@ from pathlib import Path
 from ...errors import BundleError, CutError, EngineError, ModelError
 from ...exporter.cut import CONVENTIONS, is_cut_name
 from ...exporter.families import downsampling
-from ...exporter.imported import fixed_by
+from ...exporter.foreign.find import open_original
+from ...exporter.foreign.unet import fixed_by
 from ...exporter.ip_adapter import IPAdapter
 from ...exporter.load import PRECISIONS, ModelSource, locate, read_index
 from ...exporter.lora import Scaled, find, read
-from ...exporter.original import open_original
-from ...exporter.quantize import Scheme
+from ...exporter.quantize.qdq import Scheme
 from ..base import Setting, Settings
 from ..bundle.bundle import Bundle, devices_of, digest_file
 from ..bundle.manifest import MANIFEST_FILE, EngineEntry

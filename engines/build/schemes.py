@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...exporter.load import PRECISIONS
-from ...exporter.quantize import Scheme
+from ...exporter.quantize.qdq import Scheme
 
 LOW_PRECISIONS = ("int8", "fp8")
 

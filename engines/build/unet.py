@@ -7,9 +7,9 @@ import json
 import shutil
 from pathlib import Path
 
-from ...exporter.imported import write_original_answer
+from ...exporter.foreign.unet import write_original_answer
 from ...exporter.load import load_unet
-from ...exporter.reference import write_reference
+from ...exporter.trace.reference import write_reference
 from ..base import Compiled, CompileJob, EngineOptions, Graphs
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import EngineEntry, ProfileEntry, Variant

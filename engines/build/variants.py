@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import BundleError
-from ...exporter.convert import WEIGHTS_FILE
 from ...exporter.cut import Cut, find_cut, find_cuts, split_all
-from ...exporter.imported import import_unet
-from ...exporter.reference import REFERENCE_FILE
-from ...exporter.trace import PARAMETERS_FILE, ExportedUNet, export
+from ...exporter.foreign.unet import import_unet
+from ...exporter.trace.convert import WEIGHTS_FILE
+from ...exporter.trace.export import PARAMETERS_FILE, ExportedUNet, export
+from ...exporter.trace.reference import REFERENCE_FILE
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import CutEntry, Graphs, Quantization, Tensor, Variant
 from .quantize import quantized

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...errors import ParityError
-from ...exporter.reference import Reference, read_reference
+from ...exporter.trace.reference import Reference, read_reference
 from ..base import BoundPair, EngineOptions, EnginePair
 from ..bundle.bundle import Bundle, check_fits, devices_of, open_entry
 from ..bundle.manifest import ComponentEntry, EngineEntry

@@ -16,8 +16,8 @@ from typing import Any, Unpack
 from pydantic import ValidationError
 
 from ...errors import BundleError, CutError, EngineError
-from ...exporter.parameters import StoredWeights
-from ...exporter.trace import GRAPH_FILE
+from ...exporter.trace.export import GRAPH_FILE
+from ...exporter.trace.parameters import StoredWeights
 from ..base import EngineOptions, EnginePair, Graphs, OpenOptions
 from ..onnxruntime.cache import CACHE_FOLDER
 from ..registry import Choice, choose, engine

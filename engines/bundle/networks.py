@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ...errors import EngineError, ParityError
 from ...exporter.components import NORM_FILE, export_component, exportable
-from ...exporter.convert import WEIGHTS_FILE
-from ...exporter.imported_parts import import_component, networks_of
+from ...exporter.foreign.networks import import_component, networks_of
 from ...exporter.load import PRECISIONS, ModelSource
-from ...exporter.reference import REFERENCE_FILE
+from ...exporter.trace.convert import WEIGHTS_FILE
+from ...exporter.trace.reference import REFERENCE_FILE
 from ..base import EngineOptions, EnginePair, Graphs
 from ..precision import Bounds, bounds
 from ..registry import compiler, engine

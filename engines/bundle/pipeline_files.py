@@ -8,7 +8,7 @@ from collections.abc import Container
 from pathlib import Path
 
 from ...errors import ModelError
-from ...exporter.imported_parts import folder_of, index_of
+from ...exporter.foreign.networks import folder_of, index_of
 from ...exporter.load import INDEX_FILE, PROMPTS_FILE, ModelSource
 
 _SMALL = (".json", ".txt", ".model")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import EngineError, MissingExtraError, ModelError
 from ...exporter.cut import TwinGraph
-from ...exporter.histogram import Histogram
-from ...exporter.observe import observe
+from ...exporter.quantize.histogram import Histogram
+from ...exporter.quantize.observe import observe
 from ...exporter.specs import Shape, TensorSpec
 from ..base import Graphs
 from ..buffers import allocate_pair

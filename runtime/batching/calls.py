@@ -9,7 +9,7 @@ import torch
 
 from ...engines.base import BoundPair, EnginePair
 from ...errors import InternalError
-from ...exporter.trace import SAMPLE
+from ...exporter.trace.export import SAMPLE
 from ..forecast import Coefficients, write
 from ..ranges import Ranges
 from .pool import Slot, before

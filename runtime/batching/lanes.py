@@ -12,7 +12,7 @@ from ...engines.base import BoundPair, EnginePair
 from ...errors import ShapeError
 from ...exporter.ip_adapter import SCALE
 from ...exporter.specs import Shape, TensorSpec, factors, solve
-from ...exporter.trace import SAMPLE
+from ...exporter.trace.export import SAMPLE
 from ..bound import BoundPairs
 from ..inputs import timestep_shape
 from .pool import FeatureSpec, Layout, before

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...engines.profiles import Profile
 from ...errors import UserError
-from ...exporter.trace import SAMPLE
+from ...exporter.trace.export import SAMPLE
 from ..draw import draws_from_prompts
 from ..schedule import Steps
 from ..tuning.artifact import Tuned

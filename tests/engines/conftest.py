@@ -13,7 +13,7 @@ from exports import copy_export, exported, keep, kept
 import offcut
 import offcut.engines.build.variants as variants_module
 from offcut.engines.base import EnginePair
-from offcut.exporter.trace import ExportedUNet
+from offcut.exporter.trace.export import ExportedUNet
 
 UNET_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]
 COMPILED_CUTS = ["deepcache:0"]

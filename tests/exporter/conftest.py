@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from offcut.exporter.trace import ExportedUNet, export
+from offcut.exporter.trace.export import ExportedUNet, export
 
 
 @dataclass(frozen=True)

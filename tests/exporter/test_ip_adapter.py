@@ -19,7 +19,7 @@ import offcut
 from offcut.errors import ModelError
 from offcut.exporter.ip_adapter import IPAdapter, with_adapters
 from offcut.exporter.load import load_unet, locate
-from offcut.exporter.trace import ExportedUNet
+from offcut.exporter.trace.export import ExportedUNet
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from offcut.exporter.cut import find_cuts, split
 from offcut.exporter.families import family_of
 from offcut.exporter.residuals import argument_of, flatten, nest
 from offcut.exporter.specs import TensorSpec, solve
-from offcut.exporter.trace import ExportedUNet, export
+from offcut.exporter.trace.export import ExportedUNet, export
 
 SD15 = {
     "_class_name": "UNet2DConditionModel",

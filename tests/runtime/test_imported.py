@@ -91,7 +91,7 @@ def test_a_lora_goes_on_and_off_as_with_weights(
 def test_weights_without_names_take_no_lora(
     elsewhere_bundle: Path, tiny_pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from offcut.exporter.parameters import StoredWeights
+    from offcut.exporter.trace.parameters import StoredWeights
 
     unet = offcut.UNet.load(elsewhere_bundle, "onnxruntime", threads=1)
     bundle = Bundle.open(elsewhere_bundle)

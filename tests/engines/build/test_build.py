@@ -18,7 +18,7 @@ import offcut.engines.build.variants as variants_module
 import offcut.engines.build.verify as verify_module
 from offcut.engines.registry import Choice
 from offcut.errors import BundleError, CutError, EngineError, ModelError, ParityError, UserError
-from offcut.exporter.reference import Reference
+from offcut.exporter.trace.reference import Reference
 
 from ..conftest import contents
 

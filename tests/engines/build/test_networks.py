@@ -19,7 +19,7 @@ from offcut.engines.build.verify import verify_bundle
 from offcut.engines.bundle.networks import components_of, engine_for, open_component
 from offcut.engines.bundle.store import commit, staging
 from offcut.errors import BundleError, EngineError
-from offcut.exporter.trace import ExportedUNet
+from offcut.exporter.trace.export import ExportedUNet
 
 from ..conftest import _quick_host_code
 

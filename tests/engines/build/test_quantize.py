@@ -17,8 +17,8 @@ from offcut.errors import BundleError, EngineError, ModelError
 from offcut.exporter.cut import split_all
 from offcut.exporter.graph import read
 from offcut.exporter.load import locate
-from offcut.exporter.quantize import find_layers
-from offcut.exporter.trace import ExportedUNet
+from offcut.exporter.quantize.qdq import find_layers
+from offcut.exporter.trace.export import ExportedUNet
 
 from ..conftest import contents
 

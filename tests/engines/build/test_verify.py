@@ -16,7 +16,7 @@ from offcut.engines.build.verify import Check, require, verify, verify_bundle
 from offcut.engines.precision import Bounds, bounds
 from offcut.engines.registry import engine
 from offcut.errors import BundleError, ParityError
-from offcut.exporter.reference import Reference, read_reference
+from offcut.exporter.trace.reference import Reference, read_reference
 
 from ..conftest import ONNX_ENGINES, UNET_CUTS
 

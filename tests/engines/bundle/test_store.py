@@ -32,7 +32,7 @@ import offcut
 import offcut.engines.build.build
 import offcut.engines.build.variants as variants_module
 import offcut.engines.bundle.store as store
-from offcut.exporter.trace import ExportedUNet
+from offcut.exporter.trace.export import ExportedUNet
 
 
 def copy(donor, out):

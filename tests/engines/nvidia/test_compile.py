@@ -21,8 +21,8 @@ from offcut.engines.nvidia.flavour import TENSORRT_RTX
 from offcut.engines.nvidia.pair import NvidiaPair
 from offcut.engines.profiles import Profile
 from offcut.errors import EngineError, ShapeError
-from offcut.exporter.reference import read_reference
-from offcut.exporter.trace import ExportedUNet
+from offcut.exporter.trace.export import ExportedUNet
+from offcut.exporter.trace.reference import read_reference
 
 from .conftest import DYNAMIC, PROFILES, STATIC
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import offcut
 import offcut.engines.build.variants as variants_module
 from offcut.errors import EngineError
-from offcut.exporter.trace import ExportedUNet
+from offcut.exporter.trace.export import ExportedUNet
 
 from .conftest import PROFILES
 

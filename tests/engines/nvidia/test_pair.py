@@ -20,7 +20,7 @@ from offcut.engines.nvidia.pair import NvidiaPair
 from offcut.engines.precision import bounds
 from offcut.engines.registry import engine
 from offcut.errors import EngineError, ShapeError
-from offcut.exporter.trace import ExportedUNet
+from offcut.exporter.trace.export import ExportedUNet
 
 from ..conftest import UNET_CUTS
 from .conftest import PROFILES

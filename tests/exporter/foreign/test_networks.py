@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from unets import largest_difference, run
 
 from offcut.errors import ModelError
-from offcut.exporter.imported_parts import import_component, index_of, left_out, networks_of
+from offcut.exporter.foreign.networks import import_component, index_of, left_out, networks_of
 from offcut.exporter.load import locate
 
 ENGINES = ["onnxruntime", "openvino"]

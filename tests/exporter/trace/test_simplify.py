@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import offcut
-from offcut.exporter import convert
-from offcut.exporter.trace import ExportedUNet
+from offcut.exporter.trace import convert
+from offcut.exporter.trace.export import ExportedUNet
 
 
 @pytest.mark.slow

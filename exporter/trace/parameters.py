@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ModelError
+from ...errors import ModelError
 
 if TYPE_CHECKING:
     import torch

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import ModelError
-from .original import Original
-from .specs import TensorSpec
+from ...errors import ModelError
+from ..specs import TensorSpec
+from .find import Original
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError
+from ...errors import ModelError
 from .histogram import Range
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def quantize(graph: Path, out: Path, scheme: Scheme, ranges: Mapping[str, Range]
     """
     import onnx_ir as ir
 
-    from .convert import WEIGHTS_FILE
+    from ..trace.convert import WEIGHTS_FILE
 
     model = ir.load(graph)
     _Rewriter(model, scheme, ranges).rewrite(names)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import MissingExtraError, ModelError
+from ...errors import MissingExtraError, ModelError
 
 if TYPE_CHECKING:
     import onnx_ir as ir

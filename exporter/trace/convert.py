@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InternalError
+from ...errors import InternalError
 from .parameters import Parameter
 from .simplify import simplify
 

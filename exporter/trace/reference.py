@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .families import Family, example_inputs
-from .specs import TensorSpec
+from ..families import Family, example_inputs
+from ..specs import TensorSpec
 
 if TYPE_CHECKING:
     import torch

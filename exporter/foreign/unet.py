@@ -12,16 +12,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError
+from ...errors import ModelError
+from ..families import NOISE_PRED, downsampling, example_dims, example_inputs
+from ..load import PRECISIONS, ModelSource
+from ..specs import TensorSpec, symbols
+from ..trace.convert import WEIGHTS_FILE, save
+from ..trace.export import GRAPH_FILE, PARAMETERS_FILE, ExportedUNet, Progress
+from ..trace.parameters import Parameter
+from ..trace.reference import REFERENCE_FILE, keep_answer
 from .contract import name_contract, separate_shared_weights, spread_timestep
-from .convert import WEIGHTS_FILE, save
-from .families import NOISE_PRED, downsampling, example_dims, example_inputs
-from .load import PRECISIONS, ModelSource
-from .original import Original, open_original
-from .parameters import Parameter
-from .reference import REFERENCE_FILE, keep_answer
-from .specs import TensorSpec, symbols
-from .trace import GRAPH_FILE, PARAMETERS_FILE, ExportedUNet, Progress
+from .find import Original, open_original
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -12,11 +12,11 @@ from unets import largest_difference, random_inputs, run
 
 from offcut.errors import ModelError
 from offcut.exporter.cut import find_cuts, split
-from offcut.exporter.histogram import Range
-from offcut.exporter.quantize import Layer, Scheme, find_layers, kept_by_name, quantize, shadow
-from offcut.exporter.trace import ExportedUNet
+from offcut.exporter.quantize.histogram import Range
+from offcut.exporter.quantize.qdq import Layer, Scheme, find_layers, kept_by_name, quantize, shadow
+from offcut.exporter.trace.export import ExportedUNet
 
-from .conftest import Family
+from ..conftest import Family
 
 INT8 = Scheme("int8", base="fp32", activations="uint8", outputs=False)
 SCHEMES = [

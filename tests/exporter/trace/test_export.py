@@ -17,10 +17,10 @@ from unets import SDXL, SKIPS, eager, largest_difference, random_inputs, run
 
 from offcut.errors import ModelError
 from offcut.exporter.load import load_unet, locate
-from offcut.exporter.reference import read_reference
-from offcut.exporter.trace import ExportedUNet, export
+from offcut.exporter.trace.export import ExportedUNet, export
+from offcut.exporter.trace.reference import read_reference
 
-from .conftest import Family
+from ..conftest import Family
 
 # Batch, height, width, sequence: one request, guidance, a batch beyond what was traced, the smallest and the longest.
 SHAPES = [(1, 8, 8, 7), (2, 4, 12, 77), (5, 16, 8, 1), (2, 4, 4, 154), (70, 8, 8, 2)]
@@ -135,7 +135,7 @@ def test_exporting_again_replaces_the_export(plain: Family, tmp_path: Path) -> N
     kept.write_bytes(b"other people's weights")
     (out / "weights.data").hardlink_to(kept)
     # In another process, where sets have another order.
-    code = "import sys; from offcut.exporter.trace import export; export(sys.argv[1], sys.argv[2])"
+    code = "import sys; from offcut.exporter.trace.export import export; export(sys.argv[1], sys.argv[2])"
     hashes = os.environ | {"PYTHONHASHSEED": "1"}
     subprocess.run([sys.executable, "-c", code, plain.model, out], check=True, env=hashes)
     assert kept.read_bytes() == b"other people's weights"
@@ -163,7 +163,7 @@ def test_the_reference_is_what_pytorch_computes(plain: Family) -> None:
 
 def test_the_stages_are_announced_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first is announced before anything is read."""
-    import offcut.exporter.trace as module
+    import offcut.exporter.trace.export as module
 
     stages: list[str] = []
 

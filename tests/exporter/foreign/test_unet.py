@@ -16,12 +16,12 @@ from unets import eager, largest_difference, random_inputs, run, save_family
 
 from offcut.errors import CutError, ModelError
 from offcut.exporter.cut import find_cuts, split_all
-from offcut.exporter.imported import fixed_by, import_unet
+from offcut.exporter.foreign.find import made_elsewhere, open_original
+from offcut.exporter.foreign.unet import fixed_by, import_unet
 from offcut.exporter.load import load_unet, locate
-from offcut.exporter.original import made_elsewhere, open_original
-from offcut.exporter.parameters import StoredWeights
-from offcut.exporter.reference import read_reference
-from offcut.exporter.trace import ExportedUNet
+from offcut.exporter.trace.export import ExportedUNet
+from offcut.exporter.trace.parameters import StoredWeights
+from offcut.exporter.trace.reference import read_reference
 
 ENGINES = ["onnxruntime", "openvino"]
 PLAIN_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]

@@ -13,15 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError
+from ...errors import ModelError
+from ..families import NOISE_PRED, Family, downsampling, example_dims, example_inputs
+from ..ip_adapter import IPAdapter
+from ..load import PRECISIONS, ModelSource, load_unet, locate
+from ..specs import Factors, TensorSpec, factors, symbols
 from . import video
 from .convert import WEIGHTS_FILE, quiet, save, to_onnx
-from .families import NOISE_PRED, Family, downsampling, example_dims, example_inputs
-from .ip_adapter import IPAdapter
-from .load import PRECISIONS, ModelSource, load_unet, locate
 from .parameters import Parameter
 from .reference import REFERENCE_FILE, write_reference
-from .specs import Factors, TensorSpec, factors, symbols
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError
-from .components import AUTOENCODERS, GRAPH_FILE, NORM_FILE, TEXT_ENCODERS, ExportedComponent, exportable
+from ...errors import ModelError
+from ..components import AUTOENCODERS, GRAPH_FILE, NORM_FILE, TEXT_ENCODERS, ExportedComponent, exportable
+from ..load import PRECISIONS, ModelSource, read_index
+from ..specs import TensorSpec
+from ..trace.convert import save
+from ..trace.reference import REFERENCE_FILE
 from .contract import name_contract, separate_shared_weights
-from .convert import save
-from .load import PRECISIONS, ModelSource, read_index
-from .original import ORIGINAL_FILE, Original, made_elsewhere, open_original, run
-from .reference import REFERENCE_FILE
-from .specs import TensorSpec
+from .find import ORIGINAL_FILE, Original, made_elsewhere, open_original, run
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from offcut.exporter.histogram import BINS, METHODS, Histogram, Range
+from offcut.exporter.quantize.histogram import BINS, METHODS, Histogram, Range
 
 values = arrays(np.float32, st.integers(1, 200), elements=st.floats(-1e4, 1e4, width=32))
 

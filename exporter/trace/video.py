@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .specs import TensorSpec
+from ..specs import TensorSpec
 
 if TYPE_CHECKING:
     import torch

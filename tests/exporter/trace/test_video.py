@@ -18,7 +18,7 @@ from offcut.exporter.families import FEWEST_FRAMES, family_of
 from offcut.exporter.graph import contract
 from offcut.exporter.load import locate
 from offcut.exporter.measure import measure_cuts
-from offcut.exporter.trace import export
+from offcut.exporter.trace.export import export
 
 FAMILIES = list(SKIPS)
 SIZES = [
