@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from .exporter.trace.export import export
     from .runtime.calibration import Calibration
     from .runtime.deepcache import DeepCacheSDHelper
-    from .runtime.forecast import Extrapolate
+    from .runtime.generation.forecast import Extrapolate
+    from .runtime.generation.schedule import Adaptive, Quad, Steps, Uniform
     from .runtime.pipeline import attach, load
-    from .runtime.schedule import Adaptive, Quad, Steps, Uniform
     from .runtime.tuning.artifact import Tuned
     from .runtime.unet import UNet
 
 _WHERE = {
-    "Adaptive": "runtime.schedule",
+    "Adaptive": "runtime.generation.schedule",
     "Bundle": "engines.bundle.bundle",
     "Calibration": "runtime.calibration",
     "DeepCacheSDHelper": "runtime.deepcache",
-    "Extrapolate": "runtime.forecast",
+    "Extrapolate": "runtime.generation.forecast",
     "OffcutError": "errors",
-    "Quad": "runtime.schedule",
-    "Steps": "runtime.schedule",
+    "Quad": "runtime.generation.schedule",
+    "Steps": "runtime.generation.schedule",
     "Tuned": "runtime.tuning.artifact",
     "UNet": "runtime.unet",
-    "Uniform": "runtime.schedule",
+    "Uniform": "runtime.generation.schedule",
     "attach": "runtime.pipeline",
     "build": "engines.build.build",
     "export": "exporter.trace.export",

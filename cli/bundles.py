@@ -215,10 +215,10 @@ def inspect(
         return
     from dataclasses import asdict
 
-    from ..benchmarks.generate import Request, makes_videos
-    from ..benchmarks.parts import time_parts
+    from ..runtime.generation.schedule import Uniform
+    from ..runtime.images.generate import Request, makes_videos
+    from ..runtime.images.timing import time_parts
     from ..runtime.pipeline import load
-    from ..runtime.schedule import Uniform
 
     quiet_libraries()
     with stages() as stage:

@@ -30,8 +30,8 @@ from .shell import (
 if TYPE_CHECKING:
     from ..engines.base import OpenOptions
     from ..engines.bundle.bundle import Bundle
-    from ..runtime.forecast import Forecast
-    from ..runtime.schedule import Schedule
+    from ..runtime.generation.forecast import Forecast
+    from ..runtime.generation.schedule import Schedule
     from ..runtime.tuning.artifact import Tuned
 
 
@@ -86,11 +86,11 @@ def run(
     from ..engines.bundle.bundle import Bundle
 
     opened = Bundle.open(bundle)  # before what takes seconds to import
-    from ..benchmarks.compare import generate_to_file
-    from ..benchmarks.generate import Request, makes_videos
     from ..errors import UserError
     from ..runtime.draw import with_class
-    from ..runtime.forecast import Extrapolate
+    from ..runtime.generation.forecast import Extrapolate
+    from ..runtime.images.compare import generate_to_file
+    from ..runtime.images.generate import Request, makes_videos
     from ..runtime.tuning.choice import tuned_name
 
     named = tuned_name(schedule)
@@ -148,10 +148,10 @@ def demo(
     """Build the small model that comes with offcut, and show it uncached, cached, and cached with a forecast."""
     from dataclasses import asdict
 
-    from ..benchmarks.demo import WAYS
-    from ..benchmarks.demo import demo as run_demo
     from ..benchmarks.shapes.model import PROMPTS, model_path
     from ..engines.build.build import build as run_build
+    from ..runtime.images.demo import WAYS
+    from ..runtime.images.demo import demo as run_demo
 
     with stages() as stage:
         opened = run_build(model_path(), bundle, engine=engine, progress=stage)
@@ -215,7 +215,7 @@ def _tuned(opened: Bundle, pipe: Any, name: str, steps: int, guidance: float | N
 
 
 def _schedule(text: str | None, interval: int, warmup: int) -> Schedule | None:
-    from ..runtime.schedule import Uniform, parse
+    from ..runtime.generation.schedule import Uniform, parse
 
     if text is not None:
         return parse(text)

@@ -147,7 +147,7 @@ def tune(
 
 
 def _print(tuned: Tuned) -> None:
-    from ..runtime.schedule import SKIP
+    from ..runtime.generation.schedule import SKIP
 
     document = tuned.document
     cuts = [cut for cut in document.used if cut != SKIP]

@@ -17,8 +17,8 @@ from ..exporter.families import downsampling, example_inputs
 from ..exporter.load import ModelSource, read_index
 from ..exporter.quantize.histogram import METHODS
 from .draw import draw, draws_from_prompts
+from .generation.schedule import Uniform
 from .prompts import prompts_for
-from .schedule import Uniform
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

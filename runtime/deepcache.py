@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import ScheduleError, UserError
-from .schedule import Uniform
+from .generation.schedule import Uniform
 from .unet import UNet
 
 

@@ -19,15 +19,15 @@ from ..exporter.ip_adapter import CONFIG_KEY, IMAGE_EMBEDS
 from ..exporter.residuals import flatten
 from ..exporter.specs import Shape, TensorSpec, solve
 from ..exporter.trace.export import SAMPLE
-from .advice import against_caching
 from .bound import Shapes
-from .correction import Answers
-from .forecast import Forecast
-from .generation import Calls, Generation, Guided, Run
+from .generation.advice import against_caching
+from .generation.correction import Answers
+from .generation.forecast import Forecast
+from .generation.generation import Calls, Generation, Guided, Run
+from .generation.schedule import SKIP, Schedule
 from .inputs import engine_inputs, in_place, refuse_ignored, timestep_shape, timestep_value
 from .ip_adapter import ImagePrompts
 from .model import EngineModel, output_class
-from .schedule import SKIP, Schedule
 
 logger = logging.getLogger(__name__)
 

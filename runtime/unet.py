@@ -18,14 +18,14 @@ from ..errors import EngineError, UserError
 from ..exporter.residuals import argument_of
 from ..exporter.specs import solve
 from ..exporter.trace.export import SAMPLE
-from .advice import beyond_tuning
 from .bound import BoundPairs
-from .forecast import History
-from .generation import Generation
-from .guidance import HalfBatch
+from .generation.advice import beyond_tuning
+from .generation.forecast import History
+from .generation.generation import Generation
+from .generation.guidance import HalfBatch
+from .generation.probe import Probe
 from .inputs import write_timestep
 from .loras import TakesLoras
-from .probe import Probe
 from .ranges import Ranges
 from .stand_in import IN_USE, StandIn
 

@@ -12,7 +12,7 @@ from offcut.benchmarks.growth.record import Fit, Growth, Made, Point, Sweep
 from offcut.benchmarks.latency.record import Contestant, Latency
 from offcut.benchmarks.quality.record import Claim, Estimate, Quality, QualityRow
 from offcut.benchmarks.record import Environment, Result
-from offcut.runtime.schedule import Uniform
+from offcut.runtime.generation.schedule import Uniform
 
 CLOCK = "perf_counter; from the first scheduler call to the last latent: scheduler, guidance and UNet calls"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import UserError
-from ...runtime.generation import Run
-from ..picture import Tile, sheet
+from ...runtime.generation.generation import Run
+from ...runtime.images.picture import Tile, sheet
 from ..quality import metrics
 from ..quality.pictures import Progress
 from ..shapes import silhouettes

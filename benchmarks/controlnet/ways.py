@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...runtime.schedule import Schedule, Uniform
+from ...runtime.generation.schedule import Schedule, Uniform
 from ..quality.metrics import Pictures
 from ..quality.pictures import prompts
 from ..shapes import scenes, silhouettes

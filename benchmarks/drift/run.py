@@ -13,14 +13,14 @@ import numpy as np
 
 from ...errors import UserError
 from ...runtime.draw import draws_from_prompts
-from ...runtime.forecast import Forecast
-from ...runtime.generation import Run
-from ...runtime.schedule import Schedule
+from ...runtime.generation.forecast import Forecast
+from ...runtime.generation.generation import Run
+from ...runtime.generation.schedule import Schedule
+from ...runtime.images.generate import psnr
 from ...runtime.tuning.images import Image, Studio
 from ...runtime.tuning.moments import Moments
 from ...runtime.tuning.predictors import Predictors
 from ...runtime.tuning.record import Recorder
-from ..generate import psnr
 from ..latency.plan import model_name
 from .maps import changed, painted, picture
 from .record import Call, Drift, Sample, Walk

@@ -7,7 +7,7 @@ import torch
 from ...engines.build.verify import verify
 from ...engines.precision import bounds
 from ...exporter.trace.reference import read_reference
-from ...runtime.schedule import Uniform
+from ...runtime.generation.schedule import Uniform
 from .check import Claim, Outcome
 from .exercise import STALE, addresses, bind, farthest, run, stale_answers, write
 from .models import DTYPES, SIDE, conditioning, eager_unet, noise

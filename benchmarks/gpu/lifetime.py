@@ -9,7 +9,7 @@ from threading import Barrier
 
 import torch
 
-from ...runtime.schedule import Uniform
+from ...runtime.generation.schedule import Uniform
 from .check import Claim, Outcome
 from .correctness import SCHEDULE, STEPS, TRAJECTORY
 from .exercise import apart, own_stream, wait

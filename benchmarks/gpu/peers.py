@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ...runtime.schedule import Schedule
+from ...runtime.generation.schedule import Schedule
 
 if TYPE_CHECKING:
     from ...runtime.unet import UNet

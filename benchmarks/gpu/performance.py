@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...runtime.schedule import Schedule, Uniform
+from ...runtime.generation.schedule import Schedule, Uniform
 from ...runtime.unet import UNet
 from ..latency.clock import Clock, Marks, TimedPair
 from .check import Claim, Outcome

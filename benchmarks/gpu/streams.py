@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...engines.precision import bounds
-from ...runtime.schedule import Uniform
+from ...runtime.generation.schedule import Uniform
 from .check import Claim, NotRun, Outcome
 from .exercise import addresses, apart, bind, farthest, stale_answers
 from .models import DTYPES, SIDE, conditioning, noise

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...engines.bundle.bundle import Bundle
 from ...errors import UserError
-from ...runtime.schedule import Uniform, parse
+from ...runtime.generation.schedule import Uniform, parse
 from ..latency.plan import Wanted, model_name, plan
 from ..latency.record import Contestant, Latency
 from ..latency.run import Options, measure

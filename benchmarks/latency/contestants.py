@@ -10,7 +10,7 @@ from ...engines.bundle.bundle import Bundle, devices_of
 from ...engines.bundle.manifest import EngineEntry
 from ...engines.registry import engine as engine_module
 from ...errors import UserError
-from ...runtime.schedule import Uniform, parse
+from ...runtime.generation.schedule import Uniform, parse
 from .case import Case, Entrant
 from .loop import vae_scale
 

@@ -15,7 +15,7 @@ from ...exporter.cut import canonical_name
 from ...exporter.families import FAMILIES
 from ...exporter.load import locate
 from ...runtime.draw import with_class
-from ...runtime.schedule import parse
+from ...runtime.generation.schedule import parse
 from .case import Case, Entrant
 from .contestants import PEERS, catalogue
 from .loop import vae_scale

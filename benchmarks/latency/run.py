@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...runtime.schedule import parse
+from ...runtime.generation.schedule import parse
 from .case import Case, Entrant
 from .ceiling import DTYPES
 from .house import Answer, Process, to_close

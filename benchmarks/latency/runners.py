@@ -17,9 +17,9 @@ from ...engines.base import EngineOptions
 from ...engines.bundle.bundle import Bundle, open_entry
 from ...exporter.load import load_unet, locate
 from ...runtime.draw import with_class
-from ...runtime.forecast import Coefficients, Forecast, History
+from ...runtime.generation.forecast import Coefficients, Forecast, History
+from ...runtime.generation.schedule import parse
 from ...runtime.pipeline import attach
-from ...runtime.schedule import parse
 from ...runtime.unet import UNet
 from .case import Case, Entrant
 from .clock import Clock, Marks, TimedPair

@@ -17,7 +17,7 @@ from .loadgen import Shortened
 from .record import MlPerf, Scenario, ScenarioRun
 
 if TYPE_CHECKING:
-    from ...runtime.schedule import Schedule
+    from ...runtime.generation.schedule import Schedule
     from .system import Picture
 
 Stage = Callable[[str], None]

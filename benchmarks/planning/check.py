@@ -25,7 +25,7 @@ from .measure import measure
 from .simulate import Kind, Setting, simulate
 
 if TYPE_CHECKING:
-    from ...runtime.schedule import Schedule
+    from ...runtime.generation.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ def _noting(ended: dict[int, float], place: int) -> Callable[[object], None]:
 
 def main(given: Sequence[str] | None = None) -> int:
     """0 if every difference is within the bound."""
+    from ...runtime.generation.schedule import Uniform
     from ...runtime.pipeline import load
-    from ...runtime.schedule import Uniform
     from ..shapes.model import PROMPTS, model_path
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

@@ -13,7 +13,7 @@ from ...runtime.batching import Statistics, Step, Total, Worker
 from .costs import Costs
 
 if TYPE_CHECKING:
-    from ...runtime.schedule import Schedule
+    from ...runtime.generation.schedule import Schedule
 
 
 def measure(

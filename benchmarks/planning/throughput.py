@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ...runtime.batching import Worker
 
 if TYPE_CHECKING:
-    from ...runtime.schedule import Schedule
+    from ...runtime.generation.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def _seeded(arguments: Mapping[str, Any], seed: int) -> dict[str, Any]:
 
 
 def main(given: Sequence[str] | None = None) -> int:
+    from ...runtime.generation.schedule import Uniform
     from ...runtime.pipeline import load
-    from ...runtime.schedule import Uniform
     from ..shapes.model import PROMPTS, model_path
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

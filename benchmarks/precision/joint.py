@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from ...engines.bundle.bundle import Bundle
-from ...runtime.forecast import Coefficients, Forecast
+from ...runtime.generation.forecast import Coefficients, Forecast
+from ...runtime.generation.schedule import Schedule, Steps, Uniform
 from ...runtime.pipeline import load
 from ...runtime.prompts import prompts_for
-from ...runtime.schedule import Schedule, Steps, Uniform
 from ...runtime.tuning.images import Image, ImageSet, Studio
 from ...runtime.tuning.measure import record
 from ...runtime.tuning.moments import Moments, Ridge

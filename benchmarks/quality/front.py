@@ -11,7 +11,7 @@ from typing import Any
 
 from ...engines.bundle.bundle import Bundle
 from ...errors import ScheduleError
-from ...runtime.schedule import Steps
+from ...runtime.generation.schedule import Steps
 from ...runtime.tuning.artifact import Tuned, save
 from ...runtime.tuning.choice import choose, key_of
 from ...runtime.tuning.tune import tune

@@ -10,8 +10,8 @@ from typing import Literal
 
 from ...errors import UserError
 from ...exporter.cut import canonical_name
-from ...runtime.forecast import Extrapolate, Forecast
-from ...runtime.schedule import Quad, Schedule, Uniform, parse
+from ...runtime.generation.forecast import Extrapolate, Forecast
+from ...runtime.generation.schedule import Quad, Schedule, Uniform, parse
 from ...runtime.tuning.cuts import cost_of
 from ..latency.record import Latency
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ...runtime.schedule import SKIP
+from ...runtime.generation.schedule import SKIP
 from ..drift.record import Call, Drift, Walk
 from . import samples, words
 from .heatmap import SHADES, heatmap, steps

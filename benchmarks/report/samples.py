@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..picture import difference
+from ...runtime.images.picture import difference
 from .markup import Markup, tag
 
 if TYPE_CHECKING:

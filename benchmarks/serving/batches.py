@@ -30,8 +30,8 @@ class Batches:
     @classmethod
     def measure(cls, serving: Serving, stage: Callable[[str], None] = lambda text: None) -> Self:
         from ...engines.bundle.bundle import Bundle
+        from ...runtime.generation.schedule import Uniform
         from ...runtime.pipeline import load
-        from ...runtime.schedule import Uniform
         from ..planning.measure import measure
 
         opened = Bundle.open(serving.bundle)
@@ -106,7 +106,7 @@ def _setting(serving: Serving) -> Setting:
 
 
 def _load(serving: Serving, requests: int) -> Load:
-    from ...runtime.schedule import Uniform
+    from ...runtime.generation.schedule import Uniform
     from ..planning.answer import Load
     from ..planning.simulate import Kind
 

@@ -16,8 +16,8 @@ from ...runtime.batching.request import OnStep, Request, Step
 from ...runtime.batching.worker import HORIZON, outcome_of
 
 if TYPE_CHECKING:
-    from ...runtime.forecast import Forecast
-    from ...runtime.schedule import Schedule
+    from ...runtime.generation.forecast import Forecast
+    from ...runtime.generation.schedule import Schedule
 
 _OF_EACH = ("prompt", "negative_prompt", "generator")
 """Arguments that requests of one batch may have of their own."""

@@ -54,10 +54,10 @@ def drift(
     from ...engines.bundle.bundle import Bundle
     from ...errors import UserError
     from ...runtime.draw import with_class
-    from ...runtime.forecast import Extrapolate, Forecast
+    from ...runtime.generation.forecast import Extrapolate, Forecast
+    from ...runtime.generation.schedule import Schedule, parse
     from ...runtime.pipeline import load
     from ...runtime.prompts import prompts_for
-    from ...runtime.schedule import Schedule, parse
     from ...runtime.tuning.choice import choose, key_of, tuned_name
 
     opened = Bundle.open(bundle)

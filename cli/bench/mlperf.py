@@ -54,8 +54,8 @@ def mlperf(
     from ...benchmarks.mlperf.run import run
     from ...benchmarks.shapes.model import model_path
     from ...engines.build.build import build
+    from ...runtime.generation.schedule import Uniform
     from ...runtime.pipeline import load as load_pipeline
-    from ...runtime.schedule import Uniform
     from ..shell import quiet_libraries
 
     version()

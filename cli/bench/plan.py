@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ...benchmarks.planning.answer import Point
     from ...benchmarks.planning.costs import Costs
     from ...benchmarks.planning.simulate import Outcome
-    from ...runtime.schedule import Schedule
+    from ...runtime.generation.schedule import Schedule
 
 _LOAD = {"rich_help_panel": "The load"}
 _REQUEST = {"rich_help_panel": "A request"}
@@ -72,7 +72,7 @@ def plan(
     from ...benchmarks.planning.costs import read
     from ...errors import UserError
     from ...runtime.batching.policy import policy_of
-    from ...runtime.schedule import Uniform, parse
+    from ...runtime.generation.schedule import Uniform, parse
 
     if (bundle is None) == (times is None):
         raise UserError("give a bundle to measure, or --times FILE that was measured earlier, and not both")

@@ -10,7 +10,7 @@ import torch
 from ...engines.base import BoundPair, EnginePair
 from ...errors import InternalError
 from ...exporter.trace.export import SAMPLE
-from ..forecast import Coefficients, write
+from ..generation.forecast import Coefficients, write
 from ..ranges import Ranges
 from .pool import Slot, before
 from .request import Call

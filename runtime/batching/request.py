@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..forecast import Forecast
-from ..schedule import Schedule
+from ..generation.forecast import Forecast
+from ..generation.schedule import Schedule
 from .lanes import Lane
 from .pool import Layout, Slot
 

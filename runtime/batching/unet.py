@@ -10,7 +10,7 @@ import torch
 from ...errors import InternalError
 from ...exporter.specs import solve
 from ...exporter.trace.export import SAMPLE
-from ..generation import Generation
+from ..generation.generation import Generation
 from ..inputs import write_timestep
 from ..stand_in import StandIn
 from ..unet import UNet

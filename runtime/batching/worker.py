@@ -21,9 +21,9 @@ from ...errors import (
     UserError,
     WorkerClosedError,
 )
-from ..forecast import Forecast
+from ..generation.forecast import Forecast
+from ..generation.schedule import Schedule
 from ..pipeline import load
-from ..schedule import Schedule
 from ..unet import UNet
 from .batcher import Batcher, again
 from .lanes import Lanes

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...errors import LimitError, ScheduleError, UserError
-from ..forecast import Extrapolate, Forecast
-from ..schedule import Schedule, Uniform, parse
+from ..generation.forecast import Extrapolate, Forecast
+from ..generation.schedule import Schedule, Uniform, parse
 from ..tuning.choice import tuned_name
 from .model import Model
 from .schemas import GenerationRequest

@@ -12,7 +12,7 @@ from ...engines.profiles import Profile
 from ...errors import CutError, ScheduleError, ShapeError, UserError
 from ...exporter.cut import canonical_name
 from ...exporter.specs import Dim, TensorSpec
-from ..schedule import SKIP, Schedule
+from ..generation.schedule import SKIP, Schedule
 from ..tuning.artifact import Tuned
 from ..tuning.choice import best, key_of_weights
 

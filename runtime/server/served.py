@@ -13,7 +13,7 @@ from ...engines.profiles import Profile
 from ...errors import UserError
 from ...exporter.trace.export import SAMPLE
 from ..draw import draws_from_prompts
-from ..schedule import Steps
+from ..generation.schedule import Steps
 from ..tuning.artifact import Tuned
 from ..unet import UNet
 from .model import Model

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import CapacityError, LimitError, ShapeError
-from ..forecast import Forecast
-from ..schedule import Schedule
+from ..generation.forecast import Forecast
+from ..generation.schedule import Schedule
 from .caching import caching
 from .model import Model
 from .schemas import GenerationRequest

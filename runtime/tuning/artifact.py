@@ -17,8 +17,8 @@ import torch
 from pydantic import ValidationError
 
 from ...errors import BundleError, ScheduleError
-from ..correction import Convolutions, Kernel
-from ..forecast import Coefficients, Forecast
+from ..generation.correction import Convolutions, Kernel
+from ..generation.forecast import Coefficients, Forecast
 from .document import VERSION, Document
 from .steps import Fitted, TunedSteps
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..forecast import Extrapolate
-from ..schedule import SKIP, Uniform
+from ..generation.forecast import Extrapolate
+from ..generation.schedule import SKIP, Uniform
 from .artifact import Tuned
 from .cuts import ByCall, at_cut, full_of
 from .document import Document, Key

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ScheduleError
-from ..schedule import SKIP
+from ..generation.schedule import SKIP
 from .artifact import OUTDATED, Tuned
 from .document import Key
 

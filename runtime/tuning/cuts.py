@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..schedule import SKIP
+from ..generation.schedule import SKIP
 from .search import Array, Found, SegmentErrors, best_of_each
 
 PRICES = 12

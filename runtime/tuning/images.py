@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from ..draw import draw
-from ..forecast import Forecast
-from ..generation import Run
-from ..schedule import Schedule
+from ..generation.forecast import Forecast
+from ..generation.generation import Run
+from ..generation.schedule import Schedule
 from .moments import Moments
 
 Picture = Any

@@ -21,9 +21,9 @@ import torch
 
 from ..batching import Worker
 from ..batching.request import Ticket
-from ..correction import Answers, Convolutions, Correction, Kernel
 from ..draw import arguments_of
-from ..forecast import Coefficients, Forecast
+from ..generation.correction import Answers, Convolutions, Correction, Kernel
+from ..generation.forecast import Coefficients, Forecast
 from .artifact import Tuned
 from .images import Image, ImageSet, Studio, psnr
 from .watched import At, Watch

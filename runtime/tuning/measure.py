@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ...errors import UserError
-from ..schedule import Steps, Uniform
+from ..generation.schedule import Steps, Uniform
 from .images import ImageSet, Studio
 from .predictors import Predictors
 from .record import Recorder

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..forecast import Coefficients
+from ..generation.forecast import Coefficients
 
 _PARTS = 64
 """Channels whose products are formed at once: bounds the memory of their double-precision copies."""

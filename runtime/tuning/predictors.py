@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..forecast import Coefficients
+from ..generation.forecast import Coefficients
 from .moments import Moments, Ridge
 
 DAMPINGS = (0.25, 0.5, 0.75, 1.0)

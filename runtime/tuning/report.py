@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...errors import UserError
-from ..forecast import Extrapolate, Forecast
-from ..schedule import Schedule, Steps, Uniform
+from ..generation.forecast import Extrapolate, Forecast
+from ..generation.schedule import Schedule, Steps, Uniform
 from .artifact import Tuned
 from .cuts import at_cut, cost_of
 from .document import Measured

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from ..schedule import SKIP
+from ..generation.schedule import SKIP
 from .cuts import ByCall, cost_of, full_of
 from .search import Found
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...errors import ScheduleError
-from ..correction import Correction
-from ..forecast import Coefficients, Forecast
-from ..schedule import Schedule
+from ..generation.correction import Correction
+from ..generation.forecast import Coefficients, Forecast
+from ..generation.schedule import Schedule
 
 
 @dataclass(frozen=True, repr=False)

@@ -17,7 +17,7 @@ import numpy as np
 
 from ...errors import UserError
 from ..draw import draws_from_prompts
-from ..schedule import Uniform
+from ..generation.schedule import Uniform
 from . import lockstep
 from .artifact import Tuned
 from .candidates import ByCut, Candidates

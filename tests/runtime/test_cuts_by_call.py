@@ -9,8 +9,8 @@ import torch
 
 import offcut
 from offcut.errors import CutError, ScheduleError
-from offcut.runtime.forecast import Coefficients, Extrapolate, Forecast
-from offcut.runtime.schedule import Schedule
+from offcut.runtime.generation.forecast import Coefficients, Extrapolate, Forecast
+from offcut.runtime.generation.schedule import Schedule
 from offcut.runtime.tuning.steps import TunedSteps
 
 BY_CALL = (

@@ -9,7 +9,7 @@ import pytest
 
 import offcut
 from offcut.errors import CutError, ScheduleError, UserError
-from offcut.runtime.schedule import Uniform
+from offcut.runtime.generation.schedule import Uniform
 
 
 def test_it_sets_the_schedule(pipe: Any) -> None:

@@ -21,7 +21,7 @@ from offcut.engines.bundle.bundle import onnx_of
 from offcut.exporter.cut import find_cuts, split_all
 from offcut.exporter.families import example_inputs
 from offcut.exporter.load import locate
-from offcut.runtime.schedule import Uniform
+from offcut.runtime.generation.schedule import Uniform
 
 pytestmark = [
     pytest.mark.slow,

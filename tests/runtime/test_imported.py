@@ -14,7 +14,7 @@ from loras import save_lora
 import offcut
 from offcut.engines.bundle.bundle import Bundle
 from offcut.errors import UserError
-from offcut.runtime.schedule import Uniform
+from offcut.runtime.generation.schedule import Uniform
 
 TOLERANCE = 2e-5  # of an image in [0, 1]
 

@@ -14,7 +14,7 @@ from loras import save_lora
 
 import offcut
 from offcut.errors import ModelError, UserError
-from offcut.runtime.schedule import Uniform
+from offcut.runtime.generation.schedule import Uniform
 from offcut.runtime.tuning.steps import TunedSteps
 
 STEPS = 6

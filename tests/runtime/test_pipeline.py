@@ -27,7 +27,7 @@ from exports import build_from
 
 import offcut
 from offcut.errors import BundleError, EngineError, UserError
-from offcut.runtime.schedule import Quad, Uniform
+from offcut.runtime.generation.schedule import Quad, Uniform
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' use of NumPy
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 
 import offcut
-from offcut.runtime.schedule import Uniform
+from offcut.runtime.generation.schedule import Uniform
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array:DeprecationWarning", "ignore:.*:FutureWarning:diffusers"

@@ -11,9 +11,9 @@ import offcut
 from offcut.errors import CutError, ScheduleError
 from offcut.runtime.batching import Worker
 from offcut.runtime.batching.request import Step
-from offcut.runtime.correction import Convolutions, Correction, Kernel
-from offcut.runtime.forecast import Coefficients, Forecast
-from offcut.runtime.schedule import SKIP, Schedule
+from offcut.runtime.generation.correction import Convolutions, Correction, Kernel
+from offcut.runtime.generation.forecast import Coefficients, Forecast
+from offcut.runtime.generation.schedule import SKIP, Schedule
 from offcut.runtime.tuning.steps import Fitted, TunedSteps
 
 BY_CALL = (None, "deepcache:0", SKIP, SKIP, None, SKIP, "deepcache:0", SKIP)

@@ -13,7 +13,7 @@ from diffusers import AutoPipelineForImage2Image, StableDiffusionImg2ImgPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import offcut
-from offcut.runtime.schedule import Uniform
+from offcut.runtime.generation.schedule import Uniform
 
 Generate = Callable[..., torch.Tensor]
 

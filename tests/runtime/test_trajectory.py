@@ -20,7 +20,7 @@ from diffusers import (
 )
 
 import offcut
-from offcut.runtime.schedule import Quad, Schedule, Steps, Uniform
+from offcut.runtime.generation.schedule import Quad, Schedule, Steps, Uniform
 
 Generate = Callable[..., torch.Tensor]
 Decibels = Callable[[torch.Tensor, torch.Tensor], float]

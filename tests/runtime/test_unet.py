@@ -17,8 +17,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from offcut.engines.base import BoundPair
 from offcut.errors import CutError, EngineError, OffcutError, ScheduleError, ShapeError, UserError
 from offcut.exporter.specs import TensorSpec, solve
+from offcut.runtime.generation.schedule import Quad, Steps, Uniform
 from offcut.runtime.pipeline import attach
-from offcut.runtime.schedule import Quad, Steps, Uniform
 from offcut.runtime.tuning.steps import TunedSteps
 from offcut.runtime.unet import UNet
 

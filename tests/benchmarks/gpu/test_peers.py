@@ -9,7 +9,7 @@ import torch
 
 from offcut.benchmarks.gpu import models, peers
 from offcut.benchmarks.gpu.trajectory import Loop, decibels
-from offcut.runtime.schedule import Uniform
+from offcut.runtime.generation.schedule import Uniform
 
 SAME = 110.0
 """Decibels from which two trajectories count as the same one."""

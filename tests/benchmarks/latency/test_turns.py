@@ -16,7 +16,7 @@ from offcut.benchmarks.latency.contestants import branch_of, interval_of
 from offcut.benchmarks.latency.house import Process, to_close
 from offcut.benchmarks.latency.run import turns, warm_up_calls
 from offcut.errors import UserError
-from offcut.runtime.schedule import Uniform
+from offcut.runtime.generation.schedule import Uniform
 
 CASE = Case(
     bundle="b",

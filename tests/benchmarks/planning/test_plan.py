@@ -18,7 +18,7 @@ from offcut.benchmarks.planning.measure import measure
 from offcut.benchmarks.planning.throughput import measure as throughput
 from offcut.cli import app
 from offcut.errors import UserError
-from offcut.runtime.schedule import Uniform
+from offcut.runtime.generation.schedule import Uniform
 
 REQUEST = {"prompt": "a red square", "num_inference_steps": 6, "guidance_scale": 5.0}
 

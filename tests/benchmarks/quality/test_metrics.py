@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from offcut.benchmarks.generate import psnr as psnr_of_two
 from offcut.benchmarks.quality import metrics
 from offcut.errors import MissingExtraError, UserError
+from offcut.runtime.images.generate import psnr as psnr_of_two
 
 
 def noise(seed: int, count: int = 3) -> np.ndarray:

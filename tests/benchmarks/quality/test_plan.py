@@ -10,7 +10,7 @@ from offcut.benchmarks.latency.record import Contestant, Latency
 from offcut.benchmarks.quality import plan
 from offcut.benchmarks.quality.plan import SHALLOW_OVER_FULL, Setting
 from offcut.errors import UserError
-from offcut.runtime.forecast import Extrapolate
+from offcut.runtime.generation.forecast import Extrapolate
 
 PLANS = {"full": plan.full_plan(50), "quick": plan.quick_plan(50)}
 

@@ -21,7 +21,7 @@ from offcut.benchmarks.serving.whole import WholeRequests
 from offcut.cli import app
 from offcut.errors import QueueFullError, RequestCancelledError, UserError, WorkerClosedError
 from offcut.runtime.batching import Worker
-from offcut.runtime.schedule import Uniform
+from offcut.runtime.generation.schedule import Uniform
 
 SHORT = ("--rounds", 1, "--clients", 1, "--clients", 3, "--closed", 1, "--open", 1, "--settle", 0.3, "--load", 0.7)
 SMALL = ("--steps", 4, "--warmup", 1, "--threads", 1, "--max-in-flight", 2, "--max-queue", 1, "--engine", "onnxruntime")

@@ -26,8 +26,8 @@ from exports import build_from
 import offcut
 from offcut.errors import ShapeError
 from offcut.runtime.batching import POLICIES, Ticket, Worker
-from offcut.runtime.forecast import Coefficients, Extrapolate, Forecast
-from offcut.runtime.schedule import Quad, Uniform
+from offcut.runtime.generation.forecast import Coefficients, Extrapolate, Forecast
+from offcut.runtime.generation.schedule import Quad, Uniform
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' use of NumPy
 

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from offcut.errors import RequestCancelledError
 from offcut.runtime.batching import Step, Ticket, Worker
 from offcut.runtime.batching.modules import POSITIONS, ModuleCall, ModuleCalls
-from offcut.runtime.schedule import Uniform
+from offcut.runtime.generation.schedule import Uniform
 
 Send = Callable[..., Ticket]
 

@@ -26,7 +26,7 @@ from offcut.errors import (
 )
 from offcut.runtime.batching import Step, Ticket, Worker
 from offcut.runtime.batching.pool import SlotPool
-from offcut.runtime.schedule import Adaptive, Uniform
+from offcut.runtime.generation.schedule import Adaptive, Uniform
 
 Alone = Callable[..., torch.Tensor]
 Send = Callable[..., Ticket]

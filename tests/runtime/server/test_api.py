@@ -17,7 +17,7 @@ from diffusers import EulerDiscreteScheduler
 from prometheus_client.parser import text_string_to_metric_families
 
 import offcut
-from offcut.runtime.schedule import Quad, Schedule, Uniform
+from offcut.runtime.generation.schedule import Quad, Schedule, Uniform
 from offcut.runtime.server.metrics import KINDS, OUTCOMES
 from offcut.runtime.server.previews import preview, preview_steps
 

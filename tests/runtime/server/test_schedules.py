@@ -16,8 +16,8 @@ import pytest
 import offcut
 from offcut.errors import ScheduleError, UserError
 from offcut.runtime.batching import Worker
-from offcut.runtime.forecast import Coefficients
-from offcut.runtime.schedule import SKIP, Uniform
+from offcut.runtime.generation.forecast import Coefficients
+from offcut.runtime.generation.schedule import SKIP, Uniform
 from offcut.runtime.server.served import Served
 from offcut.runtime.server.service import Service
 from offcut.runtime.server.settings import Settings

@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 
-from offcut.runtime.correction import Kernel
+from offcut.runtime.generation.correction import Kernel
 from offcut.runtime.tuning.lockstep import best_kernels
 from offcut.runtime.tuning.watched import watched
 

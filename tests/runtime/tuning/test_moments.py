@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offcut.runtime.forecast import Coefficients
+from offcut.runtime.generation.forecast import Coefficients
 from offcut.runtime.tuning.moments import Moments, Ridge
 from offcut.runtime.tuning.predictors import Predictors
 

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offcut.runtime.schedule import SKIP
+from offcut.runtime.generation.schedule import SKIP
 from offcut.runtime.tuning.cuts import cost_of, full_of
 from offcut.runtime.tuning.skipping import between, evenly, ladder, mixed, moved, to_the_end, within_budget
 

@@ -23,7 +23,7 @@ from offcut.cli import app
 from offcut.errors import BundleError, ScheduleError, UserError
 from offcut.runtime.batching import Worker
 from offcut.runtime.draw import arguments_of, draw
-from offcut.runtime.schedule import SKIP
+from offcut.runtime.generation.schedule import SKIP
 from offcut.runtime.tuning import lockstep
 from offcut.runtime.tuning.artifact import save
 from offcut.runtime.tuning.choice import choose, key_of, refusal

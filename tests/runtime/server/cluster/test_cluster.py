@@ -29,7 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 pytest.importorskip("ray", reason="needs the extra ray")
 
 import offcut
-from offcut.runtime.schedule import Uniform
+from offcut.runtime.generation.schedule import Uniform
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offcut.errors import ScheduleError
-from offcut.runtime.generation import Generation
-from offcut.runtime.schedule import Quad, Steps, Uniform
+from offcut.runtime.generation.generation import Generation
+from offcut.runtime.generation.schedule import Quad, Steps, Uniform
 
 schedules = st.one_of(
     st.builds(lambda n, w, m: Uniform(n, warmup=w, max_shallow=m), st.integers(1, 8), st.integers(0, 3), st.none()),

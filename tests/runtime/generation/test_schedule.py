@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offcut.errors import ScheduleError
-from offcut.runtime.schedule import Quad, Schedule, Steps, Uniform, parse
+from offcut.runtime.generation.schedule import Quad, Schedule, Steps, Uniform, parse
 
 CASES = settings(max_examples=1000, deadline=None)
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ScheduleError
-from ..exporter.specs import Shape, TensorSpec
+from ...errors import ScheduleError
+from ...exporter.specs import Shape, TensorSpec
 
 if TYPE_CHECKING:
-    from ..engines.base import BoundPair
+    from ...engines.base import BoundPair
 
 
 class HalfBatch:

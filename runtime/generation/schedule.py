@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from ..errors import ScheduleError
+from ...errors import ScheduleError
 
 SKIP = "skip"
 """The cut of a call that runs no engine: its answer is that of the call before, as a forecast corrects it.

@@ -13,8 +13,8 @@ from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 from PIL import Image
 from test_cli import process as command
 
-from offcut.runtime.advice import against_caching, beyond_tuning
-from offcut.runtime.schedule import Quad, Schedule, Steps, Uniform
+from offcut.runtime.generation.advice import against_caching, beyond_tuning
+from offcut.runtime.generation.schedule import Quad, Schedule, Steps, Uniform
 from offcut.runtime.tuning.steps import TunedSteps
 
 PHRASE = "caching is unlikely to pay"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..runtime.schedule import Schedule
+from ..generation.schedule import Schedule
 from .generate import OnStep, Request, generate, warm_up
 
 REST = "scheduler and the rest"

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 import offcut
-from offcut.benchmarks.compare import generate_to_file
-from offcut.benchmarks.demo import Way, demo
-from offcut.benchmarks.generate import Request, generate, psnr
-from offcut.benchmarks.picture import Tile, difference, sheet
 from offcut.errors import UserError
+from offcut.runtime.images.compare import generate_to_file
+from offcut.runtime.images.demo import Way, demo
+from offcut.runtime.images.generate import Request, generate, psnr
+from offcut.runtime.images.picture import Tile, difference, sheet
 
 
 @pytest.fixture(scope="module")

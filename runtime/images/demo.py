@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.forecast import Extrapolate
-from ..runtime.schedule import Uniform
+from ..generation.forecast import Extrapolate
+from ..generation.schedule import Uniform
 from .generate import Generated, Request, generate, psnr, warm_up
 from .picture import Tile, sheet
 

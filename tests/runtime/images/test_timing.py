@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 import offcut
-from offcut.benchmarks.generate import Request
-from offcut.benchmarks.parts import REST, time_parts
 from offcut.cli import app
-from offcut.runtime.schedule import Uniform
+from offcut.runtime.generation.schedule import Uniform
+from offcut.runtime.images.generate import Request
+from offcut.runtime.images.timing import REST, time_parts
 
 
 def test_every_parts_calls_are_counted_and_the_shares_make_a_whole(tiny_bundle: Path) -> None:

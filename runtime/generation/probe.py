@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..exporter.trace.export import SAMPLE
+from ...exporter.trace.export import SAMPLE
 
 if TYPE_CHECKING:
-    from ..engines.base import BoundPair
+    from ...engines.base import BoundPair
 
 PLACES = 1 << 16
 """Of a feature about so many values are compared, evenly spaced: 0.3 MB to keep, whatever its size."""

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-from ..errors import ScheduleError
+from ...errors import ScheduleError
 from .schedule import SKIP, Adaptive, Schedule
 
 Calls = int | Callable[[], int] | None

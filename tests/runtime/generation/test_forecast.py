@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import offcut
 from offcut.engines.base import BoundPair
 from offcut.errors import ScheduleError
-from offcut.runtime.forecast import Coefficients, Extrapolate, Forecast, History, write
+from offcut.runtime.generation.forecast import Coefficients, Extrapolate, Forecast, History, write
 
 FEATURE, CUT, CALLS = "deep_feature_0", "deepcache:0", 10
 

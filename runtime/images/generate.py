@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InternalError, UserError
-from ..runtime.forecast import Forecast
-from ..runtime.generation import Run
-from ..runtime.schedule import Schedule, Steps
+from ...errors import InternalError, UserError
+from ..generation.forecast import Forecast
+from ..generation.generation import Run
+from ..generation.schedule import Schedule, Steps
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 import offcut
 from offcut import Adaptive, Uniform
 from offcut.errors import ScheduleError
-from offcut.runtime.generation import Generation
-from offcut.runtime.probe import Probe
-from offcut.runtime.schedule import parse
+from offcut.runtime.generation.generation import Generation
+from offcut.runtime.generation.probe import Probe
+from offcut.runtime.generation.schedule import parse
 
 CALLS, CUT, FEATURE = 16, "deepcache:0", "deep_feature_0"
 schedules = st.builds(

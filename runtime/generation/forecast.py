@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ScheduleError
+from ...errors import ScheduleError
 
 if TYPE_CHECKING:
-    from ..engines.base import BoundPair
+    from ...engines.base import BoundPair
     from .correction import Correction
 
 Coefficient = float | torch.Tensor

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 import offcut
-from offcut.benchmarks.animation import save
-from offcut.benchmarks.compare import generate_to_file
-from offcut.benchmarks.generate import Request, arguments, psnr_of_all
 from offcut.errors import UserError
+from offcut.runtime.images.animation import save
+from offcut.runtime.images.compare import generate_to_file
+from offcut.runtime.images.generate import Request, arguments, psnr_of_all
 
 SMALL = Request(None, steps=4, guidance=None, height=32, width=32)
 

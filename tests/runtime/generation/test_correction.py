@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import offcut
-from offcut.runtime.correction import Convolutions, Kernel
+from offcut.runtime.generation.correction import Convolutions, Kernel
 from offcut.runtime.tuning.steps import Fitted
 
 CUT, CALLS, GUIDANCE, FULL = "deepcache:0", 7, 3.0, (0, 1, 4)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..runtime.generation import Run
+from ..generation.generation import Run
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..runtime.forecast import Forecast
-from ..runtime.schedule import Schedule
+from ...errors import UserError
+from ..generation.forecast import Forecast
+from ..generation.schedule import Schedule
 from .animation import check_suffix, save
 from .generate import Generated, Request, arguments, generate, makes_videos, psnr_of_all, warm_up
 from .picture import Tile, difference, sheet

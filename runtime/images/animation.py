@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ...errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
