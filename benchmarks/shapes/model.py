@@ -32,7 +32,7 @@ def model_path() -> Path:
     if not (DIRECTORY / "model_index.json").exists():
         raise ModelError(
             f"the shapes model is missing from {DIRECTORY}; "
-            "reinstall offcut, or train it with `python -m offcut.benchmarks.shapes.train`"
+            "reinstall offcut, or train it with `python -m offcut.benchmarks.shapes.training.train`"
         )
     return DIRECTORY
 
@@ -46,6 +46,6 @@ def control_path() -> Path:
     if not (CONTROL / "config.json").exists():
         raise ModelError(
             f"the shapes model's ControlNet is missing from {CONTROL}; "
-            "reinstall offcut, or train it with `python -m offcut.benchmarks.shapes.train_control`"
+            "reinstall offcut, or train it with `python -m offcut.benchmarks.shapes.training.train_control`"
         )
     return CONTROL

@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional
 
 from ....errors import ModelError
-from .. import judge, scenes, vae_stage
+from .. import judge, scenes
+from ..training import vae_stage
 from .network import CELL, CELLS, Features, JudgeNetwork
 
 DIRECTORY = Path(__file__).parent / "weights"
@@ -61,7 +62,7 @@ class JudgeNet:
         if not path.exists():
             raise ModelError(
                 f"the judge network is missing from {directory}; "
-                "reinstall offcut, or train it with `python -m offcut.benchmarks.shapes.train_judge`"
+                "reinstall offcut, or train it with `python -m offcut.benchmarks.shapes.training.train_judge`"
             )
         network = JudgeNetwork()
         state = network.state_dict()
@@ -69,7 +70,7 @@ class JudgeNet:
         if weights.keys() != {name for name, value in state.items() if value.is_floating_point()}:
             raise ModelError(
                 f"{path} holds another network than this version's; "
-                "train it again with `python -m offcut.benchmarks.shapes.train_judge`"
+                "train it again with `python -m offcut.benchmarks.shapes.training.train_judge`"
             )
         network.load_state_dict(state | {name: value.float() for name, value in weights.items()})
         return cls(network)

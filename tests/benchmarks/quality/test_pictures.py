@@ -68,7 +68,7 @@ def test_what_was_kept_is_read_back_and_damage_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++ 2m", "euler ancestral"])
 def test_a_sampler_keeps_the_models_noise_schedule(sampler: str) -> None:
-    from offcut.benchmarks.shapes.networks import new_scheduler
+    from offcut.benchmarks.shapes.training.architecture import new_scheduler
 
     own = new_scheduler()
     made = pictures.scheduler(own.config, sampler)

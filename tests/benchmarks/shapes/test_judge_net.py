@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offcut.benchmarks.quality.metrics import frechet
-from offcut.benchmarks.shapes import checkpoint, judge, model, scenes, vae_stage
-from offcut.benchmarks.shapes.judge_net import data, stage
-from offcut.benchmarks.shapes.judge_net.evaluate import NONE, evaluate
+from offcut.benchmarks.shapes import judge, model, scenes
 from offcut.benchmarks.shapes.judge_net.network import CELL
 from offcut.benchmarks.shapes.judge_net.reader import DIRECTORY, WEIGHTS, JudgeNet, Reading, verdicts
+from offcut.benchmarks.shapes.training import checkpoint, vae_stage
+from offcut.benchmarks.shapes.training import judge_data as data
+from offcut.benchmarks.shapes.training import judge_stage as stage
+from offcut.benchmarks.shapes.training.judge_evaluate import NONE, evaluate
 from offcut.errors import ModelError
 
 DRAWN = data.judged_scenes(200, 987)

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offcut.benchmarks.shapes import networks, scenes, tokenizer
+from offcut.benchmarks.shapes import scenes, tokenizer
+from offcut.benchmarks.shapes.training import architecture as networks
 
 
 @pytest.fixture(scope="module")

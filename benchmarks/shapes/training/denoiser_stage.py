@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import checkpoint, networks, reading, scenes, seeing, tokenizer, vae_stage
+from .. import scenes, tokenizer
+from . import architecture as networks
+from . import checkpoint, reading, seeing, vae_stage
 
 if TYPE_CHECKING:
     import torch

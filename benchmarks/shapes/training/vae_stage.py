@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import UserError
-from . import checkpoint, networks, scenes
+from ....errors import UserError
+from .. import scenes
+from . import architecture as networks
+from . import checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +128,7 @@ def load_vae(run: Path) -> AutoencoderKL:
     state = checkpoint.load(run / "vae.pt")
     if not state.get("scaling_factor"):
         raise UserError(
-            f"the autoencoder in {run} is half trained; go on with `python -m offcut.benchmarks.shapes.train`"
+            f"the autoencoder in {run} is half trained; go on with `python -m offcut.benchmarks.shapes.training.train`"
         )
     vae = networks.new_vae().eval()
     vae.load_state_dict(state["vae"])

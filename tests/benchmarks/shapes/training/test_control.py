@@ -11,9 +11,10 @@ import typer
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from typer.testing import CliRunner
 
-from offcut.benchmarks.shapes import checkpoint, export, model, scenes, silhouettes, train_control
-from offcut.benchmarks.shapes.control_stage import ControlSettings, ControlTrainer
-from offcut.benchmarks.shapes.control_stage import train_control as train
+from offcut.benchmarks.shapes import model, scenes, silhouettes
+from offcut.benchmarks.shapes.training import checkpoint, export, train_control
+from offcut.benchmarks.shapes.training.control_stage import ControlSettings, ControlTrainer
+from offcut.benchmarks.shapes.training.control_stage import train_control as train
 
 SETTINGS = ControlSettings(steps=2, batch=2, held_out=2, save_every=1, log_every=1)
 

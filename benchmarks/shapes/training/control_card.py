@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from . import checkpoint, control_stage, export, judge, scenes, silhouettes, vae_stage
+from .. import judge, scenes, silhouettes
+from . import checkpoint, control_stage, export, vae_stage
 from .card import curve
 
 _BATCH = 16
@@ -43,7 +44,7 @@ Mean squared error of the velocity on {held_out} scenes kept apart, {without:.4f
 |---|---|
 {curve}
 
-Repeat it with `python -m offcut.benchmarks.shapes.train_control --steps {trained}` (fixed seeds; CPU or CUDA).
+Repeat it with `python -m offcut.benchmarks.shapes.training.train_control --steps {trained}` (fixed seeds; CPU or CUDA).
 
 ## Does it control?
 

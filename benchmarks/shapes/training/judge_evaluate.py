@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .. import judge, scenes
-from .reader import Reading
+from ..judge_net.reader import Reading
 
 NONE = "none"
 """The answer for an object that was not seen."""

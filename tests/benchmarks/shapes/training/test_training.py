@@ -8,7 +8,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from offcut.benchmarks.shapes import checkpoint, decoder_stage, denoiser_stage, export, train, vae_stage
+from offcut.benchmarks.shapes.training import checkpoint, decoder_stage, denoiser_stage, export, train, vae_stage
 from offcut.errors import UserError
 
 VAE = vae_stage.VaeSettings(steps=4, batch=2, pictures=4, calibration=4, save_every=2)

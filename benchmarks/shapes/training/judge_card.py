@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from ...quality.metrics import frechet
-from .. import checkpoint, scenes, vae_stage
-from . import data
-from .evaluate import Evaluation, evaluate
-from .reader import WEIGHTS, JudgeNet, Pictures
+from .. import scenes
+from ..judge_net.reader import WEIGHTS, JudgeNet, Pictures
+from . import checkpoint, vae_stage
+from . import judge_data as data
+from .judge_evaluate import Evaluation, evaluate
 
 _TEXT = """\
 # The judge network
@@ -29,7 +30,7 @@ object's centre lies there, and of which colour and shape.
 {steps} steps in batches of {batch}, last mean loss {loss:.4f}, on {pictures} drawn scenes, every pair of colour and
 shape among them, also those that the shapes model never saw. Half of each batch went through that model's autoencoder
 with some noise in the latents; blur, noise, mirroring and small changes of brightness and tint came on top. Repeat it
-with `python -m offcut.benchmarks.shapes.train_judge` (fixed seeds, CPU).
+with `python -m offcut.benchmarks.shapes.training.train_judge` (fixed seeds, CPU).
 
 ## What it reads
 

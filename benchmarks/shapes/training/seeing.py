@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from . import networks, scenes
+from .. import scenes
+from . import architecture as networks
 
 if TYPE_CHECKING:
     import torch

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import checkpoint, scenes
+from .. import scenes
+from ..score import Score
+from . import checkpoint
 from .denoiser_stage import DenoiserSettings
-from .score import Score
 
 _TEXT = """\
 # Shapes: a small text-to-image model
@@ -62,7 +63,7 @@ latent shows (`seeing.py`). The unweighted loss:
 |---|---|
 {curve}
 
-{history}Repeat it with `python -m offcut.benchmarks.shapes.train` (fixed seeds; CPU or CUDA).
+{history}Repeat it with `python -m offcut.benchmarks.shapes.training.train` (fixed seeds; CPU or CUDA).
 
 ## What it obeys
 {scores}

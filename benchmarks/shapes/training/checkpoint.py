@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import UserError
+from ....errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ def load(path: Path) -> dict[str, Any]:
     import torch
 
     if not path.exists():
-        raise UserError(f"{path} does not exist; run `python -m offcut.benchmarks.shapes.train` first.")
+        raise UserError(f"{path} does not exist; run `python -m offcut.benchmarks.shapes.training.train` first.")
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
 

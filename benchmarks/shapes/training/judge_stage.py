@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from .. import checkpoint, model, vae_stage
-from . import data
-from .network import JudgeNetwork, Maps
+from .. import model
+from ..judge_net.network import JudgeNetwork, Maps
+from . import checkpoint, vae_stage
+from . import judge_data as data
 
 
 @dataclass(frozen=True)

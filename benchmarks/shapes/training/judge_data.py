@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .. import scenes, vae_stage
-from .network import CELL, CELLS
+from .. import scenes
+from ..judge_net.network import CELL, CELLS
+from . import vae_stage
 
 _HELD_OUT = 1 / 6  # share of scenes with a pair of scenes.HELD_OUT, so that no pair is rarer than it should be
 _SPREAD = 0.8  # standard deviation, in cells, of the target around an object's centre

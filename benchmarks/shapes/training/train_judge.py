@@ -1,4 +1,4 @@
-"""Trains the judge network and writes it with its card: `python -m offcut.benchmarks.shapes.train_judge`."""
+"""Trains the judge network and writes it with its card: `python -m offcut.benchmarks.shapes.training.train_judge`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from ...errors import UserError
-from .judge_net import card, stage
-from .judge_net.network import POOLED
-from .judge_net.reader import DIRECTORY, JudgeNet
-from .model import model_path
+from ....errors import UserError
+from ..judge_net.network import POOLED
+from ..judge_net.reader import DIRECTORY, JudgeNet
+from ..model import model_path
+from . import judge_card as card
+from . import judge_stage as stage
 
-RUN = Path(__file__).parent / "judge_net" / "run"
+RUN = Path(__file__).parents[1] / "judge_net" / "run"
 
 
 def train_judge(run: Path, target: Path, settings: stage.JudgeSettings, *, judged: int, resume: bool = True) -> Path:

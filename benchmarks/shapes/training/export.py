@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...exporter.load import INDEX_FILE, PROMPTS_FILE
-from . import card, checkpoint, model, networks, score, tokenizer, vae_stage
+from ....exporter.load import INDEX_FILE, PROMPTS_FILE
+from .. import model, score, tokenizer
+from . import architecture as networks
+from . import card, checkpoint, vae_stage
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -1,4 +1,4 @@
-"""Trains the shapes model and exports it: `python -m offcut.benchmarks.shapes.train`."""
+"""Trains the shapes model and exports it: `python -m offcut.benchmarks.shapes.training.train`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from ...errors import UserError
-from . import decoder_stage, denoiser_stage, export, model, vae_stage
+from ....errors import UserError
+from .. import model
+from . import decoder_stage, denoiser_stage, export, vae_stage
 
 
 def train(

@@ -1,4 +1,4 @@
-"""Trains the shapes model's ControlNet and exports it: `python -m offcut.benchmarks.shapes.train_control`."""
+"""Trains the shapes model's ControlNet and exports it: `python -m offcut.benchmarks.shapes.training.train_control`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ...errors import UserError
-from . import control_card, control_stage, model
+from ....errors import UserError
+from .. import model
+from . import control_card, control_stage
 
 
 def main(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import networks, scenes, tokenizer
+from .. import scenes, tokenizer
+from . import architecture as networks
 
 if TYPE_CHECKING:
     import torch
