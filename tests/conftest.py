@@ -11,13 +11,13 @@ import diffusers
 import pytest
 import torch
 import transformers
-from elsewhere import save_as_optimum
-from exports import build_from, keep, kept
-from families import save_family_model
 from filelock import FileLock
-from models import save_small_pipeline, save_stable_diffusion, save_stable_diffusion_xl, save_unet
-from unets import save_family
-from videos import save_video_pipeline
+from support.exports import build_from, keep, kept
+from support.families import save_family_model
+from support.foreign import save_as_optimum
+from support.models import save_small_pipeline, save_stable_diffusion, save_stable_diffusion_xl, save_unet
+from support.unets import save_family
+from support.videos import save_video_pipeline
 
 import offcut
 from offcut.benchmarks.shapes.model import model_path

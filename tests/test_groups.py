@@ -10,10 +10,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from elsewhere import save_as_optimum
-from models import _lively
 from PIL import Image
-from unets import UNCONDITIONAL
+from support.foreign import save_as_optimum
+from support.models import _lively
+from support.unets import UNCONDITIONAL
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from results import machine, result
+from support.results import machine, result
 
 import offcut
 from offcut.benchmarks import record

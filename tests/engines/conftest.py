@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exports import copy_export, exported, keep, kept
+from support.exports import copy_export, exported, keep, kept
 
 import offcut
 import offcut.engines.build.variants as variants_module

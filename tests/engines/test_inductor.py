@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from loras import save_lora
-from unets import eager, random_inputs
+from support.loras import save_lora
+from support.unets import eager, random_inputs
 
 import offcut
 import offcut.engines.inductor as inductor

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from unets import eager, largest_difference, random_inputs, run
+from support.unets import eager, largest_difference, random_inputs, run
 
 import offcut
 from offcut.engines.base import BoundPair, EngineOptions, EnginePair

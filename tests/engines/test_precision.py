@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from unets import eager, random_inputs
+from support.unets import eager, random_inputs
 
 import offcut
 import offcut.engines.build.variants as variants_module

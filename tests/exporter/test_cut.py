@@ -11,9 +11,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from models import save_stable_diffusion
 from onnx import TensorProto, helper
-from unets import SKIPS, eager, largest_difference, random_inputs, run
+from support.models import save_stable_diffusion
+from support.unets import SKIPS, eager, largest_difference, random_inputs, run
 
 from offcut.errors import CutError, ModelError, UserError
 from offcut.exporter.cut import TwinGraph, find_cut, find_cuts, is_cut_name, split, split_all

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from unets import SKIPS, eager, random_inputs, save_family
+from support.unets import SKIPS, eager, random_inputs, save_family
 
 from offcut.errors import ModelError
 from offcut.exporter.families import FAMILIES, example_dims, example_inputs, family_of

@@ -10,10 +10,10 @@ import onnx
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from ip_adapters import IMAGE_WIDTH, save_ip_adapter
-from models import save_unet
 from safetensors.torch import save_file
-from unets import SDXL, largest_difference, random_inputs, run, save_family
+from support.ip_adapters import IMAGE_WIDTH, save_ip_adapter
+from support.models import save_unet
+from support.unets import SDXL, largest_difference, random_inputs, run, save_family
 
 import offcut
 from offcut.errors import ModelError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import save_unet
+from support.models import save_unet
 
 from offcut.errors import ModelError
 from offcut.exporter.load import ModelSource, load_unet, locate

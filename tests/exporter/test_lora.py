@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from loras import KINDS, fused_by_diffusers, save_lora
 from safetensors.torch import load_file, save_file
+from support.loras import KINDS, fused_by_diffusers, save_lora
 
 from offcut.errors import ModelError
 from offcut.exporter.lora import Scaled, fuse, read

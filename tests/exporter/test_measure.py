@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from unets import random_inputs, run
+from support.unets import random_inputs, run
 
 from offcut.exporter.cut import split_all
 from offcut.exporter.graph import infer_shapes, read

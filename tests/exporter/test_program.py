@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from unets import SKIPS, eager, largest_difference, random_inputs
+from support.unets import SKIPS, eager, largest_difference, random_inputs
 
 from offcut.exporter.cut import find_cuts
 from offcut.exporter.load import locate

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from unets import largest_difference, random_inputs, run, save_family
+from support.unets import largest_difference, random_inputs, run, save_family
 
 from offcut.errors import ModelError, ShapeError
 from offcut.exporter.cut import find_cuts, split

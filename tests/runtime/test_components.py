@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from exports import copy_export, exported
-from loras import save_lora
+from support.exports import copy_export, exported
+from support.loras import save_lora
 from transformers import CLIPTextModel
 
 import offcut

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, TextToVideoZeroPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
-from models import save_unet, text_to_latent_parts
+from support.models import save_unet, text_to_latent_parts
 
 import offcut
 from offcut.errors import BundleError, EngineError, ModelError, ShapeError, UserError

@@ -13,8 +13,8 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
-from families import UNETS
-from unets import run as run_graph
+from support.families import UNETS
+from support.unets import run as run_graph
 
 import offcut
 from offcut.engines.bundle.bundle import onnx_of

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLPipeline
-from elsewhere import save_as_optimum
-from loras import save_lora
+from support.foreign import save_as_optimum
+from support.loras import save_lora
 
 import offcut
 from offcut.engines.bundle.bundle import Bundle

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from ip_adapters import IMAGE_WIDTH, save_ip_adapter
-from models import save_unet
 from PIL import Image
+from support.ip_adapters import IMAGE_WIDTH, save_ip_adapter
+from support.models import save_unet
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import offcut

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from loras import save_lora
+from support.loras import save_lora
 
 import offcut
 from offcut.errors import ModelError, UserError

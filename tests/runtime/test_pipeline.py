@@ -23,7 +23,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DModel,
 )
-from exports import build_from
+from support.exports import build_from
 
 import offcut
 from offcut.errors import BundleError, EngineError, UserError

@@ -12,7 +12,7 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
-from videos import SKIPS, new_unet, random_inputs
+from support.videos import SKIPS, new_unet, random_inputs
 
 import offcut
 from offcut.errors import BundleError, EngineError, ModelError, ShapeError, UserError

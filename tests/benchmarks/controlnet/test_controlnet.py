@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from results import result
+from support.results import result
 from typer.testing import CliRunner
 
 import offcut

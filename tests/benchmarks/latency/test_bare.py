@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from houses import latents_in_fp32
 from safetensors.torch import load_file
+from support.worker_processes import latents_in_fp32
 
 from offcut.benchmarks.latency.loop import INPUTS
 from offcut.benchmarks.latency.pipelines import pipeline_name

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from houses import latents_in_fp32
+from support.worker_processes import latents_in_fp32
 
 from offcut.benchmarks import record
 from offcut.benchmarks.latency import loop, video

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from results import around, contestant, latency, quality
+from support.results import around, contestant, latency, quality
 
 from offcut.benchmarks.latency.record import Contestant
 from offcut.benchmarks.quality.record import Quality

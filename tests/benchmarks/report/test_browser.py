@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from results import contestant, draw_samples, drift, growth, latency, machine, quality, result
+from support.results import contestant, draw_samples, drift, growth, latency, machine, quality, result
 
 from offcut.benchmarks.report.page import write_report
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from results import contestant, latency, machine, quality, result
+from support.results import contestant, latency, machine, quality, result
 from typer.testing import CliRunner
 
 from offcut.benchmarks.latency.record import Contestant, Latency

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from results import drift, result
+from support.results import drift, result
 
 from offcut.benchmarks.drift.record import Call
 from offcut.benchmarks.report.heatmap import heatmap

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from results import growth, result
+from support.results import growth, result
 
 from offcut.benchmarks.report.curves import log_ticks
 from offcut.benchmarks.report.page import write_report

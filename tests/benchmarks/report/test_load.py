@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from results import machine
+from support.results import machine
 
 from offcut.benchmarks.mlperf.record import MlPerf, ScenarioRun
 from offcut.benchmarks.record import Result, now

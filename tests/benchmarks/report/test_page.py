@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from results import contestant, draw_samples, latency, machine, quality, result
+from support.results import contestant, draw_samples, latency, machine, quality, result
 from typer.testing import CliRunner
 
 from offcut.benchmarks.latency.record import Contestant

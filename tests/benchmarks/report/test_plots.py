@@ -8,7 +8,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from results import contestant, latency, quality
+from support.results import contestant, latency, quality
 
 from offcut.benchmarks.report.findings import base_of, front, reference, speed, uncached_twin
 from offcut.benchmarks.report.markup import Markup, join, tag

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elsewhere import exported_by_optimum
-from models import save_stable_diffusion, save_stable_diffusion_xl
+from support.foreign import exported_by_optimum
+from support.models import save_stable_diffusion, save_stable_diffusion_xl
 from typer.testing import CliRunner
 
 import offcut
@@ -79,7 +79,7 @@ def test_what_needs_the_weights_is_refused_in_one_sentence(
 
 
 def test_a_lora_is_for_the_run(elsewhere_dir: Path, tiny_pipeline_dir: Path, tmp_path: Path) -> None:
-    from loras import save_lora
+    from support.loras import save_lora
 
     lora = save_lora("kohya", tiny_pipeline_dir, tmp_path / "lora")
     with pytest.raises(ModelError, match="cannot be given a LoRA in its weights: give it to offcut run --lora"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from exports import copy_export
+from support.exports import copy_export
 from transformers import CLIPTextModel
 
 import offcut

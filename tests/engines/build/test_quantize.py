@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exports import copy_export
+from support.exports import copy_export
 
 import offcut
 from offcut.engines.build.quantize import quantized
@@ -130,7 +130,7 @@ def test_stale_features_widen_the_ranges(pair: ObservingPair) -> None:
 
 
 def test_the_pair_computes_what_the_graphs_do(pair: ObservingPair, made: ExportedUNet, tiny_unet_dir: Path) -> None:
-    from unets import eager, largest_difference, random_inputs
+    from support.unets import eager, largest_difference, random_inputs
 
     inputs = random_inputs(tiny_unet_dir, batch=2, height=8, width=8)
     bound = pair.prepare({name: tuple(tensor.shape) for name, tensor in inputs.items()})

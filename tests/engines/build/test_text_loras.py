@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from exports import copy_export, exported
-from loras import save_lora, save_lora_for_both, text_encoder_by_diffusers
 from safetensors.torch import load_file, save_file
+from support.exports import copy_export, exported
+from support.loras import save_lora, save_lora_for_both, text_encoder_by_diffusers
 
 import offcut
 import offcut.engines.build.text_loras as text_loras_module

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from exports import copy_export
+from support.exports import copy_export
 
 import offcut
 import offcut.engines.build.variants as variants_module

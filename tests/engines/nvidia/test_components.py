@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from exports import copy_export
 from safetensors.torch import load_file
+from support.exports import copy_export
 
 import offcut
 import offcut.engines.build.variants as variants_module

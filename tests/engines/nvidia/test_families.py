@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import UNet2DConditionModel
-from ip_adapters import save_ip_adapter
+from support.ip_adapters import save_ip_adapter
 
 import offcut
 from offcut.engines.build.sizes import Sizes

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from exports import copy_export
-from unets import eager, random_inputs
+from support.exports import copy_export
+from support.unets import eager, random_inputs
 
 import offcut
 import offcut.engines.build.variants as variants_module

@@ -104,7 +104,7 @@ def test_a_file_that_is_no_graph_is_left_to_the_engine(tmp_path: Path) -> None:
 
 
 def test_every_attention_of_a_unet_is_replaced_and_its_answer_stays(unet_bundle: Path) -> None:
-    from unets import largest_difference, random_inputs, run
+    from support.unets import largest_difference, random_inputs, run
 
     import offcut
 

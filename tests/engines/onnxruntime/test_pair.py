@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from unets import random_inputs
+from support.unets import random_inputs
 
 import offcut
 from offcut.engines.base import EngineOptions, EnginePair

@@ -10,9 +10,9 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from elsewhere import save_text_encoder_as_optimum
 from onnx import TensorProto, helper
-from unets import largest_difference, run
+from support.foreign import save_text_encoder_as_optimum
+from support.unets import largest_difference, run
 
 from offcut.errors import ModelError
 from offcut.exporter.foreign.networks import import_component, index_of, left_out, networks_of

@@ -10,9 +10,9 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from elsewhere import save_unet_as_optimum
 from onnx import TensorProto, helper
-from unets import eager, largest_difference, random_inputs, run, save_family
+from support.foreign import save_unet_as_optimum
+from support.unets import eager, largest_difference, random_inputs, run, save_family
 
 from offcut.errors import CutError, ModelError
 from offcut.exporter.cut import find_cuts, split_all

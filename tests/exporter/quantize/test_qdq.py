@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from unets import largest_difference, random_inputs, run
+from support.unets import largest_difference, random_inputs, run
 
 from offcut.errors import ModelError
 from offcut.exporter.cut import find_cuts, split

@@ -12,8 +12,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from models import save_unet
-from unets import SDXL, SKIPS, eager, largest_difference, random_inputs, run
+from support.models import save_unet
+from support.unets import SDXL, SKIPS, eager, largest_difference, random_inputs, run
 
 from offcut.errors import ModelError
 from offcut.exporter.load import load_unet, locate

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from unets import largest_difference, run
-from videos import SKIPS, new_unet, random_inputs, save_video_unet
+from support.unets import largest_difference, run
+from support.videos import SKIPS, new_unet, random_inputs, save_video_unet
 
 from offcut.engines.bundle.bundle import onnx_of
 from offcut.errors import ModelError, ShapeError

@@ -21,7 +21,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
-from exports import build_from
+from support.exports import build_from
 
 import offcut
 from offcut.errors import ShapeError

@@ -23,8 +23,8 @@ import numpy as np
 import openai
 import pytest
 import torch
-from clusters import KEY, LIMIT, Cluster, serving, until
 from prometheus_client.parser import text_string_to_metric_families
+from support.clusters import KEY, LIMIT, Cluster, serving, until
 
 pytest.importorskip("ray", reason="needs the extra ray")
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import _lively, save_unet
-from unets import UNCONDITIONAL
+
+from support.models import _lively, save_unet
+from support.unets import UNCONDITIONAL
 
 SMALL = {"sample_size": 16, "block_out_channels": (8, 16), "use_linear_projection": True}
 SDXL = {**SMALL, "addition_embed_type": "text_time", "addition_time_embed_dim": 4}

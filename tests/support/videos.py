@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import _lively, text_to_latent_parts
+
+from support.models import _lively, text_to_latent_parts
 
 SKIPS = {"svd": 4, "animatediff": 4, "text-to-video": 4}
 """Each family with the number of its skip connections."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import _lively, save_unet
+
+from support.models import _lively, save_unet
 
 Tensors = Mapping[str, torch.Tensor]
 
