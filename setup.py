@@ -7,4 +7,7 @@ NOT_SHIPPED = ["benchmarks.shapes.training"]  # how the shapes model was trained
 
 patterns = [pattern for name in FOLDERS for pattern in (name, f"{name}.*")]
 found = find_packages(".", include=patterns, exclude=NOT_SHIPPED)
-setup(packages=["offcut", *(f"offcut.{name}" for name in sorted(found))])
+setup(
+    script_name="setup.py",  # so that this file stays out of the package
+    packages=["offcut", *(f"offcut.{name}" for name in sorted(found))],
+)

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
 
 Size = Literal["small", "large"]
 Relation = Literal["above", "below", "left of", "right of"]
@@ -293,3 +296,10 @@ def render(scene: Scene) -> npt.NDArray[np.uint8]:
         window = picture[top:bottom, left:right]
         window += cover * (np.array(COLOURS[item.colour], dtype=np.float32) - window)
     return np.rint(picture).astype(np.uint8)
+
+
+def to_signal(pictures: npt.NDArray[np.uint8]) -> torch.Tensor:
+    """Convert uint8 pictures (N, 3, H, W) to fp32 in [-1, 1], as diffusers' pipelines expect."""
+    import torch
+
+    return torch.from_numpy(pictures).float() / 127.5 - 1

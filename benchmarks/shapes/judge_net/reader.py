@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from ....errors import ModelError
 from .. import judge, scenes
-from ..training import vae_stage
 from .network import CELL, CELLS, Features, JudgeNetwork
 
 DIRECTORY = Path(__file__).parent / "weights"
@@ -156,7 +155,7 @@ def _signals(pictures: Pictures) -> Iterator[torch.Tensor]:
     if pictures.ndim != 4 or pictures.shape[1:] != expected or pictures.dtype != np.uint8 or not len(pictures):
         raise ValueError(f"the pictures are {pictures.dtype} {pictures.shape}; pass uint8 (N, *{expected}), N > 0.")
     for first in range(0, len(pictures), _BATCH):
-        yield vae_stage.to_signal(pictures[first : first + _BATCH].transpose(0, 3, 1, 2))
+        yield scenes.to_signal(pictures[first : first + _BATCH].transpose(0, 3, 1, 2))
 
 
 def _middle(heat: torch.Tensor, row: int, column: int) -> tuple[float, float]:

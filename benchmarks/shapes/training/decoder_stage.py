@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import scenes
 from . import checkpoint, vae_stage
 
 
@@ -52,7 +53,7 @@ def train_decoder(run: Path, settings: DecoderSettings, device: str, *, resume: 
         for step in range(start, settings.steps):
             random = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
             chosen = torch.randint(len(pictures), (settings.batch,), generator=random)
-            wanted = vae_stage.to_signal(pictures[chosen.numpy()]).to(device)
+            wanted = scenes.to_signal(pictures[chosen.numpy()]).to(device)
             noise = torch.randn(settings.batch, *latents.shape[1:], generator=random)
             rate = checkpoint.learning_rate(step, settings.steps, settings.rate, settings.warmup)
             optimizer.param_groups[0]["lr"] = rate

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from .. import model
+from .. import model, scenes
 from ..judge_net.network import JudgeNetwork, Maps
 from . import checkpoint, vae_stage
 from . import judge_data as data
@@ -127,7 +127,7 @@ def _batch(
     half = settings.batch // 2
     plain = torch.randint(len(pictures), (settings.batch - half,), generator=random)
     other = torch.randint(len(soft), (half,), generator=random)
-    batch = vae_stage.to_signal(np.concatenate([pictures[plain.numpy()], soft[other.numpy()]]))
+    batch = scenes.to_signal(np.concatenate([pictures[plain.numpy()], soft[other.numpy()]]))
     mirrored = torch.rand(settings.batch, generator=random) < 0.5
     batch = torch.where(mirrored[:, None, None, None], batch.flip(-1), batch)
     return data.disturbed(batch, random), labels[torch.cat([plain, other])].mirrored(mirrored)

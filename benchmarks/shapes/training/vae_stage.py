@@ -46,13 +46,6 @@ def draw(drawn: list[scenes.Scene]) -> npt.NDArray[np.uint8]:
     return np.stack([scenes.render(scene) for scene in drawn]).transpose(0, 3, 1, 2)
 
 
-def to_signal(pictures: npt.NDArray[np.uint8]) -> torch.Tensor:
-    """uint8 (N, 3, H, W) to fp32 in [-1, 1], as diffusers' pipelines expect."""
-    import torch
-
-    return torch.from_numpy(pictures).float() / 127.5 - 1
-
-
 def reconstruction_loss(made: torch.Tensor, wanted: torch.Tensor, edge_weight: float) -> torch.Tensor:
     """Mean absolute and squared error of the pictures plus that of their horizontal and vertical differences.
 
@@ -90,7 +83,7 @@ def train_vae(run: Path, settings: VaeSettings, device: str, *, resume: bool) ->
             for step in range(start, settings.steps):
                 random = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
                 chosen = torch.randint(len(pictures), (settings.batch,), generator=random)
-                wanted = to_signal(pictures[chosen.numpy()]).to(device)
+                wanted = scenes.to_signal(pictures[chosen.numpy()]).to(device)
                 rate = checkpoint.learning_rate(step, settings.steps, settings.rate, settings.warmup)
                 optimizer.param_groups[0]["lr"] = rate
                 posterior = vae.encode(wanted).latent_dist
@@ -147,6 +140,6 @@ def encode(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], device: str, bat
     parts = []
     with torch.inference_mode():
         for first in range(0, len(pictures), batch):
-            signal = to_signal(pictures[first : first + batch]).to(device)
+            signal = scenes.to_signal(pictures[first : first + batch]).to(device)
             parts.append(vae.encode(signal).latent_dist.mean.cpu())
     return torch.cat(parts).clone()
