@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engines.build.build import build
+    from .engines.builder.build import build
     from .engines.bundle.bundle import Bundle
     from .errors import OffcutError
     from .exporter.cut import find_cuts, split
@@ -36,7 +36,7 @@ _WHERE = {
     "UNet": "runtime.unet",
     "Uniform": "runtime.generation.schedule",
     "attach": "runtime.pipeline",
-    "build": "engines.build.build",
+    "build": "engines.builder.build",
     "export": "exporter.trace.export",
     "find_cuts": "exporter.cut",
     "load": "runtime.pipeline",

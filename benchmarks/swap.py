@@ -186,7 +186,7 @@ def _exchange(
 def _rebuild(
     row: SwapRow, bundle: Bundle, entry: EngineEntry, model: Path, file: Path, out: Path, device: str
 ) -> SwapRow:
-    from ..engines.build.build import build
+    from ..engines.builder.build import build
 
     variant = bundle.manifest.variants[entry.variant]
     began = time.perf_counter()

@@ -123,9 +123,9 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Build a bundle: export, cut, compile, verify each engine against PyTorch, or against the ONNX that is given."""
-    from ..engines.build.build import build as run_build
-    from ..engines.build.schemes import LOW_PRECISIONS
-    from ..engines.build.sizes import Sizes
+    from ..engines.builder.build import build as run_build
+    from ..engines.builder.schemes import LOW_PRECISIONS
+    from ..engines.builder.sizes import Sizes
     from ..runtime.calibration import Calibration
     from ..runtime.prompts import read_prompts
 
@@ -180,7 +180,7 @@ def build(
 
 
 def _write_triton(bundle: Bundle, folder: Path, output: Path, device: str) -> None:
-    from ..engines.build.triton import BACKENDS, write_repository
+    from ..engines.builder.triton import BACKENDS, write_repository
     from ..errors import UserError
 
     built = {entry.engine for entry in bundle.manifest.engines.values()}
@@ -246,7 +246,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every file's digest, and every engine against its model and across its cuts; exit 1 if one fails."""
-    from ..engines.build.verify import verify_bundle
+    from ..engines.builder.verify import verify_bundle
     from ..engines.bundle.bundle import Bundle
 
     with stages() as stage:

@@ -149,7 +149,7 @@ def demo(
     from dataclasses import asdict
 
     from ..benchmarks.shapes.model import PROMPTS, model_path
-    from ..engines.build.build import build as run_build
+    from ..engines.builder.build import build as run_build
     from ..runtime.images.demo import WAYS
     from ..runtime.images.demo import demo as run_demo
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...engines.build.verify import verify
+from ...engines.builder.verify import verify
 from ...engines.precision import bounds
 from ...exporter.trace.reference import read_reference
 from ...runtime.generation.schedule import Uniform

@@ -128,7 +128,7 @@ class Workbench:
         return self._build(architecture, engine, precision, cuts=(CUT,), dims=fixed, settings=settings)
 
     def _build(self, architecture: str, engine: str, precision: str, **how: Any) -> Bundle:
-        from ...engines.build.build import build
+        from ...engines.builder.build import build
 
         key = (architecture, engine, precision, str(how))
         if key not in self._built:

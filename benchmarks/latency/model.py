@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from ...engines.build.request import weights_digest
+from ...engines.builder.request import weights_digest
 from ...engines.bundle.bundle import Bundle
 from ...engines.bundle.pipeline_files import weight_files
 from ...errors import ModelError, UserError

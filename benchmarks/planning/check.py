@@ -185,7 +185,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--bound", type=float, default=0.1)
     options = parser.parse_args(given)
     if not options.bundle.exists():
-        from ...engines.build.build import build
+        from ...engines.builder.build import build
 
         build(model_path(), options.bundle, engine=options.engine)
     pipe = load(options.bundle, options.engine, threads=options.threads)

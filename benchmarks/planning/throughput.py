@@ -115,7 +115,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(given)
     if not options.bundle.exists():
-        from ...engines.build.build import build
+        from ...engines.builder.build import build
 
         build(model_path(), options.bundle, engine=options.engine)
     pipe: Any = load(options.bundle, options.engine, threads=options.threads)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...engines.build.build import build
+from ...engines.builder.build import build
 from ...engines.bundle.bundle import Bundle
 from ...engines.bundle.manifest import EngineEntry
 from ...errors import UserError

@@ -46,7 +46,7 @@ def controlnet(
     from ...benchmarks.controlnet import draw, ways
     from ...benchmarks.controlnet.run import run
     from ...benchmarks.shapes.model import control_path, model_path
-    from ...engines.build.build import build
+    from ...engines.builder.build import build
     from ...engines.bundle.bundle import Bundle
     from ...runtime.unet import UNet
 

@@ -53,7 +53,7 @@ def mlperf(
     from ...benchmarks.mlperf.loadgen import Shortened, version
     from ...benchmarks.mlperf.run import run
     from ...benchmarks.shapes.model import model_path
-    from ...engines.build.build import build
+    from ...engines.builder.build import build
     from ...runtime.generation.schedule import Uniform
     from ...runtime.pipeline import load as load_pipeline
     from ..shell import quiet_libraries

@@ -237,7 +237,7 @@ def _build(bundle: Path, engine: str, cuts: Sequence[str]) -> None:
     """Builds the shapes model's bundle where there is none; one that lacks a cut gets it."""
     from ...benchmarks.quality.plan import CUTS
     from ...benchmarks.shapes.model import model_path
-    from ...engines.build.build import build
+    from ...engines.builder.build import build
 
     with stages() as stage:
         build(model_path(), bundle, cuts=cuts or [CUTS[0]], engine=engine, progress=stage)

@@ -7,8 +7,8 @@ from importlib.metadata import version
 
 from ...errors import BundleError
 from ...exporter.lora import find
-from ..build.request import Plan
-from ..build.variants import UNET_CONFIG
+from ..builder.request import Plan
+from ..builder.variants import UNET_CONFIG
 from .bundle import engine_files
 from .manifest import (
     SCHEMA_VERSION,

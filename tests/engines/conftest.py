@@ -11,7 +11,7 @@ import pytest
 from support.exports import copy_export, exported, keep, kept
 
 import offcut
-import offcut.engines.build.variants as variants_module
+import offcut.engines.builder.variants as variants_module
 from offcut.engines.base import EnginePair
 from offcut.exporter.trace.export import ExportedUNet
 

@@ -15,8 +15,8 @@ from support.unets import eager, random_inputs
 import offcut
 import offcut.engines.inductor as inductor
 from offcut.engines.base import Probe
-from offcut.engines.build.sizes import Sizes
-from offcut.engines.build.verify import verify_bundle
+from offcut.engines.builder.sizes import Sizes
+from offcut.engines.builder.verify import verify_bundle
 from offcut.engines.precision import bounds
 from offcut.engines.profiles import Profile
 from offcut.errors import BundleError, EngineError, ShapeError

@@ -9,9 +9,9 @@ import pytest
 from support.unets import eager, random_inputs
 
 import offcut
-import offcut.engines.build.variants as variants_module
-from offcut.engines.build.schemes import LOW_PRECISIONS, scheme_of
-from offcut.engines.build.verify import Check, verify_bundle
+import offcut.engines.builder.variants as variants_module
+from offcut.engines.builder.schemes import LOW_PRECISIONS, scheme_of
+from offcut.engines.builder.verify import Check, verify_bundle
 from offcut.engines.precision import BOUNDS, Bounds, bounds
 from offcut.engines.registry import ENGINES, compiler, engine
 from offcut.errors import EngineError

@@ -14,7 +14,7 @@ from support.loras import save_lora
 from transformers import CLIPTextModel
 
 import offcut
-import offcut.engines.build.variants as variants_module
+import offcut.engines.builder.variants as variants_module
 from offcut.errors import BundleError, UserError
 
 TOLERANCE = 2e-5  # of an image in [0, 1]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import offcut
-from offcut.engines.build import variants
+from offcut.engines.builder import variants
 from offcut.exporter.trace.export import ExportedUNet
 
 

@@ -29,8 +29,8 @@ import json, os, shutil, signal, sys, time
 from pathlib import Path
 import diffusers, onnx_ir, onnxruntime, openvino
 import offcut
-import offcut.engines.build.build
-import offcut.engines.build.variants as variants_module
+import offcut.engines.builder.build
+import offcut.engines.builder.variants as variants_module
 import offcut.engines.bundle.store as store
 from offcut.exporter.trace.export import ExportedUNet
 

@@ -12,7 +12,7 @@ import torch
 from support.exports import copy_export
 
 import offcut
-import offcut.engines.build.variants as variants_module
+import offcut.engines.builder.variants as variants_module
 from offcut.engines.base import CompileJob, EngineOptions, Graphs
 from offcut.engines.bundle.bundle import open_entry
 from offcut.engines.nvidia import tensorrt_rtx

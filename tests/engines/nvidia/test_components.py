@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from support.exports import copy_export
 
 import offcut
-import offcut.engines.build.variants as variants_module
+import offcut.engines.builder.variants as variants_module
 from offcut.errors import EngineError
 from offcut.exporter.trace.export import ExportedUNet
 

@@ -13,7 +13,7 @@ from support.exports import copy_export
 from support.unets import eager, random_inputs
 
 import offcut
-import offcut.engines.build.variants as variants_module
+import offcut.engines.builder.variants as variants_module
 from offcut.engines.base import BoundPair, EngineOptions
 from offcut.engines.bundle.bundle import open_entry
 from offcut.engines.nvidia.pair import NvidiaPair

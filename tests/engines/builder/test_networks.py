@@ -11,11 +11,11 @@ from support.exports import copy_export
 from transformers import CLIPTextModel
 
 import offcut
-import offcut.engines.build.variants as variants_module
+import offcut.engines.builder.variants as variants_module
 from offcut.engines.base import EngineOptions
-from offcut.engines.build.networks import compile_components
-from offcut.engines.build.request import make_plan
-from offcut.engines.build.verify import verify_bundle
+from offcut.engines.builder.networks import compile_components
+from offcut.engines.builder.request import make_plan
+from offcut.engines.builder.verify import verify_bundle
 from offcut.engines.bundle.networks import components_of, engine_for, open_component
 from offcut.engines.bundle.store import commit, staging
 from offcut.errors import BundleError, EngineError

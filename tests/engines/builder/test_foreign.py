@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import offcut
 from offcut.cli import app
-from offcut.engines.build.sizes import Sizes
-from offcut.engines.build.verify import verify_bundle
+from offcut.engines.builder.sizes import Sizes
+from offcut.engines.builder.verify import verify_bundle
 from offcut.errors import EngineError, ModelError, UserError
 
 

@@ -12,7 +12,7 @@ import torch
 
 import offcut
 from offcut.engines.base import EngineOptions, Graphs
-from offcut.engines.build.verify import Check, require, verify, verify_bundle
+from offcut.engines.builder.verify import Check, require, verify, verify_bundle
 from offcut.engines.precision import Bounds, bounds
 from offcut.engines.registry import engine
 from offcut.errors import BundleError, ParityError

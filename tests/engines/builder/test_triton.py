@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 import offcut
-from offcut.engines.build.triton import config_text, write_repository
+from offcut.engines.builder.triton import config_text, write_repository
 from offcut.errors import EngineError, UserError
 from offcut.exporter.specs import TensorSpec
 

@@ -10,8 +10,8 @@ import torch
 from support.exports import copy_export
 
 import offcut
-from offcut.engines.build.quantize import quantized
-from offcut.engines.build.schemes import SCHEMES
+from offcut.engines.builder.quantize import quantized
+from offcut.engines.builder.schemes import SCHEMES
 from offcut.engines.onnxruntime.observer import Moments, ObservingPair
 from offcut.errors import BundleError, EngineError, ModelError
 from offcut.exporter.cut import split_all

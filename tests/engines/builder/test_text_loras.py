@@ -13,9 +13,9 @@ from support.exports import copy_export, exported
 from support.loras import save_lora, save_lora_for_both, text_encoder_by_diffusers
 
 import offcut
-import offcut.engines.build.text_loras as text_loras_module
-import offcut.engines.build.variants as variants_module
-from offcut.engines.build.text_loras import fused_text_encoders
+import offcut.engines.builder.text_loras as text_loras_module
+import offcut.engines.builder.variants as variants_module
+from offcut.engines.builder.text_loras import fused_text_encoders
 from offcut.errors import ModelError
 from offcut.exporter.load import ModelSource, locate
 from offcut.exporter.lora import Scaled

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import offcut
-import offcut.engines.build.request as plan_module
-import offcut.engines.build.variants as variants_module
-import offcut.engines.build.verify as verify_module
+import offcut.engines.builder.request as plan_module
+import offcut.engines.builder.variants as variants_module
+import offcut.engines.builder.verify as verify_module
 from offcut.engines.registry import Choice
 from offcut.errors import BundleError, CutError, EngineError, ModelError, ParityError, UserError
 from offcut.exporter.trace.reference import Reference
