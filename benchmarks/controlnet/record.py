@@ -6,7 +6,7 @@ import statistics
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..quality.record import Estimate
+from ..stats import Estimate
 
 
 class Change(BaseModel):

@@ -16,6 +16,7 @@ from ..quality import metrics
 from ..quality.pictures import Progress
 from ..shapes import silhouettes
 from ..shapes.judge_net.reader import JudgeNet, obeyed
+from ..stats import mean_of
 from .draw import Drawn, Pipelines, Watch, make
 from .record import Change, ControlNetReuse, ControlNetRow
 from .ways import CUT, UNCACHED, Task, Way
@@ -135,9 +136,9 @@ def _row(way: Way, made: Drawn, scored: Mapping[Way, _Scored], times: Mapping[Wa
         full_calls=made.timeline.count("#"),
         shallow_calls=made.timeline.count("."),
         passes=made.passes,
-        overlap=metrics.estimate(own.overlap),
-        accuracy=metrics.estimate(own.right),
-        psnr=metrics.estimate(own.psnr) if cached else None,
+        overlap=mean_of(own.overlap),
+        accuracy=mean_of(own.right),
+        psnr=mean_of(own.psnr) if cached else None,
         psnr_worst=float(own.psnr.min()) if cached else None,
         change=_change(own, scored[replace(way, reused=False)]) if way.reused else None,
         seconds=taken.seconds,
@@ -148,9 +149,9 @@ def _row(way: Way, made: Drawn, scored: Mapping[Way, _Scored], times: Mapping[Wa
 
 def _change(own: _Scored, twin: _Scored) -> Change:
     return Change(
-        psnr=metrics.estimate(own.psnr - twin.psnr),
-        overlap=metrics.estimate(own.overlap - twin.overlap),
-        accuracy=metrics.estimate(own.right - twin.right),
+        psnr=mean_of(own.psnr - twin.psnr),
+        overlap=mean_of(own.overlap - twin.overlap),
+        accuracy=mean_of(own.right - twin.right),
     )
 
 

@@ -16,7 +16,7 @@ from ...runtime.draw import draws_from_prompts
 from ...runtime.generation.forecast import Forecast
 from ...runtime.generation.generation import Run
 from ...runtime.generation.schedule import Schedule
-from ...runtime.images.generate import psnr
+from ...runtime.images.metrics import finite_psnr
 from ...runtime.tuning.images import Image, Studio
 from ...runtime.tuning.moments import Moments
 from ...runtime.tuning.predictors import Predictors
@@ -234,8 +234,9 @@ def _save(
             drawn = (picture(whole[index]), picture(cached[index]), painted(maps[index], most))
             for name, each in zip(names.values(), drawn, strict=True):
                 each.save(folder / name)
-            near = psnr(drawn[0], drawn[1])
-            samples.append(Sample(prompt=image.prompt, seed=image.seed, psnr=min(near, 100.0), most=most, **names))
+            samples.append(
+                Sample(prompt=image.prompt, seed=image.seed, psnr=finite_psnr(drawn[0], drawn[1]), most=most, **names)
+            )
         painted(mean, float(mean.max())).save(folder / "drift-mean.png")
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}; give another directory with -o") from error

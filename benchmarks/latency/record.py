@@ -7,23 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
+from ..stats import percentile
+
 TIMES = ("loops", "images", "full", "shallow", "full_alone", "shallow_alone", "forecast_alone")
 """The lists of times that a row has."""
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The value below which ``percent`` % of the values lie, interpolated linearly between neighbours.
-
-    Raises:
-        ValueError: no values, or a percentage outside 0..100.
-    """
-    if not values or not 0 <= percent <= 100:
-        raise ValueError(f"there is no {percent} % percentile of {len(values)} values")
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 class Contestant(BaseModel):

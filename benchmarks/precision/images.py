@@ -10,6 +10,7 @@ from ...runtime.pipeline import load
 from ..quality import metrics, pictures
 from ..quality.plan import CUTS, Setting, cached
 from ..shapes.judge_net.reader import JudgeNet, obeyed
+from ..stats import mean_of
 from .builds import Build
 from .record import ImageRow, Images
 
@@ -86,11 +87,11 @@ def draw(
             engine=build.engine,
             precision=build.name,
             schedule=setting.schedule,
-            accuracy=metrics.estimate(right[own]),
-            accuracy_change=None if own == exact else metrics.estimate(right[own] - right[exact]),
-            psnr=None if near is None else metrics.estimate(near),
+            accuracy=mean_of(right[own]),
+            accuracy_change=None if own == exact else mean_of(right[own] - right[exact]),
+            psnr=None if near is None else mean_of(near),
             psnr_worst=None if near is None else float(near.min()),
-            psnr_uncached=None if own == uncached else metrics.estimate(metrics.psnr(drawn[own], drawn[uncached])),
+            psnr_uncached=None if own == uncached else mean_of(metrics.psnr(drawn[own], drawn[uncached])),
         )
 
     return Images(

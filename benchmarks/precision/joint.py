@@ -29,10 +29,10 @@ from ...runtime.tuning.steps import Fitted
 from ...runtime.tuning.tune import tune
 from ...runtime.tuning.wanted import Target, Wanted
 from ..progress import indented
-from ..quality import metrics
 from ..quality.front import OTHER_SEEDS
 from ..quality.pictures import prompts
 from ..quality.plan import CUTS, SHALLOW_OVER_FULL
+from ..stats import mean_of
 from .builds import EXACT
 from .record import Joint, JointRow
 
@@ -166,7 +166,7 @@ def _of(
                 precision=precision,
                 way=way,
                 timeline=studio.run.timeline,
-                psnr=metrics.estimate(near),
+                psnr=mean_of(near),
                 psnr_worst=float(near.min()),
             )
         )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
+from ..stats import Estimate, figure_of, mean_of
 from . import metrics, plan
 from .plan import Setting
-from .record import Claim, Estimate
+from .record import Claim
 from .scores import Scored
 
 Scores = Mapping[Setting, Scored]
@@ -151,21 +152,21 @@ def verdict(advantage: Estimate, goal: Goal, margin: float) -> bool | None:
 
 
 def _psnr(first: Scored, second: Scored) -> Estimate:
-    return metrics.estimate(first.psnr - second.psnr)
+    return mean_of(first.psnr - second.psnr)
 
 
 def _right(first: Scored, second: Scored) -> Estimate:
-    return metrics.estimate(first.right - second.right)
+    return mean_of(first.right - second.right)
 
 
 def _frechet_difference(drawn: metrics.Values) -> Compare:
     def compare(first: Scored, second: Scored) -> Estimate:
         """By how much the first's distance is smaller, as a share of the second's; prompts are resampled together."""
 
-        def advantage(rows: metrics.Rows) -> float:
+        def advantage(rows: Any) -> float:
             theirs = metrics.frechet(second.features[rows], drawn[rows])
             return 1 - metrics.frechet(first.features[rows], drawn[rows]) / theirs
 
-        return metrics.estimate_of(advantage, len(drawn), resamples=_RESAMPLES)
+        return figure_of(advantage, len(drawn), resamples=_RESAMPLES)
 
     return compare

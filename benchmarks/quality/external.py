@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ...errors import UserError
-from .metrics import Pictures, require_torchmetrics
+from ..stats import require
+from .metrics import Pictures
 
 _BACKBONES = {"alexnet": "alex", "vgg16": "vgg", "squeezenet1_1": "squeeze"}
 """How torchvision's weight files begin: torchmetrics' names for these backbones."""
@@ -35,7 +36,7 @@ class External:
     """
 
     def __init__(self, *, lpips: Path | None = None, clip: Path | None = None, fid: Path | None = None) -> None:
-        require_torchmetrics()
+        require("LPIPS, CLIP score and FID", "torchmetrics")
         self._lpips = None if lpips is None else _open_lpips(lpips)
         self._clip = None if clip is None else _open_clip(clip)
         self._fid = None if fid is None else _open_fid(fid)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import MissingExtraError, UserError
-from .record import Estimate
+from ...errors import UserError
+from ...runtime.images.metrics import finite_psnr
+from ..stats import require
 
 Pictures = npt.NDArray[np.uint8]
 """uint8 (N, H, W, 3), sRGB."""
@@ -16,24 +15,13 @@ Pictures = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float64]
 """One value for each picture, (N,)."""
 
-Rows = npt.NDArray[np.intp]
-"""Which pictures, by their places."""
-
-EQUAL = 100.0
-"""PSNR, in dB, that equal pictures are given: the least difference of 8-bit pictures of 64x64 is 89 dB."""
-
-_RESAMPLES = 2000
 _BATCH = 128
 
 
 def psnr(first: Pictures, second: Pictures) -> Values:
-    """Peak signal-to-noise ratio of each pair in decibels; `EQUAL` where two are the same."""
-    values = []
-    for one, other in _batches(first, second):
-        error = np.square(one.astype(np.float64) - other).mean(axis=(1, 2, 3))
-        with np.errstate(divide="ignore"):
-            values.append(np.minimum(10 * np.log10(255.0**2 / error), EQUAL))
-    return np.concatenate(values)
+    """Return the peak signal-to-noise ratio of each pair in dB; `EQUAL` where two images are the same."""
+    _check_paired(first, second)
+    return np.array([finite_psnr(one, other) for one, other in zip(first, second, strict=True)])
 
 
 def ssim(first: Pictures, second: Pictures) -> Values:
@@ -44,7 +32,7 @@ def ssim(first: Pictures, second: Pictures) -> Values:
     Raises:
         MissingExtraError: torchmetrics is not installed.
     """
-    require_torchmetrics()
+    require("SSIM", "torchmetrics")
     import torch
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -54,14 +42,6 @@ def ssim(first: Pictures, second: Pictures) -> Values:
         made = structural_similarity_index_measure(*tensors, data_range=255.0, reduction="none")
         values.append(np.asarray(made.numpy()).reshape(-1))
     return np.concatenate(values)
-
-
-def require_torchmetrics() -> None:
-    """Raises MissingExtraError if it is not installed; to be called before hours of work, not after."""
-    from importlib.util import find_spec
-
-    if find_spec("torchmetrics") is None:
-        raise MissingExtraError("the quality benchmark", "torchmetrics", "bench")
 
 
 def frechet(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> float:
@@ -83,35 +63,6 @@ def frechet(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> 
     return max(0.0, float(apart @ apart + np.trace(root @ root) + np.trace(other) - 2 * crossed))
 
 
-def estimate(values: Values, *, seed: int = 0) -> Estimate:
-    """The mean with its 95 % confidence interval, by a percentile bootstrap over pictures.
-
-    Of paired values, such as the difference of two settings for the same prompt and seed, it is a paired interval. The
-    draws depend on `seed` and the number of values only.
-    """
-    random = np.random.default_rng(seed)
-    means = np.concatenate(
-        [values[random.integers(len(values), size=(100, len(values)))].mean(axis=1) for _ in range(_RESAMPLES // 100)]
-    )
-    return _interval(float(values.mean()), means)
-
-
-def estimate_of(value: Callable[[Rows], float], count: int, *, resamples: int, seed: int = 0) -> Estimate:
-    """As `estimate`, of a figure that is no mean: `value` gets the rows of a resample out of `count` pictures.
-
-    The interval is the "basic" one, reflected at the figure itself, which cancels the bias that resampling adds.
-    """
-    random = np.random.default_rng(seed)
-    whole = value(np.arange(count))
-    drawn = np.array([value(random.integers(count, size=count)) for _ in range(resamples)])
-    return _interval(whole, 2 * whole - drawn)
-
-
-def _interval(mean: float, drawn: Values) -> Estimate:
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Estimate(mean=mean, low=min(mean, float(low)), high=max(mean, float(high)))
-
-
 def _covariance(features: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.atleast_2d(np.cov(features, rowvar=False))
 
@@ -121,8 +72,12 @@ def _square_root(covariance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]
     return np.asarray((vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T)
 
 
-def _batches(first: Pictures, second: Pictures) -> list[tuple[Pictures, Pictures]]:
+def _check_paired(first: Pictures, second: Pictures) -> None:
     if first.shape != second.shape or not len(first):
-        raise ValueError(f"the pictures are {first.shape} and {second.shape}; pass as many of both, of one size.")
+        raise ValueError(f"the images are {first.shape} and {second.shape}; pass as many of both, of one size.")
+
+
+def _batches(first: Pictures, second: Pictures) -> list[tuple[Pictures, Pictures]]:
+    _check_paired(first, second)
     starts = range(0, len(first), _BATCH)
     return [(first[start : start + _BATCH], second[start : start + _BATCH]) for start in starts]

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-
-class Estimate(BaseModel):
-    """A mean with its 95 % confidence interval."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    mean: float
-    low: float
-    high: float
+from ..stats import Estimate
 
 
 class QualityRow(BaseModel):

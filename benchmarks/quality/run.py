@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..shapes.judge_net.reader import JudgeNet
+from ..stats import mean_of, require
 from . import claims, crew, metrics, pictures, plan
 from .external import External
 from .pictures import Made, Task
@@ -55,7 +56,7 @@ def run(
         UserError: `folder` cannot be written, or something in it is damaged.
         MissingExtraError: torchmetrics is missing.
     """
-    metrics.require_torchmetrics()
+    require("the quality benchmark", "torchmetrics", "scipy")
     made = {}
     for setting in settings:
         stage(setting.name)
@@ -146,13 +147,13 @@ def _row(
         images=len(scored.right),
         cost=setting.cost(ratios),
         cost_here=setting.cost(here),
-        psnr=None if own else metrics.estimate(scored.psnr),
+        psnr=None if own else mean_of(scored.psnr),
         psnr_worst=None if own else float(scored.psnr.min()),
-        ssim=None if own else metrics.estimate(scored.ssim),
-        distance=None if own else metrics.estimate(scored.distance),
-        accuracy=metrics.estimate(scored.right),
-        accuracy_change=None if own else metrics.estimate(scored.right - base.right),
-        accuracy_by_rules=metrics.estimate(scored.right_by_rules),
+        ssim=None if own else mean_of(scored.ssim),
+        distance=None if own else mean_of(scored.distance),
+        accuracy=mean_of(scored.right),
+        accuracy_change=None if own else mean_of(scored.right - base.right),
+        accuracy_by_rules=mean_of(scored.right_by_rules),
         frechet=metrics.frechet(scored.features, features),
         timeline=timeline,
     )

@@ -10,10 +10,10 @@ from typing import Literal
 
 from ...errors import UserError
 from ..latency.record import Contestant, Latency
-from ..quality.record import Estimate, Quality, QualityRow
+from ..quality.record import Quality, QualityRow
 from ..record import Environment, Result
+from ..stats import Estimate, by_round, difference, ratio_of_means
 from .findings import base_of
-from .noise import Interval, by_round, difference, ratio
 
 Verdict = Literal["worse", "better", "small", "noise", "unknown", "appeared", "vanished"]
 
@@ -177,7 +177,7 @@ def _latency(
             if base:
                 mine, theirs = _over(mine, before[base].loops), _over(theirs, after[base].loops)
                 unit = f"of {base}"
-            percent = None if lost else _percent(ratio(mine, theirs, confidence))
+            percent = None if lost else _percent(ratio_of_means(mine, theirs, confidence))
             yield _judged(
                 "latency",
                 name,
@@ -194,10 +194,14 @@ def _over(values: Sequence[float], base: Sequence[float]) -> list[float]:
     return [value / other for value, other in zip(values, base, strict=False)]
 
 
-def _percent(interval: Interval | None) -> Interval | None:
+def _interval(mean: float, low: float, high: float) -> Estimate:
+    return Estimate(mean=mean, low=low, high=high)
+
+
+def _percent(interval: Estimate | None) -> Estimate | None:
     if interval is None:
         return None
-    return Interval(*(100 * (value - 1) for value in (interval.estimate, interval.low, interval.high)))
+    return _interval(*(100 * (value - 1) for value in (interval.mean, interval.low, interval.high)))
 
 
 _ESTIMATES = (("psnr", "dB"), ("ssim", ""), ("distance", ""), ("accuracy", ""))
@@ -229,26 +233,25 @@ def _quality(old: Quality, new: Quality, threshold: float) -> Iterator[Change]:
 def _calls(name: str, first: QualityRow, second: QualityRow, threshold: float) -> Change:
     """A count has no noise."""
     percent = 100 * (second.cost / first.cost - 1)
-    exact = Interval(percent, percent, percent)
+    exact = _interval(percent, percent, percent)
     return _judged("quality", name, "cost, full calls", first.cost, second.cost, exact, threshold)
 
 
-def _loss(metric: str, old: Estimate, new: Estimate) -> Interval:
+def _loss(metric: str, old: Estimate, new: Estimate) -> Estimate:
     """The change in percent or points, of which more is worse."""
-    first, second = (Interval(each.mean, each.low, each.high) for each in (old, new))
-    apart = difference(first, second)
+    apart = difference(old, new)
     if metric == "distance":
-        scale = 100 / first.estimate if first.estimate else math.inf
-        values = [value * scale if value else 0.0 for value in (apart.estimate, apart.low, apart.high)]
-        return Interval(*values)
+        scale = 100 / old.mean if old.mean else math.inf
+        values = [value * scale if value else 0.0 for value in (apart.mean, apart.low, apart.high)]
+        return _interval(*values)
     if metric == "psnr":  # 20 log10 of the error, so that a difference in dB is a ratio of errors
-        values = [100 * (10 ** (-value / 20) - 1) for value in (apart.estimate, apart.high, apart.low)]
-        return Interval(*values)
-    return Interval(-100 * apart.estimate, -100 * apart.high, -100 * apart.low)
+        values = [100 * (10 ** (-value / 20) - 1) for value in (apart.mean, apart.high, apart.low)]
+        return _interval(*values)
+    return _interval(-100 * apart.mean, -100 * apart.high, -100 * apart.low)
 
 
 def _judged(
-    section: str, row: str, figure: str, old: float, new: float, percent: Interval | None, threshold: float,
+    section: str, row: str, figure: str, old: float, new: float, percent: Estimate | None, threshold: float,
     missing: str = "",
 ) -> Change:  # fmt: skip
     if percent is None:
@@ -256,6 +259,6 @@ def _judged(
     verdict: Verdict = "noise"
     if percent.excludes(0):
         verdict = "small"
-        if abs(percent.estimate) > 100 * threshold:
-            verdict = "worse" if percent.estimate > 0 else "better"
-    return Change(section, row, figure, verdict, old, new, percent.estimate, percent.low, percent.high)
+        if abs(percent.mean) > 100 * threshold:
+            verdict = "worse" if percent.mean > 0 else "better"
+    return Change(section, row, figure, verdict, old, new, percent.mean, percent.low, percent.high)

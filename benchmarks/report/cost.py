@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..quality.record import Claim, Estimate, Quality, QualityRow
+from ..quality.record import Claim, Quality, QualityRow
+from ..stats import Estimate
 from . import plots, samples, words
 from .findings import reference, speed
 from .markup import Markup, join, tag

@@ -9,7 +9,6 @@ from pathlib import Path
 from ...errors import UserError
 from ..record import Result, write_whole
 from . import controlnet, cost, drift, growth, load, precision, serving, speed, swap, tables, words
-from .answers import answers
 from .markup import Markup, join, tag
 
 NAME = "report.html"
@@ -39,9 +38,6 @@ def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
     """The page's text; ``samples`` are the folders of each result's images."""
     sections: list[Markup] = []
     links: list[tuple[str, str]] = []
-    if any(result.latency or result.quality for result in results):
-        sections.append(_answers(results))
-        links.append(("answers", "In short"))
     shown = [
         list(_sections(result, folder, index))
         for index, (result, folder) in enumerate(zip(results, samples, strict=True))
@@ -145,21 +141,6 @@ def _doubts(results: Sequence[Result]) -> Iterator[str]:
             yield f"“{result.title}” has {rounds}: too few to know its noise."
     if len({(result.environment.cpu, result.environment.gpu) for result in results}) > 1:
         yield "These results are of different machines: seconds of one cannot be set against seconds of another."
-
-
-def _answers(results: Sequence[Result]) -> Markup:
-    latencies = [result.latency for result in results if result.latency]
-    qualities = [result.quality for result in results if result.quality]
-    swaps = [result.swap for result in results if result.swap]
-    cards = [
-        tag(
-            "article",
-            tag("div", tag("h3", answer.question), tag("p", answer.verdict, class_="answer")),
-            tag("div", [tag("p", sentence) for sentence in answer.sentences]),
-        )
-        for answer in answers(latencies, qualities, swaps)
-    ]
-    return tag("section", tag("h2", "In short"), tag("div", cards, class_="cards"), id="answers")
 
 
 def _runs(results: Sequence[Result]) -> Markup:

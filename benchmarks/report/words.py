@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import PurePath
 
-from ..quality.record import Estimate
+from ..stats import Estimate
 from .markup import Markup, join, tag
 
 NONE, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ...benchmarks.precision.record import CallRow, Calls, ImageRow, Images, Joint
     from ...benchmarks.quality.pictures import Task
     from ...benchmarks.quality.plan import Setting
-    from ...benchmarks.quality.record import Estimate
+    from ...benchmarks.stats import Estimate
     from ...engines.bundle.bundle import Bundle
 
 _PACKAGES = ("offcut", "torch", "diffusers", "transformers", "onnxruntime", "openvino", "numpy")

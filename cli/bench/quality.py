@@ -17,7 +17,8 @@ from .outcome import Outcome
 if TYPE_CHECKING:
     from ...benchmarks.quality.pictures import Task
     from ...benchmarks.quality.plan import Setting
-    from ...benchmarks.quality.record import Estimate, Quality, QualityRow
+    from ...benchmarks.quality.record import Quality, QualityRow
+    from ...benchmarks.stats import Estimate
 
 _PACKAGES = ("offcut", "torch", "diffusers", "transformers", "onnxruntime", "openvino", "torchmetrics", "numpy")
 _IMAGES = {"quick": 32, "full": 1000, "front": 512}
@@ -100,14 +101,15 @@ def quality(
     as_json: Json = False,
 ) -> None:
     """Compare cached runs with the uncached one, and with fewer steps at equal latency, on the shapes model."""
-    from ...benchmarks.quality import crew, metrics, pictures
+    from ...benchmarks.quality import crew, pictures
     from ...benchmarks.quality.front import front_plan
     from ...benchmarks.quality.plan import reference_ratios, with_fewer_steps
     from ...benchmarks.quality.run import run
+    from ...benchmarks.stats import require
     from ...engines.bundle.bundle import Bundle
     from ...runtime.pipeline import load
 
-    metrics.require_torchmetrics()
+    require("offcut bench quality", "torchmetrics", "scipy")
     outcome = Outcome(_PACKAGES)
     asked = _settings(plan, steps, sampler, schedule, interval, cut, warmup, forecast)
     ratios = reference_ratios(asked, _given(shallow_ratio or [], latency))

@@ -10,7 +10,8 @@ from ...errors import UserError
 from ..generation.forecast import Forecast
 from ..generation.schedule import Schedule
 from .animation import check_suffix, save
-from .generate import Generated, Request, arguments, generate, makes_videos, psnr_of_all, warm_up
+from .generate import Generated, Request, arguments, generate, makes_videos, warm_up
+from .metrics import psnr_of_frames
 from .picture import Tile, difference, sheet
 
 _GAIN = 4.0
@@ -80,7 +81,7 @@ def generate_to_file(
         "uncached_seconds": uncached.seconds,
         "uncached_unet_seconds": sum(uncached.run.seconds),
         "speed_up": uncached.seconds / cached.seconds,
-        "psnr": psnr_of_all(uncached.pictures, cached.pictures),
+        "psnr": psnr_of_frames(uncached.pictures, cached.pictures),
     }
     title = request.prompt or str(request.image)
     frames = range(len(cached.pictures))

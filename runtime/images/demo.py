@@ -10,7 +10,8 @@ from typing import Any
 
 from ..generation.forecast import Extrapolate
 from ..generation.schedule import Uniform
-from .generate import Generated, Request, generate, psnr, warm_up
+from .generate import Generated, Request, generate, warm_up
+from .metrics import psnr
 from .picture import Tile, sheet
 
 

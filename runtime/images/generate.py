@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,19 +178,3 @@ def warm_up(pipe: Any, request: Request, cut: str | None = None) -> None:
         generate(pipe, brief, Steps([0, 2]), cut)
     finally:
         pipe.unet.advise = advises
-
-
-def psnr(first: Image, second: Image) -> float:
-    """Peak signal-to-noise ratio of two RGB images in decibels; infinite where they are equal."""
-    return psnr_of_all([first], [second])
-
-
-def psnr_of_all(first: Sequence[Image], second: Sequence[Image]) -> float:
-    """The same over all the frames of two videos."""
-    import numpy as np
-
-    a, b = (
-        np.stack([np.asarray(picture.convert("RGB"), dtype=np.float64) for picture in each]) for each in (first, second)
-    )
-    error = float(np.mean((a - b) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(255.0**2 / error)

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..draw import draw
 from ..generation.forecast import Forecast
 from ..generation.generation import Run
 from ..generation.schedule import Schedule
+from ..images.metrics import finite_psnr
 from .moments import Moments
 
 Picture = Any
 """[height, width, channels] in [0, 1]."""
-
-_BEST = 100.0
-"""dB, where two images are the same."""
 
 
 @dataclass(frozen=True)
@@ -133,12 +129,6 @@ class Studio:
     ) -> tuple[float, ...]:
         """PSNR of each image of a set to its uncached picture, in dB."""
         return tuple(
-            psnr(self.draw(image, schedule, forecast, steps=steps), whole)
+            finite_psnr(self.draw(image, schedule, forecast, steps=steps), whole, peak=1.0)
             for image, whole in zip(on.images, on.pictures, strict=True)
         )
-
-
-def psnr(one: Picture, other: Picture) -> float:
-    """In dB, where two images are the same 100."""
-    error = float(np.mean((np.asarray(one, np.float64) - np.asarray(other, np.float64)) ** 2))
-    return _BEST if error == 0 else min(_BEST, -10 * math.log10(error))

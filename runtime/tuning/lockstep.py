@@ -24,8 +24,9 @@ from ..batching.request import Ticket
 from ..draw import arguments_of
 from ..generation.correction import Answers, Convolutions, Correction, Kernel
 from ..generation.forecast import Coefficients, Forecast
+from ..images.metrics import finite_psnr
 from .artifact import Tuned
-from .images import Image, ImageSet, Studio, psnr
+from .images import Image, ImageSet, Studio
 from .watched import At, Watch
 
 SIZES = (1, 3)
@@ -84,7 +85,8 @@ def fit(studio: Studio, watch: Watch, tuned: Tuned, *sets: ImageSet) -> tuple[Tu
     finally:
         watch.ask = None
     pictures = [each.future.result().images[0] for each in tickets]
-    near = tuple(map(psnr, pictures, [picture for each in sets for picture in each.pictures]))
+    uncached = [picture for each in sets for picture in each.pictures]
+    near = tuple(finite_psnr(*pair, peak=1.0) for pair in zip(pictures, uncached, strict=True))
     if not meeting.kernels:
         return tuned, near
     kernels = {call: each.kernel for call, each in meeting.kernels.items()}

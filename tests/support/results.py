@@ -10,8 +10,9 @@ from typing import Any
 from offcut.benchmarks.drift.record import Call, Drift, Sample, Walk
 from offcut.benchmarks.growth.record import Fit, Growth, Made, Point, Sweep
 from offcut.benchmarks.latency.record import Contestant, Latency
-from offcut.benchmarks.quality.record import Claim, Estimate, Quality, QualityRow
+from offcut.benchmarks.quality.record import Claim, Quality, QualityRow
 from offcut.benchmarks.record import Environment, Result
+from offcut.benchmarks.stats import Estimate
 from offcut.runtime.generation.schedule import Uniform
 
 CLOCK = "perf_counter; from the first scheduler call to the last latent: scheduler, guidance and UNet calls"

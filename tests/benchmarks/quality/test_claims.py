@@ -5,8 +5,8 @@ import pytest
 
 from offcut.benchmarks.quality import claims, plan
 from offcut.benchmarks.quality.plan import SHALLOW_OVER_FULL, Setting
-from offcut.benchmarks.quality.record import Estimate
 from offcut.benchmarks.quality.scores import Scored
+from offcut.benchmarks.stats import Estimate
 
 
 @pytest.mark.parametrize(

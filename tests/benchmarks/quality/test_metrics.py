@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from offcut.benchmarks.quality import metrics
+from offcut.benchmarks.stats import figure_of, mean_of, require
 from offcut.errors import MissingExtraError, UserError
-from offcut.runtime.images.generate import psnr as psnr_of_two
+from offcut.runtime.images.metrics import EQUAL
+from offcut.runtime.images.metrics import psnr as psnr_of_two
 
 
 def noise(seed: int, count: int = 3) -> np.ndarray:
@@ -19,10 +21,10 @@ def test_psnr_is_that_of_offcut_run_and_finite_for_equal_pictures() -> None:
     first, second = noise(0), noise(1)
     single = [psnr_of_two(Image.fromarray(a), Image.fromarray(b)) for a, b in zip(first, second, strict=True)]
     np.testing.assert_allclose(metrics.psnr(first, second), single)
-    assert metrics.psnr(first, first).tolist() == [metrics.EQUAL] * 3
+    assert metrics.psnr(first, first).tolist() == [EQUAL] * 3
     least = first.copy()
     least[:, 0, 0, 0] ^= 1
-    assert (metrics.psnr(first, least) < metrics.EQUAL).all()
+    assert (metrics.psnr(first, least) < EQUAL).all()
 
 
 def test_ssim_is_one_for_equals_and_falls_with_noise() -> None:
@@ -54,7 +56,7 @@ def test_ssim_in_single_precision_is_that_in_double() -> None:
 def test_without_torchmetrics_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"offcut\[bench\]"):
-        metrics.require_torchmetrics()
+        require("the quality benchmark", "torchmetrics")
 
 
 @given(st.floats(-3, 3), st.floats(0.2, 4), st.integers(1, 6))
@@ -81,21 +83,21 @@ def test_frechet_is_biased_upward_by_few_pictures() -> None:
 
 def test_an_estimate_is_that_of_theory_and_repeats_itself() -> None:
     values = np.random.default_rng(0).normal(size=400)
-    made = metrics.estimate(values)
+    made = mean_of(values)
     half = 1.96 * values.std() / np.sqrt(400)
     assert made.mean == pytest.approx(values.mean())
     assert made.low == pytest.approx(values.mean() - half, abs=0.15 * half)
     assert made.high == pytest.approx(values.mean() + half, abs=0.15 * half)
-    assert made == metrics.estimate(values)
-    assert made != metrics.estimate(values, seed=1)
+    assert made == mean_of(values)
+    assert made != mean_of(values, seed=1)
 
 
 def test_pairing_tells_apart_what_two_means_cannot() -> None:
     random = np.random.default_rng(0)
     base = random.normal(scale=5, size=300)
     better = base + 0.2 + random.normal(scale=0.1, size=300)
-    assert metrics.estimate(better).low < base.mean()
-    assert metrics.estimate(better - base).low > 0.15
+    assert mean_of(better).low < base.mean()
+    assert mean_of(better - base).low > 0.15
 
 
 def test_the_interval_of_a_figure_that_resampling_raises_is_reflected() -> None:
@@ -104,7 +106,7 @@ def test_the_interval_of_a_figure_that_resampling_raises_is_reflected() -> None:
     first, second = random.normal(size=(300, 10)), random.normal(size=(300, 10)) + 0.5
     drawn = [random.integers(300, size=300) for _ in range(50)]
     raised = np.mean([metrics.frechet(first[rows], second[rows]) for rows in drawn])
-    made = metrics.estimate_of(lambda rows: metrics.frechet(first[rows], second[rows]), 300, resamples=100)
+    made = figure_of(lambda rows: metrics.frechet(first[rows], second[rows]), 300, resamples=100)
     assert raised > made.mean
     assert made.low < made.mean < made.high
     assert made.mean - made.low > made.high - made.mean

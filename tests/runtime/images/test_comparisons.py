@@ -14,7 +14,8 @@ import offcut
 from offcut.errors import UserError
 from offcut.runtime.images.compare import generate_to_file
 from offcut.runtime.images.demo import Way, demo
-from offcut.runtime.images.generate import Request, generate, psnr
+from offcut.runtime.images.generate import Request, generate
+from offcut.runtime.images.metrics import psnr
 from offcut.runtime.images.picture import Tile, difference, sheet
 
 

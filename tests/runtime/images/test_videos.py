@@ -14,7 +14,8 @@ import offcut
 from offcut.errors import UserError
 from offcut.runtime.images.animation import save
 from offcut.runtime.images.compare import generate_to_file
-from offcut.runtime.images.generate import Request, arguments, psnr_of_all
+from offcut.runtime.images.generate import Request, arguments
+from offcut.runtime.images.metrics import psnr_of_frames
 
 SMALL = Request(None, steps=4, guidance=None, height=32, width=32)
 
@@ -55,7 +56,9 @@ def test_one_picture_is_a_png_whatever_the_file_is_called(tmp_path: Path) -> Non
 
 def test_the_error_of_a_video_is_that_of_all_its_frames() -> None:
     black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (51, 51, 51))
-    assert psnr_of_all([black, black], [black, grey]) == pytest.approx(psnr_of_all([black], [grey]) + 3.0103, abs=1e-3)
+    assert psnr_of_frames([black, black], [black, grey]) == pytest.approx(
+        psnr_of_frames([black], [grey]) + 3.0103, abs=1e-3
+    )
 
 
 @pytest.mark.slow
