@@ -115,6 +115,21 @@ class StandIn(EngineModel):
         return tuple(self._cuts)
 
     @property
+    def cut_features(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of the cached features that each cut's shallow graph reads; the default cut is first."""
+        return self._cuts
+
+    @property
+    def input_specs(self) -> Mapping[str, TensorSpec]:
+        """Inputs of the full graph by name."""
+        return self._specs
+
+    @property
+    def built_attention(self) -> str | None:
+        """Attention that the UNet was exported with, e.g. ``"cross-frame"``; None for the model's own."""
+        return self._built_attention
+
+    @property
     def forecast(self) -> Forecast | None:
         """How shallow calls predict the cached features; None where they reuse them."""
         return self._forecast

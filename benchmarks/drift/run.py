@@ -83,12 +83,12 @@ def drift(
     unet = pipe.unet
     unet.set_schedule(wanted.schedule, wanted.cut, wanted.forecast)
     cut, names = unet.cut, unet._features
-    by_cut = {each: unet._cuts.get(each, ()) for each in unet._used}
+    by_cut = {each: unet.cut_features.get(each, ()) for each in unet._used}
     if not names:
         raise UserError(
             "no call of this schedule reads cached features, and this watches them: give one with shallow calls"
         )
-    studio = Studio(pipe, wanted.steps, wanted.size, {cut: unet._cuts[cut]} | by_cut)
+    studio = Studio(pipe, wanted.steps, wanted.size, {cut: unet.cut_features[cut]} | by_cut)
     images = [
         Image(wanted.prompts[index % len(wanted.prompts)], wanted.seed + index, wanted.guidance)
         for index in range(wanted.images)

@@ -116,7 +116,7 @@ def _load(bundle: Bundle, engine: str, precision: str, threads: int | None) -> A
 
 
 def _studio(pipe: Any, task: Task) -> Studio:
-    return Studio(pipe, task.steps, None, {CUT: pipe.unet._cuts[CUT]})
+    return Studio(pipe, task.steps, None, {CUT: pipe.unet.cut_features[CUT]})
 
 
 def _of(

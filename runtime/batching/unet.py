@@ -32,10 +32,10 @@ class SharedUNet(StandIn):
         super().__init__(
             unet.config,
             device=unet.device,
-            inputs=unet._specs,
-            cuts=unet._cuts,
+            inputs=unet.input_specs,
+            cuts=unet.cut_features,
             engine=unet.engine,
-            attention=unet._built_attention,
+            attention=unet.built_attention,
         )
         self.advise = False
         self._owner, self._batcher = unet, batcher

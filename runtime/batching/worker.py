@@ -116,7 +116,7 @@ class Worker:
         self._rejected = 0
         lanes = Lanes(
             pair,
-            alone=unet._built_attention is not None,  # such frames look at one another
+            alone=unet.built_attention is not None,  # such frames look at one another
             max_batch=max_batch,
             batch_sizes=batch_sizes,
             keep=bound_shapes,

@@ -33,7 +33,7 @@ def beside(studio: Studio, pipe: Any) -> Studio:
     """
     unet = pipe.unet
     for cut, features in studio.cuts.items():
-        if unet._cuts.get(cut) != features:
+        if unet.cut_features.get(cut) != features:
             raise UserError(f"the reference has no cut {cut} with the same features: build it with --cut {cut}")
     pipe.scheduler = type(studio.pipe.scheduler).from_config(studio.pipe.scheduler.config)
     unet.advise = False

@@ -100,7 +100,7 @@ class _Tuning:
         cuts: dict[str, tuple[str, ...]] = {}
         for cut in wanted.cuts or (None,):
             unet.set_schedule(Uniform(2), cut)  # says if there is none
-            cuts[unet.cut] = unet._cuts[unet.cut]
+            cuts[unet.cut] = unet.cut_features[unet.cut]
         self._name, self._wanted, self._watch, self._progress = name, wanted, watch, progress
         self._studio = Studio(pipe, wanted.steps, wanted.size, cuts)
         if wanted.ratios:

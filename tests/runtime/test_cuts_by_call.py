@@ -56,7 +56,7 @@ def by_hand(unet: offcut.UNet, forecast: Forecast | None) -> list[torch.Tensor]:
     unet(*inputs(unet, 0))
     bound = unet.bound
     assert bound is not None
-    names = {name for cut in BY_CALL if cut is not None for name in unet._cuts[cut]}
+    names = {name for cut in BY_CALL if cut is not None for name in unet.cut_features[cut]}
     kept: list[tuple[int, dict[str, torch.Tensor]]] = []
     made = []
     for call, cut in enumerate(BY_CALL):
@@ -69,7 +69,7 @@ def by_hand(unet: offcut.UNet, forecast: Forecast | None) -> list[torch.Tensor]:
             kept = [(call, {name: bound.buffers[name].clone() for name in names}), *kept[:1]]
         else:
             (last, latest), (before, older) = kept[0], kept[1]
-            for name in unet._cuts[cut]:
+            for name in unet.cut_features[cut]:
                 by = None if forecast is None else forecast.at(name, call, last, before)
                 by = by or Coefficients()
                 assert isinstance(by.slope, float)
@@ -91,7 +91,7 @@ def test_it_is_the_same_as_written_plainly(unet: offcut.UNet, forecast: Forecast
 
 def test_the_cuts_share_features_and_are_not_the_same(unet: offcut.UNet) -> None:
     """Else the test above would show little."""
-    assert set(unet._cuts["mlperf"]) & set(unet._cuts["deepcache:2"])
+    assert set(unet.cut_features["mlperf"]) & set(unet.cut_features["deepcache:2"])
     mixed = run(unet, SCHEDULE)
     for cut in ("deepcache:0", "mlperf", "deepcache:2"):
         alone = run(unet, TunedSteps((0, 1, 5), CALLS), cut=cut)

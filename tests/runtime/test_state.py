@@ -24,7 +24,7 @@ class Cancelled(Exception):
 
 def poison(unet: offcut.UNet) -> None:
     """Put NaN into every cached feature, so that reading one that is not this generation's shows in its image."""
-    features = {name for cached in unet._cuts.values() for name in cached}
+    features = {name for cached in unet.cut_features.values() for name in cached}
     for bound in unet._bound.values():
         for name in features:
             bound.buffers[name].fill_(math.nan)
@@ -211,7 +211,7 @@ def test_the_features_are_one_memory_for_both_graphs(pipe: Any, generate: Genera
     bound.full()
     bound.shallow("deepcache:0")
     fresh = bound.buffers["noise_pred"].clone()
-    (name,) = pipe.unet._cuts["deepcache:0"]
+    (name,) = pipe.unet.cut_features["deepcache:0"]
     bound.buffers[name].add_(1)
     bound.shallow("deepcache:0")
     assert not torch.equal(bound.buffers["noise_pred"], fresh)

@@ -171,7 +171,7 @@ def test_calls_have_cuts_of_their_own(forecast: Forecast | None, shared: Any, al
     ]
     expected = [alone(ask) for ask in asks]
     buffers = shared.unet.bound.buffers
-    names = [shared.unet._cuts[cut] for cut in ("deepcache:0", "mlperf")]
+    names = [shared.unet.cut_features[cut] for cut in ("deepcache:0", "mlperf")]
     kept = sum(buffers[name].nbytes for name in {name for each in names for name in each})
     sizes = []
     with Worker(shared) as worker:

@@ -49,7 +49,7 @@ def bundle(tiny_bundle: Path, pipe: Any, tmp_path_factory: pytest.TempPathFactor
         samples={"fit": 1, "select": 1, "test": 1},
         measured=(row,),
     )
-    (feature,) = pipe.unet._cuts[CUT]
+    (feature,) = pipe.unet.cut_features[CUT]
     save(opened, Tuned("by-hand", document, {2: {feature: Coefficients(scale=0.75)}}))
     return offcut.Bundle.open(copy)
 

@@ -130,7 +130,7 @@ def test_a_plain_way_that_is_as_fast_and_nearer_is_named(tuned: Tuned) -> None:
 def test_corrected_answers_bring_new_images_nearer(pipe: Any, shapes: Path, copied: Callable[[Path], Path]) -> None:
     """Of plain reuse at every fourth of 12 calls; alone, in a worker, and from a bundle alike."""
     bundle, steps = offcut.Bundle.open(copied(shapes)), 12
-    studio = Studio(pipe, steps, None, {"deepcache:0": pipe.unet._cuts["deepcache:0"]})
+    studio = Studio(pipe, steps, None, {"deepcache:0": pipe.unet.cut_features["deepcache:0"]})
     sets = three_sets(PROMPTS, 16, (GUIDANCE, GUIDANCE), 0)
     full = offcut.Uniform(4).full_calls(steps)
     kinds = tuple("full" if call in full else "reuse" for call in range(steps))
@@ -182,7 +182,7 @@ def test_corrected_answers_bring_new_images_nearer(pipe: Any, shapes: Path, copi
 def test_calls_without_an_engine_are_better_than_fewer_steps(pipe: Any, shapes: Path) -> None:
     """7 of 20 calls are full and no other runs an engine, against 7 steps."""
     bundle = offcut.Bundle.open(shapes)
-    studio = Studio(pipe, STEPS, None, {"deepcache:0": pipe.unet._cuts["deepcache:0"]})
+    studio = Studio(pipe, STEPS, None, {"deepcache:0": pipe.unet.cut_features["deepcache:0"]})
     sets = three_sets(PROMPTS, 16, (GUIDANCE, GUIDANCE), 0)
     cuts = mixed(evenly(STEPS, 7), STEPS, 0, "deepcache:0")
     document = Document(
@@ -276,7 +276,7 @@ def test_another_build_and_a_prune_keep_it(tuned: Tuned, shapes: Path, copied: C
 
 def test_watching_changes_nothing(pipe: Any, tuned: Tuned) -> None:
     """The full graph is run beside the shallow calls, and what they read is put back, with and without a forecast."""
-    features = pipe.unet._cuts["deepcache:0"]
+    features = pipe.unet.cut_features["deepcache:0"]
     for forecast in (None, Extrapolate(1.0)):
         pipe.unet.set_schedule(offcut.Uniform(4), forecast=forecast)
         plain = image(pipe, None)
