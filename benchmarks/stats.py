@@ -1,4 +1,4 @@
-"""Percentiles, confidence intervals and power laws, each defined once for all benchmarks."""
+"""Percentiles and confidence intervals, each defined once for all benchmarks."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..stats import require
 from .record import Fit
 
 
@@ -17,10 +16,10 @@ def power_law(of: str, x: Sequence[float], y: Sequence[float]) -> Fit | None:
     """
     if len(set(x)) < 2:
         return None
-    require("the exponent of a power law", "scipy")
     import numpy as np
-    from scipy.stats import linregress
 
-    line = linregress(np.log(x), np.log(y))
-    error = float(line.stderr) if len(x) > 2 else None
-    return Fit(of=of, exponent=float(line.slope), error=error, points=len(x))
+    logarithms = np.log(x), np.log(y)
+    if len(x) == 2:
+        return Fit(of=of, exponent=float(np.polyfit(*logarithms, 1)[0]), error=None, points=2)
+    (exponent, _), covariance = np.polyfit(*logarithms, 1, cov=True)
+    return Fit(of=of, exponent=float(exponent), error=float(np.sqrt(covariance[0, 0])), points=len(x))
