@@ -111,7 +111,7 @@ class Graphs:
         profiles: the shapes that a compiled engine takes, or that one which compiles when it is opened should; none
             for all.
         settings: that it was compiled with.
-        cache: directory in the bundle for what an engine compiles when it is opened; None if there is none.
+        digest: SHA-256 over the digests of the files that the engine opens; None outside a bundle.
         parameters: file with the map from PyTorch's parameters to the graphs' weights; None if it was left out.
     """
 
@@ -124,7 +124,7 @@ class Graphs:
     precision: str
     profiles: tuple[Profile, ...] = ()
     settings: Settings = field(default_factory=dict)
-    cache: Path | None = None
+    digest: str | None = None
     parameters: Path | None = None
 
     def as_stored(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -224,9 +224,9 @@ class EngineOptions:
             memory at that moment gets an error.
         weight_budget: device memory for the weights of a pair, in bytes; the others stay on the host and are streamed
             at each call, which is slower. None keeps all on the device. Of TensorRT plans built with weight streaming.
-        runtime_cache: directory where TensorRT-RTX keeps the kernels that it compiles for this GPU, and ONNX Runtime's
-            TensorRT providers their engines; None compiles the kernels at each start, and keeps the engines in the
-            bundle. They are machine code: name a directory that only you can write to.
+        runtime_cache: directory for the kernels that TensorRT-RTX compiles for this GPU and for the engines that ONNX
+            Runtime's TensorRT providers compile. None compiles the kernels at each start, and keeps the engines in the
+            user's cache directory. Both are machine code: name a directory that only you can write to.
         provider: of ONNX Runtime on CUDA: ``"cuda"``, or ``"tensorrt"`` or ``"tensorrt-rtx"``, which compile the graphs
             when they are opened or first run. None is ``"cuda"``.
     """

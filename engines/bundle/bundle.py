@@ -19,7 +19,6 @@ from ...errors import BundleError, CutError, EngineError
 from ...exporter.trace.export import GRAPH_FILE
 from ...exporter.trace.parameters import StoredWeights
 from ..base import EngineOptions, EnginePair, Graphs, OpenOptions
-from ..onnxruntime.cache import CACHE_FOLDER
 from ..registry import Choice, choose, engine
 from .manifest import MANIFEST_FILE, SCHEMA_VERSION, EngineEntry, Manifest, Variant, schema_of
 
@@ -236,9 +235,15 @@ class Bundle:
             precision=variant.precision,
             profiles=tuple(profile.profile() for profile in profiles),
             settings=entry.settings,
-            cache=self.path / CACHE_FOLDER / entry.key,
+            digest=self._digest_of(engine_files(entry, variant)),
             parameters=self.path / variant.graphs.parameters if variant.graphs else None,
         )
+
+    def _digest_of(self, names: Iterable[str]) -> str | None:
+        """Return one digest of several files; None while a build has not yet committed them."""
+        files = [self.manifest.files.get(name) for name in names]
+        digests = [file.sha256 for file in files if file is not None]
+        return hashlib.sha256("".join(digests).encode()).hexdigest() if len(digests) == len(files) else None
 
 
 def onnx_of(path: str | Path) -> Path:

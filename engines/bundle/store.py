@@ -13,12 +13,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from filelock import FileLock
 
 from ...errors import BundleError
-from ..onnxruntime.cache import CACHE_FOLDER
 from .bundle import Bundle, digest_file
 from .manifest import MANIFEST_FILE, FileEntry, Manifest
 
@@ -100,10 +99,9 @@ class Pruned:
 
 
 def prune(bundle: Path, dry_run: bool = False) -> Pruned:
-    """Remove what no manifest names: older graphs, what a killed build left behind, compiled engines of either.
+    """Remove the files that the manifest does not name: graphs of earlier builds, and leftovers of a killed build.
 
-    The compiled engines that belong to an engine of the manifest stay, though no manifest lists their files.
-    Do not prune while a build is running into the same bundle: its unfinished files would go too.
+    Do not prune while a build is running into the same bundle: its unfinished files would be removed too.
 
     Raises:
         BundleError: it is not a bundle; nothing is touched.
@@ -113,7 +111,7 @@ def prune(bundle: Path, dry_run: bool = False) -> Pruned:
         opened = Bundle.open(bundle)
         named = {*opened.manifest.files, MANIFEST_FILE, LOCK_FILE}
         files = sorted(path for path in opened.path.rglob("*") if path.is_file() or path.is_symlink())
-        loose = [path for path in files if not _kept(path.relative_to(bundle).as_posix(), named, opened.manifest)]
+        loose = [path for path in files if path.relative_to(bundle).as_posix() not in named]
         removed = Pruned(
             tuple(path.relative_to(bundle).as_posix() for path in loose), sum(path.lstat().st_size for path in loose)
         )
@@ -124,11 +122,6 @@ def prune(bundle: Path, dry_run: bool = False) -> Pruned:
                 if not any(folder.iterdir()):
                     folder.rmdir()
     return removed
-
-
-def _kept(name: str, named: set[str], manifest: Manifest) -> bool:
-    place = PurePosixPath(name).parts
-    return name in named or (place[0] == CACHE_FOLDER and len(place) > 2 and place[1] in manifest.engines)
 
 
 def _check_same(target: Path, name: str, entry: FileEntry) -> None:

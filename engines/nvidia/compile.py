@@ -12,7 +12,7 @@ from ...exporter.specs import TensorSpec
 from ..base import Compiled, CompileJob
 from ..profiles import Profile, check, in_pixels, trained_side
 from .attention import own_queries
-from .flavour import Flavour, load, this_gpu
+from .library import NvidiaLibrary, load, this_gpu
 from .log import Messages, listening
 from .progress import Phases, monitor
 from .settings import config, targets, timing_cache
@@ -20,7 +20,7 @@ from .settings import config, targets, timing_cache
 LOG = "build.log"
 
 
-def compile(flavour: Flavour, job: CompileJob) -> Compiled:
+def compile(library: NvidiaLibrary, job: CompileJob) -> Compiled:
     """Compile the pair; see ``base.CompilingEngine``. The log of it is left beside the plans.
 
     Raises:
@@ -28,11 +28,11 @@ def compile(flavour: Flavour, job: CompileJob) -> Compiled:
         ShapeError: a profile does not fit the graphs.
     """
     with _gpu(job.device):
-        return _compile(flavour, load(flavour), job)
+        return _compile(library, load(library), job)
 
 
-def _compile(flavour: Flavour, trt: Any, job: CompileJob) -> Compiled:
-    named = targets(flavour, trt, job.settings)
+def _compile(library: NvidiaLibrary, trt: Any, job: CompileJob) -> Compiled:
+    named = targets(library, trt, job.settings)
     graphs = job.graphs
     # No fused kernel takes attention in fp32, so its scores are held in memory: 17 GB for one guided image of 1024x1024
     # in SD 1.5. Four images would need more than the builder admits.
@@ -46,7 +46,7 @@ def _compile(flavour: Flavour, trt: Any, job: CompileJob) -> Compiled:
     shallow = {cut: job.folder / f"shallow-{cut.replace(':', '-')}.plan" for cut in graphs.shallow}
     full = job.folder / "full.plan"
     with listening(job.folder / LOG) as messages:
-        build = _Builder(flavour, trt, job, named, profiles, messages)
+        build = _Builder(library, trt, job, named, profiles, messages)
         build(graphs.full, full, graphs.inputs.values())
         for cut, onnx in graphs.shallow.items():
             features = [graphs.outputs[name] for name in graphs.cuts[cut]]
@@ -73,14 +73,14 @@ class _Builder:
 
     def __init__(
         self,
-        flavour: Flavour,
+        library: NvidiaLibrary,
         trt: Any,
         job: CompileJob,
         named: tuple[str, ...],
         profiles: tuple[Profile, ...],
         messages: Messages,
     ) -> None:
-        self._flavour, self._trt, self._job, self._named = flavour, trt, job, named
+        self._library, self._trt, self._job, self._named = library, trt, job, named
         self._profiles, self._messages = profiles, messages
         self.folders: set[Path] = set()
 
@@ -94,20 +94,20 @@ class _Builder:
         phases = Phases(plan.stem, self._job.progress)
         self._messages.forget()
         try:
-            with own_queries(onnx) if self._flavour.rtx else nullcontext(onnx) as file:
+            with own_queries(onnx) if self._library.rtx else nullcontext(onnx) as file:
                 self.folders.add(file.parent)
                 builder, network, parser = self._parse(file)
                 names = [network.get_input(index).name for index in range(network.num_inputs)]
                 profiles = [_polygraphy_profile(profile, [specs[name] for name in names]) for profile in self._profiles]
                 settings = self._job.settings
                 watch = monitor(self._trt, phases)
-                configure = config(self._flavour, self._trt, settings, self._named, profiles, watch)
+                configure = config(self._library, self._trt, settings, self._named, profiles, watch)
                 cache = timing_cache(settings)
                 plan.write_bytes(EngineBytesFromNetwork((builder, network, parser), configure, cache)())
         except PolygraphyException as error:
             if phases.failure is not None:
                 raise phases.failure from None
-            raise EngineError(f"{self._flavour.name} refuses {onnx.name}: {self._why(str(error))}") from error
+            raise EngineError(f"{self._library.name} refuses {onnx.name}: {self._why(str(error))}") from error
 
     def _parse(self, onnx: Path) -> Any:
         """The builder, the network and the parser; the weights are found beside the file."""

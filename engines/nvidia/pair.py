@@ -16,7 +16,7 @@ from ..base import EngineOptions, Graphs, check_contract
 from ..buffers import allocate
 from ..cuda import CudaGraphs, PairStream
 from ..profiles import select
-from .flavour import Flavour, load
+from .library import NvidiaLibrary, load
 from .log import listening
 from .plan import BoundContext, LoadedPlan, share_budget
 from .refit import refit
@@ -36,28 +36,28 @@ class NvidiaPair:
     as the graph needs that needs most. It grows with the largest shapes that are prepared.
     """
 
-    def __init__(self, flavour: Flavour, graphs: Graphs, options: EngineOptions) -> None:
+    def __init__(self, library: NvidiaLibrary, graphs: Graphs, options: EngineOptions) -> None:
         import torch
 
         if options.inference_precision not in (None, graphs.precision):
             raise EngineError(
-                f"{flavour.name} computes in the precision that was exported: "
+                f"{library.name} computes in the precision that was exported: "
                 f"build with precision={options.inference_precision!r}"
             )
-        self.name = flavour.name
-        self._trt = load(flavour)
+        self.name = library.name
+        self._trt = load(library)
         if torch.device(options.device).type != "cuda" or not torch.cuda.is_available():
             here = "here is one: open it on cuda" if torch.cuda.is_available() else "PyTorch sees none here"
-            raise EngineError(f"{flavour.name} runs on an NVIDIA GPU, not on {options.device}, and {here}")
+            raise EngineError(f"{library.name} runs on an NVIDIA GPU, not on {options.device}, and {here}")
         index = torch.device(options.device).index
         self.device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         self.inputs, self.outputs, self.cuts = graphs.inputs, graphs.outputs, graphs.cuts
         self.graphs, self.options = graphs, options
         self.stream = PairStream(self.device)
         self.scratch = Scratch(self.device)
-        self.cuda_graphs = options.cuda_graphs and recordable(flavour, graphs.settings)
+        self.cuda_graphs = options.cuda_graphs and recordable(library, graphs.settings)
         self.weights_version = 0  # CUDA graphs of earlier weights are not replayed
-        self._flavour = flavour
+        self._library = library
         self._filled = not graphs.settings.get("strip_plan")
         self._refitted: dict[str, torch.Tensor] = {}  # by the name of the ONNX initializer
         self._digests: dict[Cut, str] = {}
@@ -141,7 +141,7 @@ class NvidiaPair:
                 kernels = self.options.runtime_cache
                 cache = kernels / path.parent.name / f"{path.stem}.cache" if kernels else None
                 plan = LoadedPlan(
-                    self._flavour,
+                    self._library,
                     self._trt,
                     runtime,
                     path,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import EngineError, ShapeError
-from .flavour import Flavour
+from .library import NvidiaLibrary
 from .log import Messages
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class LoadedPlan:
 
     def __init__(
         self,
-        flavour: Flavour,
+        library: NvidiaLibrary,
         trt: Any,
         runtime: Any,
         path: Path,
@@ -47,24 +47,24 @@ class LoadedPlan:
         cache: Path | None,
         eager: bool,
     ) -> None:
-        self._flavour, self._trt, self._runtime = flavour, trt, runtime
+        self._library, self._trt, self._runtime = library, trt, runtime
         self.path = path
         self.engine = runtime.deserialize_cuda_engine(data)
         if self.engine is None:
-            raise EngineError(f"{flavour.name} refuses {path.name}: {messages.reason()}")
+            raise EngineError(f"{library.name} refuses {path.name}: {messages.reason()}")
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
         modes = {name: self.engine.get_tensor_mode(name) for name in names}
         self.inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT]
         self.outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
         self._cache_file = cache
         self._cache: Any = None
-        self._how = self._runtime_config(eager) if flavour.rtx else trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._how = self._runtime_config(eager) if library.rtx else trt.ExecutionContextAllocationStrategy.USER_MANAGED
 
     def context(self) -> Any:
         """A new execution context without scratch memory."""
         context = self.engine.create_execution_context(self._how)
         if context is None:
-            raise EngineError(f"{self._flavour.name} has no memory left for {self.path.name}: use smaller shapes")
+            raise EngineError(f"{self._library.name} has no memory left for {self.path.name}: use smaller shapes")
         return context
 
     @property

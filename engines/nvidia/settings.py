@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import EngineError
 from ..base import Setting, Settings
-from .flavour import Flavour, supported, this_gpu
+from .library import NvidiaLibrary, supported, this_gpu
 
 _COMMON: dict[str, Setting] = {
     "optimization_level": None,  # 0..5: how long to look for faster kernels
@@ -34,7 +34,7 @@ HELPERS = frozenset({"timing_cache"})
 _AMPERE_PLUS = ("80", "86", "87", "88", "89", "90", "100", "103", "110", "120", "121")
 
 
-def targets(flavour: Flavour, trt: Any, settings: Settings) -> tuple[str, ...]:
+def targets(library: NvidiaLibrary, trt: Any, settings: Settings) -> tuple[str, ...]:
     """The machines that a build with these settings is for, e.g. ``("sm_89", "sm_120")``.
 
     Raises:
@@ -45,24 +45,24 @@ def targets(flavour: Flavour, trt: Any, settings: Settings) -> tuple[str, ...]:
     asked = named_by_user if isinstance(named_by_user, tuple | list) else (str(named_by_user),)
     if not asked:
         if here is None:
-            remedy = "name the GPUs to build for with --compute-capability, e.g. 89" if flavour.rtx else "build there"
-            raise EngineError(f"{flavour.name} builds for the GPU of the machine, and here is none: {remedy}")
+            remedy = "name the GPUs to build for with --compute-capability, e.g. 89" if library.rtx else "build there"
+            raise EngineError(f"{library.name} builds for the GPU of the machine, and here is none: {remedy}")
         asked = _AMPERE_PLUS if settings.get("hardware_compatibility") == "ampere_plus" else (here,)
-    named = tuple(dict.fromkeys(_target(flavour, capability) for capability in asked))
-    if flavour.rtx and (strange := [target for target in named if target not in supported(trt)]):
+    named = tuple(dict.fromkeys(_target(library, capability) for capability in asked))
+    if library.rtx and (strange := [target for target in named if target not in supported(trt)]):
         raise EngineError(
-            f"{flavour.name} does not build for {', '.join(strange)}: choose from {', '.join(supported(trt))}"
+            f"{library.name} does not build for {', '.join(strange)}: choose from {', '.join(supported(trt))}"
         )
-    if flavour.rtx and (settings["refittable"] or settings["strip_plan"]):
+    if library.rtx and (settings["refittable"] or settings["strip_plan"]):
         if len(named) > 1:
-            raise EngineError(f"a refittable plan of {flavour.name} is for one kind of GPU: name one")
+            raise EngineError(f"a refittable plan of {library.name} is for one kind of GPU: name one")
         if here is None:
-            raise EngineError(f"a refittable plan of {flavour.name} is built with a GPU, and here is none: build there")
+            raise EngineError(f"a refittable plan of {library.name} is built with a GPU, and here is none: build there")
     return named
 
 
 def config(
-    flavour: Flavour, trt: Any, settings: Settings, named: Sequence[str], profiles: list[Any], monitor: Any
+    library: NvidiaLibrary, trt: Any, settings: Settings, named: Sequence[str], profiles: list[Any], monitor: Any
 ) -> Any:
     """Polygraphy's loader of the builder configuration.
 
@@ -80,7 +80,7 @@ def config(
         # Scratch memory for the shapes in use, not for a profile's largest; some versions always do so.
         if feature := getattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10", None):
             config.set_preview_feature(feature, True)
-        if flavour.rtx and recordable(flavour, settings):
+        if library.rtx and recordable(library, settings):
             # Without it the plan may allocate while it runs, which a CUDA graph cannot record.
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
@@ -89,16 +89,16 @@ def config(
         "progress_monitor": monitor,
         # The default keeps every layer's details in the plan and slows its launches.
         "profiling_verbosity": trt.ProfilingVerbosity.LAYER_NAMES_ONLY,
-        "builder_optimization_level": _number(flavour, settings, "optimization_level", 0, 5),
+        "builder_optimization_level": _number(library, settings, "optimization_level", 0, 5),
         "load_timing_cache": timing_cache(settings),
         "weight_streaming": bool(settings["weight_streaming"]),
         "refittable": bool(settings["refittable"] or settings["strip_plan"]),
         "strip_plan": bool(settings["strip_plan"]),
         "version_compatible": bool(settings["version_compatible"]),
     }
-    if (workspace := _number(flavour, settings, "workspace_mib", 1, 1 << 30)) is not None:
+    if (workspace := _number(library, settings, "workspace_mib", 1, 1 << 30)) is not None:
         common["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: workspace << 20}
-    if not flavour.rtx:
+    if not library.rtx:
         return PostprocessConfig(CreateConfig(**common, **_hardware(trt, settings)), finish)
     from polygraphy.backend.tensorrt_rtx.config import CreateConfigRTX
 
@@ -107,9 +107,9 @@ def config(
     return PostprocessConfig(CreateConfigRTX(compute_capabilities=capabilities, **common), finish)
 
 
-def recordable(flavour: Flavour, settings: Settings) -> bool:
+def recordable(library: NvidiaLibrary, settings: Settings) -> bool:
     """Whether plans with these settings can be recorded in a CUDA graph."""
-    return not (flavour.rtx and settings.get("weight_streaming"))
+    return not (library.rtx and settings.get("weight_streaming"))
 
 
 def timing_cache(settings: Settings) -> str | None:
@@ -128,17 +128,17 @@ def _hardware(trt: Any, settings: Settings) -> dict[str, Any]:
     return {"hardware_compatibility_level": levels[str(asked)]}
 
 
-def _target(flavour: Flavour, capability: str) -> str:
+def _target(library: NvidiaLibrary, capability: str) -> str:
     match = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)", str(capability), re.IGNORECASE)
     if match is None:
-        raise EngineError(f"{flavour.name}: {capability!r} is no compute capability: write e.g. 89")
+        raise EngineError(f"{library.name}: {capability!r} is no compute capability: write e.g. 89")
     return f"sm_{match[1]}{match[2]}"
 
 
-def _number(flavour: Flavour, settings: Settings, name: str, least: int, most: int) -> int | None:
+def _number(library: NvidiaLibrary, settings: Settings, name: str, least: int, most: int) -> int | None:
     value = settings[name]
     if value is None:
         return None
     if not isinstance(value, int) or not least <= value <= most:
-        raise EngineError(f"{flavour.name}: {name} is a whole number from {least} to {most}, not {value!r}")
+        raise EngineError(f"{library.name}: {name} is a whole number from {least} to {most}, not {value!r}")
     return value

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..base import Compiled, CompileJob, EngineOptions, EnginePair, Graphs, Probe
-from . import flavour, settings
+from . import library, settings
 
-name = flavour.TENSORRT.name
-extra = flavour.TENSORRT.extra
+name = library.TENSORRT.name
+extra = library.TENSORRT.extra
 # What every TensorRT 10 parses; it fuses attention and group normalization by pattern.
 default_opset = 20
 SETTINGS = settings.SETTINGS
@@ -14,16 +14,16 @@ HELPERS = settings.HELPERS
 
 
 def probe() -> Probe:
-    return flavour.probe(flavour.TENSORRT)
+    return library.probe(library.TENSORRT)
 
 
 def compile(job: CompileJob) -> Compiled:
     from . import compile
 
-    return compile.compile(flavour.TENSORRT, job)
+    return compile.compile(library.TENSORRT, job)
 
 
 def open(graphs: Graphs, options: EngineOptions) -> EnginePair:
     from .pair import NvidiaPair
 
-    return NvidiaPair(flavour.TENSORRT, graphs, options)
+    return NvidiaPair(library.TENSORRT, graphs, options)

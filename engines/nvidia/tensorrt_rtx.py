@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..base import Compiled, CompileJob, EngineOptions, EnginePair, Graphs, Probe
-from . import flavour, settings
+from . import library, settings
 
-name = flavour.TENSORRT_RTX.name
-extra = flavour.TENSORRT_RTX.extra
+name = library.TENSORRT_RTX.name
+extra = library.TENSORRT_RTX.extra
 # Keeps attention and group normalization whole.
 default_opset = 23
 SETTINGS = settings.SETTINGS_RTX
@@ -14,16 +14,16 @@ HELPERS = settings.HELPERS
 
 
 def probe() -> Probe:
-    return flavour.probe(flavour.TENSORRT_RTX)
+    return library.probe(library.TENSORRT_RTX)
 
 
 def compile(job: CompileJob) -> Compiled:
     from . import compile
 
-    return compile.compile(flavour.TENSORRT_RTX, job)
+    return compile.compile(library.TENSORRT_RTX, job)
 
 
 def open(graphs: Graphs, options: EngineOptions) -> EnginePair:
     from .pair import NvidiaPair
 
-    return NvidiaPair(flavour.TENSORRT_RTX, graphs, options)
+    return NvidiaPair(library.TENSORRT_RTX, graphs, options)

@@ -6,9 +6,8 @@ none. ONNX Runtime captures the calls as CUDA graphs itself; or its TensorRT pro
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,19 @@ from ...exporter.specs import Shape
 from ..base import EngineOptions, Graphs, Probe, check_contract
 from ..buffers import allocate_pair
 from ..cuda import GraphIds, PairStream
-from .cache import EngineCache
 from .fusion import with_own_attention
 from .initializers import give, with_weights
-from .providers import PROVIDERS, Provider, covering, find, first_line, provider_of, provider_options
+from .providers import (
+    PROVIDERS,
+    Provider,
+    cache_folder,
+    covering,
+    find,
+    first_line,
+    locked_cache,
+    provider_of,
+    provider_options,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -83,13 +91,13 @@ class OnnxRuntimePair:
         self._graphs, self._options = graphs, options
         self._provider = provider_of(options.provider, self.device.type)
         self._devices: Any = None if self._provider is None else find(self._provider)
-        self._cache = self._make_cache()
+        self._cache = cache_folder(self._provider, _installed_version(), graphs, options.runtime_cache)
         self._stream = PairStream(self.device) if self._provider is not None else None
         captures = self._provider is not None and self._provider.graph_id is not None and options.cuda_graphs
         self._ids = GraphIds() if captures else None
-        with self._cached() as cache:
-            self._full = self._session(None, cache)
-            self._shallow: dict[str | None, Any] = {cut: self._session(cut, cache) for cut in graphs.shallow}
+        with self._locked_cache():
+            self._full = self._session(None)
+            self._shallow: dict[str | None, Any] = {cut: self._session(cut) for cut in graphs.shallow}
         for cut, session in ((None, self._full), *self._shallow.items()):
             inputs, outputs = session.get_inputs(), session.get_outputs()
             check_contract(graphs, cut, [i.name for i in inputs], [o.name for o in outputs])
@@ -107,39 +115,19 @@ class OnnxRuntimePair:
                 "with: open the bundle with provider cuda for other ones"
             )
         stored = self._graphs.as_stored(weights) if weights else {}
-        with self._cached() as cache:
-            full = self._session(None, cache, stored)
-            shallow: dict[str | None, Any] = {cut: self._session(cut, cache, stored) for cut in self._graphs.shallow}
+        with self._locked_cache():
+            full = self._session(None, stored)
+            shallow: dict[str | None, Any] = {cut: self._session(cut, stored) for cut in self._graphs.shallow}
         self._full, self._shallow = full, shallow
 
     def close(self) -> None:
         self._full = None
         self._shallow = {}
-        if self._cache is not None:
-            self._cache.seal()  # engines are also compiled when they are run
 
-    def _make_cache(self) -> EngineCache | None:
-        provider, graphs, kept = self._provider, self._graphs, self._options.runtime_cache
-        if provider is None or not provider.caches:
-            return None
-        if graphs.cache is None:
-            raise EngineError("these graphs are in no bundle, which would keep the compiled engines: open a bundle")
-        decides = f"{graphs.precision} {covering(graphs.profiles)}"
-        digest = hashlib.sha256(decides.encode()).hexdigest()[:8]
-        folder = (
-            kept / graphs.cache.name if kept else graphs.cache
-        ) / f"{provider.name}-{_installed_version()}-{digest}"
-        return EngineCache(folder, None if kept else graphs.cache.parent.parent)
+    def _locked_cache(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._cache is None else locked_cache(self._cache)
 
-    @contextmanager
-    def _cached(self) -> Iterator[Path | None]:
-        if self._cache is None:
-            yield None
-            return
-        with self._cache.trusted() as folder:
-            yield folder
-
-    def _session(self, cut: str | None, cache: Path | None, weights: Mapping[str, torch.Tensor] | None = None) -> Any:
+    def _session(self, cut: str | None, weights: Mapping[str, torch.Tensor] | None = None) -> Any:
         try:
             import onnxruntime
         except ImportError as error:
@@ -161,7 +149,7 @@ class OnnxRuntimePair:
         if content is not None:  # the weights stay where they are
             key = "session.model_external_initializers_file_folder_path"
             settings.add_session_config_entry(key, str(path.parent))
-        session = self._open_on(provider, path, cut, cache, settings, content)
+        session = self._open_on(provider, path, cut, settings, content)
         del held  # what the session was opened from
         return session
 
@@ -170,13 +158,12 @@ class OnnxRuntimePair:
         provider: Provider | None,
         path: Path,
         cut: str | None,
-        cache: Path | None,
         settings: Any,
         content: bytes | None,
     ) -> Any:
         if provider is None:
             return _open(path, settings, _CPU, content, providers=[_CPU])
-        asked = self._ask(provider, cut, None if cache is None else cache / path.stem)
+        asked = self._ask(provider, cut, None if self._cache is None else self._cache / path.stem)
         if provider.caches:  # what it cannot compile must not end up on the CPU unnoticed
             settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         if provider.plugin is not None:

@@ -6,14 +6,20 @@ their own when it is opened or first run, which takes minutes, and keep it in a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from ...errors import EngineError
+from ...exporter.cache_dir import cache_dir
 from ...exporter.specs import Shape, TensorSpec
+from ..base import Graphs
 from ..profiles import Profile
 
 
@@ -147,6 +153,51 @@ def provider_options(
         for what in ("engine", "timing"):
             options |= {f"trt_{what}_cache_enable": "True", f"trt_{what}_cache_path": str(cache)}
     return options
+
+
+def cache_folder(
+    provider: Provider | None, version: str | None, graphs: Graphs, runtime_cache: Path | None
+) -> Path | None:
+    """Return the directory for the engines that a provider compiles from these graphs; None if it compiles none.
+
+    Args:
+        version: of ONNX Runtime.
+        runtime_cache: directory that the user named; None for the user's cache directory.
+
+    Raises:
+        EngineError: the graphs are in no bundle, so they have no digest.
+    """
+    if provider is None or not provider.caches:
+        return None
+    if graphs.digest is None:
+        raise EngineError("these graphs have no digest to cache compiled engines by: open them as part of a bundle")
+    build = f"{graphs.precision} {covering(graphs.profiles)}"
+    build_digest = hashlib.sha256(build.encode()).hexdigest()[:8]
+    root = runtime_cache or cache_dir() / "engines"
+    return root / graphs.digest[:32] / f"{provider.name}-{version}-{build_digest}"
+
+
+@contextmanager
+def locked_cache(folder: Path) -> Iterator[None]:
+    """Make a directory for compiled engines, and hold its lock.
+
+    Another process that wants the same engines waits, and then finds them compiled.
+
+    Raises:
+        EngineError: the directory cannot be written.
+    """
+    try:
+        # Engines are machine code, so nobody else may write there.
+        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.mkdir(exist_ok=True, mode=0o700)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise EngineError(
+            f"compiled engines cannot be kept in {folder} ({error.strerror}): "
+            "name a directory for them with runtime_cache"
+        ) from error
+    with FileLock(folder / ".lock"):
+        yield
 
 
 def covering(profiles: Sequence[Profile]) -> Profile | None:

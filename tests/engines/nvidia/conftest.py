@@ -11,7 +11,7 @@ import pytest
 
 import offcut
 from offcut.engines.base import CompileJob, Graphs
-from offcut.engines.nvidia.flavour import TENSORRT_RTX, load
+from offcut.engines.nvidia.library import TENSORRT_RTX, load
 from offcut.engines.nvidia.settings import SETTINGS_RTX
 from offcut.engines.profiles import Profile
 from offcut.errors import EngineError

@@ -17,7 +17,7 @@ from offcut.engines.base import CompileJob, EngineOptions, Graphs
 from offcut.engines.bundle.bundle import open_entry
 from offcut.engines.nvidia import tensorrt_rtx
 from offcut.engines.nvidia.compile import LOG
-from offcut.engines.nvidia.flavour import TENSORRT_RTX
+from offcut.engines.nvidia.library import TENSORRT_RTX
 from offcut.engines.nvidia.pair import NvidiaPair
 from offcut.engines.profiles import Profile
 from offcut.errors import EngineError, ShapeError

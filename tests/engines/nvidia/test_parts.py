@@ -11,7 +11,7 @@ import torch
 
 from offcut.engines.base import Probe
 from offcut.engines.nvidia import tensorrt, tensorrt_rtx
-from offcut.engines.nvidia.flavour import TENSORRT, load, probe
+from offcut.engines.nvidia.library import TENSORRT, load, probe
 from offcut.engines.nvidia.plan import share_budget
 from offcut.engines.nvidia.progress import Phases
 from offcut.engines.nvidia.settings import targets
@@ -129,7 +129,7 @@ class Block(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Block())
 from offcut.engines import onnxruntime, tensorrt, tensorrt_rtx
 from offcut.engines.base import Probe
-from offcut.engines.nvidia.flavour import TENSORRT_RTX, load
+from offcut.engines.nvidia.library import TENSORRT_RTX, load
 from offcut.errors import MissingExtraError
 try:
     load(TENSORRT_RTX)

@@ -1,152 +1,131 @@
-"""Compiled engines that are kept in a bundle: ours are trusted, anybody else's are removed before they are read."""
+"""The engines that ONNX Runtime's TensorRT providers compile are cached outside bundles, by the graphs' digests."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-import offcut.engines.onnxruntime.cache as cache_module
-from offcut.engines.onnxruntime.cache import EngineCache
+import offcut
+from offcut.engines.base import Graphs
+from offcut.engines.onnxruntime.providers import PROVIDERS, cache_folder, locked_cache
+from offcut.engines.profiles import Profile
 from offcut.errors import EngineError
 
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+Copy = Callable[[Path], Path]
 
 
 @pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    (tmp_path / "b.offcut").mkdir()
-    return tmp_path / "b.offcut"
+def graphs(unet_bundle: Path) -> Graphs:
+    bundle = offcut.Bundle.open(unet_bundle)
+    return bundle.graphs(bundle.entry("onnxruntime"))
 
 
-def folder_of(bundle: Path, key: str = "onnxruntime-1", name: str = "tensorrt-1") -> Path:
-    return bundle / "cache" / key / name
+@pytest.fixture(autouse=True)
+def user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OFFCUT_CACHE", str(tmp_path / "user-cache"))
+    return tmp_path / "user-cache"
 
 
-def compile_into(folder: Path, bundle: Path | None, text: str = "code") -> None:
-    with EngineCache(folder, bundle).trusted() as place:
-        (place / "full").mkdir(exist_ok=True)
-        (place / "full" / "graph.engine").write_text(text)
+def folder_of(graphs: Graphs, provider: str | None = "tensorrt", runtime_cache: Path | None = None) -> Path | None:
+    return cache_folder(PROVIDERS[provider] if provider else None, "1.31", graphs, runtime_cache)
 
 
-def trusted(folder: Path, bundle: Path | None) -> set[str]:
-    """What a provider would find."""
-    with EngineCache(folder, bundle).trusted() as place:
-        found = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
-    return {name for name in found if name.startswith("full")}
+@pytest.mark.parametrize("provider", ["tensorrt", "tensorrt-rtx"])
+def test_engines_are_cached_in_the_users_directory(graphs: Graphs, user_cache: Path, provider: str) -> None:
+    folder = folder_of(graphs, provider)
+    assert folder is not None
+    assert folder.is_relative_to(user_cache / "engines")
+    assert folder.name.startswith(PROVIDERS[provider].name)
 
 
-def test_what_was_compiled_here_is_found_again(bundle: Path) -> None:
-    compile_into(folder_of(bundle), bundle)
-    assert trusted(folder_of(bundle), bundle) == {"full/graph.engine"}
+def test_no_engine_is_cached_in_or_read_from_a_bundle(graphs: Graphs, unet_bundle: Path, copied: Copy) -> None:
+    folder = folder_of(graphs)
+    assert folder is not None
+    assert not folder.resolve().is_relative_to(unet_bundle.resolve())
 
 
-def test_what_a_run_compiled_later_is_found_once_it_is_sealed(bundle: Path) -> None:
-    cache = EngineCache(folder_of(bundle), bundle)
-    compile_into(folder_of(bundle), bundle)
-    (cache.folder / "full" / "later.engine").write_text("code")
-    cache.seal()
-    assert trusted(folder_of(bundle), bundle) == {"full/graph.engine", "full/later.engine"}
+def test_providers_that_compile_nothing_have_no_cache(graphs: Graphs) -> None:
+    assert folder_of(graphs, "cuda") is None
+    assert folder_of(graphs, None) is None
 
 
-def alter(folder: Path) -> None:
-    (folder / "full" / "graph.engine").write_text("evil")
+def test_a_bundle_that_was_moved_finds_its_engines(graphs: Graphs, unet_bundle: Path, copied: Copy) -> None:
+    moved = offcut.Bundle.open(copied(unet_bundle))
+    assert folder_of(moved.graphs(moved.entry("onnxruntime"))) == folder_of(graphs)
 
 
-def add(folder: Path) -> None:
-    (folder / "full" / "graph.engine").rename(folder / "full" / "another.engine")
-
-
-def link(folder: Path) -> None:
-    (folder / "full" / "graph.engine").rename(folder.parent / "moved")
-    (folder / "full" / "graph.engine").symlink_to(folder.parent / "moved")
-
-
-def forge(folder: Path) -> None:
-    """The digests of what is there, without the secret."""
-    alter(folder)
-    seal = json.loads((folder / "sealed.json").read_text())
-    seal["files"]["full/graph.engine"] = cache_module._digest(folder / "full" / "graph.engine")
-    (folder / "sealed.json").write_text(json.dumps(seal))
-
-
-def unseal(folder: Path) -> None:
-    (folder / "sealed.json").unlink()
-
-
-def garble(folder: Path) -> None:
-    (folder / "sealed.json").write_text('{"files": 3}')
-
-
-def leave_home(folder: Path) -> None:
-    """As on another machine, or for another user."""
-    shutil.rmtree(os.environ["XDG_CACHE_HOME"])
-
-
-@pytest.mark.parametrize("change", [alter, add, link, forge, unseal, garble, leave_home], ids=lambda f: f.__name__)
-def test_what_has_no_seal_of_ours_is_removed_before_it_is_read(change: Callable[[Path], None], bundle: Path) -> None:
-    compile_into(folder_of(bundle), bundle)
-    change(folder_of(bundle))
-    assert trusted(folder_of(bundle), bundle) == set()
-    compile_into(folder_of(bundle), bundle)
-    assert trusted(folder_of(bundle), bundle) == {"full/graph.engine"}
-
-
-def test_a_seal_holds_for_one_engine_only(bundle: Path) -> None:
-    compile_into(folder_of(bundle, "onnxruntime-1"), bundle)
-    shutil.copytree(bundle / "cache" / "onnxruntime-1", bundle / "cache" / "onnxruntime-2")
-    assert trusted(folder_of(bundle, "onnxruntime-2"), bundle) == set()
-
-
-def test_a_bundle_keeps_its_engines_when_it_is_moved(bundle: Path) -> None:
-    compile_into(folder_of(bundle), bundle)
-    moved = bundle.rename(bundle.with_name("c.offcut"))
-    assert trusted(folder_of(moved), moved) == {"full/graph.engine"}
-
-
-def test_a_directory_that_the_user_named_is_theirs(tmp_path: Path) -> None:
-    (tmp_path / "mine" / "full").mkdir(parents=True)
-    (tmp_path / "mine" / "full" / "any.engine").write_text("code")
-    assert trusted(tmp_path / "mine", None) == {"full/any.engine"}
-    assert not (tmp_path / "mine" / "sealed.json").exists()
-
-
-@pytest.mark.parametrize("level", ["cache", "onnxruntime-1", "tensorrt-1"])
-def test_a_link_in_the_place_of_the_cache_is_refused_and_nothing_behind_it_is_touched(
-    level: str, bundle: Path, tmp_path: Path
+def test_graphs_or_weights_with_other_digests_have_another_directory(
+    graphs: Graphs, unet_bundle: Path, copied: Copy
 ) -> None:
-    for inside in (tmp_path / "precious", bundle / "unet"):
-        (inside / "onnxruntime-1" / "tensorrt-1").mkdir(parents=True)
-        (inside / "tensorrt-1").mkdir()
-        kept = [inside / "x", inside / "tensorrt-1" / "x", inside / "onnxruntime-1" / "tensorrt-1" / "x"]
-        for file in kept:
-            file.write_text("precious")
-        place = folder_of(bundle)
-        link = next(path for path in (place, *place.parents) if path.name == level)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(inside)
-        with pytest.raises(EngineError, match="is a link to elsewhere: remove it, or name a directory"):
-            EngineCache(place, bundle)
-        assert all(file.read_text() == "precious" for file in kept)
-        link.unlink()
+    """Anybody can write any key of an engine into a manifest, but digests are checked when files are read."""
+    bundle = offcut.Bundle.open(copied(unet_bundle))
+    entry = bundle.entry("onnxruntime")
+    variant = bundle.manifest.variants[entry.variant]
+    assert variant.graphs is not None
+    folders = {folder_of(graphs)}
+    files = dict(bundle.manifest.files)
+    for name in (entry.full, *entry.shallow.values(), variant.graphs.weights):
+        altered = files[name].model_copy(update={"sha256": "0" * 64})
+        manifest = bundle.manifest.model_copy(update={"files": {**files, name: altered}})
+        folders.add(folder_of(offcut.Bundle(bundle.path, manifest, "").graphs(entry)))
+    assert len(folders) == 3 + len(entry.shallow)
 
 
-def test_a_bundle_that_cannot_be_written_says_what_to_do(bundle: Path) -> None:
-    (bundle / "cache").write_text("in the way, as a read-only file system is for root")
-    with pytest.raises(EngineError, match=r"cannot be kept in .*: name a directory for them with runtime_cache"):
-        EngineCache(folder_of(bundle), bundle)
-    assert (bundle / "cache").is_file()
+def test_other_profiles_or_another_precision_have_another_directory(graphs: Graphs) -> None:
+    sizes = Profile.of({"batch": (1, 2, 4), "height": (8, 8, 16), "width": (8, 8, 16), "sequence": (7, 7, 7)})
+    variants = [graphs, replace(graphs, profiles=(sizes,)), replace(graphs, precision="fp16")]
+    assert len({folder_of(each) for each in variants}) == 3
 
 
-def test_the_secret_is_this_users_alone(bundle: Path) -> None:
-    compile_into(folder_of(bundle), bundle)
-    (key,) = Path(os.environ["XDG_CACHE_HOME"]).rglob("*.key")
-    assert key.stat().st_mode & 0o077 == 0
-    assert len(key.read_bytes()) == 32
+def test_runtime_cache_names_another_directory(graphs: Graphs, tmp_path: Path, user_cache: Path) -> None:
+    folder, default = folder_of(graphs, runtime_cache=tmp_path / "mine"), folder_of(graphs)
+    assert folder is not None
+    assert default is not None
+    assert folder.relative_to(tmp_path / "mine") == default.relative_to(user_cache / "engines")
+
+
+def test_graphs_outside_a_bundle_are_not_cached(graphs: Graphs) -> None:
+    with pytest.raises(EngineError, match="no digest to cache compiled engines by"):
+        folder_of(replace(graphs, digest=None))
+
+
+def test_engines_that_were_compiled_are_found_again(tmp_path: Path) -> None:
+    engine = tmp_path / "digest" / "provider" / "graph.engine"
+    with locked_cache(engine.parent):
+        engine.write_text("code")
+    with locked_cache(engine.parent):
+        assert engine.read_text() == "code"
+
+
+def test_a_second_user_of_the_cache_waits_for_the_first(tmp_path: Path) -> None:
+    folder, order = tmp_path / "digest" / "provider", []
+
+    def second() -> None:
+        with locked_cache(folder):
+            order.append("second")
+
+    with locked_cache(folder):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join(30)
+    assert order == ["first", "second"]
+
+
+def test_only_the_user_can_write_to_the_cache(tmp_path: Path) -> None:
+    with locked_cache(tmp_path / "digest" / "provider"):
+        assert (tmp_path / "digest" / "provider").stat().st_mode & 0o077 == 0
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "digest").write_text("a file in the way, as a read-only file system is for root")
+    with (
+        pytest.raises(EngineError, match=r"cannot be kept in .*: name a directory for them with runtime_cache"),
+        locked_cache(tmp_path / "digest" / "provider"),
+    ):
+        raise AssertionError("unreachable")

@@ -168,7 +168,6 @@ def test_graphs_that_are_compiled_when_opened_know_the_bundles_profiles(
     bundle = offcut.Bundle.open(copied(unet_bundle))
     entry = bundle.entry("onnxruntime")
     assert bundle.graphs(entry).profiles == ()
-    assert bundle.graphs(entry).cache == bundle.path / "cache" / entry.key
     sizes = Profile.of({"batch": (1, 2, 4), "height": (8, 8, 16), "width": (8, 8, 16), "sequence": (7, 7, 7)})
     compiled = entry.model_copy(
         update={"key": "tensorrt-1", "engine": "tensorrt", "files": ("f",), "profiles": (ProfileEntry.of(sizes),)}

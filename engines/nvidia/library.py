@@ -14,7 +14,7 @@ from ..base import Probe
 
 
 @dataclass(frozen=True)
-class Flavour:
+class NvidiaLibrary:
     """One of NVIDIA's two libraries.
 
     Attributes:
@@ -32,11 +32,11 @@ class Flavour:
         return self.name.replace("-", "_")
 
 
-TENSORRT = Flavour("tensorrt", "cuda", rtx=False)
-TENSORRT_RTX = Flavour("tensorrt-rtx", "rtx", rtx=True)
+TENSORRT = NvidiaLibrary("tensorrt", "cuda", rtx=False)
+TENSORRT_RTX = NvidiaLibrary("tensorrt-rtx", "rtx", rtx=True)
 
 
-def load(flavour: Flavour) -> Any:
+def load(library: NvidiaLibrary) -> Any:
     """The library's Python module, with Polygraphy set to it.
 
     Polygraphy chooses between the two once, as it is imported, so a process works with one of them.
@@ -48,38 +48,38 @@ def load(flavour: Flavour) -> Any:
     try:
         from polygraphy import config
     except ImportError as error:
-        raise MissingExtraError(f"the {flavour.name} engine", "polygraphy", flavour.extra) from error
-    if "polygraphy.backend.trt" in sys.modules and flavour.rtx != config.USE_TENSORRT_RTX:
-        other = TENSORRT if flavour.rtx else TENSORRT_RTX
+        raise MissingExtraError(f"the {library.name} engine", "polygraphy", library.extra) from error
+    if "polygraphy.backend.trt" in sys.modules and library.rtx != config.USE_TENSORRT_RTX:
+        other = TENSORRT if library.rtx else TENSORRT_RTX
         raise EngineError(
-            f"this process already works with {other.name}, and cannot with {flavour.name} too: "
+            f"this process already works with {other.name}, and cannot with {library.name} too: "
             "use a process of its own for each"
         )
     try:
-        module = import_module(flavour.module)
+        module = import_module(library.module)
     except ImportError as error:
-        raise MissingExtraError(f"the {flavour.name} engine", flavour.name, flavour.extra) from error
-    config.USE_TENSORRT_RTX = flavour.rtx
+        raise MissingExtraError(f"the {library.name} engine", library.name, library.extra) from error
+    config.USE_TENSORRT_RTX = library.rtx
     import_module("polygraphy.backend.trt")
     return module
 
 
-def probe(flavour: Flavour) -> Probe:
+def probe(library: NvidiaLibrary) -> Probe:
     """Look whether this library is installed, and whether there is a GPU for it."""
-    installed = _installed(flavour)
+    installed = _installed(library)
     if installed is None:
-        return Probe(None, (), f"not installed: pip install 'offcut[{flavour.extra}]'")
+        return Probe(None, (), f"not installed: pip install 'offcut[{library.extra}]'")
     try:
-        module = import_module(flavour.module)
+        module = import_module(library.module)
     except ImportError as error:
         return Probe(installed, (), f"installed, but it cannot be imported: {str(error).splitlines()[0]}")
     if find_spec("polygraphy") is None:
-        return Probe(installed, (), f"installed, but not polygraphy: pip install 'offcut[{flavour.extra}]'")
+        return Probe(installed, (), f"installed, but not polygraphy: pip install 'offcut[{library.extra}]'")
     target = this_gpu()
     if target is None:
-        without = "it builds for others, with compute_capabilities" if flavour.rtx else "it needs one to build, too"
-        return Probe(installed, (), f"PyTorch sees no NVIDIA GPU here; {without}", builds=flavour.rtx)
-    if flavour.rtx and target not in supported(module):
+        without = "it builds for others, with compute_capabilities" if library.rtx else "it needs one to build, too"
+        return Probe(installed, (), f"PyTorch sees no NVIDIA GPU here; {without}", builds=library.rtx)
+    if library.rtx and target not in supported(module):
         reason = f"it does not run on {target}, only on {', '.join(supported(module))}"
         return Probe(installed, (), reason, targets={"cuda": target}, builds=True)
     return Probe(installed, ("cuda",), f"a GPU of {target}", targets={"cuda": target}, builds=True)
@@ -102,9 +102,9 @@ def supported(module: Any) -> list[str]:
     return sorted(kinds, key=lambda kind: int(kind[3:]))
 
 
-def _installed(flavour: Flavour) -> str | None:
+def _installed(library: NvidiaLibrary) -> str | None:
     # NVIDIA also publishes each under a name that says its CUDA release.
-    for package in (flavour.name, f"{flavour.name}-cu13", f"{flavour.name}-cu12"):
+    for package in (library.name, f"{library.name}-cu13", f"{library.name}-cu12"):
         try:
             return version(package)
         except PackageNotFoundError:
