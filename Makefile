@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: help demo test quick check types older format clean
+.PHONY: help demo test quick check types docs older format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -20,7 +20,7 @@ test: $(VENV)/installed  ## the whole test suite
 quick: $(VENV)/installed  ## the test suite without its slow tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
-check: $(VENV)/installed-dev types  ## lint, formatting, types
+check: $(VENV)/installed-dev types docs  ## lint, formatting, types, and the manual with its links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -33,6 +33,9 @@ types: $(VENV)/installed-dev
 
 older: $(OLDER)/installed  ## the smoke tests on the oldest diffusers and transformers that optimum-onnx allows
 	$(OLDER)/bin/python -m pytest -m smoke
+
+docs: $(VENV)/installed-dev  ## build the manual as a website in build/site
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 format:  ## put the code into shape
 	$(BIN)/ruff check --fix .
@@ -47,7 +50,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[cpu,rtx,bench,serve,ray,test,dev]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[cpu,rtx,bench,serve,ray,test,dev,docs]'
 	touch $@
 
 $(OLDER)/installed: pyproject.toml constraints-older.txt
