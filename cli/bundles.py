@@ -216,7 +216,7 @@ def inspect(
     from dataclasses import asdict
 
     from ..runtime.generation.schedule import Uniform
-    from ..runtime.images.generate import Request, makes_videos
+    from ..runtime.images.request import ImageRequest
     from ..runtime.images.timing import time_parts
     from ..runtime.pipeline import load
 
@@ -224,8 +224,7 @@ def inspect(
     with stages() as stage:
         stage("load the bundle")
         pipe = load(opened, engine, device=device)
-    guidance = None if makes_videos(pipe) else 7.5
-    request = Request(prompt, None, steps, guidance, 0, height, width)
+    request = ImageRequest(prompt, steps=steps, height=height, width=width)
     with bar(steps) as step:
         parts = time_parts(pipe, request, Uniform(interval) if interval > 1 else None, on_step=step)
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
@@ -10,22 +11,9 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .shell import (
-    BundleArgument,
-    Device,
-    EngineName,
-    Json,
-    Loras,
-    Provider,
-    Threads,
-    bar,
-    err,
-    loras_of,
-    out,
-    print_json,
-    quiet_libraries,
-    stages,
-)
+from ..runtime.images.request import ImageRequest, guidance_of
+from .options import BundleArgument, EngineName, EngineOptions, Json, Loras, unpack
+from .shell import bar, err, loras_of, out, print_json, quiet_libraries, stages
 
 if TYPE_CHECKING:
     from ..engines.base import OpenOptions
@@ -34,55 +22,67 @@ if TYPE_CHECKING:
     from ..runtime.generation.schedule import Schedule
     from ..runtime.tuning.artifact import Tuned
 
+_REQUEST = {
+    "prompt": typer.Argument(help="Text to generate from, for pipelines that take one."),
+    "negative_prompt": typer.Option(help="Text to steer away from."),
+    "steps": typer.Option(help="Number of scheduler steps.", min=1),
+    "guidance": typer.Option(help="Guidance scale; 1 switches guidance off. Default 7.5, or a video pipeline's own."),
+    "seed": typer.Option(help="Seed of the initial noise."),
+    "height": typer.Option(help="Height of the image in pixels."),
+    "width": typer.Option(help="Width of the image in pixels."),
+    "image": typer.Option(help="Image file to start from, for pipelines that take one."),
+    "frames": typer.Option(help="Frames of a video; by default the pipeline's own number.", min=1),
+}
 
-def run(
-    bundle: BundleArgument,
-    prompt: Annotated[str | None, typer.Argument(help="What to show, for pipelines that draw from text.")] = None,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="The PNG to write; of a video .png, .webp or .gif.")
-    ] = Path("out.png"),
-    steps: Annotated[int, typer.Option(help="Of the scheduler.", min=1)] = 50,
-    interval: Annotated[int, typer.Option(help="Full UNet every N calls; 1 is uncached. Costs quality.", min=1)] = 5,
-    warmup: Annotated[int, typer.Option(help="First calls that are always full.", min=0)] = 2,
+
+@dataclass(frozen=True)
+class CachingOptions:
+    """Which UNet calls run the full graph, and what the other calls reuse."""
+
+    interval: Annotated[
+        int, typer.Option(help="Run the full UNet every N calls; 1 is uncached. Costs quality.", min=1)
+    ] = 5
+    warmup: Annotated[int, typer.Option(help="Number of first calls that are always full.", min=0)] = 2
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="Instead of interval and warmup, e.g. quad:5, steps:0,1,2,10 or adaptive:0.2; auto or tuned:NAME for "
-            "what offcut tune made. Costs quality."
+            help="Schedule in place of --interval and --warmup, e.g. quad:5, steps:0,1,2,10 or adaptive:0.2; auto or "
+            "tuned:NAME for a schedule from offcut tune. Costs quality."
         ),
-    ] = None,
+    ] = None
     forecast: Annotated[
         float | None,
         typer.Option(
             metavar="DAMPING",
-            help="Extrapolate the cached features: 0 is reuse, 1 undamped. Not for ancestral samplers.",
+            help="Extrapolate the cached features: 0 reuses them, 1 is undamped. Not for ancestral samplers.",
         ),
-    ] = None,
+    ] = None
     reuse_guidance: Annotated[
         bool, typer.Option("--reuse-guidance", help="Shallow calls compute half of a guided batch. Costs quality.")
-    ] = False,
-    sampler: Annotated[str | None, typer.Option(help="The scheduler's class in diffusers; the model's own.")] = None,
-    cut: Annotated[str | None, typer.Option(help="One of the bundle's; its first by default.")] = None,
-    engine: EngineName = "auto",
-    device: Device = "cpu",
-    provider: Provider = None,
-    threads: Threads = None,
-    lora: Loras = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Guidance scale; 1 switches it off. 7.5, or a video pipeline's own."),
+    ] = False
+    cut: Annotated[str | None, typer.Option(help="Cut of the bundle; by default its first.")] = None
+
+
+@unpack
+def run(
+    bundle: BundleArgument,
+    request: Annotated[ImageRequest, _REQUEST, "Image or video"],
+    caching: Annotated[CachingOptions, "Caching"],
+    engine: Annotated[EngineOptions, "Engine"],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="PNG file to write; for a video .png, .webp or .gif.")
+    ] = Path("out.png"),
+    sampler: Annotated[
+        str | None, typer.Option(help="Class name of a diffusers scheduler; by default the model's own.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
-    height: Annotated[int | None, typer.Option(help="Of the image, in pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Of the image, in pixels.")] = None,
-    image: Annotated[Path | None, typer.Option(help="To start from, for pipelines that do.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Of a video; the pipeline's own number by default.", min=1)] = None,
-    fps: Annotated[float, typer.Option(help="Frames a second that the video is written with.", min=0.1)] = 8,
-    compare: Annotated[bool, typer.Option("--compare", help="Also run uncached; one picture of both.")] = False,
+    lora: Loras = None,
+    fps: Annotated[float, typer.Option(help="Frame rate of the video, in frames per second.", min=0.1)] = 8,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also generate uncached, and write one picture of both.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Generate an image or a video, with and without caching if you like."""
+    """Generate an image or a video; with --compare also the uncached one, and the difference."""
     from ..engines.bundle.bundle import Bundle
 
     opened = Bundle.open(bundle)  # before what takes seconds to import
@@ -90,36 +90,33 @@ def run(
     from ..runtime.draw import with_class
     from ..runtime.generation.forecast import Extrapolate
     from ..runtime.images.compare import generate_to_file
-    from ..runtime.images.generate import Request, makes_videos
     from ..runtime.tuning.choice import tuned_name
 
-    named = tuned_name(schedule)
-    chosen = None if named is not None else _schedule(schedule, interval, warmup)
-    predicted: Forecast | None = None if forecast is None else Extrapolate(forecast)
-    if named is not None and predicted is not None:
+    cut = caching.cut
+    tuned = tuned_name(caching.schedule)
+    schedule = None if tuned is not None else _schedule(caching)
+    forecast: Forecast | None = None if caching.forecast is None else Extrapolate(caching.forecast)
+    if tuned is not None and forecast is not None:
         raise UserError("a tuned schedule has predictions of its own: leave --forecast out")
-    pipe = _load(opened, engine, device=device, provider=provider, threads=threads)
+    pipe = _load(opened, **vars(engine))
     if sampler is not None:
         pipe.scheduler = with_class(pipe.scheduler, sampler)
     _load_loras(pipe, loras_of(lora))
-    if guidance is None and not makes_videos(pipe):
-        guidance = 7.5
-    if named is not None:
-        tuned = _tuned(opened, pipe, named, steps, guidance)
-        chosen, predicted, cut = tuned.schedule, tuned.forecast, tuned.document.cut
-    request = Request(prompt, negative_prompt, steps, guidance, seed, height, width, image, frames)
-    with bar(steps * (2 if compare else 1)) as step:
+    if tuned is not None:
+        artifact = _tuned(opened, pipe, tuned, request)
+        schedule, forecast, cut = artifact.schedule, artifact.forecast, artifact.document.cut
+    with bar(request.steps * (2 if compare else 1)) as step:
         report = generate_to_file(
             pipe,
             request,
-            chosen,
+            schedule,
             cut,
             output,
             compare=compare,
             fps=fps,
             on_step=step,
-            forecast=predicted,
-            reuse_guidance=reuse_guidance,
+            forecast=forecast,
+            reuse_guidance=caching.reuse_guidance,
         )
     if as_json:
         print_json(report)
@@ -127,7 +124,7 @@ def run(
     out.print(report["timeline"], style="dim", highlight=False)
     out.print(
         f"{report['full_calls']} full and {report['shallow_calls']} shallow UNet calls"
-        + (f", {report['skipped_calls']} without" if report["skipped_calls"] else "")
+        + (f", {report['skipped_calls']} skipped" if report["skipped_calls"] else "")
         + f", {report['seconds']:.2f} s"
     )
     if compare:
@@ -203,20 +200,20 @@ def _load_loras(pipe: Any, loras: Mapping[str | Path, float]) -> None:
             pipe.unet.load_lora(path, scale)
 
 
-def _tuned(opened: Bundle, pipe: Any, name: str, steps: int, guidance: float | None) -> Tuned:
-    """A schedule of the bundle that fits this pipeline; which one is said."""
+def _tuned(opened: Bundle, pipe: Any, name: str, request: ImageRequest) -> Tuned:
+    """Return the bundle's tuned schedule for this pipeline and request, and print which one it is."""
     from ..runtime.tuning.choice import choose, key_of
 
-    scale = guidance or 1.0
-    key = key_of(opened, pipe.scheduler, steps, (scale, scale), pipe.unet.precision)
+    scale = guidance_of(pipe, request) or 1.0
+    key = key_of(opened, pipe.scheduler, request.steps, (scale, scale), pipe.unet.precision)
     tuned = choose(opened, key, name or None, pipe.unet.cuts)
     err.print(f"schedule {tuned.name}: {len(tuned.document.full)} full calls", highlight=False)
     return tuned
 
 
-def _schedule(text: str | None, interval: int, warmup: int) -> Schedule | None:
+def _schedule(caching: CachingOptions) -> Schedule | None:
     from ..runtime.generation.schedule import Uniform, parse
 
-    if text is not None:
-        return parse(text)
-    return Uniform(interval, warmup=warmup) if interval > 1 else None
+    if caching.schedule is not None:
+        return parse(caching.schedule)
+    return Uniform(caching.interval, warmup=caching.warmup) if caching.interval > 1 else None

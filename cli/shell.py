@@ -1,4 +1,4 @@
-"""What the commands share: consoles, options that mean the same everywhere, progress, and printing."""
+"""What the commands share besides options: consoles, progress, parsing of texts, and printing."""
 
 from __future__ import annotations
 
@@ -8,66 +8,34 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from ..runtime.quiet import quiet_libraries as quiet_libraries
+from .options import Adapters as Adapters
+from .options import Attention as Attention
+from .options import BundleArgument as BundleArgument
+from .options import Cuts as Cuts
+from .options import Device as Device
+from .options import EngineName as EngineName
+from .options import Fix as Fix
+from .options import IPAdapters as IPAdapters
+from .options import Json as Json
+from .options import Loras as Loras
+from .options import Model as Model
+from .options import Opset as Opset
+from .options import Precision as Precision
+from .options import Provider as Provider
+from .options import Revision as Revision
+from .options import Subfolder as Subfolder
+from .options import Threads as Threads
+from .options import Variant as Variant
 
 out = Console()
 err = Console(stderr=True)
-
-Model = Annotated[str, typer.Argument(help="A hub id, a diffusers pipeline directory, or a bare UNet's directory.")]
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle that offcut build made.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts, and nothing else on standard output.")]
-Precision = Annotated[str, typer.Option(help="Of the graphs: fp32, fp16 or bf16. The last two can cost image quality.")]
-Opset = Annotated[int | None, typer.Option(help="ONNX opset; the engine's best by default.")]
-Fix = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME=SIZE,...", help="Fix dimensions: batch, frames, height and width of the latent, sequence."
-    ),
-]
-Adapters = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--adapter",
-        help="controlnet or t2i-adapter: gives the graphs their inputs; again for both. "
-        "A bundle has those of the model's own pipeline by default.",
-    ),
-]
-Loras = Annotated[
-    list[str] | None,
-    typer.Option("--lora", metavar="FILE[:SCALE]", help="A LoRA of kohya, diffusers or PEFT; again for several."),
-]
-IPAdapters = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--ip-adapter",
-        metavar="FILE[:SCALE[:IMAGES]]",
-        help="Weights of an IP-Adapter to build in (safetensors); again for several.",
-    ),
-]
-Attention = Annotated[
-    str | None,
-    typer.Option(
-        help="cross-frame, for Text2Video-Zero: each frame attends to the first. "
-        "A bundle has what the model's own pipeline uses by default."
-    ),
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-Variant = Annotated[str | None, typer.Option(help="Of the weight files, e.g. fp16.")]
-Subfolder = Annotated[str | None, typer.Option(help="Of the UNet inside the model; 'unet' in a pipeline.")]
-Cuts = Annotated[list[str] | None, typer.Option("--cut", help="deepcache:K, paper:K or mlperf; again for several.")]
-EngineName = Annotated[str, typer.Option("--engine", help="auto, or one of those that offcut doctor lists.")]
-Device = Annotated[str, typer.Option(help="cpu, or cuda as PyTorch spells it.")]
-Provider = Annotated[
-    str | None,
-    typer.Option(help="Of ONNX Runtime on cuda: cuda, tensorrt or tensorrt-rtx. The last two compile first."),
-]
-Threads = Annotated[int | None, typer.Option(help="Of a CPU engine; one a core by default.")]
 
 
 def complain(error: Exception) -> None:

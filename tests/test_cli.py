@@ -6,11 +6,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
+import typer
 
 from offcut.cli import _COMMANDS
+from offcut.cli.options import unpack
 
 COMMANDS = [function.__name__ for function in _COMMANDS]
 
@@ -55,6 +59,44 @@ def test_help_loads_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@dataclass(frozen=True)
+class _Size:
+    side: int
+    names: tuple[str, ...] = ()
+
+
+def _unpacked(arguments: list[str]) -> tuple[Any, ...]:
+    """Run a command whose two dataclasses have fields of the same name, and return what it was called with."""
+    calls: list[tuple[Any, ...]] = []
+
+    def command(
+        file: Annotated[str, typer.Argument()],
+        size: Annotated[_Size, {"side": typer.Option(help="in pixels", min=1), "names": typer.Option("--name")}],
+        other: Annotated[_Size, {"side": typer.Option("--other-side")}, "Others"],
+        flag: Annotated[bool, typer.Option("--flag")] = False,
+    ) -> None:
+        calls.append((file, size, other, flag))
+
+    app = typer.Typer()
+    app.command()(unpack(command))
+    app(arguments, standalone_mode=False)
+    return calls[0]
+
+
+def test_a_command_gets_dataclasses_for_its_options() -> None:
+    given = _unpacked(["a", "--side", "8", "--name", "x", "--name", "y", "--other-side", "9"])
+    assert given == ("a", _Size(8, ("x", "y")), _Size(9), False)
+    assert _unpacked(["a", "--side", "8", "--other-side", "9", "--flag"]) == ("a", _Size(8), _Size(9), True)
+
+
+def test_a_command_refuses_a_table_with_an_unknown_field() -> None:
+    def command(size: Annotated[_Size, {"width": typer.Option()}]) -> None:
+        pass
+
+    with pytest.raises(TypeError, match="_Size has no field width"):
+        unpack(command)
 
 
 @pytest.mark.parametrize("arguments", [["inspect"], ["run"], ["tune", "--budget", "2x"], ["serve"]], ids=lambda a: a[0])

@@ -10,16 +10,17 @@ from ...errors import UserError
 from ..generation.forecast import Forecast
 from ..generation.schedule import Schedule
 from .animation import check_suffix, save
-from .generate import Generated, Request, arguments, generate, makes_videos, warm_up
+from .generate import Generated, generate, warm_up
 from .metrics import psnr_of_frames
 from .picture import Tile, difference, sheet
+from .request import ImageRequest, makes_videos, pipeline_arguments
 
 _GAIN = 4.0
 
 
 def generate_to_file(
     pipe: Any,
-    request: Request,
+    request: ImageRequest,
     schedule: Schedule | None,
     cut: str | None,
     output: Path,
@@ -44,7 +45,7 @@ def generate_to_file(
         UserError: the request does not fit the pipeline, or the picture cannot be written; found out before anything is
             generated.
     """
-    arguments(pipe, request)
+    pipeline_arguments(pipe, request)
     if makes_videos(pipe):
         check_suffix(output)
     try:

@@ -10,9 +10,10 @@ from typing import Any
 
 from ..generation.forecast import Extrapolate
 from ..generation.schedule import Uniform
-from .generate import Generated, Request, generate, warm_up
+from .generate import Generated, generate, warm_up
 from .metrics import psnr
 from .picture import Tile, sheet
+from .request import ImageRequest
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,10 @@ def demo(
         picture: the PNG to write.
         warmup: first calls that are always full.
     """
-    warm_up(pipe, Request(prompts[0], guidance=guidance))
+    warm_up(pipe, ImageRequest(prompts[0], guidance=guidance))
     results: list[list[Generated]] = []
     for prompt in prompts:
-        request = Request(prompt, steps=steps, guidance=guidance, seed=seed)
+        request = ImageRequest(prompt, steps=steps, guidance=guidance, seed=seed)
         made = [generate(pipe, request, None, on_step=on_step)]
         for way in ways:
             forecast = None if way.damping is None else Extrapolate(way.damping)

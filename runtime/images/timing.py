@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..generation.schedule import Schedule
-from .generate import OnStep, Request, generate, warm_up
+from .generate import OnStep, generate, warm_up
+from .request import ImageRequest
 
 REST = "scheduler and the rest"
 _METHODS = {"text_encoder": "forward", "text_encoder_2": "forward", "image_encoder": "forward", "vae": "encode decode"}
@@ -36,7 +37,7 @@ class Part:
 
 
 def time_parts(
-    pipe: Any, request: Request, schedule: Schedule | None, cut: str | None = None, on_step: OnStep = lambda: None
+    pipe: Any, request: ImageRequest, schedule: Schedule | None, cut: str | None = None, on_step: OnStep = lambda: None
 ) -> list[Part]:
     """Draw once to warm up and once more with a clock at each part, which waits for the device on a GPU."""
     warm_up(pipe, request, cut)

@@ -14,9 +14,10 @@ import offcut
 from offcut.errors import UserError
 from offcut.runtime.images.compare import generate_to_file
 from offcut.runtime.images.demo import Way, demo
-from offcut.runtime.images.generate import Request, generate
+from offcut.runtime.images.generate import generate
 from offcut.runtime.images.metrics import psnr
 from offcut.runtime.images.picture import Tile, difference, sheet
+from offcut.runtime.images.request import ImageRequest
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_difference_is_brightened_and_clipped() -> None:
 
 
 def test_uncached_and_cached_of_one_seed(pipe: Any) -> None:
-    request = Request("a cat", steps=6, seed=3)
+    request = ImageRequest("a cat", steps=6, seed=3)
     uncached = generate(pipe, request, None)
     again = generate(pipe, request, None)
     cached = generate(pipe, request, offcut.Uniform(3))
@@ -52,13 +53,13 @@ def test_uncached_and_cached_of_one_seed(pipe: Any) -> None:
 
 def test_every_step_is_announced(pipe: Any) -> None:
     steps: list[int] = []
-    generate(pipe, Request("a cat", steps=5), None, on_step=lambda: steps.append(1))
+    generate(pipe, ImageRequest("a cat", steps=5), None, on_step=lambda: steps.append(1))
     assert len(steps) == 5
 
 
 def test_the_timeline_is_drawn(pipe: Any) -> None:
     """Full calls are tall bars and shallow ones short, in the colours of the legend."""
-    cached = generate(pipe, Request("a cat", steps=4), offcut.Uniform(2))
+    cached = generate(pipe, ImageRequest("a cat", steps=4), offcut.Uniform(2))
     picture = sheet([("a cat", [Tile(cached.image, "title", "note", cached.run)])])
     full, shallow = picture.getcolors(1 << 20), picture.getcolors(1 << 20)
     colours = {colour for _, colour in full or []} & {colour for _, colour in shallow or []}
@@ -67,7 +68,7 @@ def test_the_timeline_is_drawn(pipe: Any) -> None:
 
 def test_compare_writes_one_picture(pipe: Any, tmp_path: Path) -> None:
     output = tmp_path / "picture.png"
-    report = generate_to_file(pipe, Request("a cat", steps=4), offcut.Uniform(2), None, output, compare=True)
+    report = generate_to_file(pipe, ImageRequest("a cat", steps=4), offcut.Uniform(2), None, output, compare=True)
     assert Image.open(output).width > 3 * 256
     assert report["speed_up"] == pytest.approx(report["uncached_seconds"] / report["seconds"])
     assert (report["full_calls"], report["shallow_calls"], report["cut"]) == (2, 2, "deepcache:0")
@@ -75,7 +76,7 @@ def test_compare_writes_one_picture(pipe: Any, tmp_path: Path) -> None:
 
 def test_a_picture_that_cannot_be_written_is_refused_first(pipe: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write"):
-        generate_to_file(pipe, Request("a cat", steps=4), None, None, tmp_path / "nowhere" / "picture.png")
+        generate_to_file(pipe, ImageRequest("a cat", steps=4), None, None, tmp_path / "nowhere" / "picture.png")
 
 
 def test_the_demo_tells_the_truth(pipe: Any, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import offcut
 from offcut.errors import UserError
 from offcut.runtime.images.animation import save
 from offcut.runtime.images.compare import generate_to_file
-from offcut.runtime.images.generate import Request, arguments
 from offcut.runtime.images.metrics import psnr_of_frames
+from offcut.runtime.images.request import ImageRequest, pipeline_arguments
 
-SMALL = Request(None, steps=4, guidance=None, height=32, width=32)
+SMALL = ImageRequest(None, steps=4, guidance=None, height=32, width=32)
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -101,7 +101,7 @@ def test_a_video_is_made_from_a_prompt(video_bundle: Callable[[str], Path], tmp_
 )
 def test_a_request_that_does_not_fit_the_pipeline_is_refused(change: dict[str, Any], sentence: str, svd: Any) -> None:
     with pytest.raises(UserError) as caught:
-        arguments(svd, replace(SMALL, **change))
+        pipeline_arguments(svd, replace(SMALL, **change))
     assert str(caught.value) == sentence
 
 
@@ -117,12 +117,12 @@ def test_a_file_that_cannot_hold_a_video_is_refused_before_any_work(svd: Any, st
     ("change", "sentence"),
     [
         ({"frames": 3, "prompt": "a cat"}, "StableDiffusionPipeline takes no frames: leave it out"),
-        ({}, "StableDiffusionPipeline draws from a prompt: give one"),
+        ({}, "StableDiffusionPipeline generates from a prompt: give one"),
     ],
 )
 def test_an_image_has_no_frames_and_needs_a_prompt(change: dict[str, Any], sentence: str, tiny_bundle: Path) -> None:
     pipe = offcut.load(tiny_bundle, "onnxruntime", threads=1)
     with pytest.raises(UserError) as caught:
-        arguments(pipe, replace(SMALL, **change))
+        pipeline_arguments(pipe, replace(SMALL, **change))
     assert str(caught.value) == sentence
     pipe.unet.close()
