@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import OffcutError
     from .exporter.cut import find_cuts, split
     from .exporter.trace.export import export
+    from .runtime.batching.worker import Worker
     from .runtime.calibration import Calibration
     from .runtime.deepcache import DeepCacheSDHelper
     from .runtime.generation.forecast import Extrapolate
@@ -35,6 +36,7 @@ _WHERE = {
     "Tuned": "runtime.tuning.artifact",
     "UNet": "runtime.unet",
     "Uniform": "runtime.generation.schedule",
+    "Worker": "runtime.batching.worker",
     "attach": "runtime.pipeline",
     "build": "engines.builder.build",
     "export": "exporter.trace.export",
@@ -55,6 +57,7 @@ __all__ = [
     "Tuned",
     "UNet",
     "Uniform",
+    "Worker",
     "attach",
     "build",
     "export",
