@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 from .shell import err, quiet_libraries
 
 if TYPE_CHECKING:
-    from ..runtime.server.cluster.plan import Plan
-    from ..runtime.server.opening import Recipe
-    from ..runtime.server.settings import Settings
+    from ..runtime.server.cluster.plan import ClusterPlan
+    from ..runtime.server.settings import ServeSettings, WorkerConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Cluster:
     loaded: int | None
 
 
-def serve_on_cluster(recipes: Mapping[str, Recipe], settings: Settings, cluster: Cluster) -> None:
+def serve_on_cluster(configs: Mapping[str, WorkerConfig], settings: ServeSettings, cluster: Cluster) -> None:
     """Print a manifest, deploy to a cluster, or serve on one of this machine's own until a signal.
 
     Raises:
@@ -42,19 +41,19 @@ def serve_on_cluster(recipes: Mapping[str, Recipe], settings: Settings, cluster:
 
     if find_spec("ray") is None:
         raise MissingExtraError("offcut serve --ray", "ray", "ray")
-    plan = _plan(recipes, settings, cluster)
+    plan = _plan(configs, settings, cluster)
     if cluster.kuberay:
-        from ..runtime.server.cluster.kuberay import manifest
+        from ..runtime.server.cluster.plan import kuberay_manifest
 
-        print(manifest(plan), end="")
+        print(kuberay_manifest(plan), end="")
         return
-    for recipe in recipes.values():  # here it is seen at once, and told better, than in a replica
-        choice = Bundle.open(recipe.bundle).choose_engine(recipe.engine, recipe.device)
+    for config in configs.values():  # here it is seen at once, and told better, than in a replica
+        choice = Bundle.open(config.bundle).choose_engine(config.engine, config.device)
         err.print(f"engine {choice.name}: {choice.reason}", highlight=False)
     quiet_libraries()
-    from ..runtime.server.cluster import connect, deploy, foreground
+    from ..runtime.server.cluster import deploy
 
-    names = ", ".join(recipes)
+    names = ", ".join(configs)
     address = cluster.address or ("auto" if cluster.update else None)
     if address is None:
 
@@ -62,18 +61,18 @@ def serve_on_cluster(recipes: Mapping[str, Recipe], settings: Settings, cluster:
             err.print(f"cluster {at}", highlight=False, markup=False, soft_wrap=True)
             say(cluster.host, port, settings, names)
 
-        foreground.run(plan, cluster.host, cluster.port, listening)
+        deploy.run_foreground(plan, cluster.host, cluster.port, listening)
         return
-    with connect.connected(address):
+    with deploy.connected(address):
         if cluster.update:
             deploy.check_running()
         else:
-            connect.listen(cluster.host, cluster.port, everywhere=True)
+            deploy.start_proxies(cluster.host, cluster.port, everywhere=True)
         deploy.deploy(plan)
     err.print(f"{names} on the cluster at {address}", highlight=False, markup=False, soft_wrap=True)
 
 
-def say(host: str, port: int, settings: Settings, names: str) -> None:
+def say(host: str, port: int, settings: ServeSettings, names: str) -> None:
     """Where the server is, in one line that scripts can read, whatever the width of the terminal."""
     shown = f"[{host}]" if ":" in host else host
     err.print(f"{names} on http://{shown}:{port}", highlight=False, markup=False, soft_wrap=True)
@@ -81,20 +80,20 @@ def say(host: str, port: int, settings: Settings, names: str) -> None:
         err.print("everybody who reaches this machine may use it: think of --api-key", style="yellow")
 
 
-def _plan(recipes: Mapping[str, Recipe], settings: Settings, cluster: Cluster) -> Plan:
-    from ..runtime.server.cluster.plan import Plan, Scale
+def _plan(configs: Mapping[str, WorkerConfig], settings: ServeSettings, cluster: Cluster) -> ClusterPlan:
+    from ..runtime.server.cluster.plan import ClusterPlan, ReplicaScale
 
-    recipe = next(iter(recipes.values()))
+    config = next(iter(configs.values()))
     least, most = _range(cluster.replicas)
-    on_gpu = recipe.device.startswith("cuda")
-    scale = Scale(
+    on_gpu = config.device.startswith("cuda")
+    scale = ReplicaScale(
         least=least,
         most=most,
-        cpus=float(recipe.threads or 1) if cluster.cpus is None else cluster.cpus,
+        cpus=float(config.threads or 1) if cluster.cpus is None else cluster.cpus,
         gpus=float(on_gpu) if cluster.gpus is None else cluster.gpus,
         surge=cluster.surge,
     )
-    return Plan(recipes, settings, scale, recipe.max_queue, cluster.loaded or len(recipes))
+    return ClusterPlan(configs, settings, scale, config.max_queue, cluster.loaded or len(configs))
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -15,8 +15,7 @@ from .shell import Device, EngineName, Loras, Provider, Threads, err, loras_of, 
 
 if TYPE_CHECKING:
     from ..engines.bundle.bundle import Bundle
-    from ..runtime.server.opening import Recipe
-    from ..runtime.server.settings import Settings
+    from ..runtime.server.settings import ServeSettings, WorkerConfig
 
 _WHERE = {"rich_help_panel": "Where, and for whom"}
 _DEFAULTS = {"rich_help_panel": "For requests that do not say"}
@@ -173,14 +172,12 @@ def serve(
             raise UserError("several bundles, updates and manifests are Ray's: add --ray")
         opened = Bundle.open(bundles[0])  # before what takes seconds to import
     from ..runtime.batching.policy import policy_of
-    from ..runtime.server.guard import hosts_for
-    from ..runtime.server.opening import Recipe
-    from ..runtime.server.settings import Limits, Settings
+    from ..runtime.server.settings import RequestLimits, ServeSettings, WorkerConfig, allowed_hosts
 
-    settings = Settings(
+    settings = ServeSettings(
         api_key=api_key,
-        hosts=hosts_for("0.0.0.0" if kuberay else host, allow_host or ()),
-        limits=Limits(
+        hosts=allowed_hosts("0.0.0.0" if kuberay else host, allow_host or ()),
+        limits=RequestLimits(
             prompt_chars=max_prompt,
             steps=max_steps,
             images=max_images,
@@ -198,7 +195,7 @@ def serve(
         forecast=forecast,
     )
     policy_of(policy)
-    first = Recipe(
+    first = WorkerConfig(
         bundle=str(bundles[0].resolve()),
         engine=engine,
         device=device,
@@ -212,33 +209,34 @@ def serve(
         cache_bytes=cache_mib * 2**20,
         policy=policy,
     )
-    recipes = _named([replace(first, bundle=str(bundle.resolve())) for bundle in bundles], name or [])
+    configs = _named([replace(first, bundle=str(bundle.resolve())) for bundle in bundles], name or [])
     if opened is None:
         cluster = Cluster(host, port, ray_address, update, kuberay, replicas, replica_cpus, replica_gpus, surge, loaded)
-        serve_on_cluster(recipes, settings, cluster)
+        serve_on_cluster(configs, settings, cluster)
         return
-    ((model, recipe),) = recipes.items()
-    _serve_here(opened, recipe, settings, model, host, port)
+    ((model, config),) = configs.items()
+    _serve_here(opened, config, settings, model, host, port)
 
 
-def _named(recipes: Sequence[Recipe], names: Sequence[str]) -> dict[str, Recipe]:
+def _named(configs: Sequence[WorkerConfig], names: Sequence[str]) -> dict[str, WorkerConfig]:
     from ..errors import UserError
 
-    named = {recipe.name: recipe for recipe in recipes} if not names else dict(zip(names, recipes, strict=False))
-    if len(named) != len(recipes) or len(names) > len(recipes):
+    used = names or [config.default_name for config in configs]
+    named = dict(zip(used, configs, strict=False))
+    if len(named) != len(configs) or len(names) > len(configs):
         raise UserError("each bundle needs a name of its own: give --name once for each")
     return named
 
 
-def _serve_here(opened: Bundle, recipe: Recipe, settings: Settings, name: str, host: str, port: int) -> None:
-    from ..runtime.server.opening import open_service
+def _serve_here(opened: Bundle, config: WorkerConfig, settings: ServeSettings, name: str, host: str, port: int) -> None:
     from ..runtime.server.run import listen
     from ..runtime.server.run import serve as run
+    from ..runtime.server.service import open_service
 
     address = listen(host, port)
-    choice = opened.choose_engine(recipe.engine, recipe.device)
+    choice = opened.choose_engine(config.engine, config.device)
     err.print(f"engine {choice.name}: {choice.reason}", highlight=False)
     quiet_libraries()
     with stages() as stage:
-        service = open_service(recipe, settings, name, opened, stage)
+        service = open_service(config, settings, name, opened, stage)
     run(service, address, lambda bound: say(host, bound, settings, name))

@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - see Engin
 from ..engines.base import BoundPair, EnginePair, OpenOptions
 from ..errors import EngineError, UserError
 from ..exporter.residuals import argument_of
-from ..exporter.specs import solve
+from ..exporter.specs import TensorSpec, solve
 from ..exporter.trace.export import SAMPLE
 from .bound import BoundPairs
 from .generation.advice import beyond_tuning
@@ -141,6 +141,11 @@ class UNet(TakesLoras, StandIn):
     def bound(self) -> BoundPair | None:
         """The engines bound to the buffers of the last call, for measuring them alone; None before the first call."""
         return next(reversed(self._bound.values()), None)
+
+    @property
+    def output_specs(self) -> Mapping[str, TensorSpec]:
+        """Outputs of the full graph by name."""
+        return self._opened().outputs
 
     def _call(self, tensors: Mapping[str, torch.Tensor], timestep: torch.Tensor | float) -> torch.Tensor:
         shapes, silent = self._shapes(tensors)

@@ -19,7 +19,7 @@ from ...errors import InternalError, UserError
 
 if TYPE_CHECKING:
     from ...runtime.batching import Worker
-    from ...runtime.server.service import Service
+    from ...runtime.server.service import WorkerService
 
 Way = Literal["steps", "single", "whole"]
 """``steps``: the worker as it is; ``single``: one request at a time; ``whole``: batches of whole requests."""
@@ -135,20 +135,20 @@ def main(given: Sequence[str] | None = None) -> int:
     """The process: it says its port in a line of JSON, and serves until SIGTERM."""
     from ...engines.bundle.bundle import Bundle
     from ...runtime.pipeline import load
+    from ...runtime.server.models import ServedModel
     from ...runtime.server.run import listen, serve
-    from ...runtime.server.served import Served
-    from ...runtime.server.service import Service
-    from ...runtime.server.settings import Settings
+    from ...runtime.server.service import WorkerService
+    from ...runtime.server.settings import ServeSettings
 
     options = _parser().parse_args(given)
     try:
         opened = Bundle.open(options.bundle)
         choice = opened.choose_engine(options.engine, options.device)
         pipe: Any = load(opened, choice.name, device=options.device, threads=options.threads)
-        served = Served.of(pipe, opened, choice.name, options.device, NAME)
-        served.warm_up(options.guidance)
+        model = ServedModel.from_bundle(pipe, opened, choice.name, options.device, NAME)
+        model.warm_up(options.guidance)
         worker = _worker(pipe, options)
-        settings = Settings(
+        settings = ServeSettings(
             timeout=_TIMEOUT,
             drain=_ENDING / 2,
             steps=options.steps,
@@ -156,7 +156,7 @@ def main(given: Sequence[str] | None = None) -> int:
             interval=options.interval,
             warmup=options.warmup,
         )
-        service = Service(worker, served, settings)
+        service = WorkerService(worker, model, settings)
         if options.leak:
             _leak(service, options.leak)
         threading.Thread(target=_end_with_parent, args=(service,), daemon=True).start()
@@ -205,14 +205,14 @@ def _worker(pipe: Any, options: argparse.Namespace) -> Worker:
     return Worker(pipe, max_in_flight=in_flight, max_queue=places - in_flight, max_batch=options.rows)
 
 
-def _end_with_parent(service: Service) -> None:
+def _end_with_parent(service: WorkerService) -> None:
     """Who started this process holds its standard input open, and no longer does once it is gone, however it went."""
     while os.read(0, 1):  # not sys.stdin, whose lock the interpreter wants at its end
         pass
     service.stopping = True
 
 
-def _leak(service: Service, count: int) -> None:
+def _leak(service: WorkerService, count: int) -> None:
     kept: list[bytes] = []
     draw = service.draw
 

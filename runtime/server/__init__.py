@@ -1,5 +1,5 @@
-"""An HTTP server in front of a worker: OpenAI's image API, health, metrics and a page to try it.
+"""HTTP server: OpenAI's image API, health checks, metrics and a page, in front of a worker or a cluster.
 
-``run.serve`` is the way in; ``app.create_app`` the routes; ``service.Service`` what they share. Needs the extra
-``serve``.
+``run.serve`` runs a server, ``app.create_app`` has the routes, ``service.ImageService`` is what the routes call.
+Needs the extra ``serve``.
 """

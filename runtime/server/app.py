@@ -1,4 +1,4 @@
-"""The routes."""
+"""Routes: image generation, models, health, metrics and the page."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from .events import EventStream, cancel, gone
-from .going import Going
-from .guard import Guard
-from .offer import Offer
-from .problems import INTERNAL, INVALID, Problem, invalid, json_response
-from .replies import images, model
+from .events import EventStream, cancel, images_body, wait_for_disconnect
+from .http import INTERNAL, INVALID, Problem, RequestGuard, invalid_body, json_response, size_text
+from .jobs import ImageJob
+from .models import ModelInfo
 from .schemas import GenerationRequest
+from .service import ImageService
+from .settings import ServeSettings
 
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -29,132 +29,167 @@ _PAGE = {
 }
 
 
-def create_app(offer: Offer) -> ASGIApp:
-    """The whole application, guard included."""
+def create_app(service: ImageService) -> ASGIApp:
+    """Return the ASGI application of a service, guarded by ``RequestGuard``."""
     app = FastAPI(title="offcut", docs_url=None, redoc_url=None, redirect_slashes=False)
-    _health(app, offer)
-    _models(app, offer)
-    _page(app)
-    _errors(app, offer)
+    _add_health(app, service)
+    _add_models(app, service)
+    _add_page(app)
+    _add_error_handlers(app, service)
 
     @app.post("/v1/images/generations", response_model=None)
     async def generate(body: GenerationRequest, request: Request) -> Response:
-        """Images for a prompt, as OpenAI's API has it."""
-        if body.model is not None and body.model not in offer.models:
-            problem = _unknown_model(offer)
-            offer.refused(problem)
+        """Generate images for a prompt, as in OpenAI's API."""
+        if body.model is not None and body.model not in service.models:
+            problem = _unknown_model(service)
+            service.count_problem(problem)
             return problem.response()
         try:
-            drawing = offer.draw(body)
+            job = service.submit(body)
         except Exception as error:
-            return offer.problem(error).response()
+            return service.problem(error).response()
         if body.stream:
-            return EventStream(drawing, offer.problem)
-        return await _whole(drawing, offer, request)
+            return EventStream(job, service.problem)
+        return await _whole_reply(job, service, request)
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
-        """For Prometheus."""
-        return Response(await offer.measured(), media_type=CONTENT_TYPE_LATEST)
+        """Return the metrics for Prometheus."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    return Guard(app, offer.settings, offer.refused)
+    return RequestGuard(app, service.settings, service.count_problem)
 
 
-async def _whole(drawing: Going, offer: Offer, request: Request) -> Response:
-    """All images at once; a client that goes away before they are done gives its place up."""
-    with drawing:
-        working = asyncio.ensure_future(drawing.result())
-        leaving = asyncio.ensure_future(gone(request.receive))
+async def _whole_reply(job: ImageJob, service: ImageService, request: Request) -> Response:
+    """Wait for the images and return them together; a client that disconnects first cancels the job."""
+    with job:
+        result = asyncio.ensure_future(job.result())
+        disconnect = asyncio.ensure_future(wait_for_disconnect(request.receive))
         try:
-            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
+            await asyncio.wait({result, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            if not result.done():
                 return Response(status_code=499)  # nobody reads it
-            drawn = working.result()
+            images = result.result()
         except Exception as error:
-            return offer.problem(error).response()
+            return service.problem(error).response()
         finally:
-            await cancel(working, leaving)
-        return json_response(images(drawing.asked, drawn))
+            await cancel(result, disconnect)
+        return json_response(images_body(job.params, images))
 
 
-def _health(app: FastAPI, offer: Offer) -> None:
-    """The two questions of KServe's Open Inference Protocol."""
+def _add_health(app: FastAPI, service: ImageService) -> None:
+    """Add the health checks of KServe's Open Inference Protocol."""
 
     @app.get("/v2/health/live", response_model=None)
     async def live() -> Response:
-        """Whether the engines work; if not, the process is about to end."""
-        works = offer.fault is None
+        """Return whether the engines work; if not, the process is about to end."""
+        works = service.fault is None
         return json_response({"live": works}, 200 if works else 503)
 
     @app.get("/v2/health/ready", response_model=None)
     async def ready() -> Response:
-        """Whether requests are taken."""
-        return json_response({"ready": offer.ready}, 200 if offer.ready else 503)
+        """Return whether requests are accepted."""
+        return json_response({"ready": service.ready}, 200 if service.ready else 503)
 
 
-def _models(app: FastAPI, offer: Offer) -> None:
-    def found(name: str) -> dict[str, Any]:
-        return model(offer.models[name], offer.settings, offer.started)
+def _add_models(app: FastAPI, service: ImageService) -> None:
+    def model_body(name: str) -> dict[str, Any]:
+        return _model_body(service.models[name], service.settings, service.started)
 
     @app.get("/v1/models", response_model=None)
-    async def models() -> Response:
-        """All that are served, first the one for requests that name none."""
-        return json_response({"object": "list", "data": [found(name) for name in offer.models]})
+    async def list_models() -> Response:
+        """Return all served models, the default first."""
+        return json_response({"object": "list", "data": [model_body(name) for name in service.models]})
 
     @app.get("/v1/models/{name:path}", response_model=None)
-    async def one(name: str) -> Response:
-        """One of them by its name."""
-        if name not in offer.models:
-            return _unknown_model(offer).response()
-        return json_response(found(name))
+    async def get_model(name: str) -> Response:
+        """Return one model."""
+        if name not in service.models:
+            return _unknown_model(service).response()
+        return json_response(model_body(name))
 
 
-def _page(app: FastAPI) -> None:
+def _model_body(model: ModelInfo, settings: ServeSettings, created: int) -> dict[str, Any]:
+    """Return OpenAI's ``Model``, with sizes, defaults and limits under ``offcut``."""
+    limits = settings.limits
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": created,
+        "owned_by": "offcut",
+        "offcut": {
+            "size": size_text(model.size),
+            "multiple": model.multiple,
+            "cuts": list(model.cuts),
+            "tuned": list(model.schedules),
+            "previews": model.previews,
+            "defaults": {
+                "num_inference_steps": settings.steps,
+                "guidance_scale": settings.guidance,
+                "interval": settings.interval,
+                "warmup": settings.warmup,
+                "schedule": settings.schedule,
+                "forecast": settings.forecast,
+                "timeout": settings.timeout,
+            },
+            "limits": {
+                "prompt_chars": limits.prompt_chars,
+                "num_inference_steps": limits.steps,
+                "n": limits.images,
+                "pixels": limits.pixels,
+                "pixel_steps": limits.pixel_steps,
+                "body_bytes": limits.body_bytes,
+            },
+        },
+    }
+
+
+def _add_page(app: FastAPI) -> None:
     folder = files(__package__) / "page"
-    for path, (name, kind) in _PAGE.items():
-        answer = _file((folder / name).read_bytes(), kind)
-        app.add_api_route(path, answer, methods=["GET"], response_model=None, include_in_schema=False)
+    for path, (name, content_type) in _PAGE.items():
+        route = _file_route((folder / name).read_bytes(), content_type)
+        app.add_api_route(path, route, methods=["GET"], response_model=None, include_in_schema=False)
 
 
-def _file(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
-    async def answer() -> Response:
-        return Response(content, media_type=kind)
+def _file_route(content: bytes, content_type: str) -> Callable[[], Awaitable[Response]]:
+    async def route() -> Response:
+        return Response(content, media_type=content_type)
 
-    return answer
+    return route
 
 
-def _errors(app: FastAPI, offer: Offer) -> None:
-    """Whatever goes wrong, the reply is JSON in OpenAI's form."""
+def _add_error_handlers(app: FastAPI, service: ImageService) -> None:
+    """Make every error reply JSON in OpenAI's form."""
 
-    async def body(request: Request, error: Exception) -> Response:
+    async def on_invalid_body(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _told(invalid(error.errors()))
+        return reply(invalid_body(error.errors()))
 
-    async def http(request: Request, error: Exception) -> Response:
+    async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return _told(_http_problem(error.status_code))
+        return reply(_http_problem(error.status_code))
 
-    async def bug(request: Request, error: Exception) -> Response:
-        return _told(INTERNAL)  # uvicorn writes the traceback to the log
+    async def on_bug(request: Request, error: Exception) -> Response:
+        return reply(INTERNAL)  # uvicorn writes the traceback to the log
 
-    def _told(problem: Problem) -> Response:
-        offer.refused(problem)
+    def reply(problem: Problem) -> Response:
+        service.count_problem(problem)
         return problem.response()
 
-    app.add_exception_handler(RequestValidationError, body)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, bug)
+    app.add_exception_handler(RequestValidationError, on_invalid_body)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_bug)
 
 
 def _http_problem(status: int) -> Problem:
     if status == 404:
-        return Problem(404, "there is nothing here: see /v1/models and /v1/images/generations", INVALID, "not_found")
+        return Problem(404, "this path does not exist: see /v1/models and /v1/images/generations", INVALID, "not_found")
     if status == 405:
-        return Problem(405, "this takes another method", INVALID, "method_not_allowed")
-    return Problem(400, "the body is no JSON that can be read", INVALID, "invalid_json")
+        return Problem(405, "this path does not take this method", INVALID, "method_not_allowed")
+    return Problem(400, "the body is not valid JSON", INVALID, "invalid_json")
 
 
-def _unknown_model(offer: Offer) -> Problem:
-    names = [repr(name) for name in offer.models]
-    there = f"one model, {names[0]}: ask for that" if len(names) == 1 else f"{', '.join(names)}: ask for one of these"
-    return Problem(404, f"this server has {there}, or leave model out", INVALID, "model_not_found", "model")
+def _unknown_model(service: ImageService) -> Problem:
+    names = [repr(name) for name in service.models]
+    models = f"one model, {names[0]}: ask for it" if len(names) == 1 else f"{', '.join(names)}: ask for one of these"
+    return Problem(404, f"this server has {models}, or leave model out", INVALID, "model_not_found", "model")

@@ -1,4 +1,4 @@
-"""Server-sent events: a drawing as it goes on, in the frames that OpenAI's clients read."""
+"""Replies to a generation request: the whole images, or server-sent events in the frames of OpenAI's clients."""
 
 from __future__ import annotations
 
@@ -12,74 +12,86 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .going import Event, Going, Preview
-from .problems import Problem
-from .replies import completed
+from .http import Problem, size_text
+from .jobs import Event, ImageJob, ImageResult, Preview
+from .params import ImageParams
 
-_QUIET = 15.0
+_KEEP_ALIVE = 15.0
 """Seconds without an event after which a comment is sent, so that no proxy takes the connection for dead."""
 
 _HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", "x-accel-buffering": "no"}
 
+_FORMAT = {"background": "opaque", "output_format": "png", "quality": "auto"}
+
+
+def images_body(params: ImageParams, result: ImageResult) -> dict[str, Any]:
+    """Return OpenAI's ``ImagesResponse``, with how the images were made under ``offcut``."""
+    return {
+        "created": int(time.time()),
+        "data": [{"b64_json": png} for png in result.images],
+        "size": size_text(params.size),
+        **_FORMAT,
+        "offcut": _details(params, result),
+    }
+
 
 class EventStream(Response):
-    """The reply to a request with ``stream``; whoever stops reading stops the drawing.
+    """Reply to a request with ``stream``. A client that stops reading cancels the job.
 
     Args:
-        drawing: is closed at the end.
-        problem: tells a client of an error.
+        job: job to report on; closed at the end.
+        problem: function that turns an error into what the client sees.
     """
 
-    def __init__(self, drawing: Going, problem: Callable[[BaseException], Problem]) -> None:
+    def __init__(self, job: ImageJob, problem: Callable[[BaseException], Problem]) -> None:
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
-        self._drawing, self._problem = drawing, problem
+        self._job, self._problem = job, problem
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._drawing:
-            telling = asyncio.ensure_future(self._tell(send))
-            leaving = asyncio.ensure_future(gone(receive))
+        with self._job:
+            sending = asyncio.ensure_future(self._send(send))
+            disconnect = asyncio.ensure_future(wait_for_disconnect(receive))
             try:
-                await asyncio.wait({telling, leaving}, return_when=asyncio.FIRST_COMPLETED)
-                if telling.done():
-                    telling.result()
+                await asyncio.wait({sending, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+                if sending.done():
+                    sending.result()
             finally:
-                await cancel(telling, leaving)
+                await cancel(sending, disconnect)
 
-    async def _tell(self, send: Send) -> None:
+    async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for part in self._frames():
-            await send({"type": "http.response.body", "body": part, "more_body": True})
+        async for frame in self._frames():
+            await send({"type": "http.response.body", "body": frame, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _frames(self) -> AsyncIterator[bytes]:
-        drawing = self._drawing
         while True:
             try:
-                event = await asyncio.wait_for(drawing.events.get(), _QUIET)
+                event = await asyncio.wait_for(self._job.events.get(), _KEEP_ALIVE)
             except TimeoutError:
                 yield b": still at it\n\n"
                 continue
             if event is None:
                 break
-            yield frame(_event(event))
+            yield encode_event(_event_body(event))
         try:
-            drawn = await drawing.result()
+            result = await self._job.result()
         except Exception as error:
-            yield frame(self._problem(error).body(), "error")
+            yield encode_event(self._problem(error).body(), "error")
             return
-        yield frame(completed(drawing.asked, drawn))
+        yield encode_event(_completed_body(self._job.params, result))
         yield b"data: [DONE]\n\n"
 
 
-async def gone(receive: Receive) -> None:
-    """Returns when the client went away."""
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def cancel(*tasks: asyncio.Future[Any]) -> None:
-    """Stop them, and wait until they have."""
+    """Cancel tasks and wait until they have ended."""
     for task in tasks:
         task.cancel()
     for task in tasks:
@@ -87,22 +99,20 @@ async def cancel(*tasks: asyncio.Future[Any]) -> None:
             await task
 
 
-def frame(data: Mapping[str, Any], event: str | None = None) -> bytes:
-    """One event; its name is the data's type."""
-    return f"event: {event or data['type']}\ndata: {json.dumps(data)}\n\n".encode("ascii")
+def encode_event(data: Mapping[str, Any], name: str | None = None) -> bytes:
+    """Return one server-sent event; its name is the data's ``type`` by default."""
+    return f"event: {name or data['type']}\ndata: {json.dumps(data)}\n\n".encode("ascii")
 
 
-def _event(event: Event) -> dict[str, Any]:
+def _event_body(event: Event) -> dict[str, Any]:
     if isinstance(event, Preview):
         return {
             "type": "image_generation.partial_image",
             "partial_image_index": event.index,
             "b64_json": event.png,
             "created_at": int(time.time()),
-            "size": f"{event.size[0]}x{event.size[1]}",
-            "quality": "auto",
-            "background": "opaque",
-            "output_format": "png",
+            "size": size_text(event.size),
+            **_FORMAT,
             "step": event.step,
         }
     return {
@@ -112,4 +122,31 @@ def _event(event: Event) -> dict[str, Any]:
         "kind": event.kind,
         "seconds": round(event.seconds, 6),
         "rows": event.rows,
+    }
+
+
+def _completed_body(params: ImageParams, result: ImageResult) -> dict[str, Any]:
+    """Return OpenAI's event at the end of a stream."""
+    return {
+        "type": "image_generation.completed",
+        "b64_json": result.images[0],
+        "created_at": int(time.time()),
+        "size": size_text(params.size),
+        **_FORMAT,
+        "offcut": _details(params, result),
+    }
+
+
+def _details(params: ImageParams, result: ImageResult) -> dict[str, Any]:
+    forecast = params.caching.forecast
+    return {
+        "seed": params.seed,
+        "schedule": params.caching.schedule_name,
+        "forecast": None if forecast is None else str(forecast),
+        "timeline": result.timeline,
+        "full_calls": result.timeline.count("#"),
+        "shallow_calls": result.timeline.count("."),
+        "skipped_calls": result.timeline.count("_"),
+        "seconds": round(result.seconds, 6),
+        "queue_seconds": round(result.queue_seconds, 6),
     }

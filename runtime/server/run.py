@@ -1,4 +1,4 @@
-"""A server from its start to its end: uvicorn, signals, and what becomes of a fault."""
+"""The server process: uvicorn around a worker, signals, and the end after a fault."""
 
 from __future__ import annotations
 
@@ -12,26 +12,24 @@ import uvicorn
 
 from ...errors import EngineFaultError, UserError
 from .app import create_app
-from .offer import log
-from .service import Service
+from .service import WorkerService, log
 
-_SENDING = 10
-"""Seconds that clients have to read what was sent to them, once everything is drawn."""
+_SHUTDOWN_SECONDS = 10
+"""Time for clients to read their replies after the last job has ended."""
 
-
-_CONNECTIONS = 1024
-"""At once; more than the worker's queue has places, and fewer than a process has files."""
+_MAX_CONNECTIONS = 1024
+"""Simultaneous connections: more than the worker's queue has places, fewer than a process may open files."""
 
 
-class Server(uvicorn.Server):
-    """uvicorn around a service: a signal stops new requests first, and the process once the others are done.
+class ImageServer(uvicorn.Server):
+    """uvicorn around a service. A signal first stops new requests, then ends the process when the others are done.
 
     Args:
-        service: what it serves.
-        on_listening: called with the port once requests are taken.
+        service: the service.
+        on_listening: called with the port once requests are accepted.
     """
 
-    def __init__(self, service: Service, on_listening: Callable[[int], None] = lambda port: None) -> None:
+    def __init__(self, service: WorkerService, on_listening: Callable[[int], None] = lambda port: None) -> None:
         config = uvicorn.Config(
             create_app(service),
             log_level="warning",
@@ -39,31 +37,31 @@ class Server(uvicorn.Server):
             server_header=False,
             lifespan="off",
             ws="none",
-            limit_concurrency=_CONNECTIONS,
+            limit_concurrency=_MAX_CONNECTIONS,
             timeout_keep_alive=30,
-            timeout_graceful_shutdown=_SENDING,
+            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )
         super().__init__(config)
         self._service, self._on_listening = service, on_listening
-        self._watching: asyncio.Task[None] | None = None
+        self._watch_task: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._watching = asyncio.create_task(self._watch())
+        self._watch_task = asyncio.create_task(self._watch())
         self._on_listening(self.servers[0].sockets[0].getsockname()[1])
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
+        if self._watch_task is not None:
+            self._watch_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._watching
+                await self._watch_task
         await super().shutdown(sockets)
 
     async def _watch(self) -> None:
         try:
             await self._service.watch(self._leave)
         except Exception:
-            log.exception("the watch over the worker failed, so the server ends")
+            log.exception("the task that watches the worker failed, so the server ends")
             self._service.stopping = True
             self._leave()
             raise
@@ -72,7 +70,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal lets requests finish, a second one does not.
+        """Let requests finish after the first signal, and end at once after the second.
 
         Only flags are set here: the thread that a signal interrupts may hold any lock.
         """
@@ -82,35 +80,41 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket with this address, which takes no connections yet.
+    """Return a socket that is bound to an address and accepts no connections yet.
 
     Raises:
-        UserError: the address cannot be had.
+        UserError: the address cannot be bound.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Connections inherit the protocol, and asyncio sends at once only on those that name TCP: a reply's body would wait
-    # 40 ms for the client to acknowledge its headers.
-    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    # Connections inherit the protocol. asyncio sets TCP_NODELAY only if the protocol is TCP; without it a reply's body
+    # would wait 40 ms for the client to acknowledge the headers.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((host, port))
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
     except OSError as error:
-        made.close()
+        bound.close()
         raise UserError(
             f"cannot listen on {host} port {port} ({error.strerror or error}): give another --host or --port"
         ) from error
-    return made
+    return bound
 
 
-def serve(service: Service, address: socket.socket, on_listening: Callable[[int], None] = lambda port: None) -> None:
-    """Serve until a signal, or until the engines fail. The worker is closed at the end.
+def serve(
+    service: WorkerService, address: socket.socket, on_listening: Callable[[int], None] = lambda port: None
+) -> None:
+    """Serve until a signal or an engine failure, then close the worker.
+
+    Args:
+        address: a socket of ``listen``.
+        on_listening: called with the port once requests are accepted.
 
     Raises:
-        EngineFaultError: the engines failed; whoever started the process starts it again.
+        EngineFaultError: the engines failed. A process manager should start the server again.
     """
-    server = Server(service, on_listening)
+    server = ImageServer(service, on_listening)
     server.run(sockets=[address])
     if service.fault is not None:
-        # Closing would wait for a thread that may never come back.
+        # The worker is not closed: that would wait for a thread that may never return.
         raise EngineFaultError(f"the server ended because its engine failed: {service.fault}")
     service.worker.close()

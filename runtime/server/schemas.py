@@ -1,4 +1,4 @@
-"""The body of a generation request, as OpenAI's clients send it, and what offcut adds."""
+"""Body of a generation request: the fields of OpenAI's image API, and those that offcut adds."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class GenerationRequest(BaseModel):
-    """``POST /v1/images/generations``.
+    """Body of ``POST /v1/images/generations``.
 
-    Fields up to ``partial_images`` are OpenAI's; what OpenAI has and is not here, is refused like every unknown field,
-    since a misspelt one would otherwise be an image that nobody asked for. ``None`` is the server's default.
+    Fields up to ``partial_images`` are OpenAI's. OpenAI's other fields are refused like every unknown field: a
+    misspelt field that is ignored would return an image that nobody asked for. ``None`` means the server's default.
 
     Attributes:
-        model: the served name.
-        n: images; the i-th is drawn with ``seed + i``.
+        model: name of a served model.
+        n: number of images; image ``i`` is generated with ``seed + i``.
         size: ``WIDTHxHEIGHT`` in pixels, or ``auto``.
-        quality, background, moderation: OpenAI's; nothing here depends on them.
-        user: accepted, and neither kept nor logged.
-        stream: server-sent events: each UNet call as it is made, previews, then the image.
-        partial_images: previews in the stream.
-        interval, warmup: the full UNet every so many calls, and for so many first ones. Costs quality.
-        schedule: instead of the interval, e.g. ``quad:5``, see ``runtime.schedule.parse``; ``auto`` or ``tuned:NAME``
-            for one that ``offcut tune`` made. Costs quality.
-        forecast: the damping with which cached features are extrapolated; 0 reuses them.
-        cut: one of the bundle's.
-        timeout: seconds; shortens the server's, and never lengthens it.
+        quality, background, moderation: accepted for OpenAI's clients, without effect.
+        user: accepted, but neither stored nor logged.
+        stream: send server-sent events: one per UNet call, previews, then the image.
+        partial_images: number of previews in the stream.
+        interval, warmup: run the full UNet every ``interval`` calls, and for the first ``warmup`` calls. Costs quality.
+        schedule: replaces the interval, e.g. ``quad:5`` (see ``generation.schedule.parse``); ``auto`` or
+            ``tuned:NAME`` for a schedule that ``offcut tune`` made. Costs quality.
+        forecast: damping with which cached features are extrapolated; 0 reuses them.
+        cut: name of one of the bundle's cuts.
+        timeout: seconds until the request is given up; the server's own timeout stays an upper bound.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -62,22 +62,22 @@ class GenerationRequest(BaseModel):
 
     @field_validator("size")
     @classmethod
-    def _is_a_size(cls, size: str | None) -> str | None:
+    def _check_size(cls, size: str | None) -> str | None:
         if size is not None and size != "auto" and not SIZE.fullmatch(size):
             raise ValueError("write WIDTHxHEIGHT in pixels, such as 512x512, or auto")
         return size
 
     @field_validator("response_format")
     @classmethod
-    def _comes_in_the_reply(cls, response_format: str | None) -> str | None:
+    def _check_response_format(cls, response_format: str | None) -> str | None:
         if response_format == "url":
-            raise ValueError("this server keeps no images that a URL could lead to: ask for b64_json")
+            raise ValueError("this server stores no images that a URL could lead to: ask for b64_json")
         if response_format not in (None, "b64_json"):
             raise ValueError("ask for b64_json")
         return response_format
 
     @model_validator(mode="after")
-    def _fits_together(self) -> GenerationRequest:
+    def _check_combination(self) -> GenerationRequest:
         if self.schedule is not None and self.interval is not None:
             raise ValueError("give interval or schedule, not both")
         if self.stream and (self.n or 1) > 1:
@@ -87,6 +87,6 @@ class GenerationRequest(BaseModel):
         return self
 
     def pixels(self) -> tuple[int, int] | None:
-        """Width and height; None for the model's own."""
+        """Return width and height in pixels; None for the model's default size."""
         match = SIZE.fullmatch(self.size or "")
         return None if match is None else (int(match[1]), int(match[2]))

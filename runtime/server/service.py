@@ -1,101 +1,170 @@
-"""One worker as a server offers it: its drawings, and whether it is ready."""
+"""Image services: what the routes call, and its implementation by a worker in this process."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+from ...engines.bundle.bundle import Bundle
 from ...errors import EngineFaultError, InternalError, LimitError, UserError, WorkerClosedError
 from ..batching import Statistics, Worker
-from .caching import caching
-from .drawing import Drawing
-from .metrics import Metrics
-from .model import Model
-from .offer import Offer, log
+from ..batching.policy import policy_of
+from ..draw import with_class
+from ..pipeline import load
+from .http import FAULT, INTERNAL, Problem, problem_of
+from .jobs import ImageJob, WorkerJob
+from .metrics import ServerMetrics
+from .models import ModelInfo, ServedModel
+from .params import resolve_caching, resolve_request
 from .schemas import GenerationRequest
-from .served import Served
-from .settings import Settings
-from .wanted import wanted
+from .settings import ServeSettings, WorkerConfig
 
-_LOOK = 0.1
+log = logging.getLogger("offcut.server")
+
+_POLL = 0.1
 """Seconds between looks at the worker."""
 
-_TELLING = 5.0
-"""Seconds that clients have to read an error before the server ends."""
+_DELIVERY = 5.0
+"""Seconds for clients to read an error before the server ends."""
 
 
-class Service(Offer):
-    """A worker as a server offers it.
+class ImageService(ABC):
+    """Models that generate images for clients, in this process or in replicas.
 
     Args:
-        worker: runs ``served``'s pipeline; the caller closes it.
-        served: the model.
-        settings: of the server.
-
-    Raises:
-        UserError: the limits allow no image of the model's own size, or its schedule does not fit.
+        settings: settings of the server.
+        metrics: metrics that the server shows.
     """
 
-    def __init__(self, worker: Worker, served: Served, settings: Settings) -> None:
-        (width, height), limits = served.size, settings.limits
+    def __init__(self, settings: ServeSettings, metrics: ServerMetrics) -> None:
+        self.settings, self.metrics = settings, metrics
+        self.started = int(time.time())
+        """Unix time at which the service began, in seconds."""
+        self.stopping = False
+        """Whether new requests are refused; may be set from a signal handler."""
+
+    @property
+    @abstractmethod
+    def models(self) -> Mapping[str, ModelInfo]:
+        """Models by name; the first is for requests that name none."""
+
+    @property
+    @abstractmethod
+    def fault(self) -> str | None:
+        """Reason why the engines have failed; None while they work."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are accepted."""
+        return not self.stopping and self.fault is None
+
+    @abstractmethod
+    def statistics(self) -> Statistics:
+        """Return the statistics of the service's requests."""
+
+    @abstractmethod
+    def submit(self, body: GenerationRequest) -> ImageJob:
+        """Check a request and start a job for it, or refuse the request before any work.
+
+        Raises:
+            RequestError: the request exceeds a limit, or there is no room.
+            EngineFaultError: the engines have failed.
+        """
+
+    def problem(self, error: BaseException) -> Problem:
+        """Return what the client sees of an error. Count the error, and log it if it is the server's fault."""
+        problem = problem_of(error, self.statistics())
+        if problem is INTERNAL:
+            log.error("a request failed", exc_info=error)
+        elif problem is FAULT:
+            log.error("an engine failed: %s", error)
+        self.count_problem(problem)
+        return problem
+
+    def count_problem(self, problem: Problem) -> None:
+        """Count a problem in the metrics."""
+        self.metrics.rejections.labels(problem.code).inc()
+
+
+class WorkerService(ImageService):
+    """A service with one model in a worker of this process.
+
+    Args:
+        worker: runs the model's pipeline; the caller closes it.
+        model: the model.
+        settings: settings of the server.
+
+    Raises:
+        UserError: the limits allow no image of the model's default size, or the default schedule does not fit it.
+    """
+
+    def __init__(self, worker: Worker, model: ServedModel, settings: ServeSettings) -> None:
+        (width, height), limits = model.size, settings.limits
         if width * height > limits.pixels or width * height * settings.steps > limits.pixel_steps:
             raise UserError(
-                f"the limits allow no image of this model's own size, {width}x{height} in {settings.steps} steps: "
+                f"the limits allow no image of this model's default size, {width}x{height} in {settings.steps} steps: "
                 "raise --max-pixels and --max-pixel-steps, or lower --steps"
             )
         if settings.schedule is not None or settings.forecast:
             try:
-                caching(GenerationRequest(prompt="a"), served, settings, settings.steps, settings.guidance)
+                resolve_caching(GenerationRequest(prompt="a"), model, settings, settings.steps, settings.guidance)
             except LimitError as error:
-                raise UserError(f"the server's own schedule does not fit its own requests: {error}") from error
-        super().__init__(settings, Metrics(lambda: {(): worker.statistics()}))
-        self.worker, self.served = worker, served
+                raise UserError(f"the server's default schedule does not fit its default requests: {error}") from error
+        super().__init__(settings, ServerMetrics(lambda: {(): worker.statistics()}))
+        self.worker, self.model = worker, model
         self._cache_limit = worker.statistics().cache_limit
-        self._open: set[Drawing] = set()
-        self._stuck: str | None = None
-        self._mark: tuple[int, ...] = ()
-        self._moved = time.monotonic()
+        self._jobs: set[WorkerJob] = set()
+        self._stall: str | None = None
+        self._progress: tuple[int, ...] = ()
+        self._last_progress = time.monotonic()
 
     @property
-    def models(self) -> Mapping[str, Model]:
-        return {self.served.name: self.served}
+    def models(self) -> Mapping[str, ModelInfo]:
+        return {self.model.name: self.model}
 
     @property
     def fault(self) -> str | None:
-        return self._stuck or self.worker.fault
+        return self._stall or self.worker.fault
+
+    @property
+    def open_jobs(self) -> int:
+        """Number of jobs whose client has not been answered yet."""
+        return len(self._jobs)
 
     def statistics(self) -> Statistics:
         return self.worker.statistics()
 
-    def draw(self, body: GenerationRequest) -> Drawing:
-        if self._stuck is not None:
-            raise EngineFaultError(self._stuck)
+    def submit(self, body: GenerationRequest) -> WorkerJob:
+        if self._stall is not None:
+            raise EngineFaultError(self._stall)
         if self.stopping:
             raise WorkerClosedError("the server is shutting down")
         self.worker.expect_room()
-        asked = wanted(body, self.served, self.settings, self._cache_limit)
+        params = resolve_request(body, self.model, self.settings, self._cache_limit)
         began = time.monotonic()
 
-        def closed(drawing: Drawing) -> None:
-            self._open.discard(drawing)
-            self.metrics.request_seconds.labels(drawing.outcome).observe(time.monotonic() - began)
+        def on_close(job: WorkerJob) -> None:
+            self._jobs.discard(job)
+            self.metrics.request_seconds.labels(job.outcome).observe(time.monotonic() - began)
 
-        drawing = Drawing(self.worker, asked, self.metrics, closed)
-        self._open.add(drawing)
-        return drawing
+        job = WorkerJob(self.worker, params, self.metrics, on_close)
+        self._jobs.add(job)
+        return job
 
     async def watch(self, leave: Callable[[], None]) -> None:
-        """Look after the worker until the server should end, and then say so once.
+        """Watch the worker until the server should end, then call ``leave`` once.
 
-        A signal lets the requests in flight finish. A fault gives them an error, and lets readiness be seen as 503
-        for a while.
+        After a signal, requests in flight may finish. After a fault they fail, and readiness reports 503 for a while.
         """
         stopped: float | None = None
         while True:
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(_POLL)
             now = time.monotonic()
-            self._look_for_progress(now)
+            self._check_progress(now)
             if self.fault is not None:
                 self._fail_all(EngineFaultError(self.fault))
                 await asyncio.sleep(self.settings.linger)
@@ -110,34 +179,75 @@ class Service(Offer):
             if now - stopped > self.settings.drain:
                 self._fail_all(WorkerClosedError("the server was shut down before the request was done"))
                 log.warning("requests in flight were given up %g s after the signal", self.settings.drain)
-                await self._told()
+                await self._wait_for_delivery()
                 break
         leave()
 
-    async def _told(self) -> None:
-        """Wait until every client has its answer, within reason."""
-        deadline = time.monotonic() + _TELLING
-        while self._open and time.monotonic() < deadline:
-            await asyncio.sleep(_LOOK)
+    async def _wait_for_delivery(self) -> None:
+        """Wait until every client has its answer, but not longer than ``_DELIVERY``."""
+        deadline = time.monotonic() + _DELIVERY
+        while self._jobs and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL)
 
     def _idle(self) -> bool:
-        counted = self.worker.statistics()
-        return not (self._open or counted.queued or counted.in_flight)
+        statistics = self.worker.statistics()
+        return not (self._jobs or statistics.queued or statistics.in_flight)
 
     def _fail_all(self, error: UserError | InternalError) -> None:
-        for drawing in self._open:
-            drawing.fail(type(error)(str(error)))
+        for job in self._jobs:
+            job.fail(type(error)(str(error)))
 
-    def _look_for_progress(self, now: float) -> None:
-        """An engine that neither returns nor fails is as good as failed."""
-        counted = self.worker.statistics()
-        mark = _progress(counted)
-        if mark != self._mark or not counted.in_flight:
-            self._mark, self._moved = mark, now
-        elif now - self._moved > self.settings.stall and self._stuck is None:
-            self._stuck = f"nothing has moved for {self.settings.stall:g} s although requests are in flight"
+    def _check_progress(self, now: float) -> None:
+        """Set a fault if requests in flight have made no progress for too long: a hanging engine reports none."""
+        statistics = self.worker.statistics()
+        progress = _progress(statistics)
+        if progress != self._progress or not statistics.in_flight:
+            self._progress, self._last_progress = progress, now
+        elif now - self._last_progress > self.settings.stall and self._stall is None:
+            self._stall = f"nothing has moved for {self.settings.stall:g} s although requests are in flight"
 
 
-def _progress(counted: Statistics) -> tuple[int, ...]:
-    calls = sum(total.count for total in counted.ticks.values())
-    return calls, counted.queue_waits.count, sum(total.count for total in counted.requests.values())
+def open_service(
+    config: WorkerConfig,
+    settings: ServeSettings,
+    name: str,
+    bundle: Bundle | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> WorkerService:
+    """Open a bundle, warm its engines up and start a worker on them.
+
+    Args:
+        name: model name for clients.
+        bundle: the config's bundle, if it is open already.
+        on_stage: called with the name of each stage as it begins.
+
+    Raises:
+        UserError: the bundle, an option or the settings do not fit.
+    """
+    opened = Bundle.open(config.bundle) if bundle is None else bundle
+    policy = policy_of(config.policy)
+    engine = opened.choose_engine(config.engine, config.device).name
+    on_stage("load the bundle")
+    pipe = load(opened, engine, device=config.device, provider=config.provider, threads=config.threads)
+    if config.sampler is not None:
+        pipe.scheduler = with_class(pipe.scheduler, config.sampler)
+    model = ServedModel.from_bundle(pipe, opened, engine, config.device, name)
+    for path, scale in config.loras:
+        on_stage(f"load the LoRA {Path(path).name} at {scale:g}")
+        pipe.unet.load_lora(path, scale)
+    on_stage("generate one image to warm up")
+    model.warm_up(settings.guidance)
+    worker = Worker(
+        pipe,
+        max_in_flight=config.max_in_flight,
+        max_queue=config.max_queue,
+        cache_bytes=config.cache_bytes,
+        max_batch=config.max_batch,
+        policy=policy,
+    )
+    return WorkerService(worker, model, settings)
+
+
+def _progress(statistics: Statistics) -> tuple[int, ...]:
+    calls = sum(total.count for total in statistics.ticks.values())
+    return calls, statistics.queue_waits.count, sum(total.count for total in statistics.requests.values())

@@ -1,26 +1,33 @@
-"""What whoever starts a server decides."""
+"""Configuration of a server: request limits and defaults, timeouts, and the worker behind it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ...errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Hosts that only this machine reaches."""
 
 
 @dataclass(frozen=True)
-class Limits:
-    """The most that a request may ask for; what is more is refused before any work.
+class RequestLimits:
+    """Upper limits of one request. A request above a limit is refused before any work.
 
     Attributes:
-        prompt_chars: of the prompt, and of the negative prompt.
-        steps: of the scheduler.
-        images: of one request.
-        pixels: of one image.
-        pixel_steps: pixels times steps, of all the request's images together.
-        body_bytes, body_seconds: size of a request's body, and how long it may take to arrive.
+        prompt_chars: characters of the prompt, and of the negative prompt.
+        steps: scheduler steps.
+        images: images per request.
+        pixels: pixels per image.
+        pixel_steps: pixels times steps, summed over the request's images.
+        body_bytes: size of the request body.
+        body_seconds: time for the request body to arrive.
+
+    Raises:
+        UserError: a limit is not positive and finite.
     """
 
     prompt_chars: int = 4000
@@ -38,26 +45,31 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Of one server.
+class ServeSettings:
+    """Access, limits, timeouts and request defaults of one server.
 
     Attributes:
-        api_key: that requests carry as a bearer token; None lets everybody in. Health and the page need none.
-        hosts: names by which clients may call it, without port; None for any. A web page that points a name of its own
-            at this machine is thereby kept out.
-        timeout: seconds within which a request is done or given up; requests may ask for less.
-        drain: seconds that requests in flight have after a SIGTERM.
-        stall: seconds without any progress after which the engine counts as failed, although it says nothing.
-        linger: seconds that readiness says 503 after an engine failed, before the process ends.
-        steps, guidance, interval, warmup: for requests that do not say. Caching costs image quality.
-        schedule: instead of interval and warmup, for requests that name none of these; ``auto`` and ``tuned:NAME`` are
-            refused to requests that they were not made for.
-        forecast: damping for requests that do not say and have no tuned schedule; 0 reuses features.
+        api_key: bearer token that requests must carry; None lets everybody in. Health checks and the page need none.
+        hosts: host names, without port, by which clients may call the server; None for any. The check keeps out a web
+            page that points a host name of its own at this machine (DNS rebinding).
+        limits: upper limits of a request.
+        timeout: seconds until a request is given up; a request may set a shorter time.
+        drain: seconds that requests in flight may take to finish after a SIGTERM.
+        stall: seconds without progress after which the engine counts as failed, even if it reports no error.
+        linger: seconds for which readiness reports 503 after an engine failure, before the process ends.
+        steps, guidance, interval, warmup: defaults for requests that leave them out. Caching costs image quality.
+        schedule: default in place of ``interval`` and ``warmup``, for requests that set no schedule and no interval.
+            With ``auto`` or ``tuned:NAME``, a request that the tuned schedule was not made for is refused.
+        forecast: default damping with which cached features are extrapolated; 0 reuses them. A tuned schedule has a
+            forecast of its own.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     api_key: str | None = field(default=None, repr=False)
     hosts: tuple[str, ...] | None = LOOPBACK
-    limits: Limits = Limits()
+    limits: RequestLimits = RequestLimits()
     timeout: float = 300.0
     drain: float = 300.0
     stall: float = 600.0
@@ -71,20 +83,72 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
-            raise UserError("the API key is empty or has characters that no header can carry: use printable ASCII")
-        for name, value in (("timeout", self.timeout), ("drain", self.drain), ("stall", self.stall)):
-            if not (value > 0 and math.isfinite(value)):
-                raise UserError(f"{name} is {value} s, but must be more than 0")
-        for name, given, least in (
+            raise UserError("the API key is empty or has characters that no HTTP header can carry: use printable ASCII")
+        for name, seconds in (("timeout", self.timeout), ("drain", self.drain), ("stall", self.stall)):
+            if not (seconds > 0 and math.isfinite(seconds)):
+                raise UserError(f"{name} is {seconds} s, but must be more than 0")
+        for name, value, minimum in (
             ("steps", self.steps, 1),
             ("interval", self.interval, 1),
             ("warmup", self.warmup, 0),
         ):
-            if given < least:
-                raise UserError(f"{name} is {given}, but must be at least {least}")
+            if value < minimum:
+                raise UserError(f"{name} is {value}, but must be at least {minimum}")
         if not 0 <= self.forecast <= 1:
-            raise UserError(f"a forecast's damping is {self.forecast:g}: give one from 0 (reuse) to 1 (undamped)")
+            raise UserError(
+                f"the forecast's damping is {self.forecast:g}: give a number from 0 (reuse) to 1 (undamped)"
+            )
         if self.steps > self.limits.steps:
             raise UserError(
-                f"{self.steps} steps by default are more than the {self.limits.steps} that requests may ask"
+                f"the default of {self.steps} steps is above the limit of {self.limits.steps}: "
+                "lower --steps or raise --max-steps"
             )
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """A bundle to open, and the size of the worker that runs it.
+
+    Attributes:
+        bundle: the bundle's directory.
+        engine, device, provider, threads: as ``offcut.load`` takes them.
+        sampler: class name of a diffusers scheduler; None keeps the model's own.
+        loras: paths of LoRA files with their scales.
+        max_in_flight, max_queue, max_batch: as ``Worker`` takes them.
+        cache_bytes: device memory for cached features.
+        policy: name of the batching policy: deadline, largest or aligned.
+    """
+
+    bundle: str
+    engine: str = "auto"
+    device: str = "cpu"
+    provider: str | None = None
+    threads: int | None = None
+    sampler: str | None = None
+    loras: tuple[tuple[str, float], ...] = ()
+    max_in_flight: int = 8
+    max_queue: int = 64
+    max_batch: int = 16
+    cache_bytes: int = 2**30
+    policy: str = "deadline"
+
+    @property
+    def default_name(self) -> str:
+        """Model name for clients, where the user gives none: the bundle's, without ``.offcut``."""
+        return Path(self.bundle).resolve().name.removesuffix(".offcut")
+
+
+def allowed_hosts(address: str, names: Iterable[str]) -> tuple[str, ...] | None:
+    """Return the host names by which clients may call a server that listens on ``address``.
+
+    Args:
+        address: host or address to listen on.
+        names: further host names that the user allows.
+
+    Returns:
+        Names in lower case: on a loopback address its own names and ``names``; elsewhere ``names``, or None for any.
+    """
+    lowered = tuple(name.lower() for name in names)
+    if address in LOOPBACK:
+        return (*LOOPBACK, *lowered)
+    return lowered or None

@@ -1,6 +1,6 @@
-"""The server on more devices and machines: Ray Serve runs one replica a device, and one ingress in front of them.
+"""The server on several devices and machines: Ray Serve runs one replica per device behind one ingress.
 
-The ingress is the application of ``server.app`` around a ``front.Front``: key, limits, queue and deadlines are its
-own. Each replica is a ``server.service.Service``, as ``offcut serve`` has one. ``deploy`` is the way in. Needs the
-extra ``ray``.
+The ingress is the application of ``server.app`` around an ``ingress.ClusterService``, which checks keys, limits, queue
+and deadlines. Each replica is a ``server.service.WorkerService``, the same that ``offcut serve`` runs alone.
+``deploy.deploy`` deploys a plan. Needs the extra ``ray``.
 """

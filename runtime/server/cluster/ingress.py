@@ -1,9 +1,11 @@
-"""The process that clients reach through Ray's HTTP proxies."""
+"""The ingress: the process that Ray's HTTP proxies reach, with key, limits, queue and deadlines."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,54 +13,154 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from starlette.types import ASGIApp
 
+from ....errors import QueueFullError, WorkerClosedError
+from ...batching import Statistics, Total
 from ..app import create_app
-from ..offer import log
-from .front import Front
-from .messages import Description, Look
-from .plan import Plan
+from ..metrics import ClusterMetrics, WorkerStatistics
+from ..models import ModelInfo
+from ..params import resolve_request
+from ..schemas import GenerationRequest
+from ..service import ImageService, log
+from .plan import ClusterPlan
+from .remote import RemoteJob, sender
+from .replica import ReplicaDescription, ReplicaStatus
 
-_BETWEEN = 0.5
-"""Seconds between questions for the first replica of its version."""
+_STATUS_LIFETIME = 15.0
+"""Seconds for which a replica counts after its last status report; it reports every second."""
 
-KEY = "OFFCUT_API_KEY"
+_DESCRIBE_INTERVAL = 0.5
+"""Seconds between two questions for a replica of the ingress's own version."""
+
+API_KEY_VARIABLE = "OFFCUT_API_KEY"
+
+
+class ClusterService(ImageService):
+    """A service whose replicas are behind a Ray Serve handle; requests are checked and queued here.
+
+    Args:
+        replicas: handle of the replicas.
+        plan: plan of the deployment.
+        models: models of the replicas by name.
+    """
+
+    def __init__(self, replicas: Any, plan: ClusterPlan, models: Mapping[str, ModelInfo]) -> None:
+        self.cluster_metrics = ClusterMetrics(self._worker_statistics)
+        super().__init__(plan.settings, self.cluster_metrics)
+        self._replicas, self._plan, self._models = replicas, plan, models
+        self._statuses: dict[str, tuple[float, ReplicaStatus]] = {}
+        self._jobs: set[RemoteJob] = set()
+        self._queue_waits, self._ended = Total(), dict[str, Total]()
+
+    @property
+    def models(self) -> Mapping[str, ModelInfo]:
+        return self._models
+
+    @property
+    def fault(self) -> str | None:
+        """None: Ray replaces a replica that has failed, and the ingress goes on."""
+        return None
+
+    @property
+    def ready(self) -> bool:
+        return not self.stopping and bool(self._live_replicas())
+
+    @property
+    def open_jobs(self) -> int:
+        """Number of jobs whose client has not been answered yet."""
+        return len(self._jobs)
+
+    def statistics(self) -> Statistics:
+        in_flight = sum(job.started is not None for job in self._jobs)
+        return Statistics(
+            queued=len(self._jobs) - in_flight,
+            in_flight=in_flight,
+            queue_waits=self._queue_waits,
+            requests=dict(self._ended),
+        )
+
+    def submit(self, body: GenerationRequest) -> RemoteJob:
+        if self.stopping:
+            raise WorkerClosedError("the server is shutting down")
+        places = len(self._live_replicas()) * self._plan.requests_per_replica
+        if len(self._jobs) >= places + self._plan.max_queue:
+            raise QueueFullError(
+                f"{len(self._jobs)} requests are here already, and replicas work on {places} at once: try again later"
+            )
+        name = body.model or self._plan.default_model
+        params = resolve_request(body, self._models[name], self.settings, self._plan.workers[name].cache_bytes)
+        began = time.monotonic()
+
+        def on_close(job: RemoteJob) -> None:
+            self._jobs.discard(job)
+            ended = time.monotonic()
+            self.metrics.request_seconds.labels(job.outcome).observe(ended - began)
+            self._ended[job.outcome] = self._ended.get(job.outcome, Total()).plus(ended - began)
+            if job.started is not None:
+                self._queue_waits = self._queue_waits.plus(job.started - began)
+
+        sticky = self._plan.loaded < len(self._plan.workers)
+        send = sender(self._replicas, body.model, bool(body.stream), sticky)
+        job = RemoteJob(send, body, params, self.cluster_metrics, on_close)
+        self._jobs.add(job)
+        return job
+
+    def on_status(self, status: ReplicaStatus) -> None:
+        """Store the state that a replica reports."""
+        self._statuses[status.replica] = time.monotonic(), status
+
+    def _live_replicas(self) -> list[ReplicaStatus]:
+        now = time.monotonic()
+        self._statuses = {
+            name: (reported, status)
+            for name, (reported, status) in self._statuses.items()
+            if now - reported < _STATUS_LIFETIME
+        }
+        return [status for _, status in self._statuses.values()]
+
+    def _worker_statistics(self) -> WorkerStatistics:
+        return {
+            (status.replica, model): statistics
+            for status in self._live_replicas()
+            for model, statistics in status.statistics.items()
+        }
 
 
 class Ingress:
     """A Ray Serve deployment around ``server.app``. It is up when a replica of its own version is.
 
     Args:
-        replicas: a handle of theirs.
-        plan: what they serve.
-        version: of the deployment.
+        replicas: handle of the replicas.
+        plan: plan of the deployment.
+        version: version of the deployment.
     """
 
-    async def __init__(self, replicas: Any, plan: Plan, version: str) -> None:  # type: ignore[misc]  # Ray awaits it
-        settings = replace(plan.settings, api_key=plan.settings.api_key or os.environ.get(KEY) or None)
-        described = await self._ask(replicas, version)
-        self._front = Front(replicas, replace(plan, settings=settings), described.models)
-        self._front.hear(described.look)
+    async def __init__(self, replicas: Any, plan: ClusterPlan, version: str) -> None:  # type: ignore[misc]  # Ray awaits it
+        settings = replace(plan.settings, api_key=plan.settings.api_key or os.environ.get(API_KEY_VARIABLE) or None)
+        description = await self._describe(replicas, version)
+        self._service = ClusterService(replicas, replace(plan, settings=settings), description.models)
+        self._service.on_status(description.status)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Called by Ray after the constructor."""
-        return create_app(self._front)
+        """Return the application; Ray calls this after the constructor."""
+        return create_app(self._service)
 
-    async def hear(self, look: Look) -> None:
-        """A replica says how it is."""
-        self._front.hear(look)
+    async def on_status(self, status: ReplicaStatus) -> None:
+        """Store the state that a replica reports."""
+        self._service.on_status(status)
 
     async def drain(self) -> int:
-        """Take nothing more; how many requests are unfinished."""
-        self._front.stopping = True
-        return self._front.unfinished
+        """Refuse new requests, and return the number of unfinished ones."""
+        self._service.stopping = True
+        return self._service.open_jobs
 
-    async def _ask(self, replicas: Any, version: str) -> Description:
-        """What the first replica of this version is. While it starts there may be others, which say None."""
+    async def _describe(self, replicas: Any, version: str) -> ReplicaDescription:
+        """Wait for a replica of this version. While it starts, replicas of another version may answer with None."""
         while True:
             try:
-                answer = await replicas.describe.remote(version)
+                description = await replicas.describe.remote(version)
             except (RayError, RayServeException) as error:
-                log.info("no replica says what it is: %s", error)
+                log.info("no replica describes itself: %s", error)
             else:
-                if isinstance(answer, Description):
-                    return answer
-            await asyncio.sleep(_BETWEEN)
+                if isinstance(description, ReplicaDescription):
+                    return description
+            await asyncio.sleep(_DESCRIBE_INTERVAL)

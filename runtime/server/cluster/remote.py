@@ -1,143 +1,198 @@
-"""A request that a replica draws: sent to one, and to another with the same seed where the first is lost."""
+"""Jobs in replicas: the messages of a replica, and a job that is sent again where its replica is lost."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import replace
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from ....errors import DeadlineError, EngineFaultError, ReplicaLostError, WorkerClosedError
-from ..going import Drawn, Going, Preview, Progress
+from ..jobs import ImageJob, ImageResult, Preview, Progress
+from ..metrics import ClusterMetrics
+from ..params import ImageParams
 from ..schemas import GenerationRequest
-from ..wanted import Wanted
-from .messages import Begun, Failed
-from .metrics import ClusterMetrics
-from .send import Send
 
 log = logging.getLogger("offcut.server")
 
-LOSSES = 3
-"""Replicas that may be lost under one request. One that kills whoever draws it must not go through all of them."""
+MAX_LOSSES = 3
+"""Replicas that one request may lose. A request that kills its replica must not go through all of them."""
 
-_SHORTEST, _LONGEST = 0.05, 1.0
-"""Seconds between tries."""
-
-
-class _Lost(Exception):
-    """Nobody knows how far the replica came; drawing again with the same seed gives the same image."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
+"""Seconds between two tries."""
 
 
-class RemoteDrawing(Going):
-    """A request on its way through replicas.
+@dataclass(frozen=True)
+class JobStarted:
+    """First message of a job: a replica has accepted it.
 
-    An actor's call is made at most once, so each try is a new one. A client that reads a stream hears of every step
-    once, however many replicas it takes.
+    Attributes:
+        replica: name of the replica.
+    """
+
+    replica: str
+
+
+@dataclass(frozen=True)
+class JobFailed:
+    """Last message of a job that failed.
+
+    Attributes:
+        error: one of offcut's own exceptions, which every process can unpickle.
+    """
+
+    error: Exception
+
+
+Message = JobStarted | tuple[Progress, ...] | Preview | ImageResult | JobFailed
+"""Messages of one job, in this order. Steps come one by one only for clients that read a stream."""
+
+SendJob = Callable[[Mapping[str, Any]], AsyncGenerator[Message]]
+"""Sends a request body to one replica; closing the generator cancels the work there."""
+
+
+class _ReplicaLost(Exception):
+    """The replica stopped answering. Another try with the same seed gives the same image."""
+
+
+class RemoteJob(ImageJob):
+    """An image request in the replicas of a cluster.
+
+    Ray calls an actor at most once, so each try is a new call. A client that reads a stream gets the event of each
+    step once, however many replicas the job takes.
 
     Args:
-        send: one try.
-        body: what the client asked for.
-        asked: the same with what it left out.
-        metrics: are told of each step.
-        closed: called at the end of the context.
+        send: makes one try.
+        body: body of the request.
+        params: parameters that were resolved from the body.
+        metrics: metrics that record steps, queue time and tries.
+        on_close: called with the job when the context ends.
     """
 
     def __init__(
         self,
-        send: Send,
+        send: SendJob,
         body: GenerationRequest,
-        asked: Wanted,
+        params: ImageParams,
         metrics: ClusterMetrics,
-        closed: Callable[[Self], None],
+        on_close: Callable[[RemoteJob], None],
     ) -> None:
-        super().__init__(asked, closed)
-        self.begun: float | None = None
-        """When a replica first took it, on ``time.monotonic``."""
+        super().__init__(params, on_close)
+        self.started: float | None = None
+        """Time at which a replica first accepted the job, on ``time.monotonic``."""
         self._send, self._body, self._metrics = send, body, metrics
         self._submitted = time.monotonic()
         self._steps, self._previews = 0, 0
-        self._task = asyncio.create_task(self._work())
+        self._task = asyncio.create_task(self._run())
 
-    async def result(self) -> Drawn:
-        drawn: Drawn = await asyncio.shield(self._ended)
-        return drawn
+    async def result(self) -> ImageResult:
+        result: ImageResult = await asyncio.shield(self._ended)
+        return result
 
     def _stop(self) -> None:
         self._task.cancel()
 
-    async def _work(self) -> None:
+    async def _run(self) -> None:
         try:
-            async with asyncio.timeout(self.asked.seconds):
-                self._end(await self._until_drawn())
+            async with asyncio.timeout(self.params.timeout):
+                self._end(await self._try_until_done())
         except TimeoutError:
             self._end(DeadlineError("the request was not done by its deadline: allow more time, or send fewer at once"))
         except Exception as error:
             self._end(error)
 
-    async def _until_drawn(self) -> Drawn:
-        losses, pause = 0, _SHORTEST
+    async def _try_until_done(self) -> ImageResult:
+        losses, pause = 0, _FIRST_PAUSE
         while True:
-            taken = False
+            accepted = False
             try:
-                async with aclosing(self._send(self._again())) as messages:
+                async with aclosing(self._send(self._try_body())) as messages:
                     async for message in messages:
-                        if isinstance(message, Begun):
-                            taken = True
-                            self._begin()
-                        elif isinstance(message, Drawn):
-                            return self._done(message)
-                        elif isinstance(message, Failed):
+                        if isinstance(message, JobStarted):
+                            accepted = True
+                            self._on_start()
+                        elif isinstance(message, ImageResult):
+                            return self._with_queue_time(message)
+                        elif isinstance(message, JobFailed):
                             raise message.error
                         else:
                             self._pass_on(message)
-                    raise _Lost("its messages ended")
+                    raise _ReplicaLost("its messages ended")
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if task is None or task.cancelling():
                     raise
-                why = "its call was cancelled"  # by a replica that ends
+                reason = "its call was cancelled"  # by a replica that ends
             except RayTaskError:
-                raise  # a bug in it
-            except (RayError, RayServeException, EngineFaultError, WorkerClosedError, _Lost) as error:
-                why = f"{type(error).__name__}: {error}".partition("\n")[0]
-            losses += taken
-            log.warning("a request goes to another replica after %d losses: %s", losses, why)
-            if losses >= LOSSES:
-                raise ReplicaLostError(f"{losses} replicas were lost that drew it")
+                raise  # a bug in the replica
+            except (RayError, RayServeException, EngineFaultError, WorkerClosedError, _ReplicaLost) as error:
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            losses += accepted
+            log.warning("a request goes to another replica after %d losses: %s", losses, reason)
+            if losses >= MAX_LOSSES:
+                raise ReplicaLostError(f"{losses} replicas were lost while they worked on the request")
             self._metrics.resends.inc()
             await asyncio.sleep(pause)
-            pause = min(2 * pause, _LONGEST)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _again(self) -> dict[str, Any]:
-        """The body with the seed of the first try, and the seconds that are left."""
-        left = max(self.asked.seconds - (time.monotonic() - self._submitted), 0.001)
-        changed = self._body.model_copy(update={"seed": self.asked.seed, "timeout": left})
-        return changed.model_dump(exclude_none=True)
+    def _try_body(self) -> dict[str, Any]:
+        """Return the body with the resolved seed, so that tries agree, and with the seconds that are left."""
+        seconds = max(self.params.timeout - (time.monotonic() - self._submitted), 0.001)
+        body = self._body.model_copy(update={"seed": self.params.seed, "timeout": seconds})
+        return body.model_dump(exclude_none=True)
 
-    def _begin(self) -> None:
-        if self.begun is None:
-            self.begun = time.monotonic()
-            self._metrics.queue_seconds.observe(self.begun - self._submitted)
+    def _on_start(self) -> None:
+        if self.started is None:
+            self.started = time.monotonic()
+            self._metrics.queue_seconds.observe(self.started - self._submitted)
 
     def _pass_on(self, message: tuple[Progress, ...] | Preview) -> None:
+        """Pass events on to the client, without those that an earlier try has passed on."""
         if isinstance(message, Preview):
             if message.index >= self._previews:
                 self._previews = message.index + 1
                 self.events.put_nowait(message)
             return
-        for step in message:
-            if step.step > self._steps:
-                self._steps = step.step
-                self._metrics.step_seconds.labels(step.kind).observe(step.seconds)
+        for event in message:
+            if event.step > self._steps:
+                self._steps = event.step
+                self._metrics.step_seconds.labels(event.kind).observe(event.seconds)
                 if self._body.stream:
-                    self.events.put_nowait(step)
+                    self.events.put_nowait(event)
 
-    def _done(self, drawn: Drawn) -> Drawn:
-        waited = (self.begun or self._submitted) - self._submitted
-        return replace(drawn, queue_seconds=waited + drawn.queue_seconds)
+    def _with_queue_time(self, result: ImageResult) -> ImageResult:
+        """Return the result with the time before a replica accepted the job added to its queue time."""
+        waited = (self.started or self._submitted) - self._submitted
+        return replace(result, queue_seconds=waited + result.queue_seconds)
+
+
+def sender(replicas: Any, model: str | None, each_step: bool, sticky: bool) -> SendJob:
+    """Return a function that sends a job through a Ray Serve handle, which chooses a replica with a free place.
+
+    Args:
+        replicas: handle of the replicas.
+        model: name of the model; None for the default.
+        each_step: whether the replica sends each step at once.
+        sticky: whether to prefer replicas that have the model open.
+    """
+    options = {"multiplexed_model_id": model} if sticky and model is not None else {}
+    generate = replicas.options(stream=True, method_name="generate", **options)
+
+    async def send(body: Mapping[str, Any]) -> AsyncGenerator[Message]:
+        response = generate.remote(model, body, each_step)
+        ended = False
+        try:
+            async for message in response:
+                ended = isinstance(message, ImageResult | JobFailed)
+                yield message
+        finally:
+            if not ended:
+                response.cancel()
+
+    return send

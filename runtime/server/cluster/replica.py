@@ -1,4 +1,4 @@
-"""One replica: it owns one device, and a worker for each model that it keeps open."""
+"""Replicas: each owns one device, and a worker for each model that it keeps open."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -15,94 +15,119 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from ....errors import EngineFaultError, InternalError, OffcutError, ReplicaLostError
-from ..going import Preview, Progress
-from ..model import Model
-from ..opening import open_service
+from ...batching import Statistics
+from ..jobs import Preview, Progress
+from ..models import ModelInfo
 from ..schemas import GenerationRequest
-from ..service import Service
-from .messages import Begun, Description, Failed, Look, Message
-from .names import INGRESS
-from .plan import Plan
+from ..service import WorkerService, open_service
+from .plan import INGRESS, ClusterPlan
+from .remote import JobFailed, JobStarted, Message
 
 log = logging.getLogger("offcut.server")
 
-_EVERY = 1.0
-"""Seconds between words to the ingress."""
+_REPORT_INTERVAL = 1.0
+"""Seconds between two status reports to the ingress."""
 
-_PATIENCE = 10.0
-"""Seconds for it to hear them."""
+_REPORT_TIMEOUT = 10.0
+"""Seconds for the ingress to receive a status report."""
 
 
-class Opened:
-    """A model that is open in this replica. Ray calls ``__del__`` when another one takes its place."""
+@dataclass(frozen=True)
+class ReplicaStatus:
+    """State of a replica at one moment.
 
-    def __init__(self, service: Service) -> None:
+    Attributes:
+        replica: name of the replica.
+        statistics: worker statistics of each model that is open.
+    """
+
+    replica: str
+    statistics: Mapping[str, Statistics]
+
+
+@dataclass(frozen=True)
+class ReplicaDescription:
+    """Models of a replica, and its state.
+
+    Attributes:
+        models: all models by name, the default first.
+        status: state of the replica.
+    """
+
+    models: Mapping[str, ModelInfo]
+    status: ReplicaStatus
+
+
+class OpenModel:
+    """A model that is open in this replica. Ray calls ``__del__`` when another model takes its place."""
+
+    def __init__(self, service: WorkerService) -> None:
         self.service = service
-        self._watching = asyncio.create_task(service.watch(lambda: None))
-        self._closing = threading.Lock()
+        self._watch_task = asyncio.create_task(service.watch(lambda: None))
+        self._lock = threading.Lock()
         self._closed = False
 
     def close(self) -> None:
-        """Finish what is being drawn, and close the engines. Not in the event loop."""
-        with self._closing:
+        """Finish the jobs in flight and close the engines. Blocks, so not for the event loop."""
+        with self._lock:
             if self._closed:
                 return
             self._closed = True
         worker = self.service.worker
         self.service.stopping = True
-        if self.service.fault is None:  # else closing would wait for a thread that may never come back
+        if self.service.fault is None:  # after a fault, closing would wait for a thread that may never return
             worker.drain(self.service.settings.drain)
             worker.close()
-            self.service.served.pipe.unet.close()
+            self.service.model.pipe.unet.close()
 
     def __del__(self) -> None:
         self.close()
 
 
 class Replica:
-    """A Ray Serve deployment; the ingress calls its methods through a handle.
+    """A Ray Serve deployment whose methods the ingress calls through a handle.
 
     Args:
-        plan: what is served.
-        version: of the deployment, so that its own ingress knows it from those that it replaces.
+        plan: plan of the deployment.
+        version: version of the deployment, by which its ingress tells its replicas from those that it replaces.
     """
 
-    async def __init__(self, plan: Plan, version: str) -> None:  # type: ignore[misc]  # Ray awaits it
+    async def __init__(self, plan: ClusterPlan, version: str) -> None:  # type: ignore[misc]  # Ray awaits it
         self._plan, self._version = plan, version
         self._settings = replace(plan.settings, api_key=None)
         self._name = serve.get_replica_context().replica_tag
-        self._models: dict[str, Model] = {}
-        self._open: WeakValueDictionary[str, Opened] = WeakValueDictionary()  # Ray holds them
+        self._models: dict[str, ModelInfo] = {}
+        self._open: WeakValueDictionary[str, OpenModel] = WeakValueDictionary()  # Ray holds the references
 
-        async def load(name: str) -> Opened:
-            service = await asyncio.to_thread(open_service, plan.recipes[name], self._settings, name)
-            self._models[name] = service.served.model()
-            self._open[name] = opened = Opened(service)
-            return opened
+        async def load(name: str) -> OpenModel:
+            service = await asyncio.to_thread(open_service, plan.workers[name], self._settings, name)
+            self._models[name] = service.model.info()
+            self._open[name] = model = OpenModel(service)
+            return model
 
         self._load = serve.multiplexed(max_num_models_per_replica=plan.loaded)(load)
-        for name in reversed(list(plan.recipes)):  # each is tried, and the first ones stay open
+        for name in reversed(list(plan.workers)):  # every model is tried, and the first ones stay open
             await self._load(name)
-        self._telling = asyncio.create_task(self._tell())
+        self._report_task = asyncio.create_task(self._report())
 
-    async def draw(self, name: str | None, body: Mapping[str, Any], each_step: bool) -> AsyncIterator[Message]:
-        """Draw what a body says; whoever stops reading stops the drawing.
+    async def generate(self, name: str | None, body: Mapping[str, Any], each_step: bool) -> AsyncIterator[Message]:
+        """Generate the images of a request. Closing the generator cancels the work.
 
         Args:
-            name: of the model; None for the first.
-            body: of a ``GenerationRequest``.
-            each_step: tell each UNet call as it is made.
+            name: name of the model; None for the default.
+            body: body of a ``GenerationRequest``.
+            each_step: whether to send each UNet call as it completes, instead of all together at the end.
         """
-        if name is not None and name not in self._plan.recipes:
-            # The ingress is of an older version, and about to leave: the next one knows what there is.
-            yield Failed(ReplicaLostError("the model was replaced"))
+        if name is not None and name not in self._plan.workers:
+            # The ingress is of an older version and about to leave; the next one knows the present models.
+            yield JobFailed(ReplicaLostError("the model was replaced"))
             return
         try:
-            opened: Opened = await self._load(name or self._plan.first)
-            with opened.service.draw(GenerationRequest.model_validate(body)) as drawing:
-                yield Begun(self._name)
+            model: OpenModel = await self._load(name or self._plan.default_model)
+            with model.service.submit(GenerationRequest.model_validate(body)) as job:
+                yield JobStarted(self._name)
                 steps: list[Progress] = []
-                while (event := await drawing.events.get()) is not None:
+                while (event := await job.events.get()) is not None:
                     if isinstance(event, Preview):
                         yield event
                     elif each_step:
@@ -110,47 +135,53 @@ class Replica:
                     else:
                         steps.append(event)
                 yield tuple(steps)
-                yield await drawing.result()
+                yield await job.result()
         except EngineFaultError as error:
             log.error("an engine failed: %s", error)
-            yield Failed(EngineFaultError("the engine of a replica failed"))
+            yield JobFailed(EngineFaultError("the engine of a replica failed"))
         except OffcutError as error:
-            yield Failed(error)
+            yield JobFailed(error)
         except Exception:
             log.exception("a request failed")
-            yield Failed(InternalError("a replica failed on this request; its log says how"))
+            yield JobFailed(InternalError("a replica failed on this request; its log has the reason"))
 
-    async def describe(self, version: str) -> Description | None:
-        """What it is; None if it is of another version."""
+    async def describe(self, version: str) -> ReplicaDescription | None:
+        """Return the models and the state; None if the replica is of another version."""
         if version != self._version:
             return None
-        return Description({name: self._models[name] for name in self._plan.recipes}, self._look())
+        return ReplicaDescription({name: self._models[name] for name in self._plan.workers}, self._status())
 
-    def _look(self) -> Look:
-        return Look(self._name, {name: each.service.worker.statistics() for name, each in self._opened().items()})
+    def _status(self) -> ReplicaStatus:
+        statistics = {name: model.service.worker.statistics() for name, model in self._open_models().items()}
+        return ReplicaStatus(self._name, statistics)
 
-    async def _tell(self) -> None:
-        """Let every ingress know how it is, for as long as it lives: a replica whose places are full takes no calls."""
+    async def _report(self) -> None:
+        """Report the state to every ingress, as long as the replica lives.
+
+        The replica calls the ingress and not the reverse: a replica whose places are full accepts no calls.
+        """
         ingress = serve.get_deployment_handle(INGRESS)
         while True:
             try:
-                await ingress.broadcast("hear", self._look()).results_async(timeout_s=_PATIENCE, return_exceptions=True)
+                await ingress.broadcast("on_status", self._status()).results_async(
+                    timeout_s=_REPORT_TIMEOUT, return_exceptions=True
+                )
             except (RayError, RayServeException, TimeoutError) as error:
-                log.info("no ingress hears: %s", error)  # there is none yet, or it is being replaced
-            await asyncio.sleep(_EVERY)
+                log.info("no ingress received the status: %s", error)  # none has started yet, or it is being replaced
+            await asyncio.sleep(_REPORT_INTERVAL)
 
     def check_health(self) -> None:
-        """Ray asks every few seconds, and puts a new replica in the place of one that raises.
+        """Check the engines. Ray calls this every few seconds and replaces a replica that raises.
 
         Raises:
             EngineFaultError: an engine failed, hangs, or has lost its thread.
-            InternalError: nobody hears of it any more.
+            InternalError: the task that reports the state has ended.
         """
-        if self._telling.done():
-            raise InternalError("the task that tells how a replica is has ended")
-        for name, each in self._opened().items():
-            if each.service.fault is not None:
-                raise EngineFaultError(f"the engine of {name} is of no use: {each.service.fault}")
+        if self._report_task.done():
+            raise InternalError("the task that reports a replica's state has ended")
+        for name, model in self._open_models().items():
+            if model.service.fault is not None:
+                raise EngineFaultError(f"the engine of {name} has failed: {model.service.fault}")
 
-    def _opened(self) -> dict[str, Opened]:
-        return {name: each for name, each in self._open.items() if not each.service.stopping}
+    def _open_models(self) -> dict[str, OpenModel]:
+        return {name: model for name, model in self._open.items() if not model.service.stopping}

@@ -17,12 +17,12 @@ import offcut
 from offcut.engines.onnxruntime.pair import BoundOnnxRuntimePair
 from offcut.errors import OffcutError
 from offcut.runtime.batching import Worker
+from offcut.runtime.server.models import ServedModel
 from offcut.runtime.server.run import listen, serve
-from offcut.runtime.server.served import Served
-from offcut.runtime.server.service import Service
-from offcut.runtime.server.settings import Settings
+from offcut.runtime.server.service import WorkerService
+from offcut.runtime.server.settings import ServeSettings
 
-BRIEF = Settings(steps=6, interval=3, warmup=0, guidance=5.0)
+BRIEF = ServeSettings(steps=6, interval=3, warmup=0, guidance=5.0)
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Running:
         error: with which it ended.
     """
 
-    service: Service
+    service: WorkerService
     url: str
     thread: threading.Thread
     error: list[OffcutError] = field(default_factory=list)
@@ -51,10 +51,10 @@ Start = Callable[..., Any]
 
 
 @contextmanager
-def start(pipe: Any, settings: Settings = BRIEF, bundle: Any = None, **options: Any) -> Iterator[Running]:
-    served = Served(pipe, "tiny", multiple=8, bundle=bundle)
+def start(pipe: Any, settings: ServeSettings = BRIEF, bundle: Any = None, **options: Any) -> Iterator[Running]:
+    served = ServedModel(pipe, "tiny", multiple=8, bundle=bundle)
     worker = Worker(pipe, **{"max_in_flight": 4, **options})
-    service = Service(worker, served, settings)
+    service = WorkerService(worker, served, settings)
     address, listening = listen("127.0.0.1", 0), threading.Event()
     running = Running(service, f"http://127.0.0.1:{address.getsockname()[1]}", threading.Thread())
 

@@ -18,8 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import offcut
 from offcut.runtime.generation.schedule import Quad, Schedule, Uniform
+from offcut.runtime.server.jobs import decode_preview, preview_steps
 from offcut.runtime.server.metrics import KINDS, OUTCOMES
-from offcut.runtime.server.previews import preview, preview_steps
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,9 @@ def test_previews_take_the_noises_own_scale_out(alone: Any) -> None:
 
     def look(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         latents = tensors["latents"]
-        seen.append((float(pipe.scheduler.sigmas[step + 1]), latents, np.asarray(preview(pipe, latents, timestep))))
+        seen.append(
+            (float(pipe.scheduler.sigmas[step + 1]), latents, np.asarray(decode_preview(pipe, latents, timestep)))
+        )
         return tensors
 
     kept = alone.scheduler
@@ -199,7 +201,7 @@ def test_the_model_is_listed_with_its_limits(client: openai.OpenAI) -> None:
 def test_errors_are_those_of_openais_client(client: openai.OpenAI) -> None:
     with pytest.raises(openai.UnprocessableEntityError) as raised:
         client.images.generate(prompt="a", response_format="url")
-    assert "keeps no images that a URL could lead to" in raised.value.message
+    assert "stores no images that a URL could lead to" in raised.value.message
     assert (raised.value.type, raised.value.param) == ("invalid_request_error", "response_format")
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import openai
 import pytest
 
-from offcut.runtime.server.settings import Settings
+from offcut.runtime.server.settings import ServeSettings
 
 KEY = "correct-horse"
 
 
 @pytest.fixture(scope="module")
 def locked(begin: Any) -> Iterator[Any]:
-    with begin(Settings(api_key=KEY, steps=2)) as running:
+    with begin(ServeSettings(api_key=KEY, steps=2)) as running:
         yield running
 
 

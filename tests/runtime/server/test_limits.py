@@ -16,16 +16,15 @@ from hypothesis import strategies as st
 
 import offcut
 from offcut.errors import UserError
-from offcut.runtime.server.guard import hosts_for
-from offcut.runtime.server.service import Service
-from offcut.runtime.server.settings import Limits, Settings
+from offcut.runtime.server.service import WorkerService
+from offcut.runtime.server.settings import RequestLimits, ServeSettings, allowed_hosts
 
 ROOT = Path(offcut.__file__).parent
-SMALL = Settings(
+SMALL = ServeSettings(
     steps=2,
     interval=3,
     warmup=0,
-    limits=Limits(
+    limits=RequestLimits(
         prompt_chars=20,
         steps=8,
         images=2,
@@ -78,7 +77,7 @@ def leaks(text: str) -> bool:
         ("size", "0x64", "WIDTHxHEIGHT"),
         ("size", "64\N{MULTIPLICATION SIGN}64", "WIDTHxHEIGHT"),
         ("size", "large", "WIDTHxHEIGHT"),
-        ("response_format", "url", "keeps no images"),
+        ("response_format", "url", "stores no images"),
         ("response_format", "jpeg", "b64_json"),
         ("output_format", "webp", "'png'"),
         ("quality", "hd", "'auto'"),
@@ -203,9 +202,9 @@ def test_a_name_that_points_here_is_not_enough(small: Any) -> None:
 
 
 def test_hosts_follow_the_address() -> None:
-    assert hosts_for("127.0.0.1", ["Images.example"]) == ("127.0.0.1", "localhost", "::1", "images.example")
-    assert hosts_for("0.0.0.0", []) is None
-    assert hosts_for("0.0.0.0", ["a"]) == ("a",)
+    assert allowed_hosts("127.0.0.1", ["Images.example"]) == ("127.0.0.1", "localhost", "::1", "images.example")
+    assert allowed_hosts("0.0.0.0", []) is None
+    assert allowed_hosts("0.0.0.0", ["a"]) == ("a",)
 
 
 def test_every_reply_has_the_headers_of_a_careful_server(small: Any) -> None:
@@ -244,15 +243,15 @@ def test_no_body_makes_the_server_fail(body: bytes, small: Any) -> None:
 
 
 def test_limits_must_allow_the_models_own_size(small: Any) -> None:
-    for limits in (Limits(pixels=64 * 63), Limits(pixel_steps=64 * 64 * 29)):
-        with pytest.raises(UserError, match="no image of this model's own size, 64x64 in 30 steps"):
-            Service(small.service.worker, small.service.served, Settings(limits=limits))
+    for limits in (RequestLimits(pixels=64 * 63), RequestLimits(pixel_steps=64 * 64 * 29)):
+        with pytest.raises(UserError, match="no image of this model's default size, 64x64 in 30 steps"):
+            WorkerService(small.service.worker, small.service.model, ServeSettings(limits=limits))
 
 
 def test_settings_that_make_no_sense_are_told() -> None:
     for wrong in ({"api_key": ""}, {"api_key": "ü"}, {"timeout": 0.0}, {"steps": 0}, {"steps": 999}):
         with pytest.raises(UserError):
-            Settings(**wrong)  # type: ignore[arg-type]
+            ServeSettings(**wrong)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="limit steps is 0"):
-        Limits(steps=0)
-    assert "secret" not in repr(Settings(api_key="secret"))
+        RequestLimits(steps=0)
+    assert "secret" not in repr(ServeSettings(api_key="secret"))

@@ -18,12 +18,12 @@ import pytest
 
 from offcut.errors import EngineFaultError, QueueFullError
 from offcut.runtime.batching.statistics import Statistics, Total
-from offcut.runtime.server.problems import problem_of, retry_after
+from offcut.runtime.server.http import problem_of, retry_after
 from offcut.runtime.server.run import listen
-from offcut.runtime.server.settings import Settings
+from offcut.runtime.server.settings import ServeSettings
 
 LONG = {"prompt": "a", "num_inference_steps": 40, "interval": 4, "seed": 1}
-QUICK = Settings(steps=6, interval=3, warmup=0, linger=1.0)
+QUICK = ServeSettings(steps=6, interval=3, warmup=0, linger=1.0)
 
 Until = Callable[..., None]
 
@@ -122,7 +122,7 @@ def test_a_client_that_goes_away_frees_its_place_within_a_step(
                 with pytest.raises(httpx.ReadTimeout):
                     client.send(request)
                 assert gate.reached.wait(60)
-        until(lambda: not server.service._open)  # the server has seen it
+        until(lambda: not server.service.open_jobs)  # the server has seen it
         assert worker.statistics().in_flight == 1  # in an engine call
         calls = gate.calls
         gate.open.set()
@@ -232,7 +232,7 @@ def test_a_bug_in_the_server_shows_nothing(begin: Any, monkeypatch: pytest.Monke
         def stumble(body: object) -> None:
             raise KeyError("/home/somebody/secret")
 
-        monkeypatch.setattr(server.service, "draw", stumble)
+        monkeypatch.setattr(server.service, "submit", stumble)
         reply = server.post({"prompt": "a"})
         assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")
         assert "secret" not in reply.text

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from offcut.runtime.server.settings import Settings
+from offcut.runtime.server.settings import ServeSettings
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 KEY = "correct-horse"
@@ -77,7 +77,7 @@ class Tab:
 
 @pytest.fixture(scope="module")
 def server(begin: Any) -> Iterator[Any]:
-    with begin(Settings(steps=8, interval=4, warmup=0)) as running:
+    with begin(ServeSettings(steps=8, interval=4, warmup=0)) as running:
         yield running
 
 
@@ -141,7 +141,7 @@ def test_stopping_frees_the_worker(browser: Any, server: Any, gate: Any, until: 
     assert gate.reached.wait(60)
     tab.page.keyboard.press("Escape")
     tab.status("Stopped")
-    until(lambda: not server.service._open)
+    until(lambda: not server.service.open_jobs)
     gate.open.set()
     until(lambda: server.service.worker.statistics().in_flight == 0)
     assert server.service.worker.statistics().requests["cancelled"].count == 1
@@ -165,7 +165,7 @@ def test_the_last_ones_with_a_schedule_of_the_servers_own(browser: Any, server: 
     """From here on the module's server has ended, since one pipeline has one."""
     server.service.stopping = True
     server.thread.join(60)
-    with begin(Settings(steps=8, interval=4, warmup=0, schedule="steps:0,5", forecast=0.5)) as running:
+    with begin(ServeSettings(steps=8, interval=4, warmup=0, schedule="steps:0,5", forecast=0.5)) as running:
         tab = Tab(browser, running.url)
         tab.page.get_by_label("Prompt", exact=True).fill("a")
         tab.page.get_by_text("More", exact=True).click()
@@ -191,7 +191,7 @@ def test_the_last_ones_with_an_api_key(browser: Any, server: Any, begin: Any) ->
 
     server.service.stopping = True
     server.thread.join(60)
-    with begin(Settings(steps=8, interval=4, warmup=0, api_key=KEY)) as locked:
+    with begin(ServeSettings(steps=8, interval=4, warmup=0, api_key=KEY)) as locked:
         tab = Tab(browser, locked.url)
         expect(tab.page.get_by_role("alert")).to_contain_text("API key")
         assert tab.page.evaluate("document.activeElement.id") == "key"

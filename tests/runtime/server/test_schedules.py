@@ -18,15 +18,15 @@ from offcut.errors import ScheduleError, UserError
 from offcut.runtime.batching import Worker
 from offcut.runtime.generation.forecast import Coefficients
 from offcut.runtime.generation.schedule import SKIP, Uniform
-from offcut.runtime.server.served import Served
-from offcut.runtime.server.service import Service
-from offcut.runtime.server.settings import Settings
+from offcut.runtime.server.models import ServedModel
+from offcut.runtime.server.service import WorkerService
+from offcut.runtime.server.settings import ServeSettings
 from offcut.runtime.tuning.artifact import Tuned, save
 from offcut.runtime.tuning.choice import key_of
 from offcut.runtime.tuning.document import Document, Measured
 
 STEPS, GUIDANCE = 6, 5.0
-BRIEF = Settings(steps=STEPS, interval=3, warmup=0, guidance=GUIDANCE)
+BRIEF = ServeSettings(steps=STEPS, interval=3, warmup=0, guidance=GUIDANCE)
 CUT = "deepcache:1"
 FULL = (0, 1, 4)
 
@@ -149,25 +149,25 @@ def test_a_schedule_in_words_may_be_the_servers_own(begin: Any) -> None:
 
 
 def test_what_the_server_itself_cannot_do_is_told_at_its_start(pipe: Any, bundle: offcut.Bundle) -> None:
-    served = Served(pipe, "tiny", multiple=8, bundle=bundle)
+    served = ServedModel(pipe, "tiny", multiple=8, bundle=bundle)
     with Worker(pipe, max_in_flight=1) as worker:
         for wrong in ({"steps": 5}, {"guidance": 9.0}, {"schedule": "tuned:x"}, {"schedule": "quad:2:center=9"}):
-            with pytest.raises(UserError, match="the server's own schedule does not fit"):
-                Service(worker, served, replace(BRIEF, **{"schedule": "auto", **wrong}))  # type: ignore[arg-type]
+            with pytest.raises(UserError, match="the server's default schedule does not fit"):
+                WorkerService(worker, served, replace(BRIEF, **{"schedule": "auto", **wrong}))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="damping is 2"):
         replace(BRIEF, forecast=2.0)
     with pytest.raises(ScheduleError, match="no tuned schedule"):
-        Served(pipe, "tiny", multiple=8).tuned_for(None, STEPS, GUIDANCE)
+        ServedModel(pipe, "tiny", multiple=8).tuned_for(None, STEPS, GUIDANCE)
 
 
 def test_a_forecast_needs_twice_the_memory(pipe: Any, begin: Any, bundle: offcut.Bundle) -> None:
-    once = Served(pipe, "tiny").slot_bytes(None, 2, 64, 64)
-    assert Served(pipe, "tiny").slot_bytes(None, 2, 64, 64, schedule=Uniform(2), twice=True) == 2 * once
+    once = ServedModel(pipe, "tiny").feature_bytes(None, 2, 64, 64)
+    assert ServedModel(pipe, "tiny").feature_bytes(None, 2, 64, 64, schedule=Uniform(2), forecast=True) == 2 * once
     mixed = Tuned.load(bundle, "by-hand").document.model_copy(
         update={"cuts": (None, None, CUT, "deepcache:0", None, CUT)}
     )
-    both = Served(pipe, "tiny").slot_bytes(CUT, 2, 64, 64, schedule=mixed.schedule)
-    assert both == once + Served(pipe, "tiny").slot_bytes(CUT, 2, 64, 64)
+    both = ServedModel(pipe, "tiny").feature_bytes(CUT, 2, 64, 64, schedule=mixed.schedule)
+    assert both == once + ServedModel(pipe, "tiny").feature_bytes(CUT, 2, 64, 64)
     with begin(BRIEF, cache_bytes=2 * once - 1) as server:
         assert server.post({"prompt": "a"}).status_code == 200
         assert server.post({"prompt": "a", "forecast": 0.5}).status_code == 422

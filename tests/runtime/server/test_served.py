@@ -10,8 +10,8 @@ from diffusers import HeunDiscreteScheduler
 
 from offcut.engines.profiles import Profile
 from offcut.errors import CutError, ShapeError, UserError
-from offcut.runtime.server.served import Served
-from offcut.runtime.server.settings import Settings
+from offcut.runtime.server.models import ServedModel
+from offcut.runtime.server.settings import ServeSettings
 
 SLOT = 2 * 16 * 16 * 16 * 4
 """Bytes that a guided request of 64x64 pixels keeps with deepcache:0: [2, 16, 16, 16] in fp32."""
@@ -27,47 +27,47 @@ class Videos:
 
 @pytest.mark.parametrize("kind", [FromImages, Videos])
 def test_what_draws_from_more_than_prompts_is_not_served(kind: type) -> None:
-    with pytest.raises(UserError, match=f"{kind.__name__} does not draw images from prompts alone"):
-        Served(kind(), "x")
+    with pytest.raises(UserError, match=f"{kind.__name__} does not generate images from prompts alone"):
+        ServedModel(kind(), "x")
 
 
 def test_sizes(pipe: Any) -> None:
-    served = Served(pipe, "tiny", multiple=8)
+    served = ServedModel(pipe, "tiny", multiple=8)
     assert (served.size, served.multiple, served.scale) == ((64, 64), 32, 4)
     served.check_size(96, 32)
     for width, height, nearest in ((60, 64, 64), (64, 40, 32), (1, 64, 32)):
         with pytest.raises(ShapeError, match=f"the nearest is {nearest}"):
             served.check_size(width, height)
     sides = {"height": (8, 16, 16), "width": (8, 16, 24)}
-    narrow = Served(pipe, "tiny", multiple=8, profiles=[Profile.of({"batch": (1, 2, 8), **sides})])
+    narrow = ServedModel(pipe, "tiny", multiple=8, profiles=[Profile.of({"batch": (1, 2, 8), **sides})])
     narrow.check_size(96, 32)
     with pytest.raises(ShapeError, match="no profile of these engines covers 64x96"):
         narrow.check_size(64, 96)
 
 
 def test_cuts(pipe: Any) -> None:
-    served = Served(pipe, "tiny")
-    served.check_cut("paper:0", wanted=True)
-    served.check_cut(None, wanted=True)
+    served = ServedModel(pipe, "tiny")
+    served.check_cut("paper:0", shallow=True)
+    served.check_cut(None, shallow=True)
     with pytest.raises(CutError, match="it has deepcache:0"):
-        served.check_cut("deepcache:11", wanted=False)
+        served.check_cut("deepcache:11", shallow=False)
     served.cuts = ()
-    served.check_cut(None, wanted=False)
+    served.check_cut(None, shallow=False)
     with pytest.raises(CutError, match="every call is full"):
-        served.check_cut(None, wanted=True)
+        served.check_cut(None, shallow=True)
 
 
 def test_schedulers_say_how_many_calls_they_make(pipe: Any) -> None:
-    assert Served(pipe, "tiny").calls(4) == 4
+    assert ServedModel(pipe, "tiny").calls(4) == 4
     other = copy.copy(pipe)
     other.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
-    assert Served(other, "tiny").calls(4) == 7
+    assert ServedModel(other, "tiny").calls(4) == 7
     with pytest.raises(UserError, match="does not take 2000 steps"):
-        Served(pipe, "tiny").calls(2000)
+        ServedModel(pipe, "tiny").calls(2000)
 
 
 def test_the_warm_up_makes_a_full_and_a_shallow_call(pipe: Any, gate: Any) -> None:
-    Served(pipe, "tiny").warm_up(5.0)
+    ServedModel(pipe, "tiny").warm_up(5.0)
     assert gate.calls == 2
     assert pipe.unet.last_run.timeline == "#."
     assert pipe.unet.schedule is None
@@ -75,8 +75,8 @@ def test_the_warm_up_makes_a_full_and_a_shallow_call(pipe: Any, gate: Any) -> No
 
 
 def test_features_are_counted_as_the_worker_counts_them(pipe: Any, begin: Any) -> None:
-    assert Served(pipe, "tiny").slot_bytes(None, 2, 64, 64) == SLOT
-    brief = Settings(steps=3, interval=3, warmup=0)
+    assert ServedModel(pipe, "tiny").feature_bytes(None, 2, 64, 64) == SLOT
+    brief = ServeSettings(steps=3, interval=3, warmup=0)
     for limit, status in ((SLOT, 200), (SLOT - 1, 422)):
         with begin(brief, cache_bytes=limit) as server:
             assert server.post({"prompt": "a"}).status_code == status

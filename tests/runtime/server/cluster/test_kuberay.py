@@ -15,7 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from offcut.cli import app
-from offcut.runtime.server.cluster.plan import Plan
+from offcut.runtime.server.cluster.plan import ClusterPlan
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def test_ray_serve_takes_its_application(manifest: Any) -> None:
     module, _, name = application.import_path.partition(":")
     build = getattr(importlib.import_module(module), name)
     assert isinstance(build(application.args), Application)
-    plan = Plan.of(application.args)
-    assert list(plan.recipes) == ["a", "b"]
-    assert plan.recipes["a"].bundle == str(Path("a.offcut").resolve())
+    plan = ClusterPlan.from_document(application.args)
+    assert list(plan.workers) == ["a", "b"]
+    assert plan.workers["a"].bundle == str(Path("a.offcut").resolve())
     assert (plan.scale.least, plan.scale.most, plan.scale.gpus) == (1, 4, 1.0)
     assert (plan.settings.steps, plan.settings.hosts, plan.settings.api_key) == (20, None, None)

@@ -13,17 +13,16 @@ from typer.testing import CliRunner
 
 from offcut.cli import app
 from offcut.errors import UserError
-from offcut.runtime.server.cluster.plan import Plan, Scale
-from offcut.runtime.server.opening import Recipe
-from offcut.runtime.server.settings import Limits, Settings
+from offcut.runtime.server.cluster.plan import ClusterPlan, ReplicaScale
+from offcut.runtime.server.settings import RequestLimits, ServeSettings, WorkerConfig
 
-PLAN = Plan(
+PLAN = ClusterPlan(
     {
-        "one": Recipe("/bundles/one.offcut", device="cuda", loras=(("/bundles/style.safetensors", 0.8),)),
-        "other": Recipe("/bundles/other.offcut", threads=2, max_in_flight=4),
+        "one": WorkerConfig("/bundles/one.offcut", device="cuda", loras=(("/bundles/style.safetensors", 0.8),)),
+        "other": WorkerConfig("/bundles/other.offcut", threads=2, max_in_flight=4),
     },
-    Settings(api_key="secret", hosts=None, steps=20, limits=Limits(images=2), schedule="quad:5"),
-    Scale(least=1, most=4, gpus=1.0, surge=50),
+    ServeSettings(api_key="secret", hosts=None, steps=20, limits=RequestLimits(images=2), schedule="quad:5"),
+    ReplicaScale(least=1, most=4, gpus=1.0, surge=50),
     loaded=1,
 )
 
@@ -31,30 +30,30 @@ PLAN = Plan(
 def test_a_plan_is_the_same_after_its_way_through_json_and_has_no_key_there() -> None:
     text = json.dumps(PLAN.document())
     assert "secret" not in text
-    again = Plan.of(json.loads(text))
+    again = ClusterPlan.from_document(json.loads(text))
     assert again == replace(PLAN, settings=replace(PLAN.settings, api_key=None))
-    assert again.first == "one"
-    assert again.places == 8
+    assert again.default_model == "one"
+    assert again.requests_per_replica == 8
 
 
 def test_a_plan_that_somebody_changed_badly_is_refused_with_the_place() -> None:
     document = PLAN.document()
     document["scale"]["least"] = "many"
     with pytest.raises(UserError, match=r"scale\.least"):
-        Plan.of(document)
+        ClusterPlan.from_document(document)
     with pytest.raises(UserError, match="surplus"):
-        Plan.of({**PLAN.document(), "surplus": 1})
+        ClusterPlan.from_document({**PLAN.document(), "surplus": 1})
 
 
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: Scale(least=3, most=2), "3 to 2 replicas"),
-        (lambda: Scale(least=0), "0 to 1 replicas"),
-        (lambda: Scale(surge=101), "101 %"),
-        (lambda: Scale(gpus=-1), "0 or more"),
-        (lambda: Plan({}), "name a bundle"),
-        (lambda: replace(PLAN, loaded=3), "2 bundles cannot have 3"),
+        (lambda: ReplicaScale(least=3, most=2), "3 to 2 is not a valid number"),
+        (lambda: ReplicaScale(least=0), "0 to 1 is not a valid number"),
+        (lambda: ReplicaScale(surge=101), "101 %"),
+        (lambda: ReplicaScale(gpus=-1), "0 or more"),
+        (lambda: ClusterPlan({}), "name a bundle"),
+        (lambda: replace(PLAN, loaded=3), "cannot keep 3 of 2 bundles"),
     ],
 )
 def test_what_cannot_be_is_refused(make: Any, says: str) -> None:
@@ -64,13 +63,14 @@ def test_what_cannot_be_is_refused(make: Any, says: str) -> None:
 
 def test_a_models_facts_check_requests_in_another_process(pipe: Any) -> None:
     from offcut.errors import ShapeError
-    from offcut.runtime.server.served import Served
+    from offcut.runtime.server.models import ServedModel
 
-    served = Served(pipe, "tiny", multiple=8)
-    model = pickle.loads(pickle.dumps(served.model()))
-    assert (model.name, model.size, model.cuts, model.takes) == ("tiny", served.size, served.cuts, served.takes)
+    served = ServedModel(pipe, "tiny", multiple=8)
+    model = pickle.loads(pickle.dumps(served.info()))
+    assert (model.name, model.size, model.cuts) == ("tiny", served.size, served.cuts)
+    assert model.arguments == served.arguments
     assert model.calls(7) == served.calls(7)
-    assert model.slot_bytes(None, 2, 64, 64) == served.slot_bytes(None, 2, 64, 64) > 0
+    assert model.feature_bytes(None, 2, 64, 64) == served.feature_bytes(None, 2, 64, 64) > 0
     with pytest.raises(ShapeError):
         model.check_size(60, 64)
     assert not hasattr(model, "pipe")
@@ -83,7 +83,7 @@ def test_a_models_facts_check_requests_in_another_process(pipe: Any) -> None:
         (["a.offcut", "--update"], "add --ray"),
         (["a.offcut", "c/a.offcut", "--ray"], "a name of its own"),
         (["a.offcut", "--ray", "--replicas", "many"], "'many' is no number of replicas"),
-        (["a.offcut", "--ray", "--loaded", "2"], "1 bundles cannot have 2"),
+        (["a.offcut", "--ray", "--loaded", "2"], "cannot keep 2 of 1 bundles"),
         (["a.offcut", "--ray"], "a.offcut"),
     ],
 )

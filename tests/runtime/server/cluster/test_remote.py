@@ -23,19 +23,18 @@ from offcut.errors import (
     WorkerClosedError,
 )
 from offcut.runtime.batching import Statistics
-from offcut.runtime.server.cluster.messages import Begun, Failed
-from offcut.runtime.server.cluster.metrics import ClusterMetrics
-from offcut.runtime.server.cluster.remote import LOSSES, RemoteDrawing
-from offcut.runtime.server.going import Drawn, Preview, Progress
-from offcut.runtime.server.problems import problem_of
+from offcut.runtime.server.cluster.remote import MAX_LOSSES, JobFailed, JobStarted, RemoteJob
+from offcut.runtime.server.http import problem_of
+from offcut.runtime.server.jobs import ImageResult, Preview, Progress
+from offcut.runtime.server.metrics import ClusterMetrics
+from offcut.runtime.server.params import CachingParams, ImageParams
 from offcut.runtime.server.schemas import GenerationRequest
-from offcut.runtime.server.wanted import Wanted
 
 Script = list[Any]
 """What one try says: messages, and an exception or nothing at its end."""
 
-BEGUN = Begun("one")
-DRAWN = Drawn(images=("png",), seconds=1.0, queue_seconds=0.0, timeline="#.")
+BEGUN = JobStarted("one")
+DRAWN = ImageResult(images=("png",), seconds=1.0, queue_seconds=0.0, timeline="#.")
 STEPS = [(Progress(step, 3, "full", 0.1, 1),) for step in (1, 2, 3)]
 
 
@@ -62,8 +61,8 @@ class Sent:
             self.closed += 1
 
 
-def asked(seconds: float = 60.0) -> Wanted:
-    return Wanted({}, None, None, None, None, 7, 1, (64, 64), 3, seconds, True, 0)
+def asked(seconds: float = 60.0) -> ImageParams:
+    return ImageParams({}, CachingParams(), seed=7, images=1, size=(64, 64), timeout=seconds, stream=True)
 
 
 async def outcome(sent: Sent, seconds: float = 60.0, stream: bool = True) -> tuple[Any, list[Any], ClusterMetrics]:
@@ -71,15 +70,15 @@ async def outcome(sent: Sent, seconds: float = 60.0, stream: bool = True) -> tup
     metrics = ClusterMetrics(dict)
     left: list[Any] = []
     body = GenerationRequest(prompt="a", stream=stream)
-    with RemoteDrawing(sent, body, asked(seconds), metrics, left.append) as drawing:
+    with RemoteJob(sent, body, asked(seconds), metrics, left.append) as job:
         try:
-            result: Any = await drawing.result()
+            result: Any = await job.result()
         except Exception as error:
             result = error
         events = []
-        while (event := drawing.events.get_nowait()) is not None:
+        while (event := job.events.get_nowait()) is not None:
             events.append(event)
-    assert left == [drawing]
+    assert left == [job]
     await asyncio.sleep(0)
     return result, events, metrics
 
@@ -94,12 +93,12 @@ def resends(metrics: ClusterMetrics) -> float:
 
 @pytest.mark.parametrize(
     "how",
-    [lost, lambda: Failed(EngineFaultError("it broke")), lambda: Failed(WorkerClosedError("it ends"))],
+    [lost, lambda: JobFailed(EngineFaultError("it broke")), lambda: JobFailed(WorkerClosedError("it ends"))],
     ids=["killed", "fault", "closing"],
 )
 def test_a_lost_replicas_request_is_drawn_by_another_with_the_same_seed(how: Callable[[], Any]) -> None:
     preview = Preview(0, 2, (8, 8), "png")
-    sent = Sent([BEGUN, *STEPS[:2], preview, how()], [Begun("two"), *STEPS[:2], preview, STEPS[2], DRAWN])
+    sent = Sent([BEGUN, *STEPS[:2], preview, how()], [JobStarted("two"), *STEPS[:2], preview, STEPS[2], DRAWN])
     result, events, metrics = asyncio.run(outcome(sent))
     assert result.images == DRAWN.images
     assert [body["seed"] for body in sent.bodies] == [7, 7]
@@ -118,7 +117,7 @@ def test_a_request_that_takes_replicas_with_it_is_given_up_and_may_be_sent_again
     sent = Sent([BEGUN, lost()])
     result, _, _ = asyncio.run(outcome(sent))
     assert isinstance(result, ReplicaLostError)
-    assert len(sent.bodies) == LOSSES
+    assert len(sent.bodies) == MAX_LOSSES
     told = problem_of(result, Statistics())
     assert (told.status, told.code) == (503, "replica_lost")
     assert told.retry_after
@@ -126,11 +125,11 @@ def test_a_request_that_takes_replicas_with_it_is_given_up_and_may_be_sent_again
 
 def test_replicas_that_take_nothing_are_waited_for() -> None:
     """As long as nobody has begun, nothing is lost: until the deadline."""
-    turned_away = [Failed(WorkerClosedError("it ends"))]
-    late = [turned_away] * (LOSSES + 1)
+    turned_away = [JobFailed(WorkerClosedError("it ends"))]
+    late = [turned_away] * (MAX_LOSSES + 1)
     result, _, metrics = asyncio.run(outcome(Sent(*late, [BEGUN, DRAWN])))
     assert result.images == DRAWN.images
-    assert resends(metrics) == LOSSES + 1
+    assert resends(metrics) == MAX_LOSSES + 1
     result, _, _ = asyncio.run(outcome(Sent(turned_away), seconds=0.3))
     assert isinstance(result, DeadlineError)
 
@@ -144,7 +143,7 @@ def test_a_deadline_holds_while_nothing_is_said() -> None:
 
 def test_what_a_replica_refuses_is_not_tried_elsewhere() -> None:
     for error in (LimitError("size", "too large"), QueueFullError("full"), ScheduleError("no")):
-        sent = Sent([Failed(error)])
+        sent = Sent([JobFailed(error)])
         result, _, _ = asyncio.run(outcome(sent))
         assert result is error
         assert len(sent.bodies) == 1
@@ -163,10 +162,10 @@ def test_a_client_that_leaves_stops_the_try() -> None:
 
     async def leave() -> str:
         body = GenerationRequest(prompt="a", stream=True)
-        with RemoteDrawing(sent, body, asked(), ClusterMetrics(dict), lambda drawing: None) as drawing:
-            assert isinstance(await drawing.events.get(), Progress)
+        with RemoteJob(sent, body, asked(), ClusterMetrics(dict), lambda job: None) as job:
+            assert isinstance(await job.events.get(), Progress)
         await asyncio.sleep(0.01)
-        return drawing.outcome
+        return job.outcome
 
     assert asyncio.run(leave()) == "cancelled"
     assert (len(sent.bodies), sent.closed) == (1, 1)
