@@ -12,7 +12,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..runtime.images.request import ImageRequest, guidance_of
-from .options import BundleArgument, EngineName, EngineOptions, Json, Loras, unpack
+from .options import BundleArgument, EngineChoice, EngineName, Json, Loras, unpack
 from .shell import bar, err, loras_of, out, print_json, quiet_libraries, stages
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def run(
     bundle: BundleArgument,
     request: Annotated[ImageRequest, _REQUEST, "Image or video"],
     caching: Annotated[CachingOptions, "Caching"],
-    engine: Annotated[EngineOptions, "Engine"],
+    engine: Annotated[EngineChoice, "Engine"],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="PNG file to write; for a video .png, .webp or .gif.")
     ] = Path("out.png"),
@@ -87,9 +87,9 @@ def run(
 
     opened = Bundle.open(bundle)  # before what takes seconds to import
     from ..errors import UserError
-    from ..runtime.draw import with_class
     from ..runtime.generation.forecast import Extrapolate
     from ..runtime.images.compare import generate_to_file
+    from ..runtime.text_to_image import scheduler_named
     from ..runtime.tuning.choice import tuned_name
 
     cut = caching.cut
@@ -100,7 +100,7 @@ def run(
         raise UserError("a tuned schedule has predictions of its own: leave --forecast out")
     pipe = _load(opened, **vars(engine))
     if sampler is not None:
-        pipe.scheduler = with_class(pipe.scheduler, sampler)
+        pipe.scheduler = scheduler_named(pipe.scheduler, sampler)
     _load_loras(pipe, loras_of(lora))
     if tuned is not None:
         artifact = _tuned(opened, pipe, tuned, request)

@@ -81,7 +81,7 @@ Threads = Annotated[int | None, typer.Option(help="Threads of a CPU engine; by d
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineOptions:
+class EngineChoice:
     """The engine to open, and where."""
 
     engine: EngineName = "auto"

@@ -98,9 +98,9 @@ def tune(
     from ..errors import UserError
 
     opened = Bundle.open(bundle)  # before what takes seconds to import
-    from ..runtime.draw import with_class
     from ..runtime.pipeline import load
     from ..runtime.prompts import prompts_for
+    from ..runtime.text_to_image import scheduler_named
     from ..runtime.tuning.artifact import save
     from ..runtime.tuning.reference import load_reference
     from ..runtime.tuning.tune import tune as run
@@ -112,7 +112,7 @@ def tune(
         stage("load the bundle")
         pipe = load(opened, engine, device=device, inference_precision=precision, threads=threads)
         if sampler is not None:
-            pipe.scheduler = with_class(pipe.scheduler, sampler)
+            pipe.scheduler = scheduler_named(pipe.scheduler, sampler)
         kind = type(pipe.scheduler).__name__.removesuffix("Scheduler")
         chosen = name or f"{kind}-{steps}-{budget or latency or f'{psnr:g}dB'}"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", chosen):

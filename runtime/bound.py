@@ -24,7 +24,7 @@ class BoundPairs(OrderedDict[Hashable, BoundPair]):
         super().__init__()
         self._keep = keep
 
-    def at(self, pair: EnginePair, shapes: Mapping[str, Shape], apart: Hashable = None) -> BoundPair:
+    def get_or_bind(self, pair: EnginePair, shapes: Mapping[str, Shape], apart: Hashable = None) -> BoundPair:
         """The pair bound to buffers of these shapes: those of an earlier call, unless they are new.
 
         Args:

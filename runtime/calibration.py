@@ -16,9 +16,9 @@ from ..exporter.components import load_component
 from ..exporter.families import downsampling, example_inputs
 from ..exporter.load import ModelSource, read_index
 from ..exporter.quantize.histogram import METHODS
-from .draw import draw, draws_from_prompts
 from .generation.schedule import Uniform
 from .prompts import prompts_for
+from .text_to_image import generate_from_prompt, is_text_to_image
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -98,7 +98,9 @@ class Calibration:
         return self.prompts or prompts_for(source.root, None)
 
     def _draw(self, pipe: Any, prompt: str, seed: int) -> None:
-        draw(pipe, prompt, steps=self.steps, guidance=self.guidance, seed=seed, size=self.size, output="latent")
+        generate_from_prompt(
+            pipe, prompt, steps=self.steps, guidance=self.guidance, seed=seed, size=self.size, output="latent"
+        )
 
     def _denoise_noise(self, unet: UNet, pair: EnginePair, source: ModelSource, sample: int) -> None:
         import torch
@@ -139,7 +141,7 @@ def _text_to_image(source: ModelSource, unet: UNet) -> DiffusionPipeline | None:
     if not source.is_pipeline:
         return None
     name = diffusers.DiffusionPipeline.load_config(source.root)["_class_name"]
-    if not draws_from_prompts(getattr(diffusers, name).__call__):
+    if not is_text_to_image(getattr(diffusers, name).__call__):
         return None
     index = read_index(source.root)
     fused = {

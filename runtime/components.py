@@ -49,7 +49,7 @@ class Network(torch.nn.Module):
         if self._pair is None:
             raise UserError("this pipeline's engines were closed: load it again with offcut.load")
         shapes = {name: tuple(tensor.shape) for name, tensor in zip(self._pair.inputs, tensors, strict=True)}
-        bound = self._bound.at(self._pair, shapes)
+        bound = self._bound.get_or_bind(self._pair, shapes)
         with torch.no_grad():
             for name, tensor in zip(self._pair.inputs, tensors, strict=True):
                 bound.buffers[name].copy_(tensor)
@@ -68,7 +68,7 @@ class Network(torch.nn.Module):
         self._pair = None
 
 
-class InEngines:
+class EngineComponent:
     """What a model says of itself whose layers are in engines."""
 
     network: Network
@@ -86,7 +86,7 @@ class InEngines:
         return self
 
 
-class _TextEncoder(InEngines):
+class _TextEncoder(EngineComponent):
     """The methods of a CLIP text encoder; mixed into transformers' class, which pipelines ask for."""
 
     config: Any
@@ -110,7 +110,7 @@ class _TextEncoder(InEngines):
         return output if asked.get("return_dict", True) is not False else output.to_tuple()
 
 
-class _Autoencoder(InEngines, AutoencoderKL):  # type: ignore[misc]  # diffusers is untyped
+class _Autoencoder(EngineComponent, AutoencoderKL):  # type: ignore[misc]  # diffusers is untyped
     """diffusers' autoencoder around two graphs; each has its quantising convolution in it."""
 
     def _set(self, encoder: Network, decoder: Network) -> None:

@@ -12,13 +12,13 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .extend import extended
+from .override import override_method
 
 if TYPE_CHECKING:
-    from .stand_in import StandIn
+    from .base_unet import BaseUNet
 
 
-def reuse(pipe: Any, unet: StandIn) -> None:
+def reuse(pipe: Any, unet: BaseUNet) -> None:
     """Let each of a pipeline's ControlNets answer shallow calls with what it gave at the last full one.
 
     The ControlNets are changed in place: each becomes of a subclass of its class. A ControlNet whose scale has changed
@@ -31,7 +31,7 @@ def reuse(pipe: Any, unet: StandIn) -> None:
     if controlnet is None:
         raise UserError(f"{type(pipe).__name__} has no ControlNet whose feature maps could be reused: leave that out")
     for net in getattr(controlnet, "nets", [controlnet]):
-        net.__class__ = extended(type(net), _Reusing, "forward", "forward_or_reuse")  # type: ignore[arg-type]  # types are hashable
+        net.__class__ = override_method(type(net), _Reusing, "forward", "forward_or_reuse")  # type: ignore[arg-type]  # types are hashable
         net.__dict__["_offcut_unet"] = weakref.ref(unet)
         net.__dict__["_offcut_kept"] = None
 
@@ -39,7 +39,7 @@ def reuse(pipe: Any, unet: StandIn) -> None:
 class _Reusing:
     """What ``reuse`` adds to a ControlNet's class."""
 
-    _offcut_unet: weakref.ref[StandIn]
+    _offcut_unet: weakref.ref[BaseUNet]
     _offcut_kept: tuple[Hashable, Any] | None
 
     def forward_or_reuse(self, *args: Any, **kwargs: Any) -> Any:

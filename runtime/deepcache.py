@@ -30,7 +30,7 @@ class DeepCacheSDHelper:
         self._cut = "deepcache:0"
         self._enabled = False
         if pipe is not None:
-            _stand_in(pipe)
+            _unet_of(pipe)
 
     def set_params(self, cache_interval: int = 1, cache_branch_id: int = 0, skip_mode: str = "uniform") -> None:
         """Make every ``cache_interval``-th call full and cache branch ``cache_branch_id``; at once, if enabled.
@@ -57,7 +57,7 @@ class DeepCacheSDHelper:
             UserError: there is no pipeline, or its UNet is not an ``offcut.UNet``.
         """
         self.pipe = pipe if pipe is not None else self.pipe
-        _stand_in(self.pipe).set_schedule(self._schedule, cut=self._cut)
+        _unet_of(self.pipe).set_schedule(self._schedule, cut=self._cut)
         self._enabled = True
 
     def disable(self) -> None:
@@ -66,11 +66,11 @@ class DeepCacheSDHelper:
         Raises:
             UserError: as in ``enable``.
         """
-        _stand_in(self.pipe).set_schedule(None)
+        _unet_of(self.pipe).set_schedule(None)
         self._enabled = False
 
 
-def _stand_in(pipe: Any) -> UNet:
+def _unet_of(pipe: Any) -> UNet:
     unet = getattr(pipe, "unet", None)
     if not isinstance(unet, UNet):
         raise UserError(

@@ -21,7 +21,9 @@ _REMEDIES = {
 }
 
 
-def refuse_ignored(sample: torch.Tensor, cross_attention_kwargs: Mapping[str, Any] | None, **arguments: object) -> None:
+def refuse_unsupported(
+    sample: torch.Tensor, cross_attention_kwargs: Mapping[str, Any] | None, **arguments: object
+) -> None:
     """Raise a ``UserError`` for an argument that no engine reads, rather than make an image without it."""
     for name, value in arguments.items():
         if value is not None:
@@ -37,7 +39,9 @@ def refuse_ignored(sample: torch.Tensor, cross_attention_kwargs: Mapping[str, An
         raise UserError("engines compute no gradients: call the UNet under torch.no_grad(), or use the eager UNet")
 
 
-def in_place(positions: tuple[str, str], third: torch.Tensor | None, fourth: torch.Tensor | None) -> dict[str, Any]:
+def conditioning_by_name(
+    positions: tuple[str, str], third: torch.Tensor | None, fourth: torch.Tensor | None
+) -> dict[str, Any]:
     """The third and fourth argument of ``forward`` under the names that the UNet's own class has for them."""
     return {name: tensor for name, tensor in zip(positions, (third, fourth), strict=True) if tensor is not None}
 

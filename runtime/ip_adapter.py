@@ -16,7 +16,7 @@ from ..exporter.ip_adapter import CONFIG_KEY, IMAGE_EMBEDS, LAYERS_KEY, SCALE
 Config = Mapping[str, Any]
 
 
-class ImagePrompts:
+class BuiltInIPAdapters:
     """What a pipeline finds of the IP-Adapters that are built into a UNet's engines.
 
     ``pipe.set_ip_adapter_scale`` writes into ``processors``, which are diffusers' own in form, with no weights that

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..exporter.lora import TEXT_ENCODERS, Lora, check, from_tensors, merged, read
-from .components import InEngines
+from .components import EngineComponent
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class TakesLoras(ABC):
+class LoraMethods(ABC):
     """The methods of a ``UNet`` that add LoRAs to its weights, by offcut's names and by diffusers'.
 
     ``pipe.load_lora_weights`` ends here for the UNet's layers; diffusers itself takes those of the text encoders.
@@ -73,7 +73,7 @@ class TakesLoras(ABC):
                 name,
                 left,
             )
-        self._wear({**self._loras, name: (lora, float(scale))})
+        self._apply_loras({**self._loras, name: (lora, float(scale))})
         return name
 
     def set_loras(self, scales: Mapping[str, float]) -> None:
@@ -85,7 +85,7 @@ class TakesLoras(ABC):
         if unknown := [name for name in scales if name not in self._loras]:
             there = ", ".join(self._loras) or "none"
             raise UserError(f"this UNet has no LoRA {unknown[0]!r}: it has {there}")
-        self._wear({name: (self._loras[name][0], float(scale)) for name, scale in scales.items()})
+        self._apply_loras({name: (self._loras[name][0], float(scale)) for name, scale in scales.items()})
 
     def unload_lora(self, name: str | None = None) -> None:
         """Take a LoRA off, or all: the other weights are what they were, bit for bit.
@@ -100,7 +100,7 @@ class TakesLoras(ABC):
         else:
             self.set_loras({other: scale for other, scale in self.loras.items() if other != name})
 
-    def _wear(self, wanted: dict[str, tuple[Lora, float]]) -> None:
+    def _apply_loras(self, wanted: dict[str, tuple[Lora, float]]) -> None:
         """Exchange the weights, then remember the LoRAs that they have."""
         if not wanted and not self._loras:
             return
@@ -145,7 +145,7 @@ class TakesLoras(ABC):
         name = adapter_name or f"default_{len(self._loras)}"
         tensors = dict(pretrained_model_name_or_path_or_dict)
         for encoder in TEXT_ENCODERS:
-            compiled = isinstance(getattr(_pipeline, encoder, None), InEngines)
+            compiled = isinstance(getattr(_pipeline, encoder, None), EngineComponent)
             if compiled and any(key.startswith(f"{encoder}.") for key in tensors):
                 raise UserError(
                     f"the LoRA {name} has layers of a text encoder, and this pipeline's {encoder} is compiled into an "
@@ -155,7 +155,7 @@ class TakesLoras(ABC):
         if prefix and not any(key.startswith(f"{prefix}.") for key in tensors):
             return  # a text encoder's alone
         lora = from_tensors(name, tensors, network_alphas or {}, metadata or {})
-        self._wear({**self._loras, name: (lora, 1.0)})
+        self._apply_loras({**self._loras, name: (lora, 1.0)})
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], weights: float | Sequence[float | None] | None = None

@@ -17,13 +17,13 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from ..errors import BundleError, EngineError, UserError
 from ..exporter.families import Family
-from .eager_only import EagerOnly
 from .inputs import same_device
+from .unsupported import UnsupportedMethods
 
 logger = logging.getLogger(__name__)
 
 
-class EngineModel(EagerOnly, ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is untyped
+class EngineModel(UnsupportedMethods, ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is untyped
     """A diffusers model in form: pipelines accept only subclasses of ``ModelMixin``.
 
     Args:

@@ -15,10 +15,10 @@ from packaging.version import Version
 from ..engines.base import EngineOptions, OpenOptions
 from ..errors import BundleError, UserError
 from ..exporter.families import FAMILIES
+from .base_unet import BaseUNet
 from .components import open_components
 from .controlnet import reuse
-from .extend import extended
-from .stand_in import StandIn
+from .override import override_method
 from .unet import UNet
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def load(
 
 def attach(
     pipe: DiffusionPipeline,
-    bundle: str | Path | Bundle | StandIn,
+    bundle: str | Path | Bundle | BaseUNet,
     engine: str = "auto",
     *,
     device: str | None = None,
@@ -122,7 +122,7 @@ def attach(
     replaced = getattr(pipe, "unet", None)
     if replaced is None:
         raise UserError(f"{type(pipe).__name__} has no unet, which offcut would replace: give a pipeline with one")
-    if isinstance(bundle, StandIn):
+    if isinstance(bundle, BaseUNet):
         unet = bundle
     else:
         unet = UNet.load(
@@ -138,12 +138,12 @@ def attach(
             f"the bundle was built from another kind of UNet than this pipeline has ({'; '.join(differing)}): "
             "build one from the pipeline's own"
         )
-    if unet.image_prompts is not None and replaced is not unet:
-        unet.image_prompts.adopt(getattr(replaced, "attn_processors", {}))
+    if unet.ip_adapters is not None and replaced is not unet:
+        unet.ip_adapters.adopt(getattr(replaced, "attn_processors", {}))
     if reuse_controlnet:
         reuse(pipe, unet)
     pipe.unet = unet
-    pipe.__class__ = extended(type(pipe), _Announcing, "__call__", "announce_and_call")  # type: ignore[arg-type]
+    pipe.__class__ = override_method(type(pipe), _Announcing, "__call__", "announce_and_call")  # type: ignore[arg-type]
     return pipe
 
 
@@ -154,7 +154,7 @@ class _Announcing:
         unet = getattr(self, "unet", None)
         unet = getattr(unet, "_orig_mod", unet)  # torch.compile's wrapper
         call = super().__call__  # type: ignore[misc]
-        if not isinstance(unet, StandIn):
+        if not isinstance(unet, BaseUNet):
             return call(*args, **kwargs)
         scheduler = getattr(self, "scheduler", None)
         with unet.generation(lambda: _unet_calls(self), scheduler, lambda: _guides(self)):
@@ -181,7 +181,7 @@ def _unet_calls(pipe: Any) -> int:
 _INTERFACE = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "time_cond_proj_dim")
 
 
-def _differences(replaced: Any, unet: StandIn) -> list[str]:
+def _differences(replaced: Any, unet: BaseUNet) -> list[str]:
     """How two UNets differ in what a pipeline passes and gets."""
     theirs, ours = replaced.config, unet.config
     kind = type(replaced).__name__

@@ -18,16 +18,16 @@ from ..errors import EngineError, UserError
 from ..exporter.residuals import argument_of
 from ..exporter.specs import TensorSpec, solve
 from ..exporter.trace.export import SAMPLE
+from .base_unet import IN_USE, BaseUNet
 from .bound import BoundPairs
 from .generation.advice import beyond_tuning
+from .generation.feature_drift import FeatureDriftEstimator
 from .generation.forecast import History
-from .generation.generation import Generation
-from .generation.guidance import HalfBatch
-from .generation.probe import Probe
+from .generation.guidance import GuidanceReuse
+from .generation.state import GenerationState
 from .inputs import write_timestep
-from .loras import TakesLoras
-from .ranges import Ranges
-from .stand_in import IN_USE, StandIn
+from .loras import LoraMethods
+from .profiler_ranges import ProfilerRanges
 
 if TYPE_CHECKING:
     from ..engines.bundle.bundle import Bundle
@@ -45,13 +45,13 @@ class _Memory:
         probe: for a schedule that decides as it goes.
     """
 
-    generation: Generation
+    generation: GenerationState
     history: History | None
-    guidance: HalfBatch | None
-    probe: Probe | None
+    guidance: GuidanceReuse | None
+    probe: FeatureDriftEstimator | None
 
 
-class UNet(TakesLoras, StandIn):
+class UNet(LoraMethods, BaseUNet):
     """Stands in for a diffusers UNet of ``exporter.families.FAMILIES`` in any pipeline, and runs a pair of engines.
 
         pipe.unet = offcut.UNet.load("sd15.offcut")
@@ -98,7 +98,7 @@ class UNet(TakesLoras, StandIn):
         self._stored = stored
         self._bound = BoundPairs(bound_shapes)
         self._heard: WeakKeyDictionary[BoundPair, set[str]] = WeakKeyDictionary()
-        self._ranges = Ranges(self._device)
+        self._ranges = ProfilerRanges(self._device)
         self._memory: _Memory | None = None
 
     @classmethod
@@ -151,7 +151,7 @@ class UNet(TakesLoras, StandIn):
         shapes, silent = self._shapes(tensors)
         if self._family.is_video and tuple(shapes.items()) not in self._bound:
             self._family.check_limits(self.config, solve(self._specs, shapes))
-        bound = self._bound.at(self._opened(), shapes)
+        bound = self._bound.get_or_bind(self._opened(), shapes)
         for name, tensor in tensors.items():
             bound.buffers[name].copy_(tensor)
         self._silence(bound, tensors, silent)
@@ -168,7 +168,7 @@ class UNet(TakesLoras, StandIn):
             guidance.begin(tensors[SAMPLE])
         if guidance is not None and guidance.rows != tensors[SAMPLE].shape[0]:
             guidance = None  # the pipeline guides no longer
-        half = None if guidance is None or full else self._bound.at(self._opened(), guidance.shapes(shapes))
+        half = None if guidance is None or full else self._bound.get_or_bind(self._opened(), guidance.shapes(shapes))
         cut = None if full else generation.cut_of(generation.made)
         assert full or cut is not None
         with self._ranges.call(full, more=generation is self._announced):
@@ -204,7 +204,7 @@ class UNet(TakesLoras, StandIn):
         half: BoundPair | None,
         cut: str | None,
         memory: _Memory,
-        guidance: HalfBatch | None,
+        guidance: GuidanceReuse | None,
         call: int,
     ) -> None:
         """The engines' part of a call, with what precedes and follows it on the device.
@@ -231,16 +231,16 @@ class UNet(TakesLoras, StandIn):
             guidance.fill(half, bound, self._cuts[cut])
         (half or bound).shallow(cut)
 
-    def _remembered(self, generation: Generation) -> _Memory:
+    def _remembered(self, generation: GenerationState) -> _Memory:
         """What this generation's own full calls left."""
         if self._memory is None or self._memory.generation is not generation:
             history = guidance = probe = None
             if self._forecast is not None:
                 history = History(self._forecast, self._features)
             if self._reuse_guidance and generation.guided:
-                guidance = HalfBatch(self._specs, self._noise_pred)
+                guidance = GuidanceReuse(self._specs, self._noise_pred)
             if self._schedule is not None and self._schedule.adaptive:
-                probe = Probe(self._features)
+                probe = FeatureDriftEstimator(self._features)
                 generation.missed = probe.missed
             self._memory = _Memory(generation, history, guidance, probe)
         return self._memory

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import UserError
-from ...runtime.generation.generation import Run
+from ...runtime.generation.state import Run
 from ...runtime.images.picture import Tile, sheet
 from ..quality import metrics
 from ..quality.pictures import Progress

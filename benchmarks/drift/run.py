@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import UserError
-from ...runtime.draw import draws_from_prompts
 from ...runtime.generation.forecast import Forecast
-from ...runtime.generation.generation import Run
 from ...runtime.generation.schedule import Schedule
+from ...runtime.generation.state import Run
 from ...runtime.images.metrics import finite_psnr
+from ...runtime.text_to_image import is_text_to_image
 from ...runtime.tuning.images import Image, Studio
 from ...runtime.tuning.moments import Moments
 from ...runtime.tuning.predictors import Predictors
@@ -78,7 +78,7 @@ def drift(
     Raises:
         UserError: the pipeline draws from more than a prompt, or the folder cannot be written.
     """
-    if not draws_from_prompts(pipe.__call__):
+    if not is_text_to_image(pipe.__call__):
         raise UserError(f"{type(pipe).__name__} draws from more than a prompt, and this draws from prompts only")
     unet = pipe.unet
     unet.set_schedule(wanted.schedule, wanted.cut, wanted.forecast)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...engines.bundle.bundle import Bundle
 from ...exporter.families import example_dims
-from ...runtime.draw import with_class
+from ...runtime.text_to_image import scheduler_named
 from . import video
 from .case import Case
 from .pipelines import PIPELINES, pipeline_name
@@ -55,7 +55,7 @@ def build_pipeline(case: Case, bundle: Bundle, unet: Any, dtype: torch.dtype) ->
         if "requires_safety_checker" in parts:
             parts["requires_safety_checker"] = False
         pipe = pipeline(**{**parts, "unet": unet, "scheduler": _own_scheduler(bundle)})
-    pipe.scheduler = with_class(pipe.scheduler, case.scheduler)
+    pipe.scheduler = scheduler_named(pipe.scheduler, case.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

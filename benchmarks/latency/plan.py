@@ -14,8 +14,8 @@ from ...errors import CutError, UserError
 from ...exporter.cut import canonical_name
 from ...exporter.families import FAMILIES
 from ...exporter.load import locate
-from ...runtime.draw import with_class
 from ...runtime.generation.schedule import parse
+from ...runtime.text_to_image import scheduler_named
 from .case import Case, Entrant
 from .contestants import PEERS, catalogue
 from .loop import vae_scale
@@ -114,7 +114,7 @@ def model_name(bundle: Bundle) -> str:
 def _check_scheduler(name: str) -> None:
     import diffusers
 
-    with_class(diffusers.DDIMScheduler(), name)
+    scheduler_named(diffusers.DDIMScheduler(), name)
 
 
 def _cut(bundle: Bundle, name: str | None) -> str:

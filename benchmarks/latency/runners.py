@@ -16,10 +16,10 @@ import torch
 from ...engines.base import EngineOptions
 from ...engines.bundle.bundle import Bundle, open_entry
 from ...exporter.load import load_unet, locate
-from ...runtime.draw import with_class
 from ...runtime.generation.forecast import Coefficients, Forecast, History
 from ...runtime.generation.schedule import parse
 from ...runtime.pipeline import attach
+from ...runtime.text_to_image import scheduler_named
 from ...runtime.unet import UNet
 from .case import Case, Entrant
 from .clock import Clock, Marks, TimedPair
@@ -278,7 +278,7 @@ def open_optimum(entrant: Entrant, shared: Shared) -> Runner:
         "optimum",
         lambda: ORTPipelineForText2Image.from_pretrained(folder, provider=provider, session_options=options),
     )
-    pipe.scheduler = with_class(pipe.scheduler, case.scheduler)
+    pipe.scheduler = scheduler_named(pipe.scheduler, case.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return PeerRunner(pipe, Marks(Clock(case.device)), torch.float32)
 

@@ -53,11 +53,11 @@ def drift(
     from ...benchmarks.drift.table import notes, table
     from ...engines.bundle.bundle import Bundle
     from ...errors import UserError
-    from ...runtime.draw import with_class
     from ...runtime.generation.forecast import Extrapolate, Forecast
     from ...runtime.generation.schedule import Schedule, parse
     from ...runtime.pipeline import load
     from ...runtime.prompts import prompts_for
+    from ...runtime.text_to_image import scheduler_named
     from ...runtime.tuning.choice import choose, key_of, tuned_name
 
     opened = Bundle.open(bundle)
@@ -70,7 +70,7 @@ def drift(
         stage("load the bundle")
         pipe = load(opened, choice.name, device=device, threads=threads)
         if sampler is not None:
-            pipe.scheduler = with_class(pipe.scheduler, sampler)
+            pipe.scheduler = scheduler_named(pipe.scheduler, sampler)
         predicted: Forecast | None = None if forecast is None else Extrapolate(forecast)
         chosen: Schedule
         name = tuned_name(schedule)

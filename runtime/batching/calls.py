@@ -11,7 +11,7 @@ from ...engines.base import BoundPair, EnginePair
 from ...errors import InternalError
 from ...exporter.trace.export import SAMPLE
 from ..generation.forecast import Coefficients, write
-from ..ranges import Ranges
+from ..profiler_ranges import ProfilerRanges
 from .pool import Slot, before
 from .request import Call
 from .ticks import TickLog
@@ -32,7 +32,7 @@ class EngineCalls:
         self._cuts = pair.cuts
         self._noise_pred = next(iter(pair.outputs))
         self._log = log
-        self._ranges = Ranges(pair.device)
+        self._ranges = ProfilerRanges(pair.device)
         self._held: WeakKeyDictionary[BoundPair, dict[str, tuple[Stamp, ...]]] = WeakKeyDictionary()
 
     def make(self, cut: str | None, calls: Sequence[Call], bound: BoundPair, size: int) -> list[torch.Tensor]:

@@ -153,7 +153,7 @@ class Lanes:
             if size in lane.refused:
                 continue
             try:
-                return self._bound.at(self._pair, lane.shapes(size), lane.number), size
+                return self._bound.get_or_bind(self._pair, lane.shapes(size), lane.number), size
             except ShapeError as error:
                 lane.refused[size] = error
         raise lane.refused.get(rows) or next(iter(lane.refused.values()))

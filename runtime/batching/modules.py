@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from ..extend import extended
+from ..override import override_method
 from .request import Request
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -119,7 +119,7 @@ class Sharing:
 
     def _shared(self, module: _Module, mixin: type, method: str) -> _Module:
         shared = copy.copy(module)  # with the same layers
-        shared.__class__ = extended(type(module), mixin, method, "in_company")  # type: ignore[arg-type]  # types are hashable
+        shared.__class__ = override_method(type(module), mixin, method, "in_company")  # type: ignore[arg-type]  # types are hashable
         shared.__dict__["_offcut_shared"] = self, module
         return shared
 

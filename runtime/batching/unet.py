@@ -10,9 +10,9 @@ import torch
 from ...errors import InternalError
 from ...exporter.specs import solve
 from ...exporter.trace.export import SAMPLE
-from ..generation.generation import Generation
+from ..base_unet import BaseUNet
+from ..generation.state import GenerationState
 from ..inputs import write_timestep
-from ..stand_in import StandIn
 from ..unet import UNet
 from .batcher import Batcher, again
 from .lanes import Lane
@@ -20,7 +20,7 @@ from .pool import Layout
 from .request import Call, Request, Step
 
 
-class SharedUNet(StandIn):
+class SharedUNet(BaseUNet):
     """One request's view of the engines; the next request of the same thread may have it after.
 
     Args:
@@ -51,8 +51,8 @@ class SharedUNet(StandIn):
         self._unannounced = None
         if request is not None:
             self.set_schedule(request.schedule, request.cut, request.forecast)
-            if self.image_prompts is not None:
-                self.image_prompts.adopt(self._owner.attn_processors)
+            if self.ip_adapters is not None:
+                self.ip_adapters.adopt(self._owner.attn_processors)
 
     def _call(self, tensors: Mapping[str, torch.Tensor], timestep: torch.Tensor | float) -> torch.Tensor:
         request = self._request
@@ -98,7 +98,7 @@ class SharedUNet(StandIn):
         self._done(generation, full, call.shared)
         return noise_pred
 
-    def _done(self, generation: Generation, full: bool, rows: int) -> None:
+    def _done(self, generation: GenerationState, full: bool, rows: int) -> None:
         """A call has completed; its request is told."""
         plan, number = generation.plan, generation.made
         generation.end(full)

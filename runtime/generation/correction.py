@@ -20,7 +20,7 @@ class Kernel:
     """Of one call.
 
     Attributes:
-        weight: [channels, inputs, size, size], fp32, size odd; inputs as ``Answers.inputs`` stacks them.
+        weight: [channels, inputs, size, size], fp32, size odd; inputs as ``CorrectionState.inputs`` stacks them.
         bias: [channels].
     """
 
@@ -37,7 +37,7 @@ class Correction(ABC):
     """Of the answers in generations of one schedule."""
 
     @abstractmethod
-    def begin(self) -> Answers:
+    def begin(self) -> CorrectionState:
         """What one generation needs, at its first call."""
 
 
@@ -55,11 +55,11 @@ class Convolutions(Correction):
     full: tuple[int, ...]
     guidance: float | None = None
 
-    def begin(self) -> Answers:
-        return Answers(self.full, self.guidance, self.kernels)
+    def begin(self) -> CorrectionState:
+        return CorrectionState(self.full, self.guidance, self.kernels)
 
 
-class Answers:
+class CorrectionState:
     """What the calls of one generation were asked and answered, as far as later corrections need it.
 
     Args:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ...engines.base import BoundPair
 
 
-class HalfBatch:
+class GuidanceReuse:
     """What the last full call of a generation said about guidance.
 
     Args:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import InternalError
 from ..generation.forecast import Forecast
-from ..generation.generation import Run
 from ..generation.schedule import Schedule, Steps
+from ..generation.state import Run
 from .request import ImageRequest, makes_videos, pipeline_arguments, pipeline_parameters
 
 if TYPE_CHECKING:

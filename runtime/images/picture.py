@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..generation.generation import Run
+from ..generation.state import Run
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,8 +15,8 @@ from ...errors import CutError, ScheduleError, ShapeError, UserError
 from ...exporter.cut import canonical_name
 from ...exporter.specs import Dim, TensorSpec
 from ...exporter.trace.export import SAMPLE
-from ..draw import draws_from_prompts
 from ..generation.schedule import SKIP, Schedule, Steps
+from ..text_to_image import is_text_to_image
 from ..tuning.artifact import Tuned
 from ..tuning.choice import best, key_of_weights
 from ..unet import UNet
@@ -201,7 +201,7 @@ class ServedModel(ModelInfo):
         bundle: Bundle | None = None,
     ) -> None:
         arguments = inspect.signature(pipe.__call__).parameters
-        if not draws_from_prompts(pipe.__call__) or not arguments.keys().isdisjoint(("num_frames", "video_length")):
+        if not is_text_to_image(pipe.__call__) or not arguments.keys().isdisjoint(("num_frames", "video_length")):
             raise UserError(
                 f"{type(pipe).__name__} does not generate images from prompts alone, and offcut serve supports "
                 "nothing else: use it from Python"

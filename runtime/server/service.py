@@ -13,8 +13,8 @@ from ...engines.bundle.bundle import Bundle
 from ...errors import EngineFaultError, InternalError, LimitError, UserError, WorkerClosedError
 from ..batching import Statistics, Worker
 from ..batching.policy import policy_of
-from ..draw import with_class
 from ..pipeline import load
+from ..text_to_image import scheduler_named
 from .http import FAULT, INTERNAL, Problem, problem_of
 from .jobs import ImageJob, WorkerJob
 from .metrics import ServerMetrics
@@ -230,7 +230,7 @@ def open_service(
     on_stage("load the bundle")
     pipe = load(opened, engine, device=config.device, provider=config.provider, threads=config.threads)
     if config.sampler is not None:
-        pipe.scheduler = with_class(pipe.scheduler, config.sampler)
+        pipe.scheduler = scheduler_named(pipe.scheduler, config.sampler)
     model = ServedModel.from_bundle(pipe, opened, engine, config.device, name)
     for path, scale in config.loras:
         on_stage(f"load the LoRA {Path(path).name} at {scale:g}")

@@ -24,7 +24,7 @@ from .steps import Fitted, TunedSteps
 
 if TYPE_CHECKING:
     from ...engines.bundle.bundle import Bundle
-    from ..stand_in import StandIn
+    from ..base_unet import BaseUNet
 
 OUTDATED = "was tuned by an earlier version of offcut, whose corrections saw less: tune it again"
 
@@ -119,7 +119,7 @@ class Tuned:
             return None
         return Fitted(self.coefficients, self.document.full, self.correction)
 
-    def apply(self, unet: StandIn) -> None:
+    def apply(self, unet: BaseUNet) -> None:
         """Set it from the next generation on; see ``set_schedule`` for what it raises.
 
         Raises:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ..draw import draw
 from ..generation.forecast import Forecast
-from ..generation.generation import Run
 from ..generation.schedule import Schedule
+from ..generation.state import Run
 from ..images.metrics import finite_psnr
+from ..text_to_image import generate_from_prompt
 from .moments import Moments
 
 Picture = Any
@@ -107,7 +107,7 @@ class Studio:
             steps: other than the studio's own.
         """
         self.pipe.unet.set_schedule(schedule, (cut or self.cut) if schedule else None, forecast)
-        made = draw(
+        made = generate_from_prompt(
             self.pipe,
             image.prompt,
             steps=steps or self.steps,

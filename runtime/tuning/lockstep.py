@@ -21,10 +21,10 @@ import torch
 
 from ..batching import Worker
 from ..batching.request import Ticket
-from ..draw import arguments_of
-from ..generation.correction import Answers, Convolutions, Correction, Kernel
+from ..generation.correction import Convolutions, Correction, CorrectionState, Kernel
 from ..generation.forecast import Coefficients, Forecast
 from ..images.metrics import finite_psnr
+from ..text_to_image import prompt_arguments
 from .artifact import Tuned
 from .images import Image, ImageSet, Studio
 from .watched import At, Watch
@@ -99,7 +99,7 @@ def possible(calls: int, *sets: ImageSet) -> bool:
 
 
 def _send(worker: Worker, studio: Studio, tuned: Tuned, image: Image, forecast: Forecast) -> Ticket:
-    arguments = arguments_of(
+    arguments = prompt_arguments(
         studio.pipe,
         image.prompt,
         steps=studio.steps,
@@ -159,7 +159,7 @@ class _Meeting:
                 self.kernels[call] = kernels
 
 
-class _Part(Answers):
+class _Part(CorrectionState):
     """One image's calls: what a kernel will see of each, kept until its scheduler steps."""
 
     def __init__(self, meeting: _Meeting, place: int) -> None:
@@ -180,7 +180,7 @@ class _Asks(Correction):
     meeting: _Meeting
     place: int
 
-    def begin(self) -> Answers:
+    def begin(self) -> CorrectionState:
         return _Part(self.meeting, self.place)
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import UserError
-from ..draw import draws_from_prompts
 from ..generation.schedule import Uniform
+from ..text_to_image import is_text_to_image
 from . import lockstep
 from .artifact import Tuned
 from .candidates import ByCut, Candidates
@@ -67,7 +67,7 @@ def tune(pipe: Any, bundle: Bundle, name: str, wanted: Wanted, progress: Progres
             other weights or features.
         CutError: there is no such cut.
     """
-    if not draws_from_prompts(pipe.__call__):
+    if not is_text_to_image(pipe.__call__):
         raise UserError(
             f"{type(pipe).__name__} draws from more than a prompt, and tuning makes images from prompts only"
         )

@@ -268,8 +268,8 @@ def test_class_conditional_models_in_a_loop_of_ones_own(
                 sample = torch.cat([latents] * 2) if guided else latents
                 predicted = module(sample, timestep, **given).sample
                 if guided:
-                    without, with_class = predicted.chunk(2)
-                    predicted = without + 3.0 * (with_class - without)
+                    without, scheduler_named = predicted.chunk(2)
+                    predicted = without + 3.0 * (scheduler_named - without)
                 latents = scheduler.step(predicted, timestep, latents).prev_sample
         return latents
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 import offcut
 from offcut import Adaptive, Uniform
 from offcut.errors import ScheduleError
-from offcut.runtime.generation.generation import Generation
-from offcut.runtime.generation.probe import Probe
+from offcut.runtime.generation.feature_drift import FeatureDriftEstimator
 from offcut.runtime.generation.schedule import parse
+from offcut.runtime.generation.state import GenerationState
 
 CALLS, CUT, FEATURE = 16, "deepcache:0", "deep_feature_0"
 schedules = st.builds(
@@ -40,7 +40,7 @@ def test_full_where_the_bound_is_passed_between_floor_and_cap(schedule: Adaptive
         asked.append((call, last))
         return errors[call]
 
-    generation = Generation(schedule, calls=CALLS)
+    generation = GenerationState(schedule, calls=CALLS)
     generation.missed = missed
     for _ in range(CALLS):
         assert generation.next_is_full == generation.next_is_full  # asked again, it is the same
@@ -81,12 +81,12 @@ def test_what_cannot_be_says_so() -> None:
     with pytest.raises(ScheduleError, match="nobody knows them before"):
         Adaptive(0.2).full_calls(20)
     with pytest.raises(ScheduleError, match=r"unet\.generation\(calls=n\)"):
-        Generation(Adaptive(0.2, cooldown=1))
+        GenerationState(Adaptive(0.2, cooldown=1))
     assert parse("adaptive:0.25:least=2", warmup=3) == Adaptive(0.25, 2, warmup=3)
 
 
 def test_a_failed_call_and_other_shapes_are_full_whatever_is_foretold() -> None:
-    generation = Generation(Adaptive(0.5, warmup=1))
+    generation = GenerationState(Adaptive(0.5, warmup=1))
     generation.missed = lambda call, last: 0.0
     generation.end(generation.begin("A"))
     assert not generation.begin("A")  # and it fails
@@ -98,7 +98,7 @@ def test_a_failed_call_and_other_shapes_are_full_whatever_is_foretold() -> None:
 def test_the_probe_says_what_its_formula_says() -> None:
     buffers = {"sample": torch.zeros(2, 4, 4, 4), "a": torch.zeros(2, 3, 8, 8), "b": torch.zeros(2, 2, 2, 2)}
     bound: Any = SimpleNamespace(buffers=buffers)
-    probe = Probe(("a", "b"))
+    probe = FeatureDriftEstimator(("a", "b"))
     made = torch.Generator().manual_seed(0)
     drawn = []
     for call in range(5):

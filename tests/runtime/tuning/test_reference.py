@@ -18,7 +18,7 @@ from offcut import Tuned
 from offcut.benchmarks.shapes.model import PROMPTS, model_path
 from offcut.cli import app
 from offcut.errors import ScheduleError, UserError
-from offcut.runtime.draw import draw
+from offcut.runtime.text_to_image import generate_from_prompt
 from offcut.runtime.tuning.artifact import save
 from offcut.runtime.tuning.choice import choose, key_of
 from offcut.runtime.tuning.record import Recorder
@@ -89,7 +89,7 @@ def test_low_precision_is_tuned_towards_fp32(shapes: Path, pipes: dict[str, Any]
     again = Tuned.load(offcut.Bundle.open(shapes), "joint")
     assert again.document == found.document
     again.apply(pipe.unet)
-    drawn = draw(pipe, PROMPTS[0], steps=STEPS, guidance=3.0, seed=1, size=None, output="np").images[0]
+    drawn = generate_from_prompt(pipe, PROMPTS[0], steps=STEPS, guidance=3.0, seed=1, size=None, output="np").images[0]
     assert np.isfinite(drawn).all()
     here = offcut.Bundle.open(shapes)
     assert choose(here, key_of(here, pipe.scheduler, STEPS, (3.0, 3.0), LOW)).name == "joint"

@@ -22,8 +22,8 @@ from offcut.benchmarks.shapes.model import PROMPTS, model_path
 from offcut.cli import app
 from offcut.errors import BundleError, ScheduleError, UserError
 from offcut.runtime.batching import Worker
-from offcut.runtime.draw import arguments_of, draw
 from offcut.runtime.generation.schedule import SKIP
+from offcut.runtime.text_to_image import generate_from_prompt, prompt_arguments
 from offcut.runtime.tuning import lockstep
 from offcut.runtime.tuning.artifact import save
 from offcut.runtime.tuning.choice import choose, key_of, refusal
@@ -75,7 +75,7 @@ def image(pipe: Any, by: Tuned | None, **changed: Any) -> np.ndarray:
     asked: dict[str, Any] = {"steps": STEPS, "guidance": GUIDANCE, "seed": 77, "size": None, "output": "np"}
     if by is not None:
         by.apply(pipe.unet)
-    made: np.ndarray = draw(pipe, PROMPTS[0], **asked | changed).images[0]
+    made: np.ndarray = generate_from_prompt(pipe, PROMPTS[0], **asked | changed).images[0]
     return made
 
 
@@ -168,7 +168,7 @@ def test_corrected_answers_bring_new_images_nearer(pipe: Any, shapes: Path, copi
     again = Tuned.load(offcut.Bundle.open(bundle.path), "corrected")
     alone = image(pipe, again, steps=steps)
     pipe.unet.set_schedule(None)
-    asked = arguments_of(pipe, PROMPTS[0], steps=steps, guidance=GUIDANCE, seed=77, size=None, output="np")
+    asked = prompt_arguments(pipe, PROMPTS[0], steps=steps, guidance=GUIDANCE, seed=77, size=None, output="np")
     with Worker(pipe, max_in_flight=2) as worker:
         tickets = [
             worker.submit(asked | {"generator": torch.Generator().manual_seed(77)}, **by)

@@ -15,7 +15,7 @@ import offcut
 from offcut import Tuned
 from offcut.benchmarks.shapes.model import PROMPTS
 from offcut.errors import CutError, UserError
-from offcut.runtime.draw import draw
+from offcut.runtime.text_to_image import generate_from_prompt
 from offcut.runtime.tuning.artifact import save
 from offcut.runtime.tuning.document import Document
 from offcut.runtime.tuning.tune import tune
@@ -70,7 +70,9 @@ def test_each_cut_has_a_given_ratio_of_its_own(pipe: Any, shapes: Path) -> None:
 
 def image(pipe: Any, by: Tuned) -> np.ndarray:
     by.apply(pipe.unet)
-    made: np.ndarray = draw(pipe, PROMPTS[0], steps=STEPS, guidance=3.0, seed=7, size=None, output="np").images[0]
+    made: np.ndarray = generate_from_prompt(
+        pipe, PROMPTS[0], steps=STEPS, guidance=3.0, seed=7, size=None, output="np"
+    ).images[0]
     return made
 
 

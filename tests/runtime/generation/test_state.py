@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offcut.errors import ScheduleError
-from offcut.runtime.generation.generation import Generation
 from offcut.runtime.generation.schedule import Quad, Steps, Uniform
+from offcut.runtime.generation.state import GenerationState
 
 schedules = st.one_of(
     st.builds(lambda n, w, m: Uniform(n, warmup=w, max_shallow=m), st.integers(1, 8), st.integers(0, 3), st.none()),
@@ -29,7 +29,7 @@ events = st.lists(st.tuples(st.sampled_from(["call", "fails", "invalidate"]), st
 def test_features_are_read_only_after_a_completed_call_with_the_same_shapes(
     schedule: Uniform | Steps | Quad, calls: int, events: list[tuple[str, str]]
 ) -> None:
-    generation = Generation(schedule, calls=calls)
+    generation = GenerationState(schedule, calls=calls)
     held: str | None = None  # whose features are in the buffers, by the rules of a cautious reader
     done = 0
     for event, shapes in events:
@@ -48,7 +48,7 @@ def test_features_are_read_only_after_a_completed_call_with_the_same_shapes(
     assert len(generation.run().full) == done
 
 
-def drive(generation: Generation, calls: int) -> tuple[bool, ...]:
+def drive(generation: GenerationState, calls: int) -> tuple[bool, ...]:
     for _ in range(calls):
         generation.end(generation.begin("A"))
     return generation.run().full
@@ -56,13 +56,13 @@ def drive(generation: Generation, calls: int) -> tuple[bool, ...]:
 
 @given(schedules, st.integers(1, 40), st.integers(0, 5))
 def test_an_undisturbed_generation_is_its_schedule(schedule: Uniform | Steps | Quad, calls: int, beyond: int) -> None:
-    full = drive(Generation(schedule, calls=lambda: calls), calls + beyond)
+    full = drive(GenerationState(schedule, calls=lambda: calls), calls + beyond)
     assert full == (*(call in schedule.full_calls(calls) for call in range(calls)), *[True] * beyond)
 
 
 def test_the_number_of_calls_is_asked_at_the_first_call_and_once() -> None:
     asked = []
-    generation = Generation(Quad(5), calls=lambda: asked.append(1) or 50)
+    generation = GenerationState(Quad(5), calls=lambda: asked.append(1) or 50)
     assert asked == []
     assert generation.run().calls is None
     drive(generation, 50)
@@ -74,11 +74,11 @@ def test_the_number_of_calls_is_asked_at_the_first_call_and_once() -> None:
 
 def test_schedules_that_need_a_number_say_how_to_give_one() -> None:
     with pytest.raises(ScheduleError, match=r"unet\.generation\(calls=n\)"):
-        Generation(Quad(5))
+        GenerationState(Quad(5))
     with pytest.raises(ScheduleError, match="0 UNet calls were announced"):
-        Generation(Uniform(5), calls=0).begin("A")
+        GenerationState(Uniform(5), calls=0).begin("A")
     with pytest.raises(ScheduleError, match="smaller center"):
-        Generation(Quad(5), calls=10).begin("A")
+        GenerationState(Quad(5), calls=10).begin("A")
 
 
 def _settings(scheduler: type[SchedulerMixin]) -> list[dict[str, Any]]:
@@ -114,10 +114,10 @@ def _timesteps(scheduler: type[SchedulerMixin], steps: int, **options: Any) -> l
 
 def unannounced(timesteps: list[float], schedule: Uniform) -> list[list[bool]]:
     """The generations that a bare UNet takes these timesteps for, each with what its calls were."""
-    generations: list[Generation] = []
+    generations: list[GenerationState] = []
     for timestep in timesteps:
         if not generations or not generations[-1].continues("A", timestep):
-            generations.append(Generation(schedule))
+            generations.append(GenerationState(schedule))
         generations[-1].end(generations[-1].begin("A", timestep))
     return [list(generation.run().full) for generation in generations]
 
@@ -148,12 +148,12 @@ def test_bare_generations_follow_every_schedulers_timesteps(scheduler: type[Sche
 def test_rising_timesteps_are_full_when_bare_and_follow_the_schedule_when_announced() -> None:
     timesteps = _timesteps(DDIMInverseScheduler, 10)
     assert unannounced(timesteps, Uniform(3)) == [[True]] * 10
-    generation = Generation(Uniform(3), calls=10)
+    generation = GenerationState(Uniform(3), calls=10)
     assert drive(generation, 10) == tuple(call in (0, 3, 6, 9) for call in range(10))
 
 
 def test_a_bare_generation_ends_with_other_shapes_or_a_failed_call() -> None:
-    generation = Generation(Uniform(3))
+    generation = GenerationState(Uniform(3))
     generation.end(generation.begin("A", 999.0))
     assert generation.continues("A", 900.0)
     assert generation.continues("A", 999.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import offcut
-from offcut.runtime.ranges import FULL, SCHEDULER, SHALLOW
+from offcut.runtime.profiler_ranges import FULL, SCHEDULER, SHALLOW
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ class Run:
         return "".join("#" if full else "_" if cut == SKIP else "." for full, cut in calls)
 
 
-class Generation:
+class GenerationState:
     """Counts the calls of one generation and says of each whether it runs the full graph.
 
     A shallow call is allowed only where a full call of the same generation and shapes has completed, so that cached

@@ -21,12 +21,12 @@ from ..exporter.specs import Shape, TensorSpec, solve
 from ..exporter.trace.export import SAMPLE
 from .bound import Shapes
 from .generation.advice import against_caching
-from .generation.correction import Answers
+from .generation.correction import CorrectionState
 from .generation.forecast import Forecast
-from .generation.generation import Calls, Generation, Guided, Run
 from .generation.schedule import SKIP, Schedule
-from .inputs import engine_inputs, in_place, refuse_ignored, timestep_shape, timestep_value
-from .ip_adapter import ImagePrompts
+from .generation.state import Calls, GenerationState, Guided, Run
+from .inputs import conditioning_by_name, engine_inputs, refuse_unsupported, timestep_shape, timestep_value
+from .ip_adapter import BuiltInIPAdapters
 from .model import EngineModel, output_class
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 IN_USE = "two threads use this UNet at once: open one for each with offcut.UNet.load"
 
 
-class StandIn(EngineModel):
+class BaseUNet(EngineModel):
     """Stands in for a diffusers UNet of ``exporter.families.FAMILIES`` in any pipeline.
 
     A subclass runs the engines: ``UNet`` its own, ``batching``'s requests those that they share. One thread at a time.
@@ -61,13 +61,13 @@ class StandIn(EngineModel):
         super().__init__(config, device, inputs[SAMPLE].torch_dtype(), attention)
         self.advise = True
         """Whether to say, once, that caching is unlikely to pay in the generation that was announced."""
-        self.image_prompts: ImagePrompts | None = None
+        self.ip_adapters: BuiltInIPAdapters | None = None
         """The IP-Adapters that are built into the engines."""
         self.encoder_hid_proj = None
         if self.config.get(CONFIG_KEY):
-            self.image_prompts = ImagePrompts(self.config, self._device, self._dtype)
-            self.encoder_hid_proj = self.image_prompts.projections
-            self.__dict__.update(self.image_prompts.blocks(self.config))
+            self.ip_adapters = BuiltInIPAdapters(self.config, self._device, self._dtype)
+            self.encoder_hid_proj = self.ip_adapters.projections
+            self.__dict__.update(self.ip_adapters.blocks(self.config))
         if not {"time_ids", "added_time_ids"}.isdisjoint(inputs):
             # The pipelines of SDXL and Stable Video Diffusion check the size of their conditioning against this.
             width = self.config["projection_class_embeddings_input_dim"]
@@ -81,12 +81,14 @@ class StandIn(EngineModel):
         self._used: tuple[str, ...] = ()  # the cuts of the schedule's shallow calls
         self._forecast: Forecast | None = None
         self._reuse_guidance = False
-        self._announced: Generation | None = None
+        self._announced: GenerationState | None = None
         self._announced_by: int | None = None
-        self._unannounced: Generation | None = None
-        self._latest: Generation | None = None
-        self._answers: tuple[Generation, Answers] | None = None
-        self._held: tuple[Generation, torch.Tensor] | None = None  # the last answer, where calls may skip the engines
+        self._unannounced: GenerationState | None = None
+        self._latest: GenerationState | None = None
+        self._answers: tuple[GenerationState, CorrectionState] | None = None
+        self._held: tuple[GenerationState, torch.Tensor] | None = (
+            None  # the last answer, where calls may skip the engines
+        )
         self._busy = threading.Lock()
         self._in_use = IN_USE
 
@@ -196,7 +198,9 @@ class StandIn(EngineModel):
     # Generations
 
     @contextmanager
-    def generation(self, calls: Calls = None, scheduler: object = None, guided: Guided = False) -> Iterator[Generation]:
+    def generation(
+        self, calls: Calls = None, scheduler: object = None, guided: Guided = False
+    ) -> Iterator[GenerationState]:
         """Announce that the UNet calls in this block, all from this thread, make one generation.
 
         Args:
@@ -210,7 +214,7 @@ class StandIn(EngineModel):
             ScheduleError: the schedule needs the number of calls.
             UserError: another generation is under way.
         """
-        begun = Generation(self._schedule, self._cut, self._advised(calls, scheduler), guided)
+        begun = GenerationState(self._schedule, self._cut, self._advised(calls, scheduler), guided)
         with self._exclusively():
             if self._announced is not None:
                 raise UserError(
@@ -310,7 +314,7 @@ class StandIn(EngineModel):
             UserError: an input that they do not have, or that only an eager UNet can use.
         """
         self.check_attention(sample.shape[0])
-        refuse_ignored(
+        refuse_unsupported(
             sample,
             cross_attention_kwargs,
             attention_mask=attention_mask,
@@ -325,12 +329,12 @@ class StandIn(EngineModel):
             "sample": sample,
             "timestep_cond": timestep_cond,
             "added_time_ids": added_time_ids,
-            **in_place(self._family.positions, encoder_hidden_states, class_labels),
+            **conditioning_by_name(self._family.positions, encoder_hidden_states, class_labels),
             **(added_cond_kwargs or {}),
             **flatten(residuals),
         }
-        if self.image_prompts is not None:
-            given |= self.image_prompts.inputs(added_cond_kwargs or {}) | {IMAGE_EMBEDS: None}
+        if self.ip_adapters is not None:
+            given |= self.ip_adapters.inputs(added_cond_kwargs or {}) | {IMAGE_EMBEDS: None}
         tensors = engine_inputs(given, self._specs, self._device)
         with self._exclusively(), torch.no_grad():
             noise_pred = self._call(tensors, timestep)
@@ -349,7 +353,7 @@ class StandIn(EngineModel):
             shapes |= {name: self._specs[name].resolve(dims) for name in silent}
         return shapes, silent
 
-    def _begin(self, shapes: Shapes, timestep: torch.Tensor | float) -> tuple[Generation, bool]:
+    def _begin(self, shapes: Shapes, timestep: torch.Tensor | float) -> tuple[GenerationState, bool]:
         """The generation that this call belongs to, and whether the call is full."""
         thread = threading.get_ident()
         if self._announced is not None:
@@ -360,11 +364,11 @@ class StandIn(EngineModel):
         place = (thread, shapes)  # another thread's features are another image's
         value = timestep_value(timestep)
         if self._unannounced is None or not self._unannounced.continues(place, value):
-            self._unannounced = Generation(self._schedule, self._cut)
+            self._unannounced = GenerationState(self._schedule, self._cut)
         self._latest = self._unannounced
         return self._unannounced, self._unannounced.begin(place, value)
 
-    def _skipped(self, generation: Generation) -> torch.Tensor:
+    def _skipped(self, generation: GenerationState) -> torch.Tensor:
         """The answer of a call that runs no engine, in memory of its own: the one before, as the engines gave it."""
         if self._held is None or self._held[0] is not generation:
             raise InternalError("a call was to repeat an answer of its generation, and there is none")
@@ -393,7 +397,7 @@ class StandIn(EngineModel):
     @property
     def attn_processors(self) -> Mapping[str, Any]:
         """Those of IP-Adapters, which hold their scales; no other could be replaced."""
-        return super().attn_processors if self.image_prompts is None else self.image_prompts.processors
+        return super().attn_processors if self.ip_adapters is None else self.ip_adapters.processors
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Nothing but the names of the layers with IP-Adapters, where diffusers looks blocks up that get a scale."""

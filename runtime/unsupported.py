@@ -34,7 +34,7 @@ _chunking = _refusal("forward chunking runs a UNet's feed-forward layers piece b
 _training = _refusal("training changes a UNet's weights", "train the eager UNet and build a bundle from it")
 
 
-class EagerOnly:
+class UnsupportedMethods:
     """Methods of diffusers' UNets that reach into their layers; each raises a ``UserError`` with what to do instead."""
 
     enable_freeu = _freeu

@@ -27,7 +27,7 @@ PLACES = 1 << 16
 """Of a feature about so many values are compared, evenly spaced: 0.3 MB to keep, whatever its size."""
 
 
-class Probe:
+class FeatureDriftEstimator:
     """The movements in one generation. All figures stay on the device, and are read a call later: see ``missed``.
 
     Args:
@@ -40,7 +40,7 @@ class Probe:
         self._feature: torch.Tensor | None = None
         self._latent: torch.Tensor | None = None
         self._pace: torch.Tensor | None = None
-        self._told: _Late | None = None
+        self._told: _AsyncScalar | None = None
 
     def full(self, bound: BoundPair) -> None:
         """A full call was enqueued."""
@@ -56,7 +56,7 @@ class Probe:
         """A shallow call is about to be enqueued."""
         if self._pace is None or self._latent is None:
             return
-        self._told = _Late(self._pace * _moved(bound.buffers[SAMPLE].float(), self._latent), call)
+        self._told = _AsyncScalar(self._pace * _moved(bound.buffers[SAMPLE].float(), self._latent), call)
 
     def missed(self, call: int, last: int) -> float | None:
         """The error of reuse at a call, relative to the feature; None if nobody can say yet.
@@ -73,7 +73,7 @@ class Probe:
         return self._told.read() * (call - last) / (call - 1 - last)
 
 
-class _Late:
+class _AsyncScalar:
     """A number on its way to the host.
 
     Args:

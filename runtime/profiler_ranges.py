@@ -13,7 +13,7 @@ import torch
 FULL, SHALLOW, SCHEDULER = "offcut full", "offcut shallow", "offcut scheduler"
 
 
-class Ranges:
+class ProfilerRanges:
     """The ranges of one UNet.
 
     Args:

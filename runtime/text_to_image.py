@@ -1,0 +1,60 @@
+"""Calls of a text-to-image pipeline, for calibration, tuning and benchmarks; and its scheduler by class name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from ..errors import UserError
+
+
+def is_text_to_image(call: Any) -> bool:
+    """Return whether a pipeline's ``__call__`` takes a prompt and no image."""
+    parameters = inspect.signature(call).parameters
+    return "prompt" in parameters and "image" not in parameters
+
+
+def generate_from_prompt(
+    pipe: Any, prompt: str, *, steps: int, guidance: float, seed: int, size: int | None, output: str
+) -> Any:
+    """Call the pipeline with ``prompt_arguments``, and return its output."""
+    return pipe(**prompt_arguments(pipe, prompt, steps=steps, guidance=guidance, seed=seed, size=size, output=output))
+
+
+def prompt_arguments(
+    pipe: Any, prompt: str, *, steps: int, guidance: float, seed: int, size: int | None, output: str
+) -> dict[str, Any]:
+    """Return the keyword arguments of the pipeline's call; those that the pipeline does not take are left out.
+
+    Args:
+        steps: number of scheduler steps.
+        guidance: guidance scale.
+        seed: seed of the initial noise.
+        size: the image's height and width in pixels; None is the model's own.
+        output: the pipeline's ``output_type``: ``latent``, ``np``...
+    """
+    import torch
+
+    parameters = inspect.signature(pipe.__call__).parameters
+    optional = {"height": size, "width": size, "guidance_scale": guidance, "output_type": output}
+    return {
+        "prompt": prompt,
+        "num_inference_steps": steps,
+        "generator": torch.Generator("cpu").manual_seed(seed),
+        **{name: value for name, value in optional.items() if name in parameters and value is not None},
+    }
+
+
+def scheduler_named(scheduler: Any, name: str) -> Any:
+    """Return a scheduler of another class, by its name in diffusers, with the same noise schedule.
+
+    Raises:
+        UserError: diffusers has no scheduler of this name.
+    """
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    if not hasattr(kind, "from_config"):
+        raise UserError(f"diffusers has no scheduler {name}: give one by its class, e.g. DDIMScheduler")
+    assert kind is not None
+    return kind.from_config(scheduler.config)
