@@ -98,7 +98,6 @@ def serve(
     max_queue: Annotated[int, typer.Option(help="Requests that wait beside them.", min=0, **_LOAD)] = 64,
     max_batch: Annotated[int, typer.Option(help="Most rows of an engine call.", min=1, **_LOAD)] = 16,
     cache_mib: Annotated[int, typer.Option(help="Memory for cached features, in MiB.", min=1, **_LOAD)] = 1024,
-    policy: Annotated[str, typer.Option(help="deadline, largest or aligned.", **_LOAD)] = "deadline",
     drain: Annotated[
         float, typer.Option(help="Seconds that requests have to finish after SIGTERM.", min=0.1, **_LOAD)
     ] = 300.0,
@@ -171,7 +170,6 @@ def serve(
         if len(bundles) > 1 or update or kuberay:
             raise UserError("several bundles, updates and manifests are Ray's: add --ray")
         opened = Bundle.open(bundles[0])  # before what takes seconds to import
-    from ..runtime.batching.policy import policy_of
     from ..runtime.server.settings import RequestLimits, ServeSettings, WorkerConfig, allowed_hosts
 
     settings = ServeSettings(
@@ -194,7 +192,6 @@ def serve(
         schedule=schedule,
         forecast=forecast,
     )
-    policy_of(policy)
     first = WorkerConfig(
         bundle=str(bundles[0].resolve()),
         engine=engine,
@@ -207,7 +204,6 @@ def serve(
         max_queue=max_queue,
         max_batch=max_batch,
         cache_bytes=cache_mib * 2**20,
-        policy=policy,
     )
     configs = _named([replace(first, bundle=str(bundle.resolve())) for bundle in bundles], name or [])
     if opened is None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ...errors import UserError
-from ...runtime.batching.policy import POLICIES
 from .arrivals import arrivals
 from .costs import Costs
 from .simulate import Kind, Outcome, Setting, simulate
@@ -65,14 +64,13 @@ def curve(costs: Costs, load: Load, setting: Setting) -> list[Point]:
 
 
 def ways(costs: Costs, load: Load, setting: Setting, rate: float) -> dict[str, Outcome]:
-    """The same load under each policy, with fewer requests in flight, and in whole requests as other servers batch."""
+    """Return the outcomes of a load: as set, with fewer requests in flight, and in batches of whole requests."""
     most = setting.max_in_flight
-    settings = {f"{name}, {most}": replace(setting, policy=POLICIES[name](setting.policy.bound)) for name in POLICIES}
-    chosen = next(name for name, kind in POLICIES.items() if type(setting.policy) is kind)
+    settings = {f"deadline, {most}": setting}
     for fewer in (1, 2, 4, 8, 16):
         if fewer < most:
             queue = setting.max_queue + most - fewer
-            settings[f"{chosen}, {fewer}"] = replace(setting, max_in_flight=fewer, max_queue=queue)
+            settings[f"deadline, {fewer}"] = replace(setting, max_in_flight=fewer, max_queue=queue)
     settings[f"whole requests, {most}"] = replace(setting, whole_requests=True)
     return {name: load.on(costs, each, rate) for name, each in settings.items()}
 

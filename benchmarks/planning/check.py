@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...runtime.batching import Deadline, Policy, Worker
+from ...runtime.batching import Policy, Worker
 from .arrivals import arrivals
 from .costs import Costs
 from .measure import measure
@@ -87,7 +87,7 @@ def compare(
     """
     full = set(schedule.full_calls(calls))
     kind = Kind(tuple(call in full for call in range(calls)))
-    setting = Setting(policy or Deadline(), max_in_flight=max_in_flight, max_queue=requests, max_batch=10**6)
+    setting = Setting(policy or Policy(), max_in_flight=max_in_flight, max_queue=requests, max_batch=10**6)
     together = [count for count in (1, 2, 4, 8, 16) if count <= max_in_flight]
 
     def measured() -> Costs:

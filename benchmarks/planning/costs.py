@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -9,10 +12,40 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from ...errors import UserError
-from ...runtime.batching.times import StepTimes
 from ..record import write_whole
 
 Seconds = dict[PositiveInt, float]
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Durations of engine calls by the number of rows: measured, and interpolated in between.
+
+    Attributes:
+        tables: seconds by number of rows, at least one; of full calls under None, of shallow calls under their cut.
+    """
+
+    tables: Mapping[str | None, Mapping[int, float]]
+
+    def seconds(self, cut: str | None, rows: int) -> float:
+        """Return the duration of one call: linear between measured numbers of rows, and extended beyond the last two.
+
+        Args:
+            cut: cut of a shallow call; None for a full call.
+            rows: number of rows of the call.
+        """
+        table = self.tables[cut]
+        sizes = sorted(table)
+        if rows in table:
+            return table[rows]
+        if len(sizes) == 1:
+            return table[sizes[0]] * rows / sizes[0]
+        place = min(max(bisect_left(sizes, rows), 1), len(sizes) - 1)
+        low, high = sizes[place - 1], sizes[place]
+        slope = (table[high] - table[low]) / (high - low)
+        estimate = table[low] + slope * (rows - low)
+        # Noise can give a short table a negative slope; a call with more rows always takes some time.
+        return estimate if estimate > 0 else table[high if rows > high else low]
 
 
 class Costs(BaseModel):
@@ -42,7 +75,7 @@ class Costs(BaseModel):
 
     @cached_property
     def times(self) -> StepTimes:
-        """Of engine calls, as policies see them."""
+        """Durations of engine calls."""
         return StepTimes({None: self.full, self.cut: self.shallow})
 
     @cached_property

@@ -1,4 +1,4 @@
-"""A discrete-event simulator of workers: the same policies and the same turns, with times instead of engines.
+"""A discrete-event simulator of workers: the same policy and the same turns, with times instead of engines.
 
 A device does one thing at a time, as ``runtime.batching.batcher`` has it: the code of requests in the order in which
 they ask, and an engine call when every request in flight stands at the UNet. So its events are the ends of these.
@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ...runtime.batching.policy import Policy, View, Waiting
+from ...runtime.batching.policy import Policy, WaitingCall
 from .costs import Costs
 
 HORIZON = 60.0
@@ -29,10 +29,6 @@ class Kind:
     """
 
     full: tuple[bool, ...]
-
-    def until_full(self, call: int) -> int | None:
-        """Shallow calls from this one on before the next full one; None if none follows."""
-        return next((later - call for later in range(call, len(self.full)) if self.full[later]), None)
 
 
 @dataclass(frozen=True)
@@ -169,18 +165,17 @@ class _Device:
     def _tick(self) -> tuple[float, Callable[[float], None]]:
         costs = self._costs
         waiting = tuple(
-            Waiting(
+            WaitingCall(
                 job.key,
                 0,
                 None if job.kind.full[job.call] else costs.cut,
                 costs.rows,
                 job.came + HORIZON,
                 job.passed,
-                job.kind.until_full(job.call),
             )
             for job in self._at_unet.values()
         )
-        pick = self._setting.policy.choose(View(waiting, {0: self._setting.max_batch}, {0: costs.times}))
+        pick = self._setting.policy.choose(waiting, {0: self._setting.max_batch})
         jobs = [self._at_unet.pop(key) for key in pick.members]
         for job in self._at_unet.values():
             job.passed += 1

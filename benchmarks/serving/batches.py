@@ -99,10 +99,10 @@ class Batches:
 
 
 def _setting(serving: Serving) -> Setting:
-    from ...runtime.batching.policy import Deadline
+    from ...runtime.batching.policy import Policy
     from ..planning.simulate import Setting
 
-    return Setting(Deadline(), max_in_flight=serving.in_flight, max_queue=10**6, max_batch=serving.rows)
+    return Setting(Policy(), max_in_flight=serving.in_flight, max_queue=10**6, max_batch=serving.rows)
 
 
 def _load(serving: Serving, requests: int) -> Load:

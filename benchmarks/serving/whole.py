@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import QueueFullError, RequestCancelledError, WorkerClosedError
 from ...runtime.batching import Statistics, Ticket, Total, Worker
-from ...runtime.batching.request import OnStep, Request, Step
+from ...runtime.batching.request import OnStep, Step, WorkerRequest
 from ...runtime.batching.worker import HORIZON, outcome_of
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class WholeRequests:
         self._inner, self._most, self._max_queue = inner, most, max_queue
         self._changed = threading.Condition()
         self._keys = itertools.count()
-        self._queue: list[Request] = []
-        self._running: list[Request] = []
+        self._queue: list[WorkerRequest] = []
+        self._running: list[WorkerRequest] = []
         self._closing = False
         self._queue_waits = Total()
         self._ended: dict[str, Total] = {}
@@ -65,7 +65,7 @@ class WholeRequests:
             WorkerClosedError: it is draining or closed.
         """
         now = time.monotonic()
-        request = Request(
+        request = WorkerRequest(
             key=next(self._keys),
             arguments=arguments,
             schedule=schedule,
@@ -125,7 +125,7 @@ class WholeRequests:
         self._thread.join()
         self._inner.close()
 
-    def _cancel(self, request: Request) -> None:
+    def _cancel(self, request: WorkerRequest) -> None:
         with self._changed:
             waits = request in self._queue
             if waits:
@@ -149,7 +149,7 @@ class WholeRequests:
             for place, request in enumerate(batch):
                 self._end(request, SimpleNamespace(images=images[place * each : (place + 1) * each]), error)
 
-    def _next(self) -> list[Request]:
+    def _next(self) -> list[WorkerRequest]:
         """Those that make the next batch; empty at the end."""
         with self._changed:
             while not self._queue and not self._closing:
@@ -165,7 +165,7 @@ class WholeRequests:
             self._running = batch
             return batch
 
-    def _draw(self, batch: list[Request]) -> list[Any]:
+    def _draw(self, batch: list[WorkerRequest]) -> list[Any]:
         def step(made: Step) -> None:
             for request in batch:
                 if request.on_step is not None:
@@ -184,7 +184,7 @@ class WholeRequests:
         )
         return list(ticket.future.result().images)
 
-    def _end(self, request: Request, output: Any, error: BaseException | None) -> None:
+    def _end(self, request: WorkerRequest, output: Any, error: BaseException | None) -> None:
         with self._changed:
             outcome = outcome_of(error)
             self._ended[outcome] = self._ended.get(outcome, Total()).plus(time.monotonic() - request.submitted)
@@ -194,7 +194,7 @@ class WholeRequests:
             request.future.set_exception(error)
 
 
-def _together(one: Request, other: Request) -> bool:
+def _together(one: WorkerRequest, other: WorkerRequest) -> bool:
     """Whether one pipeline call can draw both."""
     shared = [{name: value for name, value in each.arguments.items() if name not in _OF_EACH} for each in (one, other)]
     named = [set(each.arguments) & set(_OF_EACH) for each in (one, other)]

@@ -52,7 +52,6 @@ def plan(
     max_in_flight: Annotated[int, typer.Option(help="Requests that are worked on at once.", min=1, **_WORKER)] = 8,
     max_queue: Annotated[int, typer.Option(help="Requests that wait beside them.", min=0, **_WORKER)] = 64,
     max_batch: Annotated[int, typer.Option(help="Most rows of an engine call.", min=1, **_WORKER)] = 16,
-    policy: Annotated[str, typer.Option(help="deadline, largest or aligned.", **_WORKER)] = "deadline",
     times: Annotated[
         Path | None, typer.Option(help="What --export-times wrote, here or elsewhere; nothing is measured.", **_TIMES)
     ] = None,
@@ -62,7 +61,7 @@ def plan(
     threads: Threads = None,
     compare: Annotated[
         bool,
-        typer.Option("--compare", help="Also other policies, fewer requests in flight, and batches of whole requests."),
+        typer.Option("--compare", help="Also fewer requests in flight, and batches of whole requests."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -71,7 +70,7 @@ def plan(
     from ...benchmarks.planning.arrivals import trace as read_trace
     from ...benchmarks.planning.costs import read
     from ...errors import UserError
-    from ...runtime.batching.policy import policy_of
+    from ...runtime.batching.policy import Policy
     from ...runtime.generation.schedule import Uniform, parse
 
     if (bundle is None) == (times is None):
@@ -80,7 +79,7 @@ def plan(
         raise UserError("--export-times writes what is measured, and --times measures nothing: give one of them")
     chosen = parse(schedule) if schedule is not None else Uniform(interval)
     mix = steps or [20]
-    setting = simulate.Setting(policy_of(policy), max_in_flight=max_in_flight, max_queue=max_queue, max_batch=max_batch)
+    setting = simulate.Setting(Policy(), max_in_flight=max_in_flight, max_queue=max_queue, max_batch=max_batch)
     kinds = [simulate.Kind(tuple(chosen.is_full(call, calls) for call in range(calls))) for calls in mix]
     load = answer.Load(kinds, arrivals, requests, seed)
     recorded = None if trace is None else read_trace(trace)
@@ -125,7 +124,6 @@ def plan(
                 "times": costs.model_dump(mode="json"),
                 "arrival_rate": None if recorded else arrival_rate,
                 "p99_wanted": p99,
-                "policy": policy,
                 "devices": needed[0] if enough else None,
                 "capacity": most,
                 "at": _figures(needed[1]),

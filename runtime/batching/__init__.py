@@ -1,23 +1,19 @@
-"""Many requests at once on one pair of engines: they share calls although they are at different steps.
+"""Serving of many requests on one pair of engines, which share engine calls although they are at different steps.
 
-``Worker`` is all that a server needs; ``policy`` decides who shares a call; ``batcher`` makes the calls. The names
-below are imported on first use: a simulator needs policies without PyTorch.
+``Worker`` is the entry point; ``policy`` chooses the requests that share a call; ``batcher`` makes the calls. The names
+below are imported on first use: the simulator and the cluster need some of them without PyTorch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .policy import POLICIES, Aligned, Deadline, Largest, Policy
+    from .policy import Policy
     from .request import OnStep, Step, Ticket
     from .statistics import Statistics, Total
     from .worker import Worker
 
-_WHERE = {
-    "POLICIES": "policy",
-    "Aligned": "policy",
-    "Deadline": "policy",
-    "Largest": "policy",
+_MODULES = {
     "OnStep": "request",
     "Policy": "policy",
     "Statistics": "statistics",
@@ -27,22 +23,10 @@ _WHERE = {
     "Worker": "worker",
 }
 
-__all__ = [
-    "POLICIES",
-    "Aligned",
-    "Deadline",
-    "Largest",
-    "OnStep",
-    "Policy",
-    "Statistics",
-    "Step",
-    "Ticket",
-    "Total",
-    "Worker",
-]
+__all__ = ["OnStep", "Policy", "Statistics", "Step", "Ticket", "Total", "Worker"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -1,4 +1,4 @@
-"""Which requests can share an engine call, and the buffers that they share it in."""
+"""Lanes: groups of requests that can share an engine call, and the buffers for these calls."""
 
 from __future__ import annotations
 
@@ -15,52 +15,42 @@ from ...exporter.specs import Shape, TensorSpec, factors, solve
 from ...exporter.trace.export import SAMPLE
 from ..bound import BoundPairs
 from ..inputs import timestep_shape
-from .pool import FeatureSpec, Layout, before
-from .times import StepTimes
+from .pool import FeatureSpec, Layout, earlier_name
 
 _PADDING = 32
-"""Rows that are tried, one more at a time, to pad a call that the engines take in certain sizes only."""
+"""Number of rows by which a call is padded at most, where the engines take certain batch sizes only."""
 
 
 @dataclass(eq=False)
 class Lane:
-    """Requests whose inputs have the same shapes but for the number of rows.
+    """Requests whose inputs have the same shapes except for the number of rows.
 
     Attributes:
-        number: by which policies know it.
-        alone: a call serves one request: its rows depend on one another, or share an input such as a single timestep.
-        per_row: how many entries of each input's first dimension belong to a row; an input that all rows share is not
-            in it.
-        rest: the shape of each input behind the first dimension, or the whole shape of one that all rows share.
-        fixed: the only number of rows that the engines take; None if there are several.
-        limit: the most rows of a call, as far as is known; a request with more runs alone.
-        measured: seconds of calls of each kind (None is full) by their number of rows.
+        number: identifies the lane for policies.
+        exclusive: whether a call serves one request only: its rows depend on one another, or share an input such as a
+            single timestep.
+        per_row: for each input, the number of entries of its first dimension that belong to a row; inputs that all rows
+            share are missing.
+        rest: for each input, its shape behind the first dimension; the whole shape if all rows share the input.
+        fixed: the only batch size that the engines take; None if they take several.
+        limit: largest known batch size of a call; a request with more rows runs alone.
+        refused: batch sizes that the engines do not take, with the reason.
     """
 
     number: int
-    alone: bool
+    exclusive: bool
     per_row: Mapping[str, int]
     rest: Mapping[str, Shape]
     fixed: int | None
     limit: int
-    measured: dict[str | None, dict[int, float]] = field(default_factory=dict)
     refused: dict[int, ShapeError] = field(default_factory=dict)
 
-    @property
-    def times(self) -> StepTimes:
-        return StepTimes(self.measured)
-
     def shapes(self, rows: int) -> dict[str, Shape]:
-        """Of every input in a call with so many rows."""
+        """Return the shape of every input of a call with this number of rows."""
         return {
             name: (self.per_row[name] * rows, *rest) if name in self.per_row else rest
             for name, rest in self.rest.items()
         }
-
-    def took(self, cut: str | None, rows: int, seconds: float) -> None:
-        """Remember the time of a call. The first of its kind, which may have compiled something, counts little."""
-        table = self.measured.setdefault(cut, {})
-        table[rows] = min(seconds, table[rows]) if rows in table else seconds
 
 
 class Lanes:
@@ -68,37 +58,37 @@ class Lanes:
 
     Args:
         pair: the engines.
-        alone: whether every request needs calls of its own, since its rows depend on one another.
-        max_batch: the most rows of an engine call; what the engines take of them is found out by trying.
-        batch_sizes: the numbers of rows that calls are padded to; None for any.
-        keep: for how many sets of shapes buffers are kept.
+        exclusive: whether every request needs calls of its own, because its rows depend on one another.
+        max_batch: largest batch size of an engine call; the batch sizes that the engines take are found by trying.
+        batch_sizes: batch sizes to pad calls to; None for any.
+        max_bound: number of sets of shapes for which buffers are kept.
     """
 
     def __init__(
         self,
         pair: EnginePair,
         *,
-        alone: bool,
+        exclusive: bool,
         max_batch: int,
         batch_sizes: Sequence[int] | None,
-        keep: int,
+        max_bound: int,
     ) -> None:
         self._pair = pair
-        self._alone = alone
+        self._exclusive = exclusive
         self._max_batch = max_batch
         self._sizes = tuple(sorted(batch_sizes)) if batch_sizes else None
         self._lanes: dict[Hashable, Lane] = {}
         self._numbers = itertools.count()
-        self._bound = BoundPairs(keep)
+        self._bound = BoundPairs(max_bound)
         batch = pair.inputs[SAMPLE].shape[0]
         self._symbol = batch if isinstance(batch, str) else None
         self._fixed = batch if isinstance(batch, int) else None
 
-    def of(self, tensors: Mapping[str, torch.Tensor]) -> Lane:
-        """The lane of a request that passes these inputs, the timestep beside.
+    def lane_for(self, tensors: Mapping[str, torch.Tensor]) -> Lane:
+        """Return the lane of a request with these inputs, which leave out the timestep.
 
         Raises:
-            ShapeError: the engines take no such shapes.
+            ShapeError: the engines do not take these shapes.
         """
         rows = tensors[SAMPLE].shape[0]
         size = self._fixed or rows
@@ -107,13 +97,13 @@ class Lanes:
         per_row, rest = {}, {}
         for name, spec in specs.items():
             if name in tensors:
-                shape, in_shape = tuple(tensors[name].shape), rows
+                shape, batch = tuple(tensors[name].shape), rows
             elif name == "timestep":
-                shape, in_shape = timestep_shape(specs, size), size
-            else:  # residuals that nobody passed
-                shape, in_shape = spec.resolve(solve({SAMPLE: specs[SAMPLE]}, {SAMPLE: sample})), size
+                shape, batch = timestep_shape(specs, size), size
+            else:  # residuals that the pipeline did not pass
+                shape, batch = spec.resolve(solve({SAMPLE: specs[SAMPLE]}, {SAMPLE: sample})), size
             if self._has_rows(spec):
-                per_row[name], rest[name] = shape[0] // in_shape, shape[1:]
+                per_row[name], rest[name] = shape[0] // batch, shape[1:]
             else:
                 rest[name] = shape
         # Inputs that all rows of a call share must be the same for all its members.
@@ -121,18 +111,22 @@ class Lanes:
         key = (tuple(rest.items()), tuple(per_row.items()), tuple(tensors), shared)
         if key not in self._lanes:
             outputs = self._pair.outputs.values()
-            alone = self._alone or "timestep" not in per_row or not all(self._has_rows(spec) for spec in outputs)
-            lane = Lane(next(self._numbers), alone, per_row, rest, self._fixed, self._fixed or self._max_batch)
+            exclusive = (
+                self._exclusive or "timestep" not in per_row or not all(self._has_rows(spec) for spec in outputs)
+            )
+            limit = self._fixed or self._max_batch
+            lane = Lane(next(self._numbers), exclusive, per_row, rest, self._fixed, limit)
             solve(specs, lane.shapes(size))
             self._lanes[key] = lane
         return self._lanes[key]
 
     def layout(self, lane: Lane, features: Sequence[str], rows: int, *, twice: bool = False) -> Layout:
-        """What a request of so many rows keeps for its shallow steps.
+        """Return the features that a request keeps for its shallow calls.
 
         Args:
-            features: the names of those that they read.
-            twice: of the last two full steps, for a forecast.
+            features: names of the features that the shallow calls read.
+            rows: number of rows of the request.
+            twice: keep the features of the last two full calls, for a forecast.
         """
         size = self._fixed or rows
         dims = solve(self._pair.inputs, lane.shapes(size))
@@ -141,15 +135,15 @@ class Lanes:
             spec = self._pair.outputs[name]
             first, *others = spec.resolve(dims)
             layout[name] = FeatureSpec((first // size * rows, *others), spec.torch_dtype())
-        return layout | {before(name): spec for name, spec in layout.items()} if twice else layout
+        return layout | {earlier_name(name): spec for name, spec in layout.items()} if twice else layout
 
     def bind(self, lane: Lane, rows: int) -> tuple[BoundPair, int]:
-        """Buffers for a call of at least so many rows, and how many rows they have.
+        """Return engines bound to buffers for at least this number of rows, and the number of rows of the buffers.
 
         Raises:
-            ShapeError: the engines take no such number, nor a larger one that could be padded to.
+            ShapeError: the engines take neither this batch size nor a larger one to pad to.
         """
-        for size in self._candidates(lane, rows):
+        for size in self._sizes_to_try(lane, rows):
             if size in lane.refused:
                 continue
             try:
@@ -159,10 +153,10 @@ class Lanes:
         raise lane.refused.get(rows) or next(iter(lane.refused.values()))
 
     def close(self) -> None:
-        """Give back all buffers."""
+        """Free all buffers."""
         self._bound.close()
 
-    def _candidates(self, lane: Lane, rows: int) -> Iterator[int]:
+    def _sizes_to_try(self, lane: Lane, rows: int) -> Iterator[int]:
         if lane.fixed is not None:
             if rows > lane.fixed:
                 lane.refused[rows] = ShapeError(f"these engines take {lane.fixed} rows a call, and this one has {rows}")
@@ -174,7 +168,7 @@ class Lanes:
         yield from range(rows, min(self._max_batch, rows + _PADDING) + 1)
 
     def _has_rows(self, spec: TensorSpec) -> bool:
-        """Whether each row of a batch has a part of this tensor of its own."""
+        """Return whether each row of a batch has its own part of this tensor."""
         if not spec.shape or spec.name == SCALE:
             return False
         first = spec.shape[0]

@@ -1,4 +1,4 @@
-"""Text encoders and autoencoder, which requests share as they share the engines: calls that wait together are one."""
+"""Calls of text encoders and the autoencoder, shared like those of the engines: calls that wait together become one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from ..override import override_method
-from .request import Request
+from .request import WorkerRequest
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 POSITIONS = 2 * 64 * 64
-"""Of latents, or tokens, in one call: two images of 512x512, whose decoding needs the memory of no more at once."""
+"""Limit of latent positions, or tokens, in one call: two images of 512x512, which bounds the memory of decoding."""
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
@@ -27,150 +27,156 @@ class ModuleCall:
     """A call of a module by a request, which waits to be made.
 
     Attributes:
-        key: calls with the same one can be made as one.
-        forward: takes the tensors by name, and whatever else the call was given.
-        tensors: [rows, ...] each.
-        positions: of all rows.
+        key: calls with the same key can be made as one.
+        forward: function that takes the tensors by name, and the options.
+        tensors: arguments to concatenate, each [rows, ...].
+        options: the other arguments.
+        rows: batch size.
+        positions: number of latent positions, or tokens, of all rows.
     """
 
-    request: Request
+    request: WorkerRequest
     key: Hashable
     forward: Callable[..., Any]
     tensors: Mapping[str, torch.Tensor]
     options: Mapping[str, Any]
     rows: int
     positions: int
-    answer: Any = None
+    result: Any = None
     done: threading.Event = field(default_factory=threading.Event)
 
 
 class ModuleCalls:
-    """Makes them, in the batcher's thread."""
+    """Makes module calls in the engine thread."""
 
     def __init__(self) -> None:
-        self._alone: set[Hashable] = set()  # keys of calls that could not be made as one
+        self._not_shareable: set[Hashable] = set()  # keys of calls that failed together
 
     def choose(self, waiting: Iterable[ModuleCall]) -> list[ModuleCall]:
-        """Those to make next: with the one that is due first all that are alike, while there is room."""
+        """Return the calls to make next: the one that is due first, and calls with the same key while there is room."""
         first, *others = sorted(waiting, key=lambda call: (call.request.due, call.request.key))
         chosen, positions = [first], first.positions
-        for call in others if first.key not in self._alone else ():
+        for call in others if first.key not in self._not_shareable else ():
             if call.key == first.key and positions + call.positions <= POSITIONS:
                 chosen.append(call)
                 positions += call.positions
         return chosen
 
-    def make(self, calls: Sequence[ModuleCall]) -> list[Any]:
-        """The answer of each, or the exception that it raised; where they cannot be made as one, each is made alone."""
+    def run(self, calls: Sequence[ModuleCall]) -> list[Any]:
+        """Make the calls as one, or one by one where that fails.
+
+        Returns:
+            For each call its output, or the exception that it raised.
+        """
         if len(calls) > 1:
             tensors = {name: torch.cat([call.tensors[name] for call in calls]) for name in calls[0].tensors}
             try:
                 return _split(calls[0].forward(**tensors, **calls[0].options), [call.rows for call in calls])
-            except Exception:  # of one, whose sender gets it, or of all together, such as a batch beyond a profile
-                answers = [answer for call in calls for answer in self.make([call])]
-                if not any(isinstance(answer, Exception) for answer in answers):
-                    self._alone.add(calls[0].key)
-                return answers
+            except Exception:  # of one call, whose sender gets it, or of all together, e.g. a batch beyond a profile
+                results = [result for call in calls for result in self.run([call])]
+                if not any(isinstance(result, Exception) for result in results):
+                    self._not_shareable.add(calls[0].key)
+                return results
         try:
             return [calls[0].forward(**calls[0].tensors, **calls[0].options)]
         except Exception as error:
             return [error]
 
 
-class Sharing:
-    """The modules of one seat's pipelines, whose calls go to the batcher.
+class SharedModules:
+    """Modules of a request runner's pipelines whose calls go to the batcher.
 
     Args:
-        wait: until the batcher has made a call; its answer.
+        execute: waits until the batcher has made a call, and returns its result.
     """
 
-    def __init__(self, wait: Callable[[ModuleCall], Any]) -> None:
-        self._wait = wait
-        self.request: Request | None = None
-        """That whose pipeline runs."""
+    def __init__(self, execute: Callable[[ModuleCall], Any]) -> None:
+        self._execute = execute
+        self.request: WorkerRequest | None = None
+        """The request whose pipeline call runs."""
 
-    def share(self, pipe: Any) -> None:
-        """Let a pipeline of this seat have modules that look and compute like its own."""
+    def replace_in(self, pipe: Any) -> None:
+        """Replace the text encoders and the autoencoder of a pipeline by shared copies with the same layers."""
         for name in TEXT_ENCODERS:
             if isinstance(module := getattr(pipe, name, None), torch.nn.Module):
-                setattr(pipe, name, self._shared(module, _TextEncoder, "forward"))
+                setattr(pipe, name, self._shared(module, _SharedTextEncoder, "forward"))
         if isinstance(vae := getattr(pipe, "vae", None), AutoencoderKL | AutoencoderTiny):
-            pipe.vae = self._shared(vae, _Decoder, "decode")
+            pipe.vae = self._shared(vae, _SharedDecoder, "decode")
 
     def call(
         self, module: object, forward: Callable[..., Any], tensors: Mapping[str, torch.Tensor], options: dict[str, Any]
     ) -> Any:
-        """What ``forward`` answers for these tensors, each [rows, ...], possibly made together with other requests'."""
+        """Return the output of ``forward`` for these tensors, each [rows, ...]; other requests may share the call."""
         if self.request is None or not all(isinstance(value, bool | None) for value in options.values()):
             return forward(**tensors, **options)
         first = next(iter(tensors.values()))
-        alike = tuple((name, each.shape[1:], each.dtype, each.device) for name, each in tensors.items())
+        specs = tuple((name, tensor.shape[1:], tensor.dtype, tensor.device) for name, tensor in tensors.items())
         call = ModuleCall(
             request=self.request,
-            key=(id(module), alike, tuple(sorted(options.items()))),
+            key=(id(module), specs, tuple(sorted(options.items()))),
             forward=forward,
             tensors=tensors,
             options=options,
             rows=len(first),
-            # All but an image's channels count.
+            # The channels of an image do not count.
             positions=len(first) * first[0].numel() // (first.shape[1] if first.dim() == 4 else 1),
         )
-        return self._wait(call)
+        return self._execute(call)
 
     def _shared(self, module: _Module, mixin: type, method: str) -> _Module:
         shared = copy.copy(module)  # with the same layers
-        shared.__class__ = override_method(type(module), mixin, method, "in_company")  # type: ignore[arg-type]  # types are hashable
+        shared.__class__ = override_method(type(module), mixin, method, "shared_call")  # type: ignore[arg-type]  # types are hashable
         shared.__dict__["_offcut_shared"] = self, module
         return shared
 
 
-class _TextEncoder:
-    """Mixed into a text encoder's class."""
+class _SharedTextEncoder:
+    """Mixin for the class of a text encoder."""
 
-    _offcut_shared: tuple[Sharing, Any]
+    _offcut_shared: tuple[SharedModules, Any]
 
-    def in_company(self, input_ids: Any = None, attention_mask: Any = None, *rest: Any, **options: Any) -> Any:
-        sharing, module = self._offcut_shared
+    def shared_call(self, input_ids: Any = None, attention_mask: Any = None, *rest: Any, **options: Any) -> Any:
+        modules, module = self._offcut_shared
         forward = super().forward  # type: ignore[misc]
         if rest or not isinstance(input_ids, torch.Tensor) or not isinstance(attention_mask, torch.Tensor | None):
             return forward(input_ids, attention_mask, *rest, **options)
         tensors = {"input_ids": input_ids}
         if attention_mask is not None:
             tensors["attention_mask"] = attention_mask
-        return sharing.call(module, forward, tensors, options)
+        return modules.call(module, forward, tensors, options)
 
 
-class _Decoder:
-    """Mixed into an autoencoder's class."""
+class _SharedDecoder:
+    """Mixin for the class of an autoencoder."""
 
-    _offcut_shared: tuple[Sharing, Any]
+    _offcut_shared: tuple[SharedModules, Any]
 
-    def in_company(self, latents: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        sharing, module = self._offcut_shared
+    def shared_call(self, latents: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        modules, module = self._offcut_shared
         decode = super().decode  # type: ignore[misc]
         if rest or latents.dim() != 4:
             return decode(latents, *rest, **options)
-        options.pop("generator", None)  # these two draw nothing
+        options.pop("generator", None)  # these two classes do not use it
 
         def forward(latents: torch.Tensor, **options: Any) -> Any:
             return decode(latents, **options)
 
-        return sharing.call(module, forward, {"latents": latents}, options)
+        return modules.call(module, forward, {"latents": latents}, options)
 
 
-def _split(answer: Any, rows: Sequence[int]) -> list[Any]:
-    """Each call's part of what was answered to all.
+def _split(output: Any, rows: Sequence[int]) -> list[Any]:
+    """Return each call's part of the output for all calls.
 
     Raises:
-        TypeError: something in it is neither of all rows nor made of such.
+        TypeError: some part of the output is neither a tensor with all rows nor a container of such tensors.
     """
-    if answer is None:
+    if output is None:
         return [None] * len(rows)
-    if isinstance(answer, torch.Tensor) and answer.dim() and len(answer) == sum(rows):
-        return [part.clone() for part in torch.split(answer, list(rows))]  # none keeps the memory of all
-    if isinstance(answer, Mapping):  # an output class of transformers or diffusers
-        parts = {name: _split(value, rows) for name, value in answer.items()}
-        return [type(answer)(**{name: each[place] for name, each in parts.items()}) for place in range(len(rows))]
-    if isinstance(answer, tuple | list):
-        return [type(answer)(each) for each in zip(*(_split(value, rows) for value in answer), strict=True)]
-    raise TypeError(f"{type(answer).__name__} is not of several rows")
+    if isinstance(output, torch.Tensor) and output.dim() and len(output) == sum(rows):
+        return [part.clone() for part in torch.split(output, list(rows))]  # a view would keep the memory of all rows
+    if isinstance(output, Mapping):  # an output class of transformers or diffusers
+        parts = {name: _split(value, rows) for name, value in output.items()}
+        return [type(output)(**{name: part[place] for name, part in parts.items()}) for place in range(len(rows))]
+    if isinstance(output, tuple | list):
+        return [type(output)(part) for part in zip(*(_split(value, rows) for value in output), strict=True)]
+    raise TypeError(f"{type(output).__name__} has no rows to split")

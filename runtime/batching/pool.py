@@ -1,4 +1,4 @@
-"""Cached features of the requests in flight, in device memory, counted by bytes."""
+"""Cached features of the requests in flight, in device memory with a limit in bytes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ...exporter.specs import Shape
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """One cached feature of one request.
+    """Shape and dtype of one cached feature of one request.
 
     Attributes:
-        shape: with all the request's rows.
+        shape: shape with all rows of the request.
     """
 
     shape: Shape
@@ -28,82 +28,83 @@ class FeatureSpec:
 
 
 Layout = Mapping[str, FeatureSpec]
-"""What a request keeps from a full step for its shallow ones, by the feature's name."""
+"""Features that a request keeps from a full call for its shallow calls, by name."""
 
 
-def before(feature: str) -> str:
-    """The name in a slot of what the full step before the last left of a feature."""
+def earlier_name(feature: str) -> str:
+    """Return the name, in a slot, of the feature as the full call before the last one left it."""
     return f"{feature}, before"
 
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A request's place in the pool; no other request reads or writes it.
+    """Memory of one request for its cached features; no other request reads or writes it.
 
     Attributes:
-        features: by name, contiguous, on the device.
-        bytes: of all of them.
+        features: contiguous tensors on the device, by name.
+        bytes: size of all features.
     """
 
     features: Mapping[str, torch.Tensor]
     bytes: int
 
     def fits(self, layout: Layout) -> bool:
-        """Whether it is one for these features."""
+        """Return whether the slot has exactly the features of this layout."""
         return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.features.items()} == {
             name: (tuple(spec.shape), spec.dtype) for name, spec in layout.items()
         }
 
 
 class SlotPool:
-    """Gives slots while they fit into a limit.
+    """Slots whose total size stays within a limit.
 
-    A slot's memory is not cleared: a request's first step is full and writes all of it before anything is read.
+    The memory of a new slot is not cleared: the first call of a request is full, and writes all of the slot before
+    anything is read.
 
     Args:
-        limit: bytes that all slots together may take.
-        device: where they are.
+        limit: total size of all slots in bytes.
+        device: device of the slots.
     """
 
     def __init__(self, limit: int, device: torch.device) -> None:
         self.limit = limit
         self.device = device
         self.used = 0
-        """Bytes of the slots that are given out."""
-        self._given: set[Slot] = set()
+        """Bytes of the slots in use."""
+        self._in_use: set[Slot] = set()
 
     @property
     def slots(self) -> int:
-        """How many are given out."""
-        return len(self._given)
+        """Number of slots in use."""
+        return len(self._in_use)
 
     def take(self, layout: Layout) -> Slot | None:
-        """A slot for these features; None while there is no room.
+        """Return a new slot for these features; None if there is no room at the moment.
 
         Raises:
-            CapacityError: there will never be.
+            CapacityError: the features are larger than the limit.
         """
-        needed = sum(spec.bytes for spec in layout.values())
-        if needed > self.limit:
+        size = sum(spec.bytes for spec in layout.values())
+        if size > self.limit:
             raise CapacityError(
-                f"this request keeps {needed / 2**20:.1f} MiB of features between its steps, and all requests together "
+                f"this request keeps {size / 2**20:.1f} MiB of features between its steps, and all requests together "
                 f"may keep {self.limit / 2**20:.1f}: ask for fewer or smaller images, or give the worker a larger "
                 "cache_bytes"
             )
-        if self.used + needed > self.limit:
+        if self.used + size > self.limit:
             return None
         with torch.inference_mode(False):
             features = {
                 name: torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for name, spec in layout.items()
             }
-        slot = Slot(features, needed)
-        self._given.add(slot)
-        self.used += needed
+        slot = Slot(features, size)
+        self._in_use.add(slot)
+        self.used += size
         return slot
 
     def give_back(self, slot: Slot) -> None:
-        """Its bytes are free for others."""
-        if slot not in self._given:
+        """Free the bytes of a slot for other requests."""
+        if slot not in self._in_use:
             raise InternalError("a slot of the feature pool was given back twice")
-        self._given.remove(slot)
+        self._in_use.remove(slot)
         self.used -= slot.bytes

@@ -1,4 +1,4 @@
-"""A request on its way through a worker, and what its sender holds of it."""
+"""A request of a worker, the calls that it makes, and the ticket that its sender holds."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """A UNet call of a request that has completed.
+    """A completed UNet call of a request.
 
     Attributes:
-        call: its index, from 0.
-        calls: how many the request makes; None where nobody knows.
+        call: index of the call, from 0.
+        calls: number of calls of the request; None if it is unknown.
         full: whether the full graph ran.
-        rows: of the engine call that it shared, without padding; 0 where no engine ran.
+        rows: number of rows of the shared engine call, without padding; 0 if no engine ran.
     """
 
     call: int
@@ -38,18 +38,21 @@ OnStep = Callable[[Step], None]
 
 
 @dataclass(eq=False)
-class Request:
-    """What a worker knows of a request.
+class WorkerRequest:
+    """State of a request in a worker.
 
     Attributes:
-        key: in the order of submission.
-        arguments: of the pipeline call.
-        pipeline: the class of diffusers that is called; None for the worker's own.
-        scheduler: to be copied; None for the pipeline's own.
-        submitted, expires, due: on ``time.monotonic``; ``expires`` is None without a deadline, ``due`` orders requests.
-        slot: holds its cached features.
-        written: the number of the full step whose features the slot holds.
-        before: of the full step before that, whose features it holds too where there is a forecast; None for none.
+        key: number of the request, in order of submission.
+        arguments: arguments of the pipeline call.
+        scheduler: diffusers scheduler, which is copied; None for the pipeline's own.
+        pipeline: diffusers pipeline class; None for that of the worker's pipeline.
+        submitted: time of submission, on ``time.monotonic``.
+        expires: time at which the request is given up, on ``time.monotonic``; None without a deadline.
+        due: time by which requests are ordered, on ``time.monotonic``.
+        slot: memory of its cached features.
+        last_full: index of the full call whose features the slot holds; -1 before the first one.
+        earlier_full: index of the full call before that one, whose features the slot also holds if the request has a
+            forecast; None if there was none.
     """
 
     key: int
@@ -65,30 +68,31 @@ class Request:
     on_step: OnStep | None
     future: Future[Any] = field(default_factory=Future)
     started: float | None = None
-    """When a thread took it, on ``time.monotonic``."""
+    """Time at which a request runner took the request, on ``time.monotonic``."""
     slot: Slot | None = None
-    written: int = -1
-    before: int | None = None
-    ended: Exception | None = None
-    """Why it is to stop at its next step: cancelled, or its deadline passed."""
+    last_full: int = -1
+    earlier_full: int | None = None
+    stop_error: Exception | None = None
+    """Error that the request's next call raises: the request was cancelled, or its deadline passed."""
 
 
 @dataclass(eq=False)
-class Call:
-    """A UNet call of a request that waits for the engines.
+class UNetCall:
+    """A UNet call of a request, which waits for the engines.
 
     Attributes:
-        tensors: the engines' inputs, without the timestep.
-        timestep: as the engines take it, for the request's rows.
-        rows: of its batch.
-        cut: None for a full call.
-        number: of the call in its request, from 0.
-        layout: of the features that a full call leaves behind; None if no shallow call follows, or this is one.
-        last: no call follows.
-        until_full: see ``policy.Waiting``.
+        tensors: inputs of the engines, without the timestep.
+        timestep: timestep input of the engines for the rows of this call.
+        rows: batch size.
+        cut: cut of a shallow call; None for a full call.
+        number: index of the call in its request, from 0.
+        layout: features to keep after a full call; None for a shallow call, or if no shallow call follows.
+        last: whether no call follows.
+        arrived: time at which the call began to wait, on ``time.monotonic``.
+        passed_over: number of engine calls made while this call waited.
     """
 
-    request: Request
+    request: WorkerRequest
     lane: Lane
     tensors: Mapping[str, torch.Tensor]
     timestep: torch.Tensor
@@ -97,37 +101,37 @@ class Call:
     number: int
     layout: Layout | None
     last: bool
-    until_full: int | None
-    came: float
-    passed: int = 0
-    shared: int = 0
-    """Rows of the engine call, once it was made."""
-    answer: torch.Tensor | Exception | None = None
+    arrived: float
+    passed_over: int = 0
+    shared_rows: int = 0
+    """Number of rows of the engine call that this call was part of, once it was made."""
+    result: torch.Tensor | Exception | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
 
 class Ticket:
-    """What the sender of a request holds.
+    """Handle of a submitted request.
 
     Attributes:
-        key: the request's number.
-        future: of the pipeline's output. Its exception is a ``RequestError`` for what a worker refuses, an
-            ``EngineFaultError`` if the engines failed, else what the pipeline itself raised.
+        key: number of the request.
+        future: future of the pipeline's output. Its exception is a ``RequestError`` if the worker stopped the request,
+            an ``EngineFaultError`` if the engines failed, otherwise what the pipeline raised.
     """
 
-    def __init__(self, request: Request, cancel: Callable[[Request], None]) -> None:
+    def __init__(self, request: WorkerRequest, cancel: Callable[[WorkerRequest], None]) -> None:
         self.key = request.key
         self.future = request.future
         self._request, self._cancel = request, cancel
 
     @property
     def started(self) -> float | None:
-        """When work on the request began, on ``time.monotonic``; None while it waits in the queue."""
+        """Time at which work on the request began, on ``time.monotonic``; None while it is queued."""
         return self._request.started
 
     def cancel(self) -> None:
-        """Stop the request: at once if it waits, else at its next step. The future raises ``RequestCancelledError``.
+        """Stop the request: at once if it waits, otherwise at its next step. The future raises
+        ``RequestCancelledError``.
 
-        What it holds is free within one step. After the last step it has no effect.
+        The memory of the request is free within one step. After the last step this method has no effect.
         """
         self._cancel(self._request)

@@ -1,44 +1,50 @@
-"""What a worker counts, for its metrics."""
+"""Counts and times of a worker and its engine calls, for metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-Kind = Literal["full", "shallow"]
+CallKind = Literal["full", "shallow"]
 
 
 @dataclass(frozen=True)
 class Total:
-    """How often something happened, and how long it took altogether, in seconds."""
+    """Number of events and their total duration in seconds."""
 
     count: int = 0
     seconds: float = 0.0
 
     @property
     def mean(self) -> float:
-        """Seconds each; 0 if it never happened."""
+        """Mean duration in seconds; 0 without events."""
         return self.seconds / self.count if self.count else 0.0
 
     def plus(self, seconds: float) -> Total:
+        """Return the total with one more event of this duration."""
         return Total(self.count + 1, self.seconds + seconds)
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """A worker at one moment; counts are since it began.
+    """Snapshot of a worker; counts start when the worker does.
 
     Attributes:
-        healthy: whether the engines work; ``fault`` says why not.
-        queued, in_flight: requests at present.
-        slots, cache_bytes, cache_limit: of the cached features at present.
+        healthy: whether the engines work; ``fault`` says why they do not.
+        queued, in_flight: current number of requests.
+        slots, cache_bytes, cache_limit: current use of the memory for cached features.
         ticks: engine calls by kind and number of rows (without padding), with the engines' own seconds.
-        overhead: ticks with the seconds that they took beside the engine calls.
-        gathers, gathers_skipped: shallow calls whose features were copied in, or were there already.
-        queue_waits: from submission until work began.
-        step_waits: of UNet calls, until their engine call began.
-        requests: finished ones, from submission to end, by outcome: done, failed, cancelled, expired, fault.
+        overhead: ticks, with the seconds that each took in addition to its engine call.
+        gathers, gathers_skipped: shallow calls whose features were copied in, or were already in place.
+        queue_waits: requests, with the seconds from submission until work began.
+        step_waits: UNet calls, with the seconds until their engine call began.
+        requests: finished requests by outcome (done, failed, cancelled, expired, fault), with the seconds from
+            submission to end.
         rejected: requests that were refused on submission.
     """
 
@@ -49,7 +55,7 @@ class Statistics:
     slots: int = 0
     cache_bytes: int = 0
     cache_limit: int = 0
-    ticks: Mapping[tuple[Kind, int], Total] = field(default_factory=dict)
+    ticks: Mapping[tuple[CallKind, int], Total] = field(default_factory=dict)
     overhead: Total = Total()
     gathers: int = 0
     gathers_skipped: int = 0
@@ -60,6 +66,84 @@ class Statistics:
 
     @property
     def mean_rows(self) -> float:
-        """Rows of an engine call, on average."""
+        """Mean number of rows of an engine call."""
         calls = sum(total.count for total in self.ticks.values())
         return sum(rows * total.count for (_, rows), total in self.ticks.items()) / calls if calls else 0.0
+
+
+class CallLog:
+    """Counts and times of engine calls. The engine thread writes them; any thread may read them.
+
+    On a GPU the time of a call is read from events after the device has passed them, so that no thread waits.
+
+    Args:
+        cuda: whether the engines run on a GPU.
+    """
+
+    def __init__(self, cuda: bool) -> None:
+        self._cuda = cuda
+        self._pending: deque[tuple[Any, Any, Callable[[float], None]]] = deque()  # begin, end, what to do with the time
+        self._lock = threading.Lock()
+        self._ticks: dict[tuple[CallKind, int], Total] = {}
+        self._overhead = Total()
+        self._engine_seconds = 0.0
+        self._step_waits = Total()
+        self._gathers = self._gathers_skipped = 0
+
+    @contextmanager
+    def engine_call(self, cut: str | None, rows: int, gathered: bool | None = None) -> Iterator[None]:
+        """Count and time the engine call made in this block.
+
+        Args:
+            cut: cut of a shallow call; None for a full call.
+            rows: number of rows without padding.
+            gathered: whether the features had to be copied in; None for a full call.
+        """
+        begin, host_begin = self._mark(), time.perf_counter()
+        yield
+        end = self._mark()
+        self._engine_seconds = time.perf_counter() - host_begin
+        with self._lock:
+            self._gathers += gathered is True
+            self._gathers_skipped += gathered is False
+
+        def add(seconds: float) -> None:
+            kind: CallKind = "full" if cut is None else "shallow"
+            with self._lock:
+                self._ticks[kind, rows] = self._ticks.get((kind, rows), Total()).plus(seconds)
+
+        if self._cuda:
+            self._pending.append((begin, end, add))
+            while self._pending and self._pending[0][1].query():
+                first, last, add_passed = self._pending.popleft()
+                add_passed(first.elapsed_time(last) / 1000)
+        else:
+            add(end - begin)
+
+    def add_tick(self, seconds: float, waits: Sequence[float]) -> None:
+        """Add a finished tick: its seconds on the host, and how long each of its members had waited."""
+        with self._lock:
+            self._overhead = self._overhead.plus(seconds - self._engine_seconds)
+            for wait in waits:
+                self._step_waits = self._step_waits.plus(wait)
+
+    def fill(self, statistics: Statistics) -> Statistics:
+        """Return the statistics with the counts and times of this log."""
+        with self._lock:
+            return replace(
+                statistics,
+                ticks=dict(self._ticks),
+                overhead=self._overhead,
+                gathers=self._gathers,
+                gathers_skipped=self._gathers_skipped,
+                step_waits=self._step_waits,
+            )
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event

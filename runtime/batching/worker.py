@@ -1,4 +1,4 @@
-"""``Worker``: many requests at once on one pair of engines, whose calls they share step by step."""
+"""``Worker``: runs many requests at once on one pair of engines, whose calls they share step by step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,45 +25,48 @@ from ..generation.forecast import Forecast
 from ..generation.schedule import Schedule
 from ..pipeline import load
 from ..unet import UNet
-from .batcher import Batcher, again
+from .batcher import Batcher, copy_of
 from .lanes import Lanes
-from .policy import Deadline, Policy
+from .policy import Policy
 from .pool import SlotPool
-from .request import OnStep, Request, Ticket
-from .seat import Seat
+from .request import OnStep, Ticket, WorkerRequest
+from .runner import RequestRunner
 from .statistics import Statistics, Total
 
 HORIZON = 60.0
-"""Seconds after its submission at which a request without a deadline counts as due."""
+"""Seconds from submission after which a request without a deadline counts as due."""
 
 
 class Worker:
-    """Runs pipeline calls of many requests at once; those at the same kind of step share engine calls, those that begin
-    or end together calls of text encoder and autoencoder.
+    """Runs pipeline calls of many requests at once.
+
+    Requests whose next step is of the same kind share an engine call. Requests that begin or end together share calls
+    of the text encoder and the autoencoder.
 
         worker = Worker("sd15.offcut", max_in_flight=8)
         ticket = worker.submit({"prompt": "a lighthouse"}, schedule=Uniform(5), deadline=30)
         image = ticket.future.result().images[0]
 
-    Prompts, seeds, guidance, numbers of steps, schedules and schedulers may differ; requests whose inputs have other
-    shapes share calls among themselves. An image depends on what it shared calls with only as far as the rounding of
-    engines and modules depends on the batch size.
+    Prompts, seeds, guidance, numbers of steps, schedules and schedulers may differ. Requests with inputs of different
+    shapes do not share calls with each other. The requests that share a call change an image only as far as the
+    rounding of engines and modules depends on the batch size.
 
     All methods may be called from any thread.
 
     Args:
-        pipe: a pipeline of ``offcut.load`` or ``offcut.attach``, which cannot be called until ``close``; or a bundle
-            or its directory, which is then loaded for this worker.
-        max_in_flight: requests that are worked on at once.
-        max_queue: requests that wait beside them.
-        cache_bytes: device memory for the cached features of all requests in flight. One that finds no room waits at
-            its first step.
-        max_batch: the most rows of an engine call; a request has two for each image with guidance, else one.
-        batch_sizes: the numbers of rows that calls are padded to, e.g. for CUDA graphs; any by default.
-        policy: which requests share the next call.
-        bound_shapes: for how many sets of input shapes, batch sizes among them, the engines keep buffers.
+        pipe: a pipeline of ``offcut.load`` or ``offcut.attach``, which cannot be called until ``close``; or a bundle or
+            its directory, which the worker loads.
+        max_in_flight: largest number of requests in progress.
+        max_queue: largest number of requests that wait in addition.
+        cache_bytes: device memory for the cached features of all requests in flight. A request that finds no room waits
+            at its first step.
+        max_batch: largest number of rows of an engine call; a request has two rows for each image with guidance,
+            otherwise one.
+        batch_sizes: batch sizes that calls are padded to, e.g. for CUDA graphs; by default calls are not padded.
+        policy: chooses the requests that share the next call.
+        bound_shapes: number of sets of input shapes, including batch sizes, for which the engines keep buffers.
         patience: seconds that the engines wait for a request whose own code, such as a callback, blocks.
-        options: of ``offcut.load``, for a bundle.
+        options: options of ``offcut.load``, for a bundle.
 
     Raises:
         UserError: the pipeline has no engines, or is in use; or an argument is out of range.
@@ -83,15 +86,15 @@ class Worker:
         patience: float = 0.02,
         **options: Any,
     ) -> None:
-        for name, value, least in (
+        for name, value, minimum in (
             ("max_in_flight", max_in_flight, 1),
             ("max_queue", max_queue, 0),
             ("max_batch", max_batch, 1),
             ("bound_shapes", bound_shapes, 1),
             ("batch_sizes", min(batch_sizes or [1]), 1),
         ):
-            if value < least:
-                raise UserError(f"a worker's {name} is at least {least}, not {value}")
+            if value < minimum:
+                raise UserError(f"a worker's {name} is at least {minimum}, not {value}")
         self._owns = not hasattr(pipe, "unet")
         self._pipe: Any = load(pipe, **options) if self._owns else pipe
         unet = self._pipe.unet
@@ -101,38 +104,39 @@ class Worker:
                 "or call offcut.attach(pipe, bundle) first"
             )
         self.unet = unet
-        """Whose engines these are."""
+        """The UNet that owns the engines."""
         pair = unet.lend()
         self._max_in_flight, self._max_queue = max_in_flight, max_queue
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._keys = itertools.count()
-        self._queue: list[tuple[float, int, Request]] = []
-        self._in_flight: set[Request] = set()
+        self._queue: list[tuple[float, int, WorkerRequest]] = []
+        self._in_flight: set[WorkerRequest] = set()
         self._draining = self._closed = False
         self._fault: EngineFaultError | None = None
         self._queue_waits = Total()
-        self._ended: dict[str, Total] = {}
+        self._finished: dict[str, Total] = {}
         self._rejected = 0
         lanes = Lanes(
             pair,
-            alone=unet.built_attention is not None,  # such frames look at one another
+            exclusive=unet.built_attention is not None,  # frames of such a UNet attend to one another
             max_batch=max_batch,
             batch_sizes=batch_sizes,
-            keep=bound_shapes,
+            max_bound=bound_shapes,
         )
         self._batcher = Batcher(
             pair,
             lanes,
             SlotPool(cache_bytes, unet.device),
-            policy or Deadline(),
+            policy or Policy(),
             patience=patience,
-            on_tick=self._expire,
-            on_fault=self._break,
+            on_tick=self._expire_queued,
+            on_fault=self._set_fault,
         )
+        runners = [RequestRunner(self._pipe, unet, self._batcher) for _ in range(max_in_flight)]
         self._threads = [
-            threading.Thread(target=self._serve, args=(seat,), name=f"offcut-request-{place}", daemon=True)
-            for place, seat in enumerate([Seat(self._pipe, unet, self._batcher) for _ in range(max_in_flight)])
+            threading.Thread(target=self._serve, args=(runner,), name=f"offcut-request-{number}", daemon=True)
+            for number, runner in enumerate(runners)
         ]
         for thread in self._threads:
             thread.start()
@@ -151,24 +155,22 @@ class Worker:
         deadline: float | None = None,
         on_step: OnStep | None = None,
     ) -> Ticket:
-        """Ask for a pipeline call.
+        """Submit a pipeline call.
 
         Args:
-            arguments: of the pipeline's call. Callbacks in them must not block, as everybody waits for them, except
-                in ``outside``. Without a ``generator`` the request gets one of its own with a random seed.
+            arguments: arguments of the pipeline call. Callbacks among them must not block, because all requests wait
+                for them, except in ``outside``. Without a ``generator`` the request gets its own with a random seed.
             schedule, cut, forecast: as ``UNet.set_schedule`` takes them. Caching costs quality; a forecast doubles the
                 memory for cached features.
-            scheduler: of diffusers; copied. None for the pipeline's own.
-            pipeline: another class of diffusers that the pipeline's modules make up, e.g.
-                ``StableDiffusionImg2ImgPipeline``.
-            deadline: seconds from now within which the result is wanted; past it the request is given up. Requests
-                that are due earlier go first.
-            on_step: called after each of the request's UNet calls, in its thread, beside others' work.
+            scheduler: diffusers scheduler, which is copied; None for the pipeline's own.
+            pipeline: another diffusers pipeline class with the same modules, e.g. ``StableDiffusionImg2ImgPipeline``.
+            deadline: seconds from now after which the request is given up. Requests that are due earlier go first.
+            on_step: called after each UNet call of the request, in the request's thread, while other requests run.
 
         Raises:
-            ScheduleError: the schedule decides as it goes, and requests that share calls have to know before.
-            QueueFullError: as many wait as may.
-            DeadlineError: the deadline is past already.
+            ScheduleError: the schedule is adaptive; requests that share calls must know their full calls in advance.
+            QueueFullError: the queue is full.
+            DeadlineError: the deadline is not in the future.
             WorkerClosedError: the worker is draining or closed.
             EngineFaultError: the engines failed earlier.
         """
@@ -181,7 +183,7 @@ class Worker:
         with self._changed:
             self._admit(deadline)
             expires = None if deadline is None else now + deadline
-            request = Request(
+            request = WorkerRequest(
                 key=next(self._keys),
                 arguments=arguments,
                 schedule=schedule,
@@ -199,10 +201,10 @@ class Worker:
         return Ticket(request, self._cancel)
 
     def expect_room(self) -> None:
-        """Raise what ``submit`` would now, before anything is made ready for it: refusing has to be cheap.
+        """Raise the error that ``submit`` would raise now, so that a request can be refused before it is prepared.
 
         Raises:
-            QueueFullError: as many wait as may.
+            QueueFullError: the queue is full.
             WorkerClosedError: the worker is draining or closed.
             EngineFaultError: the engines failed earlier.
         """
@@ -218,30 +220,30 @@ class Worker:
 
     def _check(self, deadline: float | None) -> None:
         if self._fault is not None:
-            raise again(self._fault)
+            raise copy_of(self._fault)
         if self._draining or self._closed:
             raise WorkerClosedError("this worker takes no more requests: send them to another one")
         free = self._max_in_flight - len(self._in_flight)
         if len(self._queue) >= self._max_queue + free:
             raise QueueFullError(
-                f"{len(self._queue)} requests wait already, beside {len(self._in_flight)} in flight: try again later"
+                f"{len(self._queue)} requests wait already, and {len(self._in_flight)} are in flight: try again later"
             )
         if deadline is not None and not (deadline > 0 and math.isfinite(deadline)):
             raise DeadlineError(f"a deadline of {deadline} s cannot be met: give seconds from now, more than 0")
 
-    def _cancel(self, request: Request) -> None:
-        why = RequestCancelledError("the request was cancelled")
+    def _cancel(self, request: WorkerRequest) -> None:
+        error = RequestCancelledError("the request was cancelled")
         with self._changed:
             queued = self._withdraw(lambda other: other is request)
         if queued:
-            self._end(request, why)
+            self._end_queued(request, error)
         else:
-            self._batcher.end(request, why)
+            self._batcher.stop(request, error)
 
     def outside(self) -> AbstractContextManager[object]:
-        """Around code of a request's own that waits, e.g. in a callback, and calls none of the pipeline's modules.
+        """Return a context for code that blocks in a request's thread, e.g. in a callback; other requests go on.
 
-        Others go on meanwhile.
+        The code must not call the pipeline's modules.
         """
         return self._batcher.outside()
 
@@ -249,21 +251,21 @@ class Worker:
 
     @property
     def healthy(self) -> bool:
-        """Whether the engines work. Once they have failed the worker takes no requests; close it and open another."""
+        """Whether the engines work. After they failed the worker takes no requests: close it and open another one."""
         return self._fault is None and (self._closed or self._batcher.alive)
 
     @property
     def fault(self) -> str | None:
-        """Why it is not healthy."""
+        """Why the worker is not healthy; None if it is."""
         if self._fault is None:
             return None if self.healthy else "the thread that runs the engines has ended"
         return str(self._fault)
 
     def statistics(self) -> Statistics:
-        """Its counts at this moment."""
+        """Return a snapshot of the worker."""
         pool = self._batcher.pool
         with self._lock:
-            counted = Statistics(
+            statistics = Statistics(
                 healthy=self.healthy,
                 fault=self.fault,
                 queued=len(self._queue),
@@ -272,19 +274,22 @@ class Worker:
                 cache_bytes=pool.used,
                 cache_limit=pool.limit,
                 queue_waits=self._queue_waits,
-                requests=dict(self._ended),
+                requests=dict(self._finished),
                 rejected=self._rejected,
             )
-        return self._batcher.log.fill(counted)
+        return self._batcher.log.fill(statistics)
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests and finish those that there are; whether they were within the seconds given."""
+        """Take no more requests, and wait for the present ones; return whether all finished within the timeout."""
         with self._changed:
             self._draining = True
             return self._changed.wait_for(lambda: not self._queue and not self._in_flight, timeout)
 
     def close(self) -> None:
-        """Cancel all requests, stop the threads, and give the engines back to the pipeline; one loaded here closes."""
+        """Cancel all requests, stop the threads, and give the engines back to the pipeline.
+
+        A pipeline that the worker loaded is closed.
+        """
         with self._changed:
             if self._closed:
                 return
@@ -292,11 +297,11 @@ class Worker:
             queued = self._withdraw(lambda request: True)
             in_flight = list(self._in_flight)
             self._changed.notify_all()
-        why = WorkerClosedError("the worker was closed before the request was done: send it to another one")
+        error = WorkerClosedError("the worker was closed before the request was done: send it to another one")
         for request in queued:
-            self._end(request, why)
+            self._end_queued(request, error)
         for request in in_flight:
-            self._batcher.end(request, why)
+            self._batcher.stop(request, error)
         for thread in self._threads:
             thread.join()
         self._batcher.close()
@@ -310,18 +315,18 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # The requests' threads
+    # The threads of the request runners
 
-    def _serve(self, seat: Seat) -> None:
+    def _serve(self, runner: RequestRunner) -> None:
         while (request := self._next()) is not None:
             output, error = None, None
             try:
-                output = seat.run(request)
-            except BaseException as raised:  # of this request alone; its sender gets it
+                output = runner.run(request)
+            except BaseException as raised:  # concerns this request only; its sender gets it
                 error = raised
             self._finish(request, output, error)
 
-    def _next(self) -> Request | None:
+    def _next(self) -> WorkerRequest | None:
         with self._changed:
             while True:
                 while not self._queue and not self._closed:
@@ -336,7 +341,7 @@ class Worker:
                 self._in_flight.add(request)
                 return request
 
-    def _finish(self, request: Request, output: Any, error: BaseException | None) -> None:
+    def _finish(self, request: WorkerRequest, output: Any, error: BaseException | None) -> None:
         with self._changed:
             self._in_flight.discard(request)
             self._count(request, error)
@@ -346,46 +351,46 @@ class Worker:
         else:
             request.future.set_exception(error)
 
-    def _end(self, request: Request, why: Exception) -> None:
-        """A queued request, which was taken out of the queue, comes to nothing."""
+    def _end_queued(self, request: WorkerRequest, error: Exception) -> None:
+        """End a request that was taken out of the queue."""
         if request.future.set_running_or_notify_cancel():
             with self._changed:
-                self._count(request, why)
+                self._count(request, error)
                 self._changed.notify_all()
-            request.future.set_exception(why)
+            request.future.set_exception(error)
 
-    def _count(self, request: Request, error: BaseException | None) -> None:
+    def _count(self, request: WorkerRequest, error: BaseException | None) -> None:
         outcome = outcome_of(error)
-        self._ended[outcome] = self._ended.get(outcome, Total()).plus(time.monotonic() - request.submitted)
+        self._finished[outcome] = self._finished.get(outcome, Total()).plus(time.monotonic() - request.submitted)
 
-    def _withdraw(self, unwanted: Any) -> list[Request]:
-        """Take requests out of the queue."""
-        out = [request for _, _, request in self._queue if unwanted(request)]
-        if out:
-            self._queue = [entry for entry in self._queue if not unwanted(entry[2])]
+    def _withdraw(self, matches: Callable[[WorkerRequest], bool]) -> list[WorkerRequest]:
+        """Take matching requests out of the queue, and return them."""
+        withdrawn = [request for _, _, request in self._queue if matches(request)]
+        if withdrawn:
+            self._queue = [entry for entry in self._queue if not matches(entry[2])]
             heapq.heapify(self._queue)
-        return out
+        return withdrawn
 
-    def _expire(self) -> None:
+    def _expire_queued(self) -> None:
         now = time.monotonic()
         with self._changed:
-            late = self._withdraw(lambda request: request.expires is not None and request.expires < now)
-        for request in late:
-            self._end(
+            expired = self._withdraw(lambda request: request.expires is not None and request.expires < now)
+        for request in expired:
+            self._end_queued(
                 request,
                 DeadlineError("the request's deadline passed in the queue: allow more time, or send fewer at once"),
             )
 
-    def _break(self, fault: EngineFaultError) -> None:
+    def _set_fault(self, fault: EngineFaultError) -> None:
         with self._changed:
             self._fault = fault
             queued = self._withdraw(lambda request: True)
         for request in queued:
-            self._end(request, again(fault))
+            self._end_queued(request, copy_of(fault))
 
 
 def outcome_of(error: BaseException | None) -> str:
-    """What ``Statistics.requests`` calls a request that came to this error; None if to its end."""
+    """Return the key in ``Statistics.requests`` for a request that ended with this error; None for no error."""
     if error is None:
         return "done"
     return next((name for kind, name in _OUTCOMES.items() if isinstance(error, kind)), "failed")

@@ -12,7 +12,6 @@ from pathlib import Path
 from ...engines.bundle.bundle import Bundle
 from ...errors import EngineFaultError, InternalError, LimitError, UserError, WorkerClosedError
 from ..batching import Statistics, Worker
-from ..batching.policy import policy_of
 from ..pipeline import load
 from ..text_to_image import scheduler_named
 from .http import FAULT, INTERNAL, Problem, problem_of
@@ -225,7 +224,6 @@ def open_service(
         UserError: the bundle, an option or the settings do not fit.
     """
     opened = Bundle.open(config.bundle) if bundle is None else bundle
-    policy = policy_of(config.policy)
     engine = opened.choose_engine(config.engine, config.device).name
     on_stage("load the bundle")
     pipe = load(opened, engine, device=config.device, provider=config.provider, threads=config.threads)
@@ -243,7 +241,6 @@ def open_service(
         max_queue=config.max_queue,
         cache_bytes=config.cache_bytes,
         max_batch=config.max_batch,
-        policy=policy,
     )
     return WorkerService(worker, model, settings)
 

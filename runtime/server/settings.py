@@ -116,7 +116,6 @@ class WorkerConfig:
         loras: paths of LoRA files with their scales.
         max_in_flight, max_queue, max_batch: as ``Worker`` takes them.
         cache_bytes: device memory for cached features.
-        policy: name of the batching policy: deadline, largest or aligned.
     """
 
     bundle: str
@@ -130,7 +129,6 @@ class WorkerConfig:
     max_queue: int = 64
     max_batch: int = 16
     cache_bytes: int = 2**30
-    policy: str = "deadline"
 
     @property
     def default_name(self) -> str:

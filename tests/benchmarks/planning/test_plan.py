@@ -103,7 +103,6 @@ def test_mistakes_are_told(times: Path, tmp_path: Path) -> None:
         ((), "give a bundle to measure, or --times FILE"),
         (("--times", times, "--export-times", tmp_path / "x"), "--times measures nothing"),
         (("--times", times, "--p99", 0.1), "alone on a device already takes"),
-        (("--times", times, "--policy", "fair"), "no policy 'fair'"),
         (("--times", times, "--arrivals", "waves"), "no arrival process 'waves'"),
     ):
         done = plan(*arguments)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from offcut.benchmarks.planning import answer
 from offcut.benchmarks.planning.arrivals import PROCESSES, arrivals, trace
-from offcut.benchmarks.planning.costs import Costs, read
+from offcut.benchmarks.planning.costs import Costs, StepTimes, read
 from offcut.benchmarks.planning.simulate import HORIZON, Kind, Setting, simulate
 from offcut.errors import UserError
 from offcut.runtime.batching import worker
-from offcut.runtime.batching.policy import POLICIES, Deadline
+from offcut.runtime.batching.policy import Policy
 
 COSTS = Costs(
     model="m",
@@ -32,7 +32,7 @@ COSTS = Costs(
     decode=0.3,
 )
 KIND = Kind((True, False, False, True, False))
-ONE = Setting(Deadline())
+ONE = Setting(Policy())
 LOAD = answer.Load([KIND], requests=300)
 
 
@@ -70,15 +70,14 @@ def test_requests_without_deadlines_count_as_due_when_the_worker_has_them_due() 
 @given(
     st.lists(st.floats(0, 60), min_size=1, max_size=40).map(sorted),
     st.lists(st.lists(st.booleans(), min_size=0, max_size=9).map(lambda rest: Kind((True, *rest))), min_size=1),
-    st.sampled_from(sorted(POLICIES)),
     st.integers(1, 4),
     st.integers(1, 5),
 )
 @settings(max_examples=60, deadline=None)
 def test_every_request_is_served_and_nothing_is_faster_than_its_parts(
-    times: list[float], kinds: list[Kind], policy: str, devices: int, in_flight: int
+    times: list[float], kinds: list[Kind], devices: int, in_flight: int
 ) -> None:
-    setting = Setting(POLICIES[policy](), devices=devices, max_in_flight=in_flight, max_queue=99)
+    setting = Setting(Policy(), devices=devices, max_in_flight=in_flight, max_queue=99)
     outcome = simulate(COSTS, kinds, times, setting)
     least = min(simulate(COSTS, [kind], [0.0], ONE).latencies[0] for kind in kinds)
     assert len(outcome.latencies) == len(times)
@@ -132,8 +131,7 @@ def test_batches_of_whole_requests_let_nobody_join() -> None:
     assert joining.seconds < whole.seconds
     ways = answer.ways(COSTS, LOAD, ONE, 0.8 * answer.capacity(COSTS, LOAD, ONE))
     assert set(ways) == {
-        *(f"{name}, 8" for name in POLICIES),
-        *(f"deadline, {n}" for n in (1, 2, 4)),
+        *(f"deadline, {n}" for n in (1, 2, 4, 8)),
         "whole requests, 8",
     }
     assert ways["deadline, 8"].percentile(50) < ways["whole requests, 8"].percentile(50)
@@ -174,3 +172,16 @@ def test_traces(tmp_path: Path) -> None:
         arrivals("waves", 1, 1)
     with pytest.raises(UserError, match="above 0"):
         arrivals("poisson", 0, 1)
+
+
+def test_durations_between_and_beyond_the_measured_ones() -> None:
+    times = StepTimes({None: {2: 1.0, 4: 2.0, 8: 3.0}, "deepcache:0": {2: 0.5}, "mlperf": {1: 2.0, 4: 0.5}})
+    assert [times.seconds(None, rows) for rows in (2, 3, 6, 8, 12)] == [1.0, 1.5, 2.5, 3.0, 4.0]
+    assert times.seconds(None, 1) == 0.5
+    assert times.seconds("deepcache:0", 4) == 1.0
+    assert times.seconds("mlperf", 8) == 0.5  # never below what was measured
+
+
+@given(st.dictionaries(st.integers(1, 32), st.floats(0.01, 5), min_size=1), st.integers(1, 64))
+def test_every_call_takes_time(table: dict[int, float], rows: int) -> None:
+    assert StepTimes({None: table}).seconds(None, rows) > 0

@@ -1,4 +1,4 @@
-"""One small pipeline for all tests of the worker, and what its requests give when each runs alone."""
+"""A small pipeline for all tests of the worker, and the images of requests that run alone."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import offcut
 from offcut.runtime.batching import Ticket, Worker
 
 Ask = dict[str, Any]
-"""``Worker.submit``'s arguments; among those of the pipeline call a seed instead of a generator."""
+"""Arguments of ``Worker.submit``; the arguments of the pipeline call have a seed instead of a generator."""
 
 
 @pytest.fixture(scope="package")
 def shared(tiny_bundle: Path) -> Iterator[Any]:
-    """The pipeline; between tests no worker has it."""
+    """Pipeline that no worker uses between tests."""
     pipe: Any = offcut.load(tiny_bundle, "onnxruntime", threads=1)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.advise = False
@@ -28,7 +28,7 @@ def shared(tiny_bundle: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def alone(shared: Any) -> Callable[..., torch.Tensor]:
-    """The latents of a request that has the engines to itself, outside any worker."""
+    """Function that returns the latents of a request without a worker."""
 
     def run(ask: Ask, pipe: Any = shared) -> torch.Tensor:
         before = pipe.scheduler
@@ -54,7 +54,7 @@ def send() -> Callable[..., Ticket]:
 
 
 def _arguments(ask: Ask) -> dict[str, Any]:
-    given = dict(ask["arguments"])
-    seed = given.pop("seed", 0)
+    arguments = dict(ask["arguments"])
+    seed = arguments.pop("seed", 0)
     defaults = {"prompt": "a red square", "num_inference_steps": 6, "guidance_scale": 5.0, "output_type": "latent"}
-    return {**defaults, **given, "generator": torch.Generator().manual_seed(seed)}
+    return {**defaults, **arguments, "generator": torch.Generator().manual_seed(seed)}

@@ -1,4 +1,4 @@
-"""Text encoders and autoencoder of requests that wait together are called once."""
+"""Requests that wait together share one call of a text encoder or the autoencoder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Send = Callable[..., Ticket]
 
 @contextmanager
 def held(worker: Worker, send: Send) -> Iterator[None]:
-    """A request that is at work, so that all others wait for it, until the block ends."""
+    """Run a request that all others wait for until the block ends."""
     reached, released = threading.Event(), threading.Event()
 
     def hold(step: Step) -> None:
@@ -39,23 +39,23 @@ def held(worker: Worker, send: Send) -> Iterator[None]:
 
 
 def wait_for(count: int, worker: Worker) -> None:
-    """Until so many requests stand at a module."""
+    """Wait until this number of requests waits at a module."""
     until = time.monotonic() + 60
     while len(worker._batcher._at_modules) < count:
         assert time.monotonic() < until
         time.sleep(0.01)
 
 
-def test_requests_share_them_and_images_stay_what_they_are(
+def test_requests_share_calls_and_images_stay_the_same(
     shared: Any, send: Send, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, make = [], ModuleCalls.make
+    made, run = [], ModuleCalls.run
 
-    def noting(self: ModuleCalls, calls: list[ModuleCall]) -> list[Any]:
+    def recording(self: ModuleCalls, calls: list[ModuleCall]) -> list[Any]:
         made.append((tuple(calls[0].tensors), sum(call.rows for call in calls)))
-        return make(self, calls)
+        return run(self, calls)
 
-    monkeypatch.setattr(ModuleCalls, "make", noting)
+    monkeypatch.setattr(ModuleCalls, "run", recording)
     asks = [
         {"arguments": {"seed": seed, "prompt": "a red square " * (1 + seed), "output_type": "pt"}} for seed in range(4)
     ]
@@ -74,7 +74,7 @@ def test_requests_share_them_and_images_stay_what_they_are(
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
-def test_a_request_is_cancelled_where_it_waits_for_one(shared: Any, send: Send) -> None:
+def test_a_request_that_waits_at_a_module_is_cancelled(shared: Any, send: Send) -> None:
     with Worker(shared, patience=60) as worker, held(worker, send):
         waiting = send(worker, {"arguments": {}})
         wait_for(1, worker)
@@ -92,41 +92,41 @@ def outputs(x: torch.Tensor) -> Any:
     return BaseModelOutputWithPooling(last_hidden_state=x + 1, hidden_states=(x, x * 2))
 
 
-def test_each_gets_its_own_rows() -> None:
+def test_each_call_gets_its_own_rows() -> None:
     calls = [call(rows, outputs, due=place) for place, rows in enumerate((1, 3, 2))]
-    for place, (made, answer) in enumerate(zip(calls, ModuleCalls().make(calls), strict=True)):
-        assert torch.equal(answer.last_hidden_state, torch.full((made.rows, 3), place + 1.0))
-        assert torch.equal(answer.hidden_states[1], torch.full((made.rows, 3), place * 2.0))
-        assert answer.pooler_output is None
-        assert answer[0] is answer.last_hidden_state
+    for place, (module_call, output) in enumerate(zip(calls, ModuleCalls().run(calls), strict=True)):
+        assert torch.equal(output.last_hidden_state, torch.full((module_call.rows, 3), place + 1.0))
+        assert torch.equal(output.hidden_states[1], torch.full((module_call.rows, 3), place * 2.0))
+        assert output.pooler_output is None
+        assert output[0] is output.last_hidden_state
 
 
-def test_an_error_is_its_own_sender_s() -> None:
+def test_an_error_goes_to_the_sender_of_its_call() -> None:
     def picky(x: torch.Tensor) -> torch.Tensor:
         if (x == 1).any():
             raise ValueError("one is too many")
         return x
 
-    makes = ModuleCalls()
-    answers = makes.make([call(1, picky, due=place) for place in range(3)])
-    assert [isinstance(answer, ValueError) for answer in answers] == [False, True, False]
-    assert len(makes.choose([call(1, picky), call(1, picky)])) == 2  # which does not stop others from sharing
+    module_calls = ModuleCalls()
+    results = module_calls.run([call(1, picky, due=place) for place in range(3)])
+    assert [isinstance(result, ValueError) for result in results] == [False, True, False]
+    assert len(module_calls.choose([call(1, picky), call(1, picky)])) == 2  # other calls are still shared
 
 
-@pytest.mark.parametrize("answer", [lambda x: x.sum(), lambda x: x[:1], lambda x: {"a": x.mean(0)}])
-def test_what_cannot_be_made_together_is_made_alone_from_then_on(answer: Callable[..., Any]) -> None:
-    makes, calls = ModuleCalls(), [call(2, answer, due=place) for place in range(2)]
-    for made, each in zip(makes.make(calls), calls, strict=True):
-        assert str(made) == str(answer(each.tensors["x"]))
-    assert makes.choose(calls) == calls[:1]
+@pytest.mark.parametrize("forward", [lambda x: x.sum(), lambda x: x[:1], lambda x: {"a": x.mean(0)}])
+def test_calls_that_cannot_be_shared_run_alone_from_then_on(forward: Callable[..., Any]) -> None:
+    module_calls, calls = ModuleCalls(), [call(2, forward, due=place) for place in range(2)]
+    for result, module_call in zip(module_calls.run(calls), calls, strict=True):
+        assert str(result) == str(forward(module_call.tensors["x"]))
+    assert module_calls.choose(calls) == calls[:1]
 
 
-def test_those_alike_go_together_while_there_is_room_the_first_due_first() -> None:
+def test_calls_with_the_same_key_go_together_while_there_is_room() -> None:
     third = POSITIONS // 3
-    late, first, other, alike, full = (
+    late, first, other, same_key, full = (
         call(1, outputs, key, due, third)
         for key, due in (("same", 4), ("same", 0), ("other", 1), ("same", 2), ("same", 3))
     )
-    assert ModuleCalls().choose([late, first, other, alike, full]) == [first, alike, full]
+    assert ModuleCalls().choose([late, first, other, same_key, full]) == [first, same_key, full]
     large = call(1, outputs, positions=2 * POSITIONS)
     assert ModuleCalls().choose([large]) == [large]

@@ -1,167 +1,140 @@
-"""What a policy promises, whatever waits; and the rules of each."""
+"""The policy: properties that hold for any set of waiting calls, and the order of deadlines."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offcut.errors import UserError
-from offcut.runtime.batching.policy import POLICIES, Aligned, Deadline, Largest, Pick, Policy, View, Waiting, policy_of
-from offcut.runtime.batching.times import StepTimes
+from offcut.runtime.batching.policy import Pick, Policy, WaitingCall
 
 CUTS = [None, "deepcache:0", "deepcache:1"]
-TIMES = StepTimes({cut: {1: seconds, 8: 4 * seconds} for cut, seconds in zip(CUTS, (1.0, 0.2, 0.3), strict=True)})
 
-waiting = st.builds(
-    Waiting,
+Calls = tuple[WaitingCall, ...]
+Limits = dict[int, int]
+
+waiting_call = st.builds(
+    WaitingCall,
     key=st.just(0),
     lane=st.integers(0, 2),
     cut=st.sampled_from(CUTS),
     rows=st.integers(1, 4),
     due=st.sampled_from([1.0, 2.0, 3.0, 50.0]),
-    passed=st.integers(0, 20),
-    until_full=st.none() | st.integers(1, 5),
+    passed_over=st.integers(0, 20),
 )
-views = st.builds(
-    lambda calls, limits, times: View(
-        tuple(replace(call, key=key) for key, call in enumerate(calls)),
-        dict(enumerate(limits)),
-        dict.fromkeys(range(3), TIMES) if times else {},
-    ),
-    st.lists(waiting, min_size=1, max_size=12),
-    st.lists(st.integers(1, 12), min_size=3, max_size=3),
-    st.booleans(),
+waiting_calls = st.lists(waiting_call, min_size=1, max_size=12).map(
+    lambda calls: tuple(replace(call, key=key) for key, call in enumerate(calls))
 )
-policies = st.builds(policy_of, st.sampled_from(sorted(POLICIES)), st.integers(1, 12))
+row_limits = st.lists(st.integers(1, 12), min_size=3, max_size=3).map(lambda limits: dict(enumerate(limits)))
+policies = st.builds(Policy, st.integers(1, 12))
 
 
-def members(view: View, pick: Pick) -> list[Waiting]:
-    return [call for call in view.waiting if call.key in pick.members]
+def members(waiting: Sequence[WaitingCall], pick: Pick) -> list[WaitingCall]:
+    return [call for call in waiting if call.key in pick.members]
 
 
-@given(policies, views)
+@given(policies, waiting_calls, row_limits)
 @settings(max_examples=300, deadline=None)
-def test_a_call_is_of_one_lane_and_kind_and_no_larger_than_the_engines_take(policy: Policy, view: View) -> None:
-    pick = policy.choose(view)
-    chosen = members(view, pick)
+def test_a_call_has_one_lane_and_one_kind_and_stays_within_the_limit(
+    policy: Policy, waiting: Calls, limits: Limits
+) -> None:
+    pick = policy.choose(waiting, limits)
+    chosen = members(waiting, pick)
     assert len(chosen) == len(pick.members) == len(set(pick.members)) >= 1
     assert {(call.lane, call.cut) for call in chosen} == {(pick.lane, pick.cut)}
-    assert sum(call.rows for call in chosen) <= view.limits[pick.lane] or len(chosen) == 1
+    assert sum(call.rows for call in chosen) <= limits[pick.lane] or len(chosen) == 1
 
 
-@given(policies, views, st.randoms())
+@given(policies, waiting_calls, row_limits, st.randoms())
 @settings(max_examples=200, deadline=None)
-def test_the_same_view_gives_the_same_pick_in_whatever_order_it_is_told(
-    policy: Policy, view: View, random: object
+def test_the_pick_does_not_depend_on_the_order_of_the_calls(
+    policy: Policy, waiting: Calls, limits: Limits, random: Random
 ) -> None:
-    shuffled = list(view.waiting)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert policy.choose(view) == policy.choose(view) == policy.choose(replace(view, waiting=tuple(shuffled)))
+    shuffled = list(waiting)
+    random.shuffle(shuffled)
+    assert policy.choose(waiting, limits) == policy.choose(waiting, limits) == policy.choose(shuffled, limits)
 
 
-@given(policies, views)
+@given(policies, waiting_calls, row_limits)
 @settings(max_examples=200, deadline=None)
-def test_nobody_who_fits_is_left_behind(policy: Policy, view: View) -> None:
-    pick = policy.choose(view)
-    rows = sum(call.rows for call in members(view, pick))
-    for call in view.waiting:
+def test_calls_that_fit_are_not_left_out(policy: Policy, waiting: Calls, limits: Limits) -> None:
+    pick = policy.choose(waiting, limits)
+    rows = sum(call.rows for call in members(waiting, pick))
+    for call in waiting:
         if (call.lane, call.cut) == (pick.lane, pick.cut) and call.key not in pick.members:
-            assert rows + call.rows > view.limits[pick.lane]
+            assert rows + call.rows > limits[pick.lane]
 
 
-@given(policies, views)
+@given(policies, waiting_calls, row_limits)
 @settings(max_examples=200, deadline=None)
-def test_who_has_waited_longest_beyond_the_bound_goes_next(policy: Policy, view: View) -> None:
-    late = [call for call in view.waiting if call.passed >= policy.bound]
-    if late:
-        longest = max(call.passed for call in late)
-        assert any(call.passed == longest for call in members(view, policy.choose(view)))
+def test_the_longest_waiting_call_beyond_the_bound_goes_next(policy: Policy, waiting: Calls, limits: Limits) -> None:
+    starved = [call for call in waiting if call.passed_over >= policy.bound]
+    if starved:
+        longest = max(call.passed_over for call in starved)
+        chosen = members(waiting, policy.choose(waiting, limits))
+        assert any(call.passed_over == longest for call in chosen)
 
 
-@given(policies, views, st.lists(st.tuples(st.sampled_from(CUTS), st.sampled_from([0.5, 1.0, 9.0])), min_size=8))
+@given(
+    policies,
+    waiting_calls,
+    row_limits,
+    st.lists(st.tuples(st.sampled_from(CUTS), st.sampled_from([0.5, 1.0, 9.0])), min_size=8),
+)
 @settings(max_examples=100, deadline=None)
-def test_nobody_starves(policy: Policy, view: View, following: list[tuple[str | None, float]]) -> None:
-    """Whoever was served comes back at once, at some step and with some deadline; the bound of the module holds."""
-    calls = {call.key: replace(call, passed=0) for call in view.waiting}
+def test_no_request_starves(
+    policy: Policy, waiting: Calls, limits: Limits, following: list[tuple[str | None, float]]
+) -> None:
+    """A served request returns at once, at some step and with some deadline; the bound of the module holds."""
+    calls = {call.key: replace(call, passed_over=0) for call in waiting}
     allowed = policy.bound + len(calls) - 1
     served: Counter[int] = Counter()
     for tick in range(3 * allowed + 3):
-        pick = policy.choose(replace(view, waiting=tuple(calls.values())))
+        pick = policy.choose(tuple(calls.values()), limits)
         for key, call in calls.items():
             if key in pick.members:
                 cut, due = following[(tick + key) % len(following)]
-                calls[key] = replace(call, cut=cut, due=due, passed=0)
+                calls[key] = replace(call, cut=cut, due=due, passed_over=0)
                 served[key] += 1
             else:
-                calls[key] = replace(call, passed=call.passed + 1)
-                assert calls[key].passed <= allowed
+                calls[key] = replace(call, passed_over=call.passed_over + 1)
+                assert calls[key].passed_over <= allowed
     assert set(served) == set(calls)
 
 
-@given(views)
+@given(waiting_calls, row_limits)
 @settings(max_examples=200, deadline=None)
-def test_deadlines_are_served_in_their_order(view: View) -> None:
-    view = replace(view, waiting=tuple(replace(call, passed=0) for call in view.waiting))
-    pick = Deadline().choose(view)
-    chosen = members(view, pick)
-    first = min(view.waiting, key=lambda call: (call.due, call.key))
+def test_requests_are_served_in_the_order_of_their_deadlines(waiting: Calls, limits: Limits) -> None:
+    waiting = tuple(replace(call, passed_over=0) for call in waiting)
+    pick = Policy().choose(waiting, limits)
+    chosen = members(waiting, pick)
+    first = min(waiting, key=lambda call: (call.due, call.key))
     assert first.key in pick.members
-    for call in view.waiting:
-        left = (call.lane, call.cut) == (pick.lane, pick.cut) and call.key not in pick.members
+    for call in waiting:
+        left_out = (call.lane, call.cut) == (pick.lane, pick.cut) and call.key not in pick.members
         earlier = [other for other in chosen if (other.due, other.key) < (call.due, call.key)]
-        if left:  # only those who are due earlier can have taken its place
-            assert sum(other.rows for other in earlier) + call.rows > view.limits[pick.lane]
+        if left_out:  # calls that are due earlier took its rows
+            assert sum(other.rows for other in earlier) + call.rows > limits[pick.lane]
 
 
-def view_of(*calls: Waiting, limit: int = 8) -> View:
-    return View(calls, {0: limit}, {0: TIMES})
+def test_members_are_in_the_order_of_their_keys() -> None:
+    """While the members stay the same, their features stay in place."""
+    calls = [WaitingCall(key, 0, "deepcache:0", 1, due=due) for key, due in ((0, 3.0), (1, 1.0), (2, 2.0))]
+    assert Policy().choose(calls, {0: 8}).members == (0, 1, 2)
 
 
-def test_the_largest_group_goes_first() -> None:
-    full = [Waiting(key, 0, None, 1, due=1.0) for key in range(2)]
-    shallow = [Waiting(key, 0, "deepcache:0", 1, due=5.0) for key in range(2, 5)]
-    assert Largest().choose(view_of(*full, *shallow)).members == (2, 3, 4)
-    assert Largest().choose(view_of(*full, *shallow[:2])).members == (0, 1)
-    assert Deadline().choose(view_of(*full, *shallow)).members == (0, 1)
+def test_the_first_due_call_goes_before_a_larger_group() -> None:
+    full = [WaitingCall(key, 0, None, 1, due=1.0) for key in range(2)]
+    shallow = [WaitingCall(key, 0, "deepcache:0", 1, due=5.0) for key in range(2, 5)]
+    assert Policy().choose([*full, *shallow], {0: 8}).members == (0, 1)
 
 
-def test_full_steps_are_held_only_if_that_saves_time() -> None:
-    held = Waiting(0, 0, None, 1, due=1.0)
-    soon = [Waiting(key, 0, "deepcache:0", 1, due=2.0, until_full=1) for key in (1, 2)]
-    late = [replace(call, until_full=7) for call in soon]
-    assert Aligned().choose(view_of(held, *soon)).members == (1, 2)
-    assert Aligned().choose(view_of(held, *late)).members == (0,)
-    assert Aligned().choose(view_of(held, *soon, limit=2)).members == (0,)  # they would not fit into one call
-    assert Aligned().choose(replace(view_of(held, *soon), times={})).members == (0,)  # nothing is known
-    assert Aligned(bound=3).choose(view_of(replace(held, passed=3), *soon)).members == (0,)
-
-
-def test_features_stay_in_place_while_the_members_stay() -> None:
-    calls = [Waiting(key, 0, "deepcache:0", 1, due=due) for key, due in ((0, 3.0), (1, 1.0), (2, 2.0))]
-    assert Deadline().choose(view_of(*calls)).members == (0, 1, 2)
-
-
-def test_mistakes_are_told() -> None:
-    with pytest.raises(UserError, match="no policy 'fair': choose deadline, largest, aligned"):
-        policy_of("fair")
+def test_a_bound_below_1_is_refused() -> None:
     with pytest.raises(UserError, match="at least 1, not 0"):
-        Deadline(0)
-
-
-def test_times_between_and_beyond_the_measured_ones() -> None:
-    times = StepTimes({None: {2: 1.0, 4: 2.0, 8: 3.0}, "deepcache:0": {2: 0.5}, "mlperf": {1: 2.0, 4: 0.5}})
-    assert [times.seconds(None, rows) for rows in (2, 3, 6, 8, 12)] == [1.0, 1.5, 2.5, 3.0, 4.0]
-    assert times.seconds(None, 1) == 0.5
-    assert times.seconds("deepcache:0", 4) == 1.0
-    assert times.seconds("mlperf", 8) == 0.5  # never below what was measured
-    assert times.knows("mlperf")
-    assert not times.knows("deepcache:1")
-
-
-@given(st.dictionaries(st.integers(1, 32), st.floats(0.01, 5), min_size=1), st.integers(1, 64))
-def test_no_call_is_free(table: dict[int, float], rows: int) -> None:
-    assert StepTimes({None: table}).seconds(None, rows) > 0
+        Policy(0)

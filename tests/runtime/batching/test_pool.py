@@ -37,6 +37,6 @@ def test_a_slot_fits_its_own_features_only() -> None:
     assert not slot.fits(LAYOUT | {"skip": FeatureSpec((4, 1, 8, 8), torch.float32)})
 
 
-def test_what_never_fits_is_told() -> None:
+def test_features_above_the_limit_are_refused() -> None:
     with pytest.raises(CapacityError, match=r"keeps 0\.0 MiB.*may keep 0\.0.*larger cache_bytes"):
         SlotPool(BYTES - 1, torch.device("cpu")).take(LAYOUT)

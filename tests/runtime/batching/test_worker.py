@@ -1,4 +1,4 @@
-"""What a worker does when a request is cancelled, late, wrong or too large, when engines fail, and at its end."""
+"""Cancelled, late, wrong and too large requests, engine failures, draining and closing of a worker."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Send = Callable[..., Ticket]
 
 LONG: dict[str, Any] = {"arguments": {"num_inference_steps": 40}, "schedule": Uniform(4)}
 SLOT = 2 * 16 * 16 * 16 * 4
-"""Bytes that a guided request keeps with deepcache:0 of ``tiny_pipeline_dir``: [2, 16, 16, 16] in fp32."""
+"""Bytes of the slot of a guided request with deepcache:0 of ``tiny_pipeline_dir``: [2, 16, 16, 16] in fp32."""
 
 
 def ask(seed: int, **arguments: Any) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def ask(seed: int, **arguments: Any) -> dict[str, Any]:
 
 
 class Gate:
-    """An ``on_step`` that records, and holds its request at one step until it is opened."""
+    """``on_step`` callback that records the steps, and blocks its request at one step until ``open`` is set."""
 
     def __init__(self, at: int | None = None) -> None:
         self.steps: list[Step] = []
@@ -55,7 +55,7 @@ class Gate:
             assert self.open.wait(60)
 
 
-def test_steps_are_told_as_they_are_made(shared: Any, send: Send) -> None:
+def test_steps_are_reported_as_they_complete(shared: Any, send: Send) -> None:
     gate = Gate()
     with Worker(shared) as worker:
         send(worker, ask(0), on_step=gate).future.result()
@@ -80,12 +80,12 @@ def test_a_cancelled_request_frees_its_slot_within_a_step(shared: Any, alone: Al
 
 
 def alone_with(worker: Worker, alone: Alone, request: dict[str, Any]) -> torch.Tensor:
-    """As ``alone``, after the worker gave the engines back."""
+    """Return what ``alone`` does, after the worker gave the engines back."""
     worker.close()
     return alone(request)
 
 
-def test_a_request_that_stands_at_the_unet_is_cancelled_at_once(shared: Any, send: Send) -> None:
+def test_a_request_that_waits_at_the_unet_is_cancelled_at_once(shared: Any, send: Send) -> None:
     gate = Gate(at=0)
     with Worker(shared, patience=60) as worker:
         held, waiting = send(worker, LONG, on_step=gate), send(worker, ask(1))
@@ -108,14 +108,14 @@ def test_queued_requests_can_be_cancelled(shared: Any, send: Send) -> None:
         assert gate.reached.wait(60)
         one, other = send(worker, ask(1)), send(worker, ask(2))
         one.cancel()
-        assert other.future.cancel()  # as concurrent.futures has it
+        assert other.future.cancel()  # through concurrent.futures
         with pytest.raises(RequestCancelledError):
             one.future.result(0)
         gate.open.set()
         running.future.result()
         with pytest.raises(CancelledError):
             other.future.result()
-        running.cancel()  # nothing happens
+        running.cancel()  # has no effect
         assert worker.drain(60)
         assert worker.statistics().requests["cancelled"].count == 1
 
@@ -123,7 +123,7 @@ def test_queued_requests_can_be_cancelled(shared: Any, send: Send) -> None:
 def test_features_never_pass_from_one_request_to_another(
     shared: Any, alone: Alone, send: Send, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests come and go in the same few slots, which hold NaN before their first step."""
+    """Requests use the same few slots one after another; the slots hold NaN before the first step."""
     expected = [alone(ask(seed)) for seed in range(6)]
     take = SlotPool.take
 
@@ -155,7 +155,7 @@ def test_the_pool_is_never_larger_than_its_limit(shared: Any, alone: Alone, send
             used.append(worker.statistics().cache_bytes)
 
         tickets = [send(worker, ask(seed), on_step=look) for seed in range(5)]
-        tickets.append(send(worker, {"arguments": {"seed": 9}}))  # keeps nothing, and waits for nobody
+        tickets.append(send(worker, {"arguments": {"seed": 9}}))  # keeps no features, and waits for no slot
         images = [ticket.future.result().images for ticket in tickets]
     assert max(used) == 2 * SLOT
     assert all(torch.equal(*pair) for pair in zip(images, expected, strict=False))
@@ -169,8 +169,8 @@ def test_a_request_that_never_fits_is_refused_and_others_go_on(shared: Any, send
         small.future.result()
 
 
-def test_a_mistake_fails_its_own_request_only(shared: Any, alone: Alone, send: Send) -> None:
-    def stumble(step: Step) -> None:
+def test_an_error_ends_its_own_request_only(shared: Any, alone: Alone, send: Send) -> None:
+    def fail(step: Step) -> None:
         raise RuntimeError("a callback's own")
 
     expected = alone(ask(4))
@@ -179,7 +179,7 @@ def test_a_mistake_fails_its_own_request_only(shared: Any, alone: Alone, send: S
             send(worker, ask(0, height=13, width=13)),
             send(worker, ask(1, height=72, width=64)),  # no multiple of what the UNet needs
             send(worker, {**ask(2), "cut": "deepcache:9"}),
-            send(worker, ask(3), on_step=stumble),
+            send(worker, ask(3), on_step=fail),
         ]
         right = send(worker, ask(4))
         kinds = [(ValueError, "divisible by 8"), (UserError, "multiple of"), (CutError, "deepcache:9")]
@@ -212,7 +212,7 @@ def test_deadlines(shared: Any, send: Send) -> None:
         assert worker.statistics().rejected == 1
 
 
-def test_what_is_due_first_starts_first(shared: Any, send: Send) -> None:
+def test_requests_start_in_the_order_of_their_deadlines(shared: Any, send: Send) -> None:
     gate, started = Gate(at=0), []
     with Worker(shared, max_in_flight=1) as worker:
         send(worker, ask(0), on_step=gate)
@@ -228,13 +228,13 @@ def test_what_is_due_first_starts_first(shared: Any, send: Send) -> None:
     assert list(dict.fromkeys(started)) == ["soon", "late", "none"]
 
 
-def test_a_full_queue_says_so(shared: Any, send: Send) -> None:
+def test_a_full_queue_refuses_requests(shared: Any, send: Send) -> None:
     gate = Gate(at=0)
     with Worker(shared, max_in_flight=1, max_queue=1) as worker:
         running = send(worker, ask(0), on_step=gate)
         assert gate.reached.wait(60)
         queued = send(worker, ask(1))
-        with pytest.raises(QueueFullError, match="1 requests wait already, beside 1 in flight"):
+        with pytest.raises(QueueFullError, match="1 requests wait already, and 1 are in flight"):
             send(worker, ask(2))
         with pytest.raises(QueueFullError, match="1 requests wait already"):
             worker.expect_room()
@@ -247,7 +247,7 @@ def test_a_full_queue_says_so(shared: Any, send: Send) -> None:
 
 
 @pytest.mark.parametrize("kind", ["full", "shallow"])
-def test_an_engine_that_fails_fails_everybody(
+def test_an_engine_failure_ends_all_requests(
     kind: str, shared: Any, alone: Alone, send: Send, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = alone(ask(0))
@@ -276,7 +276,7 @@ def test_an_engine_that_fails_fails_everybody(
     assert torch.equal(alone(ask(0)), expected)
 
 
-def test_draining_finishes_what_there_is(shared: Any, send: Send) -> None:
+def test_draining_finishes_the_present_requests(shared: Any, send: Send) -> None:
     with Worker(shared, max_in_flight=2) as worker:
         tickets = [send(worker, ask(seed)) for seed in range(5)]
         assert not worker.drain(0)
@@ -286,7 +286,7 @@ def test_draining_finishes_what_there_is(shared: Any, send: Send) -> None:
         assert all(ticket.future.done() and ticket.future.exception() is None for ticket in tickets)
 
 
-def test_closing_cancels_what_there_is_and_gives_the_engines_back(shared: Any, alone: Alone, send: Send) -> None:
+def test_closing_cancels_all_requests_and_gives_the_engines_back(shared: Any, alone: Alone, send: Send) -> None:
     gate = Gate(at=2)
     worker = Worker(shared, max_in_flight=1)
     tickets = [send(worker, LONG, on_step=gate), send(worker, ask(1))]
@@ -306,7 +306,7 @@ def test_closing_cancels_what_there_is_and_gives_the_engines_back(shared: Any, a
     alone(ask(0))
 
 
-def test_requests_without_a_generator_differ(shared: Any) -> None:
+def test_requests_without_a_generator_give_different_images(shared: Any) -> None:
     arguments = {"prompt": "a", "num_inference_steps": 2, "output_type": "latent"}
     with Worker(shared) as worker:
         tickets = [worker.submit(arguments) for _ in range(2)]
@@ -321,7 +321,7 @@ def test_a_worker_of_a_bundle_owns_its_engines(tiny_bundle: Any, send: Send) -> 
         worker.unet._opened()
 
 
-def test_mistakes_are_told(shared: Any, eager: Any) -> None:
+def test_wrong_arguments_are_refused(shared: Any, eager: Any) -> None:
     with pytest.raises(UserError, match=r"needs a StableDiffusionPipeline with an offcut\.UNet"):
         Worker(eager)
     with pytest.raises(UserError, match="max_in_flight is at least 1, not 0"):

@@ -1,4 +1,4 @@
-"""What stands in a request's pipeline where its UNet would: its calls go to the engines that all requests share."""
+"""The UNet of a request's pipeline: its calls go to the engines that all requests share."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ..base_unet import BaseUNet
 from ..generation.state import GenerationState
 from ..inputs import write_timestep
 from ..unet import UNet
-from .batcher import Batcher, again
+from .batcher import Batcher, copy_of
 from .lanes import Lane
 from .pool import Layout
-from .request import Call, Request, Step
+from .request import Step, UNetCall, WorkerRequest
 
 
 class SharedUNet(BaseUNet):
-    """One request's view of the engines; the next request of the same thread may have it after.
+    """UNet of one request runner; it serves one request after another.
 
     Args:
-        unet: whose engines they are.
-        batcher: runs them.
+        unet: the UNet that owns the engines.
+        batcher: runs the engines.
     """
 
     def __init__(self, unet: UNet, batcher: Batcher) -> None:
@@ -39,13 +39,13 @@ class SharedUNet(BaseUNet):
         )
         self.advise = False
         self._owner, self._batcher = unet, batcher
-        self._request: Request | None = None
+        self._request: WorkerRequest | None = None
 
-    def serve(self, request: Request | None) -> None:
-        """From now on calls are this request's; None between requests.
+    def set_request(self, request: WorkerRequest | None) -> None:
+        """Make the calls from now on belong to this request; None between requests.
 
         Raises:
-            CutError: the engines have no such cut.
+            CutError: the engines do not have the request's cut.
         """
         self._request = request
         self._unannounced = None
@@ -58,48 +58,47 @@ class SharedUNet(BaseUNet):
         request = self._request
         if request is None:
             raise InternalError("a pipeline of a worker called its UNet outside a request")
-        lane = self._batcher.lanes.of(tensors)
+        lane = self._batcher.lanes.lane_for(tensors)
         rows = tensors[SAMPLE].shape[0]
         shapes = lane.shapes(rows)
         if self._family.is_video:
             self._family.check_limits(self.config, solve(self._specs, shapes))
-        times = torch.empty(shapes["timestep"], dtype=self._specs["timestep"].torch_dtype(), device=self._device)
-        write_timestep(times, timestep)
+        timesteps = torch.empty(shapes["timestep"], dtype=self._specs["timestep"].torch_dtype(), device=self._device)
+        write_timestep(timesteps, timestep)
 
         generation, full = self._begin(tuple(shapes.items()), timestep)
         plan, number = generation.plan, generation.made
         if not full and generation.skips(number):
-            if request.ended is not None:
-                raise again(request.ended)
-            answer = self._skipped(generation)
-            self._done(generation, full, rows=0)
-            return answer
-        ahead = None  # whether each call is full, of those that run an engine
+            if request.stop_error is not None:
+                raise copy_of(request.stop_error)
+            noise_pred = self._skipped(generation)
+            self._end_call(generation, full, rows=0)
+            return noise_pred
+        later_full = None  # of the later calls that run an engine, whether each is full
         if plan is not None:
             later = range(number + 1, len(plan))
-            ahead = tuple(plan[each] for each in later if plan[each] or not generation.skips(each))
-        keeps = full and self._features != () and (ahead is None or not all(ahead))
+            later_full = tuple(plan[call] for call in later if plan[call] or not generation.skips(call))
+        keeps_features = full and self._features != () and (later_full is None or not all(later_full))
         cut = None if full else generation.cut_of(number)
         assert full or cut is not None
-        call = Call(
+        call = UNetCall(
             request=request,
             lane=lane,
             tensors=tensors,
-            timestep=times,
+            timestep=timesteps,
             rows=rows,
             cut=cut,
             number=number,
-            layout=self._layout(lane, rows) if keeps else None,
-            last=ahead is not None and not ahead,
-            until_full=ahead.index(True) + 1 if not full and ahead and True in ahead else 0 if full else None,
-            came=time.monotonic(),
+            layout=self._layout(lane, rows) if keeps_features else None,
+            last=later_full is not None and not later_full,
+            arrived=time.monotonic(),
         )
-        noise_pred = self._batcher.step(call)
-        self._done(generation, full, call.shared)
+        noise_pred = self._batcher.execute(call)
+        self._end_call(generation, full, call.shared_rows)
         return noise_pred
 
-    def _done(self, generation: GenerationState, full: bool, rows: int) -> None:
-        """A call has completed; its request is told."""
+    def _end_call(self, generation: GenerationState, full: bool, rows: int) -> None:
+        """Count a completed call, and report it to the request's callback."""
         plan, number = generation.plan, generation.made
         generation.end(full)
         if self._request is not None and self._request.on_step is not None:
@@ -107,5 +106,8 @@ class SharedUNet(BaseUNet):
                 self._request.on_step(Step(number, None if plan is None else len(plan), full, rows))
 
     def _layout(self, lane: Lane, rows: int) -> Layout:
-        """The same at all of a request's full steps: another slot would not have the features of the step before."""
+        """Return the layout of the slot.
+
+        It is the same at all full calls of a request: another slot would lack the features of the full call before.
+        """
         return self._batcher.lanes.layout(lane, self._features, rows, twice=self._forecast is not None)
