@@ -21,7 +21,7 @@ from rich.markup import escape
 from ..errors import UserError
 
 if TYPE_CHECKING:
-    from .gpu.check import Result
+    from .gpu.check import CheckResult
 
 out = Console()
 err = Console(stderr=True)
@@ -51,29 +51,33 @@ app = typer.Typer(
 def gpu_check(
     output: Annotated[Path, typer.Option(help="Directory for result.json, report.md and the log.")] = Path("gpu-check"),
     only: Annotated[
-        str | None, typer.Option(metavar="GLOB", help="Checks whose id matches, as --list shows it.")
+        str | None, typer.Option(metavar="GLOB", help="Run checks whose id matches; --list shows the ids.")
     ] = None,
     list_only: Annotated[
         bool, typer.Option("--list", help="Print the checks, and why some cannot run; run none.")
     ] = False,
-    engines: Annotated[str | None, typer.Option(metavar="NAME,...", help="By default all that know CUDA.")] = None,
+    engines: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Engines under test; by default all that support CUDA.")
+    ] = None,
     precisions: Annotated[
-        str, typer.Option(help="Of the matrix; performance is measured in the first.")
+        str, typer.Option(help="Precisions of the correctness checks; performance is measured in the first.")
     ] = "fp16,bf16,fp32",
     every_cut: Annotated[
         bool, typer.Option("--every-cut", help="Compare all 13 cuts, not four; takes longer.")
     ] = False,
     performance: Annotated[bool, typer.Option("--performance", help="Also measure speed; takes minutes.")] = False,
     architectures: Annotated[str, typer.Option(help="For --performance: sd15, sdxl, small.")] = "sd15",
-    batches: Annotated[str, typer.Option(help="For --performance: images at once.")] = "1",
-    steps: Annotated[int, typer.Option(min=2, help="For --performance: of the denoising loop.")] = 50,
-    interval: Annotated[int, typer.Option(min=2, help="For --performance: one call in so many is full.")] = 5,
+    batches: Annotated[str, typer.Option(help="For --performance: numbers of images in one call.")] = "1",
+    steps: Annotated[int, typer.Option(min=2, help="For --performance: steps of the denoising loop.")] = 50,
+    interval: Annotated[int, typer.Option(min=2, help="For --performance: full UNet every N calls.")] = 5,
     rounds: Annotated[int, typer.Option(min=1, help="For --performance: turns of each contestant.")] = 5,
     device: Annotated[
-        str, typer.Option(help="cuda, cuda:1; cpu tries the checks themselves and proves no GPU.")
+        str, typer.Option(help="cuda, cuda:1; cpu tests the checks and proves nothing of a GPU.")
     ] = "cuda",
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that one check may take.")] = 3600,
-    work: Annotated[Path | None, typer.Option(help="Keep models and engines here; a temporary directory else.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Directory that keeps models and engines; a temporary one by default.")
+    ] = None,
     require_gpu: Annotated[bool, typer.Option("--require-gpu", help="Exit with 1 if no check could run.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print result.json, and nothing else on standard output.")
@@ -81,20 +85,19 @@ def gpu_check(
 ) -> None:
     """Run every GPU check on this machine and write [bold]result.json[/] and [bold]report.md[/].
 
-    Each check passes, fails, breaks off with an error, or is not run and says why.
-    Without a GPU none is run and nothing is proven. Exit code 1 if one failed or broke off.
+    Each check passes, fails, ends with an error, or is not run and says why.
+    Without a GPU no check runs and nothing is proven. Exit code 1 if a check failed or ended with an error.
     Models are made here, with random weights: no network is needed.
     """
     from ..engines.registry import ENGINES as KNOWN
     from .gpu.catalog import catalog
     from .gpu.check import perform, select
-    from .gpu.isolate import perform_apart
-    from .gpu.machine import facts
+    from .gpu.isolated import perform_isolated
     from .gpu.models import DTYPES, SIDE
-    from .gpu.report import REPORT, Report, report_as_json, write
-    from .gpu.workbench import ENGINES, Options, Workbench
+    from .gpu.report import REPORT, GpuReport, facts, write
+    from .gpu.workbench import ENGINES, GpuOptions, Workbench
 
-    options = Options(
+    options = GpuOptions(
         device=device,
         engines=_names("--engines", engines, KNOWN) if engines else ENGINES,
         precisions=_names("--precisions", precisions, tuple(DTYPES)),
@@ -111,17 +114,16 @@ def gpu_check(
         raise UserError(f"no check matches {only!r}: see them with --list, performance/... with --performance too")
     if list_only:
         for check in checks:
-            out.print(
-                check.id + (f"  [not run: {check.obstacle}]" if check.obstacle else ""), markup=False, soft_wrap=True
-            )
+            obstacle = f"  [not run: {check.obstacle}]" if check.obstacle else ""
+            out.print(check.id + obstacle, markup=False, soft_wrap=True)
         return
 
     output.mkdir(parents=True, exist_ok=True)
     (output / _LOG).unlink(missing_ok=True)
-    results: dict[str, Result] = {}
+    results: dict[str, CheckResult] = {}
     began = time.perf_counter()
 
-    def finished(result: Result) -> None:
+    def finished(result: CheckResult) -> None:
         results[result.id] = result
         reason = f" [dim]{escape(result.reason)}[/]" if result.reason else ""
         err.print(f"[{_COLOURS[result.status]}]{result.status}[/] {result.id}{reason}", highlight=False, soft_wrap=True)
@@ -138,21 +140,20 @@ def gpu_check(
         runnable = [check for check in checks if check.obstacle is None]
         runnable.sort(key=lambda check: options.engines.index(check.engine))
         for _, group in groupby(runnable, key=lambda check: check.engine):
-            perform_apart(
-                list(group), options, folder, output / _LOG, timeout=timeout, progress=progress, finished=finished
-            )
+            log = output / _LOG
+            perform_isolated(list(group), options, folder, log, timeout=timeout, progress=progress, finished=finished)
 
-    report = Report(
+    report = GpuReport(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=shlex.join(["python", "-m", "offcut.benchmarks.gpu_check", *sys.argv[1:]]),
         machine=facts(device),
-        results=[results[check.id] for check in checks],
+        checks=[results[check.id] for check in checks],
     )
     write(report, output)
     if as_json:
-        sys.stdout.write(json.dumps(report_as_json(report), indent=1) + "\n")
+        sys.stdout.write(json.dumps(report.as_json(), indent=1) + "\n")
     else:
-        _print(report.results)
+        _print(report.checks)
         out.print(f"{report.verdict}\n{output / REPORT}", highlight=False, markup=False, soft_wrap=True)
     counts = report.counts
     if counts["failed"] or counts["error"] or (require_gpu and not counts["passed"]):
@@ -160,7 +161,7 @@ def gpu_check(
 
 
 def main() -> None:
-    """Entry point: a user's error is one sentence and exit code 1."""
+    """Run the command; a user's error is printed as one sentence, with exit code 1."""
     try:
         app()
     except UserError as error:
@@ -170,23 +171,23 @@ def main() -> None:
 
 def _names(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    if strange := [name for name in names if name not in known]:
-        raise typer.BadParameter(f"{', '.join(strange)} is none of {', '.join(known)}", param_hint=option)
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"{', '.join(unknown)} is none of {', '.join(known)}", param_hint=option)
     return names
 
 
 def _number(text: str) -> int:
     if not text.strip().isdigit() or not int(text):
-        raise typer.BadParameter(f"{text!r} is no number of images", param_hint="--batches")
+        raise typer.BadParameter(f"{text!r} is not a number of images", param_hint="--batches")
     return int(text)
 
 
-def _print(results: Sequence[Result]) -> None:
-    """Every claim beside its bound; the checks that were not run, by reason."""
-    idle: dict[str, list[str]] = {}
+def _print(results: Sequence[CheckResult]) -> None:
+    """Print every figure with its bound, and the checks that were not run by their reason."""
+    not_run: dict[str, list[str]] = {}
     for result in results:
         if result.status == "not run":
-            idle.setdefault(result.reason, []).append(result.id)
+            not_run.setdefault(result.reason, []).append(result.id)
             continue
         _line(f"[{_COLOURS[result.status]}]{result.status:7}[/] [bold]{result.id}[/] [dim]{result.seconds:.1f} s[/]")
         if result.status == "error":
@@ -194,7 +195,7 @@ def _print(results: Sequence[Result]) -> None:
         for claim in result.claims:
             text = escape(f"{claim.name}: {claim.value:.4g} ({claim.sign} {claim.bound:.4g})")
             _line(f"        {text}" if claim.holds else f"        [bold red]{text}[/]")
-    for reason, identifiers in idle.items():
+    for reason, identifiers in not_run.items():
         _line(f"[yellow]not run[/] {len(identifiers)} checks: {escape(reason)}")
 
 

@@ -124,17 +124,10 @@ def now() -> datetime:
 def environment(packages: Sequence[str]) -> Environment:
     """This machine, with the versions of those of ``packages`` that are installed."""
     import platform
-    from importlib.metadata import PackageNotFoundError, version
 
     import psutil
     import torch
 
-    installed = {}
-    for package in packages:
-        try:
-            installed[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return Environment(
         cpu=_cpu(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -142,9 +135,20 @@ def environment(packages: Sequence[str]) -> Environment:
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        packages=installed,
+        packages=installed_versions(packages),
         load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     )
+
+
+def installed_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def _cpu() -> str:

@@ -21,7 +21,7 @@ from ...runtime.tuning.images import Image, Studio
 from ...runtime.tuning.moments import Moments
 from ...runtime.tuning.predictors import Predictors
 from ...runtime.tuning.record import Recorder
-from ..latency.plan import model_name
+from ..latency.resolve import model_name
 from .maps import changed, painted, picture
 from .record import Call, Drift, Sample, Walk
 from .walk import walk

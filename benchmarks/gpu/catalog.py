@@ -8,105 +8,86 @@ from importlib.util import find_spec
 
 from ...engines.registry import engine as engine_module
 from ...errors import EngineError
-from .check import Check, Outcome
-from .workbench import Options, Workbench, usable_precision
+from . import correctness, lifetime, performance, streams
+from .check import CheckOutcome, GpuCheck
+from .workbench import GpuOptions, Workbench, usable_precision
 
-Run = Callable[[Workbench, str, str], Outcome]
+_Run = Callable[..., CheckOutcome]
+
+# Run for each engine and precision.
+_BY_PRECISION: tuple[tuple[str, str, _Run], ...] = (
+    ("parity", "every graph agrees with eager PyTorch and across the cut", correctness.parity),
+    ("trajectory", "ten cached steps agree with eager PyTorch cached alike", correctness.trajectory),
+)
+# Run for each engine, in the first precision that it supports. The last entry: what the check needs.
+_BY_ENGINE: tuple[tuple[str, str, _Run, str | None], ...] = (
+    ("correctness/interleaved", "two shapes in turns do not disturb each other", correctness.interleaved, None),
+    ("streams/no-sync", "UNet.forward never waits for the device", streams.no_sync, "cuda"),
+    ("streams/side-stream", "a caller's own stream is in order with the engine's", streams.side_stream, "cuda"),
+    ("streams/cuda-graphs", "replayed calls equal launched ones, buffers stay", streams.cuda_graphs, "graphs"),
+    (
+        "streams/moved-buffers",
+        "graphs captured for buffers that are gone are not replayed for others",
+        streams.moved_buffers,
+        "graphs",
+    ),
+    ("memory/allocations", "steady state allocates noise_pred and nothing else", lifetime.allocations, "cuda"),
+    ("memory/close", "closing gives the memory back", lifetime.close, "cuda"),
+    ("threads/two", "two threads with a UNet each do not disturb each other", lifetime.threads, None),
+)
+# Run for each architecture, number of images and engine.
+_PERFORMANCE: tuple[tuple[str, str, _Run, str | None], ...] = (
+    ("loop", "the loop costs little beyond its engine calls", performance.loop, None),
+    ("deepcache", "faster than DeepCache's helper on eager PyTorch", performance.against_helper, "DeepCache"),
+    ("compiled", "as fast as two modules of torch.compile", performance.against_compiled, "triton"),
+    ("memory", "memory beyond the uncached engine", performance.memory, "cuda"),
+    ("roofline", "FLOP/s and bytes/s below the machine's ceilings", performance.roofline, None),
+)
 
 
-def catalog(options: Options) -> list[Check]:
-    """Every check that these options name, in the order in which they run."""
-    from . import correctness, lifetime, streams
-
+def catalog(options: GpuOptions) -> list[GpuCheck]:
+    """Return every check that these options select, in the order in which they run."""
     checks = []
+
+    def add(id: str, title: str, run: Callable[[Workbench], CheckOutcome], engine: str, obstacle: str | None) -> None:
+        checks.append(GpuCheck(id, title, run, engine, obstacle))
+
     for engine in options.engines:
         for precision in options.precisions:
-            for name, title, run in (
-                ("parity", "every graph agrees with eager PyTorch and across the cut", correctness.parity),
-                ("trajectory", "ten cached steps agree with eager PyTorch cached alike", correctness.trajectory),
-            ):
-                checks.append(
-                    Check(
-                        f"correctness/{name}/{engine}/{precision}",
-                        f"{engine}, {precision}: {title}",
-                        partial(_run, run, engine, precision),
-                        engine,
-                        _obstacle(options, engine, (precision,)),
-                    )
+            obstacle = _obstacle(options, engine, (precision,))
+            for name, title, run in _BY_PRECISION:
+                bound = partial(run, engine=engine, precision=precision)
+                add(
+                    f"correctness/{name}/{engine}/{precision}",
+                    f"{engine}, {precision}: {title}",
+                    bound,
+                    engine,
+                    obstacle,
                 )
-        for name, title, run, device in (
-            (
-                "correctness/interleaved",
-                "two shapes take turns and do not disturb each other",
-                correctness.interleaved,
-                None,
-            ),
-            ("streams/no-sync", "UNet.forward never waits for the device", streams.no_sync, "cuda"),
-            ("streams/side-stream", "a caller's own stream is in order with the engine's", streams.side_stream, "cuda"),
-            ("streams/cuda-graphs", "replayed calls equal launched ones, buffers stay", streams.cuda_graphs, "cuda"),
-            (
-                "streams/moved-buffers",
-                "what was recorded for buffers that are gone is not replayed for others",
-                streams.moved_buffers,
-                "cuda",
-            ),
-            ("memory/allocations", "steady state allocates noise_pred and nothing else", lifetime.allocations, "cuda"),
-            ("memory/close", "closing gives the memory back", lifetime.close, "cuda"),
-            ("threads/two", "two threads with a UNet each do not meet", lifetime.threads, None),
-        ):
-            obstacle = _obstacle(options, engine, options.precisions)
-            if obstacle is None and device == "cuda" and not options.device.startswith("cuda"):
-                obstacle = f"it is about CUDA, and this run is on {options.device}"
-            if (
-                obstacle is None
-                and name in ("streams/cuda-graphs", "streams/moved-buffers")
-                and engine not in streams.RECORDING
-            ):
-                obstacle = f"{engine} records no CUDA graphs"
-            checks.append(
-                Check(
-                    f"{name}/{engine}", f"{engine}: {title}", partial(_first_precision, run, engine), engine, obstacle
-                )
-            )
-    if options.performance:
-        checks += _performance(options)
-    return checks
-
-
-def _performance(options: Options) -> list[Check]:
-    from . import performance, roofline
-
-    checks = []
+        obstacle = _obstacle(options, engine, options.precisions)
+        for name, title, run, need in _BY_ENGINE:
+            missing = obstacle or _missing(need, options, engine)
+            add(f"{name}/{engine}", f"{engine}: {title}", partial(_first_precision, run, engine), engine, missing)
+    if not options.performance:
+        return checks
     for architecture in options.architectures:
         for images in options.batches:
             for engine in options.engines:
                 contest = performance.Contest(architecture, engine, options.precisions[0], images)
-                for name, title, run, needs in (
-                    ("loop", "the loop costs little beyond its engine calls", performance.loop, None),
-                    (
-                        "deepcache",
-                        "ahead of DeepCache's helper on eager PyTorch",
-                        performance.against_helper,
-                        "DeepCache",
-                    ),
-                    ("compiled", "level with two modules of torch.compile", performance.against_compiled, "triton"),
-                    ("memory", "memory beyond the uncached engine", performance.memory, "cuda"),
-                    ("roofline", "FLOP/s and bytes/s beside the machine's ceilings", roofline.roofline, None),
-                ):
-                    checks.append(
-                        Check(
-                            f"performance/{name}/{architecture}/b{images}/{engine}",
-                            f"{engine}, {architecture}, {images} images: {title}",
-                            partial(_contest, run, contest),
-                            engine,
-                            _obstacle(options, engine, options.precisions[:1]) or _needed(needs, options),
-                        )
+                obstacle = _obstacle(options, engine, options.precisions[:1])
+                for name, title, run, need in _PERFORMANCE:
+                    add(
+                        f"performance/{name}/{architecture}/b{images}/{engine}",
+                        f"{engine}, {architecture}, {images} images: {title}",
+                        partial(run, contest=contest),
+                        engine,
+                        obstacle or _missing(need, options, engine),
                     )
     return checks
 
 
 def no_device(device: str) -> str | None:
-    """Why nothing can run on this device here; None where it can."""
+    """Return why nothing can run on this device here; None where it can."""
     import torch
 
     if not device.startswith("cuda") or torch.cuda.is_available():
@@ -118,7 +99,7 @@ def no_device(device: str) -> str | None:
     )
 
 
-def _obstacle(options: Options, engine: str, precisions: tuple[str, ...]) -> str | None:
+def _obstacle(options: GpuOptions, engine: str, precisions: tuple[str, ...]) -> str | None:
     if reason := no_device(options.device):
         return reason
     probe = engine_module(engine).probe()
@@ -131,23 +112,17 @@ def _obstacle(options: Options, engine: str, precisions: tuple[str, ...]) -> str
     return None
 
 
-def _needed(needs: str | None, options: Options) -> str | None:
-    if needs == "cuda":
-        return None if options.device.startswith("cuda") else f"it is about CUDA, and this run is on {options.device}"
-    if needs == "triton" and not options.device.startswith("cuda"):
-        return None  # torch.compile writes C++ there
-    if needs is None or find_spec(needs) is not None:
+def _missing(need: str | None, options: GpuOptions, engine: str) -> str | None:
+    """Return why a need of a check is not met; None where it is."""
+    cuda = options.device.startswith("cuda")
+    if need in ("cuda", "graphs"):
+        if not cuda:
+            return f"it is about CUDA, and this run is on {options.device}"
+        return f"{engine} records no CUDA graphs" if need == "graphs" and engine not in streams.RECORDING else None
+    if need is None or (need == "triton" and not cuda):  # torch.compile writes C++ for a CPU
         return None
-    return f"the package {needs} is not installed: pip install {needs}"
+    return None if find_spec(need) is not None else f"the package {need} is not installed: pip install {need}"
 
 
-def _run(run: Run, engine: str, precision: str, bench: Workbench) -> Outcome:
-    return run(bench, engine, precision)
-
-
-def _first_precision(run: Run, engine: str, bench: Workbench) -> Outcome:
+def _first_precision(run: _Run, engine: str, bench: Workbench) -> CheckOutcome:
     return run(bench, engine, usable_precision(engine, bench.options.precisions))
-
-
-def _contest(run: Callable[..., Outcome], contest: object, bench: Workbench) -> Outcome:
-    return run(bench, contest)

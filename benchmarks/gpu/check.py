@@ -1,4 +1,4 @@
-"""What a check is: figures held to bounds, and one of four answers."""
+"""A GPU check: figures compared with bounds, and one of four results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, PlainSerializer, computed_field
 
 from ...errors import InternalError, ParityError
 
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
 
 Status = Literal["passed", "failed", "not run", "error"]
 Sign = Literal["<=", ">=", ">", "=="]
-Figure = float | int | str | bool
-
 _HOLDS: dict[Sign, Callable[[float, float], bool]] = {
     "<=": lambda value, bound: value <= bound,
     ">=": lambda value, bound: value >= bound,
@@ -27,25 +27,40 @@ _HOLDS: dict[Sign, Callable[[float, float], bool]] = {
 }
 
 
+def _finite_or_text(figure: Any) -> Any:
+    """Return the figure; JSON has no infinity and no NaN, so those become text."""
+    return str(figure) if isinstance(figure, float) and not math.isfinite(figure) else figure
+
+
+Figure = float | int | str | bool
+_Number = Annotated[float, PlainSerializer(_finite_or_text)]
+_Figure = Annotated[Figure, PlainSerializer(_finite_or_text)]
+
+
 class NotRun(Exception):
     """A check found while running that it cannot run here; the message is the reason."""
 
 
-@dataclass(frozen=True)
-class Claim:
-    """One figure held to a bound. A value that is not a number holds to none.
+class BoundedFigure(BaseModel):
+    """A measured figure with the bound that it has to keep. NaN keeps no bound.
 
     Attributes:
-        name: what was measured, with its unit.
-        value: what came out.
-        sign, bound: the claim is ``value sign bound``.
+        name: of the figure, with its unit.
+        value: the measured one.
+        sign, bound: the check needs ``value sign bound``.
     """
 
-    name: str
-    value: float
-    sign: Sign
-    bound: float
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
+    name: str
+    value: _Number
+    sign: Sign
+    bound: _Number
+
+    def __init__(self, name: str, value: float, sign: Sign, bound: float, **derived: Any) -> None:
+        super().__init__(name=name, value=value, sign=sign, bound=bound, **derived)
+
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def holds(self) -> bool:
         return not math.isnan(self.value) and _HOLDS[self.sign](self.value, self.bound)
@@ -55,57 +70,54 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a check measured.
+class CheckOutcome:
+    """The measurements of a check.
 
     Attributes:
-        claims: at least one.
-        figures: beside them, for the report.
+        claims: figures with bounds, at least one.
+        figures: further figures for the report.
     """
 
-    claims: tuple[Claim, ...]
+    claims: tuple[BoundedFigure, ...]
     figures: Mapping[str, Figure] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Check:
-    """One question to a machine.
+class GpuCheck:
+    """One check of the catalogue.
 
     Attributes:
         id: ``group/subject/...``, as ``--only`` matches it.
-        title: the question as a statement that passes or fails.
-        run: measures; raises ``NotRun`` where it turns out that it cannot.
-        engine: whose check it is. Checks of different engines run in processes of their own.
-        obstacle: why it cannot run here, known beforehand; None where nothing is known to stand in the way.
+        title: the statement that passes or fails.
+        run: measures; raises ``NotRun`` where it finds that it cannot run here.
+        engine: the engine under test. Checks of different engines run in different processes.
+        obstacle: why it cannot run here, as far as that is known before it runs.
     """
 
     id: str
     title: str
-    run: Callable[[Workbench], Outcome]
+    run: Callable[[Workbench], CheckOutcome]
     engine: str
     obstacle: str | None = None
 
-    @property
-    def group(self) -> str:
-        return self.id.partition("/")[0]
 
-
-@dataclass(frozen=True)
-class Result:
-    """A check's answer.
+class CheckResult(BaseModel):
+    """The result of a check.
 
     Attributes:
-        reason: why it was not run, failed or broke off; empty where it passed.
-        seconds: that it took.
+        reason: why it was not run, failed or ended with an error; empty where it passed.
+        seconds: duration.
         trace: the traceback of an error; empty otherwise.
     """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     id: str
     title: str
     status: Status
     reason: str = ""
-    claims: tuple[Claim, ...] = ()
-    figures: Mapping[str, Figure] = field(default_factory=dict)
+    claims: tuple[BoundedFigure, ...] = ()
+    figures: dict[str, _Figure] = {}
     seconds: float = 0.0
     trace: str = ""
 
@@ -114,40 +126,40 @@ class Result:
         return self.id.partition("/")[0]
 
 
-def perform(check: Check, bench: Workbench) -> Result:
-    """Run a check to its answer, whatever it raises short of an interrupt."""
-
-    def answer(status: Status, reason: str = "", **rest: Any) -> Result:
-        return Result(check.id, check.title, status, reason, seconds=time.perf_counter() - began, **rest)
-
+def perform(check: GpuCheck, bench: Workbench) -> CheckResult:
+    """Run a check and return its result, whatever it raises short of an interrupt."""
     began = time.perf_counter()
+
+    def result(status: Status, reason: str = "", **measured: Any) -> CheckResult:
+        seconds = time.perf_counter() - began
+        return CheckResult(id=check.id, title=check.title, status=status, reason=reason, seconds=seconds, **measured)
+
     if check.obstacle is not None:
-        return answer("not run", check.obstacle)
+        return result("not run", check.obstacle)
     try:
         outcome = check.run(bench)
         if not outcome.claims:
-            raise InternalError(f"the check {check.id} claims nothing, so it could not fail")
+            raise InternalError(f"the check {check.id} has no bounded figure, so it could not fail")
     except NotRun as reason:
-        return answer("not run", str(reason))
-    except ParityError as error:  # a build that measured its engine and found it wrong
-        return answer("failed", first_line(error), trace=traceback.format_exc())
+        return result("not run", str(reason))
+    except ParityError as error:  # the build compared its engine with the reference and found a difference
+        return result("failed", first_line(error), trace=traceback.format_exc())
     except Exception as error:
-        return answer("error", first_line(error), trace=traceback.format_exc())
-    broken = [str(claim) for claim in outcome.claims if not claim.holds]
-    measured: dict[str, Any] = {"claims": outcome.claims, "figures": outcome.figures}
-    return answer("failed", "; ".join(broken), **measured) if broken else answer("passed", **measured)
+        return result("error", first_line(error), trace=traceback.format_exc())
+    broken = "; ".join(str(claim) for claim in outcome.claims if not claim.holds)
+    measured: dict[str, Any] = {"claims": outcome.claims, "figures": dict(outcome.figures)}
+    return result("failed", broken, **measured) if broken else result("passed", **measured)
 
 
-def select(checks: list[Check], pattern: str | None) -> list[Check]:
-    """Those whose id matches a shell pattern, or lies below it: ``memory``, ``memory/*`` and ``*/onnxruntime``."""
+def select(checks: list[GpuCheck], pattern: str | None) -> list[GpuCheck]:
+    """Return the checks whose id matches a shell pattern or lies below it: ``memory``, ``memory/*``, ``*/inductor``."""
     if pattern is None:
         return checks
     return [check for check in checks if any(fnmatchcase(check.id, each) for each in (pattern, f"{pattern}/*"))]
 
 
 def first_line(error: BaseException) -> str:
-    """The error's first line, with its class where that is not offcut's own."""
-    text = str(error).strip()
-    line = text.splitlines()[0] if text else ""
+    """Return the error's first line; its class is named where it is not offcut's own."""
+    line, _, _ = str(error).strip().partition("\n")
     own = type(error).__module__.startswith("offcut.")
     return line if own and line else f"{type(error).__name__}: {line}".removesuffix(": ")

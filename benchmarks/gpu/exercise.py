@@ -1,4 +1,4 @@
-"""Small motions that many checks make: bind a pair to a shape, give it inputs, run it, compare."""
+"""Helpers of many checks: bind a pair to a shape, write inputs, run it, compare outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ...engines.base import BoundPair, EnginePair
 
 STALE = 1000
-"""Added to a seed for the inputs of a shallow call, so that they are not those of the full call before it."""
+"""Added to the seed of a shallow call, so that its inputs differ from those of the full call before it."""
 
 
 def bind(pair: EnginePair, batch: int, side: int, tokens: int = TOKENS) -> BoundPair:
@@ -26,13 +26,13 @@ def bind(pair: EnginePair, batch: int, side: int, tokens: int = TOKENS) -> Bound
 
 
 def write(pair: EnginePair, bound: BoundPair, seed: int) -> None:
-    """Fill the input buffers with random values, always the same for a seed."""
+    """Fill the input buffers with random values that depend on the seed only."""
     for name, tensor in example_inputs(tuple(pair.inputs.values()), bound.dims, seed).items():
         bound.buffers[name].copy_(tensor)
 
 
 def run(bound: BoundPair, cut: str | None = None) -> torch.Tensor:
-    """The full graph, or this cut's shallow one; a copy of ``noise_pred``."""
+    """Run the full graph, or the shallow graph of a cut, and return a copy of ``noise_pred``."""
     if cut is None:
         bound.full()
     else:
@@ -40,19 +40,19 @@ def run(bound: BoundPair, cut: str | None = None) -> torch.Tensor:
     return bound.buffers["noise_pred"].clone()
 
 
-def stale_answers(pair: EnginePair, bound: BoundPair, cut: str, seeds: tuple[int, ...]) -> list[torch.Tensor]:
-    """For each seed a full call, then a shallow one on other inputs, so that the cached features matter."""
-    answers = []
+def stale_outputs(pair: EnginePair, bound: BoundPair, cut: str, seeds: tuple[int, ...]) -> list[torch.Tensor]:
+    """Return the outputs of a full call and a shallow call on other inputs, for each seed."""
+    outputs = []
     for seed in seeds:
         write(pair, bound, seed)
-        answers.append(run(bound))
+        outputs.append(run(bound))
         write(pair, bound, seed + STALE)
-        answers.append(run(bound, cut))
-    return answers
+        outputs.append(run(bound, cut))
+    return outputs
 
 
 def apart(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over largest value; infinite where a value is not finite."""
+    """Return the largest difference over the largest value; infinite where a value is not finite."""
     ours, theirs = got.double(), expected.double()
     if not bool(torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
         return math.inf
@@ -60,23 +60,23 @@ def apart(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def farthest(got: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """The largest ``apart`` of these answers."""
+    """Return the largest ``apart`` of corresponding outputs."""
     return max(apart(ours, theirs) for ours, theirs in zip(got, expected, strict=True))
 
 
 def addresses(bound: BoundPair) -> Mapping[str, int]:
-    """Where each buffer lies."""
+    """Return the address of each buffer."""
     return {name: tensor.data_ptr() for name, tensor in bound.buffers.items()}
 
 
 def own_stream(device: str) -> Any:
-    """A context in which PyTorch works on a stream of its own; nothing on the CPU."""
+    """Return a context in which PyTorch uses a new stream; on the CPU it does nothing."""
     if torch.device(device).type != "cuda":
         return nullcontext()
     return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
 def wait(device: str) -> None:
-    """Let the host wait for the device."""
+    """Make the host wait for the device."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Memory and threads: steady state allocates nothing, closing gives everything back, UNets do not meet."""
+"""Checks of memory and threads: allocations in steady state, memory after closing, two UNets at once."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from threading import Barrier
 import torch
 
 from ...runtime.generation.schedule import Uniform
-from .check import Claim, Outcome
+from .check import BoundedFigure, CheckOutcome
 from .correctness import SCHEDULE, STEPS, TRAJECTORY
 from .exercise import apart, own_stream, wait
-from .models import DTYPES, SIDE, conditioning, noise
-from .peers import EngineDenoiser
+from .models import SIDE, conditioning, dtype_of, noise
+from .peers import DenoisingLoop, EngineDenoiser, decibels
 from .streams import inputs
-from .trajectory import Loop, decibels
 from .workbench import CUT, Workbench
 
 CALLS = 20
@@ -24,11 +23,11 @@ CYCLES = 4
 MIB = 1 << 20
 
 
-def allocations(bench: Workbench, engine: str, precision: str) -> Outcome:
-    """Memory over calls in steady state, as PyTorch's allocator counts it and as the driver does."""
+def allocations(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
+    """Count allocations of calls in steady state, by PyTorch's allocator and by the driver."""
     device = bench.device
     with bench.unet(bench.bundle(engine, precision), engine) as unet:
-        sample, given = inputs(unet, precision, device)
+        sample, arguments = inputs(unet, precision, device)
         timesteps = torch.linspace(900, 100, CALLS, device=device).unbind()
         unet.set_schedule(Uniform(2), cut=CUT)
         counts: list[int] = []
@@ -37,96 +36,102 @@ def allocations(bench: Workbench, engine: str, precision: str) -> Outcome:
             with unet.generation(calls=CALLS):
                 for timestep in timesteps:
                     before = _allocations(device)
-                    unet(sample, timestep, **given)
+                    unet(sample, timestep, **arguments)
                     if steady:
                         counts.append(_allocations(device) - before)
                         torch.cuda.synchronize(device)
                         free.append(torch.cuda.mem_get_info(device)[0])
-    return Outcome(
+    return CheckOutcome(
         (
-            Claim("most allocations in a call, of which one is the fresh noise_pred", max(counts), "<=", 1),
-            Claim(f"driver memory that {CALLS} calls took, MiB", (free[0] - min(free)) / MIB, "<=", 0),
+            BoundedFigure("most allocations in a call, of which one is the fresh noise_pred", max(counts), "<=", 1),
+            BoundedFigure(f"driver memory that {CALLS} calls took, MiB", (free[0] - min(free)) / MIB, "<=", 0),
         ),
         {"least allocations in a call": min(counts)},
     )
 
 
-def close(bench: Workbench, engine: str, precision: str) -> Outcome:
-    """Open, run and close again and again: what is taken comes back, by PyTorch's count and by the driver's."""
+def close(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
+    """Open, run and close repeatedly: the memory comes back, by PyTorch's count and by the driver's."""
     device = bench.device
     bundle = bench.bundle(engine, precision)
-    held: list[int] = []
-    taken: list[int] = []
-    ours: list[int] = []
+    closed: list[int] = []
+    opened: list[int] = []
+    allocated: list[int] = []
     for _ in range(CYCLES):
         with bench.unet(bundle, engine) as unet:
-            sample, given = inputs(unet, precision, device)
+            sample, arguments = inputs(unet, precision, device)
             unet.set_schedule(Uniform(2), cut=CUT)
             with unet.generation(calls=4):
                 for timestep in torch.linspace(900, 300, 4, device=device).unbind():
-                    unet(sample, timestep, **given)
-            taken.append(used_memory(device))
-        del unet, sample, given, timestep
-        held.append(used_memory(device))
-        ours.append(torch.cuda.memory_allocated(device))
-    # The first cycle also loads libraries and kernels, which stay.
-    return Outcome(
+                    unet(sample, timestep, **arguments)
+            opened.append(used_memory(device))
+        del unet, sample, arguments, timestep
+        closed.append(used_memory(device))
+        allocated.append(torch.cuda.memory_allocated(device))
+    # The first cycle also loads libraries and kernels, which stay loaded.
+    driver, pytorch = closed[-1] - closed[0], allocated[-1] - allocated[0]
+    return CheckOutcome(
         (
-            Claim("driver memory that stays after each further closing, MiB", (held[-1] - held[0]) / MIB, "<=", 2),
-            Claim("PyTorch's memory that stays after each further closing, bytes", ours[-1] - ours[0], "<=", 0),
-            Claim("driver memory that closing gives back, MiB", (min(taken[1:]) - max(held)) / MIB, ">", 0),
+            BoundedFigure("driver memory that stays after each further closing, MiB", driver / MIB, "<=", 2),
+            BoundedFigure("PyTorch's memory that stays after each further closing, bytes", pytorch, "<=", 0),
+            BoundedFigure("driver memory that closing gives back, MiB", (min(opened[1:]) - max(closed)) / MIB, ">", 0),
         ),
-        {"open, MiB": round(taken[-1] / MIB), "closed, MiB": round(held[-1] / MIB), "cycles": CYCLES},
+        {"open, MiB": round(opened[-1] / MIB), "closed, MiB": round(closed[-1] / MIB), "cycles": CYCLES},
     )
 
 
-def threads(bench: Workbench, engine: str, precision: str) -> Outcome:
-    """Two threads with a UNet each, at the same time, against the same UNets one after the other."""
+def threads(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
+    """Run two threads with a UNet each at the same time, and the same UNets one after the other."""
     bundle = bench.bundle(engine, precision)
-    dtype = getattr(torch, DTYPES[precision])
+    dtype = dtype_of(precision)
     with bench.unet(bundle, engine) as first, bench.unet(bundle, engine) as second:
-        unets = (first, second)
-        given = conditioning(first.config, 2, dtype, bench.device)
-        loops = [
-            Loop(noise(first.config, 1, SIDE["small"], dtype, bench.device, seed), STEPS) for seed in range(len(unets))
+        arguments = conditioning(first.config, 2, dtype, bench.device)
+        denoisers = [
+            EngineDenoiser(
+                DenoisingLoop(noise(unet.config, 1, SIDE["small"], dtype, bench.device, seed), STEPS),
+                unet,
+                arguments,
+                SCHEDULE,
+                CUT,
+            )
+            for seed, unet in enumerate((first, second))
         ]
-        denoisers = [EngineDenoiser(unet, given, SCHEDULE, CUT) for unet in unets]
-        together = Barrier(len(unets), timeout=300)
+        together = Barrier(len(denoisers), timeout=300)
 
-        def generate(index: int) -> torch.Tensor:
+        def generate(denoiser: EngineDenoiser) -> torch.Tensor:
             together.wait()
             with own_stream(bench.device):
                 for _ in range(2):
-                    latents = loops[index].generate(denoisers[index])
+                    latents = denoiser.generate()
                 wait(bench.device)
             return latents
 
         wait(bench.device)
-        with ThreadPoolExecutor(len(unets)) as pool:
-            at_once = list(pool.map(generate, range(len(unets))))
-        in_turn = [loop.generate(denoiser) for loop, denoiser in zip(loops, denoisers, strict=True)]
+        with ThreadPoolExecutor(len(denoisers)) as pool:
+            at_once = list(pool.map(generate, denoisers))
+        in_turn = [denoiser.generate() for denoiser in denoisers]
     bound = TRAJECTORY[precision]
-    closeness = [decibels(ours, theirs) for ours, theirs in zip(at_once, in_turn, strict=True)]
-    return Outcome(
+    closeness = min(decibels(ours, theirs) for ours, theirs in zip(at_once, in_turn, strict=True))
+    return CheckOutcome(
         (
-            Claim("latents of two threads, least PSNR to one after the other, dB", min(closeness), ">=", bound),
-            # Else an exchange of the two would go unnoticed.
-            Claim("PSNR between the two threads' latents, dB", decibels(in_turn[0], in_turn[1]), "<=", bound),
+            BoundedFigure("latents of two threads, least PSNR to one after the other, dB", closeness, ">=", bound),
+            # Else swapped results would go unnoticed.
+            BoundedFigure("PSNR between the two threads' latents, dB", decibels(in_turn[0], in_turn[1]), "<=", bound),
         ),
         {
-            "bit for bit": min(closeness) == math.inf,
+            "bit for bit": closeness == math.inf,
             "largest relative difference": max(apart(o, t) for o, t in zip(at_once, in_turn, strict=True)),
         },
     )
 
 
 def _allocations(device: str) -> int:
-    """How many blocks PyTorch's allocator has handed out so far."""
+    """Return the number of blocks that PyTorch's allocator has handed out so far."""
     return int(torch.cuda.memory_stats(device)["allocation.all.allocated"])
 
 
 def used_memory(device: str) -> int:
-    """Bytes of the device in use by anybody, with PyTorch's spare blocks given back."""
+    """Return the bytes of the device that all programs use, after PyTorch has given its spare blocks back."""
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()

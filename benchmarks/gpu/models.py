@@ -1,4 +1,4 @@
-"""Models and inputs for the checks: a small real UNet, published architectures, random weights throughout."""
+"""Models and inputs of the checks: a small UNet and published architectures, all with random weights."""
 
 from __future__ import annotations
 
@@ -31,15 +31,24 @@ SMALL: dict[str, Any] = {
 SMALL_CUTS = ("deepcache:0", "deepcache:1", "deepcache:4", "mlperf")
 EVERY_CUT = (*(f"deepcache:{k}" for k in range(12)), "mlperf")
 SIDE = {"small": 16, "sd15": 64, "sdxl": 128}
-"""Of an architecture's own latent."""
+"""Height and width of the latent that each architecture was made for."""
 
 TOKENS = 77
-# The deep features of random weights hardly matter at the output; a louder decoder makes a wrong cache audible.
+# Deep features of random weights hardly change the output. Larger decoder weights make a wrong cache visible.
 _GAIN = 2.0
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """Return PyTorch's dtype of a precision."""
+    import torch
+
+    dtype = getattr(torch, DTYPES[precision])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
 def small_unet() -> Any:
-    """The small UNet, fp32 on the CPU, its weights always the same."""
+    """Return the small UNet in fp32 on the CPU; its weights are always the same."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -48,7 +57,7 @@ def small_unet() -> Any:
         unet = UNet2DConditionModel(**SMALL)
         with torch.no_grad():
             for parameter in unet.parameters():
-                # Norms that are not all alike, as in a trained model; equal ones hide mix-ups of initializers.
+                # Norms that differ, as in a trained model. Equal norms would hide swapped initializers.
                 if parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
             for parameter in unet.up_blocks.parameters():
@@ -58,26 +67,23 @@ def small_unet() -> Any:
 
 
 def save_model(architecture: str, folder: Path, precision: str) -> Path:
-    """A UNet with random weights as diffusers saves it: a published one in this precision, the small one in fp32."""
-    import torch
-
-    dtype = getattr(torch, DTYPES[precision])
-    unet: Any = small_unet() if architecture == "small" else random_unet(architecture, dtype)
+    """Save a UNet with random weights: a published architecture in this precision, the small one in fp32."""
+    unet: Any = small_unet() if architecture == "small" else random_unet(architecture, dtype_of(precision))
     unet.save_pretrained(folder)
     return folder
 
 
 def eager_unet(folder: Path, precision: str, device: str, *, channels_last: bool = False) -> Any:
-    """The saved UNet in eager PyTorch; its attention is PyTorch's ``scaled_dot_product_attention``."""
+    """Load a saved UNet in eager PyTorch; its attention is ``scaled_dot_product_attention``."""
     import torch
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=getattr(torch, DTYPES[precision])).eval()
+    unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype_of(precision)).eval()
     return unet.to(device, memory_format=torch.channels_last) if channels_last else unet.to(device)
 
 
 def meta_unet(architecture: str) -> Any:
-    """The architecture without weights, for counting."""
+    """Return the architecture on the meta device, without weights, for counting."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -86,7 +92,7 @@ def meta_unet(architecture: str) -> Any:
 
 
 def noise(config: Any, images: int, side: int, dtype: torch.dtype, device: str, seed: int = 0) -> torch.Tensor:
-    """Initial latents [images, channels, side, side], the same on every device."""
+    """Return initial latents [images, channels, side, side], the same on every device."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -96,7 +102,7 @@ def noise(config: Any, images: int, side: int, dtype: torch.dtype, device: str, 
 def conditioning(
     config: Any, batch: int, dtype: torch.dtype, device: str, tokens: int = TOKENS, seed: int = 1
 ) -> Conditioning:
-    """What the UNet takes beside sample and timestep, random: text, and for SDXL its further conditioning.
+    """Return random inputs of the UNet next to sample and timestep: text, and what SDXL adds to it.
 
     Args:
         config: the UNet's.
@@ -109,16 +115,16 @@ def conditioning(
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    given: dict[str, Any] = {"encoder_hidden_states": normal(batch, tokens, config["cross_attention_dim"])}
+    inputs: dict[str, Any] = {"encoder_hidden_states": normal(batch, tokens, config["cross_attention_dim"])}
     if config.get("addition_embed_type") == "text_time":
         width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         side = 8.0 * config["sample_size"]
         times = torch.tensor([[side, side, 0.0, 0.0, side, side]]).repeat(batch, 1)
-        given["added_cond_kwargs"] = {"text_embeds": normal(batch, width), "time_ids": times.to(device, dtype)}
-    return given
+        inputs["added_cond_kwargs"] = {"text_embeds": normal(batch, width), "time_ids": times.to(device, dtype)}
+    return inputs
 
 
 def dims(specs: list[TensorSpec], batch: int, side: int, tokens: int = TOKENS) -> dict[str, int]:
-    """Sizes for the free dimensions of these specs."""
+    """Return sizes for the free dimensions of these specs."""
     sizes = {"batch": batch, "height": side, "width": side, "sequence": tokens}
     return {name: sizes[name] for name in symbols(specs)}

@@ -1,39 +1,159 @@
-"""What offcut is measured against: eager PyTorch, DeepCache's helper, two compiled modules; all denoise alike."""
+"""The denoising loop of the GPU checks, and who runs it: offcut, eager PyTorch, DeepCache's helper, torch.compile.
+
+Everything runs the same DDIM loop with classifier-free guidance, without a host synchronisation.
+"""
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...runtime.generation.schedule import Schedule
+from ..turns import Clock, LoopRunner, Marks
 
 if TYPE_CHECKING:
     from ...runtime.unet import UNet
 
+GUIDANCE = 5.0
 Conditioning = Mapping[str, Any]
-"""What a UNet's ``forward`` takes beside sample and timestep, by name."""
+"""Inputs of a UNet's ``forward`` next to sample and timestep, by name."""
+Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Returns the noise in a sample [batch, channels, height, width] at a timestep []."""
 
 
-class Denoiser(Protocol):
-    """Anything that predicts noise, call after call of one generation."""
+class DenoisingLoop:
+    """A denoising loop from fixed noise.
 
-    name: str
+    Args:
+        noise: [images, channels, height, width]; the loop runs in its dtype and on its device. A UNet call has a batch
+            of twice as many.
+        steps: of the scheduler.
+    """
 
-    def generation(self, timesteps: torch.Tensor) -> AbstractContextManager[object]:
-        """The calls inside make one generation; one call for each of these timesteps, which are on the device."""
-        ...
+    def __init__(self, noise: torch.Tensor, steps: int) -> None:
+        from diffusers import DDIMScheduler
+
+        self._scheduler: Any = DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+        )
+        self._scheduler.set_timesteps(steps)
+        # The scheduler reads numbers and the UNet a device tensor, so nothing is read back.
+        self._numbers = [int(timestep) for timestep in self._scheduler.timesteps]
+        self.timesteps: torch.Tensor = self._scheduler.timesteps.to(noise.device)
+        """[steps], on the device."""
+        self.noise = noise
+
+    @torch.no_grad()
+    def run(self, predict: Predict) -> torch.Tensor:
+        """Return the final latents [images, channels, height, width]."""
+        latents = self.noise
+        for number, timestep in zip(self._numbers, self.timesteps.unbind(), strict=True):
+            noise_pred = predict(torch.cat([latents, latents]), timestep)
+            unconditional, conditional = noise_pred.chunk(2)
+            guided = unconditional + GUIDANCE * (conditional - unconditional)
+            latents = self._scheduler.step(guided, number, latents, return_dict=False)[0]
+        return latents
+
+
+def decibels(latents: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the PSNR relative to the reference's range: infinite where equal, minus infinity where not finite."""
+    ours, theirs = latents.double(), reference.double()
+    if not bool(torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
+        return -math.inf
+    error = float((ours - theirs).square().mean().sqrt())
+    span = float(theirs.max() - theirs.min())
+    return math.inf if error == 0 else 20 * math.log10(span / error)
+
+
+class Denoiser(LoopRunner):
+    """A model that predicts noise in a ``DenoisingLoop``.
+
+    Args:
+        trajectory: the loop.
+        conditioning: of every UNet call.
+        marks: of the UNet's calls; empty ones by default.
+    """
+
+    def __init__(self, trajectory: DenoisingLoop, conditioning: Conditioning, marks: Marks | None = None) -> None:
+        self.trajectory, self.conditioning = trajectory, conditioning
+        self.marks = marks or Marks(Clock(str(trajectory.noise.device)))
+
+    @abstractmethod
+    def predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Return the noise in a sample [batch, channels, height, width] at a timestep [], in memory of its own."""
+
+    def loop(self) -> torch.Tensor:
+        return self.trajectory.run(self.predict)
+
+    def generate(self) -> torch.Tensor:
+        """Run one turn; return the final latents."""
+        with self.turn():
+            return self.loop()
+
+
+class EngineDenoiser(Denoiser):
+    """offcut: a pair of engines in its UNet.
+
+    Args:
+        schedule, cut: None makes every call full.
+    """
+
+    def __init__(
+        self,
+        trajectory: DenoisingLoop,
+        unet: UNet,
+        conditioning: Conditioning,
+        schedule: Schedule | None,
+        cut: str | None,
+        marks: Marks | None = None,
+    ) -> None:
+        super().__init__(trajectory, conditioning, marks)
+        self._unet, self._schedule = unet, schedule
+        self._cut = cut if schedule is not None else None
+
+    def turn(self) -> AbstractContextManager[object]:
+        self._unet.set_schedule(self._schedule, cut=self._cut)
+        return self._unet.generation(calls=len(self.trajectory.timesteps))
 
     def predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """The noise in ``sample`` [batch, channels, height, width] at ``timestep`` [], in memory of its own."""
-        ...
+        noise_pred = self._unet(sample, timestep, return_dict=False, **self.conditioning)[0]
+        assert isinstance(noise_pred, torch.Tensor)
+        return noise_pred
+
+
+class HelperDenoiser(Denoiser):
+    """DeepCache's own helper (PyPI ``DeepCache``) around an eager UNet, with branch 0."""
+
+    def __init__(self, trajectory: DenoisingLoop, unet: Any, conditioning: Conditioning, interval: int) -> None:
+        from DeepCache import DeepCacheSDHelper
+
+        super().__init__(trajectory, conditioning)
+        self._pipe = SimpleNamespace(unet=unet, scheduler=SimpleNamespace(timesteps=trajectory.timesteps))
+        self._helper = DeepCacheSDHelper(pipe=self._pipe)
+        self._helper.set_params(cache_interval=interval, cache_branch_id=0)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        self._helper.enable()
+        try:
+            yield
+        finally:
+            self._helper.disable()
+
+    def predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        noise_pred = self._pipe.unet(sample, timestep, return_dict=False, **self.conditioning)[0]
+        assert isinstance(noise_pred, torch.Tensor)
+        return noise_pred
 
 
 class CachedUNet:
-    """DeepCache's branch 0 by hand: a UNet's forward in two halves, the second of which reads a cached feature.
+    """DeepCache's branch 0 written by hand: a UNet's forward in two halves, of which the second reads the cache.
 
     It shares no code with the graph surgery.
 
@@ -47,7 +167,7 @@ class CachedUNet:
     def full(
         self, sample: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole UNet: its noise prediction, and ``hidden`` where it enters the outermost decoder layer.
+        """Return the noise prediction, and the hidden state that enters the outermost decoder layer.
 
         Args:
             sample: [batch, channels, height, width].
@@ -58,34 +178,29 @@ class CachedUNet:
         hidden = self.unet.conv_in(sample)
         skips = [hidden]
         for block in self.unet.down_blocks:
-            hidden, made = block(hidden_states=hidden, temb=embedding, **_text(block, text))
-            skips += made
+            hidden, outputs = block(hidden_states=hidden, temb=embedding, **_text(block, text))
+            skips += outputs
         hidden = self.unet.mid_block(hidden, embedding, **_text(self.unet.mid_block, text))
         *inner, last = self.unet.up_blocks
         for block in inner:
             count = len(block.resnets)
-            hidden = block(
-                hidden_states=hidden,
-                temb=embedding,
-                res_hidden_states_tuple=tuple(skips[-count:]),
-                **_text(block, text),
-            )
+            skip_connections = {"res_hidden_states_tuple": tuple(skips[-count:])}
+            hidden = block(hidden_states=hidden, temb=embedding, **skip_connections, **_text(block, text))
             del skips[-count:]
         for layer in range(len(last.resnets) - 1):
             hidden = self._layer(last, layer, hidden, skips.pop(), embedding, text)
-        feature = hidden
-        return self._outermost(feature, skips.pop(), embedding, text), feature
+        return self._outermost(hidden, skips.pop(), embedding, text), hidden
 
     def shallow(
         self, sample: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning, feature: torch.Tensor
     ) -> torch.Tensor:
-        """The first convolution and the outermost decoder layer around a cached feature."""
+        """Return the noise prediction, from the cached feature, the first convolution and the last decoder layer."""
         embedding = self._embed(sample, timestep, conditioning)
         skip = self.unet.conv_in(sample)
         return self._outermost(feature, skip, embedding, conditioning["encoder_hidden_states"])
 
     def shallow_parameters(self) -> Iterator[torch.nn.Parameter]:
-        """The weights that ``shallow`` reads."""
+        """Yield the weights that ``shallow`` reads."""
         last = self.unet.up_blocks[-1]
         modules = [self.unet.conv_in, self.unet.time_embedding, self.unet.conv_norm_out, self.unet.conv_out]
         modules += [last.resnets[-1], *list(getattr(last, "attentions", []))[-1:]]
@@ -123,104 +238,52 @@ def _text(block: Any, text: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
 
 
-class EngineDenoiser:
-    """offcut: a pair of engines behind the stand-in."""
-
-    def __init__(self, unet: UNet, conditioning: Conditioning, schedule: Schedule | None, cut: str | None) -> None:
-        self.name = f"{unet.engine} {'uncached' if schedule is None else schedule}"
-        self.unet = unet
-        self._conditioning = conditioning
-        self._schedule, self._cut = schedule, cut
-
-    def generation(self, timesteps: torch.Tensor) -> AbstractContextManager[object]:
-        self.unet.set_schedule(self._schedule, cut=self._cut if self._schedule is not None else None)
-        return self.unet.generation(calls=len(timesteps))
-
-    def predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        noise_pred = self.unet(sample, timestep, return_dict=False, **self._conditioning)[0]
-        assert isinstance(noise_pred, torch.Tensor)
-        return noise_pred
-
-
-class CachedDenoiser:
+class CachedDenoiser(Denoiser):
     """A ``CachedUNet`` that follows a schedule, eagerly or with both halves compiled.
 
     Args:
         schedule: None makes every call full.
-        compile: what is made of each half; nothing by default.
+        compile: compiles each half; None leaves both eager.
     """
 
     def __init__(
         self,
+        trajectory: DenoisingLoop,
         unet: CachedUNet,
         conditioning: Conditioning,
         schedule: Schedule | None,
         compile: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.name = "eager PyTorch" if compile is None else "torch.compile, two modules"
+        super().__init__(trajectory, conditioning)
         self._full: Any = compile(unet.full) if compile else unet.full
         self._shallow: Any = compile(unet.shallow) if compile else unet.shallow
         self._replays = compile is not None
-        self._conditioning = conditioning
         self._schedule = schedule
-        self._calls: int | None = None
         self._call = 0
         self._feature: torch.Tensor | None = None
 
     @contextmanager
-    def generation(self, timesteps: torch.Tensor) -> Iterator[None]:
-        self._calls, self._call, self._feature = len(timesteps), 0, None
+    def turn(self) -> Iterator[None]:
+        self._call, self._feature = 0, None
         yield
 
     def predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        full = self._schedule is None or self._schedule.is_full(self._call, self._calls)
+        full = self._schedule is None or self._schedule.is_full(self._call, len(self.trajectory.timesteps))
         self._call += 1
         if self._replays:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         if full:
-            noise_pred, self._feature = self._full(sample, timestep, self._conditioning)
+            noise_pred, self._feature = self._full(sample, timestep, self.conditioning)
         else:
-            noise_pred = self._shallow(sample, timestep, self._conditioning, self._feature)
+            noise_pred = self._shallow(sample, timestep, self.conditioning, self._feature)
         assert isinstance(noise_pred, torch.Tensor)
         assert self._feature is not None
-        if self._replays:  # its next replay overwrites what it gave
+        if self._replays:  # the next replay overwrites its outputs
             noise_pred = noise_pred.clone()
             self._feature = self._feature.clone() if full else self._feature
         return noise_pred
 
 
-def compiled(unet: CachedUNet, conditioning: Conditioning, schedule: Schedule | None) -> CachedDenoiser:
-    """Two hand-written modules, each through ``torch.compile(mode="max-autotune")`` for the one shape that comes."""
-
-    def compile(half: Any) -> Any:
-        return torch.compile(half, mode="max-autotune", fullgraph=True, dynamic=False)
-
-    return CachedDenoiser(unet, conditioning, schedule, compile)
-
-
-class HelperDenoiser:
-    """DeepCache's own helper (PyPI ``DeepCache``) around an eager UNet, with branch 0."""
-
-    name = "DeepCache's helper, eager"
-
-    def __init__(self, unet: Any, conditioning: Conditioning, interval: int) -> None:
-        from DeepCache import DeepCacheSDHelper
-
-        self._pipe = SimpleNamespace(unet=unet, scheduler=SimpleNamespace(timesteps=None))
-        self._helper = DeepCacheSDHelper(pipe=self._pipe)
-        self._helper.set_params(cache_interval=interval, cache_branch_id=0)
-        self._conditioning = conditioning
-
-    @contextmanager
-    def generation(self, timesteps: torch.Tensor) -> Iterator[None]:
-        self._pipe.scheduler.timesteps = timesteps
-        self._helper.enable()
-        try:
-            yield
-        finally:
-            self._helper.disable()
-
-    def predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        noise_pred = self._pipe.unet(sample, timestep, return_dict=False, **self._conditioning)[0]
-        assert isinstance(noise_pred, torch.Tensor)
-        return noise_pred
+def max_autotune(half: Any) -> Any:
+    """Compile one half of a ``CachedUNet`` with ``mode="max-autotune"`` for the one shape of the run."""
+    return torch.compile(half, mode="max-autotune", fullgraph=True, dynamic=False)

@@ -1,8 +1,9 @@
-"""How fast is the loop: against its own engine calls, against no cache, and against what others run."""
+"""Checks of speed: the loop against its own engine calls, against the uncached engine, and against peers."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,28 +11,36 @@ from typing import Any
 
 import torch
 
-from ...runtime.generation.schedule import Schedule, Uniform
+from ...runtime.generation.schedule import Uniform
 from ...runtime.unet import UNet
-from ..latency.clock import Clock, Marks, TimedPair
-from .check import Claim, Outcome
-from .clock import MarkedDenoiser, interleaved, warm_up
+from ..latency.ceiling import product
+from ..turns import Clock, LoopTimes, Marks, TimedPair, in_turns
+from .check import BoundedFigure, CheckOutcome
 from .exercise import wait
 from .lifetime import MIB, used_memory
-from .models import DTYPES, SIDE, conditioning, eager_unet, meta_unet, noise
-from .peers import CachedUNet, Conditioning, Denoiser, EngineDenoiser, HelperDenoiser, compiled
-from .trajectory import Loop
+from .models import SIDE, conditioning, dtype_of, eager_unet, meta_unet, noise
+from .peers import (
+    CachedDenoiser,
+    CachedUNet,
+    Conditioning,
+    Denoiser,
+    DenoisingLoop,
+    EngineDenoiser,
+    HelperDenoiser,
+    max_autotune,
+)
 from .workbench import CUT, Workbench
 
 _ALONE = 20
 """Calls of a graph back to back, for its time alone."""
+_COPIED = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes: more than any cache holds
 
 
 @dataclass(frozen=True)
 class Contest:
-    """An engine on one architecture and shape, ready for its loops.
+    """An engine with an architecture and a number of images, whose speed is checked.
 
     Attributes:
-        architecture, engine, precision: of the contest.
         images: a UNet call has a batch of twice as many.
     """
 
@@ -40,21 +49,15 @@ class Contest:
     precision: str
     images: int
 
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype = getattr(torch, DTYPES[self.precision])
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-
-    def loop(self, bench: Workbench, config: Any) -> tuple[Loop, Conditioning]:
-        """The denoising loop and its conditioning."""
-        latents = noise(config, self.images, SIDE[self.architecture], self.dtype, bench.device)
-        given = conditioning(config, 2 * self.images, self.dtype, bench.device)
-        return Loop(latents, bench.options.steps), given
+    def loop(self, bench: Workbench, config: Any) -> tuple[DenoisingLoop, Conditioning]:
+        """Return the denoising loop and its conditioning."""
+        dtype = dtype_of(self.precision)
+        latents = noise(config, self.images, SIDE[self.architecture], dtype, bench.device)
+        return DenoisingLoop(latents, bench.options.steps), conditioning(config, 2 * self.images, dtype, bench.device)
 
     @contextmanager
     def open(self, bench: Workbench, *, cuts: tuple[str, ...] | None = None) -> Iterator[tuple[UNet, TimedPair]]:
-        """The engine behind the stand-in, every call of it marked."""
+        """Open the engine in offcut's UNet; all of its calls can be marked."""
         bundle = bench.fast_bundle(self.architecture, self.engine, self.precision, 2 * self.images)
         with bench.pair(bundle, self.engine, cuts=cuts) as pair:
             timed = TimedPair(pair, Marks(Clock(bench.device)))
@@ -64,30 +67,39 @@ class Contest:
             finally:
                 unet.close()
 
+    def eager(self, bench: Workbench) -> Any:
+        """Return the eager UNet: channels_last, PyTorch's attention, the contest's precision."""
+        model = bench.model(self.architecture, self.precision)
+        return eager_unet(model, self.precision, bench.device, channels_last=True)
 
-def loop(bench: Workbench, contest: Contest) -> Outcome:
-    """The cached loop against the sum of its engine calls, and against the uncached loop."""
+
+def loop(bench: Workbench, contest: Contest) -> CheckOutcome:
+    """Compare the cached loop with the sum of its engine calls, and with the uncached loop."""
     clock, schedule = Clock(bench.device), Uniform(bench.options.interval)
     with contest.open(bench) as (unet, timed):
-        loop, given = contest.loop(bench, unet.config)
-        cached = EngineDenoiser(unet, given, schedule, CUT)
-        uncached = EngineDenoiser(unet, given, None, None)
-        warm_up(loop, (cached, uncached))
-        marked = MarkedDenoiser(cached, timed.marks)
-        wall, wall_uncached = interleaved(clock, loop, (marked, uncached), bench.options.rounds)
-        inside = timed.marks.medians()
+        trajectory, inputs = contest.loop(bench, unet.config)
+        cached = EngineDenoiser(trajectory, unet, inputs, schedule, CUT, timed.marks)
+        uncached = EngineDenoiser(trajectory, unet, inputs, None, None)
+        loops, uncached_loops = in_turns((cached, uncached), bench.options.rounds)
         bound = unet.bound
         assert bound is not None
         alone = (clock.median(bound.full, _ALONE), clock.median(lambda: bound.shallow(CUT), _ALONE))
+    wall, wall_uncached = _median(loops), _median(uncached_loops)
+    inside = (
+        statistics.median(seconds for each in loops for seconds in each.full),
+        statistics.median(seconds for each in loops for seconds in each.shallow),
+    )
     full = len(schedule.full_calls(bench.options.steps))
     shallow = bench.options.steps - full
     ideal_inside, ideal_alone = (full * times[0] + shallow * times[1] for times in (inside, alone))
     speed_up, ideal_speed_up = wall_uncached / wall, bench.options.steps * alone[0] / ideal_alone
-    return Outcome(
+    return CheckOutcome(
         (
-            Claim("wall / ideal, engine calls timed inside the loop", wall / ideal_inside, "<=", 1.02),
-            Claim("wall / ideal, engine calls timed alone", wall / ideal_alone, "<=", 1.02),
-            Claim("speed-up over the same engine uncached, of the ideal one", speed_up / ideal_speed_up, ">=", 0.97),
+            BoundedFigure("wall / ideal, engine calls timed inside the loop", wall / ideal_inside, "<=", 1.02),
+            BoundedFigure("wall / ideal, engine calls timed alone", wall / ideal_alone, "<=", 1.02),
+            BoundedFigure(
+                "speed-up over the same engine uncached, of the ideal one", speed_up / ideal_speed_up, ">=", 0.97
+            ),
         ),
         {
             "loop, ms": 1e3 * wall,
@@ -105,81 +117,165 @@ def loop(bench: Workbench, contest: Contest) -> Outcome:
     )
 
 
-def against_helper(bench: Workbench, contest: Contest) -> Outcome:
-    """The cached loop against DeepCache's helper on eager PyTorch: channels_last, SDPA, the same precision."""
-    unet = _eager(bench, contest)
-    given = contest.loop(bench, unet.config)[1]
-    ours, theirs = _duel(bench, contest, HelperDenoiser(unet, given, bench.options.interval))
-    return Outcome(
-        (Claim("times faster than DeepCache's helper on eager PyTorch", theirs / ours, ">=", 1.5),),
+def against_helper(bench: Workbench, contest: Contest) -> CheckOutcome:
+    """Compare the cached loop with DeepCache's helper on eager PyTorch in the same precision."""
+    unet = contest.eager(bench)
+    trajectory, inputs = contest.loop(bench, unet.config)
+    ours, theirs = _duel(bench, contest, HelperDenoiser(trajectory, unet, inputs, bench.options.interval))
+    return CheckOutcome(
+        (BoundedFigure("times faster than DeepCache's helper on eager PyTorch", theirs / ours, ">=", 1.5),),
         {"loop, ms": 1e3 * ours, "helper's loop, ms": 1e3 * theirs},
     )
 
 
-def against_compiled(bench: Workbench, contest: Contest) -> Outcome:
-    """The cached loop against two hand-written modules through ``torch.compile(mode="max-autotune")``."""
-    unet = CachedUNet(_eager(bench, contest))
-    given = contest.loop(bench, unet.unet.config)[1]
-    schedule: Schedule = Uniform(bench.options.interval)
-    ours, theirs = _duel(bench, contest, compiled(unet, given, schedule))
-    return Outcome(
-        (Claim("speed relative to two modules of torch.compile", theirs / ours, ">=", 0.97),),
+def against_compiled(bench: Workbench, contest: Contest) -> CheckOutcome:
+    """Compare the cached loop with two hand-written modules in ``torch.compile(mode="max-autotune")``."""
+    unet = contest.eager(bench)
+    trajectory, inputs = contest.loop(bench, unet.config)
+    schedule = Uniform(bench.options.interval)
+    ours, theirs = _duel(bench, contest, CachedDenoiser(trajectory, CachedUNet(unet), inputs, schedule, max_autotune))
+    return CheckOutcome(
+        (BoundedFigure("speed relative to two modules of torch.compile", theirs / ours, ">=", 0.97),),
         {"loop, ms": 1e3 * ours, "compiled loop, ms": 1e3 * theirs, "gap, %": 100 * (ours / theirs - 1)},
     )
 
 
-def memory(bench: Workbench, contest: Contest) -> Outcome:
-    """What the cached engine holds on the device after its loops, at its peak, against the same engine uncached."""
-    held: list[int] = []
+def memory(bench: Workbench, contest: Contest) -> CheckOutcome:
+    """Compare the device memory that the cached engine takes at its peak with the uncached engine's."""
+    taken: list[int] = []
     features = 0
     schedule = Uniform(bench.options.interval)
-    # The first round also loads libraries and kernels, which stay.
+    # The first round also loads libraries and kernels, which stay loaded.
     for cuts in (None, (), None):
         before = used_memory(bench.device)
         with contest.open(bench, cuts=cuts) as (unet, timed):
-            loop, given = contest.loop(bench, unet.config)
-            ours = EngineDenoiser(unet, given, schedule if cuts is None else None, CUT if cuts is None else None)
+            trajectory, inputs = contest.loop(bench, unet.config)
+            ours = EngineDenoiser(trajectory, unet, inputs, schedule if cuts is None else None, CUT)
             for _ in range(2):
-                loop.generate(ours)
+                ours.generate()
             wait(bench.device)
-            free, total = torch.cuda.mem_get_info(bench.device)  # spare blocks included: what the peak has left
-            held.append(total - free - before)
+            free, total = torch.cuda.mem_get_info(bench.device)  # with spare blocks, which the peak has left
+            taken.append(total - free - before)
             assert unet.bound is not None
             features = sum(tensor.nbytes for name, tensor in unet.bound.buffers.items() if name in set(timed.cuts[CUT]))
-        del unet, timed, loop, given, ours
-    weights = sum(parameter.numel() for parameter in CachedUNet(meta_unet(contest.architecture)).shallow_parameters())
-    weights *= contest.dtype.itemsize
+        del unet, timed, trajectory, inputs, ours
+    shallow = CachedUNet(meta_unet(contest.architecture)).shallow_parameters()
+    weights = sum(parameter.numel() for parameter in shallow) * dtype_of(contest.precision).itemsize
     # The engine opened without its shallow graph writes the features too.
-    more = held[2] - (held[1] - features)
-    return Outcome(
+    more = taken[2] - (taken[1] - features)
+    return CheckOutcome(
         (
-            Claim(
+            BoundedFigure(
                 "memory beyond the uncached engine, of the shallow weights and features",
                 more / (weights + features),
                 "<=",
                 1.1,
             ),
-            Claim("memory of the uncached engine, MiB", held[1] / MIB, ">", 0),
+            BoundedFigure("memory of the uncached engine, MiB", taken[1] / MIB, ">", 0),
         ),
         {
-            "cached, MiB": held[2] / MIB,
+            "cached, MiB": taken[2] / MIB,
             "shallow weights, MiB": weights / MIB,
             "features, MiB": features / MIB,
-            "of uncached": held[2] / held[1] if held[1] else math.nan,
+            "of uncached": taken[2] / taken[1] if taken[1] else math.nan,
         },
     )
 
 
-def _eager(bench: Workbench, contest: Contest) -> Any:
-    model = bench.model(contest.architecture, contest.precision)
-    return eager_unet(model, contest.precision, bench.device, channels_last=True)
+def roofline(bench: Workbench, contest: Contest) -> CheckOutcome:
+    """Compare FLOP/s and bytes/s of both graphs with the machine's ceilings."""
+    clock, precision, images = Clock(bench.device), contest.precision, contest.images
+    with contest.open(bench) as (unet, _):
+        trajectory, inputs = contest.loop(bench, unet.config)
+        sample = noise(unet.config, 2 * images, SIDE[contest.architecture], dtype_of(precision), bench.device)
+        unet.set_schedule(None)
+        with unet.generation(calls=1):
+            unet(sample, trajectory.timesteps[0], **inputs)
+        bound = unet.bound
+        assert bound is not None
+        seconds = {
+            "full": clock.median(bound.full, _ALONE),
+            "shallow": clock.median(lambda: bound.shallow(CUT), _ALONE),
+        }
+    compute, bandwidth = ceilings(bench.device, precision)
+    work = dict(zip(seconds, count(contest.architecture, precision, 2 * images), strict=True))
+    claims = []
+    figures: dict[str, float] = {"matrix product, TFLOP/s": compute / 1e12, "copy, GB/s": bandwidth / 1e9}
+    for name, graph in work.items():
+        achieved = graph.flops / seconds[name]
+        # More than the ceiling would mean that work was left out or time was not measured.
+        claims.append(BoundedFigure(f"{name}: FLOP/s, of the matrix product's", achieved / compute, "<=", 1.05))
+        figures[f"{name}, ms"] = 1e3 * seconds[name]
+        figures[f"{name}, GFLOP"] = graph.flops / 1e9
+        figures[f"{name}, TFLOP/s"] = achieved / 1e12
+        figures[f"{name}, GB/s at least"] = graph.bytes / seconds[name] / 1e9
+    return CheckOutcome(tuple(claims), figures)
+
+
+@dataclass(frozen=True)
+class CallWork:
+    """The least work of one call of a graph.
+
+    Attributes:
+        flops: two for each multiply-add of convolutions, matrix products and attention.
+        bytes: weights, inputs and outputs, each moved once; activations inside the graph are not counted.
+    """
+
+    flops: int
+    bytes: int
+
+
+def count(architecture: str, precision: str, batch: int) -> tuple[CallWork, CallWork]:
+    """Count the work of the full graph and of the shallow graph of ``deepcache:0``, without weights or a device.
+
+    Args:
+        batch: of a UNet call.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    dtype = dtype_of(precision)
+    unet = CachedUNet(meta_unet(architecture).to(dtype))
+    config = unet.unet.config
+    sample = noise(config, batch, SIDE[architecture], dtype, "meta")
+    timestep = torch.zeros((batch,), device="meta")
+    inputs = conditioning(config, batch, dtype, "meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as full:
+        feature = unet.full(sample, timestep, inputs)[1]
+    with torch.no_grad(), FlopCounterMode(display=False) as shallow:
+        unet.shallow(sample, timestep, inputs, feature)
+    moved = 2 * sample.nbytes + feature.nbytes + sum(tensor.nbytes for tensor in _tensors(inputs))
+    weights, shallow_weights = (
+        sum(parameter.nbytes for parameter in each) for each in (unet.unet.parameters(), unet.shallow_parameters())
+    )
+    return (
+        CallWork(full.get_total_flops(), weights + moved),
+        CallWork(shallow.get_total_flops(), shallow_weights + moved),
+    )
+
+
+def ceilings(device: str, precision: str) -> tuple[float, float]:
+    """Measure FLOP/s of a large matrix product, and bytes/s (read and written) of a large copy."""
+    copied, clock = _COPIED[torch.device(device).type], Clock(device)
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * copied / clock.median(lambda: target.copy_(source), 10)
+    return product(device, precision), bandwidth
+
+
+def _tensors(inputs: Any) -> list[torch.Tensor]:
+    tensors: list[torch.Tensor] = []
+    for value in inputs.values():
+        tensors += [value] if isinstance(value, torch.Tensor) else _tensors(value)
+    return tensors
+
+
+def _median(loops: list[LoopTimes]) -> float:
+    return statistics.median(each.seconds for each in loops)
 
 
 def _duel(bench: Workbench, contest: Contest, other: Denoiser) -> tuple[float, float]:
-    """Median seconds of the engine's cached loop and of the other's."""
+    """Return the median seconds of the engine's cached loop and of the other's."""
     with contest.open(bench) as (unet, _):
-        loop, given = contest.loop(bench, unet.config)
-        ours = EngineDenoiser(unet, given, Uniform(bench.options.interval), CUT)
-        warm_up(loop, (ours, other))
-        first, second = interleaved(Clock(bench.device), loop, (ours, other), bench.options.rounds)
-    return first, second
+        ours = EngineDenoiser(other.trajectory, unet, other.conditioning, Uniform(bench.options.interval), CUT)
+        first, second = in_turns((ours, other), bench.options.rounds)
+    return _median(first), _median(second)

@@ -1,164 +1,149 @@
-"""What a run leaves behind: ``result.json`` for machines, ``report.md`` for people, ``tracebacks.txt``."""
+"""The files that a run writes: ``result.json`` for machines, ``report.md`` for people, ``tracebacks.txt``."""
 
 from __future__ import annotations
 
-import json
-import math
+import shutil
+import subprocess
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from .check import Claim, Figure, Result
+from pydantic import BaseModel, ConfigDict, computed_field
 
-SCHEMA_VERSION = 1
+from ...engines.registry import machine, probe_all
+from ..record import installed_versions
+from .check import CheckResult, Figure
+
 RESULT, REPORT, TRACEBACKS = "result.json", "report.md", "tracebacks.txt"
 STATUSES = ("passed", "failed", "error", "not run")
+_PACKAGES = ("offcut", "onnx", "onnxscript", "polygraphy", "triton", "DeepCache")
 
 
-@dataclass(frozen=True)
-class Report:
+class GpuReport(BaseModel):
     """A run.
 
     Attributes:
         date: in UTC, ISO 8601.
-        command: as it was called.
+        command: the command line.
         machine: its facts, by name.
-        results: of every check that was listed.
+        checks: results of all checks that were listed.
     """
 
+    model_config = ConfigDict(extra="ignore")
+
+    schema_version: Literal[1] = 1
     date: str
     command: str
-    machine: Mapping[str, str]
-    results: Sequence[Result]
+    machine: dict[str, str]
+    checks: list[CheckResult]
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def counts(self) -> dict[str, int]:
-        """How many checks ended in each status."""
-        counted = Counter(result.status for result in self.results)
+        """Number of checks by status."""
+        counted = Counter(result.status for result in self.checks)
         return {status: counted[status] for status in STATUSES}  # type: ignore[index]
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """One sentence about the whole run."""
         counts = self.counts
         if counts["failed"] or counts["error"]:
             return "Disproven or broken: " + ", ".join(f"{counts[status]} {status}" for status in STATUSES)
         if not counts["passed"]:
-            reasons = Counter(result.reason for result in self.results)
+            reasons = Counter(result.reason for result in self.checks)
             why = f": {reasons.most_common(1)[0][0]}" if reasons else ": no check was chosen"
             return f"Nothing was proven, no check was run{why}"
         return f"All that was run passed: {counts['passed']} passed, {counts['not run']} not run"
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of ``result.json``: without tracebacks, whose file it names."""
+        content = self.model_dump(mode="json")
+        for check in content["checks"]:
+            if check.pop("trace"):
+                check["traceback"] = TRACEBACKS
+        return content
 
-def write(report: Report, folder: Path) -> None:
-    """Write all three files; an old ``tracebacks.txt`` goes where there are none."""
+
+def write(report: GpuReport, folder: Path) -> None:
+    """Write all three files; an old ``tracebacks.txt`` is removed where there are no tracebacks."""
+    import json
+
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULT).write_text(json.dumps(report_as_json(report), indent=1) + "\n", encoding="utf-8")
+    (folder / RESULT).write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
     (folder / REPORT).write_text(markdown(report), encoding="utf-8")
-    traces = [f"{result.id}\n\n{result.trace}" for result in report.results if result.trace]
+    traces = [f"{result.id}\n\n{result.trace}" for result in report.checks if result.trace]
     if traces:
         (folder / TRACEBACKS).write_text("\n\n".join(traces), encoding="utf-8")
     else:
         (folder / TRACEBACKS).unlink(missing_ok=True)
 
 
-def read(file: Path) -> Report:
-    """What ``write`` wrote, without the tracebacks."""
-    raw = json.loads(file.read_text(encoding="utf-8"))
-    return Report(raw["date"], raw["command"], raw["machine"], [result_of_json(each) for each in raw["checks"]])
+def read(file: Path) -> GpuReport:
+    """Read ``result.json``; it holds no tracebacks."""
+    return GpuReport.model_validate_json(file.read_text(encoding="utf-8"))
 
 
-def report_as_json(report: Report) -> dict[str, Any]:
-    """As it stands in ``result.json``."""
-    checks = []
-    for result in report.results:
-        check = result_as_json(result)
-        if check.pop("trace"):
-            check["traceback"] = TRACEBACKS
-        checks.append(check)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "date": report.date,
-        "command": report.command,
-        "verdict": report.verdict,
-        "counts": report.counts,
-        "machine": dict(report.machine),
-        "checks": checks,
-    }
+def facts(device: str) -> dict[str, str]:
+    """Describe the machine: the GPU, its driver, and the versions of the libraries between."""
+    import torch
 
-
-def result_as_json(result: Result) -> dict[str, Any]:
-    """A result as JSON, in which numbers that JSON does not know are words."""
-    claims = [
-        {
-            "name": claim.name,
-            "value": _word(claim.value),
-            "sign": claim.sign,
-            "bound": _word(claim.bound),
-            "holds": claim.holds,
+    known = {"device": device, **machine()}
+    if device.startswith("cuda") and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(device)
+        known |= {
+            "gpu": properties.name,
+            "compute capability": f"{properties.major}.{properties.minor}",
+            "gpu memory": f"{properties.total_memory / 2**30:.1f} GiB",
+            "multiprocessors": str(properties.multi_processor_count),
         }
-        for claim in result.claims
-    ]
-    return {
-        "id": result.id,
-        "title": result.title,
-        "status": result.status,
-        "reason": result.reason,
-        "claims": claims,
-        "figures": {name: _word(figure) for name, figure in result.figures.items()},
-        "seconds": result.seconds,
-        "trace": result.trace,
+    known |= {
+        "driver": _driver(),
+        "cuda": torch.version.cuda or "none: PyTorch was built without it",
+        "cudnn": str(torch.backends.cudnn.version() or "none"),  # type: ignore[no-untyped-call]
     }
+    known |= {f"engine {name}": f"{probe.version or 'absent'} ({probe.reason})" for name, probe in probe_all().items()}
+    versions = installed_versions(_PACKAGES)
+    return known | {package: versions.get(package, "not installed") for package in _PACKAGES}
 
 
-def result_of_json(raw: Mapping[str, Any]) -> Result:
-    """The inverse of ``result_as_json``."""
-    claims = [Claim(each["name"], float(each["value"]), each["sign"], float(each["bound"])) for each in raw["claims"]]
-    return Result(
-        raw["id"],
-        raw["title"],
-        raw["status"],
-        raw["reason"],
-        tuple(claims),
-        dict(raw["figures"]),
-        raw["seconds"],
-        raw.get("trace", ""),
-    )
+def _driver() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown: there is no nvidia-smi"
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        return f"unknown: nvidia-smi ended with {done.returncode}"
+    return ", ".join(dict.fromkeys(done.stdout.split()))
 
 
-def markdown(report: Report) -> str:
-    """A table for the machine and one for each group of checks."""
+def markdown(report: GpuReport) -> str:
+    """Return the report: a table for the machine and one for each group of checks."""
     lines = ["# offcut: GPU check", "", f"**{report.verdict}.**", "", f"`{report.command}`, {report.date}", ""]
     lines += ["| machine | |", "|---|---|", *(f"| {name} | {_cell(fact)} |" for name, fact in report.machine.items())]
-    for group in dict.fromkeys(result.group for result in report.results):
+    for group in dict.fromkeys(result.group for result in report.checks):
         lines += ["", f"## {group}", "", "| check | status | measured | s |", "|---|---|---|---|"]
-        for result in report.results:
+        for result in report.checks:
             if result.group == group:
-                cells = (
-                    f"{result.title}<br>`{result.id}`",
-                    _status(result),
-                    _measured(result),
-                    f"{result.seconds:.1f}",
-                )
-                lines.append(f"| {' | '.join(cells)} |")
+                title = f"{result.title}<br>`{result.id}`"
+                lines.append(f"| {title} | {_status(result)} | {_measured(result)} | {result.seconds:.1f} |")
     return "\n".join(lines) + "\n"
 
 
-def _status(result: Result) -> str:
+def _status(result: CheckResult) -> str:
     mark = result.status if result.status in ("passed", "not run") else f"**{result.status}**"
     return f"{mark}: {_cell(result.reason)}" if result.reason else mark
 
 
-def _measured(result: Result) -> str:
-    """Claims that failed stand out; figures follow."""
+def _measured(result: CheckResult) -> str:
+    """Return the figures with bounds, those that failed in bold, then the other figures."""
     claims = [
         f"{'' if claim.holds else '**FAILED** '}{_cell(claim.name)}: {claim.value:.4g} ({claim.sign} {claim.bound:.4g})"
         for claim in result.claims
     ]
-    figures = [f"{name}: {_short(figure)}" for name, figure in result.figures.items()]
-    return "<br>".join([*claims, *(_cell(figure) for figure in figures)])
+    return "<br>".join([*claims, *(_cell(f"{name}: {_short(figure)}") for name, figure in result.figures.items())])
 
 
 def _short(figure: Figure) -> str:
@@ -167,7 +152,3 @@ def _short(figure: Figure) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _word(figure: Figure) -> Figure:
-    return str(figure) if isinstance(figure, float) and not math.isfinite(figure) else figure

@@ -1,10 +1,10 @@
-"""What the checks share: the models on disk, their bundles, and engines opened from them."""
+"""The models, bundles and open engines that the checks share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,37 +19,38 @@ if TYPE_CHECKING:
     from ...runtime.unet import UNet
 
 ENGINES = ("tensorrt", "tensorrt-rtx", "onnxruntime", "inductor")
-"""Those that can run on CUDA."""
+"""Engines that can run on CUDA."""
 
 PRECISIONS = ("fp16", "bf16", "fp32")
 CUT = "deepcache:0"
-"""The cut of every check that needs only one; a deeper one costs more and is proven by the parity."""
+"""The cut of every check that needs one. The parity checks cover deeper cuts."""
 
 DONE = ".done"
-"""A file beside a model that was written to its end."""
+"""Name of a file next to a model that is complete."""
 
 _PROFILED = ("tensorrt", "tensorrt-rtx")
-# All shapes that the checks of the small model use, and those of the export's own reference.
+# All shapes of the small model's checks, and those of the export's own reference.
 _SMALL_PROFILE = Profile.of(
     {"batch": (1, 2, 4), "height": (16, 16, 32), "width": (16, 16, 32), "sequence": (7, TOKENS, TOKENS)}
 )
-# What a user would choose who wants speed and builds once.
+# Settings of a user who wants speed and builds once.
 _FAST: dict[str, Settings] = {"inductor": {"max_autotune": True}}
 
 
 @dataclass(frozen=True)
-class Options:
-    """What a run was asked for.
+class GpuOptions:
+    """The options of a run.
 
     Attributes:
-        device: ``"cuda"``; ``"cpu"`` proves the device-neutral checks themselves.
-        engines: whose checks are listed.
-        precisions: of the matrix; the first is that of the performance group.
-        every_cut: build and compare all cuts of the small model in place of a choice.
-        performance: list the performance group.
-        architectures, batches: of the performance group; a batch is a number of images, a UNet call has two for each.
-        steps, interval: of the denoising loops that are timed.
-        rounds: how often the contestants take turns.
+        device: ``"cuda"``; ``"cpu"`` tests the checks that need no GPU.
+        engines: under test.
+        precisions: of the correctness checks; the performance checks use the first.
+        every_cut: build and compare all cuts of the small model, not four of them.
+        performance: whether to run the performance checks.
+        architectures, batches: of the performance checks; a batch is a number of images, and a UNet call has two rows
+            for each.
+        steps, interval: of the timed denoising loops.
+        rounds: turns of each contestant.
     """
 
     device: str = "cuda"
@@ -63,15 +64,10 @@ class Options:
     interval: int = 5
     rounds: int = 5
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
-    def of_json(cls, given: dict[str, Any]) -> Options:
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in given.items()
-        }
-        return cls(**values)
+    def of_json(cls, values: dict[str, Any]) -> GpuOptions:
+        """Return the options from their fields; JSON has lists in place of tuples."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 class Workbench:
@@ -83,7 +79,7 @@ class Workbench:
         progress: called with a sentence as something slow begins.
     """
 
-    def __init__(self, options: Options, folder: Path, progress: Callable[[str], None] = lambda step: None) -> None:
+    def __init__(self, options: GpuOptions, folder: Path, progress: Callable[[str], None] = lambda step: None) -> None:
         self.options = options
         self.folder = folder
         self.device = options.device
@@ -92,11 +88,11 @@ class Workbench:
 
     @property
     def cuts(self) -> tuple[str, ...]:
-        """Of the small model's bundles."""
+        """Cuts of the small model's bundles."""
         return EVERY_CUT if self.options.every_cut else SMALL_CUTS
 
     def model(self, architecture: str, precision: str) -> Path:
-        """The directory of a UNet with random weights."""
+        """Return the directory of a UNet with random weights; made at the first call."""
         folder = self.folder / f"{architecture}-{'fp32' if architecture == 'small' else precision}"
         if not (folder / DONE).exists():
             self._progress(f"make {architecture} with random weights")
@@ -105,22 +101,22 @@ class Workbench:
         return folder
 
     def bundle(self, engine: str, precision: str) -> Bundle:
-        """The small model's bundle with this engine, shapes left dynamic; built at the first call.
+        """Return the small model's bundle with this engine and dynamic shapes; built at the first call.
 
         Raises:
-            OffcutError: it cannot be built; the same error at each call.
+            OffcutError: the build failed; later calls raise the same error.
         """
         profiles = (_SMALL_PROFILE,) if engine in _PROFILED else ()
         return self._build("small", engine, precision, cuts=self.cuts, profiles=profiles)
 
     def fast_bundle(self, architecture: str, engine: str, precision: str, batch: int) -> Bundle:
-        """An architecture's bundle for one shape, compiled for speed.
+        """Return an architecture's bundle for one shape, compiled for speed.
 
         Args:
             batch: of a UNet call.
 
         Raises:
-            OffcutError: it cannot be built; the same error at each call.
+            OffcutError: the build failed; later calls raise the same error.
         """
         side = SIDE[architecture]
         fixed = {"batch": batch, "height": side, "width": side, "sequence": TOKENS}
@@ -147,16 +143,16 @@ class Workbench:
                 )
             except Exception as error:
                 self._built[key] = error
-        found = self._built[key]
-        if isinstance(found, Exception):
-            raise found
-        return found
+        bundle = self._built[key]
+        if isinstance(bundle, Exception):
+            raise bundle
+        return bundle
 
     @contextmanager
     def pair(
         self, bundle: Bundle, engine: str, *, cuda_graphs: bool = True, cuts: tuple[str, ...] | None = None
     ) -> Iterator[EnginePair]:
-        """The bundle's engine, opened on the device; closed at the end.
+        """Open the bundle's engine on the device; closed at the end.
 
         Args:
             cuts: open only these shallow graphs; None for all.
@@ -173,7 +169,7 @@ class Workbench:
 
     @contextmanager
     def unet(self, bundle: Bundle, engine: str, **how: Any) -> Iterator[UNet]:
-        """The same behind the stand-in."""
+        """Open the bundle's engine in offcut's UNet; closed at the end."""
         from ...runtime.unet import UNet
 
         with self.pair(bundle, engine, **how) as pair:
@@ -185,10 +181,10 @@ class Workbench:
 
 
 def usable_precision(engine: str, precisions: tuple[str, ...]) -> str:
-    """The first of these precisions that this engine runs.
+    """Return the first of these precisions that this engine runs.
 
     Raises:
-        EngineError: it runs none of them.
+        EngineError: the engine runs none of them.
     """
     from ...engines.precision import bounds
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from ...engines.bundle.bundle import Bundle
 from ...errors import UserError
 from ...runtime.generation.schedule import Uniform, parse
-from ..latency.plan import Wanted, model_name, plan
 from ..latency.record import Contestant, Latency
-from ..latency.run import Options, measure
+from ..latency.resolve import LatencyRequest, model_name, resolve
+from ..latency.rounds import RoundOptions, measure
 from .fit import power_law
 from .record import Axis, Fit, Growth, Point, Sweep
 
@@ -35,7 +35,9 @@ class Axes:
     intervals: Sequence[int] = ()
 
 
-def grow(bundle: Bundle, base: Wanted, axes: Axes, options: Options, precision: str | None = None) -> Growth:
+def grow(
+    bundle: Bundle, base: LatencyRequest, axes: Axes, options: RoundOptions, precision: str | None = None
+) -> Growth:
     """Measure the base, every axis, and the base again.
 
     Args:
@@ -81,10 +83,10 @@ def grow(bundle: Bundle, base: Wanted, axes: Axes, options: Options, precision: 
     )
 
 
-_Others = list[tuple[int, Wanted, bool]]
+_Others = list[tuple[int, LatencyRequest, bool]]
 
 
-def _settings(base: Wanted, axes: Axes, interval: int, pixels: int) -> Iterator[tuple[Axis, int, _Others]]:
+def _settings(base: LatencyRequest, axes: Axes, interval: int, pixels: int) -> Iterator[tuple[Axis, int, _Others]]:
     """Each axis with the base's own value, and the other values with their settings and whether those are uncached."""
     if axes.steps:
         yield "steps", base.steps, [(n, replace(base, steps=n), False) for n in _others(axes.steps, base.steps)]
@@ -124,12 +126,12 @@ class _Measured:
 class _Runs:
     bundle: Bundle
     precision: str | None
-    options: Options
+    options: RoundOptions
 
-    def at(self, wanted: Wanted, *, uncached: bool = False) -> _Measured:
+    def at(self, wanted: LatencyRequest, *, uncached: bool = False) -> _Measured:
         """One setting's run, of one contestant."""
         with tempfile.TemporaryDirectory(prefix="offcut-growth-") as folder:
-            case, entrants = plan(self.bundle, replace(wanted, peers=("engine",)), Path(folder))
+            case, entrants = resolve(self.bundle, replace(wanted, peers=("engine",)), Path(folder))
             ours = [entrant for entrant in entrants if self.precision in (None, entrant.precision)]
             entrant = next((each for each in ours if each.cached != uncached), None)
             if entrant is None:

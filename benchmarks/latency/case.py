@@ -1,4 +1,4 @@
-"""What every contestant of a run is asked to do, and who they are; sent to the processes as JSON."""
+"""The work of a latency run and its contestants; both are sent to the worker processes as JSON."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """The work, the same for all.
+    """The work, the same for all contestants.
 
     Attributes:
         bundle: its directory.
         model: the diffusers directory that the peers load; None if there is none.
         folder: where the processes exchange embeddings and latents.
-        optimum: directory of optimum's ONNX pipeline; exported there if it is not.
+        optimum: directory of optimum's ONNX pipeline, which is exported there if it does not exist.
         steps, guidance, scheduler: of the denoising loop; the scheduler by its class in diffusers. A video's guidance
-            rises from 1 at the first frame to this at the last.
+            rises from 1 at the first frame to this scale at the last.
         height, width: of the image, in pixels.
         images: of one pipeline call, or videos; guidance doubles the UNet's batch.
         schedule, cut: of the cached contestants, as text and by its canonical name.
         threads: of each contestant.
         device: as PyTorch spells it.
-        end_to_end: whether the text encoder and VAE are loaded, for whole pipeline calls.
+        end_to_end: whether text encoder and VAE are loaded too, for calls of the whole pipeline.
         prompt: of those calls, and of the embeddings.
         seed: of the latents, and of the images that videos start from.
         frames: of each video; None for images.
@@ -56,16 +56,16 @@ class Entrant:
     """A contestant before the run.
 
     Attributes:
-        name, family, engine, precision: as in ``record.Contestant``.
-        kind: which of ``runners.KINDS`` opens it.
-        cached: whether it follows the case's schedule; if not, every call is full.
-        house: contestants of one house share a process, and the weights in it.
+        name, family, engine, precision: as in ``measured.Contestant``.
+        kind: the key in ``runners.KINDS`` of the function that opens it.
+        cached: whether it follows the case's schedule; else every call is full.
+        process: contestants with the same name here share a process and the weights in it.
         settings: fixed before the run.
-        build: the key of the engine in the bundle, for offcut's own.
+        build: key of the engine in the bundle, for offcut's own contestants.
         size: bytes of the files that it reads.
-        need: bytes of memory that its house is expected to take.
-        twin: the uncached contestant of the same house: a cached one that computes the same latents did not cache.
-        python: the environment that its process runs in, if it is not this one's.
+        need: bytes of memory that its process is expected to take.
+        twin: the uncached contestant of the same process. A cached one with the same latents did not cache.
+        python: interpreter of another environment for its process.
         not_run: why it cannot be measured here.
     """
 
@@ -75,7 +75,7 @@ class Entrant:
     precision: str
     kind: str
     cached: bool
-    house: str
+    process: str
     settings: dict[str, str] = field(default_factory=dict)
     build: str | None = None
     size: int = 0

@@ -1,4 +1,4 @@
-"""The limit beside the figures: what a call has to compute at least, and what the machine computes at best."""
+"""The limit of the measured calls: operations that a call needs, and operations that the machine can do a second."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from .case import Case
 from .loop import vae_scale
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""PyTorch's names of the precisions that a matrix product is timed in."""
+"""PyTorch's names of the precisions in which a matrix product can be timed."""
 
-_SIDE = {"cuda": 8192, "cpu": 2048}  # rows of both factors: enough to keep each kind of device busy
+_SIDE = {"cuda": 8192, "cpu": 2048}  # rows of both matrices: enough to keep the device busy
 _REPEATS = 12
 
 
 def work(case: Case, bundle: Bundle, tokens: int) -> dict[str, int]:
-    """Floating-point operations of a full and a shallow call in the case's loop, by kind; none without ONNX graphs.
+    """Count the floating-point operations of a full and a shallow call; empty for bundles without ONNX graphs.
 
     Args:
-        tokens: of the conditioning.
+        tokens: length of the conditioning.
     """
     graphs = next((variant.graphs for variant in bundle.manifest.variants.values() if variant.graphs), None)
     if graphs is None:
@@ -36,10 +36,10 @@ def work(case: Case, bundle: Bundle, tokens: int) -> dict[str, int]:
 
 
 def product(device: str, precision: str) -> float:
-    """FLOP/s of PyTorch's product of two large square matrices, the best of some."""
+    """Measure FLOP/s of PyTorch's product of two large square matrices, the best of 12."""
     import torch
 
-    from .clock import Clock
+    from ..turns import Clock
 
     side, clock = _SIDE[torch.device(device).type], Clock(device)
     left, right = (torch.randn((side, side), device=device).to(getattr(torch, DTYPES[precision])) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The catalogue: who can take part, how each is set up, and why one cannot. All of it is fixed before the run."""
+"""The contestants of a latency run: their settings, and why one cannot run. All of it is fixed before the run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ...engines.bundle.manifest import EngineEntry
 from ...engines.registry import engine as engine_module
 from ...errors import UserError
 from ...runtime.generation.schedule import Uniform, parse
+from ..record import installed_versions
 from .case import Case, Entrant
 from .loop import vae_scale
 
@@ -22,20 +23,20 @@ OPTIMUM_MISSING = (
     "--peer-python optimum=.venv-older/bin/python"
 )
 
-_GIB = 2**30
-# Resident memory at the peak for a byte of weights, beside activations and libraries; measured with SD 1.5.
-_NEED = {"onnxruntime": 1.3, "openvino": 2.2, "inductor": 1.3, "pytorch": 1.2, "compiled": 1.4, "optimum": 1.4}
-_BESIDE = int(1.5 * _GIB)
-# Activations of a video at the peak, in feature maps of the outermost level: eager PyTorch took 40 to 70.
+# Peak resident memory for each byte of weights: the largest ratio measured with SD 1.5, OpenVINO's. Others took 1.2 to
+# 1.4.
+_NEED_PER_BYTE = 2.2
+_NEED_OF_LIBRARIES = 3 * 2**29
+# Activations of a video at their peak, in feature maps of the outermost level: eager PyTorch took 40 to 70.
 _MAPS = 60
 _SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 def interval_of(schedule: str) -> int:
-    """The interval of a schedule that DeepCache's helper can follow.
+    """Return the interval of a schedule that DeepCache's helper can follow.
 
     Raises:
-        UserError: it follows none but this.
+        UserError: the schedule is not a uniform interval without warm-up.
     """
     parsed = parse(schedule)
     if not isinstance(parsed, Uniform) or parsed != Uniform(parsed.interval):
@@ -44,10 +45,10 @@ def interval_of(schedule: str) -> int:
 
 
 def branch_of(cut: str) -> int:
-    """The helper's ``cache_branch_id`` of a cut.
+    """Return the helper's ``cache_branch_id`` for a cut.
 
     Raises:
-        UserError: it has none.
+        UserError: the helper has no branch for this cut.
     """
     convention, _, index = cut.partition(":")
     if convention != "deepcache":
@@ -65,12 +66,12 @@ def catalogue(
     pythons: Mapping[str, str] | None = None,
     no_model: str = "",
 ) -> list[Entrant]:
-    """Every contestant in the order of its turn, those of one house side by side.
+    """Return every contestant in the order of its turn; those that share a process are neighbours.
 
     Args:
-        parameters: of the UNet, for the memory that it needs.
-        engines: those of the bundle that take part; all by default.
-        peers: those of ``PEERS`` that take part.
+        parameters: of the UNet, which decide how much memory the peers need.
+        engines: of the bundle; all by default.
+        peers: of ``PEERS``.
         pythons: interpreters of other environments, by the peer that runs there.
         no_model: why the peers have no model to load, where ``case.model`` is None.
 
@@ -81,33 +82,36 @@ def catalogue(
         if name not in bundle.engines:
             engine_module(name)
             raise UserError(f"{bundle.path} holds {', '.join(bundle.engines)}, not {name}: add it with offcut build")
-    beside = _beside(case, bundle)
-    ours = list(_offcut(bundle, case, engines or bundle.engines, "engine" in peers, beside))
+    ours = list(_offcut(bundle, case, engines or bundle.engines, "engine" in peers))
     precisions = list(dict.fromkeys(["fp32", "bf16", *(entrant.precision for entrant in ours)]))
-    theirs = [entrant for precision in precisions for entrant in _pytorch(case, peers, precision, parameters, beside)]
+    theirs = [entrant for precision in precisions for entrant in _pytorch(case, peers, precision, parameters)]
     if "optimum" in peers:
-        theirs.append(_optimum(case, parameters, (pythons or {}).get("optimum"), beside))
+        theirs.append(_optimum(case, parameters, (pythons or {}).get("optimum")))
     if case.model is None:
         theirs = [replace(entrant, not_run=entrant.not_run or no_model) for entrant in theirs]
-    return _neighbours([*theirs, *ours])
+    activations = _activations(case, bundle)
+    entrants = [*theirs, *ours]
+    sizes = {entrant.process: max(e.size for e in entrants if e.process == entrant.process) for entrant in entrants}
+    needs = {name: int(_NEED_PER_BYTE * size) + _NEED_OF_LIBRARIES + activations for name, size in sizes.items()}
+    return _group_by_process([replace(entrant, need=needs[entrant.process]) for entrant in entrants])
 
 
-def _offcut(bundle: Bundle, case: Case, engines: Iterable[str], uncached: bool, beside: int) -> Iterator[Entrant]:
+def _offcut(bundle: Bundle, case: Case, engines: Iterable[str], uncached: bool) -> Iterator[Entrant]:
     builds: dict[tuple[str, str], EngineEntry] = {}
     for entry in bundle.manifest.engines.values():
-        if entry.engine in engines:  # of several builds alike the newest, as bundle.entry has it
+        if entry.engine in engines:  # the newest of several builds with the same engine and precision
             precision = entry.inference_precision or bundle.manifest.variants[entry.variant].precision
             builds[entry.engine, precision] = entry
     for (engine, precision), entry in builds.items():
         variant = bundle.manifest.variants[entry.variant]
         weights = () if variant.graphs is None or entry.compiled else (variant.graphs.weights,)
-        both = [file for file in entry.files if not file.endswith(".log")] or [
+        files = [file for file in entry.files if not file.endswith(".log")] or [
             entry.full,
             *([entry.shallow[case.cut]] if case.cut in entry.shallow else []),
             *weights,
         ]
-        full = [file for file in both if file not in entry.shallow.values()]
-        stored = sum(bundle.manifest.files[file].size for file in both)
+        full_files = [file for file in files if file not in entry.shallow.values()]
+        size, full_size = (sum(bundle.manifest.files[file].size for file in each) for each in (files, full_files))
         settings = {
             "graphs": f"{variant.precision}, opset {variant.opset}",
             "computes in": precision,
@@ -123,31 +127,21 @@ def _offcut(bundle: Bundle, case: Case, engines: Iterable[str], uncached: bool, 
             "engine": engine,
             "precision": precision,
             "kind": "offcut",
-            "house": f"{engine} {precision}",
+            "process": f"{engine} {precision}",
             "build": entry.key,
-            "need": _need(engine, stored) + beside,
             "not_run": reason,
         }
-        alone = f"{engine} {precision} full only"
-        yield Entrant(
-            f"offcut {engine} {precision}",
-            "offcut",
-            cached=True,
-            settings=settings,
-            size=stored,
-            twin=alone if uncached else None,
-            **common,
-        )
+        name, twin = f"offcut {engine} {precision}", f"{engine} {precision} full only"
+        common_settings = {"cached": True, "settings": settings, "size": size, "twin": twin if uncached else None}
+        yield Entrant(name, "offcut", **common_settings, **common)
         if uncached:
-            note = {"graph": "writes the cached features too, and nobody reads them"}
-            size = sum(bundle.manifest.files[file].size for file in full)
-            yield Entrant(alone, engine, cached=False, settings=settings | note, size=size, **common)
+            settings = settings | {"graph": "also writes the cached features, which nobody reads"}
+            yield Entrant(twin, engine, cached=False, settings=settings, size=full_size, **common)
 
 
-def _pytorch(case: Case, peers: Sequence[str], precision: str, parameters: int, beside: int) -> Iterator[Entrant]:
-    weights = parameters * _SIZES[precision]
+def _pytorch(case: Case, peers: Sequence[str], precision: str, parameters: int) -> Iterator[Entrant]:
     # SD 1.5's UNet on a CPU with AVX-512 bf16, 256x256: channels_last took 1.20 of contiguous in fp32, 1.00 in bf16.
-    # A video's UNet has weights of five dimensions, which PyTorch refuses to lay out as channels_last.
+    # A video's UNet has weights of five dimensions, which PyTorch cannot lay out as channels_last.
     channels_last = case.frames is None and (case.device != "cpu" or precision != "fp32")
     settings = {
         "weights": f"torch_dtype={precision}",
@@ -156,9 +150,9 @@ def _pytorch(case: Case, peers: Sequence[str], precision: str, parameters: int, 
         "autocast": "none",
         "threads": str(case.threads),
     }
-    common: dict[str, Any] = {"engine": "pytorch", "precision": precision, "size": weights}
-    helper = _helper_reason(case)
-    eager: dict[str, Any] = {**common, "house": f"eager {precision}", "need": _need("pytorch", weights) + beside}
+    common: dict[str, Any] = {"engine": "pytorch", "precision": precision, "size": parameters * _SIZES[precision]}
+    eager: dict[str, Any] = {**common, "process": f"eager {precision}"}
+    helper: dict[str, Any] = {**common, "cached": True, "not_run": _helper_reason(case)}
     if "diffusers" in peers:
         name = f"diffusers eager {precision}"
         yield Entrant(name, "diffusers", kind="eager", cached=False, settings=settings, **eager)
@@ -167,59 +161,43 @@ def _pytorch(case: Case, peers: Sequence[str], precision: str, parameters: int, 
             f"DeepCache eager {precision}",
             "DeepCache",
             kind="deepcache",
-            cached=True,
             settings=settings | {"helper": "DeepCacheSDHelper, enabled before and disabled after each loop"},
             twin=f"diffusers eager {precision}" if "diffusers" in peers else None,
-            not_run=helper,
-            **eager,
+            **helper | eager,
         )
-    if "compile" not in peers or precision == "fp32":  # whoever compiles for speed has lowered the precision first
+    if "compile" not in peers or precision == "fp32":  # users who compile for speed lower the precision first
         return
-    compiled: dict[str, Any] = {**common, "need": _need("compiled", weights) + beside}
-    whole = "torch.compile(unet, fullgraph=True, dynamic=False), default mode; two whole loops more to warm up"
-    name = f"torch.compile {precision}"
+    more = "two more whole loops to warm up"
     yield Entrant(
-        name,
+        f"torch.compile {precision}",
         "torch.compile",
         kind="compiled",
         cached=False,
-        house=f"compiled {precision}",
-        settings=settings | {"compile": whole},
-        **compiled,
+        process=f"compiled {precision}",
+        settings=settings | {"compile": f"torch.compile(unet, fullgraph=True, dynamic=False), default mode; {more}"},
+        **common,
     )
     if "deepcache" in peers:
-        on = "then the helper, left on; two whole loops more to warm up"
-        yield Entrant(
-            f"DeepCache compile-blocks {precision}",
-            "DeepCache",
-            kind="deepcache-regional",
-            cached=True,
-            house=f"compiled blocks {precision}",
-            settings=settings | {"compile": f"unet.compile_repeated_blocks(fullgraph=True, dynamic=False), {on}"},
-            not_run=helper,
-            **compiled,
-        )
-        yield Entrant(
-            f"DeepCache compile {precision}",
-            "DeepCache",
-            kind="deepcache-compiled",
-            cached=True,
-            house=f"compiled, helped {precision}",
-            settings=settings | {"compile": f"torch.compile(unet), {on}"},
-            not_run=helper,
-            **compiled,
-        )
+        for name, kind, process, code in (
+            (
+                "compile-blocks",
+                "deepcache-regional",
+                "compiled blocks",
+                "unet.compile_repeated_blocks(fullgraph=True, dynamic=False)",
+            ),
+            ("compile", "deepcache-compiled", "compiled, helped", "torch.compile(unet)"),
+        ):
+            yield Entrant(
+                f"DeepCache {name} {precision}",
+                "DeepCache",
+                kind=kind,
+                process=f"{process} {precision}",
+                settings=settings | {"compile": f"{code}, then the helper, never disabled; {more}"},
+                **helper,
+            )
 
 
-def _optimum(case: Case, parameters: int, python: str | None, beside: int) -> Entrant:
-    from importlib.metadata import PackageNotFoundError, version
-
-    reason = None
-    if python is None:
-        try:
-            version("optimum-onnx")
-        except PackageNotFoundError:
-            reason = OPTIMUM_MISSING
+def _optimum(case: Case, parameters: int, python: str | None) -> Entrant:
     return Entrant(
         "optimum onnxruntime fp32",
         "optimum",
@@ -227,7 +205,7 @@ def _optimum(case: Case, parameters: int, python: str | None, beside: int) -> En
         "fp32",
         kind="optimum",
         cached=False,
-        house="optimum",
+        process="optimum",
         settings={
             "pipeline": "ORTPipelineForText2Image",
             "export": "optimum.exporters.onnx.main_export, its defaults",
@@ -235,14 +213,13 @@ def _optimum(case: Case, parameters: int, python: str | None, beside: int) -> En
             "threads": str(case.threads),
         },
         size=parameters * 4,
-        need=_need("optimum", parameters * 4) + beside,
         python=python,
-        not_run=reason,
+        not_run=OPTIMUM_MISSING if python is None and not installed_versions(("optimum-onnx",)) else None,
     )
 
 
 def _helper_reason(case: Case) -> str | None:
-    """Why DeepCache's helper cannot do what the case asks; None if it can."""
+    """Return why DeepCache's helper cannot do the case's work; None if it can."""
     try:
         interval_of(case.schedule)
         branch_of(case.cut)
@@ -251,26 +228,22 @@ def _helper_reason(case: Case) -> str | None:
     return None
 
 
-def _need(kind: str, weights: int) -> int:
-    return int(_NEED.get(kind, 1.5) * weights)
-
-
-def _beside(case: Case, bundle: Bundle) -> int:
-    """What a contestant needs beside its weights, in bytes: libraries, and the activations of all frames at once."""
+def _activations(case: Case, bundle: Bundle) -> int:
+    """Return the bytes that the activations of all frames of a video need; 0 for images."""
     pixels = case.height * case.width // vae_scale(bundle) ** 2
     batch = case.images * (2 if case.guidance > 1 else 1) * (case.frames or 0)
-    return _BESIDE + _MAPS * 4 * batch * pixels * int(bundle.unet_config["block_out_channels"][0])
+    return _MAPS * 4 * batch * pixels * int(bundle.unet_config["block_out_channels"][0])
 
 
-def _neighbours(entrants: Sequence[Entrant]) -> list[Entrant]:
-    """Those of one house side by side, each told whom it shares its process with."""
-    houses: dict[str, list[Entrant]] = {}
+def _group_by_process(entrants: Sequence[Entrant]) -> list[Entrant]:
+    """Sort contestants so that those of one process are neighbours, and note the others in each one's settings."""
+    processes: dict[str, list[Entrant]] = {}
     for entrant in entrants:
-        houses.setdefault(entrant.house, []).append(entrant)
-    together = []
-    for members in houses.values():
+        processes.setdefault(entrant.process, []).append(entrant)
+    grouped = []
+    for members in processes.values():
         for entrant in members:
             others = [other.name for other in members if other is not entrant and other.not_run is None]
             note = f"shared with {', '.join(others)}: so are load time and peak memory" if others else "its own"
-            together.append(replace(entrant, settings={**entrant.settings, "process": note}))
-    return together
+            grouped.append(replace(entrant, settings={**entrant.settings, "process": note}))
+    return grouped

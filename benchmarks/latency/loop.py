@@ -1,8 +1,9 @@
-"""The measured work: a diffusers pipeline's denoising loop from given embeddings and latents, and whole calls of it."""
+"""The measured work: a diffusers pipeline's denoising loop from prepared tensors, and calls of the whole pipeline."""
 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,48 +20,52 @@ if TYPE_CHECKING:
 
 INPUTS = "inputs.safetensors"
 
-_GIVEN = (
+_IMAGE_LOOP = (
     "prompt embeddings and initial latents given and the latent returned: the scheduler's set-up and steps, guidance "
     "and UNet calls lie inside, text encoder and VAE outside"
 )
 
 
 def clock(case: Case) -> str:
-    """What is read, and what lies between its two readings."""
-    read = "CUDA events" if case.device.startswith("cuda") else "the host's monotonic clock"
-    given = _GIVEN if case.frames is None else video.GIVEN
+    """Describe the clock, and what lies between its two readings."""
+    source = "CUDA events" if case.device.startswith("cuda") else "the host's monotonic clock"
+    inside = _IMAGE_LOOP if case.frames is None else video.VIDEO_LOOP
     return (
-        f"{read}; a loop is one call of the diffusers pipeline with {given}; a short loop that is not measured comes "
-        "before each"
+        f"{source}; a loop is one call of the diffusers pipeline with {inside}; a short loop that is not measured "
+        "comes before each"
     )
 
 
 def build_pipeline(case: Case, bundle: Bundle, unet: Any, dtype: torch.dtype) -> Any:
-    """The pipeline around a UNet, with the case's scheduler; its other parts only where the case asks for images."""
+    """Return the pipeline around a UNet, with the case's scheduler; other components only for calls from end to end."""
     import diffusers
 
-    pipeline = getattr(diffusers, pipeline_name(bundle))
+    kind = getattr(diffusers, pipeline_name(bundle))
+    parameters = inspect.signature(kind).parameters
     if case.end_to_end:
         bundle.verify_files(bundle.manifest.parts)
-        given = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        given = given if "safety_checker" in inspect.signature(pipeline).parameters else {}
-        pipe = pipeline.from_pretrained(
-            bundle.path, unet=unet, torch_dtype=dtype, variant=_variant(bundle), local_files_only=True, **given
+        left_out = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipe = kind.from_pretrained(
+            bundle.path,
+            unet=unet,
+            torch_dtype=dtype,
+            variant=_variant(bundle),
+            local_files_only=True,
+            **(left_out if "safety_checker" in parameters else {}),
         )
     else:
-        parts: dict[str, Any] = {
-            each.name: None if each.default is inspect.Parameter.empty else each.default
-            for each in inspect.signature(pipeline).parameters.values()
+        components: dict[str, Any] = {
+            name: None if each.default is inspect.Parameter.empty else each.default for name, each in parameters.items()
         }
-        if "requires_safety_checker" in parts:
-            parts["requires_safety_checker"] = False
-        pipe = pipeline(**{**parts, "unet": unet, "scheduler": _own_scheduler(bundle)})
+        if "requires_safety_checker" in components:
+            components["requires_safety_checker"] = False
+        pipe = kind(**{**components, "unet": unet, "scheduler": _bundle_scheduler(bundle)})
     pipe.scheduler = scheduler_named(pipe.scheduler, case.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _own_scheduler(bundle: Bundle) -> Any:
+def _bundle_scheduler(bundle: Bundle) -> Any:
     import diffusers
 
     pipeline = PIPELINES[pipeline_name(bundle)]
@@ -72,10 +77,13 @@ def _own_scheduler(bundle: Bundle) -> Any:
     return kind.from_pretrained(bundle.path, subfolder="scheduler", local_files_only=True)
 
 
-def prepare_inputs(case: Case, bundle: Bundle) -> dict[str, Any]:
-    """Encode the prompt or the image, draw the latents, and write both for all contestants, in fp32.
+def prepare_inputs(case: Case, bundle: Bundle) -> dict[str, list[int]]:
+    """Encode the prompt or the image, make the latents, and write both in fp32 for all contestants.
 
-    Without an encoder in the bundle the embeddings are random, of its usual length.
+    A bundle without an encoder gets random embeddings of the usual length.
+
+    Returns:
+        The tensors' shapes by name.
     """
     import torch
     from safetensors.torch import save_file
@@ -90,7 +98,7 @@ def prepare_inputs(case: Case, bundle: Bundle) -> dict[str, Any]:
         if _has(bundle, "image_encoder"):
             inputs |= video.encode(_encoders(bundle), case, generator)
     save_file({name: tensor.float().contiguous() for name, tensor in inputs.items()}, Path(case.folder) / INPUTS)
-    return {"inputs": {name: list(tensor.shape) for name, tensor in inputs.items()}}
+    return {name: list(tensor.shape) for name, tensor in inputs.items()}
 
 
 def _text_inputs(case: Case, bundle: Bundle, latent: tuple[int, int], generator: Any) -> dict[str, Any]:
@@ -98,23 +106,19 @@ def _text_inputs(case: Case, bundle: Bundle, latent: tuple[int, int], generator:
 
     config = bundle.unet_config
     inputs = {"latents": torch.randn((case.images, config["in_channels"], *latent), generator=generator)}
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     if _has(bundle, "text_encoder"):
         pipe = _encoders(bundle, vae=None)
-        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         with torch.no_grad():
             encoded = pipe.encode_prompt(
                 case.prompt, device="cpu", num_images_per_prompt=case.images, do_classifier_free_guidance=True
             )
-        inputs |= {name: tensor for name, tensor in zip(names, encoded, strict=False) if tensor is not None}
-    else:
-        tokens = (case.images, 77, config["cross_attention_dim"])
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            inputs[name] = torch.randn(tokens, generator=generator)
-        if config.get("addition_embed_type") == "text_time":
-            width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-            for name in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
-                inputs[name] = torch.randn((case.images, width), generator=generator)
-    return inputs
+        return inputs | {name: tensor for name, tensor in zip(names, encoded, strict=False) if tensor is not None}
+    shapes = dict.fromkeys(names[:2], (case.images, 77, config["cross_attention_dim"]))
+    if config.get("addition_embed_type") == "text_time":
+        width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        shapes |= dict.fromkeys(names[2:], (case.images, width))
+    return inputs | {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def _has(bundle: Bundle, encoder: str) -> bool:
@@ -122,16 +126,16 @@ def _has(bundle: Bundle, encoder: str) -> bool:
 
 
 def _encoders(bundle: Bundle, **left_out: None) -> Any:
-    """The bundle's pipeline without its UNet."""
+    """Return the bundle's pipeline without its UNet."""
     import diffusers
 
     bundle.verify_files(bundle.manifest.parts)
-    pipeline = getattr(diffusers, pipeline_name(bundle))
-    return pipeline.from_pretrained(bundle.path, unet=None, variant=_variant(bundle), local_files_only=True, **left_out)
+    kind = getattr(diffusers, pipeline_name(bundle))
+    return kind.from_pretrained(bundle.path, unet=None, variant=_variant(bundle), local_files_only=True, **left_out)
 
 
 def read_inputs(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    """What every contestant's loop begins with, in its dtype and on its device."""
+    """Return the tensors that every contestant's loop begins with, in its dtype and on its device."""
     from safetensors.torch import load_file
 
     tensors = load_file(Path(case.folder) / INPUTS)
@@ -141,34 +145,37 @@ def read_inputs(case: Case, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def denoise(pipe: Any, case: Case, inputs: Mapping[str, Any], *, calls: int | None = None) -> Any:
-    """One loop; the final latents [images, channels, height, width], of videos [images, frames, channels, ...].
+    """Run one loop.
 
     Args:
-        calls: stop after so many steps; None for the whole loop.
+        calls: end after so many steps; None runs the whole loop.
+
+    Returns:
+        The final latents [images, channels, height, width], for videos [images, frames, channels, height, width].
     """
     if case.frames is not None:
         return video.denoise(pipe, case, inputs, calls)
     return _call(pipe, case, calls, **inputs, output_type="latent")
 
 
-def draw(pipe: Any, case: Case, *, calls: int | None = None) -> Any:
-    """One whole pipeline call, from the prompt or image to pictures; ``calls`` as in ``denoise``."""
+def generate(pipe: Any, case: Case, *, calls: int | None = None) -> Any:
+    """Call the whole pipeline, from the prompt or image to pictures; ``calls`` as in ``denoise``."""
     import torch
 
     if case.frames is not None:
-        return video.draw(pipe, case, calls)
+        return video.generate(pipe, case, calls)
     generator = torch.Generator("cpu").manual_seed(case.seed)
     return _call(pipe, case, calls, prompt=[case.prompt] * case.images, generator=generator)
 
 
-def _call(pipe: Any, case: Case, calls: int | None, **given: Any) -> Any:
+def _call(pipe: Any, case: Case, calls: int | None, **arguments: Any) -> Any:
     def step_ended(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if calls is not None and step + 1 >= calls:
             pipeline._interrupt = True  # diffusers' own way to end a loop early
         return tensors
 
     return pipe(
-        **given,
+        **arguments,
         num_inference_steps=case.steps,
         guidance_scale=case.guidance,
         height=case.height,
@@ -178,9 +185,7 @@ def _call(pipe: Any, case: Case, calls: int | None, **given: Any) -> Any:
 
 
 def vae_scale(bundle: Bundle) -> int:
-    """Pixels of the image for one of the latent."""
-    import json
-
+    """Return how many pixels of the image one pixel of the latent covers, in each direction."""
     name = "vae/config.json"
     if name not in bundle.manifest.parts:
         return 8
@@ -190,7 +195,7 @@ def vae_scale(bundle: Bundle) -> int:
 
 
 def call_dims(bundle: Bundle, size: int | None = None) -> dict[str, int]:
-    """Dimensions of a UNet call with guidance for one image of this side in pixels; without one tiny ones."""
+    """Return the dimensions of a guided UNet call for one image with this side in pixels; tiny ones without a side."""
     dims = example_dims(bundle.unet_config)
     if size is None:
         return dims
@@ -199,6 +204,6 @@ def call_dims(bundle: Bundle, size: int | None = None) -> dict[str, int]:
 
 
 def _variant(bundle: Bundle) -> str | None:
-    """The file name variant of the bundle's parts, where they have one."""
+    """Return the file name variant of the bundle's components, where their files have one."""
     variant = bundle.manifest.source.variant
     return variant if any(f".{variant}." in part for part in bundle.manifest.parts) else None

@@ -1,4 +1,4 @@
-"""The pipelines that can be measured: which of them runs a bundle, and what it does where nothing else is asked."""
+"""The diffusers pipelines whose loop can be measured, and their defaults."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ...errors import UserError
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """A class of diffusers' pipelines, and its defaults.
+class LoopPipeline:
+    """A pipeline class of diffusers and its defaults.
 
     Attributes:
         unet: the class of its UNet.
         scheduler: by its class in diffusers.
-        noise: the config of the published models' scheduler, for UNets that come without one.
-        guidance: scale; of a video that of the last frame.
+        noise: config of the published models' scheduler, for bare UNets.
+        guidance: scale; for videos that of the last frame.
     """
 
     unet: str
@@ -28,8 +28,8 @@ class Pipeline:
 
 
 _BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
-_IMAGES = Pipeline("UNet2DConditionModel", "DDIMScheduler", {**_BETAS, "clip_sample": False}, 7.5)
-_VIDEOS = Pipeline(
+_IMAGES = LoopPipeline("UNet2DConditionModel", "DDIMScheduler", {**_BETAS, "clip_sample": False}, 7.5)
+_VIDEOS = LoopPipeline(
     "UNetSpatioTemporalConditionModel",
     "EulerDiscreteScheduler",
     {
@@ -50,27 +50,27 @@ PIPELINES = {
     "StableDiffusionXLPipeline": _IMAGES,
     "StableVideoDiffusionPipeline": _VIDEOS,
 }
-"""Those whose loop can be run from tensors given beforehand, by their class in diffusers."""
+"""Pipelines whose loop can start from prepared tensors, by their class in diffusers."""
 
 
 def pipeline_name(bundle: Bundle) -> str:
-    """The class in diffusers that runs the loop of this bundle; a bare UNet's is told by its kind and conditioning.
+    """Return the diffusers class that runs this bundle's loop; for a bare UNet its class and conditioning decide.
 
     Raises:
-        UserError: it is none of ``PIPELINES``, or its UNet takes more than they give.
+        UserError: the pipeline is not one of ``PIPELINES``, or its UNet takes inputs that they do not pass.
     """
     config = bundle.unet_config
     name = bundle.manifest.pipeline
     if name is None:
-        fitting = [each for each, pipeline in PIPELINES.items() if pipeline.unet == config["_class_name"]]
-        # Stable Diffusion comes before SDXL, which alone has embeddings of the size.
-        name = next(iter(fitting[-1:] if config.get("addition_embed_type") == "text_time" else fitting[:1]), None)
-    # A video's UNet gets the latent of the image that it starts from beside the noisy ones.
-    given = config.get("out_channels", 0) * (2 if name is not None and PIPELINES.get(name) is _VIDEOS else 1)
-    if name not in PIPELINES or config["in_channels"] != given:
+        names = [each for each, pipeline in PIPELINES.items() if pipeline.unet == config["_class_name"]]
+        # Stable Diffusion comes before SDXL, the only one with embeddings of the image size.
+        name = next(iter(names[-1:] if config.get("addition_embed_type") == "text_time" else names[:1]), None)
+    # A video's UNet takes the first image's latent as additional channels.
+    channels = config.get("out_channels", 0) * (2 if name is not None and PIPELINES.get(name) is _VIDEOS else 1)
+    if name not in PIPELINES or config["in_channels"] != channels:
         raise UserError(
             f"offcut bench latency runs {', '.join(PIPELINES)} with a UNet that gets nothing but latents and "
             f"embeddings, and {bundle.path} is of {name or config['_class_name']}: use offcut run, or "
-            "unet.record_times in a loop of your own"
+            "unet.record_times in your own loop"
         )
     return name

@@ -1,4 +1,4 @@
-"""What follows from the rows once all are measured: who computed something else, who did not cache, the ratios."""
+"""Comparisons between the measured rows: differences of latents, contestants that did not cache, and speed-ups."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from .record import Contestant, Latency
 
 NOT_CACHED = "nothing was cached: its latents are those of the uncached run, bit for bit"
-REFERENCES = ("diffusers eager fp32",)
+REFERENCE = "diffusers eager fp32"
 
 
 def fill_in(latency: Latency, latents: Mapping[str, Path], twins: Mapping[str, str | None]) -> None:
-    """Add to the rows what compares them.
+    """Add differences and speed-ups to the rows, and withdraw cached contestants that did not cache.
 
     Args:
-        latents: each measured contestant's final latents, in a safetensors file.
+        latents: safetensors file with the final latents of each measured contestant.
         twins: for a cached contestant the uncached one of the same process.
     """
     from safetensors.torch import load_file
@@ -37,17 +37,17 @@ def fill_in(latency: Latency, latents: Mapping[str, Path], twins: Mapping[str, s
 
 
 def relative_difference(ours: Any, theirs: Any) -> float:
-    """The norm of the difference over the norm; infinite where a value is not finite."""
+    """Return the norm of the difference over the norm of ``theirs``; infinite where a value is not finite."""
     difference = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
     return difference if difference == difference else float("inf")
 
 
 def _reference(latency: Latency, tensors: Mapping[str, Any]) -> str | None:
-    """Eager fp32, or else the first uncached one in fp32, or else the first uncached one."""
+    """Return eager fp32, else the first uncached contestant in fp32, else the first uncached one."""
     uncached = [row for row in latency.contestants if row.caching is None and row.name in tensors]
     exact = [row.name for row in uncached if row.precision == "fp32"]
-    named = [name for name in REFERENCES if name in tensors]
-    return next(iter([*named, *exact, *(row.name for row in uncached)]), None)
+    eager = [REFERENCE] if REFERENCE in tensors else []
+    return next(iter([*eager, *exact, *(row.name for row in uncached)]), None)
 
 
 def _compare(latency: Latency, row: Contestant) -> None:
@@ -71,8 +71,8 @@ def _fastest(rows: list[Contestant], fits: Callable[[Contestant], bool]) -> str 
 
 
 def _of_ideal(latency: Latency, row: Contestant, uncached: str) -> float | None:
-    """The speed-up over the uncached loop, of (calls * t_full) / ideal; the times are those inside the cached loop."""
-    ideal, gained = row.ideal(row.full, row.shallow), latency.speed_up(row.name, uncached)
-    if ideal is None or gained is None:
+    """Return the speed-up as a share of ``calls * t_full / ideal``, with times inside the cached loop."""
+    ideal, speed_up = row.ideal(row.full, row.shallow), latency.speed_up(row.name, uncached)
+    if ideal is None or speed_up is None:
         return None
-    return gained / ((row.full_calls + row.shallow_calls) * statistics.median(row.full) / ideal)
+    return speed_up / ((row.full_calls + row.shallow_calls) * statistics.median(row.full) / ideal)

@@ -1,9 +1,9 @@
-"""How each kind of contestant is opened and made ready for its turn, inside the process of its house."""
+"""Contestants that are open: an engine or a peer in its diffusers pipeline, ready to run the denoising loop."""
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,25 +21,25 @@ from ...runtime.generation.schedule import parse
 from ...runtime.pipeline import attach
 from ...runtime.text_to_image import scheduler_named
 from ...runtime.unet import UNet
+from ..turns import Clock, LoopRunner, Marks, TimedPair
 from .case import Case, Entrant
-from .clock import Clock, Marks, TimedPair
 from .contestants import branch_of, interval_of
-from .loop import build_pipeline
+from .loop import build_pipeline, denoise, generate, read_inputs
 
 
 @dataclass
-class Shared:
-    """What the contestants of a house have in common: each thing is made once, and its seconds are remembered."""
+class SharedParts:
+    """Objects that the contestants of one process share; each is made once."""
 
     case: Case
-    made: dict[str, tuple[Any, float]] = field(default_factory=dict)
+    _parts: dict[str, tuple[Any, float]] = field(default_factory=dict)
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
-        if name not in self.made:
+        if name not in self._parts:
             began = time.perf_counter()
-            made = make()
-            self.made[name] = made, time.perf_counter() - began
-        return self.made[name][0]
+            part = make()
+            self._parts[name] = part, time.perf_counter() - began
+        return self._parts[name][0]
 
     @property
     def bundle(self) -> Bundle:
@@ -49,41 +49,45 @@ class Shared:
 
     @property
     def seconds(self) -> float:
-        """To make all that was made so far."""
-        return sum(seconds for _, seconds in self.made.values())
+        """Seconds that it took to make all parts so far."""
+        return sum(seconds for _, seconds in self._parts.values())
 
 
-class Runner(ABC):
-    """A contestant that is open: a pipeline, its UNet's calls marked.
+class PipelineRunner(LoopRunner):
+    """A diffusers pipeline whose UNet's calls are marked.
 
     Attributes:
-        pipe: the diffusers pipeline.
-        marks: of the calls made in a turn, while they are on.
+        pipe: the pipeline.
         dtype: of the latents.
     """
 
-    def __init__(self, pipe: Any, marks: Marks, dtype: torch.dtype) -> None:
+    def __init__(self, pipe: Any, marks: Marks, dtype: torch.dtype, case: Case) -> None:
         self.pipe, self.marks, self.dtype = pipe, marks, dtype
+        self._case = case
+        self._inputs = read_inputs(case, dtype)
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """The house's model is in this contestant's state inside, and nobody's outside."""
-        yield
+    def loop(self, calls: int | None = None) -> torch.Tensor:
+        """Run the loop inside a turn; ``calls`` ends it after so many steps."""
+        return torch.as_tensor(denoise(self.pipe, self._case, self._inputs, calls=calls))
+
+    def image(self, calls: int | None = None) -> None:
+        """Run the whole pipeline inside a turn, from the prompt or image to pictures."""
+        generate(self.pipe, self._case, calls=calls)
 
     @abstractmethod
     def call_alone(self, full: bool) -> Callable[[], object] | None:
-        """The UNet's latest full or shallow call, to be repeated; None if there was none. Call it inside a turn."""
+        """Return the UNet's last full or shallow call, to be repeated inside a turn; None if there was none."""
 
     def forecast(self) -> Callable[[], object] | None:
-        """What a forecast adds to a full and a shallow call, to be repeated after them; None where it cannot."""
+        """Return what a forecast adds to a full and a shallow call; None for contestants without forecasts."""
         return None
 
 
-class OffcutRunner(Runner):
-    """A bundle's engine, cached or with every call full."""
+class OffcutRunner(PipelineRunner):
+    """An engine of the bundle, cached or with every call full."""
 
     def __init__(self, pipe: Any, pair: TimedPair, unet: UNet, case: Case, cached: bool) -> None:
-        super().__init__(pipe, pair.marks, unet.dtype)
+        super().__init__(pipe, pair.marks, unet.dtype, case)
         self._unet, self._features = unet, pair.cuts[case.cut]
         self._schedule = parse(case.schedule) if cached else None
         self._cut = case.cut if cached else None
@@ -103,7 +107,7 @@ class OffcutRunner(Runner):
         bound = self._unet.bound
         if bound is None or self._cut is None:
             return None
-        history = History(_PerChannel({name: bound.buffers[name] for name in self._features}), self._features)
+        history = History(_ChannelForecast({name: bound.buffers[name] for name in self._features}), self._features)
 
         def keep_and_predict() -> None:
             history.keep(bound, 0)
@@ -112,8 +116,8 @@ class OffcutRunner(Runner):
         return keep_and_predict
 
 
-class _PerChannel(Forecast):
-    """Half of an extrapolation, with a number for each channel of each feature: what ``offcut tune`` fits, in shape."""
+class _ChannelForecast(Forecast):
+    """Half of a linear extrapolation, with coefficients for each channel, the shape that ``offcut tune`` fits."""
 
     def __init__(self, features: Mapping[str, torch.Tensor]) -> None:
         self._coefficients = {
@@ -125,11 +129,12 @@ class _PerChannel(Forecast):
         return self._coefficients[feature]
 
 
-class PeerRunner(Runner):
-    """A UNet of somebody else's, whose calls are marked as they come from the pipeline.
+class PeerRunner(PipelineRunner):
+    """Another project's UNet, whose calls are marked as the pipeline makes them.
 
     Args:
-        is_full: says of a loop's call, counted from 0, whether it recomputes everything.
+        is_full: returns whether a loop's call, counted from 0, recomputes everything.
+        enabled: context in which the model does what this contestant does; by default it always does.
     """
 
     def __init__(
@@ -137,75 +142,75 @@ class PeerRunner(Runner):
         pipe: Any,
         marks: Marks,
         dtype: torch.dtype,
+        case: Case,
         is_full: Callable[[int], bool] = lambda call: True,
     ) -> None:
-        super().__init__(pipe, marks, dtype)
+        super().__init__(pipe, marks, dtype, case)
         self._is_full = is_full
-        self.entered: Callable[[], Any] | None = None
-        """Puts the model into this contestant's state, and back."""
+        self.enabled: Callable[[], Any] | None = None
         self._call = 0
         self._latest: dict[bool, Callable[[], Any]] = {}
-        self._ear = _ear(pipe.unet)
+        self._interceptor = _intercept_calls(pipe.unet)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         self._call = 0
-        self._ear.listener = self._listen
+        self._interceptor.listener = self._mark
         try:
-            if self.entered is None:
+            if self.enabled is None:
                 yield
             else:
-                with self.entered():
+                with self.enabled():
                     yield
         finally:
-            self._ear.listener = None
+            self._interceptor.listener = None
 
     def call_alone(self, full: bool) -> Callable[[], object] | None:
         return self._latest.get(full)
 
-    def _listen(self, call: Callable[[], Any]) -> Any:
+    def _mark(self, call: Callable[[], Any]) -> Any:
         full = self._is_full(self._call)
         self._call += 1
         self._latest[full] = call
-        answer: list[Any] = []
-        self.marks.around(lambda: answer.append(call()), self.marks.full if full else self.marks.shallow)
-        return answer[0]
+        output: list[Any] = []
+        self.marks.around(lambda: output.append(call()), self.marks.full if full else self.marks.shallow)
+        return output[0]
 
 
 @dataclass
-class _Ear:
-    """Who hears of a UNet's calls."""
+class _CallInterceptor:
+    """The function that makes a UNet's calls in the UNet's place; None lets the UNet make them."""
 
     listener: Callable[[Callable[[], Any]], Any] | None = None
 
 
-def _ear(unet: Any) -> _Ear:
-    """Let someone make a UNet's calls in its place; Python looks a call up in the object's class."""
+def _intercept_calls(unet: Any) -> _CallInterceptor:
+    """Let a function make a UNet's calls. Python looks ``__call__`` up in the class, so the object gets a subclass."""
     kind = type(unet)
-    if hasattr(kind, "offcut_ear"):
-        ear = kind.offcut_ear
-        assert isinstance(ear, _Ear)
-        return ear
-    ear = _Ear()
+    if hasattr(kind, "offcut_interceptor"):
+        interceptor = kind.offcut_interceptor
+        assert isinstance(interceptor, _CallInterceptor)
+        return interceptor
+    interceptor = _CallInterceptor()
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made = partial(kind.__call__, self, *args, **kwargs)
-        return made() if ear.listener is None else ear.listener(made)
+        original = partial(kind.__call__, self, *args, **kwargs)
+        return original() if interceptor.listener is None else interceptor.listener(original)
 
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    listening = type(kind.__name__, (kind,), {**names, "__call__": call, "offcut_ear": ear})
-    object.__setattr__(unet, "__class__", listening)  # torch.compile's wrapper passes attributes on to what it wraps
-    return ear
+    subclass = type(kind.__name__, (kind,), {**names, "__call__": call, "offcut_interceptor": interceptor})
+    object.__setattr__(unet, "__class__", subclass)  # torch.compile's wrapper forwards attributes to what it wraps
+    return interceptor
 
 
-def open_offcut(entrant: Entrant, shared: Shared) -> Runner:
-    """One of the bundle's engines; cached and uncached share the open pair."""
+def open_offcut(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
+    """Open an engine of the bundle; the cached and the uncached contestant share the open pair."""
     case, bundle = shared.case, shared.bundle
     assert entrant.build is not None
 
     def open_unet() -> tuple[UNet, TimedPair]:
         entry = bundle.manifest.engines[entrant.build or ""]
-        # The other cuts' shallow graphs would only take memory; the full graph writes their features all the same.
+        # Shallow graphs of other cuts would only take memory. The full graph writes the features of all cuts.
         entry = entry.model_copy(update={"shallow": {case.cut: entry.shallow[case.cut]}})
         options = EngineOptions(case.device, case.threads, inference_precision=entry.inference_precision)
         pair = TimedPair(open_entry(bundle, entry, options), Marks(Clock(case.device)))
@@ -216,13 +221,13 @@ def open_offcut(entrant: Entrant, shared: Shared) -> Runner:
     return OffcutRunner(attach(pipe.to(unet.device), unet), pair, unet, case, entrant.cached)
 
 
-def open_eager(entrant: Entrant, shared: Shared) -> Runner:
-    """diffusers as it comes, with the settings that the catalogue wrote down."""
+def open_eager(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
+    """Open eager diffusers with the settings of the catalogue."""
     return _peer(shared, _eager_unet(entrant, shared))
 
 
-def open_deepcache(entrant: Entrant, shared: Shared) -> Runner:
-    """DeepCache's own helper around the same eager UNet, which it leaves as it was after each turn."""
+def open_deepcache(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
+    """Open DeepCache's own helper around the same eager UNet; each turn restores the UNet."""
     runner = _peer(shared, _eager_unet(entrant, shared), is_full=_helper_is_full(shared))
     helper = _helper(shared, runner)
 
@@ -234,26 +239,25 @@ def open_deepcache(entrant: Entrant, shared: Shared) -> Runner:
         finally:
             helper.disable()
 
-    runner.entered = enabled
+    runner.enabled = enabled
     return runner
 
 
-def open_compiled(entrant: Entrant, shared: Shared) -> Runner:
-    """``torch.compile`` of the whole UNet, for the one shape that comes."""
-    unet = torch.compile(_torch_unet(entrant, shared), fullgraph=True, dynamic=False)
-    return _peer(shared, unet)
+def open_compiled(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
+    """Open the whole UNet in ``torch.compile``, for the run's only shape."""
+    return _peer(shared, torch.compile(_torch_unet(entrant, shared), fullgraph=True, dynamic=False))
 
 
-def open_deepcache_compiled(entrant: Entrant, shared: Shared) -> Runner:
-    """DeepCache's helper around a UNet compiled whole; PyTorch compiles it again for each way through the helper."""
-    # dynamic=False would compile it once for each step, whose number the helper's code reads.
+def open_deepcache_compiled(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
+    """Open DeepCache's helper around a compiled UNet; PyTorch recompiles it for each path through the helper."""
+    # dynamic=False would compile the UNet once for each step, because the helper's code reads the step's number.
     runner = _peer(shared, torch.compile(_torch_unet(entrant, shared)), is_full=_helper_is_full(shared))
-    _helper(shared, runner).enable()  # and left on: what is compiled is lost when its hooks change
+    _helper(shared, runner).enable()  # never disabled: compiled code is lost when the helper's hooks change
     return runner
 
 
-def open_deepcache_regional(entrant: Entrant, shared: Shared) -> Runner:
-    """DeepCache's helper around a UNet whose repeated blocks are compiled one by one, below what the helper wraps."""
+def open_deepcache_regional(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
+    """Open DeepCache's helper around a UNet whose repeated blocks, below the helper's hooks, are compiled."""
     unet = _torch_unet(entrant, shared)
     unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
     runner = _peer(shared, unet, is_full=_helper_is_full(shared))
@@ -261,8 +265,8 @@ def open_deepcache_regional(entrant: Entrant, shared: Shared) -> Runner:
     return runner
 
 
-def open_optimum(entrant: Entrant, shared: Shared) -> Runner:
-    """optimum's ONNX Runtime pipeline, exported by optimum itself if it is not yet."""
+def open_optimum(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
+    """Open optimum's ONNX Runtime pipeline; optimum exports it first where the directory has none."""
     import onnxruntime
     from optimum.onnxruntime import ORTPipelineForText2Image
 
@@ -280,11 +284,11 @@ def open_optimum(entrant: Entrant, shared: Shared) -> Runner:
     )
     pipe.scheduler = scheduler_named(pipe.scheduler, case.scheduler)
     pipe.set_progress_bar_config(disable=True)
-    return PeerRunner(pipe, Marks(Clock(case.device)), torch.float32)
+    return PeerRunner(pipe, Marks(Clock(case.device)), torch.float32, case)
 
 
 def export_with_optimum(model: str, folder: Path) -> None:
-    """Write optimum's ONNX pipeline; the folder is there only once it is whole."""
+    """Write optimum's ONNX pipeline; the directory appears when the export is complete."""
     from optimum.exporters.onnx import main_export
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -293,7 +297,7 @@ def export_with_optimum(model: str, folder: Path) -> None:
     unfinished.rename(folder)
 
 
-KINDS: dict[str, Callable[[Entrant, Shared], Runner]] = {
+KINDS: dict[str, Callable[[Entrant, SharedParts], PipelineRunner]] = {
     "offcut": open_offcut,
     "eager": open_eager,
     "deepcache": open_deepcache,
@@ -304,8 +308,8 @@ KINDS: dict[str, Callable[[Entrant, Shared], Runner]] = {
 }
 
 
-def _torch_unet(entrant: Entrant, shared: Shared) -> Any:
-    """diffusers' UNet with the weights that the bundle was built from, in the entrant's precision."""
+def _torch_unet(entrant: Entrant, shared: SharedParts) -> Any:
+    """Return diffusers' UNet with the weights that the bundle was built from, in the entrant's precision."""
     case = shared.case
     assert case.model is not None
     unet: Any = load_unet(locate(case.model, variant=shared.bundle.manifest.source.variant), entrant.precision)
@@ -313,17 +317,17 @@ def _torch_unet(entrant: Entrant, shared: Shared) -> Any:
     return unet.to(case.device) if layout is None else unet.to(case.device, memory_format=layout)
 
 
-def _eager_unet(entrant: Entrant, shared: Shared) -> Any:
+def _eager_unet(entrant: Entrant, shared: SharedParts) -> Any:
     return shared.get("unet", partial(_torch_unet, entrant, shared))
 
 
-def _peer(shared: Shared, unet: Any, **how: Any) -> PeerRunner:
+def _peer(shared: SharedParts, unet: Any, **options: Any) -> PeerRunner:
     case = shared.case
     pipe = build_pipeline(case, shared.bundle, unet, unet.dtype).to(case.device)
-    return PeerRunner(pipe, Marks(Clock(case.device)), unet.dtype, **how)
+    return PeerRunner(pipe, Marks(Clock(case.device)), unet.dtype, case, **options)
 
 
-def _helper(shared: Shared, runner: PeerRunner) -> Any:
+def _helper(shared: SharedParts, runner: PeerRunner) -> Any:
     from DeepCache import DeepCacheSDHelper
 
     helper = DeepCacheSDHelper(pipe=runner.pipe)
@@ -331,6 +335,6 @@ def _helper(shared: Shared, runner: PeerRunner) -> Any:
     return helper
 
 
-def _helper_is_full(shared: Shared) -> Callable[[int], bool]:
+def _helper_is_full(shared: SharedParts) -> Callable[[int], bool]:
     interval = interval_of(shared.case.schedule)
     return lambda call: call % interval == 0

@@ -1,4 +1,4 @@
-"""The measured work for Stable Video Diffusion: its loop from the image's embedding, the image's latent and noise."""
+"""The measured work for Stable Video Diffusion: its loop from an image's encodings and noise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-GIVEN = (
+VIDEO_LOOP = (
     "the images' embeddings, their latents and initial latents given and the latents returned: the scheduler's set-up "
     "and steps, guidance, UNet calls, and what the pipeline does to an empty image before it would encode it lie "
     "inside, image encoder and VAE outside"
@@ -23,8 +23,8 @@ GIVEN = (
 _NOISE = 0.02  # the pipeline's own noise_aug_strength
 
 
-class _Enough(Exception):
-    """As many steps were made as were asked for; this pipeline has no other way to end early."""
+class _EnoughSteps(Exception):
+    """Ends a loop early; this pipeline has no other way."""
 
     def __init__(self, latents: Any) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class _Enough(Exception):
 
 
 def random_inputs(case: Case, bundle: Bundle, latent: tuple[int, int], generator: Any) -> dict[str, torch.Tensor]:
-    """What a loop begins with, the image's encodings random: [images, 1, width] and [images, channels, height, width].
+    """Return a loop's inputs with random encodings of the image: [images, 1, width], [images, channels, height, width].
 
     Args:
         latent: its height and width.
@@ -49,7 +49,7 @@ def random_inputs(case: Case, bundle: Bundle, latent: tuple[int, int], generator
 
 
 def encode(pipe: Any, case: Case, generator: Any) -> dict[str, torch.Tensor]:
-    """The encodings that the pipeline itself makes of ``pictures``, without guidance's empty halves."""
+    """Return the pipeline's own encodings of ``pictures``, without guidance's empty halves."""
     import torch
 
     images = pictures(case)
@@ -64,7 +64,7 @@ def encode(pipe: Any, case: Case, generator: Any) -> dict[str, torch.Tensor]:
 
 @cache
 def pictures(case: Case) -> list[Image]:
-    """What the videos start from: smooth colours, by the case's seed."""
+    """Return the images that the videos start from: smooth colours, by the case's seed."""
     import torch
     from PIL import Image
 
@@ -74,41 +74,41 @@ def pictures(case: Case) -> list[Image]:
 
 
 def denoise(pipe: Any, case: Case, inputs: Mapping[str, torch.Tensor], calls: int | None) -> Any:
-    """One loop; the final latents [images, frames, channels, height, width].
+    """Run one loop; ``calls`` ends it after so many steps.
 
-    Args:
-        calls: stop after so many steps; None for the whole loop.
+    Returns:
+        The final latents [images, frames, channels, height, width].
     """
     import torch
 
     empty = torch.zeros((case.images, 3, case.height, case.width), device=case.device)
-    with _encoded(pipe, inputs):
+    with _prepared_encodings(pipe, inputs):
         try:
             return _call(pipe, case, calls, image=empty, latents=inputs["latents"], output_type="latent")
-        except _Enough as enough:
+        except _EnoughSteps as enough:
             return enough.latents
 
 
-def draw(pipe: Any, case: Case, calls: int | None) -> Any:
-    """One whole pipeline call, from images to videos; ``calls`` as in ``denoise``."""
+def generate(pipe: Any, case: Case, calls: int | None) -> Any:
+    """Call the whole pipeline, from images to videos; ``calls`` as in ``denoise``."""
     import torch
 
     generator = torch.Generator("cpu").manual_seed(case.seed)
     try:
         return _call(pipe, case, calls, image=pictures(case), generator=generator)
-    except _Enough as enough:
+    except _EnoughSteps as enough:
         with torch.no_grad():
             return pipe.decode_latents(enough.latents, case.frames)
 
 
-def _call(pipe: Any, case: Case, calls: int | None, **given: Any) -> Any:
+def _call(pipe: Any, case: Case, calls: int | None, **arguments: Any) -> Any:
     def step_ended(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if calls is not None and step + 1 >= calls:
-            raise _Enough(tensors["latents"])
+            raise _EnoughSteps(tensors["latents"])
         return tensors
 
     return pipe(
-        **given,
+        **arguments,
         num_frames=case.frames,
         num_inference_steps=case.steps,
         min_guidance_scale=1.0,
@@ -119,36 +119,36 @@ def _call(pipe: Any, case: Case, calls: int | None, **given: Any) -> Any:
     ).frames
 
 
-class _Resting:
-    """Stands where the VAE was: the pipeline asks for its dtype before it would encode."""
+class _VaeWithoutWeights:
+    """Takes the VAE's place: the pipeline reads its dtype before it would encode."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
 
 @contextmanager
-def _encoded(pipe: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let the pipeline, which takes no encodings, hand these out where it would encode an image."""
+def _prepared_encodings(pipe: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Make the pipeline, which takes no encodings, use prepared ones where it would encode an image."""
     import torch
 
-    def handing_out(tensor: torch.Tensor) -> Callable[..., torch.Tensor]:
+    def prepared(tensor: torch.Tensor) -> Callable[..., torch.Tensor]:
         def encode(
             image: Any, device: Any, num_videos_per_prompt: int, do_classifier_free_guidance: bool
         ) -> torch.Tensor:
-            # As diffusers has it: without the image both of its encodings are zero.
+            # As in diffusers, the unconditional encodings are zero.
             return torch.cat([torch.zeros_like(tensor), tensor]) if do_classifier_free_guidance else tensor
 
         return encode
 
     vae = pipe.vae
-    given = {
-        "vae": _Resting(torch.float32),
-        "_encode_image": handing_out(inputs["image_embeddings"]),
-        "_encode_vae_image": handing_out(inputs["image_latents"]),
+    replacements = {
+        "vae": _VaeWithoutWeights(torch.float32),
+        "_encode_image": prepared(inputs["image_embeddings"]),
+        "_encode_vae_image": prepared(inputs["image_latents"]),
     }
     try:
-        for name, value in given.items():
-            object.__setattr__(pipe, name, value)  # not into the pipeline's config, as diffusers would
+        for name, value in replacements.items():
+            object.__setattr__(pipe, name, value)  # not through diffusers' own, which would change the config
         yield
     finally:
         object.__setattr__(pipe, "vae", vae)

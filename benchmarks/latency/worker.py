@@ -1,155 +1,123 @@
-"""A house: the process in which contestants that share weights run. Answers each line of JSON with one.
+"""The process in which contestants that share weights run; ``WorkerProcess`` sends the requests.
 
-    {"do": "inputs", "case": {...}}
-    {"do": "product", "case": {...}, "precision": "bf16"}
-    {"do": "open", "case": {...}, "entrant": {...}, "calls": 2, "warm_up": 1}
-    {"do": "loop", "name": "diffusers eager fp32", "calls": 2}
-    {"do": "alone", "name": "diffusers eager fp32", "repeats": 5}
-    {"do": "image", "name": "diffusers eager fp32"}
-
-An answer is ``{"ok": {...}}`` or ``{"error": "why"}``. The process ends when its standard input does, in the midst of
-whatever it is doing: it never outlives who started it.
+Requests: ``inputs`` (case), ``product`` (case, precision), ``open`` (case, entrant, calls, warm_up), ``loop`` (name,
+calls), ``alone`` (name, repeats), ``image`` (name).
 """
 
 from __future__ import annotations
 
-import gc
-import json
-import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from queue import SimpleQueue
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
+from ..worker_process import Answer, Channel
 from .case import Case, Entrant
 
 if TYPE_CHECKING:
-    from .runners import Runner, Shared
+    from .runners import PipelineRunner, SharedParts
 
 
-class House:
+class LatencyWorker:
     """The contestants that are open in this process, by name."""
 
     def __init__(self) -> None:
-        self._shared: Shared | None = None
-        self._runners: dict[str, Runner] = {}
-        self._inputs: dict[str, dict[str, Any]] = {}
+        self._shared: SharedParts | None = None
+        self._runners: dict[str, PipelineRunner] = {}
         self._device_before = 0
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do one of the requests of the module's docstring."""
-        does: dict[str, Callable[..., dict[str, Any]]] = {
-            "inputs": self.inputs,
-            "product": self.product,
-            "open": self.open,
-            "loop": self.loop,
-            "alone": self.alone,
-            "image": self.image,
-        }
-        return does[request.pop("do")](**request)
+    def answer(self, request: str, **arguments: Any) -> Answer:
+        """Do a request of the module's docstring."""
+        return self.handlers[request](**arguments)
 
-    def inputs(self, case: dict[str, Any]) -> dict[str, Any]:
-        """Make what all contestants begin with, and count what their calls compute."""
+    @property
+    def handlers(self) -> dict[str, Callable[..., Answer]]:
+        methods = (self.inputs, self.product, self.open, self.loop, self.alone, self.image)
+        return {method.__name__: method for method in methods}
+
+    def inputs(self, case: dict[str, Any]) -> Answer:
+        """Write the tensors that all loops begin with, and count the operations of the UNet's calls."""
         from ...engines.bundle.bundle import Bundle
         from .ceiling import work
         from .loop import prepare_inputs
 
-        made = Case(**case)
-        bundle = Bundle.open(made.bundle)
-        prepared = prepare_inputs(made, bundle)
-        tokens = prepared["inputs"]["image_embeddings" if made.frames else "prompt_embeds"][1]
-        return prepared | {"work": work(made, bundle, tokens)}
+        run = Case(**case)
+        bundle = Bundle.open(run.bundle)
+        shapes = prepare_inputs(run, bundle)
+        tokens = shapes["image_embeddings" if run.frames else "prompt_embeds"][1]
+        return {"inputs": shapes, "work": work(run, bundle, tokens)}
 
-    def product(self, case: dict[str, Any], precision: str) -> dict[str, Any]:
-        """What the machine computes at best."""
+    def product(self, case: dict[str, Any], precision: str) -> Answer:
+        """Measure a large matrix product: about the most that the machine computes."""
         import torch
 
         from .ceiling import product
 
-        made = Case(**case)
-        torch.set_num_threads(made.threads)
-        return {"flops": product(made.device, precision)}
+        torch.set_num_threads(case["threads"])
+        return {"flops": product(case["device"], precision)}
 
-    def open(self, case: dict[str, Any], entrant: dict[str, Any], calls: int, warm_up: int) -> dict[str, Any]:
+    def open(self, case: dict[str, Any], entrant: dict[str, Any], calls: int, warm_up: int) -> Answer:
         """Open a contestant and warm it up.
 
         Args:
-            calls: of a loop that warms up: enough that both graphs run.
-            warm_up: the number of such loops.
+            calls: of each loop that warms up: enough that both graphs run.
+            warm_up: number of such loops.
         """
         import torch
 
-        from .loop import denoise, draw, read_inputs
-        from .runners import KINDS, Shared
+        from .runners import KINDS, SharedParts
 
-        who = Entrant(**entrant)
+        contestant = Entrant(**entrant)
         if self._shared is None:
-            self._shared = Shared(Case(**case))
-            torch.set_num_threads(self._shared.case.threads)
-            self._device_before = _device_used(self._shared.case.device)
-        made_before = self._shared.seconds
+            self._shared = SharedParts(Case(**case))
+            torch.set_num_threads(self._case.threads)
+            self._device_before = _device_bytes(self._case.device)
+        shared_seconds = self._shared.seconds  # of parts that another contestant of this process has made
         began = time.perf_counter()
-        runner = KINDS[who.kind](who, self._shared)
-        load = time.perf_counter() - began + made_before  # what was there already counts too
-        self._runners[who.name] = runner
-        self._inputs[who.name] = read_inputs(self._shared.case, runner.dtype)
+        runner = self._runners[contestant.name] = KINDS[contestant.kind](contestant, self._shared)
+        load = time.perf_counter() - began + shared_seconds
         began = time.perf_counter()
-        # What is compiled as it runs is compiled again for step numbers and paths that come later in a loop.
-        loops: list[int | None] = [None, None] if "compile" in who.settings else []
-        for stop_after in (*loops, *[calls] * warm_up):
+        # Compilation as the loop runs happens again for step numbers and paths that come later in the loop.
+        whole_loops: list[int | None] = [None, None] if "compile" in contestant.settings else []
+        for stop_after in (*whole_loops, *[calls] * warm_up):
             with runner.turn():
-                denoise(runner.pipe, self._shared.case, self._inputs[who.name], calls=stop_after)
-        if self._shared.case.end_to_end:
+                runner.loop(stop_after)
+        if self._case.end_to_end:
             with runner.turn():
-                draw(runner.pipe, self._shared.case, calls=calls)
+                runner.image(calls)
         return {"load": load, "warm_up": time.perf_counter() - began, "versions": versions(), **self._memory()}
 
-    def loop(self, name: str, calls: int = 1) -> dict[str, Any]:
-        """One measured loop: its seconds, and those of the UNet's calls in it.
+    def loop(self, name: str, calls: int = 1) -> Answer:
+        """Measure one loop and the UNet's calls in it.
 
         Args:
-            calls: of the loop before it, which is not measured: it brings the weights back that the system may have
-                dropped from memory while others had their turns, since libraries map them from their files.
+            calls: of a loop before it that is not measured. Libraries map weights from their files, and the system may
+                have dropped them from memory during other contestants' turns.
         """
         from safetensors.torch import save_file
 
-        from .clock import Clock
-        from .loop import denoise
+        from ..turns import timed_loop
 
-        runner, case = self._runners[name], self._case
-        marks = runner.marks
-        marks.full.clear()
-        marks.shallow.clear()
-        latents: list[Any] = []
+        runner = self._runners[name]
         with runner.turn():
-            denoise(runner.pipe, case, self._inputs[name], calls=calls)
-        gc.collect()
-        with runner.turn():
-            marks.on = True
-            try:
-                seconds = Clock(case.device).time(
-                    lambda: latents.append(denoise(runner.pipe, case, self._inputs[name]))
-                )
-            finally:
-                marks.on = False
-        file = Path(case.folder) / f"{_file_name(name)}.safetensors"
-        save_file({"latents": _tensor(latents[0]).float().cpu().contiguous()}, file)
-        inside = {
-            kind: [marks.clock.between(*pair) for pair in pairs]
-            for kind, pairs in (("full", marks.full), ("shallow", marks.shallow))
+            runner.loop(calls)
+        times = timed_loop(runner)
+        file = Path(self._case.folder) / f"{_file_name(name)}.safetensors"
+        save_file({"latents": times.latents.float().cpu().contiguous()}, file)
+        return {
+            "loop": times.seconds,
+            "full": times.full,
+            "shallow": times.shallow,
+            "latents": str(file),
+            **self._memory(),
         }
-        return {"loop": seconds, "latents": str(file), **inside, **self._memory()}
 
-    def alone(self, name: str, repeats: int) -> dict[str, Any]:
-        """The UNet's calls, and what a forecast adds to them, back to back: seconds of each repetition, by kind."""
+    def alone(self, name: str, repeats: int) -> Answer:
+        """Measure the UNet's calls, and what a forecast adds to them, back to back: seconds of each, by kind."""
         import torch
 
-        from .clock import Clock
-
-        runner, clock = self._runners[name], Clock(self._case.device)
+        runner = self._runners[name]
         seconds: dict[str, list[float]] = {}
         with runner.turn(), torch.no_grad():
             calls = {
@@ -160,18 +128,14 @@ class House:
             for kind, call in calls.items():
                 if call is not None:
                     call()
-                    seconds[kind] = [clock.time(call) for _ in range(repeats)]
+                    seconds[kind] = [runner.marks.clock.time(call) for _ in range(repeats)]
         return seconds
 
-    def image(self, name: str) -> dict[str, Any]:
-        """One whole pipeline call."""
-        from .clock import Clock
-        from .loop import draw
-
+    def image(self, name: str) -> Answer:
+        """Measure one call of the whole pipeline."""
         runner = self._runners[name]
-        gc.collect()
         with runner.turn():
-            seconds = Clock(self._case.device).time(lambda: draw(runner.pipe, self._case))
+            seconds = runner.marks.clock.time(runner.image)
         return {"image": seconds, **self._memory()}
 
     @property
@@ -179,17 +143,17 @@ class House:
         assert self._shared is not None
         return self._shared.case
 
-    def _memory(self) -> dict[str, Any]:
-        """The process's largest resident memory so far, and the device's in use beyond what was before."""
+    def _memory(self) -> Answer:
+        """Return the process's peak resident memory, and the device memory in use since the first contestant opened."""
         device = self._case.device
-        used = max(0, _device_used(device) - self._device_before) if device != "cpu" else None
+        used = max(0, _device_bytes(device) - self._device_before) if device != "cpu" else None
         return {"host_peak": peak_memory(), "device": used}
 
 
 def peak_memory() -> int:
-    """The largest resident memory of this process so far, in bytes."""
+    """Return the peak resident memory of this process in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage's would begin with that of the process that started this one
+    if status.exists():  # getrusage begins with the peak of the parent process
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     import resource
@@ -199,19 +163,13 @@ def peak_memory() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages in this process's environment that decide what a peer does."""
-    from importlib.metadata import PackageNotFoundError, version
+    """Return the versions of the packages in this environment that decide what a peer does."""
+    from ..record import installed_versions
 
-    found = {}
-    for package in ("torch", "diffusers", "transformers", "onnxruntime", "optimum-onnx"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return installed_versions(("torch", "diffusers", "transformers", "onnxruntime", "optimum-onnx"))
 
 
-def _device_used(device: str) -> int:
+def _device_bytes(device: str) -> int:
     if not device.startswith("cuda"):
         return 0
     import torch
@@ -225,44 +183,12 @@ def _file_name(name: str) -> str:
     return "".join(char if char.isalnum() else "-" for char in name)
 
 
-def _tensor(value: Any) -> Any:
-    import torch
-
-    return torch.as_tensor(value)
-
-
-def requests(stream: IO[str]) -> Iterator[dict[str, Any]]:
-    """The lines of a stream as they come; the process ends with the stream, even while one is being answered."""
-    queue: SimpleQueue[str] = SimpleQueue()
-
-    def read() -> None:
-        for line in stream:
-            queue.put(line)
-        os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield json.loads(queue.get())
-
-
 def main() -> None:
-    # Libraries print as they like; the answers have a channel of their own.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    channel = Channel()
     from ...runtime.quiet import quiet_libraries
 
     quiet_libraries()
-    house = House()
-    for request in requests(sys.stdin):
-        try:
-            answer: dict[str, Any] = {"ok": house.answer(request)}
-        except Exception as error:  # of any library: the reason stands in the contestant's row
-            import traceback
-
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    channel.answer(LatencyWorker().handlers)
 
 
 if __name__ == "__main__":

@@ -66,8 +66,8 @@ def growth(
     from ...benchmarks.growth.sweeps import Axes, grow
     from ...benchmarks.growth.table import notes, tables
     from ...benchmarks.latency.loop import vae_scale
-    from ...benchmarks.latency.plan import Wanted
-    from ...benchmarks.latency.run import Options
+    from ...benchmarks.latency.resolve import LatencyRequest
+    from ...benchmarks.latency.rounds import RoundOptions
     from ...engines.bundle.bundle import Bundle
     from ...engines.profiles import trained_side
     from ...errors import UserError
@@ -80,7 +80,7 @@ def growth(
         sides=_numbers("--all-sides", all_sides or f"{side // 2},{side},{side * 3 // 2}"),
         intervals=_numbers("--all-intervals", all_intervals),
     )
-    base = Wanted(
+    base = LatencyRequest(
         engines=(engine or opened.engines[0],),
         steps=steps,
         guidance=guidance,
@@ -101,7 +101,7 @@ def growth(
         raise UserError(f"cannot write {log}: {error.strerror}; give another directory with -o") from error
     with stages() as stage:
         measured = grow(
-            opened, base, axes, Options(log, iterations, alone=0, products=False, progress=stage), precision
+            opened, base, axes, RoundOptions(log, iterations, alone=0, products=False, progress=stage), precision
         )
         made, failed = build_all(build or [], build_engine, build_precision, log, stage)
     measured = measured.model_copy(

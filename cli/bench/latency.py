@@ -86,16 +86,16 @@ def latency(
     """
     import tempfile
 
-    from ...benchmarks.latency.plan import Wanted, model_name, plan
-    from ...benchmarks.latency.run import Options, measure
-    from ...benchmarks.latency.table import export_times as write_times
+    from ...benchmarks.latency.resolve import LatencyRequest, model_name, resolve
+    from ...benchmarks.latency.rounds import RoundOptions, measure
+    from ...benchmarks.latency.terminal import export_times as write_times
     from ...engines.bundle.bundle import Bundle
     from ...errors import UserError
 
     if interval is not None and schedule is not None:
         raise UserError("--interval and --schedule exclude one another: give one of them")
     percents = _percents(percentile)
-    wanted = Wanted(
+    request = LatencyRequest(
         model=model,
         optimum=optimum,
         engines=tuple(engine or ()),
@@ -124,8 +124,8 @@ def latency(
         raise UserError(f"cannot write {log}: {error.strerror}; give another directory with -o") from error
     with stages() as stage, tempfile.TemporaryDirectory(prefix="offcut-bench-") as folder:
         stage("check the bundle and the peers' model")
-        case, entrants = plan(opened, wanted, Path(folder))
-        options = Options(log, iterations, duration, warm_up, timeout=timeout, progress=stage)
+        case, entrants = resolve(opened, request, Path(folder))
+        options = RoundOptions(log, iterations, duration, warm_up, timeout=timeout, progress=stage)
         measured = measure(case, entrants, options, model_name(opened))
     result, path = outcome.save(output, f"Latency of {bundle.name}", latency=measured)
     if export_times is not None:
@@ -143,7 +143,7 @@ def latency(
 
 
 def _print(measured: Any, percents: list[float], path: Path) -> None:
-    from ...benchmarks.latency.table import notes, tables
+    from ...benchmarks.latency.terminal import notes, tables
 
     for table in tables(measured, percents):
         out.print(table)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from offcut.benchmarks.latency.case import Case, Entrant
-from offcut.benchmarks.latency.worker import House
+from offcut.benchmarks.latency.worker import LatencyWorker
 
 
 def latents_in_fp32(case: Case, entrants: Iterable[Entrant]) -> dict[str, torch.Tensor]:
@@ -16,9 +16,9 @@ def latents_in_fp32(case: Case, entrants: Iterable[Entrant]) -> dict[str, torch.
     latents = {}
     for entrant in entrants:
         if entrant.precision == "fp32":
-            house = House()
-            house.answer({"do": "open", "case": case.as_json(), "entrant": entrant.as_json(), "calls": 2, "warm_up": 1})
-            answer = house.answer({"do": "loop", "name": entrant.name, "calls": 2})
+            house = LatencyWorker()
+            house.answer("open", case=case.as_json(), entrant=entrant.as_json(), calls=2, warm_up=1)
+            answer = house.answer("loop", name=entrant.name, calls=2)
             assert len(answer["full"]) == (2 if entrant.cached else 4)
             latents[entrant.family] = load_file(answer["latents"])["latents"]
     return latents

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from offcut.benchmarks.gpu.workbench import Options, Workbench
+from offcut.benchmarks.gpu.workbench import GpuOptions, Workbench
 
-ON_CPU = Options(
+ON_CPU = GpuOptions(
     device="cpu",
     engines=("onnxruntime", "openvino"),
     precisions=("fp32",),

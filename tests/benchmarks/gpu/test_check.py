@@ -1,4 +1,4 @@
-"""A check's four answers, and what is kept of them."""
+"""The four results of a check, the report of a run, and the processes in which checks run."""
 
 from __future__ import annotations
 
@@ -9,27 +9,42 @@ from pathlib import Path
 
 import pytest
 
-from offcut.benchmarks.gpu.check import Check, Claim, NotRun, Outcome, Result, first_line, perform, select
-from offcut.benchmarks.gpu.isolate import perform_apart
-from offcut.benchmarks.gpu.report import Report, markdown, read, report_as_json, write
-from offcut.benchmarks.gpu.workbench import Options, Workbench
+from offcut.benchmarks.gpu.check import (
+    BoundedFigure,
+    CheckOutcome,
+    CheckResult,
+    GpuCheck,
+    NotRun,
+    first_line,
+    perform,
+    select,
+)
+from offcut.benchmarks.gpu.isolated import perform_isolated
+from offcut.benchmarks.gpu.report import GpuReport, markdown, read, write
+from offcut.benchmarks.gpu.workbench import GpuOptions, Workbench
 from offcut.errors import EngineError, ParityError
 
 
-def check(identifier: str, *claims: Claim, error: Exception | None = None, obstacle: str | None = None) -> Check:
-    def run(bench: Workbench) -> Outcome:
+def report_of(results: list[CheckResult], machine: dict[str, str] | None = None) -> GpuReport:
+    return GpuReport(date="2026-01-01T00:00:00+00:00", command="python -m x", machine=machine or {}, checks=results)
+
+
+def check(
+    identifier: str, *claims: BoundedFigure, error: Exception | None = None, obstacle: str | None = None
+) -> GpuCheck:
+    def run(bench: Workbench) -> CheckOutcome:
         if error is not None:
             raise error
-        return Outcome(claims, {"closeness": math.inf})
+        return CheckOutcome(claims, {"closeness": math.inf})
 
-    return Check(identifier, f"title of {identifier}", run, "onnxruntime", obstacle)
+    return GpuCheck(identifier, f"title of {identifier}", run, "onnxruntime", obstacle)
 
 
-TRUE, FALSE = Claim("one, apples", 1.0, "<=", 1.0), Claim("two, apples", 2.0, "<=", 1.0)
+TRUE, FALSE = BoundedFigure("one, apples", 1.0, "<=", 1.0), BoundedFigure("two, apples", 2.0, "<=", 1.0)
 
 
 @pytest.fixture
-def results(tmp_path: Path) -> list[Result]:
+def results(tmp_path: Path) -> list[CheckResult]:
     checks = [
         check("a/passes", TRUE),
         check("a/fails", TRUE, FALSE),
@@ -39,11 +54,11 @@ def results(tmp_path: Path) -> list[Result]:
         check("b/built-wrongly", error=ParityError("differs by 0.5")),
         check("b/claims-nothing"),
     ]
-    bench = Workbench(Options(), tmp_path)
+    bench = Workbench(GpuOptions(), tmp_path)
     return [perform(each, bench) for each in checks]
 
 
-def test_each_check_ends_in_one_of_four_ways_and_none_stops_the_next(results: list[Result]) -> None:
+def test_each_check_ends_in_one_of_four_ways_and_none_stops_the_next(results: list[CheckResult]) -> None:
     assert [result.status for result in results] == [
         "passed",
         "failed",
@@ -81,7 +96,7 @@ def test_each_check_ends_in_one_of_four_ways_and_none_stops_the_next(results: li
     ],
 )
 def test_a_claim_holds_or_not(value: float, sign: str, bound: float, holds: bool) -> None:
-    assert Claim("x", value, sign, bound).holds is holds  # type: ignore[arg-type]
+    assert BoundedFigure("x", value, sign, bound).holds is holds  # type: ignore[arg-type]
 
 
 def test_an_errors_first_line_names_a_class_that_is_not_ours() -> None:
@@ -106,12 +121,12 @@ def test_a_pattern_chooses_by_id(pattern: str | None, chosen: list[str]) -> None
     assert [each.id for each in select(checks, pattern)] == chosen
 
 
-def test_a_report_comes_back_as_it_was_written(results: list[Result], tmp_path: Path) -> None:
-    report = Report("2026-01-01T00:00:00+00:00", "python -m x", {"gpu": "none", "odd": "a|b"}, results)
+def test_a_report_comes_back_as_it_was_written(results: list[CheckResult], tmp_path: Path) -> None:
+    report = report_of(results, {"gpu": "none", "odd": "a|b"})
     write(report, tmp_path)
     back = read(tmp_path / "result.json")
-    assert report_as_json(back)["checks"][0] == report_as_json(report)["checks"][0]
-    assert [(r.id, r.status, r.reason, r.claims, r.seconds) for r in back.results] == [
+    assert back.as_json()["checks"][0] == report.as_json()["checks"][0]
+    assert [(r.id, r.status, r.reason, r.claims, r.seconds) for r in back.checks] == [
         (r.id, r.status, r.reason, r.claims, r.seconds) for r in results
     ]
     raw = json.loads((tmp_path / "result.json").read_text(), parse_constant=lambda word: pytest.fail(word))
@@ -131,8 +146,8 @@ def test_a_report_comes_back_as_it_was_written(results: list[Result], tmp_path: 
     assert "the second" in traces
 
 
-def test_the_reports_tables_hold_every_check_claim_and_reason(results: list[Result]) -> None:
-    text = markdown(Report("today", "python -m x", {"gpu": "a|b"}, results))
+def test_the_reports_tables_hold_every_check_claim_and_reason(results: list[CheckResult]) -> None:
+    text = markdown(report_of(results, {"gpu": "a|b"}))
     for result in results:
         assert f"`{result.id}`" in text
         assert result.reason in text
@@ -153,36 +168,36 @@ def test_the_reports_tables_hold_every_check_claim_and_reason(results: list[Resu
     ],
 )
 def test_a_verdict_says_no_more_than_was_run(statuses: list[str], verdict: str) -> None:
-    results = [Result("a/b", "t", status, "no GPU" if status == "not run" else "") for status in statuses]  # type: ignore[arg-type]
-    assert Report("", "", {}, results).verdict == verdict
+    reasons = {"not run": "no GPU", "passed": ""}
+    results = [CheckResult(id="a/b", title="t", status=each, reason=reasons[each]) for each in statuses]  # type: ignore[arg-type]
+    assert report_of(results).verdict == verdict
 
 
 WORKER = """
 import json, os, signal, sys
-for wanted in json.load(sys.stdin)["checks"]:
-    print(json.dumps({"begin": wanted}), flush=True)
-    if wanted == "a/crashes":
+for line in sys.stdin:
+    name = json.loads(line)["id"]
+    if name == "a/crashes":
         os.kill(os.getpid(), signal.SIGSEGV)
-    if wanted == "a/hangs":
+    if name == "a/hangs":
         import time
         time.sleep(60)
     print(json.dumps({"progress": "slow"}), flush=True)
-    print(json.dumps({"result": {"id": wanted, "title": "t", "status": "passed", "reason": "", "claims": [],
-          "figures": {}, "seconds": 1.0, "trace": ""}}), flush=True)
+    print(json.dumps({"ok": {"id": name, "title": "t", "status": "passed", "seconds": 1.0}}), flush=True)
 """
 
 
-def apart(identifiers: list[str], worker: str, tmp_path: Path) -> dict[str, Result]:
-    results: list[Result] = []
-    perform_apart(
+def apart(identifiers: list[str], worker: str, tmp_path: Path) -> dict[str, CheckResult]:
+    results: list[CheckResult] = []
+    perform_isolated(
         [check(identifier, TRUE) for identifier in identifiers],
-        Options(device="cpu"),
+        GpuOptions(device="cpu"),
         tmp_path,
         tmp_path / "log.txt",
         timeout=2,
         progress=lambda step: None,
         finished=results.append,
-        worker=(sys.executable, "-c", worker),
+        command=(sys.executable, "-c", worker),
     )
     assert len(results) == len(identifiers)
     return {result.id: result for result in results}
@@ -196,10 +211,12 @@ def test_a_crash_is_the_error_of_one_check_and_the_others_go_on(tmp_path: Path) 
         "error",
         "passed",
     ]
-    assert found["a/crashes"].reason == "its process was ended by SIGSEGV during this check; see log.txt"
-    assert "after 2 s" in found["a/hangs"].reason
+    assert found["a/crashes"].reason.startswith("its process was ended by SIGSEGV")
+    assert found["a/crashes"].reason.endswith("; see log.txt")
+    assert "2 s were over" in found["a/hangs"].reason
 
 
 def test_a_process_that_does_not_begin_is_an_error_of_every_check(tmp_path: Path) -> None:
     found = apart(["a/one", "a/two"], "raise SystemExit(3)", tmp_path)
-    assert {result.reason for result in found.values()} == {"its process ended with 3 before it began; see log.txt"}
+    assert all(result.reason.startswith("its process ended with exit code 3") for result in found.values())
+    assert {result.status for result in found.values()} == {"error"}

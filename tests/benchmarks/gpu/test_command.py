@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from offcut.benchmarks.gpu.catalog import catalog
-from offcut.benchmarks.gpu.workbench import ENGINES, Options
+from offcut.benchmarks.gpu.workbench import ENGINES, GpuOptions
 from offcut.benchmarks.gpu_check import app
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -42,14 +42,14 @@ def test_without_a_gpu_nothing_runs_and_nothing_is_proven(flags: list[str], tmp_
 def test_a_gpu_can_be_required(tmp_path: Path) -> None:
     done = call("--output", str(tmp_path), "--require-gpu", "--json")
     assert done.exit_code == 1
-    assert json.loads(done.stdout)["counts"]["not run"] == len(catalog(Options()))
+    assert json.loads(done.stdout)["counts"]["not run"] == len(catalog(GpuOptions()))
 
 
 def test_the_list_names_every_check_once() -> None:
     done = call("--list", "--performance", "--batches", "1,8")
     assert done.exit_code == 0
     listed = [line.split()[0] for line in done.stdout.splitlines()]
-    expected = [check.id for check in catalog(Options(performance=True, batches=(1, 8)))]
+    expected = [check.id for check in catalog(GpuOptions(performance=True, batches=(1, 8)))]
     assert listed == expected
     assert len(set(listed)) == len(listed)
     groups = {identifier.split("/")[0] for identifier in listed}
@@ -57,7 +57,7 @@ def test_the_list_names_every_check_once() -> None:
 
 
 def test_what_the_table_of_precisions_refuses_is_not_run_with_its_reason() -> None:
-    checks = catalog(Options(device="cpu", engines=("onnxruntime",), precisions=("bf16", "fp32")))
+    checks = catalog(GpuOptions(device="cpu", engines=("onnxruntime",), precisions=("bf16", "fp32")))
     obstacles = {check.id: check.obstacle for check in checks}
     assert "does not load bf16" in str(obstacles["correctness/parity/onnxruntime/bf16"])
     assert obstacles["correctness/parity/onnxruntime/fp32"] is None
@@ -70,7 +70,7 @@ def test_what_the_table_of_precisions_refuses_is_not_run_with_its_reason() -> No
     [
         (["--engines", "onnx"], "none of"),
         (["--precisions", "int8"], "none of"),
-        (["--batches", "0"], "no number of images"),
+        (["--batches", "0"], "not a number of images"),
     ],
 )
 def test_a_wrong_option_is_told(arguments: list[str], message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from offcut.benchmarks.gpu import correctness, lifetime, streams
-from offcut.benchmarks.gpu.check import Outcome
+from offcut.benchmarks.gpu.check import CheckOutcome
 from offcut.benchmarks.gpu.exercise import apart
 from offcut.benchmarks.gpu.workbench import CUT, Workbench
 from offcut.engines.base import BoundPair
@@ -26,13 +26,13 @@ CHECKS = [
 ]
 
 
-def broken(outcome: Outcome) -> list[str]:
+def broken(outcome: CheckOutcome) -> list[str]:
     return [claim.name for claim in outcome.claims if not claim.holds]
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_a_sound_engine_passes(check: Callable[..., Outcome], engine: str, bench: Workbench) -> None:
+def test_a_sound_engine_passes(check: Callable[..., CheckOutcome], engine: str, bench: Workbench) -> None:
     assert broken(check(bench, engine, "fp32")) == []
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from offcut.benchmarks.gpu import models, peers
-from offcut.benchmarks.gpu.trajectory import Loop, decibels
+from offcut.benchmarks.gpu.peers import DenoisingLoop, decibels
 from offcut.runtime.generation.schedule import Uniform
 
 SAME = 110.0
@@ -42,18 +42,18 @@ def unet(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def setting(unet: Any) -> tuple[Loop, peers.Conditioning]:
+def setting(unet: Any) -> tuple[DenoisingLoop, peers.Conditioning]:
     noise = models.noise(unet.config, 1, 16, torch.float32, "cpu")
-    return Loop(noise, 6), models.conditioning(unet.config, 2, torch.float32, "cpu")
+    return DenoisingLoop(noise, 6), models.conditioning(unet.config, 2, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("interval", [1, 2, 3])
 def test_the_unet_cached_by_hand_is_deepcaches_helper(unet: Any, setting: Any, interval: int) -> None:
     loop, given = setting
-    theirs = loop.generate(peers.HelperDenoiser(unet, given, interval))
-    ours = loop.generate(peers.CachedDenoiser(peers.CachedUNet(unet), given, Uniform(interval)))
+    theirs = peers.HelperDenoiser(loop, unet, given, interval).generate()
+    ours = peers.CachedDenoiser(loop, peers.CachedUNet(unet), given, Uniform(interval)).generate()
     assert decibels(ours, theirs) >= SAME
-    uncached = loop.generate(peers.CachedDenoiser(peers.CachedUNet(unet), given, None))
+    uncached = peers.CachedDenoiser(loop, peers.CachedUNet(unet), given, None).generate()
     assert decibels(uncached, ours) >= SAME if interval == 1 else decibels(uncached, ours) < 80
 
 
@@ -71,7 +71,7 @@ def test_the_full_half_is_diffusers_own_forward(unet: Any, setting: Any) -> None
 def test_the_helper_leaves_the_unet_as_it_was(unet: Any, setting: Any) -> None:
     loop, given = setting
     forward = unet.forward
-    with peers.HelperDenoiser(unet, given, 2).generation(loop.timesteps):
+    with peers.HelperDenoiser(loop, unet, given, 2).turn():
         assert unet.forward is not forward
     assert unet.forward == forward
 
@@ -98,8 +98,8 @@ def test_both_halves_go_through_the_compilers_front_end_whole(unet: Any, setting
     def compile(half: Any) -> Any:
         return torch.compile(half, backend="eager", fullgraph=True, dynamic=False)
 
-    eager = loop.generate(peers.CachedDenoiser(cached, given, Uniform(2)))
-    through = loop.generate(peers.CachedDenoiser(cached, given, Uniform(2), compile))
+    eager = peers.CachedDenoiser(loop, cached, given, Uniform(2)).generate()
+    through = peers.CachedDenoiser(loop, cached, given, Uniform(2), compile).generate()
     assert decibels(through, eager) >= SAME
 
 
@@ -109,9 +109,10 @@ def test_half_precision_lies_between_the_bounds_of_the_trajectory_check() -> Non
 
     def latents(dtype: torch.dtype, cached: bool) -> torch.Tensor:
         unet = models.small_unet().to(dtype)
-        loop = Loop(models.noise(unet.config, 1, 16, dtype, "cpu"), STEPS)
+        loop = DenoisingLoop(models.noise(unet.config, 1, 16, dtype, "cpu"), STEPS)
         given = models.conditioning(unet.config, 2, dtype, "cpu")
-        return loop.generate(peers.CachedDenoiser(peers.CachedUNet(unet), given, SCHEDULE if cached else None))
+        schedule = SCHEDULE if cached else None
+        return peers.CachedDenoiser(loop, peers.CachedUNet(unet), given, schedule).generate()
 
     exact = latents(torch.float32, True)
     uncached = decibels(latents(torch.float32, False), exact)

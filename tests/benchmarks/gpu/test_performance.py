@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,26 +11,25 @@ from typing import Any
 import pytest
 import torch
 
-from offcut.benchmarks.gpu import performance, roofline
-from offcut.benchmarks.gpu.clock import interleaved, warm_up
+from offcut.benchmarks.gpu import performance
+from offcut.benchmarks.gpu.peers import Denoiser, DenoisingLoop
 from offcut.benchmarks.gpu.performance import Contest
-from offcut.benchmarks.gpu.trajectory import Loop
 from offcut.benchmarks.gpu.workbench import Workbench
-from offcut.benchmarks.latency.clock import Clock
+from offcut.benchmarks.turns import in_turns
 
 CONTEST = Contest("small", "onnxruntime", "fp32", 1)
 
 
-class _Sleeper:
-    """Takes so many seconds a call, and notes when it is called."""
+class _SleepingDenoiser(Denoiser):
+    """A denoiser whose calls take a number of seconds; it notes its turns."""
 
     def __init__(self, name: str, seconds: float, order: list[str]) -> None:
-        self.name = name
-        self._seconds, self._order = seconds, order
+        super().__init__(DenoisingLoop(torch.randn(1, 4, 8, 8), 2), {})
+        self._name, self._seconds, self._order = name, seconds, order
 
     @contextmanager
-    def generation(self, timesteps: torch.Tensor) -> Iterator[None]:
-        self._order.append(self.name)
+    def turn(self) -> Iterator[None]:
+        self._order.append(self._name)
         yield
 
     def predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -39,12 +39,11 @@ class _Sleeper:
 
 def test_contestants_take_turns_after_their_warm_up() -> None:
     order: list[str] = []
-    loop = Loop(torch.randn(1, 4, 8, 8), 2)
-    sleepers = [_Sleeper("a", 0.0, order), _Sleeper("b", 0.02, order)]
-    warm_up(loop, sleepers)
-    assert order == ["a", "b"] * 2
-    fast, slow = interleaved(Clock("cpu"), loop, sleepers, 3)
-    assert order == ["a", "b"] * 5
+    denoisers = [_SleepingDenoiser("a", 0.0, order), _SleepingDenoiser("b", 0.02, order)]
+    loops = in_turns(denoisers, 3)
+    assert order == ["a", "b"] * 5  # two turns of each that are not measured, then three
+    assert [len(each) for each in loops] == [3, 3]
+    fast, slow = (statistics.median(each.seconds for each in measured) for measured in loops)
     assert slow - fast >= 0.03  # two calls of 20 ms
 
 
@@ -66,14 +65,14 @@ def test_the_loops_figures_belong_together(bench: Workbench) -> None:
 
 @pytest.mark.slow
 def test_a_loop_with_work_beside_its_engine_calls_fails(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Loop.run
+    original = DenoisingLoop.run
 
-    def dawdle(self: Loop, denoiser: Any) -> torch.Tensor:
-        latents = original(self, denoiser)
+    def dawdle(self: DenoisingLoop, predict: Any) -> torch.Tensor:
+        latents = original(self, predict)
         time.sleep(1.0)
         return latents
 
-    monkeypatch.setattr(Loop, "run", dawdle)
+    monkeypatch.setattr(DenoisingLoop, "run", dawdle)
     assert all(not claim.holds for claim in performance.loop(bench, CONTEST).claims)
 
 
@@ -87,7 +86,7 @@ def test_deepcaches_helper_is_raced_on_the_same_loop(bench: Workbench) -> None:
 
 
 def test_the_work_is_that_of_the_published_model() -> None:
-    full, shallow = roofline.count("sd15", "fp16", 2)
+    full, shallow = performance.count("sd15", "fp16", 2)
     assert full.flops / 1e12 == pytest.approx(1.6, rel=0.05)  # 0.8 TFLOP for each image of 512 x 512
     assert 0.05 < shallow.flops / full.flops < 0.15
     assert full.bytes > 2 * 859e6  # 859 M parameters
@@ -95,14 +94,14 @@ def test_the_work_is_that_of_the_published_model() -> None:
 
 
 def test_twice_the_batch_is_twice_the_work() -> None:
-    one, two = (roofline.count("small", "fp32", batch)[1] for batch in (2, 4))
+    one, two = (performance.count("small", "fp32", batch)[1] for batch in (2, 4))
     assert two.flops == pytest.approx(2 * one.flops, rel=0.01)
 
 
 @pytest.mark.slow
 def test_the_roofline_holds_both_graphs_below_the_ceiling(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    outcome = roofline.roofline(bench, CONTEST)
+    outcome = performance.roofline(bench, CONTEST)
     assert len(outcome.claims) == 2
     assert {"matrix product, TFLOP/s", "copy, GB/s", "full, TFLOP/s", "shallow, GB/s at least"} <= set(outcome.figures)
-    monkeypatch.setattr(roofline, "ceilings", lambda *_: (1.0, 1.0))
-    assert not any(claim.holds for claim in roofline.roofline(bench, CONTEST).claims)
+    monkeypatch.setattr(performance, "ceilings", lambda *_: (1.0, 1.0))
+    assert not any(claim.holds for claim in performance.roofline(bench, CONTEST).claims)

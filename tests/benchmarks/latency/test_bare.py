@@ -11,9 +11,9 @@ from support.worker_processes import latents_in_fp32
 
 from offcut.benchmarks.latency.loop import INPUTS
 from offcut.benchmarks.latency.pipelines import pipeline_name
-from offcut.benchmarks.latency.plan import Wanted, plan
 from offcut.benchmarks.latency.ratios import relative_difference
-from offcut.benchmarks.latency.worker import House
+from offcut.benchmarks.latency.resolve import LatencyRequest, resolve
+from offcut.benchmarks.latency.worker import LatencyWorker
 from offcut.engines.bundle.bundle import Bundle
 from offcut.errors import UserError
 
@@ -25,7 +25,7 @@ def test_a_bare_unet_is_measured_in_its_familys_pipeline(
 ) -> None:
     bundle = Bundle.open(family_bundle("sdxl") if "XL" in pipeline else unet_bundle)
     assert pipeline_name(bundle) == pipeline
-    wanted = Wanted(
+    wanted = LatencyRequest(
         steps=4,
         schedule="uniform:2",
         images=2,
@@ -34,9 +34,9 @@ def test_a_bare_unet_is_measured_in_its_familys_pipeline(
         engines=("onnxruntime",),
         peers=("diffusers", "engine"),
     )
-    case, entrants = plan(bundle, wanted, tmp_path)
-    house = House()
-    house.answer({"do": "inputs", "case": case.as_json()})
+    case, entrants = resolve(bundle, wanted, tmp_path)
+    house = LatencyWorker()
+    house.answer("inputs", case=case.as_json())
     assert load_file(tmp_path / INPUTS)["latents"].shape[0] == 2
     latents = latents_in_fp32(case, entrants)
     assert relative_difference(latents["onnxruntime"], latents["diffusers"]) < 1e-4
@@ -47,4 +47,4 @@ def test_a_bare_unet_is_measured_in_its_familys_pipeline(
 def test_a_unet_that_no_prompt_drives_is_refused(family_bundle: Callable[[str], Path], tmp_path: Path) -> None:
     bundle = Bundle.open(family_bundle("unconditional"))
     with pytest.raises(UserError, match=r"gets nothing but latents and embeddings, and .* is of UNet2DModel"):
-        plan(bundle, Wanted(), tmp_path)
+        resolve(bundle, LatencyRequest(), tmp_path)

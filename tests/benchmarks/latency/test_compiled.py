@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from offcut.benchmarks.latency.case import Case, Entrant
-from offcut.benchmarks.latency.plan import Wanted, plan
 from offcut.benchmarks.latency.ratios import relative_difference
-from offcut.benchmarks.latency.worker import House
+from offcut.benchmarks.latency.resolve import LatencyRequest, resolve
+from offcut.benchmarks.latency.worker import LatencyWorker
 from offcut.engines.bundle.bundle import Bundle
 
 EAGER, HELPER = "diffusers eager bf16", "DeepCache eager bf16"
@@ -28,14 +28,14 @@ def answers(
     from safetensors.torch import load_file
 
     folder = tmp_path_factory.mktemp("compiled")
-    wanted = Wanted(
+    wanted = LatencyRequest(
         tiny_pipeline_dir, steps=6, schedule="uniform:3", threads=1, peers=("diffusers", "deepcache", "compile")
     )
-    case, entrants = plan(Bundle.open(tiny_bundle), wanted, folder)
+    case, entrants = resolve(Bundle.open(tiny_bundle), wanted, folder)
     made = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-        House().answer({"do": "inputs", "case": case.as_json()})
+        LatencyWorker().answer("inputs", case=case.as_json())
         for entrant in entrants:
             if entrant.precision == "bf16" and entrant.kind != "offcut":
                 made[entrant.name] = _loop(case, entrant)
@@ -47,15 +47,13 @@ def answers(
 def _loop(case: Case, entrant: Entrant) -> dict[str, Any]:
     torch._dynamo.reset()  # each has a process of its own in a run
     torch._dynamo.utils.counters.clear()
-    house = House()
-    opened = house.answer(
-        {"do": "open", "case": case.as_json(), "entrant": entrant.as_json(), "calls": 2, "warm_up": 1}
-    )
+    house = LatencyWorker()
+    opened = house.answer("open", case=case.as_json(), entrant=entrant.as_json(), calls=2, warm_up=1)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    answer = house.answer({"do": "loop", "name": entrant.name, "calls": 2})
+    answer = house.answer("loop", name=entrant.name, calls=2)
     answer["compiled"] = compiled
     answer["compiled late"] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled
-    answer["alone"] = house.answer({"do": "alone", "name": entrant.name, "repeats": 2})
+    answer["alone"] = house.answer("alone", name=entrant.name, repeats=2)
     assert opened["warm_up"] > 0
     return answer
 

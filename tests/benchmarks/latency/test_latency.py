@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from offcut.benchmarks import record
 from offcut.benchmarks.latency.case import Entrant
 from offcut.benchmarks.latency.contestants import OPTIMUM_MISSING, PEERS
-from offcut.benchmarks.latency.plan import Wanted, plan
 from offcut.benchmarks.latency.record import TIMES, Contestant, Latency
-from offcut.benchmarks.latency.run import Options, measure
-from offcut.benchmarks.latency.table import notes, tables
+from offcut.benchmarks.latency.resolve import LatencyRequest, resolve
+from offcut.benchmarks.latency.rounds import RoundOptions, measure
+from offcut.benchmarks.latency.terminal import notes, tables
 from offcut.cli import app
 from offcut.cli.bench import _COMMANDS
 from offcut.engines.bundle.bundle import Bundle
@@ -157,15 +157,15 @@ def test_the_tables_show_every_row_whole(latency: Latency) -> None:
 
 
 def test_an_interrupt_keeps_the_rounds_that_are_complete(unet_bundle: Path, tmp_path: Path) -> None:
-    wanted = Wanted(steps=STEPS, schedule="uniform:3", engines=("onnxruntime",), peers=("engine",), threads=1)
-    case, entrants = plan(Bundle.open(unet_bundle), wanted, tmp_path)
+    wanted = LatencyRequest(steps=STEPS, schedule="uniform:3", engines=("onnxruntime",), peers=("engine",), threads=1)
+    case, entrants = resolve(Bundle.open(unet_bundle), wanted, tmp_path)
 
     def interrupt(at: str) -> Latency:
         def progress(sentence: str) -> None:
             if sentence == at:
                 raise KeyboardInterrupt
 
-        return measure(case, entrants, Options(tmp_path / "log", rounds=3, progress=progress), "a model")
+        return measure(case, entrants, RoundOptions(tmp_path / "log", rounds=3, progress=progress), "a model")
 
     with pytest.raises(KeyboardInterrupt):  # nothing is complete yet
         interrupt(f"round 1: {UNCACHED}")
@@ -180,7 +180,7 @@ def test_an_interrupt_keeps_the_rounds_that_are_complete(unet_bundle: Path, tmp_
 
 
 def planned(bundle: Path, folder: Path, **wanted: object) -> list[Entrant]:
-    return plan(Bundle.open(bundle), Wanted(steps=STEPS, schedule="uniform:3", **wanted), folder)[1]  # type: ignore[arg-type]
+    return resolve(Bundle.open(bundle), LatencyRequest(steps=STEPS, schedule="uniform:3", **wanted), folder)[1]  # type: ignore[arg-type]
 
 
 def test_without_the_model_the_engines_still_run_and_the_peers_say_so(
@@ -199,8 +199,8 @@ def test_without_the_model_the_engines_still_run_and_the_peers_say_so(
 def test_the_helper_says_which_schedules_it_cannot_follow(
     tiny_bundle: Path, tiny_pipeline_dir: Path, tmp_path: Path
 ) -> None:
-    wanted = Wanted(tiny_pipeline_dir, steps=STEPS, schedule="quad:3:center=2", cut="mlperf")
-    reasons = {entrant.name: entrant.not_run for entrant in plan(Bundle.open(tiny_bundle), wanted, tmp_path)[1]}
+    wanted = LatencyRequest(tiny_pipeline_dir, steps=STEPS, schedule="quad:3:center=2", cut="mlperf")
+    reasons = {entrant.name: entrant.not_run for entrant in resolve(Bundle.open(tiny_bundle), wanted, tmp_path)[1]}
     assert reasons[HELPER] is not None
     assert reasons[HELPER].startswith("DeepCache's helper knows uniform intervals without warm-up only, not quad:3")
     assert reasons[EAGER] is reasons[OURS] is None
@@ -211,7 +211,7 @@ def test_houses_share_weights_and_hold_only_their_own(
 ) -> None:
     houses: dict[str, list[Entrant]] = {}
     for entrant in planned(tiny_bundle, tmp_path, model=tiny_pipeline_dir):
-        houses.setdefault(entrant.house, []).append(entrant)
+        houses.setdefault(entrant.process, []).append(entrant)
     for members in houses.values():
         assert len({(member.engine, member.precision, member.python) for member in members}) == 1
     assert {member.name for member in houses["eager bf16"]} == {"diffusers eager bf16", "DeepCache eager bf16"}
@@ -224,14 +224,14 @@ def test_houses_share_weights_and_hold_only_their_own(
         ({"engines": ("inductor",)}, UserError, "not inductor: add it with offcut build"),
         ({"engines": ("abacus",)}, EngineError, "no engine 'abacus'"),
         ({"peers": ("diffuser",)}, UserError, "there is no peer 'diffuser': write all, none"),
-        ({"pythons": {"optimum": "/no/python"}}, UserError, "/no/python is no program"),
+        ({"pythons": {"optimum": "/no/python"}}, UserError, "/no/python is not an executable program"),
         ({"pythons": {"diffusers": sys.executable}}, UserError, "needs no environment of its own"),
         ({"cut": "deepcache:7"}, CutError, "was not built with the cut deepcache:7"),
         ({"frames": 3}, UserError, "makes images, which have no frames: leave --frames out"),
         ({"height": 65}, UserError, "an image side of 65 pixels does not fit"),
         ({"scheduler": "NoScheduler"}, UserError, "diffusers has no scheduler NoScheduler"),
-        ({"model": Path("/no/model")}, UserError, "/no/model is no directory"),
-        ({"end_to_end": True}, UserError, "draws no images"),
+        ({"model": Path("/no/model")}, UserError, "/no/model is not a directory"),
+        ({"end_to_end": True}, UserError, "generates no images"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,8 +10,7 @@ from hypothesis import strategies as st
 
 from offcut.benchmarks.latency.case import Case, Entrant
 from offcut.benchmarks.latency.contestants import branch_of, interval_of
-from offcut.benchmarks.latency.house import Process, to_close
-from offcut.benchmarks.latency.run import turns, warm_up_calls
+from offcut.benchmarks.latency.rounds import to_close, turns, warm_up_calls
 from offcut.errors import UserError
 from offcut.runtime.generation.schedule import Uniform
 
@@ -116,44 +112,3 @@ def test_a_branch_is_a_deepcache_cut() -> None:
     assert branch_of("deepcache:2") == 2
     with pytest.raises(UserError, match="no branch for the cut mlperf"):
         branch_of("mlperf")
-
-
-def test_a_process_that_ends_says_what_it_said_last(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text(f"#!{sys.executable}\nimport sys\nprint('the last word', file=sys.stderr)\nsys.exit(3)\n")
-    python.chmod(0o755)
-    process = Process(str(python), 1, tmp_path / "log", timeout=60)
-    assert process.ask("loop", name="x", calls=1) == {"error": "its process ended with 3, saying last: the last word"}
-    assert not process.alive
-    process.close()
-
-
-def test_a_process_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
-    python.chmod(0o755)
-    process = Process(str(python), 1, tmp_path / "log", timeout=0.5)
-    mapped = process.mapped()  # first: a process that starts grows between two looks
-    assert process.resident() >= mapped > 0
-    began = time.monotonic()
-    assert "was killed" in process.ask("loop", name="x", calls=1)["error"]
-    assert time.monotonic() - began < 30
-    assert process.resident() == 0
-    process.close()
-
-
-def test_an_interpreter_that_is_none_is_the_reason(tmp_path: Path) -> None:
-    process = Process(str(tmp_path / "none"), 1, tmp_path / "log", timeout=1)
-    assert "cannot be started: No such file or directory" in process.ask("loop", name="x", calls=1)["error"]
-    assert not process.alive
-    process.close()
-
-
-def test_a_house_answers_on_a_channel_of_its_own_and_ends_with_its_input(tmp_path: Path) -> None:
-    process = Process(None, 1, tmp_path / "log", timeout=120)
-    assert process.ask("loop", name="nobody", calls=1)["error"].startswith("KeyError")
-    assert process.alive
-    assert process.cpu_seconds() > 0
-    process.close()
-    assert not process.alive
-    assert "Traceback" in (tmp_path / "log").read_text()

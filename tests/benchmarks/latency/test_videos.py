@@ -16,11 +16,11 @@ from offcut.benchmarks import record
 from offcut.benchmarks.latency import loop, video
 from offcut.benchmarks.latency.case import Case
 from offcut.benchmarks.latency.pipelines import PIPELINES
-from offcut.benchmarks.latency.plan import Wanted, plan
 from offcut.benchmarks.latency.ratios import relative_difference
 from offcut.benchmarks.latency.record import Latency
-from offcut.benchmarks.latency.table import notes
-from offcut.benchmarks.latency.worker import House
+from offcut.benchmarks.latency.resolve import LatencyRequest, resolve
+from offcut.benchmarks.latency.terminal import notes
+from offcut.benchmarks.latency.worker import LatencyWorker
 from offcut.benchmarks.report.speed import section
 from offcut.engines.bundle.bundle import Bundle
 from offcut.errors import ShapeError
@@ -78,8 +78,8 @@ def test_the_case_is_named_with_its_frames(latency: Latency) -> None:
 
 
 def case_of(bundle: Path, folder: Path, **wanted: object) -> Case:
-    asked = Wanted(steps=4, schedule="uniform:2", threads=1, **wanted)  # type: ignore[arg-type]
-    return plan(Bundle.open(bundle), asked, folder)[0]
+    asked = LatencyRequest(steps=4, schedule="uniform:2", threads=1, **wanted)  # type: ignore[arg-type]
+    return resolve(Bundle.open(bundle), asked, folder)[0]
 
 
 @pytest.mark.parametrize("guidance", [None, 1.0])
@@ -117,13 +117,13 @@ def bare(video_bundle: Video, copied: Callable[[Path], Path]) -> Bundle:
 
 def test_a_bare_unet_runs_with_the_published_models_scheduler(bare: Bundle, tmp_path: Path) -> None:
     engine, peers = ("onnxruntime",), ("diffusers", "engine")
-    wanted = Wanted(steps=4, schedule="uniform:2", images=2, threads=1, engines=engine, peers=peers)
-    case, entrants = plan(bare, wanted, tmp_path)
+    wanted = LatencyRequest(steps=4, schedule="uniform:2", images=2, threads=1, engines=engine, peers=peers)
+    case, entrants = resolve(bare, wanted, tmp_path)
     assert (case.height, case.width) == (64, 64)
     assert (case.frames, case.scheduler) == (3, "EulerDiscreteScheduler")
     scheduler = loop.build_pipeline(case, bare, None, torch.float32).scheduler
     assert PIPELINES["StableVideoDiffusionPipeline"].noise.items() <= dict(scheduler.config).items()
-    House().answer({"do": "inputs", "case": case.as_json()})
+    LatencyWorker().answer("inputs", case=case.as_json())
     latents = latents_in_fp32(case, entrants)
     assert latents["diffusers"].shape == (2, 3, 4, 8, 8)
     assert relative_difference(latents["onnxruntime"], latents["diffusers"]) < 1e-4
@@ -132,7 +132,9 @@ def test_a_bare_unet_runs_with_the_published_models_scheduler(bare: Bundle, tmp_
 
 def test_memory_is_counted_for_all_frames_at_once(video_bundle: Video, tmp_path: Path) -> None:
     bundle = Bundle.open(video_bundle("svd"))
-    needs = [plan(bundle, Wanted(frames=frames, peers=("none",)), tmp_path)[1][0].need for frames in (2, 4, 6)]
+    needs = [
+        resolve(bundle, LatencyRequest(frames=frames, peers=("none",)), tmp_path)[1][0].need for frames in (2, 4, 6)
+    ]
     assert needs[2] - needs[1] == needs[1] - needs[0] > 0
 
 

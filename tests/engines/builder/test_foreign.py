@@ -140,7 +140,7 @@ def test_what_optimum_wrote_is_built_and_run(save: Any, tmp_path: Path) -> None:
 
 def test_peers_have_no_model_to_load(elsewhere_bundle: Path) -> None:
     """``offcut bench latency`` then says so, in place of loading a directory without weights."""
-    from offcut.benchmarks.latency.model import find_model
+    from offcut.benchmarks.latency.resolve import find_model
 
     found, why = find_model(offcut.Bundle.open(elsewhere_bundle), None)
     assert found is None

@@ -1,0 +1,284 @@
+"""The rounds of a latency run: contestants take turns, A B C, A B C, each in its worker process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...errors import UserError
+from ...runtime.generation.schedule import parse
+from ..worker_process import Answer, RequestFailed, WorkerProcess
+from .case import Case, Entrant
+from .ceiling import DTYPES
+from .loop import clock
+from .ratios import fill_in
+from .record import Contestant, Latency
+
+WORKER = "offcut.benchmarks.latency.worker"
+RESERVE = 2**30
+"""Bytes of memory that are left to the rest of the machine."""
+
+
+@dataclass(frozen=True)
+class RoundOptions:
+    """How a run is measured.
+
+    Attributes:
+        log: file for the output of the processes.
+        rounds: least number of rounds.
+        duration: least seconds of all rounds together.
+        warm_up: loops of each contestant before its first measured one; each ends once all graphs have run.
+        alone: calls back to back, for a call's time alone.
+        products: whether to time a large matrix product in each precision, as the limit of the calls.
+        timeout: seconds that a request to a process may take, compilation included.
+        progress: called with a sentence as each turn begins.
+    """
+
+    log: Path
+    rounds: int = 5
+    duration: float = 0.0
+    warm_up: int = 1
+    alone: int = 5
+    products: bool = True
+    timeout: float = 3600.0
+    progress: Callable[[str], None] = lambda sentence: None
+
+
+def measure(case: Case, entrants: Sequence[Entrant], options: RoundOptions, model: str) -> Latency:
+    """Measure all contestants in turns.
+
+    A contestant that fails keeps its row, with the reason in place of figures. An interrupt ends the run after the
+    last complete round.
+
+    Raises:
+        UserError: the schedule has no shallow call in so few steps, or the common inputs cannot be made.
+        KeyboardInterrupt: in the first round.
+    """
+    run = _Run(case, options, {entrant.name: _row(entrant, case) for entrant in entrants})
+    try:
+        run.prepare([entrant.precision for entrant in run.running(entrants)] if options.products else [])
+        rounds, interrupted = run.rounds(entrants)
+    finally:
+        run.close()
+    latency = Latency(
+        model=model,
+        steps=case.steps,
+        height=case.height,
+        width=case.width,
+        images_per_call=case.images,
+        frames=case.frames,
+        guidance=case.guidance,
+        scheduler=case.scheduler,
+        rounds=rounds,
+        interrupted=interrupted,
+        threads=case.threads,
+        clock=clock(case),
+        contestants=list(run.rows.values()),
+        warm_up=options.warm_up,
+        idle_cpu_share=round(run.idle_share, 4),
+        work=run.work,
+        products=run.products,
+        reopened=run.reopened,
+    )
+    fill_in(latency, run.latents, {entrant.name: entrant.twin for entrant in entrants})
+    return latency
+
+
+def turns(entrants: Sequence[Entrant]) -> Iterator[list[Entrant]]:
+    """Yield the turns of one round: the contestant of the turn, then those that follow until the next round's end."""
+    order = [*entrants, *entrants]
+    for index in range(len(entrants)):
+        yield order[index:]
+
+
+def warm_up_calls(case: Case) -> int:
+    """Return the number of calls after which a cached loop has run both graphs.
+
+    Raises:
+        UserError: the loop never runs the shallow graph.
+    """
+    full = set(parse(case.schedule).full_calls(case.steps))
+    shallow = next((call for call in range(case.steps) if call not in full), None)
+    if shallow is None:
+        raise UserError(f"{case.schedule} makes every one of {case.steps} calls full: give more --steps")
+    return shallow + 1
+
+
+def to_close(resident: Mapping[str, int], turns: Sequence[str], need: int, available: int) -> list[str]:
+    """Return the processes to close, in order, before one that needs memory is opened; none if there is room.
+
+    The process whose next turn is furthest away goes first, which reopens the fewest where turns repeat. Closing the
+    least recently used one would always close the one that is needed next.
+
+    Args:
+        resident: bytes that each open process holds.
+        turns: processes in the order of the turns to come, more than a round of them.
+        need: bytes.
+        available: bytes that are free now.
+    """
+    closed: list[str] = []
+    remaining = dict(resident)
+    while available < need and remaining:
+        furthest = max(remaining, key=lambda name: turns.index(name) if name in turns else len(turns))
+        available += remaining.pop(furthest)
+        closed.append(furthest)
+    return closed
+
+
+def _row(entrant: Entrant, case: Case) -> Contestant:
+    return Contestant(
+        name=entrant.name,
+        family=entrant.family,
+        engine=entrant.engine,
+        precision=entrant.precision,
+        caching=f"{case.schedule}, {case.cut}" if entrant.cached else None,
+        settings=dict(entrant.settings),
+        not_run=entrant.not_run,
+        size_bytes=entrant.size,
+    )
+
+
+@dataclass
+class _Run:
+    """The state of a run: its rows, its open processes and the contestants that are open in them."""
+
+    case: Case
+    options: RoundOptions
+    rows: dict[str, Contestant]
+    latents: dict[str, Path] = field(default_factory=dict)
+    idle_share: float = 0.0
+    reopened: int = 0
+    work: dict[str, int] = field(default_factory=dict)
+    products: dict[str, float] = field(default_factory=dict)
+    _processes: dict[str, WorkerProcess] = field(default_factory=dict)
+    _opened: dict[str, set[str]] = field(default_factory=dict)
+    _needs: dict[str, int] = field(default_factory=dict)
+    _closed: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._calls = warm_up_calls(self.case)
+
+    def running(self, entrants: Sequence[Entrant]) -> list[Entrant]:
+        """Return the contestants that have not failed."""
+        return [entrant for entrant in entrants if self.rows[entrant.name].not_run is None]
+
+    def prepare(self, precisions: Sequence[str]) -> None:
+        """Make the common inputs, and time a large matrix product in each of these precisions."""
+        self.options.progress("encode the prompt" if self.case.frames is None else "encode the image")
+        case = self.case.as_json()
+        process = self._start(None)
+        task = "the common inputs cannot be made"
+        try:
+            self.work = process.request("inputs", case=case)["work"]
+            for precision in dict.fromkeys(each for each in precisions if each in DTYPES):
+                task = f"a matrix product in {precision} failed"
+                self.options.progress(f"matrix product in {precision}")
+                self.products[precision] = process.request("product", case=case, precision=precision)["flops"]
+        except RequestFailed as error:
+            raise UserError(f"{task}: {error}; see {self.options.log}") from error
+        finally:
+            process.close()
+
+    def rounds(self, entrants: Sequence[Entrant]) -> tuple[int, bool]:
+        """Run all rounds. Returns the number of complete ones, and whether an interrupt came before the last."""
+        complete, began = 0, time.perf_counter()
+        try:
+            while self.running(entrants) and (
+                complete < self.options.rounds or time.perf_counter() - began < self.options.duration
+            ):
+                for coming in turns(self.running(entrants)):
+                    self.take(coming, complete + 1)
+                complete += 1
+        except KeyboardInterrupt:
+            if not complete:
+                raise
+            for row in self.rows.values():
+                row.cut_short(complete)
+            return complete, True
+        return complete, False
+
+    def take(self, coming: Sequence[Entrant], number: int) -> None:
+        """Run the turn of the first of these contestants, in the round with this number."""
+        entrant = coming[0]
+        row = self.rows[entrant.name]
+        if row.not_run is not None:  # failed earlier in this round
+            return
+        self.options.progress(f"round {number}: {entrant.name}")
+        process = self._process(entrant, [other.process for other in coming[1:]])
+        try:
+            self._turn(process, entrant, row)
+        except RequestFailed as error:
+            row.withdraw(f"in round {number}: {error}" if row.loops else str(error))
+            self.latents.pop(entrant.name, None)
+        if not process.alive:
+            self._processes.pop(entrant.process, None)
+
+    def close(self) -> None:
+        while self._processes:
+            self._processes.popitem()[1].close()
+
+    def _turn(self, process: WorkerProcess, entrant: Entrant, row: Contestant) -> None:
+        if entrant.name not in self._opened[entrant.process]:
+            self._open_contestant(process, entrant, row)
+        waiting = [other for other in self._processes.values() if other is not process]
+        before, began = sum(other.cpu_seconds() for other in waiting), time.perf_counter()
+        answer = process.request("loop", name=entrant.name, calls=self._calls if entrant.cached else 1)
+        used = sum(other.cpu_seconds() for other in waiting) - before
+        self.idle_share = max(self.idle_share, used / (time.perf_counter() - began))
+        first = not row.loops
+        row.loops.append(answer["loop"])
+        row.full += answer["full"]
+        row.shallow += answer["shallow"]
+        row.full_calls, row.shallow_calls = len(answer["full"]), len(answer["shallow"])
+        self.latents[entrant.name] = Path(answer["latents"])
+        _note_memory(row, answer)
+        if first and self.options.alone:
+            answer = process.request("alone", name=entrant.name, repeats=self.options.alone)
+            row.full_alone, row.shallow_alone = answer.get("full", []), answer.get("shallow", [])
+            row.forecast_alone = answer.get("forecast", [])
+        if self.case.end_to_end:
+            answer = process.request("image", name=entrant.name)
+            row.images.append(answer["image"])
+            _note_memory(row, answer)
+        self._needs[entrant.process] = row.host_peak_bytes or 0
+
+    def _open_contestant(self, process: WorkerProcess, entrant: Entrant, row: Contestant) -> None:
+        case, contestant, warm_up = self.case.as_json(), entrant.as_json(), self.options.warm_up
+        answer = process.request("open", case=case, entrant=contestant, calls=self._calls, warm_up=warm_up)
+        self._opened[entrant.process].add(entrant.name)
+        if row.load_seconds is None:
+            row.load_seconds, row.warm_up_seconds = answer["load"], answer["warm_up"]
+        if entrant.python is not None:
+            installed = ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
+            row.settings["environment"] = f"another: {installed}"
+        _note_memory(row, answer)
+
+    def _process(self, entrant: Entrant, following: Sequence[str]) -> WorkerProcess:
+        """Return the contestant's open process; others are closed first if memory is short."""
+        import psutil
+
+        name = entrant.process
+        if name not in self._processes:
+            need = self._needs.get(name, entrant.need) + RESERVE
+            resident = {other: process.resident_bytes() for other, process in self._processes.items()}
+            # The system counts mapped files as available memory, but waiting contestants need theirs again soon.
+            mapped = sum(other.mapped_bytes() for other in self._processes.values())
+            for other in to_close(resident, following, need, psutil.virtual_memory().available - mapped):
+                self._processes.pop(other).close()
+                self._closed.add(other)
+            self.reopened += name in self._closed
+            self._closed.discard(name)
+            self._processes[name], self._opened[name] = self._start(entrant.python), set()
+        return self._processes[name]
+
+    def _start(self, python: str | None) -> WorkerProcess:
+        options = self.options
+        return WorkerProcess(WORKER, options.log, options.timeout, python=python, threads=self.case.threads)
+
+
+def _note_memory(row: Contestant, answer: Answer) -> None:
+    row.host_peak_bytes = max(row.host_peak_bytes or 0, answer["host_peak"] or 0)
+    if answer["device"] is not None:
+        row.device_peak_bytes = max(row.device_peak_bytes or 0, answer["device"])
