@@ -120,6 +120,9 @@ def build(
     revision: Revision = None,
     variant: Variant = None,
     subfolder: Subfolder = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Export again, even if the user's cache directory has the same export.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Build a bundle: export, cut, compile, verify each engine against PyTorch, or against the ONNX that is given."""
@@ -171,6 +174,7 @@ def build(
             variant=variant,
             subfolder=subfolder,
             calibration=Calibration(**given) if precision in LOW_PRECISIONS else None,
+            cache=not no_cache,
             progress=stage,
         )
         if triton is not None:

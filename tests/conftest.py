@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from filelock import FileLock
-from support.exports import build_from, keep, kept
+from support.exports import export_once
 from support.families import save_family_model
 from support.foreign import save_as_optimum
 from support.models import save_small_pipeline, save_stable_diffusion, save_stable_diffusion_xl, save_unet
@@ -27,6 +27,16 @@ from offcut.exporter.trace.export import ExportedUNet
 ENGINES = ["onnxruntime", "openvino"]
 VIDEO_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]
 TINY_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "deepcache:4", "mlperf"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the builds of all test processes one export cache, which stays for the next run.
+
+    ``OFFCUT_TEST_CACHE`` names another directory.
+    """
+    folder = os.environ.get("OFFCUT_TEST_CACHE") or str(config.rootpath / ".pytest_cache" / "offcut")
+    os.environ["OFFCUT_CACHE"] = folder
+    os.environ["OFFCUT_CACHE_SIZE"] = "2"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -98,20 +108,25 @@ def elsewhere_bundle(elsewhere_dir: Path, once: Once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def unet_export(tiny_unet_dir: Path, once: Once) -> Callable[[str], tuple[Path, ExportedUNet]]:
+def unet_export(
+    tiny_unet_dir: Path, once: Once, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, ExportedUNet]]:
     """The model of one of ``unets.SKIPS`` and its export in fp32; ``plain`` is ``tiny_unet_dir``."""
+    exports: dict[str, ExportedUNet] = {}
 
     def get(name: str) -> tuple[Path, ExportedUNet]:
         model = tiny_unet_dir if name == "plain" else once(f"unet-{name}", lambda path: save_family(name, path))
-        return model, kept(once(f"unet-{name}-fp32", lambda path: keep(offcut.export(model, path / "unet"), path)))
+        if name not in exports:
+            exports[name] = export_once(model, tmp_path_factory.mktemp(f"unet-{name}-fp32"))
+        return model, exports[name]
 
     return get
 
 
 @pytest.fixture(scope="session")
-def unet_bundle(unet_export: Callable[[str], tuple[Path, ExportedUNet]], once: Once) -> Path:
+def unet_bundle(tiny_unet_dir: Path, once: Once) -> Path:
     """``tiny_unet_dir`` as a UNet-only bundle."""
-    return once("tiny-unet.offcut", lambda path: build_from(*unet_export("plain"), path, engine=ENGINES))
+    return once("tiny-unet.offcut", lambda path: offcut.build(tiny_unet_dir, path, engine=ENGINES))
 
 
 @pytest.fixture(scope="session")

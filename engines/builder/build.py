@@ -56,6 +56,7 @@ def build(
     ip_adapters: Sequence[IPAdapter | str | Path] = (),
     attention: str | None = None,
     calibration: Calibrator | None = None,
+    cache: bool = True,
     progress: Progress = lambda step: None,
 ) -> Bundle:
     """Build a bundle, or add to one.
@@ -88,6 +89,8 @@ def build(
         attention: ``"cross-frame"`` for Text2Video-Zero, in place of the UNet's own. By default what the model's own
             pipeline uses.
         calibration: what ``int8`` and ``fp8`` are calibrated on: an ``offcut.Calibration``.
+        cache: reuse an export of the same UNet, options and versions from the user's cache directory, and keep new ones
+            there. ``OFFCUT_CACHE`` names another directory, ``OFFCUT_CACHE_SIZE`` its bound in GB (20).
         progress: called with a sentence as each stage begins.
 
     Returns:
@@ -123,6 +126,7 @@ def build(
         ip_adapters=[each if isinstance(each, IPAdapter) else IPAdapter.parse(str(each)) for each in ip_adapters],
         attention=attention,
         calibrator=calibration,
+        cache=cache,
         progress=progress,
     )
     while True:

@@ -48,6 +48,7 @@ class Plan:
         compile_all: export the networks around the UNet too.
         adapters: whose inputs the graphs have.
         scheme, calibrator: how the graphs are rounded, and on what; None where they are not.
+        cache: whether an export may come from the user's cache directory and is kept there.
     """
 
     source: ModelSource
@@ -66,6 +67,7 @@ class Plan:
     adapters: tuple[str, ...]
     scheme: Scheme | None
     calibrator: Calibrator | None
+    cache: bool
 
     @property
     def base(self) -> str:
@@ -114,6 +116,7 @@ def make_plan(
     ip_adapters: Sequence[IPAdapter],
     attention: str | None,
     calibrator: Calibrator | None,
+    cache: bool,
     progress: Progress,
 ) -> Plan:
     """Resolve and check what ``build`` was asked for; its arguments, and what it raises."""
@@ -179,6 +182,7 @@ def make_plan(
         adapters=taken,
         scheme=scheme,
         calibrator=calibrator if scheme else None,
+        cache=cache,
     )
 
 

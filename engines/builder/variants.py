@@ -10,9 +10,10 @@ from pathlib import Path
 
 from ...errors import BundleError
 from ...exporter.cut import Cut, find_cut, find_cuts, split_all
+from ...exporter.export_cache import ExportCache, cached_export
 from ...exporter.foreign.unet import import_unet
 from ...exporter.trace.convert import WEIGHTS_FILE
-from ...exporter.trace.export import PARAMETERS_FILE, ExportedUNet, export
+from ...exporter.trace.export import PARAMETERS_FILE, ExportedUNet
 from ...exporter.trace.reference import REFERENCE_FILE
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import CutEntry, Graphs, Quantization, Tensor, Variant
@@ -70,20 +71,25 @@ def _exported(
     """The export in the plan's precision; one in low precision is made from a full one, aside."""
     if plan.source.onnx:
         return import_unet(plan.source, folder, precision=plan.precision, dims=plan.fixed, progress=progress), None
-    if plan.scheme is None:
-        made = export(
+
+    def export(target: Path, precision: str) -> ExportedUNet:
+        return cached_export(
             plan.source,
-            folder,
-            precision=plan.precision,
+            target,
+            weights_digest=plan.weights_digest,
+            precision=precision,
             opset=plan.opset,
             dims=plan.fixed,
             adapters=plan.adapters,
+            cache=ExportCache.of_user() if plan.cache else None,
             progress=progress,
         )
-        return made, None
+
+    if plan.scheme is None:
+        return export(folder, plan.precision), None
     assert plan.calibrator is not None
     aside = folder.with_name(f"{folder.name}-base")
-    base = export(plan.source, aside, precision=plan.scheme.base, opset=plan.opset, dims=plan.fixed, progress=progress)
+    base = export(aside, plan.scheme.base)
     folder.mkdir(parents=True)
     try:
         return quantized(base, folder, plan.source, plan.scheme, cuts, plan.calibrator, progress)

@@ -20,7 +20,7 @@ from ..load import PRECISIONS, ModelSource, load_unet, locate
 from ..specs import Factors, TensorSpec, factors, symbols
 from . import video
 from .convert import WEIGHTS_FILE, quiet, save, to_onnx
-from .parameters import Parameter
+from .parameters import Parameter, read_parameters
 from .reference import REFERENCE_FILE, write_reference
 
 if TYPE_CHECKING:
@@ -178,17 +178,55 @@ def trace(
     save(model, out / GRAPH_FILE, "unet")
     names = {name: asdict(parameter) for name, parameter in parameters.items()}
     (out / PARAMETERS_FILE).write_text(json.dumps(names, indent=1), encoding="utf-8")
-    inputs = tuple(spec.fixed(fixed) for spec in specs)
-    return ExportedUNet(
-        path=out / GRAPH_FILE,
-        weights=out / WEIGHTS_FILE,
-        inputs={spec.name: spec for spec in inputs},
-        outputs={NOISE_PRED: noise},
-        parameters=parameters,
-        reference=out / REFERENCE_FILE,
+    return _described(out, family, config, parameters, precision=precision, opset=opset, dims=fixed, adapters=adapters)
+
+
+def exported_in(
+    folder: Path,
+    source: ModelSource,
+    *,
+    precision: str,
+    opset: int,
+    dims: Mapping[str, int],
+    adapters: Sequence[str] = (),
+) -> ExportedUNet:
+    """Return the export whose files lie in this directory, made by ``export`` with the same arguments."""
+    parameters = read_parameters(folder / PARAMETERS_FILE)
+    return _described(
+        folder,
+        source.family,
+        source.config,
+        parameters,
         precision=precision,
         opset=opset,
-        multiple=multiple,
+        dims=dims,
+        adapters=adapters,
+    )
+
+
+def _described(
+    folder: Path,
+    family: Family,
+    config: Mapping[str, Any],
+    parameters: Mapping[str, Parameter],
+    *,
+    precision: str,
+    opset: int,
+    dims: Mapping[str, int],
+    adapters: Sequence[str],
+) -> ExportedUNet:
+    """Return the description of an export whose files lie in this directory."""
+    specs = family.specs(config, PRECISIONS[precision], adapters)
+    return ExportedUNet(
+        path=folder / GRAPH_FILE,
+        weights=folder / WEIGHTS_FILE,
+        inputs={spec.name: spec.fixed(dims) for spec in specs},
+        outputs={NOISE_PRED: family.noise(config, specs[0].dtype).fixed(dims)},
+        parameters=parameters,
+        reference=folder / REFERENCE_FILE,
+        precision=precision,
+        opset=opset,
+        multiple=downsampling(config),
     )
 
 

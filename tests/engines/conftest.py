@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.exports import copy_export, exported, keep, kept
 
 import offcut
 import offcut.engines.builder.variants as variants_module
@@ -31,71 +30,37 @@ CPU_ENGINES = (*ONNX_ENGINES, pytest.param("inductor", marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="session")
-def made(unet_bundle: Path) -> ExportedUNet:
-    """The export of ``tiny_unet_dir`` that ``unet_bundle`` was built from; its graph has one output more."""
-    return exported(unet_bundle)
-
-
-@pytest.fixture(scope="session")
-def export_in(tiny_unet_dir: Path, made: ExportedUNet, once: Callable[..., Path]) -> Callable[..., ExportedUNet]:
-    """The export of ``tiny_unet_dir`` in a precision; one serves all the processes that run the tests."""
-
-    def get(precision: str = "fp32") -> ExportedUNet:
-        if precision == "fp32":
-            return made
-
-        def export(path: Path) -> None:
-            keep(offcut.export(tiny_unet_dir, path / "unet", precision=precision), path)
-
-        return kept(once(f"tiny-unet-{precision}", export))
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def quick_exports(export_in: Callable[..., ExportedUNet]) -> Iterator[None]:
-    """All of a module's builds of ``tiny_unet_dir`` copy its export in their precision."""
-
-    def export(source: Any, out: Path, *, precision: str, dims: Mapping[str, int], **_: Any) -> ExportedUNet:
-        assert not dims
-        return copy_export(export_in(precision), out)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(variants_module, "export", export)
-        yield
+def made(unet_export: Callable[[str], tuple[Path, ExportedUNet]]) -> ExportedUNet:
+    """The export of ``tiny_unet_dir`` in fp32."""
+    return unet_export("plain")[1]
 
 
 @pytest.fixture
 def quick_export(made: ExportedUNet, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Builds of ``tiny_unet_dir`` copy its export in place of making it again. Gives the directories exported to."""
+    """The directories that builds export to, in fp32 from the cache."""
     exports: list[Path] = []
+    cached_export = variants_module.cached_export
 
-    def export(source: Any, out: Path, **_: Any) -> ExportedUNet:
+    def export(source: Any, out: Path, **options: Any) -> ExportedUNet:
         exports.append(out)
-        return copy_export(made, out)
+        return cached_export(source, out, **options)
 
-    monkeypatch.setattr(variants_module, "export", export)
+    monkeypatch.setattr(variants_module, "cached_export", export)
     return exports
 
 
 @pytest.fixture(scope="session")
-def every_cut(tiny_unet_dir: Path, made: ExportedUNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def every_cut(tiny_unet_dir: Path, once: Callable[..., Path]) -> Path:
     """``tiny_unet_dir`` with every cut, on both engines."""
-    path = tmp_path_factory.mktemp("bundles") / "every-cut.offcut"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(variants_module, "export", lambda source, out, **_: copy_export(made, out))
-        offcut.build(tiny_unet_dir, path, cuts=UNET_CUTS, engine=["onnxruntime", "openvino"])
-    return path
+    return once("every-cut.offcut", lambda path: offcut.build(tiny_unet_dir, path, cuts=UNET_CUTS, engine=ONNX_ENGINES))
 
 
 @pytest.fixture(scope="session")
-def compiled_bundle(every_cut: Path, tiny_unet_dir: Path, once: Callable[..., Path]) -> Path:
+def compiled_bundle(tiny_unet_dir: Path, once: Callable[..., Path]) -> Path:
     """The same, compiled by inductor in fp32 for every shape, with ``COMPILED_CUTS``; the ONNX graphs are left out."""
 
     def build(path: Path) -> None:
-        with pytest.MonkeyPatch.context() as patch, _quick_host_code():
-            made = exported(every_cut)
-            patch.setattr(variants_module, "export", lambda source, out, **_: copy_export(made, out))
+        with _quick_host_code():
             offcut.build(tiny_unet_dir, path, cuts=COMPILED_CUTS, engine="inductor", deploy=True)
 
     return once("compiled.offcut", build)

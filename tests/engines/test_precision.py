@@ -33,7 +33,7 @@ def needs(row: Row) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def table(tiny_unet_dir: Path, tmp_path_factory: pytest.TempPathFactory, quick_exports: None) -> Path:
+def table(tiny_unet_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One bundle with every row that can be built here: an export for each precision."""
     path = tmp_path_factory.mktemp("precision") / "table.offcut"
     for name, precision, hint in BUILT:
@@ -142,7 +142,7 @@ def test_the_newest_build_is_taken_unless_another_is_asked_for(table: Path) -> N
 def test_a_row_that_cannot_work_is_refused_before_anything_is_exported(
     row: Row, tiny_unet_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(variants_module, "export", lambda *args, **options: pytest.fail("a model was exported"))
+    monkeypatch.setattr(variants_module, "cached_export", lambda *args, **options: pytest.fail("a model was exported"))
     name, precision, hint = row
     reason = BOUNDS[row]
     assert isinstance(reason, str)

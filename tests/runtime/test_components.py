@@ -9,24 +9,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from support.exports import copy_export, exported
 from support.loras import save_lora
 from transformers import CLIPTextModel
 
 import offcut
-import offcut.engines.builder.variants as variants_module
 from offcut.errors import BundleError, UserError
 
 TOLERANCE = 2e-5  # of an image in [0, 1]
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_pipeline_dir: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("whole") / "sd.offcut"
-    made = exported(tiny_bundle)
-    with pytest.MonkeyPatch.context() as patch:  # the UNet's export is that of another bundle
-        patch.setattr(variants_module, "export", lambda source, out, **_: copy_export(made, out))
-        offcut.build(tiny_pipeline_dir, path, engine=["onnxruntime", "openvino"], compile_all=True)
+    offcut.build(tiny_pipeline_dir, path, engine=["onnxruntime", "openvino"], compile_all=True)
     return path
 
 

@@ -23,7 +23,6 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DModel,
 )
-from support.exports import build_from
 
 import offcut
 from offcut.errors import BundleError, EngineError, UserError
@@ -261,10 +260,10 @@ def test_one_pipeline_in_two_threads_is_refused(pipe: Any, generate: Generate) -
 
 @pytest.mark.slow
 def test_an_unconditional_pipeline_without_num_timesteps(tmp_path: Path, unet_export: Any) -> None:
-    folder, made = unet_export("unconditional")
+    folder, _ = unet_export("unconditional")
     eager = DDIMPipeline(unet=UNet2DModel.from_pretrained(folder), scheduler=DDIMScheduler())
     eager.save_pretrained(tmp_path / "ddim")
-    build_from(tmp_path / "ddim", made, tmp_path / "ddim.offcut", engine="onnxruntime")
+    offcut.build(tmp_path / "ddim", tmp_path / "ddim.offcut", engine="onnxruntime")
     pipe = offcut.load(tmp_path / "ddim.offcut", "onnxruntime", threads=1)
     pipe.unet.set_schedule(Quad(2, center=3))
     for each in (pipe, eager):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +44,12 @@ def build(model: Path, out: Path, **options: Any) -> tuple[offcut.Bundle, Progre
 
 def test_the_stages_are_announced(tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]) -> None:
     _, progress = build(tiny_unet_dir, tmp_path / "b")
-    assert progress == ["cut", "verify onnxruntime", "commit"]
+    assert progress == [
+        f"reuse the export in {os.environ['OFFCUT_CACHE']}/exports",
+        "cut",
+        "verify onnxruntime",
+        "commit",
+    ]
 
 
 def test_auto_says_what_it_chose_and_why(
@@ -162,7 +168,7 @@ def test_files_that_were_altered_are_not_used_again(
 @pytest.fixture
 def never(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails a test in which anything is exported."""
-    monkeypatch.setattr(variants_module, "export", lambda *args, **options: pytest.fail("a model was exported"))
+    monkeypatch.setattr(variants_module, "cached_export", lambda *args, **options: pytest.fail("a model was exported"))
 
 
 @pytest.mark.parametrize(
@@ -303,12 +309,13 @@ def _wrong_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_module, "read_reference", read)
 
 
-def _full_disk(where: str, *error: Any) -> Callable[[pytest.MonkeyPatch], None]:
+def _full_disk(*functions: str, error: OSError | None = None) -> Callable[[pytest.MonkeyPatch], None]:
     def arrange(monkeypatch: pytest.MonkeyPatch) -> None:
         def full(*args: Any, **options: Any) -> None:
-            raise OSError(*(error or (errno.ENOSPC, "No space left on device")))
+            raise error or OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(where, full)
+        for function in functions:
+            monkeypatch.setattr(function, full)
 
     return arrange
 
@@ -326,12 +333,17 @@ FAILURES = [
     ),
     pytest.param(_full_disk("onnx_ir.save"), BundleError, "the disk of .* is full", id="full disk: graphs"),
     pytest.param(
-        _full_disk("onnx_ir.save", "4096 requested and 1600 written"),
+        _full_disk("onnx_ir.save", error=OSError("4096 requested and 1600 written")),
         BundleError,
         "the disk of .* is full",
         id="full disk: weights, in NumPy's words",
     ),
-    pytest.param(_full_disk("shutil.copyfile"), BundleError, "the disk of .* is full", id="full disk: copies"),
+    pytest.param(
+        _full_disk("shutil.copyfile", "offcut.exporter.export_cache._copy"),
+        BundleError,
+        "the disk of .* is full",
+        id="full disk: copies",
+    ),
     pytest.param(_full_disk("os.fsync"), BundleError, "the disk of .* is full", id="full disk: manifest"),
     pytest.param(_interrupted, KeyboardInterrupt, None, id="interrupted"),
 ]
@@ -383,7 +395,7 @@ def test_a_weight_that_was_exported_wrong_is_found_before_it_counts(
     tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The chain is held against PyTorch as a whole: here the weights are damaged on their way."""
-    honest = variants_module.export
+    honest = variants_module.cached_export
 
     def export(*args: Any, **options: Any) -> Any:
         exported = honest(*args, **options)
@@ -392,7 +404,7 @@ def test_a_weight_that_was_exported_wrong_is_found_before_it_counts(
         exported.weights.write_bytes(weights.numpy().tobytes())
         return exported
 
-    monkeypatch.setattr(variants_module, "export", export)
+    monkeypatch.setattr(variants_module, "cached_export", export)
     with pytest.raises(ParityError, match="against PyTorch"):
         build(tiny_unet_dir, tmp_path / "b")
     assert not (tmp_path / "b").exists()

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.exports import copy_export
 from transformers import CLIPTextModel
 
 import offcut
-import offcut.engines.builder.variants as variants_module
 from offcut.engines.base import EngineOptions
 from offcut.engines.builder.networks import compile_components
 from offcut.engines.builder.request import make_plan
@@ -19,7 +17,6 @@ from offcut.engines.builder.verify import verify_bundle
 from offcut.engines.bundle.networks import components_of, engine_for, open_component
 from offcut.engines.bundle.store import commit, staging
 from offcut.errors import BundleError, EngineError
-from offcut.exporter.trace.export import ExportedUNet
 
 from ..conftest import _quick_host_code
 
@@ -27,11 +24,10 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def bundle(small_pipeline_dir: Path, made: ExportedUNet, tmp_path_factory: pytest.TempPathFactory) -> offcut.Bundle:
+def bundle(small_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> offcut.Bundle:
     """All networks for ONNX Runtime, and the text encoder for inductor: each takes a minute to compile."""
     path = tmp_path_factory.mktemp("bundles") / "all.offcut"
-    with pytest.MonkeyPatch.context() as patch, _quick_host_code():
-        patch.setattr(variants_module, "export", lambda source, out, **_: copy_export(made, out))
+    with _quick_host_code():
         first = offcut.build(small_pipeline_dir, path, engine="onnxruntime", compile_all=True)
         asked: dict[str, Any] = dict.fromkeys(
             ("inference_precision", "opset", "dims", "settings", "revision", "variant", "subfolder", "attention")
@@ -49,6 +45,7 @@ def bundle(small_pipeline_dir: Path, made: ExportedUNet, tmp_path_factory: pytes
             loras={},
             ip_adapters=(),
             calibrator=None,
+            cache=True,
             progress=lambda sentence: None,
             **asked,
         )

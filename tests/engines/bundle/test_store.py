@@ -20,41 +20,24 @@ from ..conftest import contents
 
 Copy = Callable[[Path], Path]
 
-# A process that builds as told by each line: [MODEL, DONOR, TARGET, ["CUT,ENGINE,POINT", ...]], where each triple is a
+# A process that builds as told by each line: [MODEL, TARGET, ["CUT,ENGINE,POINT", ...]], where each triple is a
 # child of its own, which finds imported what takes seconds to import. It answers with how they ended.
 # A child dies by SIGKILL at its point: "verify" while an engine is being verified, "moved" between moving the files in
 # and replacing the manifest; at "meet" it waits until every child is about to commit.
 CHILDREN = """
-import json, os, shutil, signal, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 import diffusers, onnx_ir, onnxruntime, openvino
 import offcut
 import offcut.engines.builder.build
-import offcut.engines.builder.variants as variants_module
 import offcut.engines.bundle.store as store
-from offcut.exporter.trace.export import ExportedUNet
-
-
-def copy(donor, out):
-    variant = offcut.Bundle.open(donor).manifest.variants["fp32-opset23"]
-    out.mkdir(parents=True)
-    graphs = variant.graphs
-    names = {graphs.full: "unet.onnx", graphs.weights: "weights.data", graphs.parameters: "parameters.json",
-             variant.reference: "reference.safetensors"}
-    for file, name in names.items():
-        shutil.copyfile(donor / file, out / name)
-    return ExportedUNet(
-        path=out / "unet.onnx", weights=out / "weights.data", reference=out / "reference.safetensors", parameters={},
-        inputs={tensor.name: tensor.spec() for tensor in variant.inputs},
-        outputs={"noise_pred": variant.noise_pred.spec()}, precision="fp32", opset=23, multiple=variant.multiple)
 
 
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def child(model, donor, target, count, number, cut, engine, point):
-    variants_module.export = lambda source, out, **options: copy(donor, out)
+def child(model, target, count, number, cut, engine, point):
     if point == "moved":
         store._replace = die
 
@@ -103,8 +86,8 @@ def in_processes() -> Iterator[InProcesses]:
     assert asked is not None
     assert told is not None
 
-    def build(model: Path, donor: Path, target: Path, *children: str) -> list[int]:
-        asked.write(json.dumps([str(model), str(donor), str(target), children]) + "\n")
+    def build(model: Path, target: Path, *children: str) -> list[int]:
+        asked.write(json.dumps([str(model), str(target), children]) + "\n")
         asked.flush()
         codes: list[int] = json.loads(told.readline())
         assert 1 not in codes, "standard error says why"
@@ -126,7 +109,7 @@ def test_two_builds_at_once_leave_one_valid_bundle_with_both(
 ) -> None:
     """Both are ready to commit before either does. Where they cut differently, the second adds its cut."""
     target = tmp_path / "b"
-    codes = in_processes(tiny_unet_dir, unet_bundle, target, f"{cuts[0]},onnxruntime,meet", f"{cuts[1]},openvino,meet")
+    codes = in_processes(tiny_unet_dir, target, f"{cuts[0]},onnxruntime,meet", f"{cuts[1]},openvino,meet")
     assert codes == [0, 0]
     bundle = offcut.Bundle.open(target)
     bundle.verify_files()
@@ -163,7 +146,7 @@ def test_a_build_that_was_overtaken_adds_to_what_is_there(
 
 
 def test_another_model_that_got_in_first_is_not_mixed_with(
-    tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path], monkeypatch: pytest.MonkeyPatch
+    tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]
 ) -> None:
     import shutil
 
@@ -198,7 +181,7 @@ def test_a_killed_build_of_a_new_bundle_can_be_built_again(
     in_processes: InProcesses,
 ) -> None:
     target = tmp_path / "b"
-    assert in_processes(tiny_unet_dir, unet_bundle, target, f"deepcache:0,onnxruntime,{point}") == [-9]
+    assert in_processes(tiny_unet_dir, target, f"deepcache:0,onnxruntime,{point}") == [-9]
     assert contents(target)
     with pytest.raises(BundleError, match="is not an offcut bundle"):
         offcut.Bundle.open(target)
@@ -217,7 +200,7 @@ def test_a_killed_build_leaves_the_bundle_valid_and_prune_removes_its_leftovers(
 ) -> None:
     bundle = copied(unet_bundle)
     before = contents(bundle)
-    assert in_processes(tiny_unet_dir, unet_bundle, bundle, f"deepcache:1,onnxruntime,{point}") == [-9]
+    assert in_processes(tiny_unet_dir, bundle, f"deepcache:1,onnxruntime,{point}") == [-9]
 
     after = contents(bundle)
     assert {name: after[name] for name in before} == before

@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.exports import copy_export
 
 import offcut
-import offcut.engines.builder.variants as variants_module
 from offcut.engines.base import CompileJob, EngineOptions, Graphs
 from offcut.engines.bundle.bundle import open_entry
 from offcut.engines.nvidia import tensorrt_rtx
@@ -21,7 +19,6 @@ from offcut.engines.nvidia.library import TENSORRT_RTX
 from offcut.engines.nvidia.pair import NvidiaPair
 from offcut.engines.profiles import Profile
 from offcut.errors import EngineError, ShapeError
-from offcut.exporter.trace.export import ExportedUNet
 from offcut.exporter.trace.reference import read_reference
 
 from .conftest import DYNAMIC, PROFILES, STATIC
@@ -33,24 +30,20 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about a mach
 
 
 @pytest.fixture(scope="module")
-def built(
-    tiny_unet_dir: Path, made: ExportedUNet, tmp_path_factory: pytest.TempPathFactory, trt: Any
-) -> tuple[offcut.Bundle, list[str]]:
+def built(tiny_unet_dir: Path, tmp_path_factory: pytest.TempPathFactory, trt: Any) -> tuple[offcut.Bundle, list[str]]:
     """A bundle built for two GPUs, and what the build announced."""
     path = tmp_path_factory.mktemp("rtx") / "tiny.offcut"
     said: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(variants_module, "export", lambda source, out, **_: copy_export(made, out))
-        bundle = offcut.build(
-            tiny_unet_dir,
-            path,
-            engine="tensorrt-rtx",
-            cuts=["deepcache:0"],
-            profiles=PROFILES,
-            settings={"tensorrt-rtx": {"compute_capabilities": ("89", "120")}},
-            deploy=True,
-            progress=said.append,
-        )
+    bundle = offcut.build(
+        tiny_unet_dir,
+        path,
+        engine="tensorrt-rtx",
+        cuts=["deepcache:0"],
+        profiles=PROFILES,
+        settings={"tensorrt-rtx": {"compute_capabilities": ("89", "120")}},
+        deploy=True,
+        progress=said.append,
+    )
     return bundle, said
 
 

@@ -8,12 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.exports import copy_export
 
 import offcut
-import offcut.engines.builder.variants as variants_module
 from offcut.errors import EngineError
-from offcut.exporter.trace.export import ExportedUNet
 
 from .conftest import PROFILES
 
@@ -22,9 +19,7 @@ NETWORKS = ["text_encoder", "vae_decoder", "vae_encoder"]
 
 
 @pytest.fixture
-def build(small_pipeline_dir: Path, made: ExportedUNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(variants_module, "export", lambda source, out, **_: copy_export(made, out))
-
+def build(small_pipeline_dir: Path, tmp_path: Path) -> Any:
     def run(engine: str, **asked: Any) -> tuple[offcut.Bundle, list[str]]:
         said: list[str] = []
         bundle = offcut.build(

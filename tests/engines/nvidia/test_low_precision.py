@@ -14,7 +14,6 @@ from .conftest import STATIC
 pytestmark = [pytest.mark.usefixtures("trt"), pytest.mark.slow]
 
 
-@pytest.mark.usefixtures("quick_exports")
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_both_graphs_are_compiled(precision: str, tiny_unet_dir: Path, tmp_path: Path) -> None:
     said: list[str] = []

@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.exports import copy_export
 from support.unets import eager, random_inputs
 
 import offcut
-import offcut.engines.builder.variants as variants_module
 from offcut.engines.base import BoundPair, EngineOptions
 from offcut.engines.bundle.bundle import open_entry
 from offcut.engines.nvidia.pair import NvidiaPair
@@ -37,9 +35,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def build(
-    tiny_unet_dir: Path, made: ExportedUNet, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., offcut.Bundle]:
+def build(tiny_unet_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., offcut.Bundle]:
     """Build ``tiny_unet_dir`` for this GPU with these settings; once for each choice of them."""
     bundles: dict[str, offcut.Bundle] = {}
 
@@ -47,18 +43,16 @@ def build(
         assert NAME is not None
         key = repr(sorted(settings.items()))
         if key not in bundles:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(variants_module, "export", lambda source, out, **_: copy_export(made, out))
-                bundles[key] = offcut.build(
-                    tiny_unet_dir,
-                    tmp_path_factory.mktemp("gpu") / "tiny.offcut",
-                    engine=NAME,
-                    cuts=UNET_CUTS,
-                    opset=23,
-                    profiles=PROFILES,
-                    settings={NAME: settings},
-                    device="cuda",
-                )
+            bundles[key] = offcut.build(
+                tiny_unet_dir,
+                tmp_path_factory.mktemp("gpu") / "tiny.offcut",
+                engine=NAME,
+                cuts=UNET_CUTS,
+                opset=23,
+                profiles=PROFILES,
+                settings={NAME: settings},
+                device="cuda",
+            )
         return bundles[key]
 
     return make

@@ -21,7 +21,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
-from support.exports import build_from
 
 import offcut
 from offcut.errors import ShapeError
@@ -305,7 +304,7 @@ def test_other_pipelines_of_the_same_modules_share_calls(shared: Any, send: Send
 
 @pytest.mark.slow
 def test_stable_diffusion_xl(unet_export: Any, parts: dict[str, Any], send: Send, tmp_path: Path) -> None:
-    bundle = build_from(*unet_export("sdxl"), tmp_path / "xl.offcut", engine="onnxruntime")
+    bundle = offcut.build(unet_export("sdxl")[0], tmp_path / "xl.offcut", engine="onnxruntime")
     unet = offcut.UNet.load(bundle, "onnxruntime", threads=1)
     unet.advise = False
     names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
