@@ -21,13 +21,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import UserError
+from .cache_dir import cache_dir
 from .load import ModelSource
 from .trace.convert import WEIGHTS_FILE
 from .trace.export import GRAPH_FILE, PARAMETERS_FILE, ExportedUNet, Progress, export, exported_in
 from .trace.reference import REFERENCE_FILE
 
 FILES = (GRAPH_FILE, WEIGHTS_FILE, PARAMETERS_FILE, REFERENCE_FILE)
-FOLDER_VARIABLE = "OFFCUT_CACHE"
 SIZE_VARIABLE = "OFFCUT_CACHE_SIZE"
 DEFAULT_SIZE = 20 * 10**9
 """Bytes; one export of Stable Diffusion XL in fp32 takes 10 GB, one of Stable Diffusion 1.5 takes 3.4 GB."""
@@ -142,10 +142,6 @@ class ExportCache:
         Raises:
             UserError: ``OFFCUT_CACHE_SIZE`` is not a size.
         """
-        from platformdirs import user_cache_path
-
-        folder = os.environ.get(FOLDER_VARIABLE)
-        root = Path(folder).expanduser() if folder else user_cache_path("offcut", appauthor=False)
         text = os.environ.get(SIZE_VARIABLE) or str(DEFAULT_SIZE / 1e9)
         try:
             size = int(float(text) * 1e9)
@@ -153,7 +149,7 @@ class ExportCache:
             size = -1
         if size < 0:
             raise UserError(f"{SIZE_VARIABLE} is {text!r}, which is not a size: write a number of GB, such as 20")
-        return cls(root / "exports", size)
+        return cls(cache_dir() / "exports", size)
 
     @contextmanager
     def locked(self, key: str, progress: Progress) -> Iterator[bool]:
