@@ -1,238 +1,207 @@
-"""``offcut serve``: a bundle behind OpenAI's image API."""
+"""The ``serve`` command: a bundle behind OpenAI's image API."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cluster import Cluster, say, serve_on_cluster
-from .shell import Device, EngineName, Loras, Provider, Threads, err, loras_of, quiet_libraries, stages
+from ..runtime.server.settings import RequestLimits, ServeSettings, WorkerConfig, allowed_hosts
+from .cluster import RayOptions, print_address, serve_on_cluster
+from .options import EngineChoice, Loras, unpack
+from .shell import err, loras_of, quiet_libraries, stages
 
 if TYPE_CHECKING:
     from ..engines.bundle.bundle import Bundle
-    from ..runtime.server.settings import ServeSettings, WorkerConfig
 
-_WHERE = {"rich_help_panel": "Where, and for whom"}
-_DEFAULTS = {"rich_help_panel": "For requests that do not say"}
-_LIMITS = {"rich_help_panel": "The most that a request may ask for"}
-_LOAD = {"rich_help_panel": "How much at once"}
-_RAY = {"rich_help_panel": "More devices, more machines"}
+_LIMITS_PANEL = "Request limits"
+
+_LIMITS = {
+    "steps": typer.Option("--max-steps", help="Scheduler steps.", min=1),
+    "images": typer.Option("--max-images", help="Images per request.", min=1, max=10),
+    "pixels": typer.Option("--max-pixels", help="Pixels per image.", min=64),
+    "pixel_steps": typer.Option(
+        "--max-pixel-steps", help="Pixels times steps, summed over the images of a request.", min=64
+    ),
+    "prompt_chars": typer.Option("--max-prompt", help="Characters of a prompt.", min=1),
+    "body_bytes": typer.Option("--max-body", help="Bytes of a request body.", min=1024),
+}
 
 _PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 
 
-def serve(
-    bundles: Annotated[
-        list[Path], typer.Argument(metavar="BUNDLE", help="That offcut build made; with --ray there may be several.")
-    ],
-    host: Annotated[str, typer.Option(help="Address to listen on; this machine alone by default.", **_WHERE)] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(help="0 for any that is free.", min=0, max=65535, **_WHERE)] = 8000,
+@dataclass(frozen=True)
+class AccessOptions:
+    """Address of the server, and who may use it."""
+
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; by default only this machine reaches the server.")
+    ] = "127.0.0.1"
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 chooses a free one.", min=0, max=65535)] = 8000
     api_key: Annotated[
         str | None,
         typer.Option(
             envvar="OFFCUT_API_KEY",
             show_envvar=True,
-            help="That requests must carry. Others see what stands on a command line: rather use the variable.",
-            **_WHERE,
+            help="Bearer token that requests must carry. Prefer the variable: other users can see command lines.",
         ),
-    ] = None,
+    ] = None
     allow_host: Annotated[
-        list[str] | None,
+        tuple[str, ...],
         typer.Option(
-            metavar="NAME",
-            help="A name by which clients call the server, e.g. through a proxy; again for more.",
-            **_WHERE,
+            metavar="NAME", help="Host name by which clients may call the server, e.g. through a proxy; repeatable."
         ),
-    ] = None,
+    ] = ()
     name: Annotated[
-        list[str] | None,
+        tuple[str, ...],
         typer.Option(
             metavar="NAME",
-            help="Of the model, for clients; the bundle's own by default. Again for each bundle.",
-            **_WHERE,
+            help="Model name for clients; by default the bundle's name. Repeat it once for each bundle.",
         ),
-    ] = None,
+    ] = ()
+
+
+@dataclass(frozen=True)
+class RequestDefaults:
+    """Values for requests that leave them out; the defaults are those of ``ServeSettings``."""
+
     interval: Annotated[
-        int, typer.Option(help="Full UNet every N calls; 1 is uncached. Costs quality.", min=1, **_DEFAULTS)
-    ] = 5,
-    warmup: Annotated[int, typer.Option(help="First calls that are always full.", min=0, **_DEFAULTS)] = 2,
+        int, typer.Option(help="Run the full UNet every N calls; 1 is uncached. Costs quality.", min=1)
+    ] = ServeSettings.interval
+    warmup: Annotated[int, typer.Option(help="Number of first calls that are always full.", min=0)] = (
+        ServeSettings.warmup
+    )
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="Instead of interval and warmup, e.g. quad:5; auto or tuned:NAME for what offcut tune made. "
-            "Costs quality.",
-            **_DEFAULTS,
+            help="Schedule in place of --interval and --warmup, e.g. quad:5; auto or tuned:NAME for a schedule from "
+            "offcut tune. Costs quality."
         ),
-    ] = None,
+    ] = ServeSettings.schedule
     forecast: Annotated[
         float,
         typer.Option(
             metavar="DAMPING",
-            help="Extrapolate the cached features: 0 is reuse, 1 undamped. Not for ancestral samplers.",
+            help="Extrapolate the cached features: 0 reuses them, 1 is undamped. Not for ancestral samplers.",
             min=0,
             max=1,
-            **_DEFAULTS,
         ),
-    ] = 0.0,
-    steps: Annotated[int, typer.Option(help="Of the scheduler.", min=1, **_DEFAULTS)] = 30,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.", min=0, **_DEFAULTS)] = 7.5,
-    max_steps: Annotated[int, typer.Option(help="Of the scheduler.", min=1, **_LIMITS)] = 150,
-    max_images: Annotated[int, typer.Option(help="Of one request.", min=1, max=10, **_LIMITS)] = 4,
-    max_pixels: Annotated[int, typer.Option(help="Of one image.", min=64, **_LIMITS)] = 2**20,
-    max_pixel_steps: Annotated[
-        int, typer.Option(help="Pixels times steps, of all images of a request.", min=64, **_LIMITS)
-    ] = 100 * 2**20,
-    max_prompt: Annotated[int, typer.Option(help="Characters.", min=1, **_LIMITS)] = 4000,
-    max_body: Annotated[int, typer.Option(help="Bytes.", min=1024, **_LIMITS)] = 2**16,
+    ] = ServeSettings.forecast
+    steps: Annotated[int, typer.Option(help="Number of scheduler steps.", min=1)] = ServeSettings.steps
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches guidance off.", min=0)] = (
+        ServeSettings.guidance
+    )
+
+
+@dataclass(frozen=True)
+class ConcurrencyOptions:
+    """Size of the worker; the defaults are those of ``WorkerConfig``."""
+
+    max_in_flight: Annotated[int, typer.Option(help="Requests that run at once.", min=1)] = WorkerConfig.max_in_flight
+    max_queue: Annotated[int, typer.Option(help="Further requests that may wait.", min=0)] = WorkerConfig.max_queue
+    max_batch: Annotated[int, typer.Option(help="Upper limit of the rows of an engine call.", min=1)] = (
+        WorkerConfig.max_batch
+    )
+    cache_mib: Annotated[int, typer.Option(help="Memory for cached features, in MiB.", min=1)] = (
+        WorkerConfig.cache_bytes // 2**20
+    )
+    drain: Annotated[float, typer.Option(help="Seconds for requests in flight to finish after SIGTERM.", min=0.1)] = (
+        ServeSettings.drain
+    )
+
+
+@unpack
+def serve(
+    bundles: Annotated[
+        list[Path],
+        typer.Argument(metavar="BUNDLE", help="Bundle directory that offcut build wrote; several with --ray."),
+    ],
+    access: Annotated[AccessOptions, "Network and access"],
+    defaults: Annotated[RequestDefaults, "Request defaults"],
+    limits: Annotated[RequestLimits, _LIMITS, _LIMITS_PANEL],
+    concurrency: Annotated[ConcurrencyOptions, "Concurrency"],
+    ray: Annotated[RayOptions, "Several devices and machines"],
+    engine: Annotated[EngineChoice, "Engine"],
     timeout: Annotated[
-        float, typer.Option(help="Seconds until a request is given up; clients may ask for less.", min=0.1, **_LIMITS)
-    ] = 300.0,
-    max_in_flight: Annotated[int, typer.Option(help="Requests that are worked on at once.", min=1, **_LOAD)] = 8,
-    max_queue: Annotated[int, typer.Option(help="Requests that wait beside them.", min=0, **_LOAD)] = 64,
-    max_batch: Annotated[int, typer.Option(help="Most rows of an engine call.", min=1, **_LOAD)] = 16,
-    cache_mib: Annotated[int, typer.Option(help="Memory for cached features, in MiB.", min=1, **_LOAD)] = 1024,
-    drain: Annotated[
-        float, typer.Option(help="Seconds that requests have to finish after SIGTERM.", min=0.1, **_LOAD)
-    ] = 300.0,
-    ray: Annotated[
-        bool, typer.Option("--ray", help="Serve with Ray Serve: one replica a device, one ingress before them.", **_RAY)
-    ] = False,
-    replicas: Annotated[
-        str,
-        typer.Option(metavar="N or LOW..HIGH", help="Replicas; between two numbers as the queue needs them.", **_RAY),
-    ] = "1",
-    replica_cpus: Annotated[
-        float | None, typer.Option(help="That Ray reserves for a replica; --threads, else 1.", min=0, **_RAY)
-    ] = None,
-    replica_gpus: Annotated[
-        float | None, typer.Option(help="That Ray reserves for a replica; 1 on cuda, else none.", min=0, **_RAY)
-    ] = None,
-    loaded: Annotated[
-        int | None, typer.Option(help="Bundles that a replica keeps open at once; all by default.", min=1, **_RAY)
-    ] = None,
-    surge: Annotated[
-        int,
+        float,
         typer.Option(
-            help="Percent of the replicas that an update may start beside the old ones, which else end first.",
-            min=0,
-            max=100,
-            **_RAY,
+            help="Seconds until a request is given up; a request may set a shorter time.",
+            min=0.1,
+            rich_help_panel=_LIMITS_PANEL,
         ),
-    ] = 0,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            envvar="RAY_ADDRESS",
-            show_envvar=True,
-            help="Deploy to this cluster and return; else one starts on this machine, and ends with the command.",
-            **_RAY,
-        ),
+    ] = ServeSettings.timeout,
+    sampler: Annotated[
+        str | None, typer.Option(help="Class name of a diffusers scheduler; by default the model's own.")
     ] = None,
-    update: Annotated[
-        bool,
-        typer.Option(
-            "--update",
-            help="Put these bundles in the place of what a cluster serves, this machine's by default, and return.",
-            **_RAY,
-        ),
-    ] = False,
-    kuberay: Annotated[
-        bool, typer.Option("--kuberay", help="Print a manifest for Kubernetes instead of serving.", **_RAY)
-    ] = False,
-    sampler: Annotated[str | None, typer.Option(help="The scheduler's class in diffusers; the model's own.")] = None,
-    engine: EngineName = "auto",
-    device: Device = "cpu",
-    provider: Provider = None,
-    threads: Threads = None,
     lora: Loras = None,
 ) -> None:
-    """Serve images over HTTP, as OpenAI's clients ask for them, with metrics, health and a page to try it.
+    """Serve images over HTTP as in OpenAI's API, with metrics, health checks and a page to try the model.
 
-    Requests at different steps share engine calls. SIGTERM lets those in flight finish; an engine that fails ends the
-    process with an error, so let a process manager start it again.
+    Requests at different steps share engine calls. After SIGTERM, requests in flight finish. An engine failure ends
+    the process with an error, so let a process manager start it again.
     """
     from ..errors import MissingExtraError, UserError
 
     for module, package in _PACKAGES.items():
         if find_spec(module) is None:
             raise MissingExtraError("offcut serve", package, "serve")
-    opened = None
-    if not ray:
+    bundle = None
+    if not ray.ray:
         from ..engines.bundle.bundle import Bundle
 
-        if len(bundles) > 1 or update or kuberay:
-            raise UserError("several bundles, updates and manifests are Ray's: add --ray")
-        opened = Bundle.open(bundles[0])  # before what takes seconds to import
-    from ..runtime.server.settings import RequestLimits, ServeSettings, WorkerConfig, allowed_hosts
-
+        if len(bundles) > 1 or ray.update or ray.kuberay:
+            raise UserError("several bundles, --update and --kuberay need Ray: add --ray")
+        bundle = Bundle.open(bundles[0])  # before what takes seconds to import
     settings = ServeSettings(
-        api_key=api_key,
-        hosts=allowed_hosts("0.0.0.0" if kuberay else host, allow_host or ()),
-        limits=RequestLimits(
-            prompt_chars=max_prompt,
-            steps=max_steps,
-            images=max_images,
-            pixels=max_pixels,
-            pixel_steps=max_pixel_steps,
-            body_bytes=max_body,
-        ),
+        api_key=access.api_key,
+        hosts=allowed_hosts("0.0.0.0" if ray.kuberay else access.host, access.allow_host),
+        limits=limits,
         timeout=timeout,
-        drain=drain,
-        steps=steps,
-        guidance=guidance,
-        interval=interval,
-        warmup=warmup,
-        schedule=schedule,
-        forecast=forecast,
+        drain=concurrency.drain,
+        **vars(defaults),
     )
-    first = WorkerConfig(
+    config = WorkerConfig(
         bundle=str(bundles[0].resolve()),
-        engine=engine,
-        device=device,
-        provider=provider,
-        threads=threads,
+        **vars(engine),
         sampler=sampler,
         loras=tuple((str(Path(path).resolve()), scale) for path, scale in loras_of(lora).items()),
-        max_in_flight=max_in_flight,
-        max_queue=max_queue,
-        max_batch=max_batch,
-        cache_bytes=cache_mib * 2**20,
+        max_in_flight=concurrency.max_in_flight,
+        max_queue=concurrency.max_queue,
+        max_batch=concurrency.max_batch,
+        cache_bytes=concurrency.cache_mib * 2**20,
     )
-    configs = _named([replace(first, bundle=str(bundle.resolve())) for bundle in bundles], name or [])
-    if opened is None:
-        cluster = Cluster(host, port, ray_address, update, kuberay, replicas, replica_cpus, replica_gpus, surge, loaded)
-        serve_on_cluster(configs, settings, cluster)
+    workers = _by_name([replace(config, bundle=str(path.resolve())) for path in bundles], access.name)
+    if bundle is None:
+        serve_on_cluster(workers, settings, ray, access.host, access.port)
         return
-    ((model, config),) = configs.items()
-    _serve_here(opened, config, settings, model, host, port)
+    ((name, config),) = workers.items()
+    _serve_here(bundle, config, settings, name, access)
 
 
-def _named(configs: Sequence[WorkerConfig], names: Sequence[str]) -> dict[str, WorkerConfig]:
+def _by_name(configs: Sequence[WorkerConfig], names: Sequence[str]) -> dict[str, WorkerConfig]:
     from ..errors import UserError
 
-    used = names or [config.default_name for config in configs]
-    named = dict(zip(used, configs, strict=False))
-    if len(named) != len(configs) or len(names) > len(configs):
+    workers = dict(zip(names or [config.default_name for config in configs], configs, strict=False))
+    if len(workers) != len(configs) or len(names) > len(configs):
         raise UserError("each bundle needs a name of its own: give --name once for each")
-    return named
+    return workers
 
 
-def _serve_here(opened: Bundle, config: WorkerConfig, settings: ServeSettings, name: str, host: str, port: int) -> None:
+def _serve_here(
+    bundle: Bundle, config: WorkerConfig, settings: ServeSettings, name: str, access: AccessOptions
+) -> None:
     from ..runtime.server.run import listen
     from ..runtime.server.run import serve as run
     from ..runtime.server.service import open_service
 
-    address = listen(host, port)
-    choice = opened.choose_engine(config.engine, config.device)
+    address = listen(access.host, access.port)
+    choice = bundle.choose_engine(config.engine, config.device)
     err.print(f"engine {choice.name}: {choice.reason}", highlight=False)
     quiet_libraries()
     with stages() as stage:
-        service = open_service(config, settings, name, opened, stage)
-    run(service, address, lambda bound: say(host, bound, settings, name))
+        service = open_service(config, settings, name, bundle, stage)
+    run(service, address, lambda port: print_address(access.host, port, settings, name))

@@ -103,7 +103,9 @@ class ClusterPlan:
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> ClusterPlan:
-        """Return the plan of a document that ``document`` returned; ``recipes`` is an older name of ``workers``.
+        """Return the plan of a document that ``document`` returned.
+
+        Older documents call the workers ``recipes`` and name a batching policy, of which there is only one now.
 
         Raises:
             UserError: the document is not valid; the message names the field.
@@ -111,8 +113,11 @@ class ClusterPlan:
         from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
         content = dict(document)
-        if "recipes" in content:
-            content.setdefault("workers", content.pop("recipes"))
+        if isinstance(recipes := content.pop("recipes", None), Mapping):
+            content["workers"] = {
+                name: {key: value for key, value in config.items() if key != "policy"}
+                for name, config in recipes.items()
+            }
         strict = with_config(ConfigDict(extra="forbid"))
         try:
             return TypeAdapter(strict(cls)).validate_python(content)

@@ -45,6 +45,12 @@ def test_a_plan_that_somebody_changed_badly_is_refused_with_the_place() -> None:
         ClusterPlan.from_document({**PLAN.document(), "surplus": 1})
 
 
+def test_a_document_of_an_earlier_version_is_read() -> None:
+    document = PLAN.document()
+    document["recipes"] = {name: {**config, "policy": "deadline"} for name, config in document.pop("workers").items()}
+    assert ClusterPlan.from_document(document) == ClusterPlan.from_document(PLAN.document())
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -82,7 +88,7 @@ def test_a_models_facts_check_requests_in_another_process(pipe: Any) -> None:
         (["a.offcut", "b.offcut"], "add --ray"),
         (["a.offcut", "--update"], "add --ray"),
         (["a.offcut", "c/a.offcut", "--ray"], "a name of its own"),
-        (["a.offcut", "--ray", "--replicas", "many"], "'many' is no number of replicas"),
+        (["a.offcut", "--ray", "--replicas", "many"], "'many' is not a number of replicas"),
         (["a.offcut", "--ray", "--loaded", "2"], "cannot keep 2 of 1 bundles"),
         (["a.offcut", "--ray"], "a.offcut"),
     ],
