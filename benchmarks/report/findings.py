@@ -1,4 +1,4 @@
-"""What tables and plots have to know beyond a single row: who is compared with whom, which rows nothing beats."""
+"""Which rows are compared with each other, and which ones no other beats."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ OURS = "offcut"
 
 
 def measured(rows: Iterable[Contestant]) -> list[Contestant]:
-    """Those with a loop's time."""
+    """Return the rows with a loop's time."""
     return [row for row in rows if row.loops]
 
 
 def base_of(rows: Sequence[Contestant]) -> Contestant | None:
-    """What ratios are taken to: eager diffusers in fp32, else the first diffusers row, else the first uncached one."""
+    """Return the base of ratios: eager diffusers in fp32, else the first diffusers row, else an uncached row."""
     plain = [row for row in rows if row.loops and not row.caching]
     for fits in (
         lambda row: row.name == "diffusers eager fp32",
@@ -33,13 +33,13 @@ def base_of(rows: Sequence[Contestant]) -> Contestant | None:
 
 
 def fastest(rows: Iterable[Contestant], fits: Callable[[Contestant], bool]) -> Contestant | None:
-    """The shortest median loop among the measured rows that fit."""
+    """Return the row with the shortest median loop among those that fit."""
     return min((row for row in rows if row.loops and fits(row)), key=lambda row: row.loop or 0.0, default=None)
 
 
 @dataclass(frozen=True)
 class Rivals:
-    """Whom every row is compared with; None where there is nobody."""
+    """The rows that every row is compared with; None where there is no such row."""
 
     base: Contestant | None
     peer: Contestant | None
@@ -47,7 +47,7 @@ class Rivals:
 
     @classmethod
     def of(cls, latency: Latency, precision: str | None = None) -> Rivals:
-        """The base, the fastest peer that caches nothing, the fastest that does; of one precision if it is given."""
+        """Return the base, the fastest peer without caching and the fastest with, of one precision if given."""
         peers = [row for row in latency.contestants if row.family != OURS and precision in (None, row.precision)]
         return cls(
             base_of(latency.contestants),
@@ -57,53 +57,39 @@ class Rivals:
 
 
 def uncached_twin(latency: Latency, row: Contestant) -> Contestant | None:
-    """The fastest row of the same engine and precision that caches nothing, of the same family if there is one."""
+    """Return the fastest uncached row of the same engine and precision, of the same family if there is one."""
     kin = [other for other in measured(latency.contestants) if not other.caching]
     same = [other for other in kin if (other.engine, other.precision) == (row.engine, row.precision)]
     return min(same, key=lambda other: (other.family != row.family, other.loop), default=None)
 
 
-@dataclass(frozen=True)
-class Gain:
-    """How many times faster, within a round: the median, and the least and most favourable round."""
-
-    times: float
-    least: float
-    most: float
-
-    @property
-    def less_time(self) -> float:
-        """The share of the time that is saved, at the median."""
-        return 1 - 1 / self.times
-
-
-def gain(row: Contestant, over: Contestant) -> Gain | None:
-    """Of a row's loops over another's; None where one of them was not measured."""
+def gain(row: Contestant, over: Contestant) -> float | None:
+    """Return how many times faster a row is: the median of the ratios within a round; None if not measured."""
     ratios = [theirs / ours for ours, theirs in zip(row.loops, over.loops, strict=False)]
-    return Gain(statistics.median(ratios), min(ratios), max(ratios)) if ratios else None
+    return statistics.median(ratios) if ratios else None
 
 
 def reference(rows: Sequence[QualityRow], row: QualityRow) -> QualityRow | None:
-    """The uncached row that a row is measured against: its sampler's, with as many steps, else with the most."""
+    """Return the uncached row that a row is measured against: its sampler's, with as many steps or else the most."""
     uncached = [other for other in rows if other.kind == "uncached" and other.sampler == row.sampler]
     return max(uncached, key=lambda other: (other.steps == row.steps and bool(row.schedule), other.steps), default=None)
 
 
 def speed(rows: Sequence[QualityRow], row: QualityRow) -> float | None:
-    """How many times cheaper than its reference, by the reference ratio of shallow to full."""
+    """Return how many times cheaper a row is than its reference, by the reference ratio of shallow to full."""
     against = reference(rows, row)
     return against.cost / row.cost if against and row.cost > 0 else None
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other equals or beats in both, by falling first coordinate.
+    """Return indices of the points that no other equals or beats in both, by falling first coordinate.
 
     More is better in both. Of equal points the first counts.
     """
     order = sorted(range(len(points)), key=lambda index: (-points[index][0], -points[index][1], index))
-    best, kept = float("-inf"), []
+    best, indices = float("-inf"), []
     for index in order:
         if points[index][1] > best:
             best = points[index][1]
-            kept.append(index)
-    return kept
+            indices.append(index)
+    return indices

@@ -1,14 +1,14 @@
-"""Sample images inside the page: read from beside ``result.json``, compared, and written as data addresses."""
+"""Sample images of a result, read from files beside ``result.json`` and written into the page as data URLs."""
 
 from __future__ import annotations
 
 import base64
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...runtime.images.picture import difference
-from .markup import Markup, tag
+from .blocks import Picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 GAIN = 4.0
 """How much brighter a difference is shown than it is."""
 
-_LARGEST = 384  # pixels; larger images are shown smaller, so that a page of many stays light
+_LARGEST = 384  # pixels; larger images are scaled down, so that a page of many stays light
 
 
-def opened(folder: Path, name: str) -> Image | None:
-    """A sample; None where it is not there or no PNG. A name that leads out of the folder is not followed."""
+def read(folder: Path, name: str) -> Image | None:
+    """Return a sample image; None where the file is missing, is not a PNG, or lies outside of the folder."""
     from PIL import Image, UnidentifiedImageError
 
     path = folder / name
@@ -35,23 +35,18 @@ def opened(folder: Path, name: str) -> Image | None:
     return picture
 
 
-def apart(first: Image | None, second: Image | None) -> Image | None:
-    """Their difference; None where one is missing or their sizes differ."""
+def differences(first: Image | None, second: Image | None) -> Image | None:
+    """Return the difference of two images, brightened; None where one is missing or their sizes differ."""
     if first is None or second is None or first.size != second.size:
         return None
     return difference(first, second, GAIN)
 
 
-def shown(image: Image | None, said: str) -> Markup:
-    """The image, or a word in its place."""
+def picture(image: Image | None, text: str) -> Picture:
+    """Return an image for a table's cell; ``text`` describes it."""
     if image is None:
-        return tag("span", "missing", class_="missing", title=said)
-    kind = "small" if image.width <= 128 else None  # in whole pixels, not blurred up
-    attributes: dict[str, Any] = {"width": image.width, "height": image.height, "class_": kind}
-    return tag("img", src=_address(image), alt=said, **attributes)
-
-
-def _address(image: Image) -> str:
+        return Picture(text)
     stream = io.BytesIO()
     image.save(stream, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
+    address = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
+    return Picture(text, address, image.width, image.height)

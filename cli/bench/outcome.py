@@ -1,4 +1,4 @@
-"""How commands that measure begin and end: machine and clock at first, ``result.json`` and its page at last."""
+"""Start and end of commands that measure: the environment first, ``result.json`` and its page last."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..shell import err, out, print_json
+
 if TYPE_CHECKING:
     from ...benchmarks.record import Result
 
 
 class Outcome:
-    """A run that has begun.
+    """A measurement in progress.
 
     Args:
-        packages: whose versions matter to the figures.
+        packages: names of the packages whose versions matter to the figures.
     """
 
     def __init__(self, packages: Sequence[str]) -> None:
@@ -25,13 +27,16 @@ class Outcome:
         self.environment = record.environment(packages)
 
     def save(self, output: Path, title: str, **measured: Any) -> tuple[Result, Path]:
-        """Write ``result.json``, the page and its CSV into a folder. Returns the result and the path of its file.
+        """Write ``result.json``, the page and its CSV into a folder; return the result and the path of its file.
+
+        Where Jinja2 or matplotlib is missing, the page is left out and a message says so.
 
         Args:
             measured: the result's sections by name.
         """
         from ...benchmarks import record
         from ...benchmarks.report.page import write_report
+        from ...errors import MissingExtraError
 
         result = record.Result(
             title=title,
@@ -42,5 +47,23 @@ class Outcome:
             **measured,
         )
         path = result.save(output)
-        write_report([result], output)
+        try:
+            write_report([result], output)
+        except MissingExtraError as error:
+            err.print(f"{path} is written, its page is not: {error}", highlight=False, markup=False)
         return result, path
+
+    def finish(self, output: Path, title: str, as_json: bool, **measured: Any) -> Result:
+        """Do as `save` does, then print the result as JSON or as tables; return the result."""
+        from ...benchmarks.report.blocks import for_terminal
+        from ...benchmarks.report.page import sections_of
+
+        result, path = self.save(output, title, **measured)
+        if as_json:
+            print_json(result.model_dump(mode="json"))
+            return result
+        for section in sections_of(result, output):
+            for block in for_terminal(section):
+                out.print(block, highlight=False)
+        out.print(f"[bold]{path}[/]")
+        return result

@@ -21,7 +21,7 @@ from offcut.benchmarks.latency.record import Latency
 from offcut.benchmarks.latency.resolve import LatencyRequest, resolve
 from offcut.benchmarks.latency.terminal import notes
 from offcut.benchmarks.latency.worker import LatencyWorker
-from offcut.benchmarks.report.speed import section
+from offcut.benchmarks.report.latency import section
 from offcut.engines.bundle.bundle import Bundle
 from offcut.errors import ShapeError
 
@@ -74,7 +74,7 @@ def test_the_case_is_named_with_its_frames(latency: Latency) -> None:
     assert (
         "4 frames of 32x32, 4 steps of EulerDiscreteScheduler, guidance 1 to 3, 1 video(s) a call" in notes(latency)[0]
     )
-    assert "1 video of 4 frames a call, guidance rising from 1 to 3" in str(section(latency, "latency"))
+    assert "1 video of 4 frames a call, guidance rising from 1 to 3" in section(latency).task
 
 
 def case_of(bundle: Path, folder: Path, **wanted: object) -> Case:

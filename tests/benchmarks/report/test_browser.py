@@ -100,7 +100,7 @@ def test_the_page_is_right_in_a_browser(browser: Any, address: str, scheme: str,
     assert [url for url in asked if not url.startswith("data:")] == [address]
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.evaluate(STICKING_OUT) == []
-    assert page.evaluate("document.querySelectorAll('svg').length") > 20
+    assert page.evaluate("document.querySelectorAll('.plot svg').length") > 10
     assert page.evaluate(HIDDEN_PLOTS) == 0
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     seen, poor = page.evaluate(CONTRAST)

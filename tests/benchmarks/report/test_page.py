@@ -1,9 +1,10 @@
-"""The page: well-formed, self-contained, with every value escaped; and what stands in it is what the result says."""
+"""The page is well-formed, self-contained and escapes every value; its figures are the result's."""
 
 from __future__ import annotations
 
 import base64
 import csv
+import inspect
 import io
 import json
 import re
@@ -16,9 +17,11 @@ from PIL import Image
 from support.results import contestant, draw_samples, latency, machine, quality, result
 from typer.testing import CliRunner
 
+from offcut.benchmarks import record
 from offcut.benchmarks.latency.record import Contestant
 from offcut.benchmarks.record import Result
-from offcut.benchmarks.report.page import page, write_report
+from offcut.benchmarks.report.latency import bar_of
+from offcut.benchmarks.report.page import page, sections_of, write_report
 from offcut.cli import app
 from offcut.errors import UserError
 
@@ -73,6 +76,9 @@ def test_the_page_is_well_formed_and_its_ids_are_unique(both: tuple[Result, Path
     ids = [attributes["id"] for _, attributes in read.elements if "id" in attributes]
     assert len(set(ids)) == len(ids)
     links = {attributes["href"] for attributes in read.all("a")}
+    references = {attributes["xlink:href"] for attributes in read.all("use")}
+    assert references
+    assert references <= {f"#{key}" for key in ids}
     assert links <= {f"#{key}" for key in ids}
     assert len(read.all("section")) == len(links) - 1  # all but the link to the content itself
 
@@ -82,11 +88,11 @@ def test_nothing_is_fetched_and_nothing_runs(both: tuple[Result, Path]) -> None:
     text = page([made], [folder])
     read = Reader(text)
     for _, attributes in read.elements:
-        for name in ("src", "href", "action", "data", "xlink:href", "srcset"):
+        for name in ("src", "href", "action", "data", "xlink:href", "srcset", "xmlns"):
             address = attributes.get(name) or "#"
             assert address.startswith(("data:image/png;base64,", "#")), address
         assert not [name for name in attributes if name.startswith("on")]
-    assert not re.search(r"https?://|@import|url\(", text)
+    assert not re.search(r"https?://|@import|url\((?!#)", text)
     assert read.all("script") == read.all("link") == read.all("iframe") == []
 
 
@@ -98,7 +104,7 @@ def test_every_value_is_escaped() -> None:
             return {key: marked(each, key) for key, each in value.items()}
         if isinstance(value, list):
             return [marked(each, kind) for each in value]
-        kept = ("kind", "family", "timeline", "started", "samples")
+        kept = ("kind", "family", "timeline", "started", "samples", "caching")
         return f"{value}{HOSTILE}" if isinstance(value, str) and kind not in kept else value
 
     plain = result(latency=latency(), quality=quality())
@@ -116,10 +122,10 @@ def test_every_value_is_escaped() -> None:
 def test_bars_name_every_measured_contestant_and_the_rest_says_why_not() -> None:
     made = latency()
     read = Reader(page([result(latency=made)], [NO_IMAGES]))
-    titles = [attributes["aria-label"] or "" for attributes in read.all("svg") if attributes.get("class") == "bar"]
     for row in made.contestants:
-        assert sum(title.startswith(f"{row.name}:") for title in titles) == bool(row.loops)
-    assert sum("; ideal " in title for title in titles) == sum(bool(row.full) for row in made.contestants)
+        assert sum(text.startswith(f"{row.name} ") and text.endswith(" s") for text in read.text) == bool(row.loops)
+    drawn = [bar_of(row) for row in made.contestants if row.loops]
+    assert sum(bar.ideal is not None for bar in drawn) == sum(bool(row.full) for row in made.contestants)
     assert "optimum-onnx is not installed: pip install 'offcut[optimum]'" in read.text
 
 
@@ -184,6 +190,35 @@ def test_a_result_without_figures_is_refused() -> None:
     nothing = result().model_copy(update={"latency": None})
     with pytest.raises(UserError, match="no latency, no quality, nor any other"):
         page([nothing], [NO_IMAGES])
+
+
+def test_samples_whose_files_are_gone_are_named_as_left_out(tmp_path: Path) -> None:
+    measured = quality()
+    text = page([result(quality=measured)], [tmp_path])
+    names = [name for row in measured.rows for name in row.samples]
+    assert f"Left out: {len(names)} sample images" in "".join(Reader(text).text)
+    assert ">missing<" not in text
+
+
+def test_a_page_is_the_same_each_time(both: tuple[Result, Path]) -> None:
+    made, folder = both
+    assert page([made], [folder]) == page([made], [folder])
+
+
+RECORDED = sorted((Path(inspect.getfile(record)).parent / "results").glob("*/result.json"))
+
+
+@pytest.mark.skipif(not RECORDED, reason="an installed package has no recorded results")
+def test_recorded_results_still_load_and_have_sections() -> None:
+    for path in RECORDED:
+        assert sections_of(record.read(path), path.parent), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.parent.name)
+def test_recorded_results_still_make_pages(path: Path) -> None:
+    result_ = record.read(path)
+    assert result_.title in "".join(Reader(page([result_], [path.parent])).text)
 
 
 def test_files_are_written_whole_and_csv_has_what_the_result_has(both: tuple[Result, Path], tmp_path: Path) -> None:

@@ -1,9 +1,6 @@
-"""Where things are drawn: fronts against brute force, ticks inside their range, bars as long as their parts."""
+"""Plots show what the figures say: fronts against brute force, bars as long as their parts."""
 
 from __future__ import annotations
-
-import itertools
-import re
 
 import pytest
 from hypothesis import given
@@ -11,9 +8,9 @@ from hypothesis import strategies as st
 from support.results import contestant, latency, quality
 
 from offcut.benchmarks.report.findings import base_of, front, reference, speed, uncached_twin
-from offcut.benchmarks.report.markup import Markup, join, tag
-from offcut.benchmarks.report.plots import Bar, Point, bar, nice_ticks, scatter, timeline
-from offcut.benchmarks.report.words import digits, size
+from offcut.benchmarks.report.formatting import digits, size
+from offcut.benchmarks.report.plots import COLOURS, Bar, Point, bars, lines, scatter, to_svg
+from offcut.benchmarks.stats import Estimate
 
 POINTS = st.lists(
     st.tuples(st.integers(0, 6), st.integers(0, 6)).map(lambda p: (float(p[0]), float(p[1]))), max_size=12
@@ -29,52 +26,52 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> N
     assert [points[place][0] for place in kept] == sorted({points[place][0] for place in kept}, reverse=True)
 
 
-@given(st.floats(-1e4, 1e4), st.floats(1e-3, 1e5))
-def test_ticks_are_inside_and_evenly_spaced(low: float, span: float) -> None:
-    ticks = nice_ticks(low, low + span)
-    assert 2 <= len(ticks) <= 11
-    assert all(low - 1e-6 * span <= tick <= low + span * 1.000001 for tick in ticks)
-    steps = [b - a for a, b in itertools.pairwise(ticks)]
-    assert max(steps) == pytest.approx(min(steps), rel=1e-3)
-    assert nice_ticks(3, 3) == [3]
-
-
-def widths(markup: str) -> dict[str, float]:
-    return {kind: float(width) for width, kind in re.findall(r'width="([\d.]+)%"[^>]*class="(\w+)"', markup)}
-
-
 def test_a_bar_is_as_long_as_its_parts_with_the_ideal_at_the_end_of_the_calls() -> None:
-    drawn = bar(Bar(total=8, least=7, most=9, full=5, shallow=2), 10, [], "x")
-    assert widths(drawn) == {"full": 50, "shallow": 20, "rest": 10}
-    assert 'x1="70.000%" x2="70.000%" y1="0" y2="22" class="ideal"' in drawn
-    assert 'x1="70.000%" x2="90.000%" y1="11" y2="11" class="range"' in drawn
-    assert widths(bar(Bar(8, 7, 9), 10, [], "x")) == {"whole": 80}
+    bar = Bar("x", total=8, least=7, most=9, full=5, shallow=2)
+    assert bar.pieces == [("full", 0, 5), ("shallow", 5, 7), ("rest", 7, 8)]
+    assert bar.ideal == 7
+    assert Bar("x", 8, 7, 9).pieces == [("whole", 0, 8)]
+    assert Bar("x", 8, 7, 9).ideal is None
 
 
 def test_calls_that_take_longer_than_the_loop_do_not_draw_beyond_it() -> None:
-    assert widths(bar(Bar(total=8, least=7, most=9, full=7, shallow=2), 10, [], "x")) == {"full": 70, "shallow": 10}
+    assert Bar("x", total=8, least=7, most=9, full=7, shallow=2).pieces == [("full", 0, 7), ("shallow", 7, 8)]
 
 
-def test_a_timeline_has_a_mark_for_each_call() -> None:
-    drawn = timeline("#..#.", "x")
-    assert "".join(kind[0] for kind in re.findall(r'<rect class="(\w+)"', drawn)) == "fssfs"
+def test_bars_are_drawn_to_scale() -> None:
+    axes = bars([Bar("x", 8, 7, 9, 5, 2), Bar("y", 4, 4, 4)]).axes[0]
+    assert [(box.get_x(), box.get_width()) for box in axes.patches] == [(0, 5), (5, 2), (7, 1), (0, 4)]
+    drawn = [line.get_xdata() for line in axes.lines if len(line.get_xdata())]
+    assert [list(line) for line in drawn] == [[7, 9], [7, 7], [4, 4]]
 
 
-def test_a_scatter_fills_the_front_only_and_names_every_point() -> None:
+def test_a_scatter_fills_the_front_only() -> None:
     points = [
-        Point("a", "row a", 1.5, 40, 39, 41, "cached"),
-        Point("b", "row b", 2.5, 30, 29, 31, "cached"),
-        Point("c", "row c", 1.4, 20, 19, 21, "fewer steps"),
+        Point("a", 1.5, Estimate(mean=40, low=39, high=41), "cached"),
+        Point("b", 2.5, Estimate(mean=30, low=29, high=31), "cached"),
+        Point("c", 1.4, Estimate(mean=20, low=19, high=21), "fewer steps"),
     ]
-    drawn = scatter(points, "x", "dB")
-    assert drawn.count("cached best") == 2
-    assert '"point fewer-steps"' in drawn
-    for point in points:
-        assert f"{point.name}: {point.speed:.2f}" in drawn
-    turned = scatter(points, "x", "distance", more_is_better=False)
-    assert '"point fewer-steps best"' in turned
-    assert "cached best" in turned
-    scatter(points[:1], "x", "dB")
+
+    def filled(**options: bool) -> set[float]:
+        lines = scatter(points, "dB", **options).axes[0].lines
+        marks = [line for line in lines if len(line.get_xdata()) == 1 and line.get_marker() in ("o", "D")]
+        return {line.get_xdata()[0] for line in marks if line.get_markerfacecolor() != COLOURS["paper"]}
+
+    assert filled() == {1.5, 2.5}
+    assert filled(more_is_better=False) == {2.5, 1.4}
+    labels = [text.get_text() for text in scatter(points, "dB").axes[0].texts]
+    assert sorted(labels) == ["a", "b", "c"]
+    scatter(points[:1], "dB")
+
+
+def test_an_svg_has_no_colour_of_its_own_and_escapes_its_title() -> None:
+    svg = to_svg(lines({"<b>": ("full", [(1, 2.0), (2, None), (3, 4.0)])}, "x", "$y$"), '"<i>')
+    assert "var(--full)" in svg
+    assert "#0000" not in svg
+    assert "&lt;b&gt;" in svg
+    assert "<b>" not in svg
+    assert "<i>" not in svg
+    assert "$y$" in svg
 
 
 def test_rows_are_compared_with_whom_they_should() -> None:
@@ -90,13 +87,6 @@ def test_rows_are_compared_with_whom_they_should() -> None:
     settings = quality().rows
     assert {reference(settings, row).name for row in settings if row.sampler == "ddim"} == {"ddim 50"}  # type: ignore[union-attr]
     assert speed(settings, next(row for row in settings if row.steps == 9)) == pytest.approx(50 / 9)
-
-
-def test_markup_escapes_once() -> None:
-    assert tag("p", "<b>", tag("i", "&"), None, title='"') == '<p title="&quot;">&lt;b&gt;<i>&amp;</i></p>'
-    assert join([Markup("<br>"), "<br>"]) == "<br>&lt;br&gt;"
-    assert tag("input", checked=True, disabled=False, type="radio") == '<input checked type="radio">'
-    assert tag("line", x1=1.0, stroke_width=2.25) == '<line x1="1" stroke-width="2.25"/>'
 
 
 @pytest.mark.parametrize(

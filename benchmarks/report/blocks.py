@@ -1,0 +1,174 @@
+"""Blocks of a report section, from which both the page and the terminal's tables are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table as RichTable
+
+NONE = "\N{EN DASH}"
+"""Text of a cell without a figure."""
+
+
+class Pair(NamedTuple):
+    """A figure, and smaller below it what qualifies it, such as an interval."""
+
+    main: str
+    small: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image inside the page.
+
+    Attributes:
+        text: description for readers who cannot see it.
+        address: data URL of a PNG; None where the file is missing.
+        width, height: pixels.
+    """
+
+    text: str
+    address: str | None = None
+    width: int = 0
+    height: int = 0
+
+
+Cell = str | Pair | Picture | tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        value: computes the cell of a row.
+        meaning: explanation, where the heading is not enough.
+        numeric: whether the column is aligned to the right.
+        terminal: whether the terminal shows the column too.
+    """
+
+    heading: str
+    value: Callable[[Any], Cell]
+    meaning: str = ""
+    numeric: bool = True
+    terminal: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; its first column names the row.
+
+    Attributes:
+        ours: whether a row is set off as offcut's own.
+        terminal: whether the terminal shows the table too.
+    """
+
+    kind = "table"
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Any]
+    ours: Callable[[Any], bool] = lambda row: False
+    terminal: bool = True
+
+    def filled(self) -> tuple[list[Column], list[list[Cell]]]:
+        """Return the columns in which some row has a figure, and the cells of each row."""
+        cells = [[column.value(row) for column in self.columns] for row in self.rows]
+        places = [place for place in range(len(self.columns)) if place == 0 or any(row[place] != NONE for row in cells)]
+        return [self.columns[place] for place in places], [[row[place] for place in places] for row in cells]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A paragraph."""
+
+    kind = "note"
+    text: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot, drawn when the page is made.
+
+    Attributes:
+        title: caption and description.
+        draw: makes the matplotlib figure.
+    """
+
+    kind = "plot"
+    title: str
+    draw: Callable[[], Figure]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names with their values."""
+
+    kind = "facts"
+    values: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Blocks under a heading; ``folded`` ones are hidden until the reader opens them, and left out of the terminal."""
+
+    kind = "group"
+    title: str
+    blocks: Sequence[Block]
+    folded: bool = False
+
+
+Block = Table | Note | Plot | Facts | Group
+
+
+@dataclass(frozen=True)
+class Section:
+    """All that a report says of one benchmark's result.
+
+    Attributes:
+        name: short, for the page's list of contents.
+        task: sentence that says what was measured.
+    """
+
+    name: str
+    title: str
+    task: str
+    blocks: Sequence[Block]
+
+
+def for_terminal(section: Section) -> Iterator[RichTable | str]:
+    """Return the section's tables and notes for rich to print."""
+    from rich.box import SIMPLE
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    yield escape(section.task)
+    for block in _flat(section.blocks):
+        if isinstance(block, Note):
+            yield escape(block.text)
+        elif isinstance(block, Table) and block.terminal:
+            columns, rows = block.filled()
+            shown = [place for place, column in enumerate(columns) if column.terminal]
+            table = RichTable(box=SIMPLE, title=escape(block.caption), title_justify="left", padding=(0, 0, 0, 0))
+            for place in shown:
+                right = columns[place].numeric and place > 0
+                table.add_column(escape(columns[place].heading), justify="right" if right else "left")
+            for row, cells in zip(block.rows, rows, strict=True):
+                style = "bold" if block.ours(row) else None
+                table.add_row(*(escape(_text(cells[place])) for place in shown), style=style)
+            yield table
+
+
+def _flat(blocks: Sequence[Block]) -> Iterator[Block]:
+    for block in blocks:
+        if isinstance(block, Group):
+            yield from () if block.folded else _flat(block.blocks)
+        else:
+            yield block
+
+
+def _text(cell: Cell) -> str:
+    return cell if isinstance(cell, str) else cell.main if isinstance(cell, Pair) else ""

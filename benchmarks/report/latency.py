@@ -1,0 +1,136 @@
+"""Report section on latency: the loops of all contestants, the ratios between them, and their engine calls."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from ..latency.record import Contestant, Latency
+from .blocks import NONE, Block, Cell, Column, Facts, Group, Note, Pair, Plot, Section, Table
+from .findings import OURS, Rivals, gain, measured, uncached_twin
+from .formatting import count, digits, fixed, listed, median_seconds, model, percent, seconds, size, times
+from .plots import Bar, bars
+
+
+def section(latency: Latency) -> Section:
+    """Return the section of ``offcut bench latency``."""
+    rows = sorted(measured(latency.contestants), key=lambda row: row.loop or 0.0)
+    blocks: list[Block] = [_loops(latency, rows), _calls(latency, rows)] if rows else [Note("Nothing was measured.")]
+    if rows:
+        blocks.insert(0, Plot("Denoising loops, fastest first", lambda: bars([bar_of(row) for row in rows])))
+    if skipped := [row for row in latency.contestants if not row.loops]:
+        reasons = {row.name: row.not_run or "no loop was measured, and no reason was given" for row in skipped}
+        blocks.append(Group("Not run", [Facts(reasons)]))
+    blocks.append(Group("Settings, fixed before the run", [Group(row.name, [_settings(row)]) for row in
+                                                           latency.contestants], folded=True))  # fmt: skip
+    return Section("Latency", "Latency", _task(latency), blocks)
+
+
+def _task(latency: Latency) -> str:
+    threads = f", {count(latency.threads, 'thread')}" if latency.threads else ""
+    noun = "image" if latency.frames is None else "video"
+    frames = "" if latency.frames is None else f" of {latency.frames} frames"
+    rises = latency.frames is not None and latency.guidance > 1
+    guidance = f"{'rising from 1 to ' if rises else ''}{latency.guidance:g}"
+    return (
+        f"{model(latency.model)}: {latency.steps} steps of {latency.scheduler}, {latency.width} by {latency.height} "
+        f"pixels, {count(latency.images_per_call, noun)}{frames} a call, guidance {guidance}{threads}. "
+        f"{count(latency.rounds, 'round')}, each running every contestant once, in turn."
+    )
+
+
+def bar_of(row: Contestant) -> Bar:
+    """Return the time of a loop and its parts, by the medians of the calls inside the loop."""
+    full = row.full_calls * statistics.median(row.full) if row.full else None
+    shallow = row.shallow_calls * statistics.median(row.shallow) if row.shallow else None
+    if row.ideal(row.full, row.shallow) is None:
+        full = shallow = None
+    loop = statistics.median(row.loops)
+    return Bar(f"{row.name}   {seconds(loop)}", loop, min(row.loops), max(row.loops), full, shallow)
+
+
+def _loops(latency: Latency, rows: Sequence[Contestant]) -> Table:
+    base = Rivals.of(latency).base
+
+    def over(rival: Callable[[Contestant], Contestant | None], *, named: bool = True) -> Callable[[Contestant], Cell]:
+        def cell(row: Contestant) -> Cell:
+            other = rival(row)
+            ratio = gain(row, other) if other else None
+            if ratio is None or other is None:
+                return NONE
+            return Pair(times(ratio), other.name) if named else times(ratio)
+
+        return cell
+
+    def rivals(row: Contestant) -> Rivals:
+        return Rivals.of(latency, row.precision)
+
+    def memory(row: Contestant) -> str:
+        return size(row.host_peak_bytes if row.device_peak_bytes is None else row.device_peak_bytes)
+
+    few = min(len(row.loops) for row in rows)
+    caption = f"Denoising loops. Base: {base.name}." if base else "Denoising loops."
+    if few <= 10:
+        caption += f" Percentiles of {count(few, 'round')} say little: p90 and p99 lie between the slowest two."
+    columns = [
+        Column("contestant", lambda row: Pair(row.name, f"caching: {row.caching}") if row.caching else row.name),
+        *(Column(f"p{rank}", lambda row, rank=rank: seconds(row.percentiles((rank,))[rank])) for rank in (50, 90, 99)),
+        Column("vs base", over(lambda row: base, named=False), "times as fast: median of the ratios within a round"),
+        Column("vs uncached", over(lambda row: uncached_twin(latency, row) if row.caching else None, named=False),
+               "times as fast as the same engine and precision without caching"),
+        Column("vs best peer", over(lambda row: rivals(row).peer),
+               "times as fast as the fastest peer of the same precision that does not cache"),
+        Column("vs best caching peer", over(lambda row: rivals(row).caching_peer),
+               "times as fast as the fastest peer of the same precision that caches"),
+        Column("wall / ideal", lambda row: fixed(row.wall_over_ideal, 3),
+               "loop over the sum of its engine calls, timed in the loop; 1 is the limit"),
+        Column("alone", lambda row: fixed(row.wall_over_ideal_alone, 3), "the same, with calls timed back to back",
+               terminal=False),
+        Column("difference", lambda row: NONE if row.difference is None else f"{row.difference:.1e}",
+               "of the final latents from the reference's: norm of the difference over the norm", terminal=False),
+        Column("memory", memory, "largest resident memory of the process, or of the device", terminal=False),
+        Column("load", lambda row: seconds(row.load_seconds), "to open the engine", terminal=False),
+        Column("size", lambda row: size(row.size_bytes), "of the files read", terminal=False),
+    ]  # fmt: skip
+    return Table(caption, columns, rows, ours=lambda row: row.family == OURS)
+
+
+def _calls(latency: Latency, rows: Sequence[Contestant]) -> Block:
+    def share_of_full(row: Contestant) -> str:
+        if not row.full or not row.shallow:
+            return NONE
+        return percent(statistics.median(row.shallow) / statistics.median(row.full), 1)
+
+    columns = [
+        Column("contestant", lambda row: row.name),
+        Column("full calls", lambda row: str(row.full_calls) if row.full_calls else NONE, "of a loop"),
+        Column("full", lambda row: median_seconds(row.full), "in the loop"),
+        Column("alone", lambda row: median_seconds(row.full_alone), "back to back, outside of the loop"),
+        Column("GFLOP/s", lambda row: digits((latency.rate(row) or 0) / 1e9, 3) if latency.rate(row) else NONE),
+        Column("of a product", lambda row: percent(latency.of_product(row)),
+               "of the FLOP/s of a large matrix product in the same precision: about the limit"),
+        Column("shallow calls", lambda row: str(row.shallow_calls) if row.shallow_calls else NONE, "of a loop"),
+        Column("shallow", lambda row: median_seconds(row.shallow), "in the loop"),
+        Column("alone", lambda row: median_seconds(row.shallow_alone), "back to back, outside of the loop"),
+        Column("shallow / full", share_of_full, "in the loop"),
+        Column("forecast / shallow", lambda row: percent(row.forecast_over_shallow, 1),
+               "upper bound of what predicting features adds, measured alone; no loop here predicts", terminal=False),
+        Column("whole image", lambda row: median_seconds(row.images), "whole pipeline calls"),
+        Column("warm-up", lambda row: seconds(row.warm_up_seconds), "calls before the first round, with compilation",
+               terminal=False),
+    ]  # fmt: skip
+    notes = []
+    if latency.work:
+        limits = listed([f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in latency.products.items()])
+        notes.append(Note(
+            f"A full call computes {latency.work['full'] / 1e9:.0f} GFLOP, a shallow one "
+            f"{latency.work['shallow'] / 1e9:.0f}. A large matrix product reaches {limits} on this machine."
+        ))  # fmt: skip
+    table = Table("Medians of single calls", columns, rows, ours=lambda row: row.family == OURS)
+    return Group("Engine calls", [*notes, table])
+
+
+def _settings(row: Contestant) -> Facts:
+    caching = row.caching or "none"
+    own = {"family": row.family, "engine": row.engine, "precision": row.precision, "caching": caching}
+    return Facts(own | row.settings)

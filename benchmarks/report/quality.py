@@ -1,0 +1,179 @@
+"""Report section on quality: quality against speed with the Pareto front, samples, figures and claims."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ..quality.record import Quality, QualityRow
+from ..stats import Estimate
+from . import samples
+from .blocks import Block, Cell, Column, Group, Note, Pair, Picture, Plot, Section, Table
+from .findings import reference, speed
+from .formatting import digits, fixed, interval, model, percent, times
+from .plots import Point, scatter
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a row that is plotted against speed."""
+
+    field: str
+    label: str
+    more_is_better: bool = True
+    scale: float = 1.0
+
+    def of(self, row: QualityRow) -> Estimate | None:
+        """Return the figure in the plot's unit."""
+        value: Estimate | None = getattr(row, self.field)
+        if value is None:
+            return None
+        return Estimate(mean=self.scale * value.mean, low=self.scale * value.low, high=self.scale * value.high)
+
+
+METRICS = (
+    Metric("psnr", "PSNR to the uncached image, dB"),
+    Metric("accuracy", "prompts obeyed, %", scale=100),
+    Metric("distance", "perceptual distance to the uncached image", more_is_better=False),
+    Metric("ssim", "SSIM to the uncached image"),
+)
+
+
+def section(quality: Quality, folder: Path) -> Section:
+    """Return the section of ``offcut bench quality``; ``folder`` holds the sample images."""
+    main, *others = ([*_plots(quality.rows, metric)] for metric in METRICS)
+    blocks: list[Block] = [*main]
+    if any(others):
+        blocks.append(Group("Other metrics against speed", [plot for plots in others for plot in plots], folded=True))
+    blocks += [*_samples(quality, folder), _figures(quality.rows), *_calls(quality.rows)]
+    if quality.claims:
+        verdicts = {True: "agrees", False: "disagrees", None: "cannot tell"}
+        columns = [
+            Column("claim", lambda claim: claim.text),
+            Column("verdict", lambda claim: verdicts[claim.agrees], numeric=False),
+            Column("evidence", lambda claim: claim.evidence, numeric=False, terminal=False),
+        ]
+        blocks.append(Table("Claims of the literature and of offcut, tested by this run", columns, quality.claims))
+    task = (
+        f"{model(quality.model)} on {quality.engine}, guidance {quality.guidance:g}, {quality.images} images a row, "
+        "each compared with the uncached image of the same prompt and seed. Speed is counted in full UNet calls: a "
+        f"shallow call counts as {percent(quality.shallow_over_full, 1)} of a full one, as measured on Stable "
+        f"Diffusion 1.5; on this model it takes {percent(quality.shallow_over_full_here, 1)}. Intervals are 95 %."
+    )
+    return Section("Quality", "Quality", task, blocks)
+
+
+def _plots(rows: Sequence[QualityRow], metric: Metric) -> list[Plot]:
+    """Return one plot for each uncached row that others are measured against."""
+    plots = []
+    for against in (row for row in rows if row.kind == "uncached"):
+        kin = [row for row in rows if reference(rows, row) is against]
+        points = [
+            Point(short(row), faster, value, row.kind)
+            for row in kin
+            if (value := metric.of(row)) is not None and (faster := speed(rows, row)) is not None
+        ]
+        if points:
+            title = f"{metric.label} against speed, {against.sampler}, {against.steps} steps"
+            plots.append(Plot(title, partial(scatter, points, metric.label, more_is_better=metric.more_is_better)))
+    return plots
+
+
+def short(row: QualityRow) -> str:
+    """Return a few characters that name a row in a plot."""
+    if row.kind == "uncached":
+        return "uncached"
+    if row.kind != "cached":
+        return f"{row.steps} steps"
+    kind = (row.schedule or "cached").partition(":")[0]
+    name = f"N={row.interval}" if kind == "uniform" else f"{kind} {row.interval or ''}".strip()
+    if row.damping is not None:
+        name += f" forecast {row.damping:g}"
+    return name if row.cut in (None, "deepcache:0") else f"{name} {row.cut}"
+
+
+def _samples(quality: Quality, folder: Path) -> list[Block]:
+    """Return a table for each uncached row: prompts down, settings across, each image with its difference."""
+    names = [name for row in quality.rows for name in row.samples]
+    absent = [name for name in names if not (folder / name).is_file()]
+    if not names:
+        return []
+    if len(absent) == len(names):
+        return [Note(f"Left out: {len(names)} sample images, whose files are not kept with this result.")]
+    tables = []
+    for against in (row for row in quality.rows if row.kind == "uncached" and row.samples):
+        others = [row for row in quality.rows if row is not against and reference(quality.rows, row) is against]
+        tables.append(_sample_table(quality, against, [row for row in others if row.samples], folder))
+    note = f"Each image with its difference to the uncached image of the same seed, {samples.GAIN:g} times as bright."
+    blocks: list[Block] = [Note(note), tables[0]]
+    if tables[1:]:
+        blocks.append(Group("Other samplers", tables[1:], folded=True))
+    return [Group("Images", blocks)]
+
+
+def _sample_table(quality: Quality, against: QualityRow, others: Sequence[QualityRow], folder: Path) -> Table:
+    def prompt(place: int) -> str:
+        return quality.sample_prompts[place] if place < len(quality.sample_prompts) else f"sample {place + 1}"
+
+    def uncached(place: int) -> Picture:
+        return samples.picture(samples.read(folder, against.samples[place]), f"{prompt(place)}, uncached")
+
+    def cached(row: QualityRow, place: int) -> Cell:
+        whole = samples.read(folder, against.samples[place])
+        image = samples.read(folder, row.samples[place]) if place < len(row.samples) else None
+        text = f"{prompt(place)}, {row.name}"
+        apart = samples.differences(whole, image)
+        return samples.picture(image, text), samples.picture(apart, f"{text}: difference to the uncached image")
+
+    columns = [Column("prompt", prompt), Column("uncached", uncached, numeric=False)]
+    for row in others:
+        psnr = f", {row.psnr.mean:.1f} dB" if row.psnr else ""
+        heading = f"{short(row)}, {times(speed(quality.rows, row))}{psnr}"
+        columns.append(Column(heading, partial(cached, row), row.name, numeric=False))
+    return Table(f"Samples of {against.name}", columns, range(len(against.samples)), terminal=False)
+
+
+def _figures(rows: Sequence[QualityRow]) -> Table:
+    def calls(row: QualityRow) -> str:
+        skipped = f", {row.skipped_calls} skipped" if row.skipped_calls else ""
+        return f"{row.full_calls} + {row.shallow_calls}{skipped}"
+
+    def external(name: str, row: QualityRow) -> str:
+        return digits(row.external.get(name))
+
+    columns = [
+        Column("setting", lambda row: Pair(row.name, row.kind) if row.kind == "fewer steps" else row.name),
+        Column("full + shallow", calls, "UNet calls of an image"),
+        Column("speed", lambda row: times(speed(rows, row)), "cost of the uncached row over this row's"),
+        Column("PSNR, dB", lambda row: interval(row.psnr)),
+        Column("worst", lambda row: fixed(row.psnr_worst, 1), "of all images, in dB", terminal=False),
+        Column("SSIM", lambda row: interval(row.ssim, 4), terminal=False),
+        Column("distance", lambda row: interval(row.distance, 4), "perceptual, of judge features", terminal=False),
+        Column("right, %", lambda row: interval(row.accuracy, 0, 100), "prompts obeyed, by the judge network"),
+        Column("change, points", lambda row: interval(row.accuracy_change, 1, 100, sign=True),
+               "of the prompts obeyed, to the uncached run, paired by prompt and seed"),
+        Column("by rules, %", lambda row: interval(row.accuracy_by_rules, 0, 100), "by the rule-based judge",
+               terminal=False),
+        Column("Fréchet", lambda row: digits(row.frechet), "distance to rendered scenes of the same captions"),
+        *(Column(name, partial(external, name), "by a network given to the run")
+          for name in sorted({name for row in rows for name in row.external})),
+    ]  # fmt: skip
+    return Table("Means with 95 % intervals", columns, rows, ours=lambda row: row.kind == "cached")
+
+
+def _calls(rows: Sequence[QualityRow]) -> list[Block]:
+    """Return the calls of each schedule once, whichever samplers follow it."""
+    followed = {
+        row.timeline: row.schedule or "uncached" for row in reversed(rows) if row.timeline and row.kind != "fewer steps"
+    }
+    if not followed:
+        return []
+    columns = [
+        Column("schedule", lambda calls: followed[calls]),
+        Column("full", lambda calls: f"{calls.count('#')} of {len(calls)}"),
+        Column("calls", lambda calls: calls, numeric=False),
+    ]
+    caption = "UNet calls in their order: # full, . shallow, _ without an engine"
+    return [Table(caption, columns, list(followed)[::-1], terminal=False)]

@@ -1,0 +1,314 @@
+"""Report sections that are tables and single plots: precision, ControlNet, LoadGen, growth, LoRAs and serving."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from ..controlnet.record import ControlNetReuse
+from ..growth.record import Fit, Growth, Sweep
+from ..mlperf.record import MlPerf, ScenarioRun
+from ..precision.record import Calls, Images, Joint, Precision
+from ..serving.record import Percentiles, ServingLoad
+from ..swap import Swap, SwapRow
+from .blocks import NONE, Block, Column, Facts, Group, Note, Plot, Section, Table
+from .formatting import (
+    count,
+    digits,
+    fixed,
+    interval,
+    listed,
+    median_seconds,
+    model,
+    percent,
+    seconds,
+    seconds_range,
+    size,
+    times,
+)
+from .plots import lines
+
+
+def precision(measured: Precision) -> Section:
+    """Return the section of ``offcut bench precision``."""
+    threads = f", {count(measured.threads, 'thread')}" if measured.threads else ""
+    blocks: list[Block] = []
+    if measured.calls:
+        blocks.append(_precision_calls(measured.calls))
+    if measured.images:
+        blocks.append(_precision_images(measured.images))
+    if measured.joint:
+        blocks += _precision_joint(measured.joint)
+    task = f"{model(measured.model)}{threads}: builds in low precision compared with fp32."
+    return Section("Precision", "Precision", task, blocks)
+
+
+def _precision_calls(calls: Calls) -> Table:
+    sizes = ", ".join(f"{name} {value}" for name, value in calls.sizes.items())
+    columns = [
+        Column("engine", lambda row: row.engine),
+        Column("precision", lambda row: row.precision, "of the graphs, then of the computation", numeric=False),
+        Column("call", lambda row: row.call, numeric=False),
+        Column("time", lambda row: seconds(row.median), "median of the rounds"),
+        Column("of fp32", lambda row: fixed(row.to_fp32, 2), "median of the ratios within a round"),
+    ]
+    return Table(f"Time of a call ({sizes}; {count(calls.rounds, 'round')})", columns, calls.rows)
+
+
+def _precision_images(images: Images) -> Table:
+    columns = [
+        Column("engine", lambda row: row.engine),
+        Column("precision", lambda row: row.precision, "of the graphs, then of the computation", numeric=False),
+        Column("schedule", lambda row: row.schedule or "uncached", numeric=False),
+        Column("PSNR, dB", lambda row: interval(row.psnr), "to the image in fp32 with the same schedule"),
+        Column("worst, dB", lambda row: fixed(row.psnr_worst, 1), terminal=False),
+        Column("to uncached fp32, dB", lambda row: interval(row.psnr_uncached)),
+        Column("right, %", lambda row: interval(row.accuracy, 1, 100), "prompts obeyed, by the judge network"),
+        Column("change, points", lambda row: interval(row.accuracy_change, 1, 100, sign=True), "from fp32, paired"),
+    ]
+    task = f"{images.steps} steps of {images.sampler}, guidance {images.guidance:g}, {images.cut}"
+    return Table(f"Quality of the images ({task}; {images.images} images a row)", columns, images.rows)
+
+
+def _precision_joint(joint: Joint) -> Iterator[Block]:
+    columns = [
+        Column("precision", lambda row: row.precision),
+        Column("caching", lambda row: row.way, numeric=False),
+        Column("calls", lambda row: row.timeline, "# full, . shallow, _ without an engine", numeric=False),
+        Column("PSNR, dB", lambda row: interval(row.psnr), "to the uncached image in fp32"),
+        Column("worst, dB", lambda row: fixed(row.psnr_worst, 1)),
+    ]
+    task = f"{joint.steps} steps of {joint.scheduler}, guidance {joint.guidance:g}, {joint.cut}"
+    caption = f"Caching and low precision together on {joint.engine} ({task}; {joint.images} images a row)"
+    yield Table(caption, columns, joint.rows)
+    yield Note(
+        f"Reuse: one call in {joint.interval} full, evenly. DP: as many full calls, placed by CacheQuant's dynamic "
+        "programming; correction: with its scale and shift for each call and channel. Ours: offcut tune at that cost, "
+        f"where a shallow call is {digits(joint.shallow_over_full, 2)} of a full one. Corrections are fitted to, and "
+        f"schedules tuned with, {joint.samples} images each; none of them is judged."
+    )
+
+
+def controlnet(measured: ControlNetReuse) -> Section:
+    """Return the section of ``offcut bench controlnet``."""
+    columns = [
+        Column("images", lambda row: row.name),
+        Column("full calls", lambda row: f"{row.full_calls} of {row.full_calls + row.shallow_calls}", "of the UNet"),
+        Column("passes", lambda row: str(row.passes) if row.control else NONE, "of the ControlNet"),
+        Column("PSNR, dB", lambda row: interval(row.psnr), "to the uncached image"),
+        Column("worst, dB", lambda row: fixed(row.psnr_worst, 1), terminal=False),
+        Column("by reuse, dB", lambda row: interval(row.change.psnr, 2, sign=True) if row.change else NONE,
+               "difference to the same schedule with the ControlNet at every call, paired"),
+        Column("overlap, %", lambda row: interval(row.overlap, 1, 100), "intersection over union with the silhouette"),
+        Column("right, %", lambda row: interval(row.accuracy, 1, 100), "prompts obeyed, by the judge network"),
+        Column("time", lambda row: times(row.to_uncached), "of the pipeline's call, over the uncached one's"),
+        Column("ControlNet", lambda row: percent(row.share) if row.control else NONE, "share of the time"),
+    ]  # fmt: skip
+    task = (
+        f"{model(measured.model)} on {measured.engine} under a ControlNet for silhouettes in eager PyTorch: "
+        f"{measured.steps} steps of {measured.scheduler}, guidance {measured.guidance:g}, cut {measured.cut}, "
+        f"{measured.images} images a row, {measured.batch} a call. Reused: the ControlNet runs on full calls only. "
+        f"Rendered scenes overlap with their silhouettes by {percent(measured.drawn_overlap, 1)}."
+    )
+    table = Table("Cost and gain of skipping the ControlNet on shallow calls", columns, measured.rows)
+    return Section("ControlNet", "ControlNet", task, [table])
+
+
+def mlperf(measured: MlPerf) -> Section:
+    """Return the section of ``offcut bench mlperf``."""
+
+    def right(run: ScenarioRun) -> str:
+        return NONE if run.accuracy is None else f"{run.accuracy:.0%} of {run.accuracy_images}"
+
+    columns = [
+        Column("scenario", lambda run: run.scenario),
+        Column("caching", lambda run: run.caching or "none", numeric=False),
+        Column("LoadGen says", lambda run: "VALID" if run.valid else f"INVALID: {'; '.join(run.reasons)}",
+               "LoadGen's verdict, for the shortened setting", numeric=False),
+        Column("result", lambda run: seconds(run.value) if "latency" in run.metric else f"{run.value:.2f} images/s"),
+        Column("of", lambda run: run.metric, "LoadGen's name of the result", numeric=False),
+        Column("images", lambda run: str(run.images)),
+        Column("prompts right", right, "prompts obeyed, by the judge network"),
+        Column("setting", lambda run: "; ".join(f"{name}: {value}" for name, value in run.settings.items()),
+               "where MLPerf's rules ask for something else", numeric=False, terminal=False),
+    ]  # fmt: skip
+    task = (
+        f"{model(measured.model)} on {measured.engine}, {measured.steps} steps of {measured.scheduler}, guidance "
+        f"{measured.guidance:g}, at most {measured.batch} images a UNet call, LoadGen {measured.loadgen}. Model, data "
+        "set, durations and numbers of queries are not MLPerf's: this is no submission."
+    )
+    return Section("LoadGen", "MLPerf's load generator", task, [Table("LoadGen's results", columns, measured.runs)])
+
+
+def growth(measured: Growth) -> Section:
+    """Return the section of ``offcut bench growth``."""
+    base = ", ".join(f"{name} {value}" for name, value in measured.base.items())
+    task = (
+        f"{model(measured.model)} on {measured.contestant}: one quantity at a time is varied from this setting: "
+        f"{base}. {count(measured.rounds, 'loop')} a setting, each in a process of its own. Exponents are of "
+        "power laws, with standard errors: 1 is proportional, 2 quadratic."
+    )
+    blocks: list[Block] = []
+    if measured.drift is not None:
+        blocks.append(Note(f"The first setting, measured again at the end: {measured.drift:.3f} of its time."))
+    blocks += [_sweep(sweep) for sweep in measured.sweeps]
+    if measured.made or measured.not_made:
+        columns = [
+            Column("model", lambda made: made.model),
+            Column("parameters", lambda made: f"{digits(made.parameters / 1e6)} M", "of the UNet"),
+            Column("command", lambda made: f"offcut {made.command}", numeric=False),
+            Column("time", lambda made: seconds(made.seconds)),
+            Column("peak memory", lambda made: size(made.host_peak_bytes), "resident, mapped files included"),
+            Column("written", lambda made: size(made.size_bytes)),
+        ]
+        note = Note(f"Whole commands, built for {measured.made_with}.{_laws(measured.made_fits, ' in parameters')}")
+        table = [Table("Commands on models of growing size", columns, measured.made)] if measured.made else []
+        failed = [Facts(measured.not_made)] if measured.not_made else []
+        blocks.append(Group("Exports and builds", [note, *table, *failed]))
+    return Section("Growth", "Growth", task, blocks)
+
+
+AXES = {
+    "steps": "scheduler steps",
+    "images": "images a call",
+    "pixels": "pixels of the image",
+    "interval": "interval N",
+}
+
+
+def _sweep(sweep: Sweep) -> Group:
+    title = AXES[sweep.axis]
+    series: dict[str, tuple[str, list[tuple[float, float | None]]]] = {
+        "loop": ("whole", [(point.value, point.loop) for point in sweep.points]),
+        "full call": ("full", [(point.value, statistics.median(point.full)) for point in sweep.points if point.full]),
+        "shallow call": (
+            "shallow",
+            [(point.value, statistics.median(point.shallow)) for point in sweep.points if point.shallow],
+        ),
+    }
+    columns = [
+        Column(title, lambda point: str(point.value)),
+        Column("loop", lambda point: seconds(point.loop), "median denoising loop"),
+        Column("full call", lambda point: median_seconds(point.full), "median in the loop"),
+        Column("shallow call", lambda point: median_seconds(point.shallow), "median in the loop"),
+        Column("peak memory", lambda point: size(point.device_peak_bytes or point.host_peak_bytes), "of the process"),
+    ]
+    plot = Plot(f"Seconds against {title}", lambda: lines(series, title, "seconds", logarithmic=True))
+    notes = [Note(_laws(sweep.fits).strip())] if sweep.fits else []
+    return Group(title[0].upper() + title[1:], [plot, Table(f"Growth with {title}", columns, sweep.points), *notes])
+
+
+def _laws(laws: list[Fit], of: str = "") -> str:
+    if not laws:
+        return ""
+    exponents = [
+        f"{law.of} ^ {law.exponent:.2f}" + ("" if law.error is None else f" ± {law.error:.2f}") for law in laws
+    ]
+    return f" Exponents{of}: {listed(exponents)}."
+
+
+def swap(measured: Swap) -> Section:
+    """Return the section of ``offcut bench swap``."""
+
+    def rebuilt(row: SwapRow) -> float | None:
+        return None if row.rebuilt is None or row.rebuilt_opened is None else row.rebuilt + row.rebuilt_opened
+
+    def over_load(row: SwapRow) -> str:
+        whole = rebuilt(row)
+        return NONE if whole is None else f"{whole / row.swap:.1f}"
+
+    columns = [
+        Column("engine", lambda row: f"{row.engine} {row.precision}"),
+        Column("load", lambda row: seconds_range(row.loaded), "unet.load_lora"),
+        Column("another scale", lambda row: seconds_range(row.rescaled), "unet.set_loras"),
+        Column("unload", lambda row: seconds_range(row.unloaded), "unet.unload_lora"),
+        Column("first calls", lambda row: seconds_range(row.first_calls), "a full and a shallow call after a load"),
+        Column("later calls", lambda row: seconds_range(row.later_calls), "the same calls once more, with the LoRA"),
+        Column("without", lambda row: seconds(row.calls), "the same calls before any LoRA was loaded"),
+        Column("back bit for bit", lambda row: "yes" if row.restored else "NO", "outputs after loading and unloading"),
+        Column("rebuild", lambda row: seconds(rebuilt(row)), "offcut build with the LoRA fused, and opening it"),
+        Column("rebuild / load", over_load),
+    ]
+    sizes = ", ".join(f"{name} {value}" for name, value in measured.sizes.items())
+    task = (
+        f"{model(measured.model)}: a LoRA ({measured.lora}; {measured.layers} layers) goes onto the open engines and "
+        f"off again, {count(measured.rounds, 'time')}. The calls are full and {measured.cut}, with {sizes}."
+    )
+    return Section("LoRAs", "LoRAs", task, [Table("Medians with the range of the rounds", columns, measured.rows)])
+
+
+BATCHING = {"steps": "offcut", "single": "one at a time", "whole": "whole requests"}
+"""Ways to batch, by name."""
+
+
+def serving(measured: ServingLoad) -> Section:
+    """Return the section of ``offcut bench serve``."""
+    request = ", ".join(f"{name} {value:g}" for name, value in measured.request.items() if not isinstance(value, str))
+    task = (
+        f"{model(measured.model)} on {measured.engine}; a request has {request}. At most {measured.in_flight} requests "
+        f"in flight, {measured.queue} waiting, {measured.rows} rows a call. Servers run in processes of their own and "
+        "are asked over HTTP; the ways to batch take turns."
+    )
+    return Section("Serving", "The server under load", task, list(_serving_tables(measured)))
+
+
+def _serving_tables(measured: ServingLoad) -> Iterator[Block]:
+    way = Column("batching", lambda row: BATCHING[row.way], numeric=False)
+    ends = [Column(rank, lambda row, rank=rank: _rank(rank, row.latency)) for rank in ("p50", "p99")]
+    goals = [
+        Column("goal", lambda goal: goal.name),
+        Column("target", lambda goal: goal.wanted),
+        Column("measured", lambda goal: goal.found),
+        Column("verdict", lambda goal: "met" if goal.met else "missed", numeric=False),
+    ]
+    yield Table("Goals", goals, measured.goals)
+    if measured.batches:
+        columns = [Column("requests that share a call", lambda row: str(row.requests))]
+        columns += [Column(name, partial(_per_request, name)) for name in ("full", "shallow", "between")]
+        yield Table("Engine calls, seconds divided by the requests", columns, measured.batches)
+        if measured.allowed is not None:
+            yield Note(f"By these times sharing calls can gain at most {times(measured.allowed)} in throughput.")
+    if measured.closed:
+        rate = Column("images a second", lambda row: fixed(statistics.median(row.throughput), 2))
+        columns = [Column("clients", lambda row: str(row.clients)), way, rate, *ends]
+        rows = sorted(measured.closed, key=lambda row: row.clients)
+        yield Table("Closed loops: each client waits for its image", columns, rows)
+    if measured.open:
+        rate = Column("requests a second", lambda row: fixed(statistics.median(row.rates), 2))
+        columns = [Column("load", lambda row: percent(row.load)), way, rate, *ends]
+        columns.append(Column("refused", lambda row: str(row.refused)))
+        loads = sorted(measured.open, key=lambda row: row.load)
+        yield Table("Open loops: requests come at random moments", columns, loads)
+    if (overload := measured.overload) is not None:
+        overloads = [
+            ("every place taken", overload.capacity, overload.at_capacity),
+            ("overload", overload.throughput, overload.accepted),
+            ("refusals", None, overload.refusals),
+        ]
+        columns = [Column("", lambda row: row[0]), Column("images a second", lambda row: fixed(row[1], 2))]
+        columns += [
+            Column(rank, lambda row, rank=rank: seconds(getattr(row[2], rank, None))) for rank in ("p50", "p99")
+        ]
+        yield Table(f"Overload: {overload.title}", columns, overloads)
+    soaks = [("offcut", measured.soak), ("with a leak on purpose", measured.control)]
+    if soaks := [(name, soak) for name, soak in soaks if soak is not None]:
+        figures: dict[str, Callable[[Any], str]] = {
+            "time": lambda soak: seconds(soak.seconds),
+            "requests": lambda soak: str(soak.requests),
+            "clients gone": lambda soak: str(soak.left),
+            "after warm-up": lambda soak: size(soak.first_bytes),
+            "at the end": lambda soak: size(soak.last_bytes),
+        }
+        columns = [Column("", lambda row: row[0])]
+        columns += [Column(name, lambda row, value=value: value(row[1])) for name, value in figures.items()]
+        yield Table("Soak: resident memory", columns, soaks)
+
+
+def _rank(rank: str, latency: Percentiles | None) -> str:
+    return seconds(getattr(latency, rank, None))
+
+
+def _per_request(name: str, row: Any) -> str:
+    return seconds(getattr(row, name) / row.requests)
