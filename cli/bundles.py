@@ -127,8 +127,8 @@ def build(
 ) -> None:
     """Build a bundle: export, cut, compile, verify each engine against PyTorch, or against the ONNX that is given."""
     from ..engines.builder.build import build as run_build
-    from ..engines.builder.schemes import LOW_PRECISIONS
-    from ..engines.builder.sizes import Sizes
+    from ..engines.builder.request import Sizes
+    from ..engines.precision import LOW_PRECISIONS
     from ..runtime.calibration import Calibration
     from ..runtime.prompts import read_prompts
 

@@ -23,6 +23,9 @@ from .profiles import Profile
 if TYPE_CHECKING:
     import torch
 
+Progress = Callable[[str], None]
+"""Takes a sentence as each stage begins, and an indented sentence as a stage advances."""
+
 Setting = str | int | float | bool | tuple[str, ...] | None
 Settings = Mapping[str, Setting]
 """How an engine compiles, by the names of its own ``SETTINGS``."""
@@ -165,7 +168,7 @@ class CompileJob:
     settings: Settings
     device: str
     folder: Path
-    progress: Callable[[str], None]
+    progress: Progress
     component: str | None = None
 
 
@@ -176,7 +179,7 @@ class Compiled:
     Attributes:
         full: the file that it opens for the full graph, in the job's folder.
         shallow: the same for each cut's shallow graph.
-        targets: the machines that can run it, any of them, as ``Probe.targets`` names them.
+        targets: the machines that can run it, any of them, as ``EngineProbe.targets`` names them.
         profiles: the shapes that it takes; none if it takes all.
         later_versions: whether later versions of the engine can run it too.
     """
@@ -251,7 +254,7 @@ class OpenOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Probe:
+class EngineProbe:
     """Whether an engine can be used here.
 
     Attributes:
@@ -284,7 +287,7 @@ class Engine(Protocol):
 
     default_opset: int
 
-    def probe(self) -> Probe:
+    def probe(self) -> EngineProbe:
         """Look, without loading a graph, whether this engine works here."""
         ...
 

@@ -19,7 +19,7 @@ from ..errors import EngineError
 from ..exporter.components import component_of, trace_component
 from ..exporter.program import TwinProgram, UNetProgram, component_program
 from ..exporter.specs import Shape
-from .base import Compiled, CompileJob, EngineOptions, Graphs, Probe, Settings
+from .base import Compiled, CompileJob, EngineOptions, EngineProbe, Graphs, Settings
 from .buffers import allocate_pair
 from .cuda import CudaGraphs, PairStream
 
@@ -38,15 +38,15 @@ SETTINGS: Settings = {
 HELPERS: frozenset[str] = frozenset()
 
 
-def probe() -> Probe:
+def probe() -> EngineProbe:
     import torch
 
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     compiler = next((found for found in map(shutil.which, ("g++", "clang++", "c++")) if found), None)
     if compiler is None:
-        return Probe(torch.__version__, (), "no C++ compiler found: install g++")
+        return EngineProbe(torch.__version__, (), "no C++ compiler found: install g++")
     targets = {device: {"cpu": _cpu_target, "cuda": _cuda_target}[device]() for device in devices}
-    return Probe(torch.__version__, devices, f"compiles with {Path(compiler).name}", targets=targets)
+    return EngineProbe(torch.__version__, devices, f"compiles with {Path(compiler).name}", targets=targets)
 
 
 def compile(job: CompileJob) -> Compiled:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError, MissingExtraError
 from ..exporter.specs import Shape
-from .base import EngineOptions, Graphs, Probe, check_contract
+from .base import EngineOptions, EngineProbe, Graphs, check_contract
 from .buffers import allocate_pair
 
 if TYPE_CHECKING:
@@ -22,22 +22,22 @@ default_opset = 23
 _HINTS = {None: "f32", "fp32": "f32", "bf16": "bf16"}
 
 
-def probe() -> Probe:
+def probe() -> EngineProbe:
     try:
         installed = version("openvino")
     except PackageNotFoundError:
-        return Probe(None, (), "not installed: pip install 'offcut[cpu]'")
+        return EngineProbe(None, (), "not installed: pip install 'offcut[cpu]'")
     try:
         import openvino
     except ImportError as error:
-        return Probe(installed, (), f"installed, but it cannot be imported: {error}")
+        return EngineProbe(installed, (), f"installed, but it cannot be imported: {error}")
 
     core = openvino.Core()
     if "CPU" not in core.available_devices:
-        return Probe(installed, (), "its CPU plugin does not load here")
+        return EngineProbe(installed, (), "its CPU plugin does not load here")
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     features = frozenset({"bf16"} if "BF16" in capabilities else ())
-    return Probe(installed, ("cpu",), f"CPU with {', '.join(capabilities)}", features)
+    return EngineProbe(installed, ("cpu",), f"CPU with {', '.join(capabilities)}", features)
 
 
 def open(graphs: Graphs, options: EngineOptions) -> OpenVinoPair:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import EngineError
+from ..exporter.quantize.qdq import Scheme
+
+LOW_PRECISIONS = ("int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -95,3 +98,24 @@ def bounds(engine: str, precision: str, inference_precision: str | None = None, 
         if name == engine and isinstance(other, Bounds)
     ]
     raise EngineError(f"{engine} cannot run {asked}: {row}; it runs {', '.join(others)}")
+
+
+_OPENVINO = Scheme("int8", base="fp32", activations="uint8", outputs=False)
+# ONNX Runtime runs a convolution in int8 only where its output is rounded too.
+_ONNXRUNTIME = Scheme("int8", base="fp32", activations="uint8", outputs=True)
+# TensorRT rounds to int8 without a zero point, and computes what is not rounded in the graph's precision.
+_NVIDIA = {
+    "int8": Scheme("int8", base="fp16", activations="int8", outputs=False),
+    "fp8": Scheme("fp8", base="fp16", activations="float8e4m3fn", outputs=False),
+}
+SCHEMES: dict[tuple[str, str], Scheme] = {
+    ("openvino", "int8"): _OPENVINO,
+    ("onnxruntime", "int8"): _ONNXRUNTIME,
+    **{(engine, name): scheme for engine in ("tensorrt", "tensorrt-rtx") for name, scheme in _NVIDIA.items()},
+}
+"""How each engine's graphs are rounded, by engine and precision."""
+
+
+def scheme_of(engine: str, precision: str) -> Scheme | None:
+    """Return how this engine's graphs are rounded in this precision; None if they are not rounded."""
+    return SCHEMES.get((engine, precision))

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import cast
 
 from ..errors import EngineError
-from .base import CompilingEngine, Engine, Probe
+from .base import CompilingEngine, Engine, EngineProbe
 
 # A new engine: one module, one line here, one row in precision.BOUNDS, one parameter in the tests.
 _MODULES = {
@@ -48,7 +48,7 @@ def compiler(name: str) -> CompilingEngine | None:
     return module if isinstance(module, CompilingEngine) else None
 
 
-def probe_all() -> dict[str, Probe]:
+def probe_all() -> dict[str, EngineProbe]:
     """Every engine with what was found of it here."""
     return {name: engine(name).probe() for name in ENGINES}
 

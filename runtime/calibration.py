@@ -76,7 +76,7 @@ class Calibration:
         return {"prompts_sha256": digest, **{name: getattr(self, name) for name in names}}
 
     def run(self, pair: EnginePair, source: ModelSource, progress: Progress) -> None:
-        """Denoise with this pair as the UNet; see ``engines.calibrate.Calibrator``."""
+        """Denoise with this pair as the UNet; see ``engines.builder.request.Calibrator``."""
         from .unet import UNet
 
         unet = UNet(pair, source.config, attention=source.attention)

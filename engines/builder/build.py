@@ -1,6 +1,6 @@
-"""``build``: a model in, a bundle out: export once, cut, compile and verify each engine, commit.
+"""``build``: from a model to a bundle: export once, cut, compile and verify each engine, commit.
 
-What the bundle already holds and fits is used again, and said so.
+A build into an existing bundle reuses what fits, and reports it.
 """
 
 from __future__ import annotations
@@ -14,23 +14,22 @@ from pathlib import Path
 from ...errors import BundleError
 from ...exporter.foreign.networks import left_out
 from ...exporter.ip_adapter import IPAdapter
-from ..base import Settings
+from ...exporter.lora import Scaled
+from ..base import Progress, Settings
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import MANIFEST_FILE, FileEntry, Manifest, Variant
-from ..bundle.merge import merge
-from ..bundle.networks import compilable
-from ..bundle.pipeline_files import copy_parts
+from ..bundle.pipeline_files import copy_pipeline_files
 from ..bundle.store import commit, staging
 from ..profiles import Profile
+from .merge import merge
 from .networks import build_components
-from .quantize import Calibrator
-from .request import Plan, Progress, check_target, make_plan
-from .sizes import Sizes
+from .request import BuildRequest, Calibrator, Sizes
+from .resolve import BuildPlan, check_target, compilable, resolve
 from .text_loras import fused_text_encoders
 from .unet import build_engines
 from .variants import make_variant
 
-_FUSED = "text-encoders-with-loras"  # in the staging directory, until they are copied
+_FUSED = "text-encoders-with-loras"  # folder in the staging directory, until its files are copied
 
 
 def build(
@@ -59,43 +58,42 @@ def build(
     cache: bool = True,
     progress: Progress = lambda step: None,
 ) -> Bundle:
-    """Build a bundle, or add to one.
+    """Build a bundle, or add engines to an existing one.
 
     Args:
-        model: a hub id, a diffusers pipeline directory, a bare UNet's directory (which gives a UNet-only bundle), or
-            a directory of ONNX files that optimum wrote: its graphs are cut as they are, and all its networks compiled.
-        out: the bundle's directory.
+        model: hub id, directory of a diffusers pipeline, directory of a bare UNet (which gives a UNet-only bundle), or
+            directory of ONNX files that optimum wrote: its graphs are cut as they are, and all its networks compiled.
+        out: directory of the bundle.
         cuts: names of cuts; see ``find_cuts``.
-        engine: a name, several, or ``"auto"``.
-        precision: of the exported graphs: ``fp32``, ``fp16``, ``bf16``; ``int8`` or ``fp8`` for the convolutions and
-            linear layers, but for the sensitive ones. All but the first can cost image quality.
+        engine: one name, several, or ``"auto"`` for the best engine here.
+        precision: precision of the exported graphs: ``fp32``, ``fp16`` or ``bf16``; ``int8`` or ``fp8`` rounds
+            convolutions and linear layers, except the sensitive ones. All but ``fp32`` can cost image quality.
         inference_precision: OpenVINO's hint, ``"bf16"``, for fp32 graphs. Can cost image quality.
-        opset: of the ONNX graphs; the engine's best by default.
-        dims: fixes ``batch``, ``frames``, ``height``, ``width`` (of the latent) or ``sequence``; others stay dynamic.
-        profiles: the shapes that compiled engines take, as profiles or in a user's words (``Sizes``); by default the
-            engine's own choice.
-        settings: how an engine compiles, by the engine's name and the names of its ``SETTINGS``.
-        deploy: leave the ONNX graphs and their weights out, for a bundle whose engines are all compiled.
-        compile_all: export the pipeline's text encoders and autoencoder too, for the same engines; a bundle that is
-            built so from the first holds no PyTorch weights of them.
-        device: that ``auto`` chooses for and engines are verified on, where they run on it.
+        opset: opset of the ONNX graphs; by default the one that suits the engine best.
+        dims: sizes to fix for ``batch``, ``frames``, ``height``, ``width`` (of the latent) or ``sequence``; the other
+            dimensions stay dynamic.
+        profiles: shapes to compile for, as profiles or as ``Sizes``; by default the engine's own choice.
+        settings: how engines compile, by engine and by the names of its ``SETTINGS``.
+        deploy: leave out the ONNX graphs and their weights; every engine must be a compiled one.
+        compile_all: export the pipeline's text encoders and autoencoder too, for the same engines. A new bundle then
+            holds no PyTorch weights of them.
+        device: device that ``auto`` chooses for, and that engines are verified on where they run on it.
         revision, variant, subfolder: as in diffusers.
-        adapters: ``"controlnet"`` or ``"t2i-adapter"``; gives the graphs the inputs that these fill. By default those
-            that the model's own pipeline has.
-        loras: LoRA files to fuse into the UNet and, of a pipeline, into the text encoders that they have layers for,
-            with their scales.
-        ip_adapters: files of IP-Adapters' weights to build into the UNet, as ``"FILE"``, ``"FILE:SCALE"`` or
-            ``"FILE:SCALE:IMAGES"``. A bundle with them is another model's than one without.
+        adapters: ``"controlnet"`` or ``"t2i-adapter"``: gives the graphs the inputs of these adapters. By default
+            those of the model's own pipeline.
+        loras: LoRA files with their scales, fused into the UNet and into a pipeline's text encoders.
+        ip_adapters: weight files of IP-Adapters to build into the UNet, as ``"FILE"``, ``"FILE:SCALE"`` or
+            ``"FILE:SCALE:IMAGES"``. The result counts as another model.
         attention: ``"cross-frame"`` for Text2Video-Zero, in place of the UNet's own. By default what the model's own
             pipeline uses.
-        calibration: what ``int8`` and ``fp8`` are calibrated on: an ``offcut.Calibration``.
+        calibration: an ``offcut.Calibration`` for ``int8`` and ``fp8``.
         cache: reuse an export of the same UNet, options and versions from the user's cache directory, and keep new ones
             there. ``OFFCUT_CACHE`` names another directory, ``OFFCUT_CACHE_SIZE`` its bound in GB (20).
         progress: called with a sentence as each stage begins.
 
     Returns:
-        The bundle, every engine of which was verified against eager PyTorch, or the ONNX that was given, unless it was
-        compiled for a machine that this one is not; its entry says so.
+        The bundle. Each engine was verified against eager PyTorch, or against the foreign ONNX, unless this machine
+        cannot run it; its entry then says so.
 
     Raises:
         ModelError: the model cannot be read or exported.
@@ -104,31 +102,37 @@ def build(
         ParityError: an engine's result is out of its bounds; nothing is added to the bundle.
         BundleError: the directory holds another model, or the disk is full.
     """
-    out = Path(out)
-    plan = make_plan(
-        model,
-        cuts=cuts,
-        engines=engine,
+    request = BuildRequest(
+        model=str(model),
+        cuts=(cuts,) if isinstance(cuts, str) else tuple(cuts),
+        engines=(engine,) if isinstance(engine, str) else tuple(engine),
         precision=precision,
         inference_precision=inference_precision,
+        device=device,
         opset=opset,
-        dims=dims,
-        profiles=profiles,
-        settings=settings,
+        dims=dims or {},
+        profiles=profiles if isinstance(profiles, Sizes) else tuple(profiles),
+        settings=settings or {},
         deploy=deploy,
         compile_all=compile_all,
-        device=device,
+        adapters=None if adapters is None else tuple(adapters),
+        loras=tuple(Scaled(Path(path), float(scale)) for path, scale in (loras or {}).items()),
+        ip_adapters=tuple(
+            adapter if isinstance(adapter, IPAdapter) else IPAdapter.parse(str(adapter)) for adapter in ip_adapters
+        ),
+        attention=attention,
         revision=revision,
         variant=variant,
         subfolder=subfolder,
-        adapters=adapters,
-        loras=loras or {},
-        ip_adapters=[each if isinstance(each, IPAdapter) else IPAdapter.parse(str(each)) for each in ip_adapters],
-        attention=attention,
-        calibrator=calibration,
+        calibration=calibration,
         cache=cache,
-        progress=progress,
     )
+    return build_bundle(request, Path(out), progress)
+
+
+def build_bundle(request: BuildRequest, out: Path, progress: Progress) -> Bundle:
+    """Build what a request asks for into a directory; see ``build`` for what is returned and raised."""
+    plan = resolve(request, progress)
     while True:
         with suppress(_OvertakenError):
             return _add(plan, out, progress)
@@ -136,10 +140,10 @@ def build(
 
 
 class _OvertakenError(Exception):
-    """Another build put the same variant into the bundle, or cut it again, since this one looked."""
+    """Another build has put the same variant into the bundle, or cut it again, since this build read the manifest."""
 
 
-def _add(plan: Plan, out: Path, progress: Progress) -> Bundle:
+def _add(plan: BuildPlan, out: Path, progress: Progress) -> Bundle:
     check_target(out, plan)
     with staging(out) as staged:
         existing = Bundle.open(out) if (out / MANIFEST_FILE).exists() else None
@@ -151,7 +155,7 @@ def _add(plan: Plan, out: Path, progress: Progress) -> Bundle:
         variant = make_variant(plan, existing, out, staged, progress)
         entries = build_engines(plan, variant, existing, out, staged, progress)
         components = build_components(plan, entries, existing, staged, progress)
-        parts = _parts(plan, existing, staged, progress)
+        pipeline_files = _pipeline_files(plan, existing, staged, progress)
         if plan.deploy:
             variant = _without_graphs(variant, staged)
         shutil.rmtree(staged / _FUSED, ignore_errors=True)
@@ -160,32 +164,32 @@ def _add(plan: Plan, out: Path, progress: Progress) -> Bundle:
         def update(current: Manifest | None, files: dict[str, FileEntry]) -> Manifest:
             if current is not None and current.variants.get(plan.variant) != before:
                 raise _OvertakenError
-            return merge(current, plan, variant, entries, parts, files, components)
+            return merge(current, plan, variant, entries, pipeline_files, files, components)
 
         commit(out, staged, update)
     return Bundle.open(out)
 
 
 def _check_deployable(existing: Bundle, variant: str) -> None:
-    held = existing.manifest.engines.values()
-    if needing := [entry.key for entry in held if entry.variant == variant and not entry.compiled]:
+    entries = existing.manifest.engines.values()
+    if keys := [entry.key for entry in entries if entry.variant == variant and not entry.compiled]:
         raise BundleError(
-            f"{', '.join(needing)} of this bundle opens the ONNX graphs that deploy leaves out: "
+            f"{', '.join(keys)} of this bundle opens the ONNX graphs that deploy leaves out: "
             "build into a directory of its own"
         )
 
 
 def _without_graphs(variant: Variant, staged: Path) -> Variant:
-    """Drop the ONNX graphs and their weights, which compiled engines do not need."""
+    """Delete the ONNX graphs and their weights, which compiled engines do not need."""
     assert variant.graphs is not None
     for name in variant.graphs.files:
         (staged / name).unlink(missing_ok=True)
     return variant.model_copy(update={"graphs": None})
 
 
-def _parts(plan: Plan, existing: Bundle | None, staged: Path, progress: Progress) -> list[str]:
+def _pipeline_files(plan: BuildPlan, existing: Bundle | None, staged: Path, progress: Progress) -> list[str]:
     if existing is not None:
         return list(existing.manifest.parts)
     if missing := left_out(plan.source):
         progress(f"{plan.source.name} does not hold its {' and '.join(missing)}: left out")
-    return copy_parts(plan.source, staged, without_weights=compilable(plan.source) if plan.compile_all else ())
+    return copy_pipeline_files(plan.source, staged, without_weights=compilable(plan.source) if plan.compile_all else ())

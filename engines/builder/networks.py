@@ -1,64 +1,104 @@
-"""The networks around the UNet in the engines of a build: each a full graph without a shallow one."""
+"""The networks around the UNet in the engines of a build: text encoders, and the halves of an autoencoder.
+
+An engine opens such a network as a pair whose full graph it is, without shallow graphs.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...exporter.components import component_of, trace_component, write_answers
+from ...exporter.components import NORM_FILE, component_of, export_component, trace_component, write_answers
+from ...exporter.foreign.networks import import_component
+from ...exporter.load import PRECISIONS
 from ...exporter.specs import symbols
-from ..base import Compiled, CompileJob, EngineOptions
+from ...exporter.trace.convert import WEIGHTS_FILE
+from ...exporter.trace.reference import REFERENCE_FILE
+from ..base import EngineOptions, Progress
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import ComponentEntry, EngineEntry, ProfileEntry
-from ..bundle.merge import source_of
-from ..bundle.networks import FOLDER, contract, make_components, prove_component
+from ..bundle.manifest import ComponentEntry, EngineEntry, TensorEntry
+from ..bundle.networks import network_graphs
 from ..profiles import Profile, Range
 from ..registry import compiler, engine
-from .request import Plan, Progress
+from .compile import WriteReference, compile_engine, engine_entry, engine_key, verify_engine
+from .merge import source_of
+from .resolve import BuildPlan, compilable
+from .verify import require, verify_network
+
+FOLDER = "components"
+_PRECISION_OF = {dtype: precision for precision, dtype in PRECISIONS.items()}
 
 
 def build_components(
-    plan: Plan, engines: Sequence[EngineEntry], existing: Bundle | None, staged: Path, progress: Progress
+    plan: BuildPlan, engines: Sequence[EngineEntry], existing: Bundle | None, staged: Path, progress: Progress
 ) -> Sequence[ComponentEntry]:
-    """The networks around the UNet, each proven on every engine of the build that was not there before.
+    """Return the networks around the UNet, verified on every engine of the build; their new files are in ``staged``.
 
     Args:
-        engines: what the build's engines made of the UNet.
-        existing: the bundle as it is; None if there is none yet.
-        staged: the bundle in the making.
+        engines: the build's engines of the UNet.
+        existing: the bundle before this build; None for a new bundle.
 
     Raises:
         EngineError: an engine refuses a network.
-        ParityError: it computes something else.
+        ParityError: a network's outputs are out of their bounds.
     """
     if not plan.compile_all:
         return ()
     label = f"{plan.base}-opset{plan.opset}"
-    held = [entry for entry in existing.manifest.components if entry.label == label] if existing else []
-    whole = bool(held) and all(entry.graph is not None for entry in held)  # else only what was compiled was kept
-    root = existing.path if whole and existing else staged
-    if whole:
+    earlier = [entry for entry in existing.manifest.components if entry.label == label] if existing else []
+    # A bundle for deployment has kept the compiled engines and dropped the graphs.
+    has_graphs = bool(earlier) and all(entry.graph is not None for entry in earlier)
+    root = existing.path if has_graphs and existing else staged
+    if has_graphs:
         progress(f"reuse the networks around the UNet, {label}")
-        made = held
+        entries = earlier
     else:
-        compiled = {entry.name: entry.engines for entry in held}
-        made = [
+        compiled = {entry.name: entry.engines for entry in earlier}
+        entries = [
             entry.model_copy(update={"engines": compiled.get(entry.name, ())})
-            for entry in make_components(plan.source, staged, precision=plan.base, opset=plan.opset, progress=progress)
+            for entry in _export_components(plan, label, staged, progress)
         ]
-    options = EngineOptions(plan.device)
-    against = source_of(plan).reference
     for unet in engines:
-        name = unet.engine
-        if compiler(name) is None:
-            for entry in made:
-                progress(f"verify {entry.name} on {name}")
-                prove_component(root, entry, name, options, against)
-        elif not plan.source.onnx:  # else they run in an engine that opens the graphs
-            made = compile_components(plan, unet, made, root, staged, progress)
-    return [_without_graph(entry, staged) for entry in made] if plan.deploy and not whole else made
+        if compiler(unet.engine) is None:
+            for entry in entries:
+                progress(f"verify {entry.name} on {unet.engine}")
+                _require_parity(plan, entry, root, plan.device, unet.engine)
+        elif not plan.source.onnx:  # foreign networks run only in an engine that opens ONNX graphs
+            entries = compile_components(plan, unet, entries, root, staged, progress)
+    return [_without_graph(entry, staged) for entry in entries] if plan.deploy and not has_graphs else entries
+
+
+def _export_components(plan: BuildPlan, label: str, staged: Path, progress: Progress) -> list[ComponentEntry]:
+    """Export every network that can be exported, or import a foreign one, into the staging directory."""
+    source, folder = plan.source, staged / FOLDER / label
+    entries = []
+    for name in compilable(source):
+        if source.onnx:
+            progress(f"import {name}")
+            networks = import_component(source, name, folder)
+        else:
+            progress(f"export {name}")
+            networks = export_component(
+                source.component(name), folder, precision=plan.base, opset=plan.opset, variant=source.variant
+            )
+        for network in networks:
+            place = network.path.parent.relative_to(staged).as_posix()
+            outputs = tuple(TensorEntry.of(spec) for spec in network.outputs.values())
+            entries.append(
+                ComponentEntry(
+                    name=network.name,
+                    label=label,
+                    precision=_PRECISION_OF[outputs[0].dtype],
+                    multiple=network.multiple,
+                    inputs=tuple(TensorEntry.of(spec) for spec in network.inputs.values()),
+                    outputs=outputs,
+                    graph=f"{place}/{network.path.name}",
+                    weights=f"{place}/{WEIGHTS_FILE}",
+                    reference=f"{place}/{REFERENCE_FILE}",
+                    norm=f"{place}/{NORM_FILE}" if network.has_norm else None,
+                )
+            )
+    return entries
 
 
 def _without_graph(entry: ComponentEntry, staged: Path) -> ComponentEntry:
@@ -68,122 +108,107 @@ def _without_graph(entry: ComponentEntry, staged: Path) -> ComponentEntry:
 
 
 def compile_components(
-    plan: Plan,
+    plan: BuildPlan,
     unet: EngineEntry,
-    entries: list[ComponentEntry],
+    entries: Sequence[ComponentEntry],
     root: Path,
     staged: Path,
     progress: Progress,
 ) -> list[ComponentEntry]:
-    """Each of these networks with the engine's own build of it, proven where the engine runs on this machine.
+    """Compile networks with an engine, and verify them where the engine runs here.
 
     Args:
-        unet: what the engine made of the UNet; the networks take the sizes that it takes.
-        entries: the networks; those that the engine has compiled so already are left as they are.
-        root: the directory that their files' names start from.
-        staged: the bundle in the making.
+        unet: the engine's build of the UNet; the networks are compiled for the same sizes.
+        entries: the networks; one that the engine has compiled already is left as it is.
+        root: the directory that the names of the networks' graphs start from.
+        staged: the staging directory, laid out as the bundle is.
 
     Raises:
         EngineError: the engine refuses a network.
-        ParityError: it computes something else.
+        ParityError: a network's outputs are out of their bounds.
     """
-    return [_with_build(plan, unet, entry, root, staged, progress) for entry in entries]
+    return [_compile_component(plan, unet, entry, root, staged, progress) for entry in entries]
 
 
-def _with_build(
-    plan: Plan,
-    unet: EngineEntry,
-    entry: ComponentEntry,
-    root: Path,
-    staged: Path,
-    progress: Progress,
+def _compile_component(
+    plan: BuildPlan, unet: EngineEntry, entry: ComponentEntry, root: Path, staged: Path, progress: Progress
 ) -> ComponentEntry:
-    name, module = unet.engine, compiler(unet.engine)
-    assert module is not None
-    recorded = plan.recorded(name)
+    name, graph = unet.engine, str(entry.graph)
     profiles = _profiles(entry, unet, plan.fixed)
-    probe = module.probe()
-    decides: list[object] = [plan.weights_digest, entry.label, entry.name, plan.device, name, probe.version]
-    decides += [dict(probe.targets), recorded, [ProfileEntry.of(each).model_dump() for each in profiles]]
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    key = f"{name}-{digest[:12]}"
-    if any(each.key == key for each in entry.engines):
+    subject = [plan.weights_digest, entry.label, entry.name, name, engine(name).probe().version]
+    key = engine_key(plan, name, subject, profiles)
+    if any(compiled.key == key for compiled in entry.engines):
         progress(f"reuse {entry.name} of {key}")
         return entry
-    folder = staged / FOLDER / entry.label / entry.name / key
-    folder.mkdir(parents=True)
-    compiled = module.compile(
-        CompileJob(
-            graphs=contract(entry, root / str(entry.graph)),
-            source=plan.source,
-            fixed={},
-            profiles=profiles,
-            settings=plan.settings[name],
-            device=plan.device,
-            folder=folder,
-            progress=progress,
-            component=entry.name,
-        )
+    compiled = compile_engine(
+        plan,
+        engine_entry(plan, name, key, entry.label, graph, {}),
+        network_graphs(entry, root / graph),
+        folder=staged / FOLDER / entry.label / entry.name / key,
+        staged=staged,
+        profiles=profiles,
+        fixed={},
+        write_reference=_reference_writer(plan, entry),
+        progress=progress,
+        component=entry.name,
     )
-    references = _references(plan, entry, compiled, folder)
-    made = EngineEntry(
-        key=key,
-        engine=name,
-        version=engine(name).probe().version or "",
-        variant=entry.label,
-        cuts=(),
-        inference_precision=None,
-        requires=(),
-        targets=compiled.targets,
-        profiles=tuple(ProfileEntry.of(each) for each in compiled.profiles),
-        settings=recorded,
-        references=tuple(file.relative_to(staged).as_posix() for file in references),
-        later_versions=compiled.later_versions,
-        verified=False,
-        full=compiled.full.relative_to(staged).as_posix(),
-        shallow={},
-        files=tuple(sorted(file.relative_to(staged).as_posix() for file in folder.rglob("*") if file.is_file())),
-    )
-    if device := plan.device_for(made):
-        progress(f"verify {entry.name} on {name}")
-        prove_component(root, entry, name, EngineOptions(device), compiled=made, within=staged)
-        made = made.model_copy(update={"verified": True})
-    else:
-        progress(f"{entry.name} on {name} is left unverified: it was compiled for {', '.join(made.targets)}")
-    return entry.model_copy(update={"engines": (*entry.engines, made)})
+
+    def check(device: str) -> None:
+        _require_parity(plan, entry, root, device, name, compiled, staged)
+
+    compiled = verify_engine(plan, compiled, f"{entry.name} on {name}", check, progress)
+    return entry.model_copy(update={"engines": (*entry.engines, compiled)})
+
+
+def _require_parity(
+    plan: BuildPlan,
+    entry: ComponentEntry,
+    root: Path,
+    device: str,
+    name: str,
+    compiled: EngineEntry | None = None,
+    staged: Path | None = None,
+) -> None:
+    """Require that an engine's outputs of a network are within their bounds.
+
+    Args:
+        root: the directory that the names of the network's files start from.
+        compiled, staged: the engine's own build, and the directory of its files; None where it opens the graph.
+    """
+    against = source_of(plan).reference
+    check = verify_network(entry, name, EngineOptions(device), root, against, compiled, staged)
+    require([check], f"{entry.name} on {name}")
 
 
 def _profiles(entry: ComponentEntry, unet: EngineEntry, fixed: Mapping[str, int]) -> tuple[Profile, ...]:
-    """The sizes of this network for each profile of the UNet's; none where the UNet has none.
+    """Return the sizes of this network for each profile of the UNet; none where the UNet has none.
 
-    The UNet's batch counts an image twice where it is guided, so half of it is the best size here.
+    The UNet's batch holds a guided image twice, so half of it is the best size here.
     """
-    specs = [each.spec() for each in entry.inputs]
-    found = []
-    for each in unet.profiles:
-        sizes = [{**fixed, **dims} for dims in (each.min, each.opt, each.max)]
+    specs = [tensor.spec() for tensor in entry.inputs]
+    profiles = []
+    for profile in unet.profiles:
+        sizes = [{**fixed, **dims} for dims in (profile.min, profile.opt, profile.max)]
         ranges: dict[str, Range] = {}
         for name in symbols(specs):
-            # An autoencoder takes a video's frames one beside the other.
+            # An autoencoder takes the frames of a video as its batch.
             scales = [size.get("frames", 1) if name == "batch" else entry.multiple for size in sizes]
             low, best, high = (size[name] * scale for size, scale in zip(sizes, scales, strict=True))
             ranges[name] = (1, max(1, best // 2), high) if name == "batch" else (low, best, high)
-        found.append(Profile.of(ranges))
-    # A text encoder has no height: several profiles of the UNet may be one of its.
-    return tuple(each for index, each in enumerate(found) if each not in found[:index])
+        profiles.append(Profile.of(ranges))
+    # A text encoder has no height, so several profiles of the UNet may give it the same one.
+    return tuple(profile for index, profile in enumerate(profiles) if profile not in profiles[:index])
 
 
-def _references(plan: Plan, entry: ComponentEntry, compiled: Compiled, folder: Path) -> list[Path]:
-    """What PyTorch computes at the smallest sizes of each profile."""
-    if not compiled.profiles:
-        return []
-    component = plan.source.component(component_of(entry.name))
-    base = entry.label.partition("-")[0]
-    networks = trace_component(component, precision=base, variant=plan.source.variant)
-    (traced,) = (each for each in networks if each.name == entry.name)
-    paths = []
-    for index, profile in enumerate(compiled.profiles):
-        example = traced.example(profile.min)
-        paths.append(folder / f"reference-{index}.safetensors")
-        write_answers(traced, example, traced.answers(example), paths[-1])
-    return paths
+def _reference_writer(plan: BuildPlan, entry: ComponentEntry) -> WriteReference:
+    """Return a function that writes PyTorch's outputs at the smallest sizes of a profile."""
+
+    def write(profile: Profile, path: Path) -> None:
+        component = plan.source.component(component_of(entry.name))
+        precision = entry.label.partition("-")[0]
+        networks = trace_component(component, precision=precision, variant=plan.source.variant)
+        (network,) = (network for network in networks if network.name == entry.name)
+        example = network.example(profile.min)
+        write_answers(network, example, network.answers(example), path)
+
+    return write

@@ -9,11 +9,11 @@ import gc
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from ...errors import ModelError
 from ...exporter.cut import split_all
@@ -25,42 +25,13 @@ from ...exporter.quantize.qdq import Layer, Scheme, find_layers, kept_by_name, q
 from ...exporter.trace.convert import WEIGHTS_FILE
 from ...exporter.trace.export import GRAPH_FILE, PARAMETERS_FILE, ExportedUNet
 from ...exporter.trace.reference import write_answer
-from ..base import EnginePair
+from ..base import Progress
 from ..bundle.manifest import Quantization
 from ..onnxruntime.observer import ObservingPair, session
+from .request import Calibrator
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[str], None]
-Settings = dict[str, str | int | float | bool | tuple[str, ...] | None]
-
-
-class Calibrator(Protocol):
-    """Runs trajectories, and says how a graph is to be rounded; ``offcut.Calibration`` is one."""
-
-    @property
-    def method(self) -> str:
-        """How ranges are chosen: one of ``exporter.histogram.METHODS``."""
-        ...
-
-    @property
-    def keep(self) -> tuple[str, ...]:
-        """Patterns of layers to leave in the graph's own precision."""
-        ...
-
-    @property
-    def sensitive(self) -> float:
-        """How far below the median layer's a layer's signal-to-noise ratio may be, in dB, for it to be rounded."""
-        ...
-
-    def run(self, pair: EnginePair, source: ModelSource, progress: Progress) -> None:
-        """Denoise with this pair as the UNet, with a cached schedule, through every cut."""
-        ...
-
-    def record(self, source: ModelSource) -> Settings:
-        """All that decides what ``run`` feeds to the pair."""
-        ...
 
 
 def quantized(
@@ -94,15 +65,15 @@ def quantized(
     finally:
         pair.close()
         shutil.rmtree(folder)  # its link to the weights, too: onnx_ir reads none that have two
-    moments, histograms = pair.moments.chosen(), pair.histograms
+    call_samples, histograms = pair.call_samples.chosen(), pair.histograms
     del pair, graph
     gc.collect()  # the pipeline lies in cycles, with the weights of its other parts
-    if not moments:
+    if not call_samples:
         raise ModelError("the calibration made no call of the UNet: give it at least one sample and one step")
     ranges = _ranges(histograms, scheme, calibrator.method)
 
     progress("measure what rounding costs each layer")
-    ratios = _ratios(exported.path, scheme, ranges, layers, chosen, moments)
+    ratios = _ratios(exported.path, scheme, ranges, layers, chosen, call_samples)
     least = median(ratios.values()) - calibrator.sensitive if ratios else 0.0
     sensitive = {name for name, ratio in ratios.items() if ratio < least}
     kept |= sensitive
@@ -111,7 +82,7 @@ def quantized(
     quantize(exported.path, out / GRAPH_FILE, scheme, ranges, chosen - sensitive)
     _write_parameters(exported, out, chosen - sensitive)
     unet = load_unet(source, exported.precision).float()  # weights are rounded to the precision all the same
-    write_answer(unet, source.family, moments[len(moments) // 2], out / exported.reference.name)
+    write_answer(unet, source.family, call_samples[len(call_samples) // 2], out / exported.reference.name)
     record = Quantization(
         scheme=scheme.label,
         base=scheme.base,
@@ -145,14 +116,14 @@ def _ratios(
     ranges: Mapping[str, Range],
     layers: Sequence[Layer],
     names: set[str],
-    moments: Sequence[Mapping[str, torch.Tensor]],
+    call_samples: Sequence[Mapping[str, torch.Tensor]],
 ) -> dict[str, float]:
     """Each layer's signal to noise in dB where it alone is rounded, weight and input."""
     twins = graph.with_name(f"twins-{graph.name}")
     order = shadow(graph, twins, scheme, ranges, names)
     opened = session(twins, optimize=False)
     signal, noise = dict.fromkeys(order, 0.0), dict.fromkeys(order, 0.0)
-    for inputs in moments:
+    for inputs in call_samples:
         given = {argument.name: inputs[argument.name].numpy() for argument in opened.get_inputs()}
         sums = iter(opened.run(None, given))
         for name in order:

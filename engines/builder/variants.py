@@ -15,15 +15,16 @@ from ...exporter.foreign.unet import import_unet
 from ...exporter.trace.convert import WEIGHTS_FILE
 from ...exporter.trace.export import PARAMETERS_FILE, ExportedUNet
 from ...exporter.trace.reference import REFERENCE_FILE
+from ..base import Progress
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import CutEntry, Graphs, Quantization, Tensor, Variant
+from ..bundle.manifest import CutEntry, GraphFiles, Quantization, TensorEntry, Variant
 from .quantize import quantized
-from .request import Plan, Progress
+from .resolve import BuildPlan
 
 UNET_CONFIG = "unet/config.json"
 
 
-def make_variant(plan: Plan, existing: Bundle | None, out: Path, staged: Path, progress: Progress) -> Variant:
+def make_variant(plan: BuildPlan, existing: Bundle | None, out: Path, staged: Path, progress: Progress) -> Variant:
     """The export with all the cuts: the bundle's own where it has them, recut where it has others, or a new one."""
     held = existing.manifest.variants.get(plan.variant) if existing else None
     there = [cut.name for cut in held.cuts] if held else []
@@ -41,7 +42,7 @@ def make_variant(plan: Plan, existing: Bundle | None, out: Path, staged: Path, p
     return held.model_copy(update={"graphs": graphs, "cuts": cuts})
 
 
-def _export(plan: Plan, first: bool, there: Sequence[str], staged: Path, progress: Progress) -> Variant:
+def _export(plan: BuildPlan, first: bool, there: Sequence[str], staged: Path, progress: Progress) -> Variant:
     folder = staged / "unet" / plan.variant
     exported, quantization = _exported(plan, folder, [*there, *plan.cuts], progress)
     if first:
@@ -56,8 +57,8 @@ def _export(plan: Plan, first: bool, there: Sequence[str], staged: Path, progres
         opset=plan.opset,
         fixed=dict(plan.fixed),
         multiple=exported.multiple,
-        inputs=tuple(Tensor.of(spec) for spec in exported.inputs.values()),
-        noise_pred=Tensor.of(exported.outputs["noise_pred"]),
+        inputs=tuple(TensorEntry.of(spec) for spec in exported.inputs.values()),
+        noise_pred=TensorEntry.of(exported.outputs["noise_pred"]),
         cuts=cuts,
         graphs=graphs,
         reference=f"unet/{plan.variant}/{REFERENCE_FILE}",
@@ -66,7 +67,7 @@ def _export(plan: Plan, first: bool, there: Sequence[str], staged: Path, progres
 
 
 def _exported(
-    plan: Plan, folder: Path, cuts: Sequence[str], progress: Progress
+    plan: BuildPlan, folder: Path, cuts: Sequence[str], progress: Progress
 ) -> tuple[ExportedUNet, Quantization | None]:
     """The export in the plan's precision; one in low precision is made from a full one, aside."""
     if plan.source.onnx:
@@ -97,7 +98,7 @@ def _exported(
         shutil.rmtree(aside)
 
 
-def _check_calibration(plan: Plan, held: Variant) -> None:
+def _check_calibration(plan: BuildPlan, held: Variant) -> None:
     """Refuse to add to a variant that was calibrated in another way than is asked for now."""
     if plan.calibrator is None or held.quantization is None:
         return
@@ -110,7 +111,7 @@ def _check_calibration(plan: Plan, held: Variant) -> None:
         )
 
 
-def _cut(plan: Plan, staged: Path, graph: Path, names: Sequence[str]) -> tuple[Graphs, tuple[CutEntry, ...]]:
+def _cut(plan: BuildPlan, staged: Path, graph: Path, names: Sequence[str]) -> tuple[GraphFiles, tuple[CutEntry, ...]]:
     """Cut a graph, whose weights are linked beside the result, and describe it."""
     folder = staged / "unet" / plan.variant
     recut = graph.parent != folder
@@ -118,7 +119,7 @@ def _cut(plan: Plan, staged: Path, graph: Path, names: Sequence[str]) -> tuple[G
     suffix = "-" + hashlib.sha256(" ".join(names).encode()).hexdigest()[:8] if recut else ""
     twins = split_all(graph, names, folder, suffix, link=True)
     base = f"unet/{plan.variant}"
-    graphs = Graphs(
+    graphs = GraphFiles(
         full=f"{base}/{twins[0].full.name}",
         shallow={twin.cut.name: f"{base}/{twin.shallow.name}" for twin in twins},
         weights=f"{base}/{WEIGHTS_FILE}",
@@ -128,4 +129,4 @@ def _cut(plan: Plan, staged: Path, graph: Path, names: Sequence[str]) -> tuple[G
 
 
 def _cut_entry(cut: Cut) -> CutEntry:
-    return CutEntry(name=cut.name, aliases=cut.aliases, cached=tuple(Tensor.of(spec) for spec in cut.cached))
+    return CutEntry(name=cut.name, aliases=cut.aliases, cached=tuple(TensorEntry.of(spec) for spec in cut.cached))

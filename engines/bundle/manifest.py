@@ -62,7 +62,7 @@ class Source(_Model):
         return "the original ONNX" if self.onnx else "PyTorch"
 
 
-class Tensor(_Model):
+class TensorEntry(_Model):
     """A ``TensorSpec`` on disk."""
 
     name: str
@@ -70,7 +70,7 @@ class Tensor(_Model):
     shape: tuple[Annotated[int, Field(ge=1, strict=True)] | Annotated[str, Field(pattern=DIM_PATTERN)], ...]
 
     @classmethod
-    def of(cls, spec: TensorSpec) -> Tensor:
+    def of(cls, spec: TensorSpec) -> TensorEntry:
         return cls.model_validate({"name": spec.name, "dtype": spec.dtype, "shape": spec.shape})
 
     def spec(self) -> TensorSpec:
@@ -82,10 +82,10 @@ class CutEntry(_Model):
 
     name: str
     aliases: tuple[str, ...]
-    cached: tuple[Tensor, ...]
+    cached: tuple[TensorEntry, ...]
 
 
-class Graphs(_Model):
+class GraphFiles(_Model):
     """The files of an export: its graphs, one weights file for all of them, and the map of their parameters."""
 
     full: InsidePath
@@ -126,10 +126,10 @@ class Variant(_Model):
     opset: int
     fixed: dict[str, int]
     multiple: Annotated[int, Field(ge=1)]
-    inputs: tuple[Tensor, ...]
-    noise_pred: Tensor
+    inputs: tuple[TensorEntry, ...]
+    noise_pred: TensorEntry
     cuts: tuple[CutEntry, ...]
-    graphs: Graphs | None
+    graphs: GraphFiles | None
     reference: InsidePath
     quantization: Quantization | None = None
 
@@ -217,8 +217,8 @@ class ComponentEntry(_Model):
     label: str
     precision: str
     multiple: Annotated[int, Field(ge=1)]
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
     graph: InsidePath | None
     weights: InsidePath | None
     reference: InsidePath

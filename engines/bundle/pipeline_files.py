@@ -22,7 +22,7 @@ def pipeline_class(source: ModelSource) -> str | None:
     return str(index_of(source)["_class_name"])
 
 
-def copy_parts(source: ModelSource, out: Path, without_weights: Container[str] = ()) -> list[str]:
+def copy_pipeline_files(source: ModelSource, out: Path, without_weights: Container[str] = ()) -> list[str]:
     """Copy every component but the UNet, safetensors only, and the model's prompts; give the copies' names.
 
     Args:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ...errors import EngineError, MissingExtraError
-from ..base import Probe
+from ..base import EngineProbe
 
 
 @dataclass(frozen=True)
@@ -64,25 +64,25 @@ def load(library: NvidiaLibrary) -> Any:
     return module
 
 
-def probe(library: NvidiaLibrary) -> Probe:
+def probe(library: NvidiaLibrary) -> EngineProbe:
     """Look whether this library is installed, and whether there is a GPU for it."""
     installed = _installed(library)
     if installed is None:
-        return Probe(None, (), f"not installed: pip install 'offcut[{library.extra}]'")
+        return EngineProbe(None, (), f"not installed: pip install 'offcut[{library.extra}]'")
     try:
         module = import_module(library.module)
     except ImportError as error:
-        return Probe(installed, (), f"installed, but it cannot be imported: {str(error).splitlines()[0]}")
+        return EngineProbe(installed, (), f"installed, but it cannot be imported: {str(error).splitlines()[0]}")
     if find_spec("polygraphy") is None:
-        return Probe(installed, (), f"installed, but not polygraphy: pip install 'offcut[{library.extra}]'")
+        return EngineProbe(installed, (), f"installed, but not polygraphy: pip install 'offcut[{library.extra}]'")
     target = this_gpu()
     if target is None:
         without = "it builds for others, with compute_capabilities" if library.rtx else "it needs one to build, too"
-        return Probe(installed, (), f"PyTorch sees no NVIDIA GPU here; {without}", builds=library.rtx)
+        return EngineProbe(installed, (), f"PyTorch sees no NVIDIA GPU here; {without}", builds=library.rtx)
     if library.rtx and target not in supported(module):
         reason = f"it does not run on {target}, only on {', '.join(supported(module))}"
-        return Probe(installed, (), reason, targets={"cuda": target}, builds=True)
-    return Probe(installed, ("cuda",), f"a GPU of {target}", targets={"cuda": target}, builds=True)
+        return EngineProbe(installed, (), reason, targets={"cuda": target}, builds=True)
+    return EngineProbe(installed, ("cuda",), f"a GPU of {target}", targets={"cuda": target}, builds=True)
 
 
 def this_gpu() -> str | None:

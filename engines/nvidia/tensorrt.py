@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..base import Compiled, CompileJob, EngineOptions, EnginePair, Graphs, Probe
+from ..base import Compiled, CompileJob, EngineOptions, EnginePair, EngineProbe, Graphs
 from . import library, settings
 
 name = library.TENSORRT.name
@@ -13,7 +13,7 @@ SETTINGS = settings.SETTINGS
 HELPERS = settings.HELPERS
 
 
-def probe() -> Probe:
+def probe() -> EngineProbe:
     return library.probe(library.TENSORRT)
 
 

@@ -18,10 +18,10 @@ from ..buffers import allocate_pair
 if TYPE_CHECKING:
     import torch
 
-_MOMENTS = 3
+_SAMPLES = 3
 
 
-class Moments:
+class CallSamples:
     """The inputs of a few full calls, spread over all that were made, in constant memory."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Moments:
         if self._calls % self._every == 0:
             self._kept.append({name: tensor.clone() for name, tensor in inputs.items()})
         self._calls += 1
-        if len(self._kept) == 2 * _MOMENTS:
+        if len(self._kept) == 2 * _SAMPLES:
             self._kept, self._every = self._kept[::2], 2 * self._every
 
     def chosen(self) -> list[dict[str, torch.Tensor]]:
@@ -46,7 +46,7 @@ class ObservingPair:
 
     Attributes:
         histograms: of each watched tensor by its name in the graph that was cut, over full and shallow calls.
-        moments: inputs of full calls.
+        call_samples: inputs of full calls.
     """
 
     name = "calibration"
@@ -75,7 +75,7 @@ class ObservingPair:
         self.inputs, features = inputs, {spec.name: spec for twin in twins for spec in twin.cached}
         self.outputs: Mapping[str, TensorSpec] = {**outputs, **features}
         self.histograms: dict[str, Histogram] = defaultdict(Histogram)
-        self.moments = Moments()
+        self.call_samples = CallSamples()
         shallow = {twin.cut.name: twin.shallow for twin in twins}
         self._graphs = Graphs(twins[0].full, shallow, inputs, self.outputs, self.cuts, multiple, precision)
         # A cached tensor has another name in the graphs of the pair than where it was cut.
@@ -102,7 +102,7 @@ class ObservingPair:
         import torch
 
         if cut is None:
-            self.moments.add({name: buffers[name] for name in self.inputs})
+            self.call_samples.add({name: buffers[name] for name in self.inputs})
         graph = self._full if cut is None else self._shallow[cut]
         outputs = graph.run({name: buffers[name].numpy() for name in graph.inputs})
         for name in graph.watched:

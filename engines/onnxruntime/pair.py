@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import EngineError, MissingExtraError
 from ...exporter.specs import Shape
-from ..base import EngineOptions, Graphs, Probe, check_contract
+from ..base import EngineOptions, EngineProbe, Graphs, check_contract
 from ..buffers import allocate_pair
 from ..cuda import GraphIds, PairStream
 from .fusion import with_own_attention
@@ -43,21 +43,21 @@ _CPU = "CPUExecutionProvider"
 _ELEMENT_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 
 
-def probe() -> Probe:
+def probe() -> EngineProbe:
     installed = _installed_version()
     if installed is None:
-        return Probe(None, (), "not installed: pip install 'offcut[cpu]' (or 'offcut[cuda]')")
+        return EngineProbe(None, (), "not installed: pip install 'offcut[cpu]' (or 'offcut[cuda]')")
     try:
         import onnxruntime
     except ImportError as error:
-        return Probe(installed, (), f"installed, but it cannot be imported: {first_line(error)}")
+        return EngineProbe(installed, (), f"installed, but it cannot be imported: {first_line(error)}")
     import torch
 
     available = onnxruntime.get_available_providers()
     devices = ["cpu"] if _CPU in available else []
     if PROVIDERS["cuda"].name in available and torch.cuda.is_available():
         devices.append("cuda")
-    return Probe(installed, tuple(devices), f"providers {', '.join(available)}")
+    return EngineProbe(installed, tuple(devices), f"providers {', '.join(available)}")
 
 
 def open(graphs: Graphs, options: EngineOptions) -> OnnxRuntimePair:

@@ -14,8 +14,8 @@ from support.unets import eager, random_inputs
 
 import offcut
 import offcut.engines.inductor as inductor
-from offcut.engines.base import Probe
-from offcut.engines.builder.sizes import Sizes
+from offcut.engines.base import EngineProbe
+from offcut.engines.builder.request import Sizes
 from offcut.engines.builder.verify import verify_bundle
 from offcut.engines.precision import bounds
 from offcut.engines.profiles import Profile
@@ -179,16 +179,16 @@ def test_an_engine_that_opens_the_graphs_brings_them_back(
     ("here", "sentence"),
     [
         (
-            Probe(torch.__version__, ("cpu",), "", targets={"cpu": "other"}),
+            EngineProbe(torch.__version__, ("cpu",), "", targets={"cpu": "other"}),
             "was compiled for .*, and this machine",
         ),
-        (Probe("9.9.9", ("cpu",), "", targets=inductor.probe().targets), "runs with no other, here is 9.9.9"),
-        (Probe(torch.__version__, (), "no C++ compiler found"), "cannot run on cpu here: no C"),
+        (EngineProbe("9.9.9", ("cpu",), "", targets=inductor.probe().targets), "runs with no other, here is 9.9.9"),
+        (EngineProbe(torch.__version__, (), "no C++ compiler found"), "cannot run on cpu here: no C"),
     ],
     ids=["another CPU", "another PyTorch", "nothing"],
 )
 def test_it_is_refused_where_it_does_not_fit(
-    here: Probe, sentence: str, compiled_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    here: EngineProbe, sentence: str, compiled_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inductor, "probe", lambda: here)
     monkeypatch.setattr(inductor, "open", lambda *args: pytest.fail("native code was loaded"))

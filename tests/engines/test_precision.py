@@ -10,9 +10,8 @@ from support.unets import eager, random_inputs
 
 import offcut
 import offcut.engines.builder.variants as variants_module
-from offcut.engines.builder.schemes import LOW_PRECISIONS, scheme_of
-from offcut.engines.builder.verify import Check, verify_bundle
-from offcut.engines.precision import BOUNDS, Bounds, bounds
+from offcut.engines.builder.verify import ParityCheck, verify_bundle
+from offcut.engines.precision import BOUNDS, LOW_PRECISIONS, Bounds, bounds, scheme_of
 from offcut.engines.registry import ENGINES, compiler, engine
 from offcut.errors import EngineError
 from offcut.exporter.load import PRECISIONS
@@ -51,7 +50,7 @@ def table(tiny_unet_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def results(table: Path) -> dict[str, list[Check]]:
+def results(table: Path) -> dict[str, list[ParityCheck]]:
     """Every check of every row."""
     return verify_bundle(offcut.Bundle.open(table))
 
@@ -74,7 +73,7 @@ def row_entry(table: Path, request: pytest.FixtureRequest) -> tuple[offcut.Bundl
 @pytest.mark.slow
 @pytest.mark.parametrize("row_entry", BUILT, indirect=True, ids=label)
 def test_a_row_that_is_offered_is_built_and_within_its_bounds(
-    row_entry: tuple[offcut.Bundle, str], results: dict[str, list[Check]]
+    row_entry: tuple[offcut.Bundle, str], results: dict[str, list[ParityCheck]]
 ) -> None:
     checks = results[row_entry[1]]
     assert len(checks) == 1 + 2 * 3 + 4

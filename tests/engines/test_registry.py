@@ -8,7 +8,7 @@ import pytest
 import offcut.engines.onnxruntime.pair as onnxruntime_module
 import offcut.engines.openvino as openvino_module
 import offcut.engines.registry as registry
-from offcut.engines.base import Probe
+from offcut.engines.base import EngineProbe
 from offcut.engines.registry import ENGINES, choose, engine, probe_all
 from offcut.errors import EngineError
 
@@ -19,9 +19,9 @@ from .conftest import ONNX_ENGINES
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A CPU with AMX on which ONNX Runtime and OpenVINO work, and nothing else; tests take away from it."""
     for name in ENGINES:
-        monkeypatch.setattr(engine(name), "probe", lambda: Probe(None, (), "not here"))
-    monkeypatch.setattr(onnxruntime_module, "probe", lambda: Probe("1.31.1", ("cpu",), "providers CPU"))
-    monkeypatch.setattr(openvino_module, "probe", lambda: Probe("2026.4.1", ("cpu",), "CPU with FP32, BF16"))
+        monkeypatch.setattr(engine(name), "probe", lambda: EngineProbe(None, (), "not here"))
+    monkeypatch.setattr(onnxruntime_module, "probe", lambda: EngineProbe("1.31.1", ("cpu",), "providers CPU"))
+    monkeypatch.setattr(openvino_module, "probe", lambda: EngineProbe("2026.4.1", ("cpu",), "CPU with FP32, BF16"))
     monkeypatch.setattr(registry, "_has_amx", lambda: True)
     return monkeypatch
 
@@ -66,13 +66,13 @@ def test_without_amx_auto_is_onnx_runtime(machine: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_on_cuda_auto_is_what_runs_there(device: str, machine: pytest.MonkeyPatch) -> None:
-    machine.setattr(onnxruntime_module, "probe", lambda: Probe("1.31.1", ("cpu", "cuda"), "providers CUDA, CPU"))
+    machine.setattr(onnxruntime_module, "probe", lambda: EngineProbe("1.31.1", ("cpu", "cuda"), "providers CUDA, CPU"))
     assert choose(device).name == "onnxruntime"
     assert "only one usable" in choose(device).reason
 
 
 def test_the_only_one_usable_is_taken_and_the_other_named(machine: pytest.MonkeyPatch) -> None:
-    machine.setattr(openvino_module, "probe", lambda: Probe(None, (), "not installed: pip install 'offcut[cpu]'"))
+    machine.setattr(openvino_module, "probe", lambda: EngineProbe(None, (), "not installed: pip install 'offcut[cpu]'"))
     assert choose().name == "onnxruntime"
     assert choose().reason == "the only one usable on cpu (tensorrt, tensorrt-rtx, openvino, inductor not)"
 
@@ -82,7 +82,7 @@ def test_auto_takes_only_what_the_bundle_holds(machine: pytest.MonkeyPatch) -> N
 
 
 def test_where_none_is_usable_the_reason_of_each_is_given(machine: pytest.MonkeyPatch) -> None:
-    machine.setattr(openvino_module, "probe", lambda: Probe(None, (), "not installed: pip install 'offcut[cpu]'"))
+    machine.setattr(openvino_module, "probe", lambda: EngineProbe(None, (), "not installed: pip install 'offcut[cpu]'"))
     with pytest.raises(EngineError) as caught:
         choose("cuda")
     assert str(caught.value).startswith("no engine can run on cuda here (tensorrt: not here; ")

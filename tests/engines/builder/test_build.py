@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import offcut
-import offcut.engines.builder.request as plan_module
+import offcut.engines.builder.resolve as resolve_module
 import offcut.engines.builder.variants as variants_module
 import offcut.engines.builder.verify as verify_module
 from offcut.engines.registry import Choice
@@ -55,7 +55,7 @@ def test_the_stages_are_announced(tiny_unet_dir: Path, tmp_path: Path, quick_exp
 def test_auto_says_what_it_chose_and_why(
     tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_module, "choose", lambda device: Choice("openvino", "the moon is full"))
+    monkeypatch.setattr(resolve_module, "choose", lambda device: Choice("openvino", "the moon is full"))
     bundle, progress = build(tiny_unet_dir, tmp_path / "b", engine="auto")
     assert progress[0] == "engine openvino: the moon is full"
     assert bundle.engines == ["openvino"]
@@ -183,9 +183,9 @@ def never(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"engine": []}, EngineError, "no engine was named"),
         ({"engine": "onnxruntime", "precision": "bf16"}, EngineError, "onnxruntime cannot run bf16: .* it runs fp32"),
         ({"precision": "fp8"}, EngineError, "cannot run fp8"),
-        ({"precision": "int8"}, EngineError, "int8 needs to know what to calibrate on"),
+        ({"precision": "int8"}, EngineError, "int8 needs calibration: pass calibration=offcut.Calibration"),
         ({"inference_precision": "bf16"}, EngineError, "onnxruntime cannot run fp32 computed in bf16"),
-        ({"cuts": ["everything"]}, CutError, "'everything' is no name of a cut: write deepcache:K"),
+        ({"cuts": ["everything"]}, CutError, "'everything' is not a valid cut name: write deepcache:K"),
         ({"cuts": []}, CutError, "no cut was named: write deepcache:K"),
     ],
     ids=str,
@@ -202,10 +202,10 @@ def test_an_engine_that_is_not_usable_is_refused_before_the_export(
     tiny_unet_dir: Path, tmp_path: Path, never: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import offcut.engines.openvino as module
-    from offcut.engines.base import Probe
+    from offcut.engines.base import EngineProbe
 
     reason = "not installed: pip install 'offcut[cpu]'"
-    monkeypatch.setattr(module, "probe", lambda: Probe(None, (), reason))
+    monkeypatch.setattr(module, "probe", lambda: EngineProbe(None, (), reason))
     with pytest.raises(EngineError, match=r"openvino cannot be used here: not installed: pip install 'offcut\[cpu\]'"):
         build(tiny_unet_dir, tmp_path / "b", engine="openvino")
     assert not (tmp_path / "b").exists()
@@ -267,7 +267,7 @@ def test_a_directory_of_somebody_else_is_left_alone(tiny_unet_dir: Path, tmp_pat
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.txt").write_text("It was a dark and stormy night.", encoding="utf-8")
     before = contents(tmp_path)
-    with pytest.raises(BundleError, match="is not empty and no bundle; give another directory"):
+    with pytest.raises(BundleError, match="is not empty and not a bundle; give another directory"):
         build(tiny_unet_dir, tmp_path / "thesis")
     with pytest.raises(BundleError, match="is a file; give a directory"):
         build(tiny_unet_dir, tmp_path / "thesis" / "chapter1.txt")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import offcut
 from offcut.cli import app
-from offcut.engines.builder.sizes import Sizes
+from offcut.engines.builder.request import Sizes
 from offcut.engines.builder.verify import verify_bundle
 from offcut.errors import EngineError, ModelError, UserError
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from transformers import CLIPTextModel
 import offcut
 from offcut.engines.base import EngineOptions
 from offcut.engines.builder.networks import compile_components
-from offcut.engines.builder.request import make_plan
+from offcut.engines.builder.request import BuildRequest
+from offcut.engines.builder.resolve import resolve
 from offcut.engines.builder.verify import verify_bundle
 from offcut.engines.bundle.networks import components_of, engine_for, open_component
 from offcut.engines.bundle.store import commit, staging
@@ -29,26 +29,8 @@ def bundle(small_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     path = tmp_path_factory.mktemp("bundles") / "all.offcut"
     with _quick_host_code():
         first = offcut.build(small_pipeline_dir, path, engine="onnxruntime", compile_all=True)
-        asked: dict[str, Any] = dict.fromkeys(
-            ("inference_precision", "opset", "dims", "settings", "revision", "variant", "subfolder", "attention")
-        )
-        plan = make_plan(
-            small_pipeline_dir,
-            cuts=["deepcache:0"],
-            engines="inductor",
-            precision="fp32",
-            profiles=(),
-            deploy=False,
-            compile_all=True,
-            device="cpu",
-            adapters=None,
-            loras={},
-            ip_adapters=(),
-            calibrator=None,
-            cache=True,
-            progress=lambda sentence: None,
-            **asked,
-        )
+        request = BuildRequest(str(small_pipeline_dir), engines=("inductor",), compile_all=True)
+        plan = resolve(request, lambda sentence: None)
         unet = first.entry("onnxruntime").model_copy(update={"engine": "inductor"})
         text = [entry for entry in first.manifest.components if entry.name == "text_encoder"]
         with staging(path) as staged:

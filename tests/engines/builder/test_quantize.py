@@ -11,8 +11,8 @@ from support.exports import copy_export
 
 import offcut
 from offcut.engines.builder.quantize import quantized
-from offcut.engines.builder.schemes import SCHEMES
-from offcut.engines.onnxruntime.observer import Moments, ObservingPair
+from offcut.engines.onnxruntime.observer import CallSamples, ObservingPair
+from offcut.engines.precision import SCHEMES
 from offcut.errors import BundleError, EngineError, ModelError
 from offcut.exporter.cut import split_all
 from offcut.exporter.graph import read
@@ -145,10 +145,10 @@ def test_the_pair_computes_what_the_graphs_do(pair: ObservingPair, made: Exporte
 
 @pytest.mark.parametrize("calls", [1, 2, 5, 50])
 def test_moments_are_few_and_spread(calls: int) -> None:
-    moments = Moments()
+    samples = CallSamples()
     for call in range(calls):
-        moments.add({"timestep": torch.tensor([float(call)])})
-    kept = [int(each["timestep"]) for each in moments.chosen()]
+        samples.add({"timestep": torch.tensor([float(call)])})
+    kept = [int(each["timestep"]) for each in samples.chosen()]
     assert kept[0] == 0
     assert len(kept) == min(calls, 3)
     assert kept[-1] >= calls // 2

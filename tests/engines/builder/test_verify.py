@@ -12,7 +12,7 @@ import torch
 
 import offcut
 from offcut.engines.base import EngineOptions, Graphs
-from offcut.engines.builder.verify import Check, require, verify, verify_bundle
+from offcut.engines.builder.verify import ParityCheck, require, verify, verify_bundle
 from offcut.engines.precision import Bounds, bounds
 from offcut.engines.registry import engine
 from offcut.errors import BundleError, ParityError
@@ -38,7 +38,7 @@ def reference(graphs: Graphs) -> Reference:
     return read_reference(graphs.full.parent / "reference.safetensors")
 
 
-def checks_of(name: str, graphs: Graphs, reference: Reference, limits: Bounds = EXACT) -> dict[str, Check]:
+def checks_of(name: str, graphs: Graphs, reference: Reference, limits: Bounds = EXACT) -> dict[str, ParityCheck]:
     pair = engine(name).open(graphs, EngineOptions())
     try:
         checks = verify(pair, reference, limits)
@@ -48,7 +48,7 @@ def checks_of(name: str, graphs: Graphs, reference: Reference, limits: Bounds = 
     return {check.name: check for check in checks}
 
 
-def failed(checks: dict[str, Check]) -> set[str]:
+def failed(checks: dict[str, ParityCheck]) -> set[str]:
     return {name for name, check in checks.items() if not check.passed}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from offcut.engines.bundle.pipeline_files import copy_parts, pipeline_class, weight_files
+from offcut.engines.bundle.pipeline_files import copy_pipeline_files, pipeline_class, weight_files
 from offcut.errors import ModelError
 from offcut.exporter.load import locate
 
@@ -17,7 +17,7 @@ def pipeline(tiny_pipeline_dir: Path, tmp_path: Path) -> Path:
 
 
 def test_every_component_but_the_unet_is_copied(pipeline: Path, tmp_path: Path) -> None:
-    names = copy_parts(locate(pipeline), tmp_path / "out")
+    names = copy_pipeline_files(locate(pipeline), tmp_path / "out")
     assert {name for name in names if name.endswith(".safetensors")} == {
         "text_encoder/model.safetensors",
         "vae/diffusion_pytorch_model.safetensors",
@@ -31,25 +31,25 @@ def test_every_component_but_the_unet_is_copied(pipeline: Path, tmp_path: Path) 
 
 def test_the_model_s_prompts_come_along(pipeline: Path, tmp_path: Path) -> None:
     (pipeline / "prompts.txt").write_text("a cat\n", encoding="utf-8")
-    assert "prompts.txt" in copy_parts(locate(pipeline), tmp_path / "out")
+    assert "prompts.txt" in copy_pipeline_files(locate(pipeline), tmp_path / "out")
     assert (tmp_path / "out" / "prompts.txt").read_text(encoding="utf-8") == "a cat\n"
 
 
 def test_a_bare_unet_has_no_parts(tiny_unet_dir: Path, tmp_path: Path) -> None:
     source = locate(tiny_unet_dir)
-    assert copy_parts(source, tmp_path / "out") == []
+    assert copy_pipeline_files(source, tmp_path / "out") == []
     assert pipeline_class(source) is None
 
 
 def test_the_variant_is_copied_where_there_is_one(pipeline: Path, tmp_path: Path) -> None:
     vae = pipeline / "vae"
     shutil.copyfile(vae / "diffusion_pytorch_model.safetensors", vae / "diffusion_pytorch_model.fp16.safetensors")
-    names = copy_parts(locate(pipeline, variant="fp16"), tmp_path / "out")
+    names = copy_pipeline_files(locate(pipeline, variant="fp16"), tmp_path / "out")
     assert [name for name in names if name.endswith(".safetensors")] == [
         "text_encoder/model.safetensors",
         "vae/diffusion_pytorch_model.fp16.safetensors",
     ]
-    plain = copy_parts(locate(pipeline), tmp_path / "plain")
+    plain = copy_pipeline_files(locate(pipeline), tmp_path / "plain")
     assert "vae/diffusion_pytorch_model.fp16.safetensors" not in plain
 
 
@@ -64,11 +64,11 @@ def test_shards_of_a_variant_belong_to_it(tmp_path: Path) -> None:
 
 def test_pickled_weights_are_not_copied(pipeline: Path, tmp_path: Path) -> None:
     (pipeline / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
-    names = copy_parts(locate(pipeline), tmp_path / "out")
+    names = copy_pipeline_files(locate(pipeline), tmp_path / "out")
     assert not any(name.endswith(".bin") for name in names)
     (pipeline / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ModelError, match="nothing to load in vae; offcut takes safetensors only"):
-        copy_parts(locate(pipeline), tmp_path / "again")
+        copy_pipeline_files(locate(pipeline), tmp_path / "again")
 
 
 def test_a_component_that_is_not_there_is_refused_and_one_that_is_switched_off_is_not(
@@ -78,7 +78,7 @@ def test_a_component_that_is_not_there_is_refused_and_one_that_is_switched_off_i
     assert index["safety_checker"] == [None, None]
     shutil.rmtree(pipeline / "scheduler")
     with pytest.raises(ModelError, match="nothing to load in scheduler"):
-        copy_parts(locate(pipeline), tmp_path / "out")
+        copy_pipeline_files(locate(pipeline), tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["../outside", "/outside", "a/b", "", "."])
@@ -89,7 +89,7 @@ def test_a_component_outside_the_pipeline_is_refused(name: str, pipeline: Path, 
     (tmp_path / "outside" / "config.json").write_text("{}", encoding="utf-8")
     (pipeline / "model_index.json").write_text(json.dumps({**index, name: ["diffusers", "X"]}), encoding="utf-8")
     with pytest.raises(ModelError, match="is no name of a folder in it"):
-        copy_parts(locate(pipeline), tmp_path / "out" / "bundle")
+        copy_pipeline_files(locate(pipeline), tmp_path / "out" / "bundle")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "{"])
@@ -98,4 +98,4 @@ def test_an_index_that_names_no_pipeline_is_refused(text: str, pipeline: Path, t
     with pytest.raises(ModelError, match=r"model_index\.json"):
         pipeline_class(locate(pipeline))
     with pytest.raises(ModelError, match=r"model_index\.json"):
-        copy_parts(locate(pipeline), tmp_path / "out")
+        copy_pipeline_files(locate(pipeline), tmp_path / "out")

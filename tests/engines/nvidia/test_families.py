@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from support.ip_adapters import save_ip_adapter
 
 import offcut
-from offcut.engines.builder.sizes import Sizes
+from offcut.engines.builder.request import Sizes
 from offcut.engines.profiles import Profile
 
 pytestmark = [pytest.mark.usefixtures("trt"), pytest.mark.slow]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from offcut.engines.base import Probe
+from offcut.engines.base import EngineProbe
 from offcut.engines.nvidia import tensorrt, tensorrt_rtx
 from offcut.engines.nvidia.library import TENSORRT, load, probe
 from offcut.engines.nvidia.plan import share_budget
@@ -93,7 +93,7 @@ def test_a_process_works_with_one_of_the_two() -> None:
 
 
 def test_on_cuda_auto_prefers_what_is_compiled_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = Probe("1.0", ("cuda",), "a GPU", targets={"cuda": "sm_89"})
+    runs = EngineProbe("1.0", ("cuda",), "a GPU", targets={"cuda": "sm_89"})
     for module in (onnxruntime, tensorrt_rtx):
         monkeypatch.setattr(module, "probe", lambda: runs)
     assert choose("cuda") == Choice("tensorrt-rtx", "compiles the graphs for this GPU")
@@ -128,7 +128,7 @@ class Block(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}")
 sys.meta_path.insert(0, Block())
 from offcut.engines import onnxruntime, tensorrt, tensorrt_rtx
-from offcut.engines.base import Probe
+from offcut.engines.base import EngineProbe
 from offcut.engines.nvidia.library import TENSORRT_RTX, load
 from offcut.errors import MissingExtraError
 try:

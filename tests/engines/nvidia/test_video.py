@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import offcut
-from offcut.engines.builder.sizes import Sizes
+from offcut.engines.builder.request import Sizes
 
 pytestmark = [pytest.mark.usefixtures("trt"), pytest.mark.slow]
 

@@ -1,4 +1,4 @@
-"""The manifest of a bundle after a build: what it held, and what was made."""
+"""The manifest of a bundle after a build: the entries of before, and those of the build."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from importlib.metadata import version
 
 from ...errors import BundleError
 from ...exporter.lora import find
-from ..builder.request import Plan
-from ..builder.variants import UNET_CONFIG
-from .bundle import engine_files
-from .manifest import (
+from ..bundle.bundle import engine_files
+from ..bundle.manifest import (
     SCHEMA_VERSION,
     ComponentEntry,
     EngineEntry,
@@ -21,38 +19,38 @@ from .manifest import (
     Source,
     Variant,
 )
-from .pipeline_files import pipeline_class
+from ..bundle.pipeline_files import pipeline_class
+from .resolve import BuildPlan
+from .variants import UNET_CONFIG
 
 
 def merge(
     current: Manifest | None,
-    plan: Plan,
+    plan: BuildPlan,
     variant: Variant,
     entries: Sequence[EngineEntry],
-    parts: Sequence[str],
+    pipeline_files: Sequence[str],
     files: Mapping[str, FileEntry],
     components: Sequence[ComponentEntry] = (),
 ) -> Manifest:
-    """The manifest that is there now, with what this build adds. Another build may have come first.
+    """Return the current manifest with the entries of this build. Another build may have committed meanwhile.
 
     Raises:
-        BundleError: it came with another model.
+        BundleError: the other build was of another model.
     """
     if current is not None and current.source.weights_digest != plan.weights_digest:
         raise BundleError(f"another build put another model ({current.source.model}) into this bundle meanwhile")
     variants = {**(current.variants if current else {}), variant.name: variant}
-    added = {entry.key: entry for entry in entries}  # last, since the newest build of an engine is the one opened
-    engines = {
-        **{key: entry for key, entry in (current.engines if current else {}).items() if key not in added},
-        **added,
-    }
+    new = {entry.key: entry for entry in entries}
+    # The newest build of an engine is the one that is opened, so new entries come last.
+    engines = {key: entry for key, entry in (current.engines if current else {}).items() if key not in new} | new
     schedules = dict(current.schedules) if current else {}
     known = {**(current.files if current else {}), **files}
-    networks = {(each.name, each.label): each for each in (current.components if current else ())}
-    for each in components:
-        before = networks.get((each.name, each.label))
-        networks[each.name, each.label] = before.joined(each) if before else each
-    named = _named(variants, engines, parts, networks.values(), schedules.values())
+    networks = {(entry.name, entry.label): entry for entry in (current.components if current else ())}
+    for component in components:
+        before = networks.get((component.name, component.label))
+        networks[component.name, component.label] = before.joined(component) if before else component
+    names = _names(variants, engines, pipeline_files, networks.values(), schedules.values())
     return Manifest(
         schema_version=SCHEMA_VERSION,
         offcut_version=version("offcut"),
@@ -60,37 +58,37 @@ def merge(
         pipeline=pipeline_class(plan.source),
         source=source_of(plan),
         unet_config=UNET_CONFIG,
-        parts=tuple(parts),
+        parts=tuple(pipeline_files),
         variants=variants,
         engines=engines,
         components=tuple(networks.values()),
         schedules=schedules,
-        files={name: known[name] for name in sorted(named & set(known))},
+        files={name: known[name] for name in sorted(names & set(known))},
     )
 
 
-def source_of(plan: Plan) -> Source:
-    """The model that a bundle is made of."""
+def source_of(plan: BuildPlan) -> Source:
+    """Return the model that a bundle is built from."""
     return Source(
         model=plan.source.name,
         revision=plan.source.revision,
         variant=plan.source.variant,
         weights_digest=plan.weights_digest,
-        loras=tuple(FusedLora(name=find(each.path).name, scale=each.scale) for each in plan.source.loras),
+        loras=tuple(FusedLora(name=find(lora.path).name, scale=lora.scale) for lora in plan.source.loras),
         attention=plan.source.attention,
         onnx=plan.source.onnx,
     )
 
 
-def _named(
+def _names(
     variants: Mapping[str, Variant],
     engines: Mapping[str, EngineEntry],
-    parts: Sequence[str],
+    pipeline_files: Sequence[str],
     components: Iterable[ComponentEntry],
     schedules: Iterable[ScheduleEntry],
 ) -> set[str]:
-    """Every file that the manifest speaks of; what it no longer does, ``prune`` removes."""
-    names = {UNET_CONFIG, *parts, *(file for each in components for file in each.files)}
+    """Return every file that the manifest names; ``prune`` removes the others."""
+    names = {UNET_CONFIG, *pipeline_files, *(file for component in components for file in component.files)}
     for variant in variants.values():
         names |= {variant.reference, *(variant.graphs.files if variant.graphs else ())}
     for entry in engines.values():
