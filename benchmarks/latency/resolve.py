@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...engines.builder.request import weights_digest
+from ...engines.builder.resolve import weights_digest
 from ...engines.bundle.bundle import Bundle
 from ...engines.bundle.pipeline_files import weight_files
 from ...engines.profiles import trained_side
