@@ -15,7 +15,7 @@ import pytest
 from support.models import save_unet
 
 import offcut
-from offcut.engines.builder.request import weights_digest
+from offcut.engines.builder.resolve import weights_digest
 from offcut.errors import UserError
 from offcut.exporter import export_cache
 from offcut.exporter.export_cache import FILES, ExportCache, cache_key, cached_export

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from offcut.engines.builder.request import weights_digest
+from offcut.engines.builder.resolve import weights_digest
 from offcut.exporter.export_cache import ExportCache, cached_export
 from offcut.exporter.load import locate
 from offcut.exporter.trace.export import DEFAULT_OPSET, ExportedUNet
