@@ -5,20 +5,24 @@ OLDER ?= .venv-older
 WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test quick check types docs older format clean
+.PHONY: help demo test test-slow test-all check types docs older format clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 demo: $(VENV)/installed  ## build the model that comes with offcut and show it at several intervals
 	$(BIN)/offcut demo
 
-test: $(VENV)/installed  ## the whole test suite
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+test: $(VENV)/installed  ## the tests, without the slow ones
+	$(PYTEST) -m "not slow"
 
-quick: $(VENV)/installed  ## the test suite without its slow tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
+test-slow: $(VENV)/installed  ## the slow tests; PART=1/3 for a third of their files
+	$(PYTEST) -m slow $(if $(PART),--part $(PART))
+
+test-all: $(VENV)/installed  ## every test
+	$(PYTEST)
 
 check: $(VENV)/installed-dev types docs  ## lint, formatting, types, and the manual with its links
 	$(BIN)/ruff check .

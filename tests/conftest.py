@@ -24,6 +24,8 @@ from offcut.benchmarks.shapes.model import model_path
 from offcut.cli import main
 from offcut.exporter.trace.export import ExportedUNet
 
+pytest_plugins = ["support.tiers"]
+
 ENGINES = ["onnxruntime", "openvino"]
 VIDEO_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]
 TINY_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "deepcache:4", "mlperf"]
