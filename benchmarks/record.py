@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: one ``result.json``, with enough in it to repeat the run and to doubt it."""
+"""``result.json``: figures, command and environment of one run of ``offcut bench``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UserError
-from .controlnet.record import ControlNetReuse
-from .drift.record import Drift
-from .growth.record import Growth
-from .latency.record import Latency
-from .mlperf.record import MlPerf
-from .precision.record import Precision
-from .quality.record import Quality
-from .serving.record import ServingLoad
+from .schema.controlnet import ControlNetReuse
+from .schema.drift import Drift
+from .schema.growth import Growth
+from .schema.latency import Latency
+from .schema.mlperf import MlPerf
+from .schema.precision import Precision
+from .schema.quality import Quality
+from .schema.serving import ServingLoad
 from .swap import Swap
 
 SCHEMA: Literal[1] = 1

@@ -15,14 +15,14 @@ import numpy as np
 from ...errors import InternalError, UserError
 from ...runtime.pipeline import attach
 from ...runtime.unet import UNet
-from ..quality import kept
+from ..quality import npz_cache
 from ..quality.metrics import Pictures
 from ..quality.pictures import Progress, batch
-from .ways import CUT, Task, Way
+from .ways import CUT, ControlNetSetting, SceneTask
 
 
 @dataclass
-class Watch:
+class ControlNetMeter:
     """What a ControlNet did: how often its layers ran, and the seconds of its calls, those with no pass too."""
 
     passes: int = 0
@@ -67,7 +67,9 @@ class Pipelines:
         """The class of the pipelines' scheduler."""
         return type(self._plain.scheduler).__name__
 
-    def draw(self, task: Task, way: Way, places: range, on_step: Progress, watch: Watch) -> Pictures:
+    def draw(
+        self, task: SceneTask, way: ControlNetSetting, places: range, on_step: Progress, watch: ControlNetMeter
+    ) -> Pictures:
         """The pictures at these places of the task, by one call of the way's pipeline: uint8 (N, 64, 64, 3)."""
         import torch
 
@@ -83,7 +85,7 @@ class Pipelines:
 
 
 @contextmanager
-def _watched(net: Any, watch: Watch) -> Iterator[None]:
+def _watched(net: Any, watch: ControlNetMeter) -> Iterator[None]:
     """Counts a ControlNet's passes and its seconds; None for no ControlNet."""
     if net is None:
         yield
@@ -112,20 +114,20 @@ def _watched(net: Any, watch: Watch) -> Iterator[None]:
             hook.remove()
 
 
-def make(pipes: Pipelines, task: Task, way: Way, folder: Path, on_step: Progress) -> Drawn:
+def make(pipes: Pipelines, task: SceneTask, way: ControlNetSetting, folder: Path, on_step: Progress) -> Drawn:
     """Draws all scenes in a way, unless they lie in `folder` already.
 
     Raises:
         UserError: `folder` cannot be written, or what lies there is damaged.
     """
     path = folder / f"{task.key(way)}.npz"
-    lying = kept.read(path, "pictures", "timeline", "passes")
+    lying = npz_cache.read(path, "pictures", "timeline", "passes")
     if lying is not None:
         return Drawn(*lying)
     pictures: list[Pictures] = []
     ran: set[tuple[str, int]] = set()
     for start in range(0, len(task.prompts), task.batch):
-        places, watch = range(start, min(start + task.batch, len(task.prompts))), Watch()
+        places, watch = range(start, min(start + task.batch, len(task.prompts))), ControlNetMeter()
         pictures.append(pipes.draw(task, way, places, on_step, watch))
         run = pipes.unet.last_run
         if run is None:
@@ -134,7 +136,7 @@ def make(pipes: Pipelines, task: Task, way: Way, folder: Path, on_step: Progress
     if len(ran) != 1:
         raise InternalError(f"{way.name}: batches of one way ran different calls: {sorted(ran)}")
     made = Drawn(np.concatenate(pictures), *ran.pop())
-    kept.write(path, pictures=made.pictures, timeline=made.timeline, passes=made.passes)
+    npz_cache.write(path, pictures=made.pictures, timeline=made.timeline, passes=made.passes)
     return made
 
 
@@ -153,6 +155,6 @@ def digest(controlnet: Path) -> str:
     return found.hexdigest()
 
 
-def missing(task: Task, way: Way, folder: Path) -> int:
+def missing(task: SceneTask, way: ControlNetSetting, folder: Path) -> int:
     """How many pictures of a way are still to be drawn."""
     return 0 if (folder / f"{task.key(way)}.npz").exists() else len(task.prompts)

@@ -14,12 +14,12 @@ from ...runtime.generation.state import Run
 from ...runtime.images.picture import Tile, sheet
 from ..quality import metrics
 from ..quality.pictures import Progress
+from ..schema.controlnet import ControlNetReuse, ControlNetRow, ReuseChange
 from ..shapes import silhouettes
 from ..shapes.judge_net.reader import JudgeNet, obeyed
 from ..stats import mean_of
-from .draw import Drawn, Pipelines, Watch, make
-from .record import Change, ControlNetReuse, ControlNetRow
-from .ways import CUT, UNCACHED, Task, Way
+from .draw import ControlNetMeter, Drawn, Pipelines, make
+from .ways import CUT, UNCACHED, ControlNetSetting, SceneTask
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,8 +48,8 @@ class _Times:
 
 def run(
     pipes: Pipelines,
-    task: Task,
-    ways: Sequence[Way],
+    task: SceneTask,
+    ways: Sequence[ControlNetSetting],
     folder: Path,
     *,
     rounds: int,
@@ -71,7 +71,7 @@ def run(
     Raises:
         UserError: `folder` cannot be written, or something in it is damaged.
     """
-    drawn: dict[Way, Drawn] = {}
+    drawn: dict[ControlNetSetting, Drawn] = {}
     for way in ways:
         stage(way.name)
         drawn[way] = make(pipes, task, way, folder / "pictures", on_step)
@@ -107,13 +107,15 @@ def run(
     )
 
 
-def _times(pipes: Pipelines, task: Task, ways: Sequence[Way], rounds: int, on_step: Progress) -> Mapping[Way, _Times]:
+def _times(
+    pipes: Pipelines, task: SceneTask, ways: Sequence[ControlNetSetting], rounds: int, on_step: Progress
+) -> Mapping[ControlNetSetting, _Times]:
     """The first batch of scenes in every way, one after the other in each round; a first round only warms up."""
     places = range(min(task.batch, len(task.prompts)))
     times = {way: _Times([], []) for way in ways}
     for turn in range(rounds + 1 if rounds else 0):
         for way in ways:
-            watch = Watch()
+            watch = ControlNetMeter()
             began = time.perf_counter()
             pipes.draw(task, way, places, on_step, watch)
             seconds = time.perf_counter() - began
@@ -123,7 +125,12 @@ def _times(pipes: Pipelines, task: Task, ways: Sequence[Way], rounds: int, on_st
     return times
 
 
-def _row(way: Way, made: Drawn, scored: Mapping[Way, _Scored], times: Mapping[Way, _Times]) -> ControlNetRow:
+def _row(
+    way: ControlNetSetting,
+    made: Drawn,
+    scored: Mapping[ControlNetSetting, _Scored],
+    times: Mapping[ControlNetSetting, _Times],
+) -> ControlNetRow:
     own, base, taken = scored[way], times[UNCACHED].seconds, times[way]
     cached = way.interval is not None
     ratios = [one / other for one, other in zip(taken.seconds, base, strict=True)]
@@ -147,8 +154,8 @@ def _row(way: Way, made: Drawn, scored: Mapping[Way, _Scored], times: Mapping[Wa
     )
 
 
-def _change(own: _Scored, twin: _Scored) -> Change:
-    return Change(
+def _change(own: _Scored, twin: _Scored) -> ReuseChange:
+    return ReuseChange(
         psnr=mean_of(own.psnr - twin.psnr),
         overlap=mean_of(own.overlap - twin.overlap),
         accuracy=mean_of(own.right - twin.right),
@@ -157,10 +164,10 @@ def _change(own: _Scored, twin: _Scored) -> Change:
 
 def _picture(
     path: Path,
-    task: Task,
+    task: SceneTask,
     rows: Sequence[ControlNetRow],
-    drawn: Mapping[Way, Drawn],
-    scored: Mapping[Way, _Scored],
+    drawn: Mapping[ControlNetSetting, Drawn],
+    scored: Mapping[ControlNetSetting, _Scored],
 ) -> None:
     """Silhouette and pictures side by side, a row for each scene."""
     lines = []
@@ -185,7 +192,7 @@ def _image(picture: metrics.Pictures) -> Image:
     return Image.fromarray(picture)
 
 
-def _ran(way: Way, timeline: str) -> Run:
+def _ran(way: ControlNetSetting, timeline: str) -> Run:
     full = tuple(call == "#" for call in timeline)
     cuts = tuple(None if call else CUT for call in full)
     return Run(full, (), way.schedule, None if way.schedule is None else CUT, len(full), cuts)

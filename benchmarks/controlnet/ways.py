@@ -18,7 +18,7 @@ CUT = "deepcache:0"
 
 
 @dataclass(frozen=True)
-class Way:
+class ControlNetSetting:
     """One way to draw.
 
     Attributes:
@@ -44,18 +44,18 @@ class Way:
         return None if self.interval is None else Uniform(self.interval, warmup=self.warmup)
 
 
-PLAIN = Way(control=False)
-UNCACHED = Way()
+PLAIN = ControlNetSetting(control=False)
+UNCACHED = ControlNetSetting()
 
 
-def ways(intervals: Sequence[int], warmup: int) -> list[Way]:
+def ways(intervals: Sequence[int], warmup: int) -> list[ControlNetSetting]:
     """Uncached without the ControlNet and with it, then each interval with the ControlNet at every call and reused."""
-    cached = [Way(True, interval, warmup, reused) for interval in intervals for reused in (False, True)]
+    cached = [ControlNetSetting(True, interval, warmup, reused) for interval in intervals for reused in (False, True)]
     return [PLAIN, UNCACHED, *cached]
 
 
 @dataclass(frozen=True)
-class Task:
+class SceneTask:
     """What every way is asked for.
 
     Attributes:
@@ -75,21 +75,21 @@ class Task:
     batch: int
     identity: str
 
-    def key(self, way: Way) -> str:
+    def key(self, way: ControlNetSetting) -> str:
         """A short digest of what decides a way's pictures."""
         asked = hashlib.sha256(self.silhouettes.tobytes()).hexdigest()
         settings = [self.identity, self.steps, self.guidance, self.seed, self.batch, way.name, way.warmup]
         return hashlib.sha256(json.dumps([*settings, self.prompts, asked]).encode()).hexdigest()[:16]
 
 
-def task(count: int, *, steps: int, guidance: float, seed: int, batch: int, identity: str) -> Task:
+def task(count: int, *, steps: int, guidance: float, seed: int, batch: int, identity: str) -> SceneTask:
     """`count` random scenes: one object, two, and a pair of colour and shape that was never trained, in turn.
 
     The prompts leave sizes and places open; only the silhouette tells them.
     """
     random = np.random.default_rng(seed)
     asked = [scenes.scene_from_caption(text, random) for text in prompts(count, 1000 + seed)]
-    return Task(
+    return SceneTask(
         prompts=tuple(silhouettes.open_caption(scene) for scene in asked),
         silhouettes=np.stack([silhouettes.silhouette(scene) for scene in asked]),
         drawn=np.stack([scenes.render(scene) for scene in asked]),

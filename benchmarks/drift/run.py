@@ -22,8 +22,8 @@ from ...runtime.tuning.moments import Moments
 from ...runtime.tuning.predictors import Predictors
 from ...runtime.tuning.record import Recorder
 from ..latency.resolve import model_name
+from ..schema.drift import Call, Drift, Sample, Walk
 from .maps import changed, painted, picture
-from .record import Call, Drift, Sample, Walk
 from .walk import walk
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ SHOWN = 4
 
 
 @dataclass(frozen=True)
-class Wanted:
+class DriftRequest:
     """What to measure.
 
     Attributes:
@@ -66,7 +66,7 @@ class Wanted:
 
 
 def drift(
-    pipe: Any, bundle: Bundle, precision: str, wanted: Wanted, folder: Path, stage: Callable[[str], None]
+    pipe: Any, bundle: Bundle, precision: str, wanted: DriftRequest, folder: Path, stage: Callable[[str], None]
 ) -> Drift:
     """Measure a pipeline of ``offcut.load`` with its present scheduler.
 
@@ -201,7 +201,7 @@ class _Errors:
         return made
 
 
-def _walks(pipe: Any, wanted: Wanted, cut: str, *, cached: bool) -> list[Walk]:
+def _walks(pipe: Any, wanted: DriftRequest, cut: str, *, cached: bool) -> list[Walk]:
     schedule = wanted.schedule if cached else None
     pipe.unet.set_schedule(schedule, cut if cached else None, wanted.forecast if cached else None)
     return [

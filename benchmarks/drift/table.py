@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .record import Drift
+from ..schema.drift import Drift
 
 
 def table(drift: Drift) -> Table:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...errors import UserError
-from .record import Walk
+from ..schema.drift import Walk
 
 
 def walk(

@@ -15,9 +15,9 @@ from ...errors import OffcutError, UserError
 from ...exporter.load import locate
 from ..architectures import UNETS
 from ..latency.model import parameters
+from ..schema.growth import Fit, Made
 from ..shapes.model import model_path
 from .fit import power_law
-from .record import Fit, Made
 
 SHAPES = "shapes"
 """The bundled model's name here, beside those of ``architectures.UNETS``, which are made with random weights."""

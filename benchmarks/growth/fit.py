@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .record import Fit
+from ..schema.growth import Fit
 
 
 def power_law(of: str, x: Sequence[float], y: Sequence[float]) -> Fit | None:

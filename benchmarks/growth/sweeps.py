@@ -11,11 +11,11 @@ from pathlib import Path
 from ...engines.bundle.bundle import Bundle
 from ...errors import UserError
 from ...runtime.generation.schedule import Uniform, parse
-from ..latency.record import Contestant, Latency
 from ..latency.resolve import LatencyRequest, model_name, resolve
 from ..latency.rounds import RoundOptions, measure
+from ..schema.growth import Axis, Fit, Growth, Point, Sweep
+from ..schema.latency import Contestant, Latency
 from .fit import power_law
-from .record import Axis, Fit, Growth, Point, Sweep
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .record import Fit, Growth, Sweep
+from ..schema.growth import Fit, Growth, Sweep
 
 TITLES = {
     "steps": "scheduler steps",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .record import Contestant, Latency
+from ..schema.latency import Contestant, Latency
 
 NOT_CACHED = "nothing was cached: its latents are those of the uncached run, bit for bit"
 REFERENCE = "diffusers eager fp32"

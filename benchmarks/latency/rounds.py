@@ -9,12 +9,12 @@ from pathlib import Path
 
 from ...errors import UserError
 from ...runtime.generation.schedule import parse
+from ..schema.latency import Contestant, Latency
 from ..worker_process import Answer, RequestFailed, WorkerProcess
 from .case import Case, Entrant
 from .ceiling import DTYPES
 from .loop import clock
 from .ratios import fill_in
-from .record import Contestant, Latency
 
 WORKER = "offcut.benchmarks.latency.worker"
 RESERVE = 2**30

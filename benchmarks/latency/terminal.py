@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...errors import UserError
-from .record import TIMES, Contestant, Latency
+from ..schema.latency import TIMES, Contestant, Latency
 
 
 def tables(latency: Latency, percents: Sequence[float]) -> list[Table]:

@@ -19,7 +19,7 @@ from ...errors import MissingExtraError, UserError
 from .system import Draw, Picture, System
 
 if TYPE_CHECKING:
-    from .record import Scenario
+    from ..schema.mlperf import Scenario
 
 
 # Single-stream, offline, server; the first that LoadGen prints is the scenario's result.

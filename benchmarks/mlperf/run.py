@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import UserError
+from ..schema.mlperf import MlPerf, Scenario, ScenarioRun
 from ..shapes import judge, score
 from . import loadgen
 from .loadgen import Shortened
-from .record import MlPerf, Scenario, ScenarioRun
 
 if TYPE_CHECKING:
     from ...runtime.generation.schedule import Schedule

@@ -11,8 +11,8 @@ from functools import partial
 from ...engines.bundle.bundle import Bundle
 from ..gpu.exercise import write
 from ..latency.loop import call_dims
+from ..schema.precision import CallRow, Calls
 from .builds import Build, builds_in
-from .record import CallRow, Calls
 
 FULL = "full"
 

@@ -8,25 +8,25 @@ from pathlib import Path
 from ...engines.bundle.bundle import Bundle
 from ...runtime.pipeline import load
 from ..quality import metrics, pictures
-from ..quality.plan import CUTS, Setting, cached
+from ..quality.plan import CUTS, QualitySetting, cached
+from ..schema.precision import ImageRow, Images
 from ..shapes.judge_net.reader import JudgeNet, obeyed
 from ..stats import mean_of
 from .builds import Build
-from .record import ImageRow, Images
 
 SAMPLER = "ddim"
 WARMUP = 2
 
 
-def settings(steps: int, intervals: Sequence[int]) -> list[Setting]:
+def settings(steps: int, intervals: Sequence[int]) -> list[QualitySetting]:
     """Uncached, then every interval after two full calls."""
     rows = [cached(SAMPLER, steps, "uniform", interval, CUTS[0], WARMUP) for interval in intervals]
-    return [Setting(SAMPLER, steps), *rows]
+    return [QualitySetting(SAMPLER, steps), *rows]
 
 
 def tasks(
     bundle: Bundle, builds: Sequence[Build], count: int, *, guidance: float, seed: int, batch: int, versions: str
-) -> dict[Build, pictures.Task]:
+) -> dict[Build, pictures.ImageTask]:
     """The same prompts and seeds for every build, whose name is part of what pictures are kept under.
 
     Args:
@@ -34,7 +34,7 @@ def tasks(
     """
     prompts = pictures.prompts(count, 1000 + seed)
     return {
-        each: pictures.Task(
+        each: pictures.ImageTask(
             prompts, guidance, seed, batch, f"{bundle.built_digest} {each.engine} {each.name} {versions}"
         )
         for each in builds
@@ -43,8 +43,8 @@ def tasks(
 
 def draw(
     bundle: Bundle,
-    asked: Mapping[Build, pictures.Task],
-    compared: Sequence[Setting],
+    asked: Mapping[Build, pictures.ImageTask],
+    compared: Sequence[QualitySetting],
     folder: Path,
     *,
     threads: int | None,
@@ -61,7 +61,7 @@ def draw(
         UserError: `folder` cannot be written, or something in it is damaged.
         EngineError: a build cannot be opened here.
     """
-    drawn: dict[tuple[Build, Setting], metrics.Pictures] = {}
+    drawn: dict[tuple[Build, QualitySetting], metrics.Pictures] = {}
     for build, task in asked.items():
         stage(f"{build.engine} {build.name}")
         pipe = load(
@@ -80,7 +80,7 @@ def draw(
     net, task = JudgeNet.load(), next(iter(asked.values()))
     right = {each: obeyed(net, made, task.prompts) for each, made in drawn.items()}
 
-    def row(build: Build, setting: Setting) -> ImageRow:
+    def row(build: Build, setting: QualitySetting) -> ImageRow:
         own, exact, uncached = (build, setting), (Build(build.engine), setting), (Build(build.engine), compared[0])
         near = None if own == exact else metrics.psnr(drawn[own], drawn[exact])
         return ImageRow(

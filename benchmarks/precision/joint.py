@@ -32,15 +32,15 @@ from ..progress import indented
 from ..quality.front import OTHER_SEEDS
 from ..quality.pictures import prompts
 from ..quality.plan import CUTS, SHALLOW_OVER_FULL
+from ..schema.precision import Joint, JointRow
 from ..stats import mean_of
 from .builds import EXACT
-from .record import Joint, JointRow
 
 CUT = CUTS[0]
 
 
 @dataclass(frozen=True)
-class Task:
+class AblationTask:
     """What is drawn.
 
     Attributes:
@@ -66,7 +66,7 @@ def ablation(
     bundle: Bundle,
     engine: str,
     precisions: Sequence[str],
-    task: Task,
+    task: AblationTask,
     progress: Callable[[str], None],
     *,
     threads: int | None = None,
@@ -115,12 +115,18 @@ def _load(bundle: Bundle, engine: str, precision: str, threads: int | None) -> A
     return pipe
 
 
-def _studio(pipe: Any, task: Task) -> Studio:
+def _studio(pipe: Any, task: AblationTask) -> Studio:
     return Studio(pipe, task.steps, None, {CUT: pipe.unet.cut_features[CUT]})
 
 
 def _of(
-    pipe: Any, exact: Any, bundle: Bundle, precision: str, task: Task, test: ImageSet, progress: Callable[[str], None]
+    pipe: Any,
+    exact: Any,
+    bundle: Bundle,
+    precision: str,
+    task: AblationTask,
+    test: ImageSet,
+    progress: Callable[[str], None],
 ) -> list[JointRow]:
     studio = _studio(pipe, task)
     reference = None if exact is None else beside(studio, exact)
@@ -173,7 +179,7 @@ def _of(
     return rows
 
 
-def _set(texts: Sequence[str], seed: int, task: Task) -> ImageSet:
+def _set(texts: Sequence[str], seed: int, task: AblationTask) -> ImageSet:
     return ImageSet([Image(text, seed + place, task.guidance) for place, text in enumerate(texts)])
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from ..schema.quality import Claim
 from ..stats import Estimate, figure_of, mean_of
 from . import metrics, plan
-from .plan import Setting
-from .record import Claim
+from .plan import QualitySetting
 from .scores import Scored
 
-Scores = Mapping[Setting, Scored]
+Scores = Mapping[QualitySetting, Scored]
 Compare = Callable[[Scored, Scored], Estimate]
 Goal = Literal["matches", "beats"]
 
@@ -32,7 +32,7 @@ _RESAMPLES = 200  # of a Fréchet distance; each costs an eigenvalue problem
 
 
 def claims(
-    settings: Sequence[Setting], scores: Scores, features: metrics.Values, ratios: Mapping[str, float]
+    settings: Sequence[QualitySetting], scores: Scores, features: metrics.Values, ratios: Mapping[str, float]
 ) -> list[Claim]:
     """Those that the settings allow: caching against fewer steps for each sampler, quad against uniform, and forecasts.
 
@@ -68,7 +68,7 @@ def claims(
 
 
 def _of_forecasts(
-    sampler: str, settings: Sequence[Setting], scores: Scores, ratios: Mapping[str, float]
+    sampler: str, settings: Sequence[QualitySetting], scores: Scores, ratios: Mapping[str, float]
 ) -> list[Claim]:
     """offcut's own: a forecast against reuse with the same schedule, and against fewer steps."""
     rows = [row for row in settings if row.sampler == sampler and row.damping]
@@ -82,19 +82,21 @@ def _of_forecasts(
     return found
 
 
-def _of_tuned(sampler: str, settings: Sequence[Setting], scores: Scores, ratios: Mapping[str, float]) -> list[Claim]:
+def _of_tuned(
+    sampler: str, settings: Sequence[QualitySetting], scores: Scores, ratios: Mapping[str, float]
+) -> list[Claim]:
     """offcut's own: tuned schedules against each other way that is as fast or less, and against the uncached run."""
-    rows = [row for row in settings if row.sampler == sampler and row.kept is not None]
+    rows = [row for row in settings if row.sampler == sampler and row.bundle_schedule is not None]
     if not rows:
         return []
 
-    def beside(row: Setting, ways: Sequence[Setting]) -> list[tuple[Setting, Setting]]:
+    def beside(row: QualitySetting, ways: Sequence[QualitySetting]) -> list[tuple[QualitySetting, QualitySetting]]:
         """The way whose cost is next to the row's from above, or else that from below."""
         ordered = sorted(ways, key=lambda way: way.cost(ratios))
         above = [way for way in ordered if way.cost(ratios) >= row.cost(ratios) - 1e-9]
         return [(row, (above or ordered[-1:])[0])] if ordered else []
 
-    own = [row for row in settings if row.sampler == sampler and row.kept is None]
+    own = [row for row in settings if row.sampler == sampler and row.bundle_schedule is None]
     others = {
         "uniform reuse": [row for row in own if _plain(row)],
         "reuse after a warm-up": [row for row in own if (row.schedule or "").endswith("warmup=2") and not row.damping],
@@ -111,14 +113,14 @@ def _of_tuned(sampler: str, settings: Sequence[Setting], scores: Scores, ratios:
     return [*found, _claim(text, whole, scores, _right, "matches", TUNED_MARGIN, "of prompts")]
 
 
-def _plain(setting: Setting) -> bool:
+def _plain(setting: QualitySetting) -> bool:
     """Whether it is a uniform schedule without warm-up, as the paper compares."""
     return setting.schedule == f"uniform:{setting.interval}" and setting.damping is None
 
 
 def _claim(
     text: str,
-    pairs: Sequence[tuple[Setting, Setting]],
+    pairs: Sequence[tuple[QualitySetting, QualitySetting]],
     scores: Scores,
     compare: Compare,
     goal: Goal,

@@ -18,7 +18,7 @@ from ...runtime.tuning.tune import tune
 from ...runtime.tuning.wanted import Target, Wanted
 from ..progress import indented
 from . import pictures
-from .plan import CUTS, SAMPLERS, Kept, Setting, cached, check
+from .plan import CUTS, SAMPLERS, BundleSchedule, QualitySetting, cached, check
 
 INTERVALS = (2, 3, 5, 10)
 _DAMPING = {"ddim": 1.0}  # of forecasts, where not a half
@@ -27,7 +27,7 @@ OTHER_SEEDS = 1_000_000
 """Of the images that are tuned with; those that are judged have lower ones."""
 
 
-def known(steps: int, samplers: Sequence[str] = SAMPLERS) -> list[Setting]:
+def known(steps: int, samplers: Sequence[str] = SAMPLERS) -> list[QualitySetting]:
     """What needs no tuning: for each sampler and interval reuse, with and without warm-up, and a forecast.
 
     Args:
@@ -40,7 +40,7 @@ def known(steps: int, samplers: Sequence[str] = SAMPLERS) -> list[Setting]:
     rows = []
     for sampler in samplers:
         own = steps if sampler == "ddim" else max(4, steps // 2)
-        rows.append(Setting(sampler, own))
+        rows.append(QualitySetting(sampler, own))
         for interval in INTERVALS:
             rows += [
                 cached(sampler, own, "uniform", interval),
@@ -53,12 +53,12 @@ def known(steps: int, samplers: Sequence[str] = SAMPLERS) -> list[Setting]:
 def front_plan(
     pipe: Any,
     bundle: Bundle,
-    settings: Sequence[Setting],
+    settings: Sequence[QualitySetting],
     guidance: float,
     ratios: Mapping[str, float],
     samples: int,
     progress: Callable[[str], None] = lambda text: None,
-) -> list[Setting]:
+) -> list[QualitySetting]:
     """These settings, and for each that is plainly uniform a tuned schedule as fast, and CacheQuant's.
 
     Args:
@@ -77,23 +77,23 @@ def front_plan(
         bundle = Bundle.open(bundle.path)
         theirs = next(row for row in tuned.document.measured if row.name == "CacheQuant's schedule")
         rows += [
-            Setting(plain.sampler, plain.steps, str(Steps(theirs.full)), plain.cut),
+            QualitySetting(plain.sampler, plain.steps, str(Steps(theirs.full)), plain.cut),
             of_bundle(bundle, tuned, plain.sampler),
         ]
     return rows
 
 
-def of_bundle(bundle: Bundle, tuned: Tuned, sampler: str) -> Setting:
+def of_bundle(bundle: Bundle, tuned: Tuned, sampler: str) -> QualitySetting:
     """The setting of a schedule that a bundle has."""
     document = tuned.document
-    kept = Kept(tuned.name, bundle.manifest.schedules[tuned.name].document, document.by_call)
-    return Setting(sampler, document.key.steps, f"tuned:{tuned.name}", document.cut, kept=kept)
+    schedule = BundleSchedule(tuned.name, bundle.manifest.schedules[tuned.name].document, document.by_call)
+    return QualitySetting(sampler, document.key.steps, f"tuned:{tuned.name}", document.cut, bundle_schedule=schedule)
 
 
 def _tuned(
     pipe: Any,
     bundle: Bundle,
-    plain: Setting,
+    plain: QualitySetting,
     guidance: float,
     ratios: Mapping[str, float],
     samples: int,

@@ -13,9 +13,9 @@ import numpy as np
 
 from ...errors import InternalError
 from ...runtime.tuning.artifact import Tuned
-from . import kept
+from . import npz_cache
 from .metrics import Pictures
-from .plan import Setting
+from .plan import QualitySetting
 
 PART = 128
 """Pictures of a part: what a run that is cut off has to make again at most."""
@@ -25,7 +25,7 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Task:
+class ImageTask:
     """What every setting of a run is asked for.
 
     Attributes:
@@ -33,7 +33,7 @@ class Task:
         guidance: scale.
         batch: pictures of one call of the pipeline.
         identity: of all else that pictures depend on: the bundle and its engine.
-        bundle: has the schedules of settings with ``kept``.
+        bundle: has the schedules of settings with ``bundle_schedule``.
     """
 
     prompts: tuple[str, ...]
@@ -43,7 +43,7 @@ class Task:
     identity: str
     bundle: Path | None = None
 
-    def key(self, setting: Setting, first: int) -> str:
+    def key(self, setting: QualitySetting, first: int) -> str:
         """A short digest of what decides the pictures of the part that begins at picture `first`."""
         prompts = self.prompts[first : first + PART]
         parts = [self.identity, self.guidance, self.seed, self.batch, first, prompts, setting.identity]
@@ -51,7 +51,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Made:
+class SettingImages:
     """The pictures of a setting.
 
     Attributes:
@@ -66,7 +66,9 @@ class Made:
     timeline: str
 
 
-def make(pipe: Any, task: Task, setting: Setting, folder: Path, on_call: Progress = lambda count: None) -> Made:
+def make(
+    pipe: Any, task: ImageTask, setting: QualitySetting, folder: Path, on_call: Progress = lambda count: None
+) -> SettingImages:
     """Generates the pictures of a setting, but for the parts that lie in `folder` already.
 
     Args:
@@ -80,7 +82,7 @@ def make(pipe: Any, task: Task, setting: Setting, folder: Path, on_call: Progres
     timelines = {part.timeline for part in parts}
     if len(timelines) != 1:
         raise InternalError(f"{setting.name}: parts of one setting ran different calls: {', '.join(timelines)}")
-    return Made(
+    return SettingImages(
         np.concatenate([part.pictures for part in parts]),
         sum((part.full for part in parts), ()),
         sum((part.shallow for part in parts), ()),
@@ -89,8 +91,13 @@ def make(pipe: Any, task: Task, setting: Setting, folder: Path, on_call: Progres
 
 
 def make_part(
-    pipe: Any, task: Task, setting: Setting, first: int, folder: Path, on_call: Progress = lambda count: None
-) -> Made:
+    pipe: Any,
+    task: ImageTask,
+    setting: QualitySetting,
+    first: int,
+    folder: Path,
+    on_call: Progress = lambda count: None,
+) -> SettingImages:
     """The part that begins at picture ``first``: read where it lies in ``folder``, else generated and written there.
 
     Raises:
@@ -104,18 +111,18 @@ def make_part(
     return part
 
 
-def part_path(task: Task, setting: Setting, first: int, folder: Path) -> Path:
+def part_path(task: ImageTask, setting: QualitySetting, first: int, folder: Path) -> Path:
     """The file of the part that begins at picture ``first``."""
     return folder / f"{task.key(setting, first)}.npz"
 
 
-def missing_parts(task: Task, setting: Setting, folder: Path) -> list[int]:
+def missing_parts(task: ImageTask, setting: QualitySetting, folder: Path) -> list[int]:
     """Where the parts of a setting begin that are still to be made."""
     starts = range(0, len(task.prompts), PART)
     return [first for first in starts if not part_path(task, setting, first, folder).exists()]
 
 
-def missing(task: Task, setting: Setting, folder: Path) -> int:
+def missing(task: ImageTask, setting: QualitySetting, folder: Path) -> int:
     """How many pictures of a setting are still to be made."""
     return sum(len(task.prompts[first : first + PART]) for first in missing_parts(task, setting, folder))
 
@@ -132,15 +139,15 @@ def scheduler(config: Any, sampler: str) -> Any:
     return classes[sampler].from_config(config)
 
 
-def _part(pipe: Any, task: Task, setting: Setting, first: int, on_call: Progress) -> Made:
+def _part(pipe: Any, task: ImageTask, setting: QualitySetting, first: int, on_call: Progress) -> SettingImages:
     own = pipe.scheduler
     pipe.scheduler = scheduler(own.config, setting.sampler)
-    if setting.kept is None:
+    if setting.bundle_schedule is None:
         pipe.unet.set_schedule(setting.parsed, setting.cut, setting.forecast)
     elif task.bundle is None:
         raise InternalError(f"{setting.name} is a schedule of a bundle, and none was given")
     else:
-        Tuned.load(task.bundle, setting.kept.name).apply(pipe.unet)
+        Tuned.load(task.bundle, setting.bundle_schedule.name).apply(pipe.unet)
     pipe.unet.record_times = True
     pipe.set_progress_bar_config(disable=True)
     try:
@@ -159,20 +166,20 @@ def _part(pipe: Any, task: Task, setting: Setting, first: int, on_call: Progress
         times = [each for run in runs for call, each in zip(run.timeline, run.seconds, strict=True) if call == mark]
         return float(np.median(times)) if times else float("nan")
 
-    return Made(np.concatenate(pictures), (median("#"),), (median("."),), runs[0].timeline)
+    return SettingImages(np.concatenate(pictures), (median("#"),), (median("."),), runs[0].timeline)
 
 
-def _read(path: Path) -> Made | None:
-    lying = kept.read(path, "pictures", "full", "shallow", "timeline")
+def _read(path: Path) -> SettingImages | None:
+    lying = npz_cache.read(path, "pictures", "full", "shallow", "timeline")
     if lying is None:
         return None
     pictures, full, shallow, timeline = lying
-    return Made(pictures, (full,), (shallow,), timeline)
+    return SettingImages(pictures, (full,), (shallow,), timeline)
 
 
-def _write(path: Path, part: Made) -> None:
+def _write(path: Path, part: SettingImages) -> None:
     times = {"full": part.full[0], "shallow": part.shallow[0]}
-    kept.write(path, pictures=part.pictures, timeline=part.timeline, **times)
+    npz_cache.write(path, pictures=part.pictures, timeline=part.timeline, **times)
 
 
 def batch(
@@ -228,9 +235,9 @@ def drawn(texts: Sequence[str], seed: int) -> Pictures:
     return np.stack([scenes.render(scenes.scene_from_caption(text, random)) for text in texts])
 
 
-def time_full_call(pipe: Any, task: Task) -> float:
+def time_full_call(pipe: Any, task: ImageTask) -> float:
     """Seconds of a full UNet call for one picture of a batch: the median of a short generation."""
-    setting = Setting("ddim", 8)
-    one = Task(task.prompts[: task.batch], task.guidance, task.seed, task.batch, task.identity)
+    setting = QualitySetting("ddim", 8)
+    one = ImageTask(task.prompts[: task.batch], task.guidance, task.seed, task.batch, task.identity)
     made = _part(pipe, one, setting, 0, lambda count: None)
     return made.full[0] / len(made.pictures)

@@ -13,7 +13,7 @@ from ...exporter.cut import canonical_name
 from ...runtime.generation.forecast import Extrapolate, Forecast
 from ...runtime.generation.schedule import Quad, Schedule, Uniform, parse
 from ...runtime.tuning.cuts import cost_of
-from ..latency.record import Latency
+from ..schema.latency import Latency
 
 SAMPLERS = ("ddim", "dpm++ 2m", "euler ancestral")
 """Two deterministic ones, and one that adds fresh noise at every step."""
@@ -41,7 +41,7 @@ Kind = Literal["uniform", "quad"]
 
 
 @dataclass(frozen=True)
-class Kept:
+class BundleSchedule:
     """A schedule of the bundle.
 
     Attributes:
@@ -56,7 +56,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Setting:
+class QualitySetting:
     """One way to make the pictures.
 
     Attributes:
@@ -66,7 +66,7 @@ class Setting:
         cut: of the shallow calls; None where there are none.
         fewer: whether this is an uncached run at a cached one's latency.
         damping: of the cached features' forecast; None reuses them.
-        kept: of a schedule of the bundle's.
+        bundle_schedule: set if the schedule is one of the bundle's.
     """
 
     sampler: str
@@ -75,12 +75,12 @@ class Setting:
     cut: str | None = None
     fewer: bool = False
     damping: float | None = None
-    kept: Kept | None = None
+    bundle_schedule: BundleSchedule | None = None
 
     @property
     def identity(self) -> str:
         """Of all that the pictures depend on: the name, unless another schedule may come to have it."""
-        return self.name if self.kept is None else f"{self.name} {self.kept.document}"
+        return self.name if self.bundle_schedule is None else f"{self.name} {self.bundle_schedule.document}"
 
     @property
     def name(self) -> str:
@@ -97,7 +97,7 @@ class Setting:
     @property
     def parsed(self) -> Schedule | None:
         """The schedule; None too for one of the bundle's."""
-        return None if self.schedule is None or self.kept is not None else parse(self.schedule)
+        return None if self.schedule is None or self.bundle_schedule is not None else parse(self.schedule)
 
     @property
     def forecast(self) -> Forecast | None:
@@ -115,15 +115,15 @@ class Setting:
     @property
     def full_calls(self) -> int:
         """Of one image."""
-        if self.kept is not None:
-            return self.kept.by_call.count(None)
+        if self.bundle_schedule is not None:
+            return self.bundle_schedule.by_call.count(None)
         schedule = self.parsed
         return self.steps if schedule is None else len(schedule.full_calls(self.steps))
 
     def cost(self, ratios: Mapping[str, float]) -> float:
         """Of one image in full calls, where a shallow call costs its cut's ratio."""
-        if self.kept is not None:
-            return cost_of(self.kept.by_call, ratios)
+        if self.bundle_schedule is not None:
+            return cost_of(self.bundle_schedule.by_call, ratios)
         shallow = self.steps - self.full_calls
         return self.full_calls + (shallow * ratios[self.cut] if self.cut else 0.0)
 
@@ -136,19 +136,19 @@ def cached(
     cut: str = CUTS[0],
     warmup: int = 0,
     damping: float | None = None,
-) -> Setting:
+) -> QualitySetting:
     """A setting with caching, or without where the interval is 1.
 
     The centre of a quad schedule is the paper's, call 15 of 50, in proportion to the steps.
     """
     if interval == 1:
-        return Setting(sampler, steps)
+        return QualitySetting(sampler, steps)
     center = round(0.3 * steps)
     schedule = Uniform(interval, warmup=warmup) if kind == "uniform" else Quad(interval, center, warmup=warmup)
-    return Setting(sampler, steps, str(schedule), canonical_name(cut), damping=damping)
+    return QualitySetting(sampler, steps, str(schedule), canonical_name(cut), damping=damping)
 
 
-def full_plan(steps: int) -> list[Setting]:
+def full_plan(steps: int) -> list[QualitySetting]:
     """Each axis around DDIM, interval 5, uniform, `deepcache:0`, no warm-up; other samplers at half the steps.
 
     Forecasts come with two calls to warm up, which give them a direction.
@@ -168,7 +168,7 @@ def full_plan(steps: int) -> list[Setting]:
     return rows
 
 
-def quick_plan(steps: int) -> list[Setting]:
+def quick_plan(steps: int) -> list[QualitySetting]:
     """A few rows that touch every part: both schedules, two intervals, one ancestral row."""
     rows = [cached("ddim", steps, "uniform", interval) for interval in (1, 3, 10)]
     rows.append(cached("ddim", steps, "quad", 10))
@@ -184,7 +184,7 @@ def product_plan(
     cuts: Sequence[str],
     warmups: Sequence[int],
     dampings: Sequence[float | None] = (None,),
-) -> list[Setting]:
+) -> list[QualitySetting]:
     """Every combination, and the uncached run of each sampler.
 
     Raises:
@@ -192,7 +192,7 @@ def product_plan(
         ScheduleError, CutError: another value that cannot be.
     """
     check(samplers)
-    rows = [Setting(sampler, steps) for sampler in samplers]
+    rows = [QualitySetting(sampler, steps) for sampler in samplers]
     rows += [
         cached(sampler, steps, kind, interval, cut, warmup, damping)
         for sampler in samplers
@@ -205,7 +205,7 @@ def product_plan(
     return list(dict.fromkeys(rows))
 
 
-def of_samplers(settings: Sequence[Setting], samplers: Sequence[str]) -> list[Setting]:
+def of_samplers(settings: Sequence[QualitySetting], samplers: Sequence[str]) -> list[QualitySetting]:
     """Those of a plan with these samplers.
 
     Raises:
@@ -219,21 +219,21 @@ def of_samplers(settings: Sequence[Setting], samplers: Sequence[str]) -> list[Se
     return rows
 
 
-def with_fewer_steps(settings: Sequence[Setting], ratios: Mapping[str, float]) -> list[Setting]:
+def with_fewer_steps(settings: Sequence[QualitySetting], ratios: Mapping[str, float]) -> list[QualitySetting]:
     """The settings, then for each cached one the uncached run with the nearest number of steps at the same cost.
 
     One such run serves all cached ones whose costs differ from it by at most 6 %.
     """
     rows = list(dict.fromkeys(settings))
-    made: list[Setting] = []
+    made: list[QualitySetting] = []
     for setting in (row for row in rows if row.schedule):
         steps = max(1, round(setting.cost(ratios)))
         if steps < setting.steps and not any(_fits(other, setting, ratios) for other in made):
-            made.append(Setting(setting.sampler, steps, fewer=True))
+            made.append(QualitySetting(setting.sampler, steps, fewer=True))
     return rows + made
 
 
-def reference_ratios(settings: Sequence[Setting], given: Mapping[str, float]) -> dict[str, float]:
+def reference_ratios(settings: Sequence[QualitySetting], given: Mapping[str, float]) -> dict[str, float]:
     """A shallow call's time over a full one's on Stable Diffusion 1.5, for the cuts of the settings.
 
     Args:
@@ -273,7 +273,9 @@ def measured_ratios(latency: Latency) -> dict[str, float]:
     return {cut: statistics.median(values) for cut, values in ratios.items()}
 
 
-def counterpart(setting: Setting, rows: Iterable[Setting], ratios: Mapping[str, float]) -> Setting | None:
+def counterpart(
+    setting: QualitySetting, rows: Iterable[QualitySetting], ratios: Mapping[str, float]
+) -> QualitySetting | None:
     """The run with fewer steps that costs nearest to a cached setting's; None if none is planned for it."""
     cost = setting.cost(ratios)
     same = [row for row in rows if row.fewer and row.sampler == setting.sampler]
@@ -281,7 +283,7 @@ def counterpart(setting: Setting, rows: Iterable[Setting], ratios: Mapping[str, 
     return nearest if nearest and _fits(nearest, setting, ratios) else None
 
 
-def _fits(fewer: Setting, setting: Setting, ratios: Mapping[str, float]) -> bool:
+def _fits(fewer: QualitySetting, setting: QualitySetting, ratios: Mapping[str, float]) -> bool:
     cost = setting.cost(ratios)
     return fewer.sampler == setting.sampler and abs(fewer.steps - cost) <= max(0.5, _TOLERANCE * cost)
 
@@ -297,6 +299,6 @@ def check(samplers: Sequence[str]) -> None:
             raise UserError(f"{sampler!r} is no sampler here: choose one of {', '.join(SAMPLERS)}")
 
 
-def reference(setting: Setting, rows: Iterable[Setting]) -> Setting:
+def reference(setting: QualitySetting, rows: Iterable[QualitySetting]) -> QualitySetting:
     """The uncached run with all steps that a row is compared with: the sampler's own."""
     return next(row for row in rows if row.kind == "uncached" and row.sampler == setting.sampler)

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from ..schema.quality import Quality, QualityRow
 from ..shapes.judge_net.reader import JudgeNet
 from ..stats import mean_of, require
-from . import claims, crew, metrics, pictures, plan
+from . import claims, metrics, pictures, plan, pool
 from .external import External
-from .pictures import Made, Task
-from .plan import Setting
-from .record import Quality, QualityRow
+from .pictures import ImageTask, SettingImages
+from .plan import QualitySetting
 from .scores import Scored, score
 
 SAMPLES = 4
@@ -26,8 +26,8 @@ Stage = Callable[[str], None]
 
 def run(
     pipe: Any,
-    task: Task,
-    settings: Sequence[Setting],
+    task: ImageTask,
+    settings: Sequence[QualitySetting],
     folder: Path,
     *,
     ratios: Mapping[str, float],
@@ -68,7 +68,7 @@ def run(
     features = net.pooled(truth)
     if workers > 1:
         stage(f"judge in {workers} processes")
-        scored = crew.score(
+        scored = pool.score(
             task,
             settings,
             folder / "pictures",
@@ -109,7 +109,7 @@ def run(
     )
 
 
-def _ratio(cut: str, made: Mapping[Setting, Made]) -> float:
+def _ratio(cut: str, made: Mapping[QualitySetting, SettingImages]) -> float:
     """Shallow over full on this model: the median over parts of the ratio within a part, of all rows with this cut."""
     pairs = [
         shallow / full
@@ -121,7 +121,7 @@ def _ratio(cut: str, made: Mapping[Setting, Made]) -> float:
 
 
 def _row(
-    setting: Setting,
+    setting: QualitySetting,
     timeline: str,
     scored: Scored,
     base: Scored,
@@ -159,7 +159,7 @@ def _row(
     )
 
 
-def _samples(folder: Path, setting: Setting, made: Made) -> list[str]:
+def _samples(folder: Path, setting: QualitySetting, made: SettingImages) -> list[str]:
     from PIL import Image
 
     slug = re.sub(r"[^a-z0-9]+", "-", setting.name.lower()).strip("-")

@@ -9,7 +9,7 @@ import numpy as np
 from ..shapes import judge
 from ..shapes.judge_net.reader import JudgeNet, obeyed
 from . import metrics
-from .pictures import Made, Task
+from .pictures import ImageTask, SettingImages
 
 RULED = 200
 """Pictures of a setting that the rules judge as well: a slow judge, to hold the network's against."""
@@ -35,7 +35,7 @@ class Scored:
     features: metrics.Values
 
 
-def score(net: JudgeNet, task: Task, made: Made, base: Made) -> Scored:
+def score(net: JudgeNet, task: ImageTask, made: SettingImages, base: SettingImages) -> Scored:
     """Judges a setting's pictures, by themselves and beside those of its reference."""
     own, other = made.pictures, base.pictures
     ruled = [judge.judge(picture, text) for picture, text in zip(own[:RULED], task.prompts, strict=False)]

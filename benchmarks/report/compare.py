@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...errors import UserError
-from ..latency.record import Contestant, Latency
-from ..quality.record import Quality, QualityRow
 from ..record import Environment, Result
+from ..schema.latency import Contestant, Latency
+from ..schema.quality import Quality, QualityRow
 from ..stats import Estimate, by_round, difference, ratio_of_means
 from .findings import base_of
 
@@ -19,7 +19,7 @@ Verdict = Literal["worse", "better", "small", "noise", "unknown", "appeared", "v
 
 
 @dataclass(frozen=True)
-class Change:
+class FigureChange:
     """One figure of one row.
 
     Attributes:
@@ -50,10 +50,10 @@ class Change:
 class Comparison:
     """All of it; ``warnings`` are sentences on why the figures may not be of the same thing."""
 
-    changes: tuple[Change, ...]
+    changes: tuple[FigureChange, ...]
     warnings: tuple[str, ...]
 
-    def worse(self, *, allow_missing: bool = False) -> tuple[Change, ...]:
+    def worse(self, *, allow_missing: bool = False) -> tuple[FigureChange, ...]:
         """What a user's CI should stop at: worse figures, and rows that are no longer measured."""
         bad = ("worse",) if allow_missing else ("worse", "vanished")
         return tuple(change for change in self.changes if change.verdict in bad)
@@ -73,7 +73,7 @@ def compare(old: Result, new: Result, threshold: float = 0.05, confidence: float
     Raises:
         UserError: the results share no section, or ran different tasks.
     """
-    changes: list[Change] = []
+    changes: list[FigureChange] = []
     warnings = list(_environments(old.environment, new.environment))
     if old.latency and new.latency:
         _same_task("latency", _LATENCY_TASK, old.latency, new.latency)
@@ -159,7 +159,7 @@ _SECONDS = (("loop", "loops"), ("full call", "full"), ("shallow call", "shallow"
 
 def _latency(
     old: Latency, new: Latency, base: str | None, threshold: float, confidence: float, lost: bool
-) -> Iterator[Change]:
+) -> Iterator[FigureChange]:
     before, after = ({row.name: row for row in run.contestants} for run in (old, new))
     for name in [*before, *(name for name in after if name not in before)]:
         first, second = before.get(name), after.get(name)
@@ -167,7 +167,7 @@ def _latency(
         if not first or not second or not all(ran):
             if any(ran):
                 reason = (second.not_run if second else None) or ""
-                yield Change("latency", name, "row", "vanished" if ran[0] else "appeared", note=reason)
+                yield FigureChange("latency", name, "row", "vanished" if ran[0] else "appeared", note=reason)
             continue
         for figure, field in _SECONDS:
             mine, theirs = (by_round(getattr(row, field), len(row.loops)) for row in (first, second))
@@ -207,12 +207,12 @@ def _percent(interval: Estimate | None) -> Estimate | None:
 _ESTIMATES = (("psnr", "dB"), ("ssim", ""), ("distance", ""), ("accuracy", ""))
 
 
-def _quality(old: Quality, new: Quality, threshold: float) -> Iterator[Change]:
+def _quality(old: Quality, new: Quality, threshold: float) -> Iterator[FigureChange]:
     before, after = ({row.name: row for row in run.rows} for run in (old, new))
     for name in [*before, *(name for name in after if name not in before)]:
         first, second = before.get(name), after.get(name)
         if not first or not second:
-            yield Change("quality", name, "row", "vanished" if first else "appeared")
+            yield FigureChange("quality", name, "row", "vanished" if first else "appeared")
             continue
         if (first.full_calls, first.shallow_calls) != (second.full_calls, second.shallow_calls):
             yield _calls(name, first, second, threshold)
@@ -220,7 +220,7 @@ def _quality(old: Quality, new: Quality, threshold: float) -> Iterator[Change]:
             mine, theirs = getattr(first, metric), getattr(second, metric)
             if mine is None or theirs is None:
                 if mine is not theirs:
-                    yield Change("quality", name, metric, "vanished" if mine else "appeared")
+                    yield FigureChange("quality", name, metric, "vanished" if mine else "appeared")
                 continue
             label = f"{metric}, {unit}" if unit else metric
             yield _judged("quality", name, label, mine.mean, theirs.mean, _loss(metric, mine, theirs), threshold)
@@ -230,7 +230,7 @@ def _quality(old: Quality, new: Quality, threshold: float) -> Iterator[Change]:
             )
 
 
-def _calls(name: str, first: QualityRow, second: QualityRow, threshold: float) -> Change:
+def _calls(name: str, first: QualityRow, second: QualityRow, threshold: float) -> FigureChange:
     """A count has no noise."""
     percent = 100 * (second.cost / first.cost - 1)
     exact = _interval(percent, percent, percent)
@@ -253,12 +253,12 @@ def _loss(metric: str, old: Estimate, new: Estimate) -> Estimate:
 def _judged(
     section: str, row: str, figure: str, old: float, new: float, percent: Estimate | None, threshold: float,
     missing: str = "",
-) -> Change:  # fmt: skip
+) -> FigureChange:  # fmt: skip
     if percent is None:
-        return Change(section, row, figure, "noise" if old == new else "unknown", old, new, note=missing)
+        return FigureChange(section, row, figure, "noise" if old == new else "unknown", old, new, note=missing)
     verdict: Verdict = "noise"
     if percent.excludes(0):
         verdict = "small"
         if abs(percent.mean) > 100 * threshold:
             verdict = "worse" if percent.mean > 0 else "better"
-    return Change(section, row, figure, verdict, old, new, percent.mean, percent.low, percent.high)
+    return FigureChange(section, row, figure, verdict, old, new, percent.mean, percent.low, percent.high)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ..latency.record import Contestant
 from ..record import Result
+from ..schema.latency import Contestant
 from .findings import Rivals, gain, reference, speed
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...runtime.generation.schedule import SKIP
-from ..drift.record import Drift, Sample, Walk
+from ..schema.drift import Drift, Sample, Walk
 from . import samples
 from .blocks import Block, Column, Group, Note, Pair, Picture, Plot, Section, Table
 from .formatting import count, fixed, listed, model, percent

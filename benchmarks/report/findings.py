@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from ..latency.record import Contestant, Latency
-from ..quality.record import QualityRow
+from ..schema.latency import Contestant, Latency
+from ..schema.quality import QualityRow
 
 OURS = "offcut"
 

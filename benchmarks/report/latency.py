@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from ..latency.record import Contestant, Latency
+from ..schema.latency import Contestant, Latency
 from .blocks import NONE, Block, Cell, Column, Facts, Group, Note, Pair, Plot, Section, Table
 from .findings import OURS, Rivals, gain, measured, uncached_twin
 from .formatting import count, digits, fixed, listed, median_seconds, model, percent, seconds, size, times

@@ -82,7 +82,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Point:
+class ScatterPoint:
     """A setting in a plot of quality against speed; ``series`` is the kind of its row."""
 
     label: str
@@ -127,7 +127,7 @@ def bars(rows: Sequence[Bar]) -> Figure:
 
 
 @_styled
-def scatter(points: Sequence[Point], label: str, *, more_is_better: bool = True) -> Figure:
+def scatter(points: Sequence[ScatterPoint], label: str, *, more_is_better: bool = True) -> Figure:
     """Return quality against speed: points that no other beats are filled, and joined by the Pareto front."""
     figure, axes = _figure(3.6)
     colours = {"cached": ("full", "o"), "fewer steps": ("shallow", "D"), "uncached": ("ink", "s")}
@@ -153,7 +153,7 @@ def scatter(points: Sequence[Point], label: str, *, more_is_better: bool = True)
     return figure
 
 
-def _name_points(axes: Axes, points: Sequence[Point]) -> None:
+def _name_points(axes: Axes, points: Sequence[ScatterPoint]) -> None:
     """Write the labels that overlap no earlier one: the front's first."""
     placed: list[Any] = []
     for point in points:

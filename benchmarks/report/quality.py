@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..quality.record import Quality, QualityRow
+from ..schema.quality import Quality, QualityRow
 from ..stats import Estimate
 from . import samples
 from .blocks import Block, Cell, Column, Group, Note, Pair, Picture, Plot, Section, Table
 from .findings import reference, speed
 from .formatting import digits, fixed, interval, model, percent, times
-from .plots import Point, scatter
+from .plots import ScatterPoint, scatter
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _plots(rows: Sequence[QualityRow], metric: Metric) -> list[Plot]:
     for against in (row for row in rows if row.kind == "uncached"):
         kin = [row for row in rows if reference(rows, row) is against]
         points = [
-            Point(short(row), faster, value, row.kind)
+            ScatterPoint(short(row), faster, value, row.kind)
             for row in kin
             if (value := metric.of(row)) is not None and (faster := speed(rows, row)) is not None
         ]

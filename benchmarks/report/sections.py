@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from ..controlnet.record import ControlNetReuse
-from ..growth.record import Fit, Growth, Sweep
-from ..mlperf.record import MlPerf, ScenarioRun
-from ..precision.record import Calls, Images, Joint, Precision
-from ..serving.record import Percentiles, ServingLoad
+from ..schema.controlnet import ControlNetReuse
+from ..schema.growth import Fit, Growth, Sweep
+from ..schema.mlperf import MlPerf, ScenarioRun
+from ..schema.precision import Calls, Images, Joint, Precision
+from ..schema.serving import Percentiles, ServingLoad
 from ..swap import Swap, SwapRow
 from .blocks import NONE, Block, Column, Facts, Group, Note, Plot, Section, Table
 from .formatting import (

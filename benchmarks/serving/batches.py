@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
+from ..schema.serving import BatchRow
 from ..shapes.model import PROMPTS
 from .goals import AT_LOAD
-from .record import BatchRow
 
 if TYPE_CHECKING:
     from ..planning.answer import Load

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
-from .record import Goal, OpenRow, ServingLoad, Soak, WayName
+from ..schema.serving import Goal, OpenRow, ServingLoad, Soak, WayName
 
 AGAINST_SINGLE = 1.3
 """Throughput over that of one request at a time, unless the engine's own times allow less."""

@@ -15,13 +15,13 @@ from typing import Any, get_args
 
 from ...errors import UserError
 from ..planning.arrivals import arrivals
+from ..schema.serving import ClosedRow, OpenRow, Overload, Percentiles, ServingLoad, Soak
 from ..shapes.model import PROMPTS
 from . import watch
 from .batches import Batches
 from .client import LEFT, Body, Client, Leaving, Reply, Window, closed, opened
 from .goals import goals
 from .process import Process, Serving, Way
-from .record import ClosedRow, OpenRow, Overload, Percentiles, ServingLoad, Soak
 
 Stage = Callable[[str], None]
 

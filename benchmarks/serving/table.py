@@ -8,7 +8,7 @@ from statistics import median
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .record import Percentiles, ServingLoad
+from ..schema.serving import Percentiles, ServingLoad
 
 WORDS = {"steps": "offcut", "single": "one at a time", "whole": "whole requests"}
 """The ways to batch."""

@@ -38,7 +38,7 @@ class SeenObject:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SceneVerdict:
     """Which parts of a caption a picture obeys."""
 
     background: bool
@@ -83,7 +83,7 @@ def intersection_over_union(one: Mask, other: Mask) -> float:
     return float((one & other).sum() / either) if either else 1.0
 
 
-def judge(picture: npt.NDArray[np.uint8], text: str) -> Verdict:
+def judge(picture: npt.NDArray[np.uint8], text: str) -> SceneVerdict:
     """Compares what is to be seen in `picture`, uint8 (64, 64, 3), with a caption.
 
     Sizes are not judged.
@@ -94,7 +94,7 @@ def judge(picture: npt.NDArray[np.uint8], text: str) -> Verdict:
     return compare(text, *look(picture))
 
 
-def compare(text: str, background: str, objects: tuple[SeenObject, ...]) -> Verdict:
+def compare(text: str, background: str, objects: tuple[SeenObject, ...]) -> SceneVerdict:
     """Compares what was seen, by `look` or by the judge network, with a caption.
 
     Raises:
@@ -111,7 +111,7 @@ def compare(text: str, background: str, objects: tuple[SeenObject, ...]) -> Verd
         )
 
     count = len(objects) == len(asked.items)
-    return Verdict(
+    return SceneVerdict(
         background=background == asked.background,
         count=count,
         colours=count and fits(lambda item, seen: item.colour == seen.colour),

@@ -57,7 +57,7 @@ def score(draw: Draw, texts: Sequence[str], *, batch: int = 16) -> Score:
     Args:
         draw: called with at most `batch` captions at a time.
     """
-    verdicts: list[judge.Verdict] = []
+    verdicts: list[judge.SceneVerdict] = []
     for first in range(0, len(texts), batch):
         part = texts[first : first + batch]
         verdicts += [judge.judge(picture, text) for picture, text in zip(draw(part), part, strict=True)]

@@ -10,10 +10,10 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..shell import EngineName, Json, Threads, long_bar, out, print_json, quiet_libraries, stages
-from .outcome import Outcome
+from .outcome import BenchRun
 
 if TYPE_CHECKING:
-    from ...benchmarks.controlnet.record import ControlNetReuse
+    from ...benchmarks.schema.controlnet import ControlNetReuse
 
 _PACKAGES = ("offcut", "torch", "diffusers", "transformers", "onnxruntime", "openvino", "numpy")
 
@@ -50,7 +50,7 @@ def controlnet(
     from ...engines.bundle.bundle import Bundle
     from ...runtime.unet import UNet
 
-    outcome = Outcome(_PACKAGES)
+    outcome = BenchRun(_PACKAGES)
     net = controlnet or control_path()
     quiet_libraries()
     with stages() as stage:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..shell import BundleArgument, Device, EngineName, Json, Threads, out, print_json, quiet_libraries, stages
-from .outcome import Outcome
+from .outcome import BenchRun
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "offcut")
 _WALKS = {"rich_help_panel": "Smoothness"}
@@ -48,7 +48,7 @@ def drift(
 
     Images are drawn uncached and with the schedule, from the same seeds; report.html shows all of it.
     """
-    from ...benchmarks.drift.run import Wanted
+    from ...benchmarks.drift.run import DriftRequest
     from ...benchmarks.drift.run import drift as run
     from ...benchmarks.drift.table import notes, table
     from ...engines.bundle.bundle import Bundle
@@ -64,7 +64,7 @@ def drift(
     choice = opened.choose_engine(engine, device)
     entry = opened.find(choice.name, device=device)
     precision = opened.precision_of(entry)
-    outcome = Outcome(_PACKAGES)
+    outcome = BenchRun(_PACKAGES)
     quiet_libraries()
     with stages() as stage:
         stage("load the bundle")
@@ -82,7 +82,7 @@ def drift(
             chosen, predicted, cut = tuned.schedule, tuned.forecast, tuned.document.cut
         else:
             chosen = parse(schedule)
-        wanted = Wanted(
+        wanted = DriftRequest(
             chosen,
             cut,
             predicted,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..shell import BundleArgument, Device, Json, Threads, err, out, print_json, stages
-from .outcome import Outcome
+from .outcome import BenchRun
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "offcut")
 _SWEEPS = {"rich_help_panel": "Sweeps: lists such as 1,2,4; none leaves one out"}
@@ -92,7 +92,7 @@ def growth(
         threads=threads,
         device=device,
     )
-    outcome = Outcome(_PACKAGES)
+    outcome = BenchRun(_PACKAGES)
     log = output / "processes.log"
     try:
         output.mkdir(parents=True, exist_ok=True)

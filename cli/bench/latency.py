@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..shell import BundleArgument, Device, Json, Threads, err, out, print_json, stages
-from .outcome import Outcome
+from .outcome import BenchRun
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "openvino", "DeepCache", "offcut")
 _LOOP = {"rich_help_panel": "The denoising loop"}
@@ -115,7 +115,7 @@ def latency(
         end_to_end=end_to_end,
     )
     opened = Bundle.open(bundle)
-    outcome = Outcome(_PACKAGES)
+    outcome = BenchRun(_PACKAGES)
     log = output / "processes.log"
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..shell import EngineName, Json, Threads, out, print_json, stages
-from .outcome import Outcome
+from .outcome import BenchRun
 
 
 class ScenarioName(StrEnum):
@@ -59,7 +59,7 @@ def mlperf(
     from ..shell import quiet_libraries
 
     version()
-    outcome = Outcome(("torch", "diffusers", "onnxruntime", "openvino", "mlcommons-loadgen"))
+    outcome = BenchRun(("torch", "diffusers", "onnxruntime", "openvino", "mlcommons-loadgen"))
     with stages() as stage:
         build(model_path(), bundle, engine=engine, progress=stage)
         quiet_libraries()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ...benchmarks.record import Result
 
 
-class Outcome:
+class BenchRun:
     """A measurement in progress.
 
     Args:

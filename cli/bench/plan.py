@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ...benchmarks.planning.answer import Point
     from ...benchmarks.planning.costs import Costs
-    from ...benchmarks.planning.simulate import Outcome
+    from ...benchmarks.planning.simulate import BenchRun
     from ...runtime.generation.schedule import Schedule
 
 _LOAD = {"rich_help_panel": "The load"}
@@ -188,13 +188,13 @@ def _with(setting: Any, devices: int) -> Any:
     return replace(setting, devices=devices)
 
 
-def _meets(outcome: Outcome, p99: float) -> bool:
+def _meets(outcome: BenchRun, p99: float) -> bool:
     from ...benchmarks.planning.answer import WARMUP
 
     return outcome.rejected == 0 and outcome.percentile(99, WARMUP) <= p99
 
 
-def _figures(outcome: Outcome) -> dict[str, float]:
+def _figures(outcome: BenchRun) -> dict[str, float]:
     from ...benchmarks.planning.answer import WARMUP
 
     return {
@@ -217,7 +217,7 @@ def _print(costs: Costs, points: list[Point], most: float) -> None:
     out.print(_table(f"one device, which can do {most:.3g} requests a second", "requests/s", loads))
 
 
-def _table(title: str, first: str, rows: list[tuple[str, Outcome]]) -> Table:
+def _table(title: str, first: str, rows: list[tuple[str, BenchRun]]) -> Table:
     table = Table(box=SIMPLE, title=title)
     table.add_column(first, justify="right", no_wrap=True)
     for heading in ("p50 s", "p90 s", "p99 s", "queue s", "busy", "rows a call", "rejected"):

@@ -12,13 +12,13 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..shell import Json, Threads, long_bar, out, print_json, quiet_libraries, stages
-from .outcome import Outcome
+from .outcome import BenchRun
 
 if TYPE_CHECKING:
     from ...benchmarks.precision.builds import Build
-    from ...benchmarks.precision.record import CallRow, Calls, ImageRow, Images, Joint
-    from ...benchmarks.quality.pictures import Task
-    from ...benchmarks.quality.plan import Setting
+    from ...benchmarks.quality.pictures import ImageTask
+    from ...benchmarks.quality.plan import QualitySetting
+    from ...benchmarks.schema.precision import CallRow, Calls, ImageRow, Images, Joint
     from ...benchmarks.stats import Estimate
     from ...engines.bundle.bundle import Bundle
 
@@ -26,7 +26,7 @@ _PACKAGES = ("offcut", "torch", "diffusers", "transformers", "onnxruntime", "ope
 _OWN = Path("shapes-precision.offcut")
 
 
-class Part(StrEnum):
+class PrecisionPart(StrEnum):
     """What can be measured by itself."""
 
     CALLS = "calls"
@@ -47,7 +47,7 @@ def precision(
         typer.Option("-o", "--output", help="Directory of result.json; images that lie there are kept."),
     ] = Path("bench-precision"),
     part: Annotated[
-        list[Part] | None,
+        list[PrecisionPart] | None,
         typer.Option(help="Times of calls, images of each build, caching and int8 jointly. Again for several."),
     ] = None,
     engine: Annotated[
@@ -72,17 +72,17 @@ def precision(
     from ...benchmarks.precision import images as images_of
     from ...benchmarks.precision import joint
     from ...benchmarks.precision.builds import builds_of, make
-    from ...benchmarks.precision.record import Precision
     from ...benchmarks.quality.plan import CUTS
+    from ...benchmarks.schema.precision import Precision
     from ...benchmarks.shapes.model import model_path
     from ...engines.bundle.bundle import Bundle
 
-    outcome = Outcome(_PACKAGES)
-    asked = list(part or Part)
+    outcome = BenchRun(_PACKAGES)
+    asked = list(part or PrecisionPart)
     intervals = interval or [3, 5]
     builds: list[Build] = []
     quiet_libraries()
-    if bundle is not None and asked == [Part.CALLS]:
+    if bundle is not None and asked == [PrecisionPart.CALLS]:
         opened = Bundle.open(bundle)
         model = opened.manifest.source.model
     else:
@@ -90,15 +90,15 @@ def precision(
         with stages() as stage:
             opened, model = make(model_path(), bundle or _OWN, builds, CUTS[0], stage), "shapes"
     measured = Precision(model=model, threads=threads)
-    if Part.CALLS in asked:
+    if PrecisionPart.CALLS in asked:
         measured.calls = _calls(opened, engine or [], size, rounds, threads)
-    if Part.IMAGES in asked:
+    if PrecisionPart.IMAGES in asked:
         versions = " ".join(f"{name} {version}" for name, version in outcome.environment.packages.items())
         tasks = images_of.tasks(opened, builds, images, guidance=guidance, seed=seed, batch=batch, versions=versions)
         measured.images = _images(opened, tasks, images_of.settings(steps, intervals), output / "pictures", threads)
-    if Part.JOINT in asked:
+    if PrecisionPart.JOINT in asked:
         own = [each for each in builds if each.engine == builds[0].engine]
-        task = joint.Task(max(intervals), steps, guidance, samples, images, seed=seed)
+        task = joint.AblationTask(max(intervals), steps, guidance, samples, images, seed=seed)
         with stages() as stage:
             computed = [each.computes_in for each in own]
             measured.joint = joint.ablation(opened, own[0].engine, computed, task, stage, threads=threads)
@@ -126,7 +126,11 @@ def _calls(bundle: Bundle, engines: list[str], size: int | None, rounds: int, th
 
 
 def _images(
-    bundle: Bundle, tasks: Mapping[Build, Task], compared: Sequence[Setting], folder: Path, threads: int | None
+    bundle: Bundle,
+    tasks: Mapping[Build, ImageTask],
+    compared: Sequence[QualitySetting],
+    folder: Path,
+    threads: int | None,
 ) -> Images:
     from ...benchmarks.precision.images import draw
     from ...benchmarks.quality.pictures import missing

@@ -12,19 +12,19 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..shell import EngineName, Json, Threads, err, long_bar, out, print_json, quiet_libraries, stages
-from .outcome import Outcome
+from .outcome import BenchRun
 
 if TYPE_CHECKING:
-    from ...benchmarks.quality.pictures import Task
-    from ...benchmarks.quality.plan import Setting
-    from ...benchmarks.quality.record import Quality, QualityRow
+    from ...benchmarks.quality.pictures import ImageTask
+    from ...benchmarks.quality.plan import QualitySetting
+    from ...benchmarks.schema.quality import Quality, QualityRow
     from ...benchmarks.stats import Estimate
 
 _PACKAGES = ("offcut", "torch", "diffusers", "transformers", "onnxruntime", "openvino", "torchmetrics", "numpy")
 _IMAGES = {"quick": 32, "full": 1000, "front": 512}
 
 
-class Plan(StrEnum):
+class PlanName(StrEnum):
     """Which settings are compared."""
 
     QUICK = "quick"
@@ -32,7 +32,7 @@ class Plan(StrEnum):
     FRONT = "front"
 
 
-class Kind(StrEnum):
+class ScheduleKind(StrEnum):
     """Schedules of the paper."""
 
     UNIFORM = "uniform"
@@ -47,7 +47,7 @@ def quality(
         Path, typer.Option("-o", "--output", help="Directory of result.json; a run that was cut off goes on there.")
     ] = Path("bench-quality"),
     plan: Annotated[
-        Plan | None,
+        PlanName | None,
         typer.Option(
             help="quick (the default); full: interval, cut, schedule, warm-up, forecast and sampler vary; front: "
             "tuned schedules beside others as fast, at four speeds."
@@ -71,7 +71,7 @@ def quality(
     warmup: Annotated[
         list[int] | None, typer.Option(help="Of a combination: first calls that are full. Again for several.", min=0)
     ] = None,
-    schedule: Annotated[list[Kind] | None, typer.Option(help="Of a combination. Again for both.")] = None,
+    schedule: Annotated[list[ScheduleKind] | None, typer.Option(help="Of a combination. Again for both.")] = None,
     samples: Annotated[int, typer.Option(help="Images that a schedule of --plan front is tuned with.", min=4)] = 64,
     forecast: Annotated[
         list[float] | None,
@@ -101,7 +101,7 @@ def quality(
     as_json: Json = False,
 ) -> None:
     """Compare cached runs with the uncached one, and with fewer steps at equal latency, on the shapes model."""
-    from ...benchmarks.quality import crew, pictures
+    from ...benchmarks.quality import pictures, pool
     from ...benchmarks.quality.front import front_plan
     from ...benchmarks.quality.plan import reference_ratios, with_fewer_steps
     from ...benchmarks.quality.run import run
@@ -110,7 +110,7 @@ def quality(
     from ...runtime.pipeline import load
 
     require("offcut bench quality", "torchmetrics", "scipy")
-    outcome = Outcome(_PACKAGES)
+    outcome = BenchRun(_PACKAGES)
     asked = _settings(plan, steps, sampler, schedule, interval, cut, warmup, forecast)
     ratios = reference_ratios(asked, _given(shallow_ratio or [], latency))
     networks = _networks(lpips, clip, fid)
@@ -120,15 +120,15 @@ def quality(
     err.print(f"engine {choice.name}: {choice.reason}", highlight=False)
     quiet_libraries()
     pipe = load(opened, engine=choice.name, threads=threads)
-    if plan == Plan.FRONT and dry_run:
+    if plan == PlanName.FRONT and dry_run:
         err.print("beside these a schedule is tuned for each plainly uniform one, and CacheQuant's is made")
-    elif plan == Plan.FRONT:
+    elif plan == PlanName.FRONT:
         with stages() as stage:
             asked = front_plan(pipe, opened, asked, guidance, ratios, samples, stage)
     settings = with_fewer_steps(asked, ratios)
     versions = [f"{name} {outcome.environment.packages.get(name)}" for name in ("diffusers", choice.name)]
-    task = pictures.Task(
-        prompts=pictures.prompts(images or _IMAGES[plan or Plan.QUICK], 1000 + seed),
+    task = pictures.ImageTask(
+        prompts=pictures.prompts(images or _IMAGES[plan or PlanName.QUICK], 1000 + seed),
         guidance=guidance,
         seed=seed,
         batch=batch,
@@ -142,7 +142,7 @@ def quality(
     with long_bar(total) as (on_call, stage):
         if workers > 1:
             stage(f"{workers} processes")
-            crew.make(
+            pool.make(
                 bundle,
                 choice.name,
                 task,
@@ -174,15 +174,15 @@ def quality(
 
 
 def _settings(
-    plan: Plan | None,
+    plan: PlanName | None,
     steps: int,
     samplers: Sequence[str] | None,
-    kinds: Sequence[Kind] | None,
+    kinds: Sequence[ScheduleKind] | None,
     intervals: Sequence[int] | None,
     cuts: Sequence[str] | None,
     warmups: Sequence[int] | None,
     dampings: Sequence[float] | None,
-) -> list[Setting]:
+) -> list[QualitySetting]:
     from ...benchmarks.quality.front import known
     from ...benchmarks.quality.plan import SAMPLERS, full_plan, of_samplers, product_plan, quick_plan
     from ...errors import UserError
@@ -194,15 +194,15 @@ def _settings(
         return product_plan(
             steps,
             samplers or ["ddim"],
-            [kind.value for kind in kinds or [Kind.UNIFORM]],
+            [kind.value for kind in kinds or [ScheduleKind.UNIFORM]],
             intervals or [5],
             cuts or ["deepcache:0"],
             warmups or [0],
             [None if damping < 0 else damping for damping in dampings or [-1.0]],
         )
-    if plan == Plan.FRONT:
+    if plan == PlanName.FRONT:
         return known(steps, samplers or SAMPLERS)
-    rows = full_plan(steps) if plan == Plan.FULL else quick_plan(steps)
+    rows = full_plan(steps) if plan == PlanName.FULL else quick_plan(steps)
     return rows if samplers is None else of_samplers(rows, samplers)
 
 
@@ -245,7 +245,9 @@ def _build(bundle: Path, engine: str, cuts: Sequence[str]) -> None:
         build(model_path(), bundle, cuts=cuts or [CUTS[0]], engine=engine, progress=stage)
 
 
-def _announce(pipe: Any, task: Task, settings: Sequence[Setting], output: Path, ratios: dict[str, float]) -> None:
+def _announce(
+    pipe: Any, task: ImageTask, settings: Sequence[QualitySetting], output: Path, ratios: dict[str, float]
+) -> None:
     """What is to come, and how long it takes, by a batch that is timed."""
     from ...benchmarks.quality import pictures
 

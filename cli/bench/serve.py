@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..shell import BundleArgument, Device, EngineName, Json, Threads, err, out, print_json, stages
-from .outcome import Outcome
+from .outcome import BenchRun
 
 _REQUEST = {"rich_help_panel": "A request"}
 _SERVER = {"rich_help_panel": "The server"}
@@ -119,7 +119,7 @@ def serve(
         leaving=leaving,
         leak=leak,
     )
-    outcome = Outcome(("torch", "diffusers", "onnxruntime", "openvino", "fastapi", "uvicorn", "aiohttp"))
+    outcome = BenchRun(("torch", "diffusers", "onnxruntime", "openvino", "fastapi", "uvicorn", "aiohttp"))
     err.print(f"about {plan.estimate / 60:.0f} minutes, and what starting the servers takes", highlight=False)
     quiet_libraries()
     with stages() as stage:

@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..shell import BundleArgument, Device, Json, Threads, out, print_json, quiet_libraries, stages
-from .outcome import Outcome
+from .outcome import BenchRun
 
 _PACKAGES = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "offcut")
 
@@ -39,7 +39,7 @@ def swap(
     from ...benchmarks.swap import measure
     from ...engines.bundle.bundle import Bundle
 
-    outcome = Outcome(_PACKAGES)
+    outcome = BenchRun(_PACKAGES)
     quiet_libraries()
     with stages() as stage:
         measured = measure(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offcut.benchmarks import record
-from offcut.benchmarks.latency.record import Contestant, Latency
+from offcut.benchmarks.schema.latency import Contestant, Latency
 from offcut.benchmarks.stats import percentile
 from offcut.errors import UserError
 

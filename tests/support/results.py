@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from offcut.benchmarks.drift.record import Call, Drift, Sample, Walk
-from offcut.benchmarks.growth.record import Fit, Growth, Made, Point, Sweep
-from offcut.benchmarks.latency.record import Contestant, Latency
-from offcut.benchmarks.quality.record import Claim, Quality, QualityRow
 from offcut.benchmarks.record import Environment, Result
+from offcut.benchmarks.schema.drift import Call, Drift, Sample, Walk
+from offcut.benchmarks.schema.growth import Fit, Growth, Made, Point, Sweep
+from offcut.benchmarks.schema.latency import Contestant, Latency
+from offcut.benchmarks.schema.quality import Claim, Quality, QualityRow
 from offcut.benchmarks.stats import Estimate
 from offcut.runtime.generation.schedule import Uniform
 

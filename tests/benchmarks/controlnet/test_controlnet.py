@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import offcut
 from offcut.benchmarks.controlnet import draw, ways
-from offcut.benchmarks.controlnet.record import ControlNetReuse
 from offcut.benchmarks.controlnet.run import run
 from offcut.benchmarks.report.page import write_report
+from offcut.benchmarks.schema.controlnet import ControlNetReuse
 from offcut.benchmarks.shapes.model import control_path, model_path
 from offcut.cli.bench import app
 from offcut.errors import UserError
@@ -43,13 +43,13 @@ def pipes(bundle: Path) -> Iterator[draw.Pipelines]:
 
 
 @pytest.fixture(scope="module")
-def task() -> ways.Task:
+def task() -> ways.SceneTask:
     return ways.task(3, steps=STEPS, guidance=3.0, seed=0, batch=2, identity="test")
 
 
 @pytest.fixture(scope="module")
 def whole(
-    pipes: draw.Pipelines, task: ways.Task, tmp_path_factory: pytest.TempPathFactory
+    pipes: draw.Pipelines, task: ways.SceneTask, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, ControlNetReuse]:
     folder = tmp_path_factory.mktemp("whole")
     return folder, run(pipes, task, COMPARED, folder, rounds=2, model="shapes", controlnet="control")
@@ -91,7 +91,7 @@ def test_each_row_has_the_figures_that_are_its_own(whole: tuple[Path, ControlNet
 
 
 def test_a_rested_controlnet_draws_another_picture(
-    pipes: draw.Pipelines, task: ways.Task, whole: tuple[Path, ControlNetReuse]
+    pipes: draw.Pipelines, task: ways.SceneTask, whole: tuple[Path, ControlNetReuse]
 ) -> None:
     folder, _ = whole
     drawn = [draw.make(pipes, task, way, folder / "pictures", lambda count: None).pictures for way in COMPARED]
@@ -100,7 +100,7 @@ def test_a_rested_controlnet_draws_another_picture(
 
 
 def test_kept_pictures_are_not_drawn_again_and_damaged_ones_are_refused(
-    pipes: draw.Pipelines, task: ways.Task, whole: tuple[Path, ControlNetReuse]
+    pipes: draw.Pipelines, task: ways.SceneTask, whole: tuple[Path, ControlNetReuse]
 ) -> None:
     folder, measured = whole
     steps: list[int] = []

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from offcut.benchmarks import record
 from offcut.benchmarks.drift.maps import changed, painted
-from offcut.benchmarks.drift.record import Drift
 from offcut.benchmarks.drift.walk import between, distances
+from offcut.benchmarks.schema.drift import Drift
 from offcut.cli import app
 
 STEPS = 8
@@ -55,7 +55,7 @@ def run(shapes: Path, folder: Path, *options: str) -> Drift:
     assert result.exit_code == 0, result.stderr
     found = record.read(folder).drift
     assert found is not None
-    assert (folder / "report.html").read_text(encoding="utf-8").count('class="heatmap"') == 1
+    assert (folder / "report.html").read_text(encoding="utf-8").count("<svg") == 2
     return found
 
 

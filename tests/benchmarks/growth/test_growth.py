@@ -12,8 +12,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from offcut.benchmarks import record
-from offcut.benchmarks.growth.record import Growth
 from offcut.benchmarks.growth.table import notes, tables
+from offcut.benchmarks.schema.growth import Growth
 from offcut.cli import app
 from offcut.errors import UserError
 

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from offcut.benchmarks import record
 from offcut.benchmarks.latency.case import Entrant
 from offcut.benchmarks.latency.contestants import OPTIMUM_MISSING, PEERS
-from offcut.benchmarks.latency.record import TIMES, Contestant, Latency
 from offcut.benchmarks.latency.resolve import LatencyRequest, resolve
 from offcut.benchmarks.latency.rounds import RoundOptions, measure
 from offcut.benchmarks.latency.terminal import notes, tables
+from offcut.benchmarks.schema.latency import TIMES, Contestant, Latency
 from offcut.cli import app
 from offcut.cli.bench import _COMMANDS
 from offcut.engines.bundle.bundle import Bundle

@@ -17,11 +17,11 @@ from offcut.benchmarks.latency import loop, video
 from offcut.benchmarks.latency.case import Case
 from offcut.benchmarks.latency.pipelines import PIPELINES
 from offcut.benchmarks.latency.ratios import relative_difference
-from offcut.benchmarks.latency.record import Latency
 from offcut.benchmarks.latency.resolve import LatencyRequest, resolve
 from offcut.benchmarks.latency.terminal import notes
 from offcut.benchmarks.latency.worker import LatencyWorker
 from offcut.benchmarks.report.latency import section
+from offcut.benchmarks.schema.latency import Latency
 from offcut.engines.bundle.bundle import Bundle
 from offcut.errors import ShapeError
 

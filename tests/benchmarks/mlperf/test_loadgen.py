@@ -9,8 +9,8 @@ import pytest
 
 from offcut.benchmarks.mlperf import loadgen
 from offcut.benchmarks.mlperf.loadgen import Shortened
-from offcut.benchmarks.mlperf.record import Scenario
 from offcut.benchmarks.mlperf.system import Picture
+from offcut.benchmarks.schema.mlperf import Scenario
 from offcut.errors import UserError
 
 pytest.importorskip("mlperf_loadgen")

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from offcut.benchmarks import record
 from offcut.benchmarks.precision.builds import BUILDS, Build, builds_of
 from offcut.benchmarks.precision.joint import corrections
-from offcut.benchmarks.precision.record import Precision
+from offcut.benchmarks.schema.precision import Precision
 from offcut.cli import app
 from offcut.errors import BundleError, UserError
 from offcut.runtime.tuning.moments import Moments
@@ -137,8 +137,8 @@ def test_a_second_run_draws_no_picture_again(done: Path, tmp_path: Path) -> None
 def test_the_page_shows_every_part(done: Path, measured: Precision) -> None:
     page = (done / "out" / "report.html").read_text(encoding="utf-8")
     assert measured.joint is not None
-    assert all(f"<code>{row.timeline}</code>" in page for row in measured.joint.rows)
-    for said in ("What a call takes", "What the images lose", "Caching and low precision together", LOW):
+    assert all(f">{row.timeline}</td>" in page for row in measured.joint.rows)
+    for said in ("Time of a call", "Quality of the images", "Caching and low precision together", LOW):
         assert said in page
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from offcut.benchmarks.quality import claims, plan
-from offcut.benchmarks.quality.plan import SHALLOW_OVER_FULL, Setting
+from offcut.benchmarks.quality.plan import SHALLOW_OVER_FULL, QualitySetting
 from offcut.benchmarks.quality.scores import Scored
 from offcut.benchmarks.stats import Estimate
 
@@ -35,7 +35,7 @@ def scored(psnr: float, right: float, spread: float, count: int, seed: int) -> S
 
 def found(count: int, **quality: dict[str, tuple[float, float, float]]) -> dict[str, bool | None]:
     settings = [plan.cached("ddim", 50, "uniform", n) for n in (1, 10)]
-    settings += [plan.cached("ddim", 50, "quad", 10), Setting("ddim", 10, fewer=True)]
+    settings += [plan.cached("ddim", 50, "quad", 10), QualitySetting("ddim", 10, fewer=True)]
     names = ("uncached", "uniform", "quad", "fewer")
     values = zip(names, settings, strict=True)
     scores = {row: scored(*quality.get(name, (30, 0.8, 1.0)), count, 7) for name, row in values}
@@ -60,7 +60,7 @@ def test_a_difference_the_other_way_is_found_too() -> None:
 def test_a_forecast_is_held_against_reuse_and_fewer_steps(reused: float, agrees: bool | None) -> None:
     plain = plan.cached("ddim", 50, "uniform", 10, warmup=2)
     forecast = plan.cached("ddim", 50, "uniform", 10, warmup=2, damping=1.0)
-    settings = [Setting("ddim", 50), plain, forecast, Setting("ddim", 10, fewer=True)]
+    settings = [QualitySetting("ddim", 50), plain, forecast, QualitySetting("ddim", 10, fewer=True)]
     values = ((30, 0.8), (reused, 0.8), (35, 0.8), (30, 0.8))
     scores = {
         row: scored(psnr, right, 1.0, 400, seed)

@@ -11,7 +11,7 @@ import pytest
 
 import offcut
 from offcut.benchmarks.quality import front, pictures, plan
-from offcut.benchmarks.quality.pictures import Task
+from offcut.benchmarks.quality.pictures import ImageTask
 from offcut.benchmarks.quality.run import run
 from offcut.engines.bundle.bundle import Bundle
 from offcut.errors import UserError
@@ -37,7 +37,7 @@ def pipe(shapes: Path) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def settings(pipe: Any, shapes: Path) -> list[plan.Setting]:
+def settings(pipe: Any, shapes: Path) -> list[plan.QualitySetting]:
     known = [each for each in front.known(2 * STEPS, [SAMPLER]) if each.interval in (1, 3)]
     return front.front_plan(pipe, Bundle.open(shapes), known, 3.0, RATIOS, samples=4)
 
@@ -56,29 +56,29 @@ def test_what_needs_no_tuning() -> None:
         front.known(50, ["heun"])
 
 
-def test_a_tuned_schedule_is_as_fast_as_the_plain_one(settings: list[plan.Setting]) -> None:
-    (tuned,) = (row for row in settings if row.kept is not None)
+def test_a_tuned_schedule_is_as_fast_as_the_plain_one(settings: list[plan.QualitySetting]) -> None:
+    (tuned,) = (row for row in settings if row.bundle_schedule is not None)
     plain = next(row for row in settings if row.schedule == "uniform:3")
     assert tuned.kind == "cached"
     assert tuned.cost(RATIOS) <= plain.cost(RATIOS) + 1e-9
-    assert tuned.full_calls == tuned.kept.by_call.count(None)  # type: ignore[union-attr]
+    assert tuned.full_calls == tuned.bundle_schedule.by_call.count(None)  # type: ignore[union-attr]
     assert tuned.interval is None
     (theirs,) = (row for row in settings if (row.schedule or "").startswith("steps:0,"))
     assert theirs.full_calls == 3
 
 
-def test_it_is_tuned_once(settings: list[plan.Setting], pipe: Any, shapes: Path) -> None:
+def test_it_is_tuned_once(settings: list[plan.QualitySetting], pipe: Any, shapes: Path) -> None:
     bundle, said = Bundle.open(shapes), list[str]()
-    known = [row for row in settings if row.kept is None and not (row.schedule or "").startswith("steps")]
+    known = [row for row in settings if row.bundle_schedule is None and not (row.schedule or "").startswith("steps")]
     assert front.front_plan(pipe, bundle, known, 3.0, RATIOS, samples=4, progress=said.append) == settings
     assert said == []
     assert Bundle.open(shapes).digest == bundle.digest
     other = front.front_plan(pipe, bundle, known, 3.0, {**RATIOS, plan.CUTS[0]: 0.3}, samples=4, progress=said.append)
     assert any("made for something else" in each for each in said)
     assert other != settings
-    changed = [row for row in other if row.kept is not None]
-    task = Task(("a",), 3.0, 0, 1, "")
-    for now, before in zip(changed, (row for row in settings if row.kept is not None), strict=True):
+    changed = [row for row in other if row.bundle_schedule is not None]
+    task = ImageTask(("a",), 3.0, 0, 1, "")
+    for now, before in zip(changed, (row for row in settings if row.bundle_schedule is not None), strict=True):
         assert now.name == before.name
         assert task.key(now, 0) != task.key(before, 0)  # pictures of one are not taken for the other's
     front.front_plan(pipe, bundle, known, 3.0, RATIOS, samples=4)
@@ -93,16 +93,16 @@ def test_pictures_are_the_same_with_and_without_schedules_in_the_bundle(
     assert with_them.built_digest == without.built_digest == without.digest
 
 
-def test_its_row_and_claims(settings: list[plan.Setting], pipe: Any, shapes: Path, tmp_path: Path) -> None:
-    known = [row for row in settings if row.kept is None and not (row.schedule or "").startswith("steps")]
+def test_its_row_and_claims(settings: list[plan.QualitySetting], pipe: Any, shapes: Path, tmp_path: Path) -> None:
+    known = [row for row in settings if row.bundle_schedule is None and not (row.schedule or "").startswith("steps")]
     now = front.front_plan(pipe, Bundle.open(shapes), known, 3.0, RATIOS, samples=4)
-    task = Task(pictures.prompts(4, 1000), guidance=3.0, seed=0, batch=4, identity="test", bundle=shapes)
+    task = ImageTask(pictures.prompts(4, 1000), guidance=3.0, seed=0, batch=4, identity="test", bundle=shapes)
     rows = plan.with_fewer_steps(now, RATIOS)
     measured = run(pipe, task, rows, tmp_path, ratios=RATIOS, model="shapes")
     (row,) = (each for each in measured.rows if (each.schedule or "").startswith("tuned:"))
-    (setting,) = (each for each in rows if each.kept is not None)
+    (setting,) = (each for each in rows if each.bundle_schedule is not None)
     assert row.full_calls + row.shallow_calls + row.skipped_calls == STEPS
-    assert row.skipped_calls == setting.kept.by_call.count("skip")  # type: ignore[union-attr]
+    assert row.skipped_calls == setting.bundle_schedule.by_call.count("skip")  # type: ignore[union-attr]
     assert row.cost == setting.cost(RATIOS)
     assert row.psnr is not None
     texts = [claim.text for claim in measured.claims if "tuned schedules" in claim.text]

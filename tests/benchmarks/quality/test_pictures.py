@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from offcut.benchmarks.quality import pictures
-from offcut.benchmarks.quality.pictures import Made, Task
-from offcut.benchmarks.quality.plan import Setting
+from offcut.benchmarks.quality.pictures import ImageTask, SettingImages
+from offcut.benchmarks.quality.plan import QualitySetting
 from offcut.benchmarks.shapes import scenes
 from offcut.errors import UserError
 
-TASK = Task(pictures.prompts(9, 1000), guidance=3.0, seed=0, batch=4, identity="bundle engine")
-SETTING = Setting("ddim", 8)
+TASK = ImageTask(pictures.prompts(9, 1000), guidance=3.0, seed=0, batch=4, identity="bundle engine")
+SETTING = QualitySetting("ddim", 8)
 
 
 def test_prompts_are_balanced_distinct_and_the_same_again() -> None:
@@ -50,7 +50,7 @@ def test_every_cause_of_a_picture_is_in_its_key() -> None:
 
 
 def test_what_was_kept_is_read_back_and_damage_is_named(tmp_path: Path) -> None:
-    part = Made(pictures.drawn(TASK.prompts, 0), (0.5,), (float("nan"),), "#" * 8)
+    part = SettingImages(pictures.drawn(TASK.prompts, 0), (0.5,), (float("nan"),), "#" * 8)
     path = tmp_path / f"{TASK.key(SETTING, 0)}.npz"
     assert pictures.missing(TASK, SETTING, tmp_path) == 9
     pictures._write(path, part)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offcut.benchmarks.latency.record import Contestant, Latency
 from offcut.benchmarks.quality import plan
-from offcut.benchmarks.quality.plan import SHALLOW_OVER_FULL, Setting
+from offcut.benchmarks.quality.plan import SHALLOW_OVER_FULL, QualitySetting
+from offcut.benchmarks.schema.latency import Contestant, Latency
 from offcut.errors import UserError
 from offcut.runtime.generation.forecast import Extrapolate
 
@@ -77,7 +77,7 @@ def test_a_forecast_is_named_and_costs_nothing() -> None:
 
 
 def test_interval_one_is_the_uncached_run() -> None:
-    assert plan.cached("ddim", 50, "uniform", 1) == Setting("ddim", 50)
+    assert plan.cached("ddim", 50, "uniform", 1) == QualitySetting("ddim", 50)
     made = plan.product_plan(20, ["ddim"], ["uniform"], [1, 3], ["deepcache:0"], [0, 2])
     assert [row.kind for row in made] == ["uncached", "cached", "cached"]
 

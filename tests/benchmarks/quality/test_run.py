@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 import offcut
 from offcut.benchmarks import record
-from offcut.benchmarks.quality import crew, pictures, plan
-from offcut.benchmarks.quality.pictures import Task
-from offcut.benchmarks.quality.record import Quality
+from offcut.benchmarks.quality import pictures, plan, pool
+from offcut.benchmarks.quality.pictures import ImageTask
 from offcut.benchmarks.quality.run import run
+from offcut.benchmarks.schema.quality import Quality
 from offcut.benchmarks.shapes.model import model_path
 from offcut.cli.bench import app
 from offcut.errors import UserError
@@ -36,17 +36,17 @@ def pipe(shapes_bundle: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def task() -> Task:
-    return Task(pictures.prompts(6, 1000), guidance=3.0, seed=0, batch=4, identity="test")
+def task() -> ImageTask:
+    return ImageTask(pictures.prompts(6, 1000), guidance=3.0, seed=0, batch=4, identity="test")
 
 
 @pytest.fixture(scope="module")
-def whole(pipe: Any, task: Task, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Quality]:
+def whole(pipe: Any, task: ImageTask, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Quality]:
     folder = tmp_path_factory.mktemp("whole")
     return folder, run(pipe, task, SETTINGS, folder, ratios=plan.SHALLOW_OVER_FULL, model="shapes")
 
 
-def test_each_row_has_its_figures_and_pictures(whole: tuple[Path, Quality], task: Task) -> None:
+def test_each_row_has_its_figures_and_pictures(whole: tuple[Path, Quality], task: ImageTask) -> None:
     folder, quality = whole
     assert [row.kind for row in quality.rows] == ["uncached"] * 2 + ["cached"] * 2 + ["fewer steps"] * 2
     assert quality.sample_prompts == list(task.prompts[:4])
@@ -73,15 +73,15 @@ def test_each_row_has_its_figures_and_pictures(whole: tuple[Path, Quality], task
     assert quality.claims
 
 
-def test_a_picture_does_not_depend_on_its_place_in_a_batch(pipe: Any, task: Task, tmp_path: Path) -> None:
-    small = Task(task.prompts, task.guidance, task.seed, 1, task.identity)
+def test_a_picture_does_not_depend_on_its_place_in_a_batch(pipe: Any, task: ImageTask, tmp_path: Path) -> None:
+    small = ImageTask(task.prompts, task.guidance, task.seed, 1, task.identity)
     for setting in SETTINGS[1:3]:
         together = pictures.make(pipe, task, setting, tmp_path).pictures
         alone = pictures.make(pipe, small, setting, tmp_path).pictures
         assert np.abs(together.astype(int) - alone).max() <= 1
 
 
-def test_the_uncached_row_is_what_diffusers_draws(pipe: Any, whole: tuple[Path, Quality], task: Task) -> None:
+def test_the_uncached_row_is_what_diffusers_draws(pipe: Any, whole: tuple[Path, Quality], task: ImageTask) -> None:
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -99,7 +99,7 @@ def test_the_uncached_row_is_what_diffusers_draws(pipe: Any, whole: tuple[Path, 
 
 
 def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(
-    pipe: Any, task: Task, whole: tuple[Path, Quality], tmp_path: Path
+    pipe: Any, task: ImageTask, whole: tuple[Path, Quality], tmp_path: Path
 ) -> None:
     calls = []
 
@@ -154,22 +154,22 @@ def test_the_command_leaves_a_result_and_does_nothing_twice(shapes_bundle: Path,
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
-def test_processes_make_what_one_makes(pipe: Any, shapes_bundle: Path, task: Task, tmp_path: Path) -> None:
+def test_processes_make_what_one_makes(pipe: Any, shapes_bundle: Path, task: ImageTask, tmp_path: Path) -> None:
     one, several = tmp_path / "one", tmp_path / "several"
     for setting in SETTINGS[1:3]:
         pictures.make(pipe, task, setting, one)
     calls: list[int] = []
     asked = {"workers": 2, "threads": 1, "on_call": calls.append}
-    crew.make(shapes_bundle, "onnxruntime", task, SETTINGS[1:3], several, **asked)  # type: ignore[arg-type]
+    pool.make(shapes_bundle, "onnxruntime", task, SETTINGS[1:3], several, **asked)  # type: ignore[arg-type]
     assert sum(calls) == sum(6 * setting.steps for setting in SETTINGS[1:3])
     for setting in SETTINGS[1:3]:
         first, second = (pictures.make(None, task, setting, folder) for folder in (one, several))
         assert first.timeline == second.timeline
         assert (first.pictures == second.pictures).all()
-    crew.make(shapes_bundle, "no engine", task, SETTINGS[1:3], several, workers=2)  # nothing is left to make
+    pool.make(shapes_bundle, "no engine", task, SETTINGS[1:3], several, workers=2)  # nothing is left to make
 
 
-def test_processes_judge_as_one_does(whole: tuple[Path, Quality], pipe: Any, task: Task) -> None:
+def test_processes_judge_as_one_does(whole: tuple[Path, Quality], pipe: Any, task: ImageTask) -> None:
     folder, quality = whole
     said: list[str] = []
     again = run(
@@ -188,10 +188,10 @@ def test_processes_judge_as_one_does(whole: tuple[Path, Quality], pipe: Any, tas
                 assert first.mean == pytest.approx(second.mean, rel=1e-5)
 
 
-def test_a_worker_s_error_is_the_caller_s(shapes_bundle: Path, task: Task, tmp_path: Path) -> None:
+def test_a_worker_s_error_is_the_caller_s(shapes_bundle: Path, task: ImageTask, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="give another directory"):
-        crew.make(shapes_bundle, "onnxruntime", task, SETTINGS[:2], tmp_path / "file", workers=2, threads=1)
+        pool.make(shapes_bundle, "onnxruntime", task, SETTINGS[:2], tmp_path / "file", workers=2, threads=1)
 
 
 def test_a_dry_run_says_what_is_to_come_and_makes_nothing(shapes_bundle: Path, tmp_path: Path) -> None:

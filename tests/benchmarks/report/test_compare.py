@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from support.results import contestant, latency, machine, quality, result
 from typer.testing import CliRunner
 
-from offcut.benchmarks.latency.record import Contestant, Latency
-from offcut.benchmarks.quality.record import Quality
 from offcut.benchmarks.report.compare import Comparison, compare
+from offcut.benchmarks.schema.latency import Contestant, Latency
+from offcut.benchmarks.schema.quality import Quality
 from offcut.cli import app
 from offcut.errors import UserError
 

@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 from support.results import drift, result
 
-from offcut.benchmarks.drift.record import Call
 from offcut.benchmarks.report.blocks import Group, Plot
 from offcut.benchmarks.report.drift import section
 from offcut.benchmarks.report.page import write_report
 from offcut.benchmarks.report.plots import heatmap
+from offcut.benchmarks.schema.drift import Call
 
 
 def test_the_page_shows_all_of_it(tmp_path: Path) -> None:

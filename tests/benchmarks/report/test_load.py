@@ -4,9 +4,9 @@ from pathlib import Path
 
 from support.results import machine
 
-from offcut.benchmarks.mlperf.record import MlPerf, ScenarioRun
 from offcut.benchmarks.record import Result, now
 from offcut.benchmarks.report.page import write_report
+from offcut.benchmarks.schema.mlperf import MlPerf, ScenarioRun
 
 
 def run(**changed: object) -> ScenarioRun:

@@ -18,10 +18,10 @@ from support.results import contestant, draw_samples, latency, machine, quality,
 from typer.testing import CliRunner
 
 from offcut.benchmarks import record
-from offcut.benchmarks.latency.record import Contestant
 from offcut.benchmarks.record import Result
 from offcut.benchmarks.report.latency import bar_of
 from offcut.benchmarks.report.page import page, sections_of, write_report
+from offcut.benchmarks.schema.latency import Contestant
 from offcut.cli import app
 from offcut.errors import UserError
 

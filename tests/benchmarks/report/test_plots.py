@@ -9,7 +9,7 @@ from support.results import contestant, latency, quality
 
 from offcut.benchmarks.report.findings import base_of, front, reference, speed, uncached_twin
 from offcut.benchmarks.report.formatting import digits, size
-from offcut.benchmarks.report.plots import COLOURS, Bar, Point, bars, lines, scatter, to_svg
+from offcut.benchmarks.report.plots import COLOURS, Bar, ScatterPoint, bars, lines, scatter, to_svg
 from offcut.benchmarks.stats import Estimate
 
 POINTS = st.lists(
@@ -47,9 +47,9 @@ def test_bars_are_drawn_to_scale() -> None:
 
 def test_a_scatter_fills_the_front_only() -> None:
     points = [
-        Point("a", 1.5, Estimate(mean=40, low=39, high=41), "cached"),
-        Point("b", 2.5, Estimate(mean=30, low=29, high=31), "cached"),
-        Point("c", 1.4, Estimate(mean=20, low=19, high=21), "fewer steps"),
+        ScatterPoint("a", 1.5, Estimate(mean=40, low=39, high=41), "cached"),
+        ScatterPoint("b", 2.5, Estimate(mean=30, low=29, high=31), "cached"),
+        ScatterPoint("c", 1.4, Estimate(mean=20, low=19, high=21), "fewer steps"),
     ]
 
     def filled(**options: bool) -> set[float]:

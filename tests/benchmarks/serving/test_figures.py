@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from offcut.benchmarks.schema.serving import BatchRow, ClosedRow, OpenRow, Overload, Percentiles, ServingLoad, Soak
 from offcut.benchmarks.serving.client import Reply, Window
 from offcut.benchmarks.serving.goals import goals
-from offcut.benchmarks.serving.record import BatchRow, ClosedRow, OpenRow, Overload, Percentiles, ServingLoad, Soak
 from offcut.benchmarks.serving.run import Plan
 from offcut.benchmarks.serving.table import tables
 from offcut.benchmarks.serving.watch import Look, gauges, growth

@@ -18,16 +18,16 @@ from typing import Any
 from ...errors import UserError
 from ..shapes.judge_net.reader import JudgeNet
 from . import pictures, scores
-from .pictures import Progress, Task, missing_parts
-from .plan import Setting, reference
+from .pictures import ImageTask, Progress, missing_parts
+from .plan import QualitySetting, reference
 from .scores import Scored
 
 
 def make(
     bundle: Path,
     engine: str,
-    task: Task,
-    settings: Sequence[Setting],
+    task: ImageTask,
+    settings: Sequence[QualitySetting],
     folder: Path,
     *,
     workers: int,
@@ -56,14 +56,14 @@ def make(
 
 
 def score(
-    task: Task,
-    settings: Sequence[Setting],
+    task: ImageTask,
+    settings: Sequence[QualitySetting],
     folder: Path,
     *,
     workers: int,
     threads: int | None = None,
-    done: Callable[[Setting], None] = lambda setting: None,
-) -> dict[Setting, Scored]:
+    done: Callable[[QualitySetting], None] = lambda setting: None,
+) -> dict[QualitySetting, Scored]:
     """Judge every setting's pictures, which all lie in `folder`; see `scores.score`.
 
     Args:
@@ -74,7 +74,7 @@ def score(
         UserError: a process was killed, for want of memory as a rule.
     """
     jobs = [(task, setting, reference(setting, settings), folder) for setting in settings]
-    scored: dict[Setting, Scored] = {}
+    scored: dict[QualitySetting, Scored] = {}
 
     def judged(place: int, made: Scored) -> None:
         scored[settings[place]] = made
@@ -155,7 +155,7 @@ def _open(bundle: Path, engine: str, threads: int) -> None:
     _pipe = load(bundle, engine=engine, threads=threads)
 
 
-def _part(task: Task, setting: Setting, first: int, folder: Path) -> int:
+def _part(task: ImageTask, setting: QualitySetting, first: int, folder: Path) -> int:
     """How many pictures the part has, once it lies in `folder`."""
     return len(pictures.make_part(_pipe, task, setting, first, folder).pictures)
 
@@ -166,7 +166,7 @@ def _judge(threads: int) -> None:
     _net = JudgeNet.load()
 
 
-def _scored(task: Task, setting: Setting, base: Setting, folder: Path) -> Scored:
+def _scored(task: ImageTask, setting: QualitySetting, base: QualitySetting, folder: Path) -> Scored:
     assert _net is not None
     own, other = (pictures.make(None, task, each, folder) for each in (setting, base))
     return scores.score(_net, task, own, other)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..stats import Estimate
 
 
-class Change(BaseModel):
+class ReuseChange(BaseModel):
     """Of the same scenes, what resting the ControlNet adds to caching: paired, negative where it is worse."""
 
     model_config = ConfigDict(extra="forbid")
@@ -36,7 +36,7 @@ class ControlNetRow(BaseModel):
     accuracy: Estimate = Field(description="share of prompts right, 0..1, by the judge network")
     psnr: Estimate | None = Field(None, description="dB, against the uncached image; of cached rows")
     psnr_worst: float | None = None
-    change: Change | None = Field(
+    change: ReuseChange | None = Field(
         None, description="of reused rows: against the row of the same schedule whose ControlNet runs at every call"
     )
     seconds: list[float] = Field(default_factory=list, description="of the pipeline's call, per image; one a round")

@@ -10,7 +10,7 @@ import time
 import psutil
 
 _FIRST = """
-from offcut.benchmarks.quality.crew import _settle, _spread
+from offcut.benchmarks.quality.pool import _settle, _spread
 if __name__ == "__main__":
     jobs = [("print(__import__('os').getpid(), flush=True)",), ("__import__('time').sleep(600)",)]
     _spread(1, (_settle, 1), eval, jobs, print)

@@ -1,0 +1,1 @@
+"""Sections of ``result.json``, one module for each benchmark."""
