@@ -1,4 +1,4 @@
-"""The page in a browser: it draws, with and without caching, by keyboard, at any width, and without a network."""
+"""The page in a browser: it generates with and without caching, by keyboard, at any width, and loads nothing else."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def server(begin: Any) -> Iterator[Any]:
 def test_it_draws_with_and_without_caching(width: int, scheme: str, browser: Any, server: Any) -> None:
     tab = Tab(browser, server.url, viewport={"width": width, "height": 900}, color_scheme=scheme)
     tab.page.get_by_label("Prompt", exact=True).fill("a red square " + "x" * 200)
-    tab.page.get_by_text("More", exact=True).click()
-    tab.page.get_by_role("button", name="Draw").click()
+    tab.page.get_by_text("More settings", exact=True).click()
+    tab.page.get_by_role("button", name="Generate").click()
     tab.status("times as fast")
     assert tab.images() == 2
     assert tab.steps("cached") == "#...#..."
@@ -115,14 +115,14 @@ def test_the_keyboard_is_enough(browser: Any, server: Any) -> None:
     for _ in range(5):
         press("Tab")
         order.append(tab.page.evaluate(focused))
-    assert order == ["steps", "seed", "dice", "interval", "compare"]
+    assert order == ["steps", "seed", "random-seed", "interval", "compare"]
     press("Shift+Tab")
     press("Home")
     press("ArrowRight")
     assert tab.page.locator("#interval-shown").inner_text() == "2 calls"
     press("Tab")
     press("Space")
-    assert not tab.page.get_by_label("Also draw it without caching").is_checked()
+    assert not tab.page.get_by_label("Also generate without caching").is_checked()
     tab.page.locator("#prompt").focus()
     press("Enter")
     tab.status(" s")
@@ -137,7 +137,7 @@ def test_stopping_frees_the_worker(browser: Any, server: Any, gate: Any, until: 
     tab = Tab(browser, server.url)
     tab.page.get_by_label("Prompt", exact=True).fill("a")
     gate.close()
-    tab.page.get_by_role("button", name="Draw").click()
+    tab.page.get_by_role("button", name="Generate").click()
     assert gate.reached.wait(60)
     tab.page.keyboard.press("Escape")
     tab.status("Stopped")
@@ -145,7 +145,7 @@ def test_stopping_frees_the_worker(browser: Any, server: Any, gate: Any, until: 
     gate.open.set()
     until(lambda: server.service.worker.statistics().in_flight == 0)
     assert server.service.worker.statistics().requests["cancelled"].count == 1
-    assert tab.page.get_by_role("button", name="Draw").is_enabled()
+    assert tab.page.get_by_role("button", name="Generate").is_enabled()
     tab.page.context.close()
 
 
@@ -154,9 +154,9 @@ def test_what_goes_wrong_is_said(browser: Any, server: Any) -> None:
 
     tab = Tab(browser, server.url)
     tab.page.get_by_label("Prompt", exact=True).fill("a")
-    tab.page.get_by_text("More", exact=True).click()
+    tab.page.get_by_text("More settings", exact=True).click()
     tab.page.get_by_label("Size in pixels").fill("65x64")
-    tab.page.get_by_role("button", name="Draw").click()
+    tab.page.get_by_role("button", name="Generate").click()
     expect(tab.page.get_by_role("alert")).to_contain_text("the nearest is 64")
     tab.page.context.close()
 
@@ -168,18 +168,18 @@ def test_the_last_ones_with_a_schedule_of_the_servers_own(browser: Any, server: 
     with begin(ServeSettings(steps=8, interval=4, warmup=0, schedule="steps:0,5", forecast=0.5)) as running:
         tab = Tab(browser, running.url)
         tab.page.get_by_label("Prompt", exact=True).fill("a")
-        tab.page.get_by_text("More", exact=True).click()
+        tab.page.get_by_text("More settings", exact=True).click()
         schedule = tab.page.get_by_label("Schedule", exact=True)
         assert schedule.input_value() == "steps:0,5"
         assert tab.page.locator("#interval").is_disabled()
         assert "steps:0,5" in tab.page.locator("#interval-hint").inner_text()
-        tab.page.get_by_role("button", name="Draw").click()
+        tab.page.get_by_role("button", name="Generate").click()
         tab.status("times as fast")
         assert (tab.steps("cached"), tab.steps("uncached")) == ("#....#..", "########")
         schedule.select_option("")
         assert tab.page.locator("#interval").is_enabled()
-        tab.page.get_by_label("Also draw it without caching").uncheck()
-        tab.page.get_by_role("button", name="Draw").click()
+        tab.page.get_by_label("Also generate without caching").uncheck()
+        tab.page.get_by_role("button", name="Generate").click()
         tab.page.wait_for_selector("#cached img:not([hidden]):not(.preview)")
         assert tab.steps("cached") == "#...#..."
         assert tab.said == []
