@@ -90,7 +90,7 @@ def run(
     from ..runtime.generation.forecast import Extrapolate
     from ..runtime.images.compare import generate_to_file
     from ..runtime.text_to_image import scheduler_named
-    from ..runtime.tuning.choice import tuned_name
+    from ..runtime.tuning.artifact import tuned_name
 
     cut = caching.cut
     tuned = tuned_name(caching.schedule)
@@ -202,10 +202,10 @@ def _load_loras(pipe: Any, loras: Mapping[str | Path, float]) -> None:
 
 def _tuned(opened: Bundle, pipe: Any, name: str, request: ImageRequest) -> Tuned:
     """Return the bundle's tuned schedule for this pipeline and request, and print which one it is."""
-    from ..runtime.tuning.choice import choose, key_of
+    from ..runtime.tuning.artifact import choose, make_key
 
     scale = guidance_of(pipe, request) or 1.0
-    key = key_of(opened, pipe.scheduler, request.steps, (scale, scale), pipe.unet.precision)
+    key = make_key(opened, pipe.scheduler, request.steps, (scale, scale), pipe.unet.precision)
     tuned = choose(opened, key, name or None, pipe.unet.cuts)
     err.print(f"schedule {tuned.name}: {len(tuned.document.full)} full calls", highlight=False)
     return tuned

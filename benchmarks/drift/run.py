@@ -17,10 +17,9 @@ from ...runtime.generation.schedule import Schedule
 from ...runtime.generation.state import Run
 from ...runtime.images.metrics import finite_psnr
 from ...runtime.text_to_image import is_text_to_image
-from ...runtime.tuning.images import Image, Studio
-from ...runtime.tuning.moments import Moments
-from ...runtime.tuning.predictors import Predictors
-from ...runtime.tuning.record import Recorder
+from ...runtime.tuning.images import TuningImage, TuningPipeline
+from ...runtime.tuning.prediction import FeatureMoments, Predictors
+from ...runtime.tuning.recording import FeatureRecorder
 from ..latency.resolve import model_name
 from ..schema.drift import Call, Drift, Sample, Walk
 from .maps import changed, painted, picture
@@ -88,27 +87,27 @@ def drift(
         raise UserError(
             "no call of this schedule reads cached features, and this watches them: give one with shallow calls"
         )
-    studio = Studio(pipe, wanted.steps, wanted.size, {cut: unet.cut_features[cut]} | by_cut)
+    pipeline = TuningPipeline(pipe, wanted.steps, wanted.size, {cut: unet.cut_features[cut]} | by_cut)
     images = [
-        Image(wanted.prompts[index % len(wanted.prompts)], wanted.seed + index, wanted.guidance)
+        TuningImage(wanted.prompts[index % len(wanted.prompts)], wanted.seed + index, wanted.guidance)
         for index in range(wanted.images)
     ]
     with _quietly(pipe):
-        recorder = Recorder(unet, names, wanted.positions, wanted.seed, reads=True)
-        moments: dict[str, Moments] = {}
+        recorder = FeatureRecorder(unet, names, wanted.positions, wanted.seed, reads=True)
+        moments: dict[str, FeatureMoments] = {}
         whole = []
         stage("draw uncached images")
         for image in images:
             with recorder.watch():
-                whole.append(studio.draw(image))
+                whole.append(pipeline.generate(image))
             moments = moments or recorder.empty()
             recorder.add_to(moments)
         stage("draw them with the schedule")
         errors, cached = _Errors(by_cut), []
         for image in images:
             with recorder.watch():
-                cached.append(studio.draw(image, wanted.schedule, wanted.forecast, cut=cut))
-            errors.add(recorder, studio.run)
+                cached.append(pipeline.generate(image, wanted.schedule, wanted.forecast, cut=cut))
+            errors.add(recorder, pipeline.run)
         stage("walk along the start noise")
         walks = [_walks(pipe, wanted, cut, cached=each) for each in (False, True)]
     samples, name, most = _save(folder, images, whole, cached)
@@ -144,7 +143,7 @@ def _quietly(pipe: Any) -> Iterator[None]:
         pipe.unet.set_schedule(None)
 
 
-def _distances(moments: Mapping[str, Moments]) -> list[list[float]]:
+def _distances(moments: Mapping[str, FeatureMoments]) -> list[list[float]]:
     missed = Predictors(moments, moments, kinds=())
     calls = missed.calls
     return [missed.reuse_errors(call, calls).sqrt().tolist() for call in range(calls - 1)]
@@ -164,7 +163,7 @@ class _Errors:
         self._sums: list[list[float]] = []
         self._images = 0
 
-    def add(self, recorder: Recorder, run: Run) -> None:
+    def add(self, recorder: FeatureRecorder, run: Run) -> None:
         """The generation that was watched."""
         if not self._images:
             self._cuts, self._lasts = [None] * len(run.full), list(range(len(run.full)))
@@ -219,7 +218,7 @@ def _walks(pipe: Any, wanted: DriftRequest, cut: str, *, cached: bool) -> list[W
 
 
 def _save(
-    folder: Path, images: Sequence[Image], whole: Sequence[Any], cached: Sequence[Any]
+    folder: Path, images: Sequence[TuningImage], whole: Sequence[Any], cached: Sequence[Any]
 ) -> tuple[list[Sample], str, float]:
     """Write the first images with their maps, and the map of all."""
     maps = [changed(one, other) for one, other in zip(whole, cached, strict=True)]

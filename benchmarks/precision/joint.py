@@ -18,16 +18,13 @@ from ...runtime.generation.forecast import Coefficients, Forecast
 from ...runtime.generation.schedule import Schedule, Steps, Uniform
 from ...runtime.pipeline import load
 from ...runtime.prompts import prompts_for
-from ...runtime.tuning.images import Image, ImageSet, Studio
-from ...runtime.tuning.measure import record
-from ...runtime.tuning.moments import Moments, Ridge
-from ...runtime.tuning.record import Recorder
-from ...runtime.tuning.reference import beside
-from ...runtime.tuning.report import Differences
-from ...runtime.tuning.search import cachequant
-from ...runtime.tuning.steps import Fitted
+from ...runtime.tuning.images import ImageSet, TuningImage, TuningPipeline, reference_pipeline
+from ...runtime.tuning.prediction import FeatureMoments, Ridge
+from ...runtime.tuning.recording import FeatureRecorder, record
+from ...runtime.tuning.report import SegmentDistances, cachequant
+from ...runtime.tuning.steps import FittedForecast
 from ...runtime.tuning.tune import tune
-from ...runtime.tuning.wanted import Target, Wanted
+from ...runtime.tuning.tuning_request import TuningRequest
 from ..progress import indented
 from ..quality.front import OTHER_SEEDS
 from ..quality.pictures import prompts
@@ -48,7 +45,7 @@ class AblationTask:
         samples: images that corrections are fitted to, and as many that schedules are tuned with, of the prompts that
             tuning draws by default.
         images: of each row, of other prompts and seeds.
-        probes, positions: as those of ``tuning.wanted.Wanted``.
+        probes, positions: as those of ``TuningRequest``.
         seed: of the first image; its prompts follow from it too.
     """
 
@@ -82,7 +79,7 @@ def ablation(
     try:
         progress("images to judge by")
         test = _set(prompts(task.images, 1000 + task.seed), task.seed, task)
-        test.pictures = [_studio(exact, task).draw(image) for image in test.images]
+        test.uncached = [_pipeline(exact, task).generate(image) for image in test.images]
         for precision in precisions:
             if precision == EXACT:
                 rows += _of(exact, None, bundle, precision, task, test, progress)
@@ -115,8 +112,8 @@ def _load(bundle: Bundle, engine: str, precision: str, threads: int | None) -> A
     return pipe
 
 
-def _studio(pipe: Any, task: AblationTask) -> Studio:
-    return Studio(pipe, task.steps, None, {CUT: pipe.unet.cut_features[CUT]})
+def _pipeline(pipe: Any, task: AblationTask) -> TuningPipeline:
+    return TuningPipeline(pipe, task.steps, None, {CUT: pipe.unet.cut_features[CUT]})
 
 
 def _of(
@@ -128,19 +125,19 @@ def _of(
     test: ImageSet,
     progress: Callable[[str], None],
 ) -> list[JointRow]:
-    studio = _studio(pipe, task)
-    reference = None if exact is None else beside(studio, exact)
+    pipeline = _pipeline(pipe, task)
+    reference = None if exact is None else reference_pipeline(pipeline, exact)
     pipe.scheduler.set_timesteps(task.steps)
     calls = len(pipe.scheduler.timesteps)
     samples = prompts_for(bundle.path, None)
     fit = _set([samples[place % len(samples)] for place in range(task.samples)], task.seed + OTHER_SEEDS, task)
-    recorder = Recorder(
-        pipe.unet, studio.features, task.positions, task.seed, reference=None if exact is None else exact.unet
+    recorder = FeatureRecorder(
+        pipe.unet, pipeline.features, task.positions, task.seed, reference=None if exact is None else exact.unet
     )
     progress(f"{precision}: images and features")
-    record(studio, (fit, ImageSet(test.images[:1])), recorder, calls, indented(progress), reference)
-    full = cachequant(calls, task.interval, Differences(fit, studio.features))
-    corrected = Fitted(corrections(fit.moments, full, calls, reference=exact is not None), full)
+    record(pipeline, (fit, ImageSet(test.images[:1])), recorder, calls, indented(progress), reference)
+    full = cachequant(calls, task.interval, SegmentDistances(fit, pipeline.features))
+    corrected = FittedForecast(corrections(fit.moments, full, calls, reference=exact is not None), full)
     ways: dict[str, tuple[Schedule | None, Forecast | None]] = {
         "uncached": (None, None),
         "reuse": (Uniform(task.interval), None),
@@ -149,8 +146,8 @@ def _of(
     }
     progress(f"{precision}: tune")
     ratio = SHALLOW_OVER_FULL[CUT]
-    wanted = Wanted(
-        Target(speed_up=calls / (len(full) + ratio * (calls - len(full)))),
+    request = TuningRequest(
+        speed_up=calls / (len(full) + ratio * (calls - len(full))),
         steps=task.steps,
         guidance=(task.guidance, task.guidance),
         samples=task.samples,
@@ -161,17 +158,17 @@ def _of(
         cuts=(CUT,),
         ratios={CUT: ratio},
     )
-    ours = tune(pipe, bundle, "ablation", wanted, indented(progress), exact)
+    ours = tune(pipe, bundle, "ablation", request, indented(progress), exact)
     ways["ours"] = ours.schedule, ours.forecast
     rows = []
     for way, (schedule, forecast) in ways.items():
         progress(f"{precision}: {way}")
-        near = np.array(studio.psnr(test, schedule, forecast))
+        near = np.array(pipeline.psnr(test, schedule, forecast))
         rows.append(
             JointRow(
                 precision=precision,
                 way=way,
-                timeline=studio.run.timeline,
+                timeline=pipeline.run.timeline,
                 psnr=mean_of(near),
                 psnr_worst=float(near.min()),
             )
@@ -180,11 +177,11 @@ def _of(
 
 
 def _set(texts: Sequence[str], seed: int, task: AblationTask) -> ImageSet:
-    return ImageSet([Image(text, seed + place, task.guidance) for place, text in enumerate(texts)])
+    return ImageSet([TuningImage(text, seed + place, task.guidance) for place, text in enumerate(texts)])
 
 
 def corrections(
-    moments: Mapping[str, Moments], full: Sequence[int], calls: int, *, reference: bool
+    moments: Mapping[str, FeatureMoments], full: Sequence[int], calls: int, *, reference: bool
 ) -> dict[int, dict[str, Coefficients]]:
     """CacheQuant's: for each shallow call and channel the scale and shift of least squares, from the last full call.
 

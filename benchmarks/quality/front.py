@@ -12,10 +12,9 @@ from typing import Any
 from ...engines.bundle.bundle import Bundle
 from ...errors import ScheduleError
 from ...runtime.generation.schedule import Steps
-from ...runtime.tuning.artifact import Tuned, save
-from ...runtime.tuning.choice import choose, key_of
+from ...runtime.tuning.artifact import Tuned, choose, make_key, save
 from ...runtime.tuning.tune import tune
-from ...runtime.tuning.wanted import Target, Wanted
+from ...runtime.tuning.tuning_request import TuningRequest
 from ..progress import indented
 from . import pictures
 from .plan import CUTS, SAMPLERS, BundleSchedule, QualitySetting, cached, check
@@ -104,7 +103,7 @@ def _tuned(
     before = pipe.scheduler
     pipe.scheduler = pictures.scheduler(before.config, plain.sampler)
     try:
-        key = key_of(bundle, pipe.scheduler, plain.steps, (guidance, guidance))
+        key = make_key(bundle, pipe.scheduler, plain.steps, (guidance, guidance))
         if name in bundle.manifest.schedules:
             try:
                 there = choose(bundle, key, name, pipe.unet.cuts)
@@ -113,8 +112,8 @@ def _tuned(
             if there is not None and there.document.shallow_over_full == ratios[CUTS[0]]:
                 return there
             progress(f"{name} of the bundle was made for something else: tune it again")
-        wanted = Wanted(
-            Target(speed_up=plain.steps / plain.cost(ratios)),
+        request = TuningRequest(
+            speed_up=plain.steps / plain.cost(ratios),
             steps=plain.steps,
             guidance=(guidance, guidance),
             samples=samples,
@@ -124,7 +123,7 @@ def _tuned(
             seed=OTHER_SEEDS,
         )
         progress(f"tune {plain.sampler}, {plain.steps} steps, as fast as every {plain.interval}th call full")
-        tuned = tune(pipe, bundle, name, wanted, indented(progress))
+        tuned = tune(pipe, bundle, name, request, indented(progress))
     finally:
         pipe.scheduler = before
     save(bundle, tuned)

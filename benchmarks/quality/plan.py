@@ -12,7 +12,7 @@ from ...errors import UserError
 from ...exporter.cut import canonical_name
 from ...runtime.generation.forecast import Extrapolate, Forecast
 from ...runtime.generation.schedule import Quad, Schedule, Uniform, parse
-from ...runtime.tuning.cuts import cost_of
+from ...runtime.tuning.search import cost_in_full_calls
 from ..schema.latency import Latency
 
 SAMPLERS = ("ddim", "dpm++ 2m", "euler ancestral")
@@ -123,7 +123,7 @@ class QualitySetting:
     def cost(self, ratios: Mapping[str, float]) -> float:
         """Of one image in full calls, where a shallow call costs its cut's ratio."""
         if self.bundle_schedule is not None:
-            return cost_of(self.bundle_schedule.by_call, ratios)
+            return cost_in_full_calls(self.bundle_schedule.by_call, ratios)
         shallow = self.steps - self.full_calls
         return self.full_calls + (shallow * ratios[self.cut] if self.cut else 0.0)
 

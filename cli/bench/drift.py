@@ -58,7 +58,7 @@ def drift(
     from ...runtime.pipeline import load
     from ...runtime.prompts import prompts_for
     from ...runtime.text_to_image import scheduler_named
-    from ...runtime.tuning.choice import choose, key_of, tuned_name
+    from ...runtime.tuning.artifact import choose, make_key, tuned_name
 
     opened = Bundle.open(bundle)
     choice = opened.choose_engine(engine, device)
@@ -77,7 +77,7 @@ def drift(
         if name is not None:
             if predicted is not None:
                 raise UserError("a tuned schedule has predictions of its own: leave --forecast out")
-            key = key_of(opened, pipe.scheduler, steps, (guidance, guidance), pipe.unet.precision)
+            key = make_key(opened, pipe.scheduler, steps, (guidance, guidance), pipe.unet.precision)
             tuned = choose(opened, key, name or None, pipe.unet.cuts)
             chosen, predicted, cut = tuned.schedule, tuned.forecast, tuned.document.cut
         else:

@@ -17,8 +17,7 @@ from ...exporter.specs import Dim, TensorSpec
 from ...exporter.trace.export import SAMPLE
 from ..generation.schedule import SKIP, Schedule, Steps
 from ..text_to_image import is_text_to_image
-from ..tuning.artifact import Tuned
-from ..tuning.choice import best, key_of_weights
+from ..tuning.artifact import Tuned, best_match, make_key
 from ..unet import UNet
 
 if TYPE_CHECKING:
@@ -145,8 +144,8 @@ class ModelInfo:
         if name is not None and name not in self.schedules:
             raise ScheduleError(f"this model has no tuned schedule of that name; it has {', '.join(self.schedules)}")
         candidates = list(self.schedules.values()) if name is None else [self.schedules[name]]
-        key = key_of_weights(self.weights_digest, copy.deepcopy(self.scheduler), steps, (guidance, guidance))
-        return best(candidates, key, "this model", self.cuts)
+        key = make_key(self.weights_digest, copy.deepcopy(self.scheduler), steps, (guidance, guidance))
+        return best_match(candidates, key, "this model", self.cuts)
 
     def feature_bytes(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import CapacityError, LimitError, ScheduleError, ShapeError, UserError
 from ..generation.forecast import Extrapolate, Forecast
 from ..generation.schedule import Schedule, Uniform, parse
-from ..tuning.choice import tuned_name
+from ..tuning.artifact import tuned_name
 from .models import ModelInfo
 from .schemas import GenerationRequest
 from .settings import RequestLimits, ServeSettings

@@ -1,1 +1,1 @@
-"""``offcut tune``: which calls are full, and how the others predict the cached features, found on the model itself."""
+"""``offcut tune``: find which UNet calls are full or skipped, and fit how the shallow ones predict cached features."""

@@ -1,14 +1,15 @@
-"""What ``offcut tune`` leaves in a bundle: a schedule with its coefficients, and for what they were made.
+"""A tuned schedule: its files in a bundle, and the choice of one that fits what is about to be run.
 
-schedules/<name>.json           the schedule, its key, and what was measured
-schedules/<name>.safetensors    <call>.<feature>.scale, .slope and .shift: [channels], or [1] where one serves all;
+schedules/<name>.json           the schedule, its key and the measurements
+schedules/<name>.safetensors    <call>.<feature>.scale, .slope and .shift: [channels], or [1] for one value for all;
                                 <call>.correction.weight: [channels, inputs, size, size], .bias: [channels]
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +20,15 @@ from pydantic import ValidationError
 from ...errors import BundleError, ScheduleError
 from ..generation.correction import Convolutions, Kernel
 from ..generation.forecast import Coefficients, Forecast
-from .document import VERSION, Document
-from .steps import Fitted, TunedSteps
+from ..generation.schedule import SKIP
+from .document import VERSION, TunedDocument, TuningKey
+from .steps import FittedForecast, TunedSteps
 
 if TYPE_CHECKING:
     from ...engines.bundle.bundle import Bundle
     from ..base_unet import BaseUNet
 
-OUTDATED = "was tuned by an earlier version of offcut, whose corrections saw less: tune it again"
+_OUTDATED = "was tuned by an earlier version of offcut, whose corrections saw less: tune it again"
 
 _NAMES = ("scale", "slope", "shift")
 _CORRECTION = "correction"
@@ -34,56 +36,55 @@ _CORRECTION = "correction"
 
 @dataclass(frozen=True)
 class Tuned:
-    """A schedule that was found for one model, sampler, number of steps and guidance.
+    """A schedule tuned for one model, sampler, number of steps and range of guidance.
 
     Attributes:
-        name: of its files.
-        document: all but the coefficients.
-        coefficients: by call and feature.
-        correction: of the answers; None for none.
+        name: name of the schedule and of its files.
+        document: contents of the JSON file.
+        coefficients: coefficients of the predictions, by call and feature.
+        correction: correction of the noise predictions; None for none.
     """
 
     name: str
-    document: Document
+    document: TunedDocument
     coefficients: Mapping[int, Mapping[str, Coefficients]] = field(repr=False)
     correction: Convolutions | None = field(default=None, repr=False)
 
     @classmethod
     def load(cls, bundle: str | Path | Bundle, name: str) -> Tuned:
-        """A schedule of a bundle.
+        """Load a schedule from a bundle.
 
         Raises:
-            ScheduleError: there is none of this name.
-            BundleError: its files are damaged.
+            ScheduleError: the bundle has no schedule of this name.
+            BundleError: the files are damaged.
         """
         from safetensors.torch import load_file
 
         from ...engines.bundle.bundle import Bundle
 
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        there = opened.manifest.schedules
-        if name not in there:
-            raise ScheduleError(
-                f"{opened.path} has no schedule {name}; it has {', '.join(there) or 'none'}: make one with offcut tune"
-            )
-        entry = there[name]
+        schedules = opened.manifest.schedules
+        if name not in schedules:
+            names = ", ".join(schedules) or "none"
+            raise ScheduleError(f"{opened.path} has no schedule {name}; it has {names}: make one with offcut tune")
+        entry = schedules[name]
         opened.verify_files(entry.files)
         try:
-            document = Document.model_validate_json((opened.path / entry.document).read_bytes())
+            document = TunedDocument.model_validate_json((opened.path / entry.document).read_bytes())
         except ValidationError as error:
             raise BundleError(f"{opened.path / entry.document} is damaged: {error.errors()[0]['msg']}") from error
-        found: dict[int, dict[str, dict[str, Any]]] = {}
+        values: dict[int, dict[str, dict[str, Any]]] = {}
         kernels: dict[int, dict[str, Any]] = {}
         for key, tensor in load_file(opened.path / entry.coefficients).items():
-            call, feature, which = key.split(".")
+            call, feature, kind = key.split(".")
             if feature == _CORRECTION:
-                kernels.setdefault(int(call), {})[which] = tensor
+                kernels.setdefault(int(call), {})[kind] = tensor
                 continue
             value = float(tensor[0]) if len(tensor) == 1 else tensor
-            found.setdefault(int(call), {}).setdefault(feature, {})[which] = value
+            values.setdefault(int(call), {}).setdefault(feature, {})[kind] = value
         coefficients = {
-            call: {feature: Coefficients(**values) for feature, values in features.items()}
-            for call, features in found.items()
+            call: {feature: Coefficients(**kinds) for feature, kinds in features.items()}
+            for call, features in values.items()
         }
         correction = None
         if kernels:
@@ -92,17 +93,17 @@ class Tuned:
         return cls(name, document, coefficients, correction)
 
     def with_correction(self, correction: Convolutions) -> Tuned:
-        """The same, and answers are corrected."""
+        """Return the same schedule with this correction of the noise predictions."""
         calls = tuple(sorted(correction.kernels))
-        said = {"corrected": calls, "correction_guidance": correction.guidance}
-        return replace(self, document=self.document.model_copy(update=said), correction=correction)
+        update = {"corrected": calls, "correction_guidance": correction.guidance}
+        return replace(self, document=self.document.model_copy(update=update), correction=correction)
 
     def without_correction(self) -> Tuned:
-        """The same, and answers are not corrected."""
+        """Return the same schedule without a correction of the noise predictions."""
         if self.correction is None:
             return self
-        said = {"corrected": (), "correction_guidance": None}
-        return replace(self, document=self.document.model_copy(update=said), correction=None)
+        update = {"corrected": (), "correction_guidance": None}
+        return replace(self, document=self.document.model_copy(update=update), correction=None)
 
     @property
     def outdated(self) -> bool:
@@ -117,24 +118,24 @@ class Tuned:
     def forecast(self) -> Forecast | None:
         if not self.coefficients and self.correction is None:
             return None
-        return Fitted(self.coefficients, self.document.full, self.correction)
+        return FittedForecast(self.coefficients, self.document.full, self.correction)
 
     def apply(self, unet: BaseUNet) -> None:
-        """Set it from the next generation on; see ``set_schedule`` for what it raises.
+        """Set the schedule of a UNet from the next generation on; ``set_schedule`` raises further errors.
 
         Raises:
-            ScheduleError: an earlier version of offcut fitted its correction to other inputs.
+            ScheduleError: an earlier version of offcut fitted the correction to other inputs.
         """
         if self.outdated:
-            raise ScheduleError(f"{self.name} {OUTDATED}")
+            raise ScheduleError(f"{self.name} {_OUTDATED}")
         unet.set_schedule(self.schedule, self.document.cut, self.forecast)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The coefficients and the correction as the file has them, fp32."""
+        """Return the contents of the safetensors file: coefficients and correction, fp32."""
         tensors = {
-            f"{call}.{feature}.{name}": torch.as_tensor(getattr(made, name), dtype=torch.float32).reshape(-1).cpu()
+            f"{call}.{feature}.{name}": torch.as_tensor(getattr(value, name), dtype=torch.float32).reshape(-1).cpu()
             for call, features in self.coefficients.items()
-            for feature, made in features.items()
+            for feature, value in features.items()
             for name in _NAMES
         }
         for call, kernel in ({} if self.correction is None else self.correction.kernels).items():
@@ -143,10 +144,10 @@ class Tuned:
 
 
 def save(bundle: Bundle, tuned: Tuned) -> None:
-    """Add a schedule to a bundle, in the place of one of its name.
+    """Add a schedule to a bundle; it replaces a schedule of the same name.
 
     Raises:
-        BundleError: the bundle cannot be written; what is in it is unchanged.
+        BundleError: the bundle cannot be written; its contents are unchanged.
     """
     from safetensors.torch import save as to_bytes
 
@@ -154,7 +155,7 @@ def save(bundle: Bundle, tuned: Tuned) -> None:
     from ...engines.bundle.store import commit, staging
 
     text, tensors = (tuned.document.model_dump_json(indent=1) + "\n").encode(), to_bytes(tuned.tensors())
-    # Files never change once written: another schedule of the same name has other ones.
+    # Files never change once they are in a bundle, so another schedule of the same name has files of other names.
     digest = hashlib.sha256(text + tensors).hexdigest()[:12]
     entry = ScheduleEntry(
         document=f"schedules/{tuned.name}-{digest}.json", coefficients=f"schedules/{tuned.name}-{digest}.safetensors"
@@ -162,9 +163,9 @@ def save(bundle: Bundle, tuned: Tuned) -> None:
 
     def update(current: Manifest | None, entries: dict[str, FileEntry]) -> Manifest:
         assert current is not None
-        gone = current.schedules.get(tuned.name)
-        dropped = () if gone is None or gone == entry else gone.files
-        files = {name: each for name, each in current.files.items() if name not in dropped} | entries
+        replaced = current.schedules.get(tuned.name)
+        dropped = () if replaced is None or replaced == entry else replaced.files
+        files = {name: file for name, file in current.files.items() if name not in dropped} | entries
         return current.model_copy(update={"schedules": {**current.schedules, tuned.name: entry}, "files": files})
 
     with staging(bundle.path) as folder:
@@ -172,3 +173,102 @@ def save(bundle: Bundle, tuned: Tuned) -> None:
         (folder / entry.document).write_bytes(text)
         (folder / entry.coefficients).write_bytes(tensors)
         commit(bundle.path, folder, update)
+
+
+def tuned_name(schedule: str | None) -> str | None:
+    """Return the name in ``tuned:NAME``, an empty name for ``auto``, and None for any other schedule."""
+    if schedule == "auto":
+        return ""
+    return schedule.partition(":")[2] if schedule is not None and schedule.startswith("tuned:") else None
+
+
+def make_key(
+    weights: Bundle | str, scheduler: Any, steps: int, guidance: tuple[float, float], precision: str | None = None
+) -> TuningKey:
+    """Return the key of what is about to be run.
+
+    Args:
+        weights: the bundle, or the digest of its weights.
+        scheduler: scheduler of the pipeline; its timesteps are set.
+        steps: number of scheduler steps.
+        guidance: range of guidance scales.
+        precision: precision of the engine, ``UNet.precision``.
+    """
+    scheduler.set_timesteps(steps)
+    config = {name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")}
+    text = json.dumps(config, sort_keys=True, default=repr)
+    return TuningKey(
+        weights=weights if isinstance(weights, str) else weights.manifest.source.weights_digest,
+        scheduler=type(scheduler).__name__,
+        settings=hashlib.sha256(text.encode()).hexdigest(),
+        steps=steps,
+        calls=len(scheduler.timesteps),
+        guidance=guidance,
+        precision=precision,
+    )
+
+
+def mismatch(tuned: Tuned, key: TuningKey, cuts: Sequence[str] | None = None) -> str | None:
+    """Return why a schedule does not fit what is about to be run; None if it does.
+
+    Args:
+        tuned: the schedule.
+        key: key of what is about to be run.
+        cuts: cuts of the engines; None leaves them to ``set_schedule``.
+    """
+    own = tuned.document.key
+    if tuned.outdated:
+        return f"it {_OUTDATED}"
+    if own.weights != key.weights:
+        return "it was tuned for other weights"
+    if own.precision is not None and own.precision != key.precision:
+        return f"it corrects the error of {own.precision}, and this engine is in {key.precision or 'another'}"
+    if own.scheduler != key.scheduler:
+        return f"it was tuned for {own.scheduler}, not {key.scheduler}"
+    if own.settings != key.settings:
+        return f"it was tuned for another configuration of {own.scheduler}"
+    if (own.steps, own.calls) != (key.steps, key.calls):
+        return f"it was tuned for {own.steps} steps, not {key.steps}"
+    low, high = own.guidance
+    if not (low <= key.guidance[0] and key.guidance[1] <= high):
+        return f"it was tuned for guidance {low:g} to {high:g}, not {key.guidance[0]:g}"
+    missing = [] if cuts is None else [cut for cut in tuned.document.used if cut not in (SKIP, *cuts)]
+    if missing:
+        return f"it needs {', '.join(missing)}, and these engines have {', '.join(cuts or ())}"
+    return None
+
+
+def choose(bundle: Bundle, key: TuningKey, name: str | None = None, cuts: Sequence[str] | None = None) -> Tuned:
+    """Return a schedule of a bundle: the named one, or of those that fit the one with the highest PSNR.
+
+    Args:
+        bundle: the bundle.
+        key: key of what is about to be run.
+        name: name of a schedule; None to choose among all.
+        cuts: cuts of the engines, as for ``mismatch``.
+
+    Raises:
+        ScheduleError: no schedule fits; the message has the reason for each.
+    """
+    names = list(bundle.manifest.schedules) if name is None else [name]
+    return best_match([Tuned.load(bundle, name) for name in names], key, str(bundle.path), cuts)
+
+
+def best_match(tuned: Sequence[Tuned], key: TuningKey, source: str, cuts: Sequence[str] | None = None) -> Tuned:
+    """Return, of the schedules that fit, the one with the highest PSNR.
+
+    Args:
+        tuned: schedules to choose from.
+        key: key of what is about to be run.
+        source: where the schedules come from, for the message.
+        cuts: cuts of the engines, as for ``mismatch``.
+
+    Raises:
+        ScheduleError: no schedule fits; the message has the reason for each.
+    """
+    reasons = {schedule.name: mismatch(schedule, key, cuts) for schedule in tuned}
+    fitting = [schedule for schedule in tuned if reasons[schedule.name] is None]
+    if not fitting:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has none"
+        raise ScheduleError(f"no schedule of {source} fits ({why}): make one with offcut tune, or set an interval")
+    return max(fitting, key=lambda schedule: schedule.document.measured[0].psnr)

@@ -1,75 +1,82 @@
-"""Schedules to choose from, made of calls and predictions."""
+"""Candidate schedules: how they are made from calls and predictions, and which of them gives the best images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from ..generation.forecast import Extrapolate
 from ..generation.schedule import SKIP, Uniform
+from . import lockstep
 from .artifact import Tuned
-from .cuts import ByCall, at_cut, full_of
-from .document import Document, Key
-from .images import Studio
-from .predictors import Predictor, Predictors
-from .report import Costs
-from .search import last_two
+from .document import TunedDocument, TuningKey
+from .images import ImageSet, TuningPipeline
+from .prediction import Predictor, Predictors
+from .scheduler_tap import SchedulerTap
+from .search import CallCosts, CutsByCall, cuts_with, full_calls, last_two
 
-ByCut = Mapping[str, Predictors]
+PredictorsByCut = Mapping[str, Predictors]
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What all schedules of one search have in common.
+    """Makes the schedules of one search.
 
     Attributes:
-        name: of the schedule that is searched.
-        key: for what.
-        samples: images to fit, to select and to test.
-        reference: engine and precision that predictions aim at, if others than these.
+        name: name of the schedule that is searched.
+        key: conditions of the search.
+        pipeline: pipeline that is tuned.
+        costs: durations of the engine's calls.
+        samples: number of images to fit, to select and to test.
+        reference: engine and precision at which predictions aim, if these are not the engine's own.
     """
 
     name: str
-    key: Key
-    studio: Studio
-    costs: Costs
+    key: TuningKey
+    pipeline: TuningPipeline
+    costs: CallCosts
     samples: Mapping[str, int]
     reference: str | None
 
-    def predicting(self, cuts: ByCall, predictors: ByCut) -> Tuned:
-        """A schedule with the best prediction for each of its shallow calls."""
-        full, shallow = full_of(cuts), [(call, cut) for call, cut in enumerate(cuts) if cut not in (None, SKIP)]
-        return self.of(cuts, {call: predictors[cut].best(call, *last_two(full, call)) for call, cut in shallow})
+    def with_predictions(self, cuts: CutsByCall, predictors: PredictorsByCut) -> Tuned:
+        """Return the schedule with these cuts by call and the best prediction for each of its shallow calls."""
+        full, shallow = full_calls(cuts), [(call, cut) for call, cut in enumerate(cuts) if cut not in (None, SKIP)]
+        return self._make(cuts, {call: predictors[cut].best(call, *last_two(full, call)) for call, cut in shallow})
 
     def untuned(self, cut: str, budget: float, warmup: int, damping: float | None) -> Tuned:
-        """A uniform interval after some calls to warm up, reused or extrapolated."""
+        """Return the densest uniform schedule within a budget, with warm-up calls and reuse or extrapolation."""
         forecast, calls = None if damping is None else Extrapolate(damping), self.costs.calls
-        choices = (Uniform(n, warmup=warmup).full_calls(calls) for n in range(2, calls))
-        within_it = (each for each in choices if self.costs.of(at_cut(each, calls, cut)) <= budget + 1e-9)
-        full = next(within_it, (0,))
+        chains = (Uniform(interval, warmup=warmup).full_calls(calls) for interval in range(2, calls))
+        affordable = (chain for chain in chains if self.costs.of(cuts_with(chain, calls, cut)) <= budget + 1e-9)
+        full = next(affordable, (0,))
         predictors = {}
-        for call in (each for each in range(calls) if each not in full):
-            made = None if forecast is None else forecast.at("", call, *last_two(full, call))
-            coefficients = None if made is None else dict.fromkeys(self.studio.cuts[cut], made)
-            predictors[call] = Predictor("reuse" if made is None else f"forecast {damping:g}", 0.0, coefficients)
-        return self.of(at_cut(full, calls, cut), predictors)
+        for call in range(calls):
+            if call in full:
+                continue
+            coefficients = None if forecast is None else forecast.at("", call, *last_two(full, call))
+            by_feature = None if coefficients is None else dict.fromkeys(self.pipeline.cuts[cut], coefficients)
+            kind = "reuse" if coefficients is None else f"forecast {damping:g}"
+            predictors[call] = Predictor(kind, 0.0, by_feature)
+        return self._make(cuts_with(full, calls, cut), predictors)
 
-    def of(self, cuts: ByCall, predictors: Mapping[int, Predictor]) -> Tuned:
-        """A schedule of these calls, with the prediction of each shallow one."""
+    def _make(self, cuts: CutsByCall, predictors: Mapping[int, Predictor]) -> Tuned:
         kinds = [
             predictors[call].kind if call in predictors else "full" if cut is None else cut
             for call, cut in enumerate(cuts)
         ]
-        default, ratios = self.studio.cut, self.costs.ratios
-        used = [cut for cut in self.studio.cuts if cut in cuts]
+        default, ratios = self.pipeline.cut, self.costs.ratios
+        used = [cut for cut in self.pipeline.cuts if cut in cuts]
         cut = default if default in used or not used else used[0]
-        document = Document(
+        document = TunedDocument(
             key=self.key,
             cut=cut,
             cuts=cuts if set(cuts) - {None, cut} else (),
-            full=full_of(cuts),
+            full=full_calls(cuts),
             predictors=tuple(kinds),
-            engine=self.studio.pipe.unet.engine,
+            engine=self.pipeline.pipe.unet.engine,
             shallow_over_full=ratios[cut],
             ratios=dict(ratios) if len(ratios) > 1 else {},
             reference=self.reference,
@@ -77,5 +84,67 @@ class Candidates:
             samples=dict(self.samples),
             measured=(),
         )
-        coefficients = {call: dict(each.coefficients) for call, each in predictors.items() if each.coefficients}
+        coefficients = {
+            call: dict(predictor.coefficients) for call, predictor in predictors.items() if predictor.coefficients
+        }
         return Tuned(self.name, document, coefficients)
+
+
+class CandidateJudge:
+    """Compares schedules by the PSNR of their images, which it generates once for each schedule.
+
+    Schedules without a correction are judged on the selection set. Corrections are fitted to the fit and selection
+    sets; each image of both is then judged with kernels that were fitted without it, see ``lockstep``.
+
+    Args:
+        pipeline: pipeline that is tuned.
+        tap: tap of its scheduler.
+        fit: images that predictions and corrections are fitted to.
+        select: images that corrections are fitted to.
+    """
+
+    def __init__(self, pipeline: TuningPipeline, tap: SchedulerTap, fit: ImageSet, select: ImageSet) -> None:
+        self._pipeline, self._tap, self._fit, self._select = pipeline, tap, fit, select
+        # By identity, which is unique while the schedules are in here; PSNR of the images of select, or of both sets.
+        self._results: dict[int, tuple[Tuned, tuple[float, ...]]] = {}
+
+    def with_correction(self, tuned: Tuned) -> Tuned:
+        """Return the schedule with a correction of its noise predictions, if one is possible and helps."""
+        corrected, psnrs = lockstep.fit(self._pipeline, self._tap, tuned, self._fit, self._select)
+        if psnrs is not None:
+            self._results[id(corrected)] = corrected, psnrs
+        return corrected
+
+    def significantly_better(self, candidate: Tuned, other: Tuned) -> bool:
+        """Return whether a schedule has a higher PSNR than another one by more than chance."""
+        return significantly_better(*self._psnrs(candidate, other))
+
+    def best(self, candidates: Sequence[Tuned]) -> Tuned:
+        """Return the schedule with the highest mean PSNR."""
+        means = [statistics.fmean(psnrs) for psnrs in self._psnrs(*candidates)]
+        return candidates[means.index(max(means))]
+
+    def psnr(self, tuned: Tuned) -> float:
+        """Return the mean PSNR of a schedule in dB."""
+        return statistics.fmean(self._psnrs(tuned)[0])
+
+    def _psnrs(self, *candidates: Tuned) -> list[tuple[float, ...]]:
+        """Return the PSNR in dB of the images that all these schedules were judged on: select, or fit and select."""
+        for tuned in candidates:
+            if id(tuned) not in self._results:
+                psnrs = self._pipeline.psnr(self._select, tuned.schedule, tuned.forecast)
+                self._results[id(tuned)] = tuned, psnrs
+        results = [self._results[id(tuned)][1] for tuned in candidates]
+        common = min(map(len, results))
+        return [psnrs[-common:] for psnrs in results]
+
+
+def significantly_better(psnrs: Sequence[float], others: Sequence[float]) -> bool:
+    """Return whether the mean gain in PSNR is larger than its standard error.
+
+    Args:
+        psnrs, others: PSNR of the same images with two schedules, in dB.
+    """
+    gains = np.subtract(psnrs, others)
+    error = gains.std(ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    return bool(gains.mean() > error)

@@ -1,27 +1,42 @@
-"""The images that tuning draws: three disjoint sets, and the pipeline that draws them."""
+"""The images that tuning generates: fit, selection and test sets, and the pipelines that generate them.
+
+A second pipeline may be the reference: another engine of the same model, e.g. in fp32 where the tuned one is in int8.
+Predictions that aim at the reference's features also correct the mean error of the tuned engine, at no cost: both
+corrections are a scale, a slope and a shift for each channel. This is CacheQuant's second correction (CVPR 2025), here
+fitted together with the first one, and with a slope.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...errors import UserError
 from ..generation.forecast import Forecast
 from ..generation.schedule import Schedule
 from ..generation.state import Run
 from ..images.metrics import finite_psnr
+from ..pipeline import load
 from ..text_to_image import generate_from_prompt
-from .moments import Moments
+from ..unet import UNet
+from .prediction import FeatureMoments
 
-Picture = Any
-"""[height, width, channels] in [0, 1]."""
+if TYPE_CHECKING:
+    from ...engines.bundle.bundle import Bundle
+
+Pixels = Any
+"""Array [height, width, channels] in [0, 1]."""
+
+_PRECISIONS = ("fp32", "bf16", "fp16")
+"""The highest first."""
 
 
 @dataclass(frozen=True)
-class Image:
-    """One of the images to draw."""
+class TuningImage:
+    """Parameters of one image."""
 
     prompt: str
     seed: int
@@ -30,26 +45,27 @@ class Image:
 
 @dataclass
 class ImageSet:
-    """Images, what they look like uncached, and what their generations were like.
+    """Images of one purpose, with records of their uncached generations.
 
     Attributes:
-        pictures: uncached.
-        latents: of each image after each step of the scheduler, uncached, fp32.
-        moments: of the cached features.
+        uncached: pixels of each image.
+        latents: for each image the latent after each step of the scheduler, fp32.
+        moments: moments of each cached feature.
     """
 
-    images: list[Image]
-    pictures: list[Picture] = field(default_factory=list)
+    images: list[TuningImage]
+    uncached: list[Pixels] = field(default_factory=list)
     latents: list[list[torch.Tensor]] = field(default_factory=list)
-    moments: dict[str, Moments] = field(default_factory=dict)
+    moments: dict[str, FeatureMoments] = field(default_factory=dict)
 
 
-def three_sets(
+def split_images(
     prompts: Sequence[str], samples: int, guidance: tuple[float, float], seed: int
 ) -> tuple[ImageSet, ImageSet, ImageSet]:
-    """Images to fit coefficients to, to make choices on, and to report: half, a quarter, and a quarter of them.
+    """Return the fit, selection and test sets: half, a quarter and a quarter of the images.
 
-    Seeds are different throughout, and prompts where there are three or more; each set spans the range of guidance.
+    No two images have the same seed. If there are three or more prompts, no two sets have a prompt in common. Each set
+    spans the range of guidance.
     """
     select = test = max(1, samples // 4)
     low, high = guidance
@@ -58,21 +74,21 @@ def three_sets(
         own = prompts[index::3] if len(prompts) >= 3 else prompts
         scales = [low + (number + 0.5) / count * (high - low) for number in range(count)]
         sets.append(
-            ImageSet([Image(own[number % len(own)], seed + number, scale) for number, scale in enumerate(scales)])
+            ImageSet([TuningImage(own[number % len(own)], seed + number, scale) for number, scale in enumerate(scales)])
         )
         seed += count
     return sets[0], sets[1], sets[2]
 
 
 @dataclass(frozen=True)
-class Studio:
-    """A pipeline of ``offcut.load`` that draws with one schedule after another.
+class TuningPipeline:
+    """A pipeline of ``offcut.load`` that generates images with one schedule after another.
 
     Attributes:
-        pipe: its scheduler is the one that is tuned for.
-        steps: of the scheduler.
-        size: the images' height and width in pixels; None is the model's own.
-        cuts: those of the shallow calls, with their features.
+        pipe: the pipeline, with the scheduler to tune for.
+        steps: number of scheduler steps.
+        size: height and width of the images in pixels; None for the model's own.
+        cuts: cuts of the shallow calls, with the names of their features.
     """
 
     pipe: Any
@@ -82,32 +98,36 @@ class Studio:
 
     @property
     def cut(self) -> str:
-        """The first: of shallow calls to which their schedule gives none of their own."""
+        """The first cut: that of shallow calls to which their schedule gives none."""
         return next(iter(self.cuts))
 
     @property
     def features(self) -> tuple[str, ...]:
-        """Those of all cuts, each once."""
+        """Names of the features of all cuts, without repetition."""
         return tuple(dict.fromkeys(name for names in self.cuts.values() for name in names))
 
-    def draw(
+    def generate(
         self,
-        image: Image,
+        image: TuningImage,
         schedule: Schedule | None = None,
         forecast: Forecast | None = None,
         *,
         cut: str | None = None,
         steps: int | None = None,
         output: str = "np",
-    ) -> Picture:
-        """One picture, or with ``output="latent"`` its latent [1, channels, height, width].
+    ) -> Pixels:
+        """Return the pixels of an image, or with ``output="latent"`` its latent [1, channels, height, width].
 
         Args:
-            cut: other than the first.
-            steps: other than the studio's own.
+            image: parameters of the image.
+            schedule: schedule; None for an uncached image.
+            forecast: forecast of the cached features.
+            cut: cut in place of the first one.
+            steps: number of steps in place of the pipeline's.
+            output: ``output_type`` of the pipeline.
         """
         self.pipe.unet.set_schedule(schedule, (cut or self.cut) if schedule else None, forecast)
-        made = generate_from_prompt(
+        result = generate_from_prompt(
             self.pipe,
             image.prompt,
             steps=steps or self.steps,
@@ -116,19 +136,71 @@ class Studio:
             size=self.size,
             output=output,
         )
-        return made.images if output == "latent" else made.images[0]
+        return result.images if output == "latent" else result.images[0]
 
     @property
     def run(self) -> Run:
-        """What the last picture's UNet calls were."""
+        """UNet calls of the last image."""
         run: Run = self.pipe.unet.last_run
         return run
 
     def psnr(
-        self, on: ImageSet, schedule: Schedule | None, forecast: Forecast | None = None, *, steps: int | None = None
+        self, images: ImageSet, schedule: Schedule | None, forecast: Forecast | None = None, *, steps: int | None = None
     ) -> tuple[float, ...]:
-        """PSNR of each image of a set to its uncached picture, in dB."""
+        """Generate the images of a set, and return the PSNR of each to its uncached image in dB."""
         return tuple(
-            finite_psnr(self.draw(image, schedule, forecast, steps=steps), whole, peak=1.0)
-            for image, whole in zip(on.images, on.pictures, strict=True)
+            finite_psnr(self.generate(image, schedule, forecast, steps=steps), uncached, peak=1.0)
+            for image, uncached in zip(images.images, images.uncached, strict=True)
         )
+
+
+def reference_pipeline(tuned: TuningPipeline, pipe: Any) -> TuningPipeline:
+    """Return the pipeline of the reference, for the same images as the tuned one.
+
+    Args:
+        tuned: the pipeline that is tuned.
+        pipe: the reference's pipeline, from ``offcut.load``; gets a scheduler of the same class and configuration.
+
+    Raises:
+        UserError: the reference has other cached features at these cuts.
+    """
+    unet = pipe.unet
+    for cut, features in tuned.cuts.items():
+        if unet.cut_features.get(cut) != features:
+            raise UserError(f"the reference has no cut {cut} with the same features: build it with --cut {cut}")
+    pipe.scheduler = type(tuned.pipe.scheduler).from_config(tuned.pipe.scheduler.config)
+    unet.advise = False
+    unet.set_schedule(None)
+    return TuningPipeline(pipe, tuned.steps, tuned.size, tuned.cuts)
+
+
+def load_reference(bundle: Bundle, tuned: Bundle, unet: UNet, *, device: str, threads: int | None) -> Any:
+    """Load the pipeline of a bundle with the engine of the tuned UNet, in the highest precision that the bundle has.
+
+    Args:
+        bundle: bundle of the reference; may be the tuned one.
+        tuned: bundle that is tuned.
+        unet: UNet that is tuned.
+        device: device of the engine.
+        threads: threads of a CPU engine.
+
+    Raises:
+        UserError: the bundle has other weights, or no build in higher precision.
+    """
+    if bundle.manifest.source.weights_digest != tuned.manifest.source.weights_digest:
+        raise UserError(f"{bundle.path} was built from other weights than {tuned.path}: give one of the same model")
+    higher = _PRECISIONS[: _PRECISIONS.index(unet.precision)] if unet.precision in _PRECISIONS else _PRECISIONS
+    entries = [entry for entry in bundle.manifest.engines.values() if entry.engine == unet.engine]
+    available = {bundle.precision_of(entry) for entry in entries}
+    highest = next((precision for precision in higher if precision in available), None)
+    if highest is None:
+        raise UserError(
+            f"{bundle.path} has no build of {unet.engine} in higher precision than {unet.precision}: add one with "
+            f"offcut build --engine {unet.engine} --precision fp32"
+        )
+    return load(bundle, unet.engine, device=device, inference_precision=highest, threads=threads)
+
+
+def engine_label(unet: UNet) -> str:
+    """Return the engine and the precision of a UNet, e.g. ``openvino fp32``."""
+    return f"{unet.engine} {unet.precision or ''}".strip()

@@ -1,12 +1,12 @@
-"""Fitting corrections: all images go through the sampler side by side, and at each call a kernel is fitted to them.
+"""Fit of corrections: all images go through the sampler side by side, and at each call a kernel is fitted to them.
 
-Each image has a thread. At every step of the scheduler the threads meet; from what they were asked and answered follows
-the kernel that takes all of them as near as can be to where they are without caching, and with it they go on. So the
-kernels of later calls know what those before have mended.
+Each image has a thread. At every step of the scheduler the threads wait for each other. From their noise predictions
+follows the kernel that brings all images as close as possible to their uncached latents, and with this kernel the
+images go on. So the kernels of later calls account for the corrections at earlier calls.
 
-An image that a kernel was fitted to tells nothing of others. So images are dealt into parts, and each goes on by a
-kernel that was fitted without its part: how near it comes is how near a new image would come, or a little less, as one
-part more knows the kernels that are kept.
+An image that a kernel was fitted to says nothing about other images. So the images are split into folds, and each image
+goes on with a kernel that was fitted without its fold. Its PSNR is then that of a new image, or a little lower, as the
+kernels that are kept were fitted to one more fold.
 """
 
 from __future__ import annotations
@@ -19,174 +19,194 @@ from typing import Any
 
 import torch
 
-from ..batching import Worker
-from ..batching.request import Ticket
+from ..batching import Ticket, Worker
 from ..generation.correction import Convolutions, Correction, CorrectionState, Kernel
 from ..generation.forecast import Coefficients, Forecast
 from ..images.metrics import finite_psnr
 from ..text_to_image import prompt_arguments
 from .artifact import Tuned
-from .images import Image, ImageSet, Studio
-from .watched import At, Watch
+from .images import ImageSet, TuningImage, TuningPipeline
+from .scheduler_tap import SchedulerStep, SchedulerTap
 
 SIZES = (1, 3)
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _GAIN = 0.99
-"""A kernel must leave less than this share of the error of images that it was not fitted to."""
+"""Largest share of the error of left-out images that a useful kernel leaves."""
 
-_PARTS = 4
-"""Into so many parts the images are dealt."""
+_FOLDS = 4
 
-_TOGETHER = 2 * 64 * 64
-"""Positions of the latents in one engine call: those of a guided image of 512x512. Smaller ones share calls."""
+_POSITIONS_PER_CALL = 2 * 64 * 64
+"""Limit of latent positions in one engine call: those of a guided image of 512x512. Smaller images share calls."""
 
 _PATIENCE = 1e-3
-"""Seconds that the engines wait for images that may be on their way; those that wait to meet others are not."""
+"""Seconds that the engines wait for images that may be on their way; images at the barrier are not."""
 
 
-def fit(studio: Studio, watch: Watch, tuned: Tuned, *sets: ImageSet) -> tuple[Tuned, tuple[float, ...] | None]:
-    """The schedule with a correction; without, where none helps or can be.
+def fit(
+    pipeline: TuningPipeline, tap: SchedulerTap, tuned: Tuned, *sets: ImageSet
+) -> tuple[Tuned, tuple[float, ...] | None]:
+    """Fit a correction for a schedule.
 
     Args:
-        watch: of the studio's pipeline.
-        sets: images, with their latents.
+        pipeline: pipeline that is tuned.
+        tap: tap of its scheduler.
+        tuned: the schedule.
+        sets: images, with their uncached latents.
 
     Returns:
-        The schedule, and the PSNR of each image with kernels that know nothing of it, in dB; None where no correction
-        can be.
+        The schedule with the correction, or unchanged if no kernel helps; and the PSNR in dB of each image with kernels
+        that were fitted without it, or None if no correction is possible.
     """
     if not possible(tuned.document.key.calls, *sets):
         return tuned, None
-    images = [image for each in sets for image in each.images]
-    latents = [latent for each in sets for latent in each.latents]
-    meeting = _Meeting(tuned, latents)
+    images = [image for images in sets for image in images.images]
+    latents = [latent for images in sets for latent in images.latents]
+    barrier = StepBarrier(tuned, latents)
     worker = Worker(
-        studio.pipe,
+        pipeline.pipe,
         max_in_flight=len(images),
         max_queue=0,
-        max_batch=max(2, _TOGETHER // (latents[0][0].shape[-1] * latents[0][0].shape[-2])),
+        max_batch=max(2, _POSITIONS_PER_CALL // (latents[0][0].shape[-1] * latents[0][0].shape[-2])),
         bound_shapes=2,
         patience=_PATIENCE,
         cache_bytes=2**62,
     )
-    watch.ask = meeting.step
+    tap.replace_output = barrier.step
     try:
         with worker:
-            meeting.outside = worker.outside
-            tickets = [_send(worker, studio, tuned, image, meeting.part(place)) for place, image in enumerate(images)]
-            done, _ = wait([each.future for each in tickets], return_when=FIRST_EXCEPTION)
-            if any(each.exception() for each in done):
-                meeting.barrier.abort()
-            wait([each.future for each in tickets])
-        errors = [error for each in tickets if (error := each.future.exception()) is not None]
-        whys = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+            barrier.outside = worker.outside
+            tickets = [
+                _submit(worker, pipeline, tuned, image, barrier.forecast(index)) for index, image in enumerate(images)
+            ]
+            done, _ = wait([ticket.future for ticket in tickets], return_when=FIRST_EXCEPTION)
+            if any(future.exception() for future in done):
+                barrier.abort()
+            wait([ticket.future for ticket in tickets])
+        errors = [error for ticket in tickets if (error := ticket.future.exception()) is not None]
+        causes = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
         if errors:
-            raise (whys or errors)[0]
+            raise (causes or errors)[0]
     finally:
-        watch.ask = None
-    pictures = [each.future.result().images[0] for each in tickets]
-    uncached = [picture for each in sets for picture in each.pictures]
-    near = tuple(finite_psnr(*pair, peak=1.0) for pair in zip(pictures, uncached, strict=True))
-    if not meeting.kernels:
-        return tuned, near
-    kernels = {call: each.kernel for call, each in meeting.kernels.items()}
-    return tuned.with_correction(Convolutions(kernels, meeting.full, meeting.guidance)), near
+        tap.replace_output = None
+    pixels = [ticket.future.result().images[0] for ticket in tickets]
+    uncached = [image for images in sets for image in images.uncached]
+    psnrs = tuple(finite_psnr(*pair, peak=1.0) for pair in zip(pixels, uncached, strict=True))
+    if not barrier.kernels:
+        return tuned, psnrs
+    kernels = {call: fitted.kernel for call, fitted in barrier.kernels.items()}
+    return tuned.with_correction(Convolutions(kernels, barrier.full, barrier.guidance)), psnrs
 
 
 def possible(calls: int, *sets: ImageSet) -> bool:
-    """Whether kernels can be fitted to these: not where the scheduler has other steps than calls, nor to videos."""
-    return all(len(each) == calls and each[0].dim() == 4 for one in sets for each in one.latents)
+    """Return whether kernels can be fitted: not if the scheduler's steps differ from the calls, nor for videos."""
+    return all(len(latents) == calls and latents[0].dim() == 4 for images in sets for latents in images.latents)
 
 
-def _send(worker: Worker, studio: Studio, tuned: Tuned, image: Image, forecast: Forecast) -> Ticket:
+def _submit(worker: Worker, pipeline: TuningPipeline, tuned: Tuned, image: TuningImage, forecast: Forecast) -> Ticket:
     arguments = prompt_arguments(
-        studio.pipe,
+        pipeline.pipe,
         image.prompt,
-        steps=studio.steps,
+        steps=pipeline.steps,
         guidance=image.guidance,
         seed=image.seed,
-        size=studio.size,
+        size=pipeline.size,
         output="np",
     )
     return worker.submit(arguments, schedule=tuned.schedule, cut=tuned.document.cut, forecast=forecast)
 
 
-class _Meeting:
-    """Where the images' threads meet at each step."""
+class StepBarrier:
+    """Barrier at which the threads of all images wait at each step, and at which the kernels are fitted.
+
+    Args:
+        tuned: the schedule.
+        latents: for each image the uncached latent after each step.
+
+    Attributes:
+        full: full calls of the schedule.
+        guidance: guidance scale that the correction assumes; None without guidance.
+        kernels: fitted kernels by call.
+        outside: ``Worker.outside`` of the worker that runs the images.
+    """
 
     def __init__(self, tuned: Tuned, latents: Sequence[Sequence[torch.Tensor]]) -> None:
         low, high = tuned.document.key.guidance
         self.full, self.guidance = tuned.document.full, (low + high) / 2 if low > 1 else None
-        self.kernels: dict[int, Kernels] = {}
-        self.barrier = threading.Barrier(len(latents), self._fit)
+        self.kernels: dict[int, CallKernels] = {}
         self.outside: Any = None
         self._tuned, self._latents = tuned, latents
-        self._parts: dict[int, _Part] = {}  # by thread
-        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}  # by image
+        self._barrier = threading.Barrier(len(latents), self._fit)
+        self._inputs: dict[int, _KernelInputs] = {}  # by thread
+        self._samples: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}  # kernel inputs and targets, by image
         self._call = 0
 
-    def part(self, place: int) -> Forecast:
-        """What stands for the forecast of one image."""
-        return _Predicts(self._tuned.forecast, _Asks(self, place))
+    def forecast(self, image: int) -> Forecast:
+        """Return the forecast of one image, which lets the barrier see its noise predictions."""
+        return _WithCorrection(self._tuned.forecast, _RecordInputs(self, image))
 
-    def present(self, part: _Part) -> None:
-        """In an image's thread, when its UNet was called."""
-        self._parts[threading.get_ident()] = part
+    def abort(self) -> None:
+        """End the waiting of all threads with an error."""
+        self._barrier.abort()
 
-    def step(self, at: At, output: torch.Tensor) -> torch.Tensor:
-        """In an image's thread, as its scheduler is about to make a step."""
-        part = self._parts[threading.get_ident()]
-        wanted = None
-        if part.seen is not None:
-            wanted = at.towards(self._latents[part.place][self._call])
-        self._seen[part.place] = None if wanted is None or part.seen is None else (part.seen, wanted - output.float())
+    def register(self, inputs: _KernelInputs) -> None:
+        """Register the kernel inputs of an image, in its thread, after its UNet was called."""
+        self._inputs[threading.get_ident()] = inputs
+
+    def step(self, step: SchedulerStep, output: torch.Tensor) -> torch.Tensor:
+        """Return the corrected output, in an image's thread, when its scheduler is about to make a step."""
+        inputs = self._inputs[threading.get_ident()]
+        sample = None
+        if inputs.seen is not None:
+            target = step.output_towards(self._latents[inputs.image][self._call])
+            sample = None if target is None else (inputs.seen, target - output.float())
+        self._samples[inputs.image] = sample
         with self.outside():
-            self.barrier.wait()
+            self._barrier.wait()
         kernels = self.kernels.get(self._call - 1)
-        change = None if kernels is None or part.seen is None else kernels.of(part.place)(part.seen)
-        if part.seen is not None:
-            part.keep(change)
+        change = None if kernels is None or inputs.seen is None else kernels.without(inputs.image)(inputs.seen)
+        if inputs.seen is not None:
+            inputs.keep(change)
         return output if change is None else output + change.to(output.dtype)
 
     def _fit(self) -> None:
-        """In one of the threads, while the others wait."""
+        """Fit the kernels of this call, in one of the threads while the others wait."""
         call, self._call = self._call, self._call + 1
-        seen = [self._seen[place] for place in range(len(self._latents))]
-        known = [each for each in seen if each is not None]
-        if call > 0 and len(known) == len(seen):  # at the first call nothing was cached
+        samples = [self._samples[image] for image in range(len(self._latents))]
+        known = [sample for sample in samples if sample is not None]
+        if call > 0 and len(known) == len(samples):  # the first call reads no cached features
             kernels = best_kernels(known)
             if kernels is not None:
                 self.kernels[call] = kernels
 
 
-class _Part(CorrectionState):
-    """One image's calls: what a kernel will see of each, kept until its scheduler steps."""
+class _KernelInputs(CorrectionState):
+    """Inputs of the kernels for one image, kept from its UNet call until its scheduler makes the step."""
 
-    def __init__(self, meeting: _Meeting, place: int) -> None:
-        super().__init__(meeting.full, meeting.guidance, {})
-        self.place, self._meeting = place, meeting
+    def __init__(self, barrier: StepBarrier, image: int) -> None:
+        super().__init__(barrier.full, barrier.guidance, {})
+        self.image, self._barrier = image, barrier
         self.seen: torch.Tensor | None = None
 
     def correct(self, full: bool, sample: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
         self.seen = self.inputs(full, sample, noise_pred)
-        self._meeting.present(self)
+        self._barrier.register(self)
         return noise_pred
 
 
 @dataclass(frozen=True)
-class _Asks(Correction):
-    """Of one image."""
+class _RecordInputs(Correction):
+    """Correction that changes nothing, and records the kernel inputs of one image."""
 
-    meeting: _Meeting
-    place: int
+    barrier: StepBarrier
+    image: int
 
     def begin(self) -> CorrectionState:
-        return _Part(self.meeting, self.place)
+        return _KernelInputs(self.barrier, self.image)
 
 
 @dataclass(frozen=True)
-class _Predicts(Forecast):
-    """Another forecast, with a correction of its own."""
+class _WithCorrection(Forecast):
+    """Another forecast with this correction."""
 
     other: Forecast | None
     correction: Correction | None
@@ -196,68 +216,73 @@ class _Predicts(Forecast):
 
 
 @dataclass(frozen=True)
-class Kernels:
-    """Of one call.
+class CallKernels:
+    """Kernels of one call, all of the same size and ridge.
 
     Attributes:
-        kernel: fitted to all images.
-        without: the same size and ridge, fitted without the images of each part.
+        kernel: kernel fitted to all images.
+        by_fold: for each fold, the kernel fitted to the images of the other folds.
     """
 
     kernel: Kernel
-    without: tuple[Kernel, ...]
+    by_fold: tuple[Kernel, ...]
 
-    def of(self, place: int) -> Kernel:
-        """That which was fitted without an image."""
-        return self.without[place % len(self.without)]
+    def without(self, image: int) -> Kernel:
+        """Return the kernel that was fitted without an image."""
+        return self.by_fold[image % len(self.by_fold)]
 
 
-def best_kernels(images: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Kernels | None:
-    """Those of the size and ridge that do best where images are left out; None if none beats no correction.
+def best_kernels(samples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> CallKernels | None:
+    """Fit kernels of the size and ridge with the smallest error on left-out images.
 
     Args:
-        images: of each what a kernel sees [1, inputs, height, width], and what it should say
-            [1, channels, height, width].
+        samples: for each image the inputs of a kernel [1, inputs, height, width] and its target [1, channels, height,
+            width].
+
+    Returns:
+        The kernels; None if no kernel is better than no correction.
     """
-    channels = images[0][1].shape[1]
-    if len(images) == 1:
-        return None  # there is nothing to try it on
-    parts = [sum(map(_products, images[first::_PARTS]), _NOTHING) for first in range(min(_PARTS, len(images)))]
-    whole = sum(parts, _NOTHING)
-    patches = len(whole) - channels - 1
-    best, least = None, _GAIN * float(whole[patches:-1, patches:-1].trace())
+    channels = samples[0][1].shape[1]
+    if len(samples) == 1:
+        return None  # there is no image to judge a kernel on
+    folds = [sum(map(_products, samples[first::_FOLDS]), _ZERO) for first in range(min(_FOLDS, len(samples)))]
+    total = sum(folds, _ZERO)
+    patches = len(total) - channels - 1
+    best, smallest = None, _GAIN * float(total[patches:-1, patches:-1].trace())
     for size in SIZES:
-        # Of a patch's 9 places all, or the one in the middle; and of every patch what follows it.
+        # Of the 9 places of a patch, all or the one in the middle; and the rows behind the patches.
         rows = torch.arange(patches)[:: 1 if size == 3 else 9] + (0 if size == 3 else 4)
-        kept = torch.cat([rows, torch.arange(patches, len(whole))])
-        own = [each[kept][:, kept] for each in parts]
-        total = whole[kept][:, kept]
+        rows = torch.cat([rows, torch.arange(patches, len(total))])
+        fold_products = [fold[rows][:, rows] for fold in folds]
+        all_products = total[rows][:, rows]
         for ridge in RIDGES:
-            without = [_ridge(total - part, channels, ridge) for part in own]
-            error = sum(map(_missed, without, own))
-            if error < least:
-                made = [_convolution(each, size) for each in (_ridge(total, channels, ridge), *without)]
-                best, least = Kernels(made[0], tuple(made[1:])), error
+            solutions = [_ridge(all_products - fold, channels, ridge) for fold in fold_products]
+            error = sum(map(_squared_error, solutions, fold_products))
+            if error < smallest:
+                kernel, *by_fold = [
+                    _kernel(solution, size) for solution in (_ridge(all_products, channels, ridge), *solutions)
+                ]
+                best, smallest = CallKernels(kernel, tuple(by_fold)), error
     return best
 
 
-def _convolution(solution: torch.Tensor, size: int) -> Kernel:
-    """The kernel of a solution of ``_ridge``."""
+def _kernel(solution: torch.Tensor, size: int) -> Kernel:
+    """Return the kernel of a solution of ``_ridge``."""
     weight = solution[:-1].T.reshape(solution.shape[1], -1, size, size)
     return Kernel(weight.float().contiguous(), solution[-1].float())
 
 
-_NOTHING = torch.zeros((), dtype=torch.float64)
+_ZERO = torch.zeros((), dtype=torch.float64)
 
 
-def _missed(solution: torch.Tensor, products: torch.Tensor) -> float:
-    """The sum of the squared errors of a solution of ``_ridge`` on images of which these are the products."""
-    made = torch.cat([-solution[:-1], torch.eye(solution.shape[1], dtype=torch.float64), -solution[-1:]])
-    return float((made * (products @ made)).sum())
+def _squared_error(solution: torch.Tensor, products: torch.Tensor) -> float:
+    """Return the sum of squared errors of a solution of ``_ridge`` on the images with these products."""
+    residual = torch.cat([-solution[:-1], torch.eye(solution.shape[1], dtype=torch.float64), -solution[-1:]])
+    return float((residual * (products @ residual)).sum())
 
 
 def _ridge(products: torch.Tensor, channels: int, strength: float) -> torch.Tensor:
-    """Weights and, in the last row, bias [inputs + 1, channels], of ``_products`` of inputs, answers and 1."""
+    """Return weights and, in the last row, bias [inputs + 1, channels] from ``_products`` of inputs, targets and 1."""
     count, inputs = products[-1, -1], len(products) - channels - 1
     means = products[-1] / count
     centred = products - count * means[:, None] * means
@@ -267,10 +292,9 @@ def _ridge(products: torch.Tensor, channels: int, strength: float) -> torch.Tens
     return torch.cat([weights, (means[inputs:-1] - means[:inputs] @ weights)[None]])
 
 
-def _products(pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Of one image: sums of products of all that a kernel sees at a place, what it should say, and 1."""
-    seen, said = pair
-    patches = torch.nn.functional.unfold(seen.cpu(), 3, padding=1)[0].T
-    answers = said.cpu().flatten(2)[0].T
-    rows = torch.cat([patches, answers, torch.ones(len(patches), 1)], 1).double()
-    return rows.T @ rows
+def _products(sample: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Return, for one image, the sums of products of the 3x3 patches of the inputs, the targets, and 1."""
+    inputs, targets = sample
+    patches = torch.nn.functional.unfold(inputs.cpu(), 3, padding=1)[0].T
+    columns = torch.cat([patches, targets.cpu().flatten(2)[0].T, torch.ones(len(patches), 1)], 1).double()
+    return columns.T @ columns

@@ -1,140 +1,153 @@
-"""What a tuned schedule is worth, beside plain intervals, CacheQuant's schedule and fewer steps."""
+"""The report of a tuned schedule: its images compared with those of plain intervals, CacheQuant and fewer steps."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from ...errors import UserError
 from ..generation.forecast import Extrapolate, Forecast
 from ..generation.schedule import Schedule, Steps, Uniform
 from .artifact import Tuned
-from .cuts import at_cut, cost_of
-from .document import Measured
-from .images import ImageSet, Studio
-from .search import cachequant
+from .document import ReportRow
+from .images import ImageSet, TuningPipeline
+from .search import CallCosts, cuts_with
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What the engine's calls cost.
-
-    Attributes:
-        calls: of a generation.
-        ratios: a shallow call's time over a full one's, by cut.
-        full_seconds: of a full call.
-        measured: the engine's own ratios here, where others were given; empty if ratios has them.
-    """
-
-    calls: int
-    ratios: Mapping[str, float]
-    full_seconds: float
-    measured: Mapping[str, float] = field(default_factory=dict)
-
-    def of(self, cuts: Sequence[str | None]) -> float:
-        """Of a generation with these calls, each at its cut or full, in full calls."""
-        return cost_of(cuts, self.ratios)
-
-    def given(self, ratios: Mapping[str, float]) -> Costs:
-        """With these ratios, by cut, in the place of those measured.
-
-        Raises:
-            UserError: a cut has none, or there is no such cut.
-        """
-        if missing := [cut for cut in self.ratios if cut not in ratios]:
-            raise UserError(f"no ratio was given for {', '.join(missing)}: give one for each cut, or none")
-        if unknown := [cut for cut in ratios if cut not in self.ratios]:
-            raise UserError(f"a ratio was given for {', '.join(unknown)}, but tuned for is {', '.join(self.ratios)}")
-        return replace(self, ratios={cut: ratios[cut] for cut in self.ratios}, measured=self.ratios)
-
-
-def measured(
-    studio: Studio, costs: Costs, name: str, schedule: Schedule | None, forecast: Forecast | None, on: ImageSet
-) -> Measured:
-    """A row: the images of a set with this schedule."""
-    near = studio.psnr(on, schedule, forecast)
-    run = studio.run
-    return Measured(
+def report_row(
+    pipeline: TuningPipeline,
+    costs: CallCosts,
+    name: str,
+    schedule: Schedule | None,
+    forecast: Forecast | None,
+    images: ImageSet,
+) -> ReportRow:
+    """Generate the images of a set with a schedule, and return its row."""
+    psnrs = pipeline.psnr(images, schedule, forecast)
+    run = pipeline.run
+    return ReportRow(
         name=name,
         full_calls=run.timeline.count("#"),
         shallow_calls=run.timeline.count("."),
         skipped_calls=run.timeline.count("_"),
         speed_up=costs.calls / costs.of(run.cuts),
-        psnr=statistics.fmean(near),
-        worst=min(near),
+        psnr=statistics.fmean(psnrs),
+        worst=min(psnrs),
         full=run.full_calls,
     )
 
 
-def rows(
-    studio: Studio,
-    costs: Costs,
+def report_rows(
+    pipeline: TuningPipeline,
+    costs: CallCosts,
     tuned: Tuned,
-    others: Mapping[str, Tuned],
+    restricted: Mapping[str, Tuned],
     test: ImageSet,
     fit: ImageSet,
     *,
     reference: bool = False,
-) -> list[Measured]:
-    """The tuned schedule first, then what it is held against, all on the test images.
+) -> list[ReportRow]:
+    """Return the row of the tuned schedule, then those of the schedules it is compared with, all on the test set.
 
     Args:
-        others: what it would be with less to choose from, by name.
-        reference: whether the images are another engine's, so that this one's own uncached ones differ.
+        pipeline: pipeline that is tuned.
+        costs: durations of the engine's calls.
+        tuned: the tuned schedule.
+        restricted: schedules that tuning finds with less to choose from, by the name of their row.
+        test: test set.
+        fit: fit set, with moments of the features.
+        reference: whether the uncached images come from another engine, so that this engine's own get a row.
     """
-    interval = _interval(studio.cut, costs, tuned)
+    interval = _interval(pipeline.cut, costs, tuned)
     plain, warm = f"every {interval}th call full", Uniform(interval, warmup=2)
-    differences = Differences(fit, studio.cuts[studio.cut])
-    at = f", {studio.cut}" if len(studio.cuts) > 1 else ""
-    known: Sequence[tuple[str, Schedule, Forecast | None]] = (
-        (f"CacheQuant's schedule{at}", Steps(cachequant(costs.calls, interval, differences)), None),
+    distances = SegmentDistances(fit, pipeline.cuts[pipeline.cut])
+    at = f", {pipeline.cut}" if len(pipeline.cuts) > 1 else ""
+    baselines: Sequence[tuple[str, Schedule, Forecast | None]] = (
+        (f"CacheQuant's schedule{at}", Steps(cachequant(costs.calls, interval, distances)), None),
         (f"{plain}{at}", Uniform(interval), None),
         (f"{plain}, 2 to warm up{at}", warm, None),
         (f"{plain}, 2 to warm up, forecast 0.5{at}", warm, Extrapolate(0.5)),
         (f"{plain}, 2 to warm up, forecast 1{at}", warm, Extrapolate(1.0)),
     )
-    made = [measured(studio, costs, "tuned", tuned.schedule, tuned.forecast, test)]
-    made += [measured(studio, costs, name, each.schedule, each.forecast, test) for name, each in others.items()]
-    made.append(measured(studio, costs, "tuned schedule, features reused", tuned.schedule, None, test))
+
+    def row(name: str, schedule: Schedule | None, forecast: Forecast | None) -> ReportRow:
+        return report_row(pipeline, costs, name, schedule, forecast, test)
+
+    rows = [row("tuned", tuned.schedule, tuned.forecast)]
+    rows += [row(name, other.schedule, other.forecast) for name, other in restricted.items()]
+    rows.append(row("tuned schedule, features reused", tuned.schedule, None))
     if tuned.correction is not None:
-        uncorrected = tuned.without_correction().forecast
-        made.append(measured(studio, costs, "tuned, answers not corrected", tuned.schedule, uncorrected, test))
-    made += [measured(studio, costs, name, schedule, forecast, test) for name, schedule, forecast in known]
-    steps = max(1, round(studio.steps / made[0].speed_up))
-    near = studio.psnr(test, None, steps=steps)
-    calls = len(studio.run.full)
-    fewer = Measured(
+        rows.append(row("tuned, not corrected", tuned.schedule, tuned.without_correction().forecast))
+    rows += [row(*baseline) for baseline in baselines]
+    if reference:
+        rows.append(row("uncached", None, None))
+    steps = max(1, round(pipeline.steps / rows[0].speed_up))
+    psnrs = pipeline.psnr(test, None, steps=steps)
+    calls = len(pipeline.run.full)
+    fewer_steps = ReportRow(
         name=f"uncached, {steps} steps",
         full_calls=calls,
         shallow_calls=0,
         speed_up=costs.calls / calls,
-        psnr=statistics.fmean(near),
-        worst=min(near),
+        psnr=statistics.fmean(psnrs),
+        worst=min(psnrs),
         full=tuple(range(calls)),
     )
-    if reference:
-        made.append(measured(studio, costs, "uncached", None, None, test))
-    return [*made, fewer]
+    return [*rows, fewer_steps]
 
 
-def _interval(cut: str, costs: Costs, tuned: Tuned) -> int:
-    """The shortest that is as fast as the tuned schedule; where shallow calls take too long for any, by full calls."""
+def _interval(cut: str, costs: CallCosts, tuned: Tuned) -> int:
+    """Return the shortest interval that is as fast as the tuned schedule.
+
+    If shallow calls take too long for any interval to be as fast, the one with as many full calls.
+    """
     budget = costs.of(tuned.document.by_call) + 1e-9
     for interval in range(2, costs.calls):
-        if costs.of(at_cut(Uniform(interval).full_calls(costs.calls), costs.calls, cut)) <= budget:
+        if costs.of(cuts_with(Uniform(interval).full_calls(costs.calls), costs.calls, cut)) <= budget:
             return interval
     return max(2, math.ceil(costs.calls / len(tuned.document.full)))
 
 
 @dataclass(frozen=True)
-class Differences:
-    """CacheQuant's D: the L1 distances of the features from ``begin`` to ``end`` - 1 to that of ``begin``."""
+class SegmentDistances:
+    """CacheQuant's D: sum of the L1 distances of the features at ``begin`` to ``end`` - 1 from those at ``begin``."""
 
     fit: ImageSet
     features: tuple[str, ...]
 
     def __call__(self, begin: int, end: int) -> float:
         moments = [self.fit.moments[name] for name in self.features]
-        return sum(float(each.distances[begin, begin:end].sum()) for each in moments)
+        return sum(float(of_feature.distances[begin, begin:end].sum()) for of_feature in moments)
+
+
+def cachequant(calls: int, interval: int, distances: Callable[[int, int], float]) -> tuple[int, ...]:
+    """Return CacheQuant's schedule (CVPR 2025): K = ceil(calls / interval) segments of the smallest total distance.
+
+    ``M(n, k) = min over j of M(j, k - 1) + D(j, n)``, where ``D(s, e)`` sums the distances of the features at the calls
+    from s to e - 1 from those at s, and a segment has ceil(interval / 2) to 2 * interval calls.
+
+    Args:
+        calls: number of calls of a generation.
+        interval: mean number of calls of a segment.
+        distances: ``D``.
+    """
+    count = math.ceil(calls / interval)
+    shortest, longest = math.ceil(interval / 2), 2 * interval
+    least: list[dict[int, tuple[float, int]]] = [{0: (0.0, -1)}]
+    for _ in range(count):
+        row: dict[int, tuple[float, int]] = {}
+        for begin, (sum_so_far, _) in least[-1].items():
+            for end in range(begin + shortest, min(begin + longest, calls) + 1):
+                value = sum_so_far + distances(begin, end)
+                if end not in row or value < row[end][0]:
+                    row[end] = value, begin
+        least.append(row)
+    if calls not in least[count]:  # the last segment of an odd number of calls may have to be shorter
+        return tuple(range(0, calls, interval))
+    chain: list[int] = []
+    end = calls
+    for number in range(count, 0, -1):
+        end = least[number][end][1]
+        chain.append(end)
+    return tuple(reversed(chain))

@@ -1,78 +1,159 @@
-"""Which calls should be full: dynamic programming over the errors of predictions and the engines' times.
+"""Search for the full calls and the cuts of a schedule: dynamic programming over prediction errors and engine times.
 
-A schedule is a chain of full calls. What the calls between two of them miss depends on these and, where predictions
-have a slope, on the one before: the state is the last two full calls.
+A schedule is a chain of full calls. The errors of the calls between two full calls depend on these two and, where
+predictions have a slope, on the full call before: the state is the last two full calls.
+
+With several cuts the search runs once for each of several prices of time. A cut further in has a smaller error and
+costs more. At a price, in error per full call's time, each shallow call takes the cut for which error and price
+together are smallest, independently of the other calls. So the search finds, for every number of full calls, the
+smallest sum of both. The schedules of all prices form a front of error and cost, from which a budget picks one.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from ...errors import UserError
+from ..generation.schedule import SKIP
+
+PRICES = 12
+"""Number of prices to try in addition to zero; more prices make the front denser."""
+
 Array = npt.NDArray[np.float64]
 
+CutsByCall = tuple[str | None, ...]
+"""Cut of each call of a generation; None for a full call, ``SKIP`` for a call that runs no engine."""
+
 SegmentErrors = Callable[[int, "int | None", int], Array]
-"""``(last, before, until)``: what each of the calls after ``last`` and before ``until`` would miss, weighted."""
+"""``(last, before, until)``: weighted error of each call after the full call ``last`` and before ``until``."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """A schedule.
+class ScoredSchedule:
+    """A schedule with its error and its cost.
 
     Attributes:
-        full: its full calls.
-        error: the sum of its weighted errors.
-        cost: in full calls' time.
-        cuts: of each call, None for a full one; empty where nobody said what cut there is.
+        full: indices of the full calls.
+        error: sum of the weighted errors of its calls.
+        cost: time of a generation, in units of a full call's time.
+        cuts: cut of each call, None for a full call; empty if the cut is not specified.
     """
 
     full: tuple[int, ...]
     error: float
     cost: float
-    cuts: tuple[str | None, ...] = ()
+    cuts: CutsByCall = ()
 
 
-def evaluate(full: Sequence[int], calls: int, errors: SegmentErrors, shallow_cost: float) -> Found:
-    """The error and the cost of a schedule.
+@dataclass(frozen=True)
+class CallCosts:
+    """Durations of the engine's calls.
+
+    Attributes:
+        calls: number of calls of a generation.
+        ratios: time of a shallow call over a full call, by cut.
+        full_seconds: duration of a full call in seconds.
+        measured: the engine's own ratios if ``ratios`` holds values that the user gave; empty otherwise.
+    """
+
+    calls: int
+    ratios: Mapping[str, float]
+    full_seconds: float
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, cuts: Sequence[str | None]) -> float:
+        """Return the cost of a generation with these cuts by call, in units of a full call's time."""
+        return cost_in_full_calls(cuts, self.ratios)
+
+    def with_ratios(self, ratios: Mapping[str, float]) -> CallCosts:
+        """Return the costs with ratios that the user gave, by cut, in place of the measured ones.
+
+        Raises:
+            UserError: a cut has no ratio, or a ratio has no cut.
+        """
+        if missing := [cut for cut in self.ratios if cut not in ratios]:
+            raise UserError(f"no ratio was given for {', '.join(missing)}: give one for each cut, or none")
+        if unknown := [cut for cut in ratios if cut not in self.ratios]:
+            raise UserError(
+                f"a ratio was given for {', '.join(unknown)}, but the tuned cuts are {', '.join(self.ratios)}"
+            )
+        return replace(self, ratios={cut: ratios[cut] for cut in self.ratios}, measured=self.ratios)
+
+
+def cuts_with(full: Sequence[int], calls: int, cut: str) -> CutsByCall:
+    """Return the cuts by call of a schedule whose shallow calls all have the same cut."""
+    return tuple(None if call in full else cut for call in range(calls))
+
+
+def full_calls(cuts: CutsByCall) -> tuple[int, ...]:
+    """Return the indices of the full calls."""
+    return tuple(call for call, cut in enumerate(cuts) if cut is None)
+
+
+def last_two(full: Sequence[int], call: int) -> tuple[int, int | None]:
+    """Return the last full call before a shallow one, and the full call before that."""
+    earlier = [other for other in full if other < call]
+    return earlier[-1], earlier[-2] if len(earlier) > 1 else None
+
+
+def cost_in_full_calls(cuts: Sequence[str | None], ratios: Mapping[str, float]) -> float:
+    """Return the time of a generation with these cuts by call, in units of a full call's time.
 
     Args:
-        full: its full calls, 0 first, in order.
-        shallow_cost: of a shallow call, in full calls.
+        cuts: cut of each call.
+        ratios: time of a shallow call over a full call, by cut.
+    """
+    counts = Counter(cuts)
+    del counts[SKIP]
+    return counts.pop(None, 0) + sum(ratios[cut] * count for cut, count in counts.items() if cut is not None)
+
+
+def evaluate(full: Sequence[int], calls: int, errors: SegmentErrors, shallow_cost: float) -> ScoredSchedule:
+    """Return a schedule with its error and its cost.
+
+    Args:
+        full: indices of the full calls in order, 0 first.
+        calls: number of calls of a generation.
+        errors: errors of a segment.
+        shallow_cost: time of a shallow call, in units of a full call's time.
     """
     total = 0.0
     for index, last in enumerate(full):
         until = full[index + 1] if index + 1 < len(full) else calls
         total += float(errors(last, full[index - 1] if index else None, until).sum())
-    return Found(tuple(full), total, len(full) + shallow_cost * (calls - len(full)))
+    return ScoredSchedule(tuple(full), total, len(full) + shallow_cost * (calls - len(full)))
 
 
-def best_of_each(calls: int, errors: SegmentErrors, shallow_cost: float, longest: int) -> list[Found]:
-    """For every number of full calls the schedule with the least error, the fewest first.
+def best_by_count(calls: int, errors: SegmentErrors, shallow_cost: float, longest: int) -> list[ScoredSchedule]:
+    """Return, for every number of full calls, the schedule with the smallest error; the fewest full calls first.
 
     Args:
-        calls: of a generation.
-        shallow_cost: of a shallow call, in full calls.
-        longest: calls from one full call to the next, at most.
+        calls: number of calls of a generation.
+        errors: errors of a segment.
+        shallow_cost: time of a shallow call, in units of a full call's time.
+        longest: largest number of calls from one full call to the next.
     """
-    # For the last two full calls: the least error from there on with k more full calls, and where the next one is.
+    # By the last two full calls: the smallest error from there on with k more full calls, and the next full call.
     least: dict[tuple[int, int | None], tuple[Array, npt.NDArray[np.intp]]] = {}
     for last in range(calls - 1, -1, -1):
         earlier: list[int | None] = [None] if last == 0 else list(range(max(0, last - longest), last))
         for before in earlier:
             end = min(calls, last + longest)
-            missed = np.concatenate([[0.0], np.cumsum(errors(last, before, end))])
+            cumulative = np.concatenate([[0.0], np.cumsum(errors(last, before, end))])
             options = np.full((end - last, calls), np.inf)
             for until in range(last + 1, end + 1):
                 if until == calls:
-                    options[until - last - 1, 0] = missed[-1]
+                    options[until - last - 1, 0] = cumulative[-1]
                 else:
-                    options[until - last - 1, 1:] = missed[until - last - 1] + least[until, last][0][:-1]
+                    options[until - last - 1, 1:] = cumulative[until - last - 1] + least[until, last][0][:-1]
             least[last, before] = options.min(0), options.argmin(0) + last + 1
-    found = []
+    schedules = []
     for more in range(calls):
         if not np.isfinite(least[0, None][0][more]):
             continue
@@ -80,48 +161,108 @@ def best_of_each(calls: int, errors: SegmentErrors, shallow_cost: float, longest
         for left in range(more, 0, -1):
             last, before = int(least[last, before][1][left]), last
             chain.append(last)
-        found.append(evaluate(chain, calls, errors, shallow_cost))
-    return found
+        schedules.append(evaluate(chain, calls, errors, shallow_cost))
+    return schedules
 
 
-def within(found: Sequence[Found], budget: float) -> Found:
-    """Of the schedules within a budget, in full calls, that with the least error; the cheapest if there is none."""
-    affordable = [each for each in found if each.cost <= budget + 1e-9]
-    return min(affordable, key=lambda each: each.error) if affordable else min(found, key=lambda each: each.cost)
+def best_within(schedules: Sequence[ScoredSchedule], budget: float) -> ScoredSchedule:
+    """Return the schedule with the smallest error whose cost is within a budget; the cheapest one if there is none."""
+    affordable = [schedule for schedule in schedules if schedule.cost <= budget + 1e-9]
+    if affordable:
+        return min(affordable, key=lambda schedule: schedule.error)
+    return min(schedules, key=lambda schedule: schedule.cost)
 
 
-def last_two(full: Sequence[int], call: int) -> tuple[int, int | None]:
-    """The last full call before a shallow one, and the full call before that."""
-    earlier = [each for each in full if each < call]
-    return earlier[-1], earlier[-2] if len(earlier) > 1 else None
+def search_schedules(
+    calls: int, errors: Mapping[str, SegmentErrors], ratios: Mapping[str, float], longest: int, count: int = PRICES
+) -> list[ScoredSchedule]:
+    """Return the schedules to choose from, the cheapest first; the last one has no shallow call.
 
-
-def cachequant(calls: int, interval: int, differences: Callable[[int, int], float]) -> tuple[int, ...]:
-    """CacheQuant's schedule (CVPR 2025): K = ceil(calls / interval) segments of least total difference.
-
-    ``M(n, k) = min over j of M(j, k - 1) + D(j, n)``, where ``D(s, e)`` sums how far the features of the calls from s
-    to e - 1 are from that of s, and a segment has ceil(interval / 2) to 2 * interval calls.
+    With one cut there is one schedule for every number of full calls. With several cuts the schedules are the front of
+    the schedules at all prices and of the best ones with a single cut.
 
     Args:
-        calls: of a generation.
-        differences: ``D``.
+        calls: number of calls of a generation.
+        errors: errors of a segment, by cut.
+        ratios: time of a shallow call over a full call, by cut.
+        longest: largest number of calls from one full call to the next.
+        count: number of prices.
     """
-    count = math.ceil(calls / interval)
-    shortest, longest = math.ceil(interval / 2), 2 * interval
-    least: list[dict[int, tuple[float, int]]] = [{0: (0.0, -1)}]
-    for _ in range(count):
-        row: dict[int, tuple[float, int]] = {}
-        for begin, (sum_so_far, _) in least[-1].items():
-            for end in range(begin + shortest, min(begin + longest, calls) + 1):
-                value = sum_so_far + differences(begin, end)
-                if end not in row or value < row[end][0]:
-                    row[end] = value, begin
-        least.append(row)
-    if calls not in least[count]:  # the last segment of an odd number of calls may have to be shorter
-        return tuple(range(0, calls, interval))
-    chain: list[int] = []
-    end = calls
-    for number in range(count, 0, -1):
-        end = least[number][end][1]
-        chain.append(end)
-    return tuple(reversed(chain))
+    single_cut = [
+        replace(schedule, cuts=cuts_with(schedule.full, calls, cut))
+        for cut, segment_errors in errors.items()
+        for schedule in best_by_count(calls, segment_errors, ratios[cut], longest)
+    ]
+    if len(errors) == 1:
+        return single_cut
+    priced = [
+        schedule
+        for price in _prices(calls, errors, ratios, longest, count)
+        for schedule in best_at_price(calls, errors, ratios, longest, price)
+    ]
+    return pareto_front([*single_cut, *priced])
+
+
+def best_at_price(
+    calls: int, errors: Mapping[str, SegmentErrors], ratios: Mapping[str, float], longest: int, price: float
+) -> list[ScoredSchedule]:
+    """Return, for every number of full calls, the schedule with the smallest ``error + price * cost``.
+
+    The other arguments are those of ``search_schedules``.
+    """
+    names = _cheapest_first(errors, ratios)
+    extra = price * np.array([[ratios[name] - ratios[names[0]]] for name in names])
+
+    def by_cut(last: int, before: int | None, until: int) -> Array:
+        return np.stack([errors[name](last, before, until) for name in names])  # [cuts, calls]
+
+    def priced(last: int, before: int | None, until: int) -> Array:
+        return np.asarray((by_cut(last, before, until) + extra).min(0))
+
+    schedules = []
+    for schedule in best_by_count(calls, priced, ratios[names[0]], longest):
+        cuts: list[str | None] = [None] * calls
+        error, full = 0.0, schedule.full
+        for before, last, until in zip((None, *full), full, (*full[1:], calls), strict=False):
+            segment_errors = by_cut(last, before, until)
+            chosen = (segment_errors + extra).argmin(0)
+            error += float(segment_errors[chosen, np.arange(len(chosen))].sum())
+            cuts[last + 1 : until] = [names[index] for index in chosen]
+        schedules.append(ScoredSchedule(full, error, cost_in_full_calls(cuts, ratios), tuple(cuts)))
+    return schedules
+
+
+def pareto_front(schedules: Iterable[ScoredSchedule]) -> list[ScoredSchedule]:
+    """Return the schedules that no other beats in both error and cost, the cheapest first.
+
+    The last one has no shallow call.
+    """
+    front: list[ScoredSchedule] = []
+    distinct = {schedule.cuts: schedule for schedule in schedules}
+    for schedule in sorted(distinct.values(), key=lambda schedule: (schedule.cost, schedule.error)):
+        if not front or schedule.error < front[-1].error or len(schedule.full) == len(schedule.cuts):
+            front.append(schedule)
+    return front
+
+
+def _prices(
+    calls: int, errors: Mapping[str, SegmentErrors], ratios: Mapping[str, float], longest: int, count: int
+) -> list[float]:
+    """Return zero, and quantiles of the prices at which a call would change its cut."""
+    pairs = [
+        (cheap, dear)
+        for cheap, dear in itertools.combinations(_cheapest_first(errors, ratios), 2)
+        if ratios[dear] > ratios[cheap]
+    ]
+    thresholds = [np.empty(0)]
+    for last in range(calls):
+        before = max(0, last - max(1, longest // 4)) if last else None
+        by_cut = {name: segment(last, before, min(calls, last + longest)) for name, segment in errors.items()}
+        thresholds += [(by_cut[cheap] - by_cut[dear]) / (ratios[dear] - ratios[cheap]) for cheap, dear in pairs]
+    positive = np.concatenate(thresholds)
+    positive = positive[positive > 0]
+    return [0.0, *np.quantile(positive, np.linspace(0, 1, count)).tolist()] if positive.size else [0.0]
+
+
+def _cheapest_first(errors: Mapping[str, SegmentErrors], ratios: Mapping[str, float]) -> list[str]:
+    return sorted(errors, key=lambda name: ratios[name])

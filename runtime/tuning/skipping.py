@@ -1,25 +1,107 @@
-"""Schedules in which some calls run no engine, to be tried: how many calls are full, and where the shallow ones lie.
+"""Search for schedules in which some calls run no engine: how many calls are full, and where the shallow ones are.
 
-The answers that a sampler gets move along a smooth path. Where a correction is fitted to continue it (``lockstep``),
-many calls need no engine, and the time goes into full calls that lie closer. How good that is follows from no error
-that is known before, so these are tried.
+The noise predictions of a sampler change smoothly from call to call. If a correction is fitted to continue them
+(``lockstep``), many calls need no engine, and the time goes into full calls that are closer together. No error that is
+known in advance says how good such a schedule is, so the search tries them.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ..generation.schedule import SKIP
-from .cuts import ByCall, cost_of, full_of
-from .search import Found
+from .artifact import Tuned
+from .candidates import CandidateJudge
+from .recording import OnStage
+from .search import CallCosts, CutsByCall, ScoredSchedule, cost_in_full_calls, full_calls
 
 _LOWEST_SHARE = 0.6
-"""Of the most full calls within a budget: with fewer, more shallow calls have not been seen to make up for them."""
+"""Smallest number of full calls to try, as a share of the most within a budget. With fewer full calls, additional
+shallow calls have not been seen to make up for them."""
+
+_PATIENCE = 2
+"""Number of full-call counts, one below the other, that may be worse than the best before the search stops."""
+
+_MOVES = 16
+"""Number of schedules to try with one full call moved."""
+
+
+def search_skipping(
+    cut: str,
+    budget: float,
+    costs: CallCosts,
+    judge: CandidateJudge,
+    make: Callable[[CutsByCall], Tuned],
+    schedules: Sequence[ScoredSchedule],
+    on_stage: OnStage,
+) -> Tuned:
+    """Return the best schedule within a budget whose calls are full, shallow at one cut, or skipped.
+
+    Args:
+        cut: cut of the shallow calls.
+        budget: time of a generation, in units of a full call's time.
+        costs: durations of the engine's calls.
+        judge: compares schedules.
+        make: returns the schedule with these cuts by call, predictions and a correction.
+        schedules: schedules without skipped calls; their full calls are tried, too.
+        on_stage: called with the progress.
+    """
+    calls = costs.calls
+    made: dict[CutsByCall, Tuned] = {}
+
+    def make_once(cuts: CutsByCall) -> Tuned:
+        if cuts not in made:
+            made[cuts] = make(cuts)
+        return made[cuts]
+
+    best, worse = None, 0
+    for options in within_budget(calls, budget, costs.ratios[cut], cut):
+        on_stage(f"  {len(full_calls(options[0]))} full calls")
+        tuned = judge.best([make_once(cuts) for cuts in options])
+        if best is None or judge.best([best, tuned]) is tuned:
+            best, worse = tuned, 0
+        else:
+            worse += 1
+        if worse == _PATIENCE:
+            break
+    assert best is not None
+    shallow, count = best.document.by_call.count(cut), len(best.document.full)
+
+    def with_full(full: tuple[int, ...]) -> Tuned:
+        return make_once(mixed(full, calls, shallow, cut))
+
+    placements = [schedule.full for schedule in schedules if len(schedule.full) == count]
+    placements.append(halfway(evenly(calls, count), to_the_end(calls, count)))
+    best = judge.best([best, *(with_full(full) for full in placements)])
+    return _move_full_calls(best, calls, judge, with_full, on_stage)
+
+
+def _move_full_calls(
+    best: Tuned, calls: int, judge: CandidateJudge, with_full: Callable[[tuple[int, ...]], Tuned], on_stage: OnStage
+) -> Tuned:
+    """Move one full call after the other, as long as the PSNR becomes significantly better.
+
+    Args:
+        with_full: returns the schedule with these full calls.
+    """
+    tried, before = {best.document.full}, None
+    while before is not best and len(tried) <= _MOVES:
+        before = best
+        for place, by in itertools.product(range(1, len(best.document.full)), (-1, 1)):
+            while (full := moved(best.document.full, calls, place, by)) is not None:
+                if full in tried or len(tried) > _MOVES:
+                    break
+                tried.add(full)
+                on_stage(f"  move full call {place + 1}")
+                if not judge.significantly_better(candidate := with_full(full), best):
+                    break
+                best = candidate
+    return best
 
 
 def evenly(calls: int, count: int) -> tuple[int, ...]:
-    """So many full calls at equal distances, 0 first; what follows the last of them is such a distance too.
+    """Return full calls at equal distances, 0 first; the distance from the last one to the end is the same.
 
     >>> evenly(20, 6)
     (0, 3, 7, 10, 13, 17)
@@ -28,7 +110,7 @@ def evenly(calls: int, count: int) -> tuple[int, ...]:
 
 
 def to_the_end(calls: int, count: int) -> tuple[int, ...]:
-    """The same, a little further apart, so that the last call is full; the only one is the first.
+    """Return full calls at equal distances from the first call to the last; a single full call is the first.
 
     >>> to_the_end(20, 6)
     (0, 4, 8, 11, 15, 19)
@@ -36,75 +118,80 @@ def to_the_end(calls: int, count: int) -> tuple[int, ...]:
     return tuple(round((calls - 1) * place / max(1, count - 1)) for place in range(count))
 
 
-def between(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
-    """As many full calls half-way from those of one schedule to those of another.
+def halfway(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
+    """Return full calls halfway between those of two schedules with as many full calls.
 
-    >>> between((0, 5, 10), (0, 6, 12))
+    >>> halfway((0, 5, 10), (0, 6, 12))
     (0, 6, 11)
     """
     return tuple((first + second + 1) // 2 for first, second in zip(one, other, strict=True))
 
 
 def moved(full: Sequence[int], calls: int, place: int, by: int) -> tuple[int, ...] | None:
-    """The same with one full call earlier or later; None where another one or an end is in the way.
+    """Return the full calls with one of them earlier or later; None if another one or an end is in the way.
 
     >>> moved((0, 4, 8), 10, 1, -1)
     (0, 3, 8)
     """
-    at = full[place] + by
+    call = full[place] + by
     after = full[place + 1] if place + 1 < len(full) else calls
-    return (*full[:place], at, *full[place + 1 :]) if place > 0 and full[place - 1] < at < after else None
+    return (*full[:place], call, *full[place + 1 :]) if place > 0 and full[place - 1] < call < after else None
 
 
-def mixed(full: Sequence[int], calls: int, shallow: int, cut: str) -> ByCall:
-    """Between these full calls so many shallow ones, evenly over the widest gaps; the others run no engine.
+def mixed(full: Sequence[int], calls: int, shallow: int, cut: str) -> CutsByCall:
+    """Return cuts by call with a number of shallow calls, spread evenly over the widest gaps; other calls are skipped.
 
     >>> mixed((0, 4), 8, 3, "deepcache:0")
     (None, 'deepcache:0', 'deepcache:0', 'skip', None, 'skip', 'deepcache:0', 'skip')
     """
     gaps = list(itertools.pairwise((*full, calls)))
-    each = [0] * len(gaps)
+    shallow_in_gap = [0] * len(gaps)
 
-    def crowded(gap: int) -> float:
+    def spacing(gap: int) -> float:
         begin, end = gaps[gap]
-        return (end - begin) / (each[gap] + 1) if each[gap] < end - begin - 1 else 0.0
+        count = shallow_in_gap[gap]
+        return (end - begin) / (count + 1) if count < end - begin - 1 else 0.0
 
     for _ in range(min(shallow, calls - len(full))):
-        each[max(range(len(gaps)), key=lambda gap: (crowded(gap), -gap))] += 1
-    made: list[str | None] = [SKIP] * calls
-    for (begin, end), count in zip(gaps, each, strict=True):
-        made[begin] = None
+        shallow_in_gap[max(range(len(gaps)), key=lambda gap: (spacing(gap), -gap))] += 1
+    cuts: list[str | None] = [SKIP] * calls
+    for (begin, end), count in zip(gaps, shallow_in_gap, strict=True):
+        cuts[begin] = None
         for place in range(1, count + 1):
-            made[begin + place * (end - begin) // (count + 1)] = cut
-    return tuple(made)
+            cuts[begin + place * (end - begin) // (count + 1)] = cut
+    return tuple(cuts)
 
 
-def within_budget(calls: int, budget: float, ratio: float, cut: str) -> Iterator[tuple[ByCall, ...]]:
-    """Evenly spaced full calls, from as many as the budget allows downwards, and the shallow calls that it leaves.
+def within_budget(calls: int, budget: float, ratio: float, cut: str) -> Iterator[tuple[CutsByCall, ...]]:
+    """Yield schedules with evenly spaced full calls, and as many shallow calls as the rest of the budget pays for.
+
+    The number of full calls falls from the largest within the budget.
 
     Yields:
-        For each number of full calls two schedules, or one where both are the same: what ends with a call that runs no
-        engine is left to the correction, and a full call there may be worth more than closer ones before.
+        For each number of full calls two schedules, or one if both are the same. If the last calls run no engine, they
+        depend on the correction, and a full call at the end may be worth more than closer ones before.
 
     Args:
-        budget: in full calls' time.
-        ratio: of a shallow call's time to a full one's.
+        calls: number of calls of a generation.
+        budget: time of a generation, in units of a full call's time.
+        ratio: time of a shallow call over a full call.
+        cut: cut of the shallow calls.
     """
     most = max(1, min(int(budget + 1e-9), calls))
     for count in range(most, max(1, round(_LOWEST_SHARE * most)) - 1, -1):
         shallow = min(int((budget - count) / ratio + 1e-9), calls - count)
         yield tuple(dict.fromkeys(mixed(spaced(calls, count), calls, shallow, cut) for spaced in (evenly, to_the_end)))
-        if count + shallow == calls:  # fewer full calls than that leave time over
+        if count + shallow == calls:  # fewer full calls would leave time over
             return
 
 
-def ladder(calls: int, ratio: float, cut: str) -> list[Found]:
-    """For every number of full calls one schedule, the cheapest first: a shallow call amid each gap; last all full.
+def ladder(calls: int, ratio: float, cut: str) -> list[ScoredSchedule]:
+    """Return one schedule for every number of full calls, the cheapest first, with a shallow call amid each gap.
 
-    Their errors are not known.
+    The last one has only full calls. Errors are unknown, and set to 0.
     """
-    found = []
+    schedules = []
     for count in range(2, calls + 1):
         cuts = mixed(evenly(calls, count), calls, count, cut)
-        found.append(Found(full_of(cuts), 0.0, cost_of(cuts, {cut: ratio}), cuts))
-    return found
+        schedules.append(ScoredSchedule(full_calls(cuts), 0.0, cost_in_full_calls(cuts, {cut: ratio}), cuts))
+    return schedules

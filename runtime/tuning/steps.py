@@ -1,4 +1,4 @@
-"""What a tuned schedule is to the runtime: full calls and cuts for one number of calls, and how the others predict."""
+"""The schedule and the forecast that the runtime gets from a tuned schedule."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..generation.schedule import Schedule
 
 @dataclass(frozen=True, repr=False)
 class TunedSteps(Schedule):
-    """Full calls that were chosen for a number of calls, and hold for no other.
+    """Full calls and cuts for one number of calls; the schedule is valid for no other number.
 
     Attributes:
-        full: their indices, 0 first.
-        total: the number of calls.
-        by_call: for each call its cut if it is shallow, None for the one that the schedule is set with; empty if all
-            take that.
+        full: indices of the full calls, 0 first.
+        total: number of calls.
+        by_call: for each call its cut if it is shallow; None for the cut that the schedule is set with. Empty if all
+            shallow calls take that cut.
 
     Raises:
-        ScheduleError: it has cuts for another number of calls.
+        ScheduleError: the number of cuts is not the number of calls.
     """
 
     full: tuple[int, ...]
@@ -53,17 +53,17 @@ class TunedSteps(Schedule):
                 f"this schedule was tuned for {self.total} UNet calls, and the generation has {calls}: tune for that, "
                 "or set another schedule"
             )
-        return max(each for each in self.full if each <= call)
+        return max(full for full in self.full if full <= call)
 
 
 @dataclass(frozen=True)
-class Fitted(Forecast):
+class FittedForecast(Forecast):
     """Coefficients for each call of one schedule.
 
     Attributes:
-        coefficients: by call and feature; a call without reuses.
-        full: the schedule's full calls, which the coefficients rely on.
-        correction: of the answers.
+        coefficients: coefficients by call and feature; calls without coefficients reuse the features.
+        full: full calls of the schedule, on which the coefficients rely.
+        correction: correction of the noise predictions.
     """
 
     coefficients: Mapping[int, Mapping[str, Coefficients]]
@@ -74,7 +74,7 @@ class Fitted(Forecast):
         return "tuned"
 
     def at(self, feature: str, call: int, last: int, before: int | None) -> Coefficients | None:
-        earlier = [each for each in self.full if each < call]
+        earlier = [full for full in self.full if full < call]
         if earlier[-1:] != [last] or (len(earlier) > 1 and earlier[-2] != before):
             return None  # a full call that the schedule did not ask for: other shapes, or features that were dropped
         return self.coefficients.get(call, {}).get(feature)

@@ -14,7 +14,7 @@ from offcut.runtime.batching.request import Step
 from offcut.runtime.generation.correction import Convolutions, Correction, Kernel
 from offcut.runtime.generation.forecast import Coefficients, Forecast
 from offcut.runtime.generation.schedule import SKIP, Schedule
-from offcut.runtime.tuning.steps import Fitted, TunedSteps
+from offcut.runtime.tuning.steps import FittedForecast, TunedSteps
 
 BY_CALL = (None, "deepcache:0", SKIP, SKIP, None, SKIP, "deepcache:0", SKIP)
 CALLS = len(BY_CALL)
@@ -111,7 +111,7 @@ def correction(unet: offcut.UNet) -> Correction:
 
 
 def test_corrections_are_of_the_held_answer_and_the_new_sample(unet: offcut.UNet) -> None:
-    plain, corrected = run(unet, MIXED), run(unet, MIXED, Fitted({}, (0, 4), correction(unet)))
+    plain, corrected = run(unet, MIXED), run(unet, MIXED, FittedForecast({}, (0, 4), correction(unet)))
     for call in range(1, CALLS):
         sample = inputs(unet, call)[0]
         torch.testing.assert_close(
@@ -122,7 +122,7 @@ def test_corrections_are_of_the_held_answer_and_the_new_sample(unet: offcut.UNet
 @pytest.mark.parametrize("predicts", [False, True])
 def test_requests_of_a_worker_skip_too(pipe: Any, predicts: bool) -> None:
     calls = {call: {"none": Coefficients()} for call in range(CALLS)} if predicts else {}
-    forecast = Fitted(calls, (0, 4), correction(pipe.unet)) if predicts else None
+    forecast = FittedForecast(calls, (0, 4), correction(pipe.unet)) if predicts else None
     asked = {"num_inference_steps": CALLS, "output_type": "latent", "guidance_scale": 3.0}
 
     def arguments(seed: int) -> dict[str, Any]:

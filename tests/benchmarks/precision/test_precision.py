@@ -20,7 +20,7 @@ from offcut.benchmarks.precision.joint import corrections
 from offcut.benchmarks.schema.precision import Precision
 from offcut.cli import app
 from offcut.errors import BundleError, UserError
-from offcut.runtime.tuning.moments import Moments
+from offcut.runtime.tuning.prediction import FeatureMoments
 
 ENGINE, LOW = "openvino", "fp32 computed in bf16"  # int8 goes the same way, and takes minutes to calibrate
 STEPS, IMAGES = 6, 4
@@ -189,7 +189,7 @@ def test_what_is_not_compared_is_refused(engines: list[str], precisions: list[st
 def test_cachequants_correction_is_a_regression_on_the_last_full_call() -> None:
     calls, channels = 5, 3
     random = torch.randn(channels, 2 * calls, 200, generator=torch.Generator().manual_seed(0)).double()
-    sums = Moments(2 * calls, channels)
+    sums = FeatureMoments(2 * calls, channels)
     sums.add(random)
     found = corrections({"f": sums}, (0, 3), calls, reference=True)
     assert sorted(found) == [1, 2, 4]

@@ -10,7 +10,7 @@ import torch
 
 import offcut
 from offcut.runtime.generation.correction import Convolutions, Kernel
-from offcut.runtime.tuning.steps import Fitted
+from offcut.runtime.tuning.steps import FittedForecast
 
 CUT, CALLS, GUIDANCE, FULL = "deepcache:0", 7, 3.0, (0, 1, 4)
 SEEN = {1: 6, 2: 9, 3: 10, 4: 10, 5: 9, 6: 10}
@@ -45,7 +45,7 @@ def run(
     unet: offcut.UNet, correction: Convolutions | None, images: int = 1, refresh: int | None = None
 ) -> list[torch.Tensor]:
     """The answers; the features are dropped before call ``refresh``."""
-    unet.set_schedule(offcut.Steps(FULL), CUT, Fitted({}, FULL, correction))
+    unet.set_schedule(offcut.Steps(FULL), CUT, FittedForecast({}, FULL, correction))
     made = []
     with unet.generation(CALLS):
         for call in range(CALLS):
@@ -117,7 +117,7 @@ def test_nothing_outlives_a_generation(unet: offcut.UNet) -> None:
 
 
 def test_an_odd_number_of_rows_cannot_be_halves(unet: offcut.UNet) -> None:
-    unet.set_schedule(offcut.Steps(FULL), CUT, Fitted({}, FULL, Convolutions(kernels(), FULL, GUIDANCE)))
+    unet.set_schedule(offcut.Steps(FULL), CUT, FittedForecast({}, FULL, Convolutions(kernels(), FULL, GUIDANCE)))
     rows = [tensor if tensor.dim() == 0 else tensor[:1] for tensor in inputs(unet, 0)]
     with unet.generation(CALLS):
         corrected = [unet(*rows).sample for _ in range(2)]

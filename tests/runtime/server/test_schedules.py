@@ -21,9 +21,8 @@ from offcut.runtime.generation.schedule import SKIP, Uniform
 from offcut.runtime.server.models import ServedModel
 from offcut.runtime.server.service import WorkerService
 from offcut.runtime.server.settings import ServeSettings
-from offcut.runtime.tuning.artifact import Tuned, save
-from offcut.runtime.tuning.choice import key_of
-from offcut.runtime.tuning.document import Document, Measured
+from offcut.runtime.tuning.artifact import Tuned, make_key, save
+from offcut.runtime.tuning.document import ReportRow, TunedDocument
 
 STEPS, GUIDANCE = 6, 5.0
 BRIEF = ServeSettings(steps=STEPS, interval=3, warmup=0, guidance=GUIDANCE)
@@ -37,9 +36,9 @@ def bundle(tiny_bundle: Path, pipe: Any, tmp_path_factory: pytest.TempPathFactor
     copy = tmp_path_factory.mktemp("schedules") / "tiny.offcut"
     shutil.copytree(tiny_bundle, copy)
     opened = offcut.Bundle.open(copy)
-    row = Measured(name="this", full_calls=3, shallow_calls=2, skipped_calls=1, speed_up=2.0, psnr=30.0, worst=25.0)
-    document = Document(
-        key=key_of(opened, pipe.scheduler, STEPS, (1.0, GUIDANCE)),
+    row = ReportRow(name="this", full_calls=3, shallow_calls=2, skipped_calls=1, speed_up=2.0, psnr=30.0, worst=25.0)
+    document = TunedDocument(
+        key=make_key(opened, pipe.scheduler, STEPS, (1.0, GUIDANCE)),
         cut=CUT,
         cuts=(None, None, CUT, SKIP, None, CUT),
         full=FULL,

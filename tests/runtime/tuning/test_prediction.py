@@ -1,4 +1,4 @@
-"""Moments: errors and fits from sums of products are those of the values themselves."""
+"""Errors and fits from sums of products equal those from the values themselves."""
 
 from __future__ import annotations
 
@@ -6,31 +6,30 @@ import pytest
 import torch
 
 from offcut.runtime.generation.forecast import Coefficients
-from offcut.runtime.tuning.moments import Moments, Ridge
-from offcut.runtime.tuning.predictors import Predictors
+from offcut.runtime.tuning.prediction import FeatureMoments, Predictors, Ridge
 
 CALLS, CHANNELS, POSITIONS = 6, 5, 40
 
 
 def values(seed: int, noise: float = 0.01) -> torch.Tensor:
-    """Features that drift along a line, each channel at its own pace; [channels, calls, positions]."""
-    made = torch.Generator().manual_seed(seed)
-    start = torch.randn(CHANNELS, 1, POSITIONS, generator=made)
-    step = torch.randn(CHANNELS, 1, POSITIONS, generator=made) * 0.2
-    along = torch.arange(CALLS)[None, :, None]
-    return start + along * step + noise * torch.randn(CHANNELS, CALLS, POSITIONS, generator=made)
+    """Return features that drift along a line, each channel at its own rate: [channels, calls, positions]."""
+    random = torch.Generator().manual_seed(seed)
+    start = torch.randn(CHANNELS, 1, POSITIONS, generator=random)
+    step = torch.randn(CHANNELS, 1, POSITIONS, generator=random) * 0.2
+    calls = torch.arange(CALLS)[None, :, None]
+    return start + calls * step + noise * torch.randn(CHANNELS, CALLS, POSITIONS, generator=random)
 
 
-def moments(*each: torch.Tensor) -> Moments:
-    made = Moments(each[0].shape[1], CHANNELS)
-    for one in each:
-        made.add(one)
-    return made
+def moments(*generations: torch.Tensor) -> FeatureMoments:
+    sums = FeatureMoments(generations[0].shape[1], CHANNELS)
+    for generation in generations:
+        sums.add(generation)
+    return sums
 
 
-def predicted(x: torch.Tensor, call: int, last: int, before: int, c: Coefficients) -> torch.Tensor:
+def residual(x: torch.Tensor, call: int, last: int, before: int, c: Coefficients) -> torch.Tensor:
     scale, slope, shift = (
-        torch.as_tensor(each, dtype=torch.float64).reshape(-1, 1) for each in (c.scale, c.slope, c.shift)
+        torch.as_tensor(value, dtype=torch.float64).reshape(-1, 1) for value in (c.scale, c.slope, c.shift)
     )
     x = x.double()
     return x[:, call] - (scale * x[:, last] + slope * (x[:, last] - x[:, before]) + shift)
@@ -45,26 +44,26 @@ def predicted(x: torch.Tensor, call: int, last: int, before: int, c: Coefficient
         Coefficients(torch.rand(CHANNELS), torch.rand(CHANNELS), torch.rand(CHANNELS)),
     ],
 )
-def test_errors_are_those_of_the_values(coefficients: Coefficients) -> None:
+def test_errors_equal_those_of_the_values(coefficients: Coefficients) -> None:
     first, second = values(1), values(2)
-    got = moments(first, second).errors(range(4, 5), 3, 1, coefficients)
-    missed = torch.cat([predicted(each, 4, 3, 1, coefficients) for each in (first, second)], 1)
-    assert float(got[0]) == pytest.approx(float((missed**2).mean(1).sum()), rel=1e-9)
+    errors = moments(first, second).errors(range(4, 5), 3, 1, coefficients)
+    residuals = torch.cat([residual(x, 4, 3, 1, coefficients) for x in (first, second)], 1)
+    assert float(errors[0]) == pytest.approx(float((residuals**2).mean(1).sum()), rel=1e-9)
 
 
 def test_distances_are_the_l1_norms() -> None:
     first, second = values(1), values(2)
-    got = moments(first, second).distances
-    expected = sum(float((each[:, 2] - each[:, 5]).abs().sum()) for each in (first, second))
-    assert float(got[2, 5]) == pytest.approx(expected, rel=1e-5)
-    assert float(got[5, 2]) == pytest.approx(expected, rel=1e-5)
-    assert float(got[3, 3]) == pytest.approx(0, abs=1e-4)
+    distances = moments(first, second).distances
+    expected = sum(float((x[:, 2] - x[:, 5]).abs().sum()) for x in (first, second))
+    assert float(distances[2, 5]) == pytest.approx(expected, rel=1e-5)
+    assert float(distances[5, 2]) == pytest.approx(expected, rel=1e-5)
+    assert float(distances[3, 3]) == pytest.approx(0, abs=1e-4)
 
 
 def test_small_errors_survive_the_difference_of_large_sums() -> None:
-    still = values(3, noise=0) * 0 + 1000.0
-    still[:, 4] += 1e-3
-    error = moments(still).errors(range(4, 5), 3, 3, Coefficients())
+    constant = values(3, noise=0) * 0 + 1000.0
+    constant[:, 4] += 1e-3
+    error = moments(constant).errors(range(4, 5), 3, 3, Coefficients())
     assert float(error[0]) == pytest.approx(CHANNELS * 1e-6, rel=0.05)
 
 
@@ -94,54 +93,54 @@ def test_a_fit_is_ridge_least_squares(strength: float, slopes: bool) -> None:
             assert float(fitted.shift[channel, column]) == pytest.approx(float(mean), abs=1e-6)
 
 
-def test_lines_are_forecast_and_noise_is_not() -> None:
+def test_lines_are_extrapolated_and_noise_is_reused() -> None:
     lines = Predictors({"f": moments(values(5))}, {"f": moments(values(6))})
     chosen = lines.best(5, 3, 1)
     assert chosen.kind.startswith(("forecast 1", "fit"))
     assert chosen.error < 0.1 * float(lines.reuse_errors(3, 6)[-1])
     noise = [torch.randn(CHANNELS, CALLS, 4000) * 0.1 + torch.randn(CHANNELS, 1, 4000) for _ in range(2)]
-    still = Predictors({"f": moments(noise[0])}, {"f": moments(noise[1])}, kinds=("forecast",))
-    assert still.best(5, 3, 1).kind == "reuse"
+    noisy = Predictors({"f": moments(noise[0])}, {"f": moments(noise[1])}, kinds=("forecast",))
+    assert noisy.best(5, 3, 1).kind == "reuse"
 
 
 def test_without_an_earlier_full_call_there_is_no_slope() -> None:
     lines = Predictors({"f": moments(values(5))}, {"f": moments(values(6))})
     chosen = lines.best(3, 0, None)
     slopes = [] if chosen.coefficients is None else [chosen.coefficients["f"].slope]
-    assert all(torch.as_tensor(each).abs().max() == 0 for each in slopes)
+    assert all(torch.as_tensor(slope).abs().max() == 0 for slope in slopes)
 
 
-def test_a_reference_is_what_is_predicted() -> None:
-    """The engine's own features behind are the reference's, off by a scale and a shift that a fit undoes."""
+def test_predictions_aim_at_the_reference() -> None:
+    """The reference's features differ from the engine's by a scale and a shift, which a fit finds."""
     own = [values(seed) for seed in (5, 6)]
     scale, shift = torch.rand(CHANNELS, 1, 1) + 0.5, torch.randn(CHANNELS, 1, 1)
-    both = [moments(torch.cat([each, scale * each + shift], 1)) for each in own]
-    held = torch.cat([own[1], scale * own[1] + shift], 1).double()
+    both = [moments(torch.cat([x, scale * x + shift], 1)) for x in own]
+    held_out = torch.cat([own[1], scale * own[1] + shift], 1).double()
 
-    moved = Predictors({"f": both[0]}, {"f": both[1]}, reference=True)
-    assert moved.calls == CALLS
-    power = (held[:, CALLS + 5] ** 2).mean(1).sum()
-    reused = ((held[:, CALLS + 5] - held[:, 3]) ** 2).mean(1).sum() / power
-    assert float(moved.reuse_errors(3, 6)[-1]) == pytest.approx(float(reused), rel=1e-6)
-    chosen = moved.best(5, 3, 1)
+    predictors = Predictors({"f": both[0]}, {"f": both[1]}, reference=True)
+    assert predictors.calls == CALLS
+    power = (held_out[:, CALLS + 5] ** 2).mean(1).sum()
+    reused = ((held_out[:, CALLS + 5] - held_out[:, 3]) ** 2).mean(1).sum() / power
+    assert float(predictors.reuse_errors(3, 6)[-1]) == pytest.approx(float(reused), rel=1e-6)
+    chosen = predictors.best(5, 3, 1)
     assert chosen.kind.startswith("fit")
     assert chosen.error < 0.05 * float(reused)
     assert chosen.coefficients is not None
-    made = chosen.coefficients["f"]
-    missed = held[:, CALLS + 5] - (
-        torch.as_tensor(made.scale)[:, None] * held[:, 3]
-        + torch.as_tensor(made.slope)[:, None] * (held[:, 3] - held[:, 1])
-        + torch.as_tensor(made.shift)[:, None]
+    coefficients = chosen.coefficients["f"]
+    residuals = held_out[:, CALLS + 5] - (
+        torch.as_tensor(coefficients.scale)[:, None] * held_out[:, 3]
+        + torch.as_tensor(coefficients.slope)[:, None] * (held_out[:, 3] - held_out[:, 1])
+        + torch.as_tensor(coefficients.shift)[:, None]
     )
-    assert chosen.error == pytest.approx(float((missed**2).mean(1).sum() / power), rel=1e-4)
-    alone, first = moments(own[1]), both[1].first(CALLS)
+    assert chosen.error == pytest.approx(float((residuals**2).mean(1).sum() / power), rel=1e-4)
+    alone, first = moments(own[1]), both[1].first_calls(CALLS)
     assert torch.allclose(first.products, alone.products)
     assert torch.allclose(
         first.errors(range(4, 6), 3, 1, Coefficients()), alone.errors(range(4, 6), 3, 1, Coefficients())
     )
 
 
-def test_errors_are_kept_and_extended() -> None:
+def test_errors_are_remembered_and_extended() -> None:
     lines = Predictors({"f": moments(values(5))}, {"f": moments(values(6))})
     short = lines.errors(1, 0, 4)
     assert len(short) == 2

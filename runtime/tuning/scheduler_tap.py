@@ -1,0 +1,108 @@
+"""A tap on a pipeline's scheduler: it reports each step, and may replace the model output that the step takes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+ReplaceOutput = Callable[["SchedulerStep", torch.Tensor], torch.Tensor]
+"""Function of a scheduler step and the model output that returns the output to take instead."""
+
+_LINEAR = 1e-3
+"""Share by which the effect of the output on the latent may differ between places of the latent."""
+
+
+@dataclass(frozen=True)
+class SchedulerStep:
+    """A step that a scheduler is about to make.
+
+    Attributes:
+        scheduler: the scheduler.
+        step: the unbound ``step`` method of the scheduler's class in diffusers.
+        timestep: timestep of the step.
+        sample: the latent before the step.
+        options: other keyword arguments of the step.
+    """
+
+    scheduler: Any
+    step: Callable[..., Any]
+    timestep: Any
+    sample: torch.Tensor
+    options: dict[str, Any]
+
+    def after(self, output: torch.Tensor) -> torch.Tensor:
+        """Return the next latent for this model output, fp32; the scheduler does not move."""
+        options = dict(self.options)
+        if isinstance(options.get("generator"), torch.Generator):
+            options["generator"] = options["generator"].clone_state()
+        scheduler = copy.deepcopy(self.scheduler)
+        # In fp32 in any pipeline, since `output_towards` depends on small differences.
+        return _latent(self.step(scheduler, output.float(), self.timestep, self.sample.float(), **options)).float()
+
+    def output_towards(self, latent: torch.Tensor) -> torch.Tensor | None:
+        """Return the model output that leads to this latent; None if its effect is zero or not linear."""
+        at_zero = self.after(torch.zeros_like(self.sample, dtype=torch.float32))
+        rates = self.after(torch.ones_like(self.sample, dtype=torch.float32)) - at_zero
+        rate = rates.mean()
+        if rate.abs() < 1e-6 or (rates - rate).abs().max() > _LINEAR * rate.abs():
+            return None
+        return (latent - at_zero) / rate
+
+
+class SchedulerTap:
+    """Callbacks for each step of a scheduler and of its copies."""
+
+    def __init__(self) -> None:
+        self.replace_output: ReplaceOutput | None = None
+        self.recorded: list[torch.Tensor] | None = None
+        """List that gets the latent after each step, fp32."""
+
+    @contextmanager
+    def latents(self) -> Iterator[list[torch.Tensor]]:
+        """Record the generation in this block: the list gets the latent after each step, fp32."""
+        self.recorded = []
+        try:
+            yield self.recorded
+        finally:
+            self.recorded = None
+
+
+@contextmanager
+def tapped(pipe: Any) -> Iterator[SchedulerTap]:
+    """Give the pipeline, within this block, a scheduler of the same class and configuration with a tap."""
+    original = pipe.scheduler
+    tap = SchedulerTap()
+    pipe.scheduler = _tapped_class(type(original), tap).from_config(original.config)
+    try:
+        yield tap
+    finally:
+        pipe.scheduler = original
+
+
+def _tapped_class(scheduler_class: Any, tap: SchedulerTap) -> Any:
+    original_step = scheduler_class.step
+
+    @functools.wraps(original_step)  # pipelines look at its parameters
+    def step(
+        self: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *rest: Any, **options: Any
+    ) -> Any:
+        if tap.replace_output is not None and not rest:
+            output = tap.replace_output(SchedulerStep(self, original_step, timestep, sample, options), model_output)
+            model_output = output.to(model_output.dtype)
+        result = original_step(self, model_output, timestep, sample, *rest, **options)
+        if tap.recorded is not None:
+            tap.recorded.append(_latent(result).float())
+        return result
+
+    return type(scheduler_class.__name__, (scheduler_class,), {"step": step, "__module__": scheduler_class.__module__})
+
+
+def _latent(result: Any) -> torch.Tensor:
+    latent: torch.Tensor = result[0] if isinstance(result, tuple) else result.prev_sample
+    return latent
