@@ -1,4 +1,4 @@
-"""What one device needs for a request: times that were measured, in a file that another machine can read."""
+"""The measured times of one device, in a file that another machine can read."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class StepTimes:
         return estimate if estimate > 0 else table[high if rows > high else low]
 
 
-class Costs(BaseModel):
-    """Seconds on one device, by the number of rows of an engine call where they depend on it."""
+class DeviceCosts(BaseModel):
+    """Seconds on one device; tables are by the number of rows of an engine call."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -68,7 +68,7 @@ class Costs(BaseModel):
     decode: float = Field(ge=0, description="of one request after its last one, e.g. the autoencoder")
 
     @model_validator(mode="after")
-    def _takes_time(self) -> Costs:
+    def _takes_time(self) -> DeviceCosts:
         if any(seconds <= 0 for table in (self.full, self.shallow) for seconds in table.values()):
             raise ValueError("an engine call takes more than 0 seconds")
         return self
@@ -80,22 +80,22 @@ class Costs(BaseModel):
 
     @cached_property
     def gaps(self) -> StepTimes:
-        """Of what comes between."""
+        """Durations between engine calls."""
         return StepTimes({None: {rows: max(seconds, 1e-9) for rows, seconds in self.between.items()}})
 
     def save(self, path: Path) -> Path:
-        """Write them, over an older file only when this one is whole."""
+        """Write the times; an older file is replaced when the new one is complete."""
         return write_whole(path, self.model_dump_json(indent=1) + "\n")
 
 
-def read(path: Path) -> Costs:
-    """What ``Costs.save`` wrote.
+def read(path: Path) -> DeviceCosts:
+    """Read a file that ``DeviceCosts.save`` wrote.
 
     Raises:
-        UserError: it cannot be read, or is something else.
+        UserError: the file cannot be read, or holds something else.
     """
     try:
-        return Costs.model_validate_json(path.read_text(encoding="utf-8"))
+        return DeviceCosts.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give what --export-times wrote") from error
     except (ValidationError, UnicodeDecodeError) as error:

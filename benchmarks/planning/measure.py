@@ -1,4 +1,4 @@
-"""Measuring a device's times with the worker itself: the same threads, copies and turns as in production."""
+"""A device's times, measured with the worker itself: the same threads, copies and turns as in production."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
 from ...runtime.batching import Statistics, Step, Total, Worker
-from .costs import Costs
+from .costs import DeviceCosts
 
 if TYPE_CHECKING:
     from ...runtime.generation.schedule import Schedule
@@ -27,21 +27,21 @@ def measure(
     together: Sequence[int] = (1, 2, 4, 8),
     repeats: int = 3,
     stage: Callable[[str], None] = lambda text: None,
-) -> Costs:
+) -> DeviceCosts:
     """Run groups of equal requests on a worker, in turns, and read its statistics.
 
     Args:
         pipe: of ``offcut.load`` or ``offcut.attach``.
         arguments: of one request's pipeline call.
-        schedule: with full and shallow calls among so many.
-        model, device: what is measured, in words.
-        together: how many requests share engine calls.
-        repeats: rounds, after one that is not measured; the median of each time counts.
+        schedule: has full and shallow calls in a request.
+        model, device: described in words.
+        together: numbers of requests that share engine calls.
+        repeats: rounds after one that is not measured; each time is the median over rounds.
 
     Raises:
-        UserError: the requests made no shallow calls, or did not run together.
+        UserError: the requests made no shallow calls, or shared no engine calls.
     """
-    rounds: dict[int, list[_Group]] = {count: [] for count in together}
+    rounds: dict[int, list[_RequestGroup]] = {count: [] for count in together}
     with Worker(pipe, max_in_flight=max(together), max_queue=0, max_batch=10**6, bound_shapes=len(together)) as worker:
         for place in range(repeats + 1):
             stage("warm up" if place == 0 else f"round {place} of {repeats}")
@@ -55,7 +55,7 @@ def measure(
     full, shallow, between = {}, {}, {}
     for count, groups in rounds.items():
         rows = per_request * count
-        # Of short requests one may be under way before the others are there.
+        # One of several short requests may run before the others have arrived.
         groups = [group for group in groups if {("full", rows), ("shallow", rows)} <= set(group.ticks)]
         if not groups:
             raise UserError("these requests make no full and shallow calls together: give another schedule, or steps")
@@ -63,7 +63,7 @@ def measure(
         shallow[rows] = statistics.median(group.ticks["shallow", rows].mean for group in groups)
         between[rows] = statistics.median(group.between(rows) for group in groups)
     every = [group for groups in rounds.values() for group in groups]
-    return Costs(
+    return DeviceCosts(
         model=model,
         engine=pipe.unet.engine,
         device=device,
@@ -79,12 +79,14 @@ def measure(
     )
 
 
-def _run(worker: Worker, arguments: Mapping[str, Any], schedule: Schedule, cut: str | None, count: int) -> _Group:
-    """So many equal requests at once, from submission until all are done."""
-    marks: list[float] = []
+def _run(
+    worker: Worker, arguments: Mapping[str, Any], schedule: Schedule, cut: str | None, count: int
+) -> _RequestGroup:
+    """Run a number of equal requests at once, from submission until all are done."""
+    ends: list[float] = []  # of each step of each request
 
     def mark(step: Step) -> None:
-        marks.append(time.perf_counter())
+        ends.append(time.perf_counter())
 
     before = worker.statistics()
     began = time.perf_counter()
@@ -92,20 +94,20 @@ def _run(worker: Worker, arguments: Mapping[str, Any], schedule: Schedule, cut: 
     images = [ticket.future.result().images for ticket in tickets]
     ended = time.perf_counter()
     ticks = _difference(before, worker.statistics())
-    last = marks[-count]  # the first to be over with its last step; then some may be at the autoencoder before others
-    return _Group(count, marks[0] - began, last - marks[0], ended - last, ticks, images[0][0])
+    last = ends[-count]  # the first end of a last step: some requests may reach the autoencoder before others
+    return _RequestGroup(count, ends[0] - began, last - ends[0], ended - last, ticks, images[0][0])
 
 
 @dataclass(frozen=True)
-class _Group:
+class _RequestGroup:
     """Equal requests that ran together.
 
     Attributes:
-        count: how many.
-        before, within, after: seconds until the first of them was over with its first step, from there until the first
-            was over with its last one, and then.
+        count: number of requests.
+        before, within, after: seconds until the first end of a first step, from there until the first end of a last
+            step, and from there until all are done.
         ticks: the engine calls, by kind and rows.
-        image: one of what was drawn.
+        image: one of the generated images.
     """
 
     count: int
@@ -116,7 +118,7 @@ class _Group:
     image: Any
 
     def encode(self, per_request: int) -> float:
-        """Seconds of one request before its first call."""
+        """Return the seconds of one request before its first call."""
         return max(self.before - self.ticks["full", per_request * self.count].mean, 0.0) / self.count
 
     @property
@@ -125,7 +127,7 @@ class _Group:
         return self.after / self.count
 
     def between(self, rows: int) -> float:
-        """Seconds from one engine call to the next; the first call lies before the first mark."""
+        """Return the seconds from one engine call to the next; the first call lies before the first end of a step."""
         engine = sum(total.seconds for total in self.ticks.values()) - self.ticks["full", rows].mean
         calls = sum(total.count for total in self.ticks.values()) - 1
         return max(self.within - engine, 0.0) / calls
@@ -140,10 +142,10 @@ class _Group:
 
 
 def _difference(before: Statistics, after: Statistics) -> dict[tuple[str, int], Total]:
-    """Engine calls between two moments."""
-    made = {}
+    """Return the engine calls between two moments."""
+    calls = {}
     for key, total in after.ticks.items():
         earlier = before.ticks.get(key, Total())
         if total.count > earlier.count:
-            made[key] = Total(total.count - earlier.count, total.seconds - earlier.seconds)
-    return {(kind, rows): total for (kind, rows), total in made.items()}
+            calls[key] = Total(total.count - earlier.count, total.seconds - earlier.seconds)
+    return calls

@@ -1,7 +1,7 @@
-"""A discrete-event simulator of workers: the same policy and the same turns, with times instead of engines.
+"""A discrete-event simulator of workers: the worker's policy and turns, with measured times in place of engines.
 
-A device does one thing at a time, as ``runtime.batching.batcher`` has it: the code of requests in the order in which
-they ask, and an engine call when every request in flight stands at the UNet. So its events are the ends of these.
+A device does one thing at a time, like ``runtime.batching.batcher``: the Python code of requests in the order in which
+they wait, or an engine call when every request in flight waits for the UNet. An event is the end of such a task.
 """
 
 from __future__ import annotations
@@ -11,34 +11,38 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 from ...runtime.batching.policy import Policy, WaitingCall
-from .costs import Costs
+from ..stats import percentile
+from .costs import DeviceCosts
 
 HORIZON = 60.0
-"""Seconds after which a request without a deadline counts as due: ``runtime.batching.worker.HORIZON``."""
+"""Seconds after which a request without a deadline is due: ``runtime.batching.worker.HORIZON``."""
+
+_Effect = Callable[[float], None]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What a request asks for.
+class RequestKind:
+    """The UNet calls of a request.
 
     Attributes:
-        full: for each of its UNet calls, whether it is full.
+        full: for each call, whether it is full.
     """
 
     full: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
-class Setting:
+class WorkerSetting:
     """The workers.
 
     Attributes:
-        devices: as many workers, each with a device of its own; a request goes to the one with the fewest.
+        devices: number of workers, one for each device; a request goes to the worker with the fewest requests.
         max_in_flight, max_queue, max_batch: of each; see ``runtime.batching.Worker``.
-        whole_requests: batch as other servers do: who comes waits until all in flight are done. For comparison.
+        whole_requests: batch as other servers do, for comparison: new requests wait until all in flight are done.
     """
 
     policy: Policy
@@ -49,34 +53,19 @@ class Setting:
     whole_requests: bool = False
 
 
-@dataclass(eq=False)
-class _Job:
-    key: int
-    kind: Kind
-    came: float
-    began: float = 0.0
-    call: int = 0
-    passed: int = 0
-    ended: float | None = None
-
-    @property
-    def over(self) -> bool:
-        return self.call == len(self.kind.full)
-
-
 @dataclass(frozen=True)
-class Outcome:
-    """What happened.
+class SimulatedLoad:
+    """The result of a simulation.
 
     Attributes:
-        latencies: seconds from arrival to image, in the order of arrival, without the rejected.
-        queued: seconds from arrival until work began, likewise.
-        rejected: requests that found the queue full.
+        latencies: seconds from arrival to image, in the order of arrival, without rejected requests.
+        queued: seconds from arrival until work began, in the same order.
+        rejected: number of requests that found the queue full.
         seconds: from the first arrival to the last image.
-        busy: seconds that devices worked, all together.
-        engine: seconds of these that were engine calls.
-        calls, rows: engine calls, and their rows altogether.
-        devices: how many there were.
+        busy: seconds that devices worked, summed over devices.
+        engine: the part of ``busy`` that was engine calls.
+        calls, rows: number of engine calls, and of their rows.
+        devices: number of devices.
     """
 
     latencies: tuple[float, ...]
@@ -104,168 +93,167 @@ class Outcome:
         return self.rows / self.calls if self.calls else 0.0
 
     def percentile(self, percent: float, skip: float = 0.0) -> float:
-        """The latency that so many percent stay within; of the requests after a first share, 0..1, that is left out."""
-        kept = sorted(self.latencies[int(len(self.latencies) * skip) :])
-        if not kept:
-            return float("inf")
-        return kept[min(len(kept) - 1, int(len(kept) * percent / 100))]
+        """Return a percentile of the latencies; ``skip`` leaves out the first requests, a share from 0 to 1."""
+        latencies = self.latencies[int(len(self.latencies) * skip) :]
+        return percentile(latencies, percent) if latencies else float("inf")
+
+
+@dataclass(eq=False)
+class _Request:
+    key: int
+    kind: RequestKind
+    arrival: float
+    began: float = 0.0
+    call: int = 0
+    passed_over: int = 0
+    ended: float | None = None
 
 
 class _Device:
-    """One worker: a queue, requests in flight, and what it does at the moment."""
+    """One worker: its queue, its requests in flight, and the tasks that wait for the device."""
 
-    def __init__(self, costs: Costs, setting: Setting) -> None:
+    def __init__(self, costs: DeviceCosts, setting: WorkerSetting) -> None:
         self._costs, self._setting = costs, setting
-        self._queue: list[tuple[float, int, _Job]] = []
+        self._queue: list[tuple[float, int, _Request]] = []
         self._in_flight = 0
-        self._asking: deque[tuple[float, Callable[[float], None]]] = deque()
-        self._at_unet: dict[int, _Job] = {}
+        self._tasks: deque[tuple[float, _Effect]] = deque()
+        self._at_unet: dict[int, _Request] = {}
         self.busy = self.engine = 0.0
         self.calls = self.rows = 0
         self.working = False
 
     @property
     def load(self) -> int:
+        """Number of requests, waiting or in flight."""
         return len(self._queue) + self._in_flight
 
-    def take(self, job: _Job, now: float) -> bool:
-        """Queue a request; False if the queue is full."""
+    def submit(self, request: _Request, now: float) -> bool:
+        """Queue a request; return False if the queue is full."""
         free = self._setting.max_in_flight - self._in_flight
         if len(self._queue) >= self._setting.max_queue + free:
             return False
-        heapq.heappush(self._queue, (job.came + HORIZON, job.key, job))
+        heapq.heappush(self._queue, (request.arrival + HORIZON, request.key, request))
         self._admit(now)
         return True
 
-    def next(self, now: float) -> tuple[float, Callable[[float], None]] | None:
-        """The work that begins now: its seconds, and what its end brings about. None if there is none."""
-        if self._asking:
-            work = self._asking.popleft()
+    def next_task(self) -> tuple[float, _Effect] | None:
+        """Return the seconds of the task that begins now, and the effect of its end; None if there is no task."""
+        if self._tasks:
+            task = self._tasks.popleft()
         elif self._at_unet:
-            work = self._tick()
+            task = self._engine_call()
         else:
             return None
-        self.busy += work[0]
-        return work
+        self.busy += task[0]
+        return task
 
     def _admit(self, now: float) -> None:
         if self._setting.whole_requests and self._in_flight:
             return
         while self._queue and self._in_flight < self._setting.max_in_flight:
-            job = heapq.heappop(self._queue)[2]
-            job.began = now
+            request = heapq.heappop(self._queue)[2]
+            request.began = now
             self._in_flight += 1
-            self._asking.append((self._costs.encode, lambda end, job=job: self._arrive([job])))  # type: ignore[misc]
+            self._tasks.append((self._costs.encode, partial(self._reach_unet, [request])))
 
-    def _arrive(self, jobs: Sequence[_Job]) -> None:
-        for job in jobs:
-            job.passed = 0
-            self._at_unet[job.key] = job
+    def _reach_unet(self, requests: Sequence[_Request], now: float) -> None:
+        for request in requests:
+            request.passed_over = 0
+            self._at_unet[request.key] = request
 
-    def _tick(self) -> tuple[float, Callable[[float], None]]:
+    def _engine_call(self) -> tuple[float, _Effect]:
         costs = self._costs
         waiting = tuple(
             WaitingCall(
-                job.key,
+                request.key,
                 0,
-                None if job.kind.full[job.call] else costs.cut,
+                None if request.kind.full[request.call] else costs.cut,
                 costs.rows,
-                job.came + HORIZON,
-                job.passed,
+                request.arrival + HORIZON,
+                request.passed_over,
             )
-            for job in self._at_unet.values()
+            for request in self._at_unet.values()
         )
         pick = self._setting.policy.choose(waiting, {0: self._setting.max_batch})
-        jobs = [self._at_unet.pop(key) for key in pick.members]
-        for job in self._at_unet.values():
-            job.passed += 1
-        rows = len(jobs) * costs.rows
+        members = [self._at_unet.pop(key) for key in pick.members]
+        for request in self._at_unet.values():
+            request.passed_over += 1
+        rows = len(members) * costs.rows
         seconds = costs.times.seconds(pick.cut, rows)
         self.calls += 1
         self.rows += rows
         self.engine += seconds
-        return seconds, lambda end: self._ticked(jobs, rows)
+        return seconds, partial(self._engine_call_ended, members, rows)
 
-    def _ticked(self, jobs: Sequence[_Job], rows: int) -> None:
-        for job in jobs:
-            job.call += 1
-        done = [job for job in jobs if job.over]
-        on = [job for job in jobs if not job.over]
-        self._asking.append((self._costs.gaps.seconds(None, rows), lambda end: self._arrive(on)))
-        for job in done:
-            self._asking.append((self._costs.decode, lambda end, job=job: self._end(job, end)))  # type: ignore[misc]
+    def _engine_call_ended(self, members: Sequence[_Request], rows: int, now: float) -> None:
+        for request in members:
+            request.call += 1
+        done = [request for request in members if request.call == len(request.kind.full)]
+        going_on = [request for request in members if request not in done]
+        self._tasks.append((self._costs.gaps.seconds(None, rows), partial(self._reach_unet, going_on)))
+        self._tasks += [(self._costs.decode, partial(self._finish, request)) for request in done]
 
-    def _end(self, job: _Job, now: float) -> None:
-        job.ended = now
+    def _finish(self, request: _Request, now: float) -> None:
+        request.ended = now
         self._in_flight -= 1
         self._admit(now)
 
 
-@dataclass(order=True)
-class _Event:
-    time: float
-    order: int
-    act: Callable[[float], None] = field(compare=False)
-
-
 def simulate(
-    costs: Costs, kinds: Sequence[Kind], arrivals: Sequence[float], setting: Setting, seed: int = 0
-) -> Outcome:
-    """Let requests come at these seconds, each of a kind that is drawn at random."""
+    costs: DeviceCosts, kinds: Sequence[RequestKind], arrivals: Sequence[float], setting: WorkerSetting, seed: int = 0
+) -> SimulatedLoad:
+    """Simulate requests that arrive at these seconds, each of a kind that is drawn at random."""
     draw = random.Random(seed)
     devices = [_Device(costs, setting) for _ in range(setting.devices)]
-    events: list[_Event] = []
-    order = itertools.count()
-    loads: list[tuple[int, int]] = [(0, place) for place in range(setting.devices)]
-    jobs: list[_Job] = []
+    order = itertools.count()  # breaks ties between events of the same moment
+    events: list[tuple[float, int, _Effect]] = []
+    loads: list[tuple[int, int]] = [(0, index) for index in range(setting.devices)]
+    accepted: list[_Request] = []
     rejected = 0
 
-    def work(device: _Device, place: int, now: float) -> None:
-        task = device.next(now)
+    def start_task(index: int, now: float) -> None:
+        device = devices[index]
+        task = device.next_task()
         device.working = task is not None
         if task is not None:
-            seconds, effect = task
+            heapq.heappush(events, (now + task[0], next(order), partial(end_task, index, task[1])))
 
-            def end(moment: float) -> None:
-                before = device.load
-                effect(moment)
-                if device.load != before:
-                    heapq.heappush(loads, (device.load, place))
-                work(device, place, moment)
-
-            heapq.heappush(events, _Event(now + seconds, next(order), end))
+    def end_task(index: int, effect: _Effect, now: float) -> None:
+        before = devices[index].load
+        effect(now)
+        if devices[index].load != before:
+            heapq.heappush(loads, (devices[index].load, index))
+        start_task(index, now)
 
     def least_loaded() -> int:
-        while True:  # entries are renewed whenever a load changes; older ones are passed over
-            load, place = loads[0]
-            if devices[place].load == load:
-                return place
+        while True:  # each change of a load adds an entry; outdated entries are dropped here
+            load, index = loads[0]
+            if devices[index].load == load:
+                return index
             heapq.heappop(loads)
 
-    def arrive(job: _Job, now: float) -> None:
+    def arrive(request: _Request, now: float) -> None:
         nonlocal rejected
-        place = least_loaded()
-        if not devices[place].take(job, now):
+        index = least_loaded()
+        if not devices[index].submit(request, now):
             rejected += 1
             return
-        jobs.append(job)
-        heapq.heappush(loads, (devices[place].load, place))
-        if not devices[place].working:
-            work(devices[place], place, now)
+        accepted.append(request)
+        heapq.heappush(loads, (devices[index].load, index))
+        if not devices[index].working:
+            start_task(index, now)
 
     for key, moment in enumerate(arrivals):
-        job = _Job(key, draw.choice(kinds), moment)
-        heapq.heappush(events, _Event(moment, next(order), lambda now, job=job: arrive(job, now)))  # type: ignore[misc]
-    last = 0.0
+        heapq.heappush(events, (moment, next(order), partial(arrive, _Request(key, draw.choice(kinds), moment))))
+    now = 0.0
     while events:
-        event = heapq.heappop(events)
-        last = event.time
-        event.act(event.time)
-    return Outcome(
-        latencies=tuple(job.ended - job.came for job in jobs if job.ended is not None),
-        queued=tuple(job.began - job.came for job in jobs),
+        now, _, effect = heapq.heappop(events)
+        effect(now)
+    return SimulatedLoad(
+        latencies=tuple(request.ended - request.arrival for request in accepted if request.ended is not None),
+        queued=tuple(request.began - request.arrival for request in accepted),
         rejected=rejected,
-        seconds=last - (arrivals[0] if arrivals else 0.0),
+        seconds=now - (arrivals[0] if arrivals else 0.0),
         busy=sum(device.busy for device in devices),
         engine=sum(device.engine for device in devices),
         calls=sum(device.calls for device in devices),

@@ -1,17 +1,18 @@
-"""What ``offcut bench serve`` measured: throughput and latency of three ways to batch, overload, soak, goals."""
+"""The measurements of ``offcut bench serve``: throughput and latency of three ways to batch, overload, soak, goals."""
 
 from __future__ import annotations
 
-import statistics
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from ..stats import percentile
 
 WayName = Literal["steps", "single", "whole"]
 
 
 class Percentiles(BaseModel):
-    """Seconds."""
+    """Percentiles of durations in seconds."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -19,23 +20,19 @@ class Percentiles(BaseModel):
     p90: float
     p99: float
     most: float
-    count: int = Field(description="of how many")
+    count: int = Field(description="number of durations")
 
     @classmethod
     def of(cls, values: list[float]) -> Percentiles | None:
-        """None of nothing."""
+        """Return the percentiles of these durations; None where there are no durations."""
         if not values:
             return None
-        ordered = sorted(values)
-
-        def at(percent: float) -> float:
-            return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
-
-        return cls(p50=statistics.median(ordered), p90=at(90), p99=at(99), most=ordered[-1], count=len(ordered))
+        p50, p90, p99 = (percentile(values, percent) for percent in (50, 90, 99))
+        return cls(p50=p50, p90=p90, p99=p99, most=max(values), count=len(values))
 
 
 class ClosedRow(BaseModel):
-    """So many clients, each of which waits for its image before it asks for another."""
+    """A closed loop: a number of clients, each of which waits for its image before its next request."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -46,12 +43,12 @@ class ClosedRow(BaseModel):
 
 
 class OpenRow(BaseModel):
-    """Requests that come at random moments, at a share of what the server can do."""
+    """An open loop: requests at random moments, at a share of the server's capacity."""
 
     model_config = ConfigDict(extra="forbid")
 
     way: WayName
-    load: float = Field(description="of the smaller of the throughputs of steps and whole")
+    load: float = Field(description="rate as a share of the smaller throughput of steps and whole")
     rates: list[float] = Field(description="requests a second, by round")
     p50: list[float] = Field(description="seconds from the moment a request was due, by round")
     latency: Percentiles | None = Field(description="of all rounds")
@@ -60,7 +57,7 @@ class OpenRow(BaseModel):
 
 
 class BatchRow(BaseModel):
-    """Seconds of engine calls by how many requests share them, measured in the worker alone."""
+    """Seconds of engine calls that a number of requests share, measured in the worker alone."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -72,11 +69,11 @@ class BatchRow(BaseModel):
 
 
 class Overload(BaseModel):
-    """Many more requests than can be served."""
+    """A load far above the capacity."""
 
     model_config = ConfigDict(extra="forbid")
 
-    times: float = Field(description="the offered rate, of what the server can do")
+    times: float = Field(description="offered rate as a multiple of the capacity")
     rate: float
     seconds: float
     capacity: float = Field(description="images a second with every place taken and nobody refused")
@@ -86,46 +83,46 @@ class Overload(BaseModel):
     refusals: Percentiles | None = Field(description="seconds until a request was refused")
     late: Percentiles | None = Field(description="how much after its moment the generator sent a request")
     client: float | None = Field(default=None, description="cores that sending the requests took of this machine")
-    places: int = Field(description="for requests, in flight and waiting together")
-    taken: int = Field(description="most of them that were seen taken")
+    places: int = Field(description="number of requests that the server takes, running and waiting")
+    taken: int = Field(description="largest number of places taken in any sample")
     statuses: dict[str, int]
-    unexpected: int = Field(
-        description="replies that are neither an image nor a 429 or 503 that says when to come back"
-    )
+    unexpected: int = Field(description="replies that are neither an image nor a 429 or 503 with Retry-After")
 
     @property
     def title(self) -> str:
-        """Of its table."""
+        """Title of the table."""
         sent = "" if self.client is None else f"; sending them takes {self.client:.2f} cores"
         return f"{self.rate:.1f} requests a second, {self.times:g} times the capacity{sent}"
 
 
 class Soak(BaseModel):
-    """A long time with requests of several sizes and lengths, some of whose clients go away."""
+    """A long run with requests of several sizes and lengths, some of whose clients disconnect."""
 
     model_config = ConfigDict(extra="forbid")
 
     seconds: float
-    warm_up: float = Field(description="share at first that does not count")
+    warm_up: float = Field(description="share of the samples at the beginning that does not count")
     clients: int
     leak: int = Field(description="bytes that the server kept at each request on purpose")
     requests: int
-    left: int = Field(description="whose client went away")
+    left: int = Field(description="requests whose client disconnected")
     statuses: dict[str, int]
-    unexpected: int = Field(description="neither an image nor a 429 or 503 that says when to come back, nor left")
+    unexpected: int = Field(
+        description="neither an image, nor a 429 or 503 with Retry-After, nor a client that disconnected"
+    )
     first_bytes: int = Field(description="resident memory after the warm-up")
     last_bytes: int
     most_bytes: int
-    held: int = Field(description="requests and slots that the server still had when nobody asked any more")
+    held: int = Field(description="requests and cache slots that the idle server still held at the end")
 
     @property
     def growth(self) -> int:
-        """Bytes."""
+        """Growth in bytes."""
         return self.last_bytes - self.first_bytes
 
 
 class Goal(BaseModel):
-    """What was to be reached, and whether it was."""
+    """A goal, and whether it was met."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -142,13 +139,13 @@ class ServingLoad(BaseModel):
 
     model: str
     engine: str
-    threads: int | None = Field(description="of the engine; None for one a core")
-    request: dict[str, int | float | str] = Field(description="what each asks for, but in the soak")
+    threads: int | None = Field(description="of the engine; None for one per core")
+    request: dict[str, int | float | str] = Field(description="defaults of each request, except in the soak")
     in_flight: int
     queue: int
-    rows: int = Field(description="most of an engine call")
+    rows: int = Field(description="most rows of an engine call")
     rounds: int
-    seconds: dict[str, float] = Field(description="of each measurement, by its name")
+    seconds: dict[str, float] = Field(description="duration of each window, by its name")
     closed: list[ClosedRow] = []
     open: list[OpenRow] = []
     batches: list[BatchRow] = []

@@ -1,69 +1,77 @@
-"""What engine calls take by how many requests share them, and what sharing can therefore gain at most."""
+"""Durations of engine calls by the number of requests that share them, and the gain that sharing can bring at most."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 from ..schema.serving import BatchRow
 from ..shapes.model import PROMPTS
 from .goals import AT_LOAD
-
-if TYPE_CHECKING:
-    from ..planning.answer import Load
-    from ..planning.costs import Costs
-    from ..planning.simulate import Setting
-    from .process import Serving
+from .settings import ServerSetting
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Measured with the worker alone, without HTTP.
+    """Measurements of the worker alone, without HTTP.
 
     Attributes:
-        costs: as ``offcut bench plan`` has them.
+        rows: durations of engine calls.
+        allowed: throughput with all requests in flight over that with one, as simulated with these durations.
+        allowed_latency: p50 of batches of whole requests over that of shared steps at ``AT_LOAD``, simulated as if
+            only engine calls took time.
     """
 
-    costs: Costs
+    rows: list[BatchRow]
+    allowed: float
+    allowed_latency: float
 
-    @classmethod
-    def measure(cls, serving: Serving, stage: Callable[[str], None] = lambda text: None) -> Self:
-        from ...engines.bundle.bundle import Bundle
-        from ...runtime.generation.schedule import Uniform
-        from ...runtime.pipeline import load
-        from ..planning.measure import measure
 
-        opened = Bundle.open(serving.bundle)
-        engine = opened.choose_engine(serving.engine, serving.device).name
-        pipe: Any = load(opened, engine, device=serving.device, threads=serving.threads)
-        arguments = {
-            "prompt": PROMPTS[0],
-            "num_inference_steps": serving.steps,
-            "guidance_scale": serving.guidance,
-            **({} if serving.size is None else {"height": serving.size, "width": serving.size}),
-        }
-        schedule = Uniform(serving.interval, warmup=serving.warmup)
-        together = [count for count in (1, 2, 4, 8, 16) if count <= serving.in_flight]
-        try:
-            return cls(
-                measure(
-                    pipe,
-                    arguments,
-                    schedule,
-                    model=serving.bundle.name,
-                    device=serving.device,
-                    together=together,
-                    stage=stage,
-                )
-            )
-        finally:
-            pipe.unet.close()
+def measure_batches(setting: ServerSetting, stage: Callable[[str], None] = lambda text: None) -> Batches:
+    """Measure the worker and simulate its limits."""
+    from ...engines.bundle.bundle import Bundle
+    from ...runtime.batching.policy import Policy
+    from ...runtime.generation.schedule import Uniform
+    from ...runtime.pipeline import load
+    from ..planning.capacity import WARMUP, RequestLoad, capacity
+    from ..planning.measure import measure
+    from ..planning.simulate import RequestKind, WorkerSetting
 
-    @property
-    def rows(self) -> list[BatchRow]:
-        costs = self.costs
-        return [
+    bundle = Bundle.open(setting.bundle)
+    engine = bundle.choose_engine(setting.engine, setting.device).name
+    schedule = Uniform(setting.interval, warmup=setting.warmup)
+    pipe: Any = load(bundle, engine, device=setting.device, threads=setting.threads)
+    try:
+        costs = measure(
+            pipe,
+            {
+                "prompt": PROMPTS[0],
+                "num_inference_steps": setting.steps,
+                "guidance_scale": setting.guidance,
+                **({} if setting.size is None else {"height": setting.size, "width": setting.size}),
+            },
+            schedule,
+            model=setting.bundle.name,
+            device=setting.device,
+            together=[count for count in (1, 2, 4, 8, 16) if count <= setting.in_flight],
+            stage=stage,
+        )
+    finally:
+        pipe.unet.close()
+    kind = RequestKind(tuple(schedule.is_full(call, setting.steps) for call in range(setting.steps)))
+    shared = WorkerSetting(Policy(), max_in_flight=setting.in_flight, max_queue=10**6, max_batch=setting.rows)
+    most, one = (
+        capacity(costs, RequestLoad([kind], requests=400), replace(shared, max_in_flight=in_flight))
+        for in_flight in (setting.in_flight, 1)
+    )
+    no_time = {"between": dict.fromkeys(costs.between, 0.0), "encode": 0.0, "decode": 0.0}
+    calls_only, load_of = type(costs)(**costs.model_dump() | no_time), RequestLoad([kind], requests=4000)
+    ways = (shared, replace(shared, whole_requests=True))
+    rate = AT_LOAD * min(capacity(calls_only, load_of, each) for each in ways)
+    p50, p50_whole = (load_of.on(calls_only, each, rate).percentile(50, WARMUP) for each in ways)
+    return Batches(
+        rows=[
             BatchRow(
                 requests=rows // costs.rows,
                 rows=rows,
@@ -72,45 +80,7 @@ class Batches:
                 between=costs.between[rows],
             )
             for rows in sorted(costs.full)
-        ]
-
-    def allowed(self, serving: Serving) -> float:
-        """Throughput with as many requests as may be in flight over that with one, as these times simulate it."""
-        from ..planning.answer import capacity
-
-        setting = _setting(serving)
-        most, one = (
-            capacity(self.costs, _load(serving, 400), replace(setting, max_in_flight=in_flight))
-            for in_flight in (serving.in_flight, 1)
-        )
-        return most / one
-
-    def allowed_latency(self, serving: Serving) -> float:
-        """p50 of batches of whole requests over that of shared steps at ``AT_LOAD``, if only engine calls took time."""
-        from ..planning.answer import WARMUP, capacity
-
-        free = {"between": dict.fromkeys(self.costs.between, 0.0), "encode": 0.0, "decode": 0.0}
-        bare, load = type(self.costs)(**self.costs.model_dump() | free), _load(serving, 4000)
-        shared = _setting(serving)
-        whole = replace(shared, whole_requests=True)
-        rate = AT_LOAD * min(capacity(bare, load, each) for each in (shared, whole))
-        steps, others = (load.on(bare, each, rate).percentile(50, WARMUP) for each in (shared, whole))
-        return others / steps
-
-
-def _setting(serving: Serving) -> Setting:
-    from ...runtime.batching.policy import Policy
-    from ..planning.simulate import Setting
-
-    return Setting(Policy(), max_in_flight=serving.in_flight, max_queue=10**6, max_batch=serving.rows)
-
-
-def _load(serving: Serving, requests: int) -> Load:
-    from ...runtime.generation.schedule import Uniform
-    from ..planning.answer import Load
-    from ..planning.simulate import Kind
-
-    schedule = Uniform(serving.interval, warmup=serving.warmup)
-    return Load(
-        [Kind(tuple(schedule.is_full(call, serving.steps) for call in range(serving.steps)))], requests=requests
+        ],
+        allowed=most / one,
+        allowed_latency=p50_whole / p50,
     )

@@ -1,4 +1,4 @@
-"""Clients of an image server: closed loops, in which each waits for its image, and open ones, that do not wait."""
+"""Clients of an image server: closed loops, in which each client waits for its image, and open loops."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from typing import Any
 from ...errors import InternalError
 
 Body = Callable[[int], Mapping[str, Any]]
-"""What the n-th request asks for."""
+"""Returns the JSON body of the n-th request."""
+
+Leaving = Callable[[int], float | None]
+"""Returns the seconds after which the client of the n-th request disconnects; None if it waits."""
 
 LEFT, LOST = 0, -1
-"""In the place of a status: the client went away before the reply came; the connection failed."""
+"""In place of an HTTP status: the client disconnected before the reply; the connection failed."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of a request; moments are on ``time.perf_counter``.
+    """The reply to a request; moments are on ``time.perf_counter``.
 
     Attributes:
-        due: when it was to be sent.
-        sent, ended: when it was, and when the whole reply was there.
-        status: of HTTP; else ``LEFT`` or ``LOST``.
+        due: when the request was to be sent.
+        sent, ended: when it was sent, and when the whole reply had arrived.
+        status: of HTTP, ``LEFT`` or ``LOST``.
         code: of an error.
-        retry_after: whether a refusal says when to come back.
+        retry_after: whether a refusal has the header Retry-After.
     """
 
     due: float
@@ -42,18 +45,23 @@ class Reply:
 
     @property
     def latency(self) -> float:
-        """Seconds from the moment at which it was due, so that a client that is late does not flatter the server."""
+        """Seconds since the request was due, so that a late client does not flatter the server."""
         return self.ended - self.due
 
     @property
-    def drawn(self) -> bool:
+    def has_image(self) -> bool:
         return self.status == 200
+
+    @property
+    def refused(self) -> bool:
+        """Whether the server refused the request as a full server should: with 429 or 503 and Retry-After."""
+        return self.status in (429, 503) and self.retry_after
 
 
 class Client:
-    """Sends requests on connections that are kept; a context.
+    """Sends requests over connections that stay open; a context.
 
-    aiohttp sends them, at half of httpx' cost: what the client takes of a machine, the server beside it lacks.
+    aiohttp costs half of httpx's processor time, which the server on the same machine would lack.
 
     Args:
         url: of the server.
@@ -74,15 +82,15 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._http.close()
 
-    async def ask(self, number: int, due: float | None = None, leave: float | None = None) -> Reply:
-        """The n-th request.
+    async def send(self, number: int, due: float | None = None, leave: float | None = None) -> Reply:
+        """Send the n-th request and wait for its reply.
 
         Args:
             due: when it should be sent; now by default.
-            leave: seconds after which the client goes away.
+            leave: seconds after which the client disconnects.
 
         Raises:
-            InternalError: the reply is no image although it says so.
+            InternalError: a reply with status 200 holds no image.
         """
         import aiohttp
 
@@ -114,11 +122,11 @@ def _code(content: bytes) -> str:
 
 @dataclass(frozen=True)
 class Window:
-    """What happened between two moments, and around.
+    """The measurement between two moments, and the replies around it.
 
     Attributes:
-        replies: all of them, also those that began before or ended after.
-        began, ended: of the measurement.
+        replies: all of them, also those that began before the window or ended after it.
+        began, ended: of the window.
     """
 
     replies: tuple[Reply, ...]
@@ -127,68 +135,70 @@ class Window:
 
     @property
     def throughput(self) -> float:
-        """Images a second. An image that was under way at an edge counts with the share of its time inside, so that
-        batches that end together do not make the figure jump."""
-        return sum(self._share(reply) for reply in self.replies if reply.drawn) / (self.ended - self.began)
+        """Images a second.
+
+        An image that crosses an edge of the window counts with its share inside. So batches that end together do not
+        make the figure jump.
+        """
+        return sum(self._share(reply) for reply in self.replies if reply.has_image) / (self.ended - self.began)
 
     @property
     def latencies(self) -> list[float]:
-        """Seconds of the images that were asked for inside."""
-        return [reply.latency for reply in self.replies if reply.drawn and self.began <= reply.due < self.ended]
+        """Seconds of the images whose requests were due inside the window."""
+        return [reply.latency for reply in self.replies if reply.has_image and self.began <= reply.due < self.ended]
 
     def _share(self, reply: Reply) -> float:
         inside = min(reply.ended, self.ended) - max(reply.sent, self.began)
         return max(inside, 0.0) / (reply.ended - reply.sent)
 
 
-async def closed(client: Client, count: int, seconds: float, settle: float, leaving: Leaving | None = None) -> Window:
-    """So many clients, each of which asks again once it has its image.
+async def closed_loop(
+    client: Client, count: int, seconds: float, settle: float, leaving: Leaving | None = None
+) -> Window:
+    """Run clients each of which sends its next request once it has its image.
 
-    They go on until all that was begun inside the window is done, so that its last images have as much company as its
-    first ones.
+    They go on until every request that began inside the window is done, so that its last images are generated under
+    the same load as its first ones.
 
     Args:
+        count: number of clients.
         settle: seconds before the window.
-        leaving: which requests are given up by their client.
+        leaving: decides which clients disconnect early.
     """
     start = time.perf_counter()
     began, ended = start + settle, start + settle + seconds
     replies: list[Reply] = []
-    waited = [False] * count
+    finished = [False] * count
     numbers = iter(range(10**9))
 
-    async def one(place: int) -> None:
-        while not all(waited):
+    async def run_client(index: int) -> None:
+        while not all(finished):
             number = next(numbers)
-            reply = await client.ask(number, leave=None if leaving is None else leaving(number))
+            reply = await client.send(number, leave=None if leaving is None else leaving(number))
             replies.append(reply)
             if reply.sent >= ended or reply.ended >= ended:
-                waited[place] = True
-            if not reply.drawn and reply.status != LEFT:
-                await asyncio.sleep(0.05)  # refused: not at once again
+                finished[index] = True
+            if not reply.has_image and reply.status != LEFT:
+                await asyncio.sleep(0.05)  # after a refusal
 
     async with asyncio.TaskGroup() as group:
-        for place in range(count):
-            group.create_task(one(place))
+        for index in range(count):
+            group.create_task(run_client(index))
     return Window(tuple(replies), began, ended)
 
 
-Leaving = Callable[[int], float | None]
-"""After how many seconds the client of the n-th request goes away; None if it waits."""
-
-
-async def opened(client: Client, moments: Sequence[float], seconds: float, settle: float) -> Window:
-    """Requests that come at these seconds, whatever becomes of those before.
+async def open_loop(client: Client, moments: Sequence[float], seconds: float, settle: float) -> Window:
+    """Send requests at these moments, whether or not earlier ones are done.
 
     Args:
-        moments: from 0 to ``settle + seconds``.
+        moments: in seconds, from 0 to ``settle + seconds``.
     """
     start = time.perf_counter()
 
-    async def one(number: int, due: float) -> Reply:
+    async def send_at(number: int, due: float) -> Reply:
         await asyncio.sleep(due - time.perf_counter())
-        return await client.ask(number, due)
+        return await client.send(number, due)
 
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(number, start + moment)) for number, moment in enumerate(moments)]
+        tasks = [group.create_task(send_at(number, start + moment)) for number, moment in enumerate(moments)]
     return Window(tuple(task.result() for task in tasks), start + settle, start + settle + seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import offcut
-from offcut.benchmarks.planning.check import compare
-from offcut.benchmarks.planning.costs import Costs
+from offcut.benchmarks.planning.capacity import arrivals
+from offcut.benchmarks.planning.costs import DeviceCosts
 from offcut.benchmarks.planning.measure import measure
-from offcut.benchmarks.planning.throughput import measure as throughput
+from offcut.benchmarks.planning.simulate import RequestKind, WorkerSetting, simulate
 from offcut.cli import app
 from offcut.errors import UserError
+from offcut.runtime.batching import Policy, Statistics, Worker
 from offcut.runtime.generation.schedule import Uniform
 
 REQUEST = {"prompt": "a red square", "num_inference_steps": 6, "guidance_scale": 5.0}
@@ -34,7 +36,7 @@ def pipe(tiny_bundle: Path) -> Any:
 
 @pytest.fixture
 def times(tmp_path: Path) -> Path:
-    costs = Costs(
+    costs = DeviceCosts(
         model="m",
         engine="e",
         device="a device",
@@ -55,25 +57,74 @@ def plan(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["bench", "plan", *map(str, arguments)])
 
 
-def test_the_simulator_foretells_what_a_worker_does(pipe: Any) -> None:
-    """Wide, since other programs share the machine; ``benchmarks.planning.check`` holds it to 10 % on a quiet one.
+def serve(
+    pipe: Any, schedule: Uniform, arrivals: list[float], setting: WorkerSetting
+) -> tuple[list[float], Statistics]:
+    """Let a worker serve requests that arrive at these seconds; return their latencies and its statistics."""
+    ended: dict[int, float] = {}
 
-    Three times at most: where a machine is busy only while times are measured, or only after, nothing can be foretold.
+    def note(index: int, _: object) -> None:
+        ended[index] = time.perf_counter()
+
+    limits = {name: getattr(setting, name) for name in ("max_in_flight", "max_queue", "max_batch", "policy")}
+    with Worker(pipe, **limits) as worker:
+        began = time.perf_counter()
+        tickets = []
+        for index, moment in enumerate(arrivals):
+            time.sleep(max(0.0, began + moment - time.perf_counter()))
+            tickets.append(worker.submit(REQUEST, schedule=schedule, cut="deepcache:0"))
+            tickets[-1].future.add_done_callback(partial(note, index))
+        for ticket in tickets:
+            ticket.future.result()
+        statistics = worker.statistics()
+    return [ended[index] - began - moment for index, moment in enumerate(arrivals)], statistics
+
+
+def test_the_simulator_predicts_what_a_worker_does(pipe: Any) -> None:
+    """The bounds are wide, since other programs share the machine.
+
+    Times are measured before and after the load, and the simulator gets their mean. Three attempts: where a machine is
+    busy only while times are measured, or only afterwards, nothing can be predicted.
     """
+    schedule = Uniform(3)
+    full = set(schedule.full_calls(6))
+    kind = RequestKind(tuple(call in full for call in range(6)))
+    setting = WorkerSetting(Policy(), max_in_flight=4, max_queue=20, max_batch=10**6)
+
+    def measured() -> DeviceCosts:
+        return measure(pipe, REQUEST, schedule, model="", device="", cut="deepcache:0", together=(1, 2, 4))
+
+    def mean(one: DeviceCosts, other: DeviceCosts) -> DeviceCosts:
+        tables = {
+            name: {rows: (seconds + getattr(other, name)[rows]) / 2 for rows, seconds in getattr(one, name).items()}
+            for name in ("full", "shallow", "between")
+        }
+        both = {"encode": (one.encode + other.encode) / 2, "decode": (one.decode + other.decode) / 2}
+        return DeviceCosts(**one.model_dump() | tables | both)  # a copy would keep cached properties
+
     errors = []
+    before = measured()
     for _ in range(3):
-        (only,) = compare(pipe, REQUEST, Uniform(3), calls=6, loads=[0.5], requests=20, max_in_flight=4)
-        errors.append((only.throughput_error, only.latency_error, only.predicted_rows / only.rows - 1))
+        most = simulate(before, [kind], [0.0] * 20, setting).throughput
+        moments = arrivals("poisson", 0.5 * most, 20)
+        latencies, statistics = serve(pipe, schedule, moments, setting)
+        after = measured()
+        predicted = simulate(mean(before, after), [kind], moments, setting)
+        before = after
+        calls = statistics.ticks.values()
+        engine = sum(total.seconds for total in calls) / sum(total.count for total in calls)
+        assert 0 < statistics.overhead.mean < engine
+        seconds = max(moment + latency for moment, latency in zip(moments, latencies, strict=True)) - moments[0]
+        errors.append(
+            (
+                predicted.throughput / (len(latencies) / seconds) - 1,
+                sum(predicted.latencies) / sum(latencies) - 1,
+                predicted.mean_rows / statistics.mean_rows - 1,
+            )
+        )
         if all(abs(error) < most for error, most in zip(errors[-1], (0.5, 0.75, 0.4), strict=True)):
             return
     pytest.fail(f"errors of throughput, latency and rows: {errors}")
-
-
-def test_throughput_is_measured_in_turns(pipe: Any) -> None:
-    rows = throughput(pipe, REQUEST, Uniform(3), in_flight=(1, 4), images=4, rounds=2)
-    assert [row.in_flight for row in rows] == [0, 1, 4]
-    assert all(len(row.rates) == 2 and min(row.rates) > 0 for row in rows)
-    assert 0 < rows[2].overhead < rows[2].engine
 
 
 def test_devices_for_a_load_from_times_of_elsewhere(times: Path) -> None:

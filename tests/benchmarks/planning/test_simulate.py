@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offcut.benchmarks.planning import answer
-from offcut.benchmarks.planning.arrivals import PROCESSES, arrivals, trace
-from offcut.benchmarks.planning.costs import Costs, StepTimes, read
-from offcut.benchmarks.planning.simulate import HORIZON, Kind, Setting, simulate
+from offcut.benchmarks.planning import capacity
+from offcut.benchmarks.planning.capacity import PROCESSES, arrivals, read_trace
+from offcut.benchmarks.planning.costs import DeviceCosts, StepTimes, read
+from offcut.benchmarks.planning.simulate import HORIZON, RequestKind, WorkerSetting, simulate
 from offcut.errors import UserError
 from offcut.runtime.batching import worker
 from offcut.runtime.batching.policy import Policy
 
-COSTS = Costs(
+COSTS = DeviceCosts(
     model="m",
     engine="e",
     device="d",
@@ -31,9 +31,9 @@ COSTS = Costs(
     encode=0.1,
     decode=0.3,
 )
-KIND = Kind((True, False, False, True, False))
-ONE = Setting(Policy())
-LOAD = answer.Load([KIND], requests=300)
+KIND = RequestKind((True, False, False, True, False))
+ONE = WorkerSetting(Policy())
+LOAD = capacity.RequestLoad([KIND], requests=300)
 
 
 def test_a_request_alone_takes_the_sum_of_its_parts() -> None:
@@ -69,15 +69,15 @@ def test_requests_without_deadlines_count_as_due_when_the_worker_has_them_due() 
 
 @given(
     st.lists(st.floats(0, 60), min_size=1, max_size=40).map(sorted),
-    st.lists(st.lists(st.booleans(), min_size=0, max_size=9).map(lambda rest: Kind((True, *rest))), min_size=1),
+    st.lists(st.lists(st.booleans(), min_size=0, max_size=9).map(lambda rest: RequestKind((True, *rest))), min_size=1),
     st.integers(1, 4),
     st.integers(1, 5),
 )
 @settings(max_examples=60, deadline=None)
 def test_every_request_is_served_and_nothing_is_faster_than_its_parts(
-    times: list[float], kinds: list[Kind], devices: int, in_flight: int
+    times: list[float], kinds: list[RequestKind], devices: int, in_flight: int
 ) -> None:
-    setting = Setting(Policy(), devices=devices, max_in_flight=in_flight, max_queue=99)
+    setting = WorkerSetting(Policy(), devices=devices, max_in_flight=in_flight, max_queue=99)
     outcome = simulate(COSTS, kinds, times, setting)
     least = min(simulate(COSTS, [kind], [0.0], ONE).latencies[0] for kind in kinds)
     assert len(outcome.latencies) == len(times)
@@ -100,25 +100,25 @@ def test_arrivals_come_in_order_and_at_their_rate(process: str, rate: float, cou
 
 
 def test_the_smallest_number_of_devices_that_does() -> None:
-    load = answer.Load([KIND], requests=300)
-    devices, outcome = answer.devices_for(COSTS, load, ONE, rate=4.0, p99=9.0)
+    load = capacity.RequestLoad([KIND], requests=300)
+    devices, outcome = capacity.devices_for(COSTS, load, ONE, rate=4.0, p99=9.0)
     assert devices > 1
     assert outcome.devices == devices
-    assert outcome.percentile(99, answer.WARMUP) <= 9.0
+    assert outcome.percentile(99, capacity.WARMUP) <= 9.0
     fewer = load.on(COSTS, replace(ONE, devices=devices - 1), 4.0)
-    assert fewer.percentile(99, answer.WARMUP) > 9.0
+    assert fewer.percentile(99, capacity.WARMUP) > 9.0
     with pytest.raises(UserError, match=r"alone on a device already takes 3\.05 s"):
-        answer.devices_for(COSTS, load, ONE, rate=4.0, p99=3.0)
+        capacity.devices_for(COSTS, load, ONE, rate=4.0, p99=3.0)
 
 
 def test_the_curve_rises_towards_what_a_device_can_do() -> None:
-    load = answer.Load([KIND], requests=400)
-    points = answer.curve(COSTS, load, replace(ONE, max_queue=400))
-    p99 = [point.outcome.percentile(99) for point in points]
+    load = capacity.RequestLoad([KIND], requests=400)
+    points = capacity.curve(COSTS, load, replace(ONE, max_queue=400))
+    p99 = [result.percentile(99) for _, result in points]
     assert p99[0] < p99[3] < p99[-1]
-    busy = [point.outcome.utilisation for point in points]
+    busy = [result.utilisation for _, result in points]
     assert busy[0] < busy[-1]
-    assert points[-1].rate == pytest.approx(answer.capacity(COSTS, load, ONE))
+    assert points[-1][0] == pytest.approx(capacity.capacity(COSTS, load, ONE))
 
 
 def test_batches_of_whole_requests_let_nobody_join() -> None:
@@ -129,7 +129,7 @@ def test_batches_of_whole_requests_let_nobody_join() -> None:
     assert whole.queued == pytest.approx([0, alone - 0.5, alone - 0.5])
     assert whole.calls == 10
     assert joining.seconds < whole.seconds
-    ways = answer.ways(COSTS, LOAD, ONE, 0.8 * answer.capacity(COSTS, LOAD, ONE))
+    ways = capacity.alternatives(COSTS, LOAD, ONE, 0.8 * capacity.capacity(COSTS, LOAD, ONE))
     assert set(ways) == {
         *(f"deadline, {n}" for n in (1, 2, 4, 8)),
         "whole requests, 8",
@@ -139,7 +139,7 @@ def test_batches_of_whole_requests_let_nobody_join() -> None:
 
 
 def test_thousands_of_devices() -> None:
-    load = answer.Load([KIND], requests=6000)
+    load = capacity.RequestLoad([KIND], requests=6000)
     outcome = load.on(COSTS, replace(ONE, devices=3000), 900.0)
     assert outcome.rejected == 0
     assert outcome.percentile(99) < 4
@@ -161,13 +161,13 @@ def test_times_are_read_back_and_others_are_refused(tmp_path: Path) -> None:
 def test_traces(tmp_path: Path) -> None:
     path = tmp_path / "trace.txt"
     path.write_text("12.5\n10\n11\n")
-    assert trace(path) == [0, 1, 2.5]
+    assert read_trace(path) == [0, 1, 2.5]
     for text, message in (("", "no arrivals"), ("nan\n", "no arrivals"), ("1\nsoon\n", "something else than seconds")):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
-            trace(path)
+            read_trace(path)
     with pytest.raises(UserError, match="cannot read the trace"):
-        trace(tmp_path / "none.txt")
+        read_trace(tmp_path / "none.txt")
     with pytest.raises(UserError, match="no arrival process 'waves'"):
         arrivals("waves", 1, 1)
     with pytest.raises(UserError, match="above 0"):

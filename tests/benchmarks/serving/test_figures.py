@@ -1,4 +1,4 @@
-"""What is made of replies and looks: throughput, percentiles, growth, and which goals are met."""
+"""Figures from replies and memory samples: throughput, percentiles, growth, goals."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rich.console import Console
 from offcut.benchmarks.schema.serving import BatchRow, ClosedRow, OpenRow, Overload, Percentiles, ServingLoad, Soak
 from offcut.benchmarks.serving.client import Reply, Window
 from offcut.benchmarks.serving.goals import goals
-from offcut.benchmarks.serving.run import Plan
-from offcut.benchmarks.serving.table import tables
-from offcut.benchmarks.serving.watch import Look, gauges, growth
+from offcut.benchmarks.serving.monitor import MemorySample, gauges, growth
+from offcut.benchmarks.serving.settings import LoadPlan
+from offcut.benchmarks.serving.terminal import tables
 
 
 def replies(*spans: tuple[float, float], status: int = 200) -> tuple[Reply, ...]:
@@ -31,7 +31,7 @@ def test_batches_that_end_together_do_not_make_it_jump() -> None:
     assert {round(Window(replies(*spans), at, at + 12).throughput, 6) for at in (0, 3, 7, 8, 12)} == {1.0}
 
 
-def test_only_images_count() -> None:
+def test_refusals_count_neither_for_throughput_nor_for_latency() -> None:
     window = Window(replies((0, 1)) + replies((1, 2), status=429), 0, 2)
     assert window.throughput == 0.5
     assert window.latencies == [1]
@@ -45,14 +45,14 @@ def test_latency_is_from_when_a_request_was_due() -> None:
 def test_percentiles() -> None:
     found = Percentiles.of([float(value) for value in range(1, 101)])
     assert found is not None
-    assert (found.p50, found.p90, found.p99, found.most, found.count) == (50.5, 91, 100, 100, 100)
+    assert (found.p50, found.p90, found.p99, found.most, found.count) == pytest.approx((50.5, 90.1, 99.01, 100, 100))
     assert Percentiles.of([]) is None
 
 
 def test_growth_leaves_the_warm_up_out() -> None:
-    steady = [Look(place, 100 + (50 if place < 20 else 100) + place % 3, {}) for place in range(100)]
+    steady = [MemorySample(place, 100 + (50 if place < 20 else 100) + place % 3, {}) for place in range(100)]
     assert growth(steady, 0.2).bytes == pytest.approx(0, abs=2)
-    leaking = [Look(place, 1000 * place, {}) for place in range(100)]
+    leaking = [MemorySample(place, 1000 * place, {}) for place in range(100)]
     found = growth(leaking, 0.2)
     assert found.bytes == pytest.approx(72_000, abs=2000)
     assert found.most == 99_000
@@ -127,14 +127,14 @@ def closed(steps: list[float], single: list[float], whole: list[float]) -> list[
 
 def test_each_goal_can_be_missed() -> None:
     slow = closed([1.2, 1.2], [1, 1], [1, 1])
-    assert missed(closed=slow) == ["throughput of 16 clients, beside one request at a time"]
+    assert missed(closed=slow) == ["throughput of 16 clients, compared with one request at a time"]
     assert missed(closed=slow, allowed=1.25) == []
-    assert missed(closed=slow, allowed=1.29) == ["throughput of 16 clients, beside one request at a time"]
-    assert missed(closed=slow, allowed=2.0) == ["throughput of 16 clients, beside one request at a time"]
+    assert missed(closed=slow, allowed=1.29) == ["throughput of 16 clients, compared with one request at a time"]
+    assert missed(closed=slow, allowed=2.0) == ["throughput of 16 clients, compared with one request at a time"]
     behind = closed([1.4, 1.4], [1, 1], [1.5, 1.5])
-    assert missed(closed=behind) == ["throughput of 16 clients, beside batches of whole requests"]
+    assert missed(closed=behind) == ["throughput of 16 clients, compared with batches of whole requests"]
     late = [row.model_copy(update={"p50": [1.9, 1.9]}) if row.way == "whole" else row for row in measured().open]
-    assert missed(open=late) == ["p50 at 70% load, batches of whole requests beside it"]
+    assert missed(open=late) == ["p50 of batches of whole requests at 70% load, over the server's"]
     whole = measured()
     assert whole.overload is not None
     assert whole.soak is not None
@@ -143,19 +143,19 @@ def test_each_goal_can_be_missed() -> None:
         ({"taken": 25}, "requests in the server at 10 times its capacity"),
         ({"refusals": seconds(0.051)}, "refusals, p99"),
         ({"refusals": None}, "refusals, p99"),
-        ({"accepted": seconds(12.1)}, "p99 of the accepted, beside that at capacity"),
+        ({"accepted": seconds(12.1)}, "p99 of the accepted, over that at capacity"),
         ({"accepted": None}, "images under overload"),
         ({"unexpected": 1}, "other replies under overload"),
     ):
         assert missed(overload=whole.overload.model_copy(update=changed)) == [name]
     for changed, name in (
         ({"last_bytes": 10**9 + 50_000_001}, "memory after 20 minutes"),
-        ({"held": 1}, "held for clients that went away"),
+        ({"held": 1}, "held for clients that disconnected"),
         ({"unexpected": 1}, "other replies in the soak"),
     ):
         assert missed(soak=whole.soak.model_copy(update=changed)) == [name]
     quiet = whole.control.model_copy(update={"last_bytes": 10**9})
-    assert missed(control=quiet) == ["a server that keeps 1000 bytes a request is noticed"]
+    assert missed(control=quiet) == ["a leak of 1000 bytes a request is noticed"]
 
 
 def test_parts_that_were_not_run_have_no_goals() -> None:
@@ -164,8 +164,8 @@ def test_parts_that_were_not_run_have_no_goals() -> None:
 
 
 def test_a_plan_says_how_long_it_takes() -> None:
-    assert Plan(parts=("overload",)).estimate == 60 + 120 + 8
-    assert Plan(parts=("load",), rounds=1, clients=(1,), loads=(0.5,)).estimate == 3 * (24 + 64)
+    assert LoadPlan(parts=("overload",)).estimate == 60 + 120 + 8
+    assert LoadPlan(parts=("load",), rounds=1, clients=(1,), loads=(0.5,)).estimate == 3 * (24 + 64)
 
 
 def test_the_tables_show_every_part(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""``offcut bench serve`` on a small model: real servers, real clients, short windows; and its baseline by itself."""
+"""``offcut bench serve`` on a small model: real servers, real clients, short windows; and its baseline alone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 import offcut
 from offcut.benchmarks import record
-from offcut.benchmarks.serving.process import Process, Serving
-from offcut.benchmarks.serving.run import Plan, run
-from offcut.benchmarks.serving.whole import WholeRequests
+from offcut.benchmarks.serving.measured_server import MeasuredServer
+from offcut.benchmarks.serving.phases import run
+from offcut.benchmarks.serving.settings import LoadPlan, ServerSetting
+from offcut.benchmarks.serving.whole_requests import WholeRequests
 from offcut.cli import app
 from offcut.errors import QueueFullError, RequestCancelledError, UserError, WorkerClosedError
 from offcut.runtime.batching import Worker
@@ -88,13 +89,13 @@ def test_whole_requests_have_a_bounded_queue(pipe: Any) -> None:
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not an offcut bundle"), Process(Serving(tmp_path), "steps"):
+    with pytest.raises(UserError, match="is not an offcut bundle"), MeasuredServer(ServerSetting(tmp_path), "steps"):
         pass
 
 
 def test_more_clients_than_places_are_refused(tiny_bundle: Path) -> None:
     with pytest.raises(UserError, match="16 clients find only 3 places"):
-        run(Serving(tiny_bundle, in_flight=2, queue=1), Plan())
+        run(ServerSetting(tiny_bundle, in_flight=2, queue=1), LoadPlan())
 
 
 @pytest.mark.slow
@@ -129,8 +130,8 @@ def test_every_way_is_measured_and_kept(tiny_bundle: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_overload_is_refused_and_memory_is_watched(tiny_bundle: Path) -> None:
-    serving = Serving(tiny_bundle, steps=4, warmup=1, in_flight=2, queue=1, threads=1, engine="onnxruntime")
-    plan = Plan(
+    serving = ServerSetting(tiny_bundle, steps=4, warmup=1, in_flight=2, queue=1, threads=1, engine="onnxruntime")
+    plan = LoadPlan(
         parts=("overload", "soak"),
         settle=0.3,
         capacity=1,

@@ -1,4 +1,4 @@
-"""Batches of whole requests, as servers make them that know nothing of steps: a baseline, behind the same HTTP."""
+"""Batches of whole requests, as other servers make them: a baseline behind the same HTTP server."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from ...runtime.generation.forecast import Forecast
     from ...runtime.generation.schedule import Schedule
 
-_OF_EACH = ("prompt", "negative_prompt", "generator")
-"""Arguments that requests of one batch may have of their own."""
+_VARYING = ("prompt", "negative_prompt", "generator")
+"""Arguments in which the requests of one batch may differ."""
 
 
 class WholeRequests:
-    """A worker that runs requests as one pipeline call, from the first step to the last.
+    """A worker that runs a batch of requests as one pipeline call, from the first step to the last.
 
-    When it is idle it takes those that wait and ask for the same sizes, steps, guidance and schedule, first come first
-    served, up to ``most``; who comes later waits until they are done. A client that goes away does not free its rows,
-    and deadlines are not kept.
+    An idle worker takes up to ``most`` waiting requests with the same sizes, steps, guidance and schedule, first come
+    first served. Later requests wait until the batch is done. A client that disconnects does not free its rows, and
+    deadlines are not kept.
 
     Args:
-        inner: runs a batch as one request; closed with this.
+        inner: runs a batch as one request; closed with this worker.
         most: requests of a batch.
-        max_queue: requests that wait beside them.
+        max_queue: further requests that may wait.
     """
 
     def __init__(self, inner: Worker, most: int, max_queue: int) -> None:
@@ -58,11 +58,11 @@ class WholeRequests:
         deadline: float | None = None,
         on_step: OnStep | None = None,
     ) -> Ticket:
-        """As ``Worker.submit``; the deadline is not kept.
+        """Do what ``Worker.submit`` does; the deadline is not kept.
 
         Raises:
-            QueueFullError: as many wait as may.
-            WorkerClosedError: it is draining or closed.
+            QueueFullError: the queue is full.
+            WorkerClosedError: the worker is draining or closed.
         """
         now = time.monotonic()
         request = WorkerRequest(
@@ -85,7 +85,7 @@ class WholeRequests:
         return Ticket(request, self._cancel)
 
     def expect_room(self) -> None:
-        """As ``Worker.expect_room``."""
+        """Do what ``Worker.expect_room`` does."""
         with self._changed:
             self._check()
 
@@ -127,11 +127,11 @@ class WholeRequests:
 
     def _cancel(self, request: WorkerRequest) -> None:
         with self._changed:
-            waits = request in self._queue
-            if waits:
+            waiting = request in self._queue
+            if waiting:
                 self._queue.remove(request)
                 self._changed.notify_all()
-        if waits:
+        if waiting:
             self._end(request, None, RequestCancelledError("the request was cancelled"))
 
     def _work(self) -> None:
@@ -139,24 +139,24 @@ class WholeRequests:
             images: list[Any] = []
             error: BaseException | None = None
             try:
-                images = self._draw(batch)
-            except BaseException as raised:  # the senders get it
+                images = self._generate(batch)
+            except BaseException as raised:  # reported to each request
                 error = raised
             each = len(images) // len(batch)
             with self._changed:
                 self._running = []
                 self._changed.notify_all()
-            for place, request in enumerate(batch):
-                self._end(request, SimpleNamespace(images=images[place * each : (place + 1) * each]), error)
+            for index, request in enumerate(batch):
+                self._end(request, SimpleNamespace(images=images[index * each : (index + 1) * each]), error)
 
     def _next(self) -> list[WorkerRequest]:
-        """Those that make the next batch; empty at the end."""
+        """Return the next batch; empty once the worker is closed."""
         with self._changed:
             while not self._queue and not self._closing:
                 self._changed.wait()
             if not self._queue:
                 return []
-            batch = [each for each in self._queue if _together(each, self._queue[0])][: self._most]
+            batch = [each for each in self._queue if _compatible(each, self._queue[0])][: self._most]
             self._queue = [each for each in self._queue if each not in batch]
             for request in batch:
                 request.future.set_running_or_notify_cancel()
@@ -165,22 +165,22 @@ class WholeRequests:
             self._running = batch
             return batch
 
-    def _draw(self, batch: list[WorkerRequest]) -> list[Any]:
-        def step(made: Step) -> None:
+    def _generate(self, batch: list[WorkerRequest]) -> list[Any]:
+        def on_step(step: Step) -> None:
             for request in batch:
                 if request.on_step is not None:
-                    request.on_step(made)
+                    request.on_step(step)
 
         first = batch[0]
-        own = {name: [each.arguments[name] for each in batch] for name in _OF_EACH if name in first.arguments}
-        if "generator" in own:  # a list for each request
-            own["generator"] = [each for of_request in own["generator"] for each in of_request]
+        lists = {name: [each.arguments[name] for each in batch] for name in _VARYING if name in first.arguments}
+        if "generator" in lists:  # each request has a list of generators
+            lists["generator"] = [generator for generators in lists["generator"] for generator in generators]
         ticket = self._inner.submit(
-            {**first.arguments, **own},
+            {**first.arguments, **lists},
             schedule=first.schedule,
             cut=first.cut,
             forecast=first.forecast,
-            on_step=step,
+            on_step=on_step,
         )
         return list(ticket.future.result().images)
 
@@ -194,9 +194,9 @@ class WholeRequests:
             request.future.set_exception(error)
 
 
-def _together(one: WorkerRequest, other: WorkerRequest) -> bool:
-    """Whether one pipeline call can draw both."""
-    shared = [{name: value for name, value in each.arguments.items() if name not in _OF_EACH} for each in (one, other)]
-    named = [set(each.arguments) & set(_OF_EACH) for each in (one, other)]
+def _compatible(one: WorkerRequest, other: WorkerRequest) -> bool:
+    """Return whether one pipeline call can generate the images of both."""
+    shared = [{name: value for name, value in each.arguments.items() if name not in _VARYING} for each in (one, other)]
+    names = [set(each.arguments) & set(_VARYING) for each in (one, other)]
     settings = [(each.schedule, each.cut, each.forecast) for each in (one, other)]
-    return shared[0] == shared[1] and named[0] == named[1] and settings[0] == settings[1]
+    return shared[0] == shared[1] and names[0] == names[1] and settings[0] == settings[1]

@@ -1,4 +1,4 @@
-"""The run as tables for a terminal."""
+"""A load test as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -11,17 +11,24 @@ from rich.table import Table
 from ..schema.serving import Percentiles, ServingLoad
 
 WORDS = {"steps": "offcut", "single": "one at a time", "whole": "whole requests"}
-"""The ways to batch."""
+"""Names of the ways to batch."""
 
 
 def tables(measured: ServingLoad) -> Iterator[Table]:
-    """One for each kind of measurement that was made, the goals last."""
+    """Yield a table for each part that was measured, then the goals."""
     if measured.batches:
         yield _batches(measured)
     if measured.closed:
-        yield _closed(measured)
+        table = _table("Closed loops: each client waits for its image", "clients", "images/s", "p50 s", "p99 s")
+        for row in sorted(measured.closed, key=lambda row: row.clients):
+            table.add_row(str(row.clients), WORDS[row.way], f"{median(row.throughput):.2f}", *_ends(row.latency))
+        yield table
     if measured.open:
-        yield _open(measured)
+        table = _table("Open loops: requests at random moments", "load", "requests/s", "p50 s", "p99 s", "refused")
+        for each in sorted(measured.open, key=lambda row: row.load):
+            figures = (f"{median(each.rates):.2f}", *_ends(each.latency), str(each.refused))
+            table.add_row(f"{each.load:.0%}", WORDS[each.way], *figures)
+        yield table
     if measured.overload is not None:
         yield _overload(measured)
     if measured.soak is not None or measured.control is not None:
@@ -32,8 +39,15 @@ def tables(measured: ServingLoad) -> Iterator[Table]:
     yield table
 
 
+def _table(title: str, first: str, *headings: str) -> Table:
+    table = Table(box=SIMPLE, title=title)
+    for heading in (first, "batching", *headings):
+        table.add_column(heading, justify="left" if heading == "batching" else "right")
+    return table
+
+
 def _batches(measured: ServingLoad) -> Table:
-    allowed = "" if measured.allowed is None else f"; {measured.allowed:.2f}x is what sharing calls can gain"
+    allowed = "" if measured.allowed is None else f"; {measured.allowed:.2f}x is the most that sharing calls can gain"
     table = Table(box=SIMPLE, title=f"Engine calls by the requests that share them, ms a request{allowed}")
     for heading in ("requests", "full", "shallow", "between"):
         table.add_column(heading, justify="right")
@@ -43,41 +57,21 @@ def _batches(measured: ServingLoad) -> Table:
     return table
 
 
-def _closed(measured: ServingLoad) -> Table:
-    table = Table(box=SIMPLE, title="Closed loops: each client waits for its image")
-    for heading in ("clients", "batching", "images/s", "p50 s", "p99 s"):
-        table.add_column(heading, justify="left" if heading == "batching" else "right")
-    for row in sorted(measured.closed, key=lambda row: row.clients):
-        table.add_row(str(row.clients), WORDS[row.way], f"{median(row.throughput):.2f}", *_ends(row.latency))
-    return table
-
-
-def _open(measured: ServingLoad) -> Table:
-    table = Table(box=SIMPLE, title="Open loops: requests come at random moments")
-    for heading in ("load", "batching", "requests/s", "p50 s", "p99 s", "refused"):
-        table.add_column(heading, justify="left" if heading == "batching" else "right")
-    for row in sorted(measured.open, key=lambda row: row.load):
-        table.add_row(
-            f"{row.load:.0%}", WORDS[row.way], f"{median(row.rates):.2f}", *_ends(row.latency), str(row.refused)
-        )
-    return table
-
-
 def _overload(measured: ServingLoad) -> Table:
-    found = measured.overload
-    assert found is not None
-    table = Table(box=SIMPLE, title=f"Overload: {found.title}")
+    load = measured.overload
+    assert load is not None
+    table = Table(box=SIMPLE, title=f"Overload: {load.title}")
     for heading in ("", "images/s", "p50 s", "p99 s"):
         table.add_column(heading, justify="right" if heading else "left")
-    table.add_row("every place taken", f"{found.capacity:.2f}", *_ends(found.at_capacity))
-    table.add_row("overload", f"{found.throughput:.2f}", *_ends(found.accepted))
-    table.add_row("refusals", "", *_ends(found.refusals, 4))
+    table.add_row("every place taken", f"{load.capacity:.2f}", *_ends(load.at_capacity))
+    table.add_row("overload", f"{load.throughput:.2f}", *_ends(load.accepted))
+    table.add_row("refusals", "", *_ends(load.refusals, 4))
     return table
 
 
 def _soak(measured: ServingLoad) -> Table:
-    table = Table(box=SIMPLE, title="Soak: several sizes and lengths, clients that go away")
-    for heading in ("", "minutes", "requests", "gone away", "MB after warm-up", "at the end", "more"):
+    table = Table(box=SIMPLE, title="Soak: several sizes and lengths, clients that disconnect")
+    for heading in ("", "minutes", "requests", "disconnected", "MB after warm-up", "at the end", "more"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, soak in (("offcut", measured.soak), ("with a leak on purpose", measured.control)):
         if soak is not None:
