@@ -1,4 +1,4 @@
-"""What a UNet of engines is to a pipeline: arguments, schedule and generations, whoever runs the engines."""
+"""``BaseUNet``: arguments, schedule and generations of a UNet replacement; its subclasses run the engines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,6 @@ from ..exporter.specs import Shape, TensorSpec, solve
 from ..exporter.trace.export import SAMPLE
 from .bound import Shapes
 from .generation.advice import against_caching
-from .generation.correction import CorrectionState
 from .generation.forecast import Forecast
 from .generation.schedule import SKIP, Schedule
 from .generation.state import Calls, GenerationState, Guided, Run
@@ -34,18 +34,44 @@ logger = logging.getLogger(__name__)
 IN_USE = "two threads use this UNet at once: open one for each with offcut.UNet.load"
 
 
-class BaseUNet(EngineModel):
-    """Stands in for a diffusers UNet of ``exporter.families.FAMILIES`` in any pipeline.
+@dataclass(frozen=True)
+class CachingSettings:
+    """Settings that ``BaseUNet.set_schedule`` chose; by default every call is full.
 
-    A subclass runs the engines: ``UNet`` its own, ``batching``'s requests those that they share. One thread at a time.
+    Attributes:
+        schedule: schedule of the full calls; None makes every call full.
+        cut: cut of the shallow calls to which the schedule gives none of their own.
+        cuts: cuts of the schedule's shallow calls, each once; ``SKIP`` among them if calls may run no engine.
+        features: names of the cached features that shallow calls read, each once.
+        forecast: prediction of the features; None reuses them.
+        reuse_guidance: whether shallow calls compute half of a guided batch.
+    """
+
+    schedule: Schedule | None = None
+    cut: str | None = None
+    cuts: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    forecast: Forecast | None = None
+    reuse_guidance: bool = False
+
+
+class BaseUNet(EngineModel):
+    """Replacement for a diffusers UNet of ``exporter.families.FAMILIES`` in any pipeline.
+
+    A subclass runs the engines: ``UNet`` runs its own, ``batching.unet.SharedUNet`` those that many requests share. One
+    thread may use it at a time.
+
+    Attributes:
+        advise: whether to log, once, that caching is unlikely to pay in the generation that was announced.
+        ip_adapters: the IP-Adapters that are built into the engines; None where there are none.
 
     Args:
         config: the UNet's config as diffusers wrote it, with ``_class_name``.
-        device: where the engines run, with an index if it is a GPU.
-        inputs: the full graph's.
-        cuts: each cut's name with its cached features, the default first.
+        device: device of the engines, with an index if it is a GPU.
+        inputs: inputs of the full graph by name.
+        cuts: names of the cached features by cut; the first cut is the default.
         engine: the engine's name.
-        attention: the kind that the UNet was exported with, None for its own.
+        attention: attention that the UNet was exported with; None for the model's own.
     """
 
     def __init__(
@@ -60,9 +86,7 @@ class BaseUNet(EngineModel):
     ) -> None:
         super().__init__(config, device, inputs[SAMPLE].torch_dtype(), attention)
         self.advise = True
-        """Whether to say, once, that caching is unlikely to pay in the generation that was announced."""
         self.ip_adapters: BuiltInIPAdapters | None = None
-        """The IP-Adapters that are built into the engines."""
         self.encoder_hid_proj = None
         if self.config.get(CONFIG_KEY):
             self.ip_adapters = BuiltInIPAdapters(self.config, self._device, self._dtype)
@@ -76,44 +100,36 @@ class BaseUNet(EngineModel):
         self._specs, self._cuts, self._engine = inputs, cuts, engine
         self._family = family_of(self.config)
         self._output_class = output_class(self._family)
-        self._schedule: Schedule | None = None
-        self._cut: str | None = None
-        self._used: tuple[str, ...] = ()  # the cuts of the schedule's shallow calls
-        self._forecast: Forecast | None = None
-        self._reuse_guidance = False
+        self._caching = CachingSettings()
         self._announced: GenerationState | None = None
-        self._announced_by: int | None = None
+        self._announced_by: int | None = None  # id of the thread
         self._unannounced: GenerationState | None = None
         self._latest: GenerationState | None = None
-        self._answers: tuple[GenerationState, CorrectionState] | None = None
-        self._held: tuple[GenerationState, torch.Tensor] | None = (
-            None  # the last answer, where calls may skip the engines
-        )
         self._busy = threading.Lock()
         self._in_use = IN_USE
 
     @abstractmethod
     def _call(self, tensors: Mapping[str, torch.Tensor], timestep: torch.Tensor | float) -> torch.Tensor:
-        """One call of the engines: the noise prediction in the sample's dtype and in memory of its own."""
+        """Call the engines, and return the noise prediction in the sample's dtype and in memory of its own."""
 
     def _generation_ended(self) -> None:
-        """An announced generation is over, whether it succeeded or not."""
+        """Clean up after an announced generation, whether it succeeded or not."""
 
     # The schedule
 
     @property
     def schedule(self) -> Schedule | None:
-        """None where every call is full."""
-        return self._schedule
+        """Schedule of the full calls; None where every call is full."""
+        return self._caching.schedule
 
     @property
     def cut(self) -> str | None:
-        """The cut of shallow calls to which the schedule gives none of their own; None where every call is full."""
-        return self._cut
+        """Cut of the shallow calls to which the schedule gives none of their own; None where every call is full."""
+        return self._caching.cut
 
     @property
     def cuts(self) -> tuple[str, ...]:
-        """The cuts that ``set_schedule`` takes, the default first."""
+        """Cuts that ``set_schedule`` accepts, the default first."""
         return tuple(self._cuts)
 
     @property
@@ -132,14 +148,24 @@ class BaseUNet(EngineModel):
         return self._built_attention
 
     @property
+    def scheduled_cuts(self) -> tuple[str, ...]:
+        """Cuts of the schedule's shallow calls, each once; ``"skip"`` among them if calls may run no engine."""
+        return self._caching.cuts
+
+    @property
+    def scheduled_features(self) -> tuple[str, ...]:
+        """Names of the cached features that the schedule's shallow calls read, each once."""
+        return self._caching.features
+
+    @property
     def forecast(self) -> Forecast | None:
-        """How shallow calls predict the cached features; None where they reuse them."""
-        return self._forecast
+        """Prediction of the cached features on shallow calls; None where shallow calls reuse the features."""
+        return self._caching.forecast
 
     @property
     def reuse_guidance(self) -> bool:
         """Whether shallow calls compute half of a guided batch."""
-        return self._reuse_guidance
+        return self._caching.reuse_guidance
 
     def set_schedule(
         self,
@@ -149,51 +175,47 @@ class BaseUNet(EngineModel):
         *,
         reuse_guidance: bool = False,
     ) -> None:
-        """Choose which calls are shallow, and where the UNet is cut for them, from the next generation on.
+        """Choose which calls are shallow, and at which cut, from the next generation on.
 
         Shallow calls cost image quality: the more of them and the further out the cut, the more.
 
         Args:
-            schedule: None makes every call full, which costs none.
-            cut: one of ``cuts``, in any convention, or ``"skip"`` to run no engine at all; None for the first. A
-                schedule may give calls a cut of their own, which goes before this one.
-            forecast: predicts the cached features of the shallow calls; None reuses them.
-            reuse_guidance: compute only the half with the prompt on shallow calls, and take the difference to the other
-                from the last full call; where the pipeline guides, and generations are announced.
+            schedule: schedule of the full calls; None makes every call full, at no loss of quality.
+            cut: one of ``cuts``, in any convention, or ``"skip"`` to run no engine on the calls that are not full; None
+                for the first. A schedule may give calls a cut of their own, which has priority over this one.
+            forecast: prediction of the cached features on shallow calls; None reuses the features.
+            reuse_guidance: on shallow calls compute only the half of the batch with the prompt, and take its difference
+                to the other half from the last full call. Has an effect where the pipeline uses classifier-free
+                guidance and announces its generations.
 
         Raises:
-            CutError: there is no such cut, or none that the schedule gives its calls.
-            ScheduleError: a generation is under way; or the schedule decides as it goes, from what an engine computes,
-                and none is to run.
+            CutError: the UNet was not built with this cut, or with a cut that the schedule uses.
+            ScheduleError: a generation is under way; or the schedule is adaptive, and no engine is to run.
         """
         if self._announced is not None:
             raise ScheduleError("the schedule cannot change during a generation: set it before the pipeline is called")
-        if schedule is not None:
-            there = ", ".join(self._cuts) or "none"
-            if cut is None and not self._cuts:
-                raise CutError("this bundle was built without a cut, so it has no shallow graph: build it with --cut")
-            name = next(iter(self._cuts)) if cut is None else canonical_name(cut)
-            if name not in self._cuts and name != SKIP:
-                raise CutError(f"this UNet was not built with the cut {cut!r}; it has {there}")
-            used = tuple(dict.fromkeys(name if each is None else each for each in schedule.cuts))
-            if schedule.adaptive and SKIP in used:
-                raise ScheduleError(
-                    f"{schedule!r} decides from what its shallow calls compute, and with the cut {SKIP!r} they compute "
-                    "nothing: give a cut of the UNet"
-                )
-            missing = [each for each in used if each not in self._cuts and each != SKIP]
-            if missing:
-                raise CutError(f"this schedule has calls at the cut {missing[0]!r}, and this UNet has only {there}")
-        self._schedule, self._cut = schedule, name if schedule is not None else None
-        self._used = used if schedule is not None else ()
-        self._forecast = forecast if schedule is not None else None
-        self._reuse_guidance = reuse_guidance and schedule is not None
-        self._unannounced = self._held = None
+        self._caching = CachingSettings() if schedule is None else self._settings(schedule, cut, forecast)
+        self._caching = replace(self._caching, reuse_guidance=reuse_guidance and schedule is not None)
+        self._unannounced = None
 
-    @property
-    def _features(self) -> tuple[str, ...]:
-        """The names of the cached features that the schedule's shallow calls read, each once."""
-        return tuple(dict.fromkeys(name for cut in self._used for name in self._cuts.get(cut, ())))
+    def _settings(self, schedule: Schedule, cut: str | None, forecast: Forecast | None) -> CachingSettings:
+        """Return the settings for a schedule, after checking that the UNet has its cuts."""
+        known = ", ".join(self._cuts) or "none"
+        if cut is None and not self._cuts:
+            raise CutError("this bundle was built without a cut, so it has no shallow graph: build it with --cut")
+        default = next(iter(self._cuts)) if cut is None else canonical_name(cut)
+        if default not in self._cuts and default != SKIP:
+            raise CutError(f"this UNet was not built with the cut {cut!r}; it has {known}")
+        cuts = tuple(dict.fromkeys(default if name is None else name for name in schedule.cuts))
+        if schedule.adaptive and SKIP in cuts:
+            raise ScheduleError(
+                f"{schedule!r} decides from what its shallow calls compute, and with the cut {SKIP!r} they compute "
+                "nothing: give a cut of the UNet"
+            )
+        if missing := [name for name in cuts if name not in self._cuts and name != SKIP]:
+            raise CutError(f"this schedule has calls at the cut {missing[0]!r}, and this UNet has only {known}")
+        features = tuple(dict.fromkeys(feature for name in cuts for feature in self._cuts.get(name, ())))
+        return CachingSettings(schedule, default, cuts, features, forecast)
 
     # Generations
 
@@ -204,17 +226,17 @@ class BaseUNet(EngineModel):
         """Announce that the UNet calls in this block, all from this thread, make one generation.
 
         Args:
-            calls: how many there will be, or a function to ask at the first one; None if nobody knows, which only a
-                schedule that needs no number can do with. Calls beyond the number are full.
-            scheduler: that moves the latents along; only for advice, see ``advice``.
-            guided: whether each call asks about the same latents twice, without the prompt and with it, or a function
-                to ask at the first one; for ``reuse_guidance``.
+            calls: number of calls, or a function that returns it at the first call; None where it is unknown, which
+                only some schedules allow. Calls beyond the number are full.
+            scheduler: the pipeline's scheduler; only for advice, see ``generation.advice``.
+            guided: whether each call holds the same latents twice, without the prompt and with it, or a function that
+                returns it at the first call; for ``reuse_guidance``.
 
         Raises:
             ScheduleError: the schedule needs the number of calls.
             UserError: another generation is under way.
         """
-        begun = GenerationState(self._schedule, self._cut, self._advised(calls, scheduler), guided)
+        begun = GenerationState(self._caching.schedule, self._caching.cut, self._with_advice(calls, scheduler), guided)
         with self._exclusively():
             if self._announced is not None:
                 raise UserError(
@@ -226,14 +248,15 @@ class BaseUNet(EngineModel):
             yield begun
         finally:
             self._generation_ended()
+            begun.release()
             self._announced = self._announced_by = None
 
-    def _advised(self, calls: Calls, scheduler: object) -> Calls:
-        """The same number of calls; once it is known, the user is told if caching is unlikely to pay in so many."""
+    def _with_advice(self, calls: Calls, scheduler: object) -> Calls:
+        """Return the same number of calls; once it is known, log advice if caching is unlikely to pay."""
         if calls is None:
             return None
 
-        def known() -> int:
+        def resolve() -> int:
             count = calls if isinstance(calls, int) else calls()
             advice = self._advice(count, scheduler) if self.advise else None
             if advice is not None:
@@ -241,14 +264,14 @@ class BaseUNet(EngineModel):
                 self.advise = False
             return count
 
-        return known() if isinstance(calls, int) else known
+        return resolve() if isinstance(calls, int) else resolve
 
     def _advice(self, calls: int, scheduler: object) -> str | None:
-        """What to tell the user of a generation of so many calls."""
-        return against_caching(self._schedule, calls, self.config, scheduler)
+        """Return advice for a generation with this number of calls; None where there is none."""
+        return against_caching(self._caching.schedule, calls, self.config, scheduler)
 
     def reset(self) -> None:
-        """Make the next call full, and, where nobody announces generations, the first of a new one."""
+        """Make the next call full; an unannounced generation ends, and the next call begins a new one."""
         self._unannounced = None
         if self._announced is not None:
             self._announced.invalidate()
@@ -257,16 +280,16 @@ class BaseUNet(EngineModel):
 
     @property
     def next_is_full(self) -> bool:
-        """Whether the call that comes next, at the last call's shapes, runs the full graph.
+        """Whether the next call, if its shapes are those of the last one, runs the full graph.
 
-        For what computes inputs of the UNet that a shallow call hardly reads; see ``controlnet``. True where no
-        generation was announced.
+        For code that computes inputs of the UNet that a shallow call hardly reads; see ``runtime.controlnet``. True
+        where no generation was announced.
         """
         return self._announced is None or self._announced.next_is_full
 
     @property
     def last_run(self) -> Run | None:
-        """What the latest generation did, call by call; None before the first."""
+        """Record of the latest generation, call by call; None before the first."""
         return None if self._latest is None else self._latest.run()
 
     # The call
@@ -289,7 +312,7 @@ class BaseUNet(EngineModel):
         return_dict: bool = True,
         added_time_ids: torch.Tensor | None = None,
     ) -> Any:
-        """One call of the UNet; parameters are as in diffusers.
+        """Call the UNet; the parameters are those of diffusers.
 
         Args:
             sample: [batch, channels, height, width], the noisy latent. Of a video [batch, channels, frames, height,
@@ -300,18 +323,19 @@ class BaseUNet(EngineModel):
             timestep_cond: [batch, width].
             added_cond_kwargs: for SDXL ``text_embeds`` [batch, width] and ``time_ids`` [batch, 6]; for IP-Adapters
                 ``image_embeds``, a list with [batch, images, width] for each, or [batch, images, tokens, width].
-            down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals: of a
-                ControlNet or T2I-Adapter, for a bundle that was built with their inputs. None counts as zero.
+            down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals:
+                residuals of a ControlNet or T2I-Adapter, for a bundle that was built with their inputs. None counts as
+                zero.
             return_dict: whether to return diffusers' output object or a tuple.
-            added_time_ids: [batch, 3], of Stable Video Diffusion.
+            added_time_ids: [batch, 3], for Stable Video Diffusion.
 
         Returns:
-            The noise prediction (or what else the model predicts), in the sample's layout and dtype, in memory of its
+            The noise prediction (or whatever the model predicts), in the sample's layout and dtype, in memory of its
             own.
 
         Raises:
-            ShapeError: shapes that the engines were not built for.
-            UserError: an input that they do not have, or that only an eager UNet can use.
+            ShapeError: the engines were not built for these shapes.
+            UserError: the engines do not have an input that was passed, or only an eager UNet supports it.
         """
         self.check_attention(sample.shape[0])
         refuse_unsupported(
@@ -325,7 +349,7 @@ class BaseUNet(EngineModel):
             "mid_block_additional_residual": mid_block_additional_residual,
             "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
         }
-        given = {
+        arguments = {
             "sample": sample,
             "timestep_cond": timestep_cond,
             "added_time_ids": added_time_ids,
@@ -334,54 +358,55 @@ class BaseUNet(EngineModel):
             **flatten(residuals),
         }
         if self.ip_adapters is not None:
-            given |= self.ip_adapters.inputs(added_cond_kwargs or {}) | {IMAGE_EMBEDS: None}
-        tensors = engine_inputs(given, self._specs, self._device)
+            arguments |= self.ip_adapters.inputs(added_cond_kwargs or {}) | {IMAGE_EMBEDS: None}
+        tensors = engine_inputs(arguments, self._specs, self._device)
         with self._exclusively(), torch.no_grad():
             noise_pred = self._call(tensors, timestep)
-            if SKIP in self._used and self._latest is not None:
-                self._held = self._latest, noise_pred.clone()
+            if SKIP in self._caching.cuts and self._latest is not None:
+                self._latest.last_output = noise_pred.clone()
             noise_pred = self._corrected(tensors[SAMPLE], noise_pred)
         return self._output_class(sample=noise_pred) if return_dict else (noise_pred,)
 
     def _shapes(self, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Shape], list[str]]:
-        """The shape of every input of the engines for these tensors, and the residuals that nobody passed."""
+        """Return the shape of every input of the engines, and the names of the residuals that were not passed."""
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         shapes["timestep"] = timestep_shape(self._specs, tensors[SAMPLE].shape[0])
-        silent = [name for name in self._specs if name not in shapes]
-        if silent:
+        not_passed = [name for name in self._specs if name not in shapes]
+        if not_passed:
             dims = solve({SAMPLE: self._specs[SAMPLE]}, {SAMPLE: shapes[SAMPLE]})
-            shapes |= {name: self._specs[name].resolve(dims) for name in silent}
-        return shapes, silent
+            shapes |= {name: self._specs[name].resolve(dims) for name in not_passed}
+        return shapes, not_passed
 
     def _begin(self, shapes: Shapes, timestep: torch.Tensor | float) -> tuple[GenerationState, bool]:
-        """The generation that this call belongs to, and whether the call is full."""
+        """Begin a call: return the generation that it belongs to, and whether the call is full."""
         thread = threading.get_ident()
         if self._announced is not None:
             if thread != self._announced_by:
                 raise UserError("another thread is in a generation with this UNet: open another one for each thread")
             self._latest = self._announced
             return self._announced, self._announced.begin(shapes)
-        place = (thread, shapes)  # another thread's features are another image's
+        key = (thread, shapes)  # another thread's features are another image's
         value = timestep_value(timestep)
-        if self._unannounced is None or not self._unannounced.continues(place, value):
-            self._unannounced = GenerationState(self._schedule, self._cut)
+        if self._unannounced is None or not self._unannounced.continues(key, value):
+            self._unannounced = GenerationState(self._caching.schedule, self._caching.cut)
         self._latest = self._unannounced
-        return self._unannounced, self._unannounced.begin(place, value)
+        return self._unannounced, self._unannounced.begin(key, value)
 
     def _skipped(self, generation: GenerationState) -> torch.Tensor:
-        """The answer of a call that runs no engine, in memory of its own: the one before, as the engines gave it."""
-        if self._held is None or self._held[0] is not generation:
-            raise InternalError("a call was to repeat an answer of its generation, and there is none")
-        return self._held[1].clone()
+        """Return the output of a skipped call, in memory of its own: the uncorrected output of the call before."""
+        if generation.last_output is None:
+            raise InternalError("a skipped call has no earlier output of its generation to repeat")
+        return generation.last_output.clone()
 
     def _corrected(self, sample: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
-        """A call's answer as the forecast corrects it, in announced generations."""
-        generation, correction = self._announced, None if self._forecast is None else self._forecast.correction
+        """Return a call's output after the forecast's correction, which only announced generations have."""
+        generation = self._announced
+        correction = None if self._caching.forecast is None else self._caching.forecast.correction
         if generation is None or correction is None:
             return noise_pred
-        if self._answers is None or self._answers[0] is not generation:
-            self._answers = (generation, correction.begin())
-        return self._answers[1].correct(generation.last_was_full, sample, noise_pred)
+        if generation.correction is None:
+            generation.correction = correction.begin()
+        return generation.correction.correct(generation.last_was_full, sample, noise_pred)
 
     @contextmanager
     def _exclusively(self) -> Iterator[None]:
@@ -396,11 +421,11 @@ class BaseUNet(EngineModel):
 
     @property
     def attn_processors(self) -> Mapping[str, Any]:
-        """Those of IP-Adapters, which hold their scales; no other could be replaced."""
+        """Attention processors of the IP-Adapters, which hold their scales; no others can be replaced."""
         return super().attn_processors if self.ip_adapters is None else self.ip_adapters.processors
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Nothing but the names of the layers with IP-Adapters, where diffusers looks blocks up that get a scale."""
+        """Return only the names of layers with IP-Adapters, by which diffusers finds the blocks that get a scale."""
         return {name: torch.empty(0) for name in self.attn_processors}
 
     @property
@@ -409,5 +434,5 @@ class BaseUNet(EngineModel):
         return self._engine
 
     def extra_repr(self) -> str:
-        schedule = f", {self._schedule!r}, cut={self._cut!r}" if self._schedule is not None else ""
+        schedule = "" if self.schedule is None else f", {self.schedule!r}, cut={self.cut!r}"
         return f"{self._engine} on {self._device}, {self._dtype}{schedule}"

@@ -81,8 +81,8 @@ def drift(
         raise UserError(f"{type(pipe).__name__} draws from more than a prompt, and this draws from prompts only")
     unet = pipe.unet
     unet.set_schedule(wanted.schedule, wanted.cut, wanted.forecast)
-    cut, names = unet.cut, unet._features
-    by_cut = {each: unet.cut_features.get(each, ()) for each in unet._used}
+    cut, names = unet.cut, unet.scheduled_features
+    by_cut = {each: unet.cut_features.get(each, ()) for each in unet.scheduled_cuts}
     if not names:
         raise UserError(
             "no call of this schedule reads cached features, and this watches them: give one with shallow calls"

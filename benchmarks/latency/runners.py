@@ -16,7 +16,7 @@ import torch
 from ...engines.base import EngineOptions
 from ...engines.bundle.bundle import Bundle, open_entry
 from ...exporter.load import load_unet, locate
-from ...runtime.generation.forecast import Coefficients, Forecast, History
+from ...runtime.generation.forecast import Coefficients, FeatureHistory, Forecast
 from ...runtime.generation.schedule import parse
 from ...runtime.pipeline import attach
 from ...runtime.text_to_image import scheduler_named
@@ -107,10 +107,12 @@ class OffcutRunner(PipelineRunner):
         bound = self._unet.bound
         if bound is None or self._cut is None:
             return None
-        history = History(_ChannelForecast({name: bound.buffers[name] for name in self._features}), self._features)
+        history = FeatureHistory(
+            _ChannelForecast({name: bound.buffers[name] for name in self._features}), self._features
+        )
 
         def keep_and_predict() -> None:
-            history.keep(bound, 0)
+            history.record(bound, 0)
             history.predict(bound, 1)
 
         return keep_and_predict

@@ -78,7 +78,7 @@ class SharedUNet(BaseUNet):
         if plan is not None:
             later = range(number + 1, len(plan))
             later_full = tuple(plan[call] for call in later if plan[call] or not generation.skips(call))
-        keeps_features = full and self._features != () and (later_full is None or not all(later_full))
+        keeps_features = full and self.scheduled_features != () and (later_full is None or not all(later_full))
         cut = None if full else generation.cut_of(number)
         assert full or cut is not None
         call = UNetCall(
@@ -110,4 +110,4 @@ class SharedUNet(BaseUNet):
 
         It is the same at all full calls of a request: another slot would lack the features of the full call before.
         """
-        return self._batcher.lanes.layout(lane, self._features, rows, twice=self._forecast is not None)
+        return self._batcher.lanes.layout(lane, self.scheduled_features, rows, twice=self.forecast is not None)

@@ -1,13 +1,13 @@
-"""Predicting the cached features of a shallow call from the last two full calls, where DeepCache reuses the last.
+"""Prediction of the cached features of a shallow call from the last two full calls; DeepCache reuses the last one.
 
     feature = scale * latest + slope * (latest - before) + shift
 
-``latest`` and ``before`` are what the last two full calls left. Scale 1, slope 0 and shift 0 are plain reuse. Affine
-corrections (scale, shift) are those of CacheQuant (CVPR 2025); a slope that follows the distance between the calls is
-an extrapolation of order 1.
+``latest`` and ``before`` are the features of the last two full calls. Scale 1, slope 0 and shift 0 are plain reuse.
+Affine corrections (scale, shift) are those of CacheQuant (CVPR 2025); a slope that follows the distance between the
+calls is an extrapolation of order 1.
 
 The prediction is written where the shallow graph reads the feature, on the device, before the graph is run. So every
-engine and every bundle can do it, and the same engines with other coefficients need no build.
+engine and every bundle supports it, and other coefficients need no build.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Coefficient = float | torch.Tensor
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Each a number, or one for each channel: a tensor [channels] of any floating dtype."""
+    """Coefficients of one prediction: each a number, or a tensor [channels] of any floating dtype."""
 
     scale: Coefficient = 1.0
     slope: Coefficient = 0.0
@@ -38,42 +38,42 @@ class Coefficients:
 
     @property
     def plain(self) -> bool:
-        """Whether one number says it all: an extrapolation without correction."""
+        """Whether the prediction is an extrapolation without correction, so that one number describes it."""
         if isinstance(self.scale, torch.Tensor) or isinstance(self.shift, torch.Tensor):
             return False
         return isinstance(self.slope, float) and self.scale == 1.0 and self.shift == 0.0
 
 
 class Forecast(ABC):
-    """Coefficients for each shallow call."""
+    """Predictor of the cached features: gives the coefficients for each shallow call."""
 
     correction: Correction | None = None
-    """Of the UNet's answers; None leaves them as they are."""
+    """Correction of the UNet's outputs; None leaves the outputs as they are."""
 
     @abstractmethod
     def at(self, feature: str, call: int, last: int, before: int | None) -> Coefficients | None:
-        """How to predict a feature; None reuses it as it is.
+        """Return the coefficients that predict a feature; None reuses the feature unchanged.
 
         Args:
-            feature: its name in the graphs.
+            feature: the feature's name in the graphs.
             call: the shallow call, counted from 0.
             last: the last full call.
-            before: the full call before that; None where there was none, and a slope has nothing to go by.
+            before: the full call before the last; None where there was none, so that no slope is known.
         """
 
 
 @dataclass(frozen=True)
 class Extrapolate(Forecast):
-    """Goes on in the direction of the last two full calls, as far as the calls lie apart, damped.
+    """Linear extrapolation from the last two full calls, damped.
 
-    It needs no calibration. On deterministic samplers it is much better than reuse, above all after two or more warm-up
-    calls; where a sampler injects noise (Euler ancestral) it is worse.
+    Extrapolation needs no calibration. On deterministic samplers it is much better than reuse, above all after two or
+    more warm-up calls; where a sampler injects noise (Euler ancestral) it is worse.
 
     Attributes:
-        damping: 1 extrapolates in full, 0 is reuse.
+        damping: 1 extrapolates fully, 0 is reuse.
 
     Raises:
-        ScheduleError: it lies outside 0..1.
+        ScheduleError: the damping is outside 0..1.
     """
 
     damping: float = 0.5
@@ -91,14 +91,14 @@ class Extrapolate(Forecast):
         return Coefficients(slope=self.damping * (call - last) / (last - before))
 
 
-class History:
-    """What the last two full calls of a generation left in a bound pair's buffers.
+class FeatureHistory:
+    """Features of the last two full calls of a generation.
 
-    Each full call costs one copy of its features, into the older of two buffers beside the engines'.
+    Each full call costs one copy of its features, into the older of two buffers beside the engines' own.
 
     Args:
-        forecast: says how to predict.
-        features: the names of those that shallow calls read.
+        forecast: gives the coefficients.
+        features: names of the features that shallow calls read.
     """
 
     def __init__(self, forecast: Forecast, features: Sequence[str]) -> None:
@@ -109,8 +109,8 @@ class History:
         self._calls: list[int] = []
         self._predicted: set[str] = set()
 
-    def keep(self, bound: BoundPair, call: int) -> None:
-        """A full call was enqueued: its features are in the buffers, or will be when whatever reads them runs."""
+    def record(self, bound: BoundPair, call: int) -> None:
+        """Copy the features of a full call that was enqueued; the copy runs on the device after the call."""
         if bound is not self._bound:  # other shapes
             self._bound, self._calls, self._latest, self._before = bound, [], {}, {}
         self._latest, self._before = self._before, self._latest
@@ -121,25 +121,25 @@ class History:
         self._predicted.clear()
 
     def predict(self, bound: BoundPair, call: int, features: Sequence[str] | None = None) -> None:
-        """Write the features of a shallow call that is about to be enqueued.
+        """Write the predicted features into the buffers of a shallow call that is about to be enqueued.
 
         Args:
-            features: those that it reads; None for all.
+            features: names of the features that the call reads; None for all.
         """
         last, before = self._calls[-1], self._calls[-2] if len(self._calls) > 1 else None
         for name in self._features if features is None else features:
             coefficients = self._forecast.at(name, call, last, before)
             if coefficients is not None:
-                before_it = self._before[name] if before is not None else self._latest[name]
-                write(bound.buffers[name], self._latest[name], before_it, coefficients)
+                earlier = self._before[name] if before is not None else self._latest[name]
+                write(bound.buffers[name], self._latest[name], earlier, coefficients)
                 self._predicted.add(name)
-            elif name in self._predicted:  # by an earlier shallow call, and this one reuses it
+            elif name in self._predicted:  # an earlier shallow call has overwritten the feature that this one reuses
                 bound.buffers[name].copy_(self._latest[name])
                 self._predicted.discard(name)
 
 
 def write(out: torch.Tensor, latest: torch.Tensor, before: torch.Tensor, coefficients: Coefficients) -> None:
-    """The prediction, into ``out``; all three tensors [batch, channels, height, width]."""
+    """Write the prediction into ``out``; all three tensors are [batch, channels, height, width]."""
     if coefficients.plain:
         slope = coefficients.slope
         assert isinstance(slope, float)

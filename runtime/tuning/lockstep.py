@@ -165,7 +165,7 @@ class StepBarrier:
         kernels = self.kernels.get(self._call - 1)
         change = None if kernels is None or inputs.seen is None else kernels.without(inputs.image)(inputs.seen)
         if inputs.seen is not None:
-            inputs.keep(change)
+            inputs.record(change)
         return output if change is None else output + change.to(output.dtype)
 
     def _fit(self) -> None:

@@ -318,7 +318,7 @@ def test_a_worker_of_a_bundle_owns_its_engines(tiny_bundle: Any, send: Send) -> 
     with Worker(tiny_bundle, engine="onnxruntime", threads=1, max_in_flight=2) as worker:
         send(worker, ask(0)).future.result()
     with pytest.raises(offcut.OffcutError, match="closed"):
-        worker.unet._opened()
+        worker.unet._open_pair()
 
 
 def test_wrong_arguments_are_refused(shared: Any, eager: Any) -> None:

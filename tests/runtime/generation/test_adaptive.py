@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_full_where_the_bound_is_passed_between_floor_and_cap(schedule: Adaptive
         return errors[call]
 
     generation = GenerationState(schedule, calls=CALLS)
-    generation.missed = missed
+    generation.drift = cast(Any, SimpleNamespace(predicted_error=missed))
     for _ in range(CALLS):
         assert generation.next_is_full == generation.next_is_full  # asked again, it is the same
         generation.end(generation.begin("A"))
@@ -87,7 +87,7 @@ def test_what_cannot_be_says_so() -> None:
 
 def test_a_failed_call_and_other_shapes_are_full_whatever_is_foretold() -> None:
     generation = GenerationState(Adaptive(0.5, warmup=1))
-    generation.missed = lambda call, last: 0.0
+    generation.drift = cast(Any, SimpleNamespace(predicted_error=lambda call, last: 0.0))
     generation.end(generation.begin("A"))
     assert not generation.begin("A")  # and it fails
     assert generation.begin("A")
@@ -95,10 +95,10 @@ def test_a_failed_call_and_other_shapes_are_full_whatever_is_foretold() -> None:
     assert generation.begin("B")
 
 
-def test_the_probe_says_what_its_formula_says() -> None:
+def test_the_drift_estimate_follows_its_formula() -> None:
     buffers = {"sample": torch.zeros(2, 4, 4, 4), "a": torch.zeros(2, 3, 8, 8), "b": torch.zeros(2, 2, 2, 2)}
     bound: Any = SimpleNamespace(buffers=buffers)
-    probe = FeatureDriftEstimator(("a", "b"))
+    estimator = FeatureDriftEstimator(("a", "b"))
     made = torch.Generator().manual_seed(0)
     drawn = []
     for call in range(5):
@@ -106,10 +106,10 @@ def test_the_probe_says_what_its_formula_says() -> None:
             buffer.copy_(torch.randn(buffer.shape, generator=made))
         drawn.append({name: buffer.flatten().clone() for name, buffer in buffers.items()})
         if call < 2:
-            probe.full(bound)
+            estimator.record_full(bound)
         else:
-            probe.shallow(bound, call)
-        assert (probe.missed(call + 1, 1) is None) == (call < 2)
+            estimator.record_shallow(bound, call)
+        assert (estimator.predicted_error(call + 1, 1) is None) == (call < 2)
 
     def moved(now: torch.Tensor, then: torch.Tensor) -> float:
         return float((now - then).norm() / now.norm())
@@ -117,11 +117,11 @@ def test_the_probe_says_what_its_formula_says() -> None:
     features = [torch.cat([each["a"], each["b"]]) for each in drawn]
     pace = moved(features[1], features[0]) / moved(drawn[1]["sample"], drawn[0]["sample"])
     expected = pace * moved(drawn[4]["sample"], drawn[1]["sample"]) * 4 / 3
-    assert probe.missed(5, 1) == pytest.approx(expected, rel=1e-5)
-    assert probe.missed(6, 1) is None  # of another call than the one before
-    probe.full(SimpleNamespace(buffers=buffers))  # type: ignore[arg-type]  # other shapes: nothing to compare with
-    probe.shallow(SimpleNamespace(buffers=buffers), 6)  # type: ignore[arg-type]
-    assert probe.missed(7, 5) is None
+    assert estimator.predicted_error(5, 1) == pytest.approx(expected, rel=1e-5)
+    assert estimator.predicted_error(6, 1) is None  # of another call than the one before
+    estimator.record_full(SimpleNamespace(buffers=buffers))  # type: ignore[arg-type]  # other shapes: nothing to compare with
+    estimator.record_shallow(SimpleNamespace(buffers=buffers), 6)  # type: ignore[arg-type]
+    assert estimator.predicted_error(7, 5) is None
 
 
 def run(unet: offcut.UNet, schedule: Any, seen: Callable[[], None] = lambda: None) -> list[torch.Tensor]:

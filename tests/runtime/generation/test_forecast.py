@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import offcut
 from offcut.engines.base import BoundPair
 from offcut.errors import ScheduleError
-from offcut.runtime.generation.forecast import Coefficients, Extrapolate, Forecast, History, write
+from offcut.runtime.generation.forecast import Coefficients, Extrapolate, FeatureHistory, Forecast, write
 
 FEATURE, CUT, CALLS = "deep_feature_0", "deepcache:0", 10
 
@@ -160,11 +160,11 @@ def test_full_calls_cost_one_copy_into_two_buffers() -> None:
             self.buffers = {FEATURE: torch.zeros(1, 2, 2, 2)}
 
     bound: BoundPair = Bound()  # type: ignore[assignment]
-    history = History(Extrapolate(1.0), [FEATURE])
+    history = FeatureHistory(Extrapolate(1.0), [FEATURE])
     places = []
     for call in range(4):
         bound.buffers[FEATURE].fill_(call)
-        history.keep(bound, call)
+        history.record(bound, call)
         places.append(history._latest[FEATURE].data_ptr())
     assert places[0] == places[2] != places[1] == places[3]
     history.predict(bound, 5)
