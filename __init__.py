@@ -1,9 +1,9 @@
 """offcut: DeepCache for compiled engines.
 
-A diffusion UNet is exported once and cut into a full graph and a shallow one; each becomes an engine, and a runtime
-alternates between them while the cached features stay in device memory.
+A diffusion UNet is exported once and cut into a full and a shallow graph. Each graph becomes an engine, and the runtime
+alternates between the two engines while the cached features stay in device memory.
 
-The names below are the public API. They are imported on first use, so that ``import offcut`` stays light.
+The names below are the public API. They are imported on first use, so that ``import offcut`` is fast.
 """
 
 from importlib import import_module
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .runtime.tuning.artifact import Tuned
     from .runtime.unet import UNet
 
-_WHERE = {
+_MODULES = {
     "Adaptive": "runtime.generation.schedule",
     "Bundle": "engines.bundle.bundle",
     "Calibration": "runtime.calibration",
@@ -68,9 +68,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

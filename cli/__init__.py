@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, print. Each command is one line in the table below."""
+"""The command line. A command parses its options, calls one function and prints; each is a line in the table below."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .shell import complain, out
 
 app = typer.Typer(
     name="offcut",
-    help="DeepCache for compiled engines: build a full and a shallow UNet graph, and run them in turn.",
+    help="DeepCache for compiled engines: build a full and a shallow UNet graph, and run them alternately.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -23,8 +23,8 @@ app = typer.Typer(
 )
 
 
-def _say_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         out.print(f"offcut {version('offcut')}", highlight=False)
@@ -34,7 +34,7 @@ def _say_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -62,7 +62,7 @@ app.add_typer(bench.app)
 
 
 def main() -> None:
-    """Entry point: a user's error is one sentence and exit code 1; a fault of offcut's own keeps its traceback."""
+    """Run the command line: a user's error is one sentence and exit code 1, a bug of offcut keeps its traceback."""
     try:
         app()
     except UserError as error:

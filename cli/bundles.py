@@ -221,7 +221,7 @@ def inspect(
 
     from ..runtime.generation.schedule import Uniform
     from ..runtime.images.request import ImageRequest
-    from ..runtime.images.timing import time_parts
+    from ..runtime.images.timing import time_components
     from ..runtime.pipeline import load
 
     quiet_libraries()
@@ -230,7 +230,7 @@ def inspect(
         pipe = load(opened, engine, device=device)
     request = ImageRequest(prompt, steps=steps, height=height, width=width)
     with bar(steps) as step:
-        parts = time_parts(pipe, request, Uniform(interval) if interval > 1 else None, on_step=step)
+        parts = time_components(pipe, request, Uniform(interval) if interval > 1 else None, on_step=step)
     if as_json:
         print_json({"path": str(opened.path), "digest": opened.digest, "parts": [asdict(part) for part in parts]})
         return

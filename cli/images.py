@@ -85,7 +85,7 @@ def run(
     """Generate an image or a video; with --compare also the uncached one, and the difference."""
     from ..engines.bundle.bundle import Bundle
 
-    opened = Bundle.open(bundle)  # before what takes seconds to import
+    opened = Bundle.open(bundle)  # first, so that a wrong path fails before imports that take seconds
     from ..errors import UserError
     from ..runtime.generation.forecast import Extrapolate
     from ..runtime.images.compare import generate_to_file
@@ -136,24 +136,26 @@ def run(
 
 
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The PNG to write.")] = Path("offcut-demo.png"),
-    bundle: Annotated[Path, typer.Option(help="Where the demo's bundle is kept.")] = Path("shapes.offcut"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file to write.")] = Path("offcut-demo.png"),
+    bundle: Annotated[Path, typer.Option(help="Directory of the demo's bundle; built there if absent.")] = Path(
+        "shapes.offcut"
+    ),
     engine: EngineName = "auto",
-    steps: Annotated[int, typer.Option(help="Of the scheduler.", min=4)] = 50,
+    steps: Annotated[int, typer.Option(help="Number of scheduler steps.", min=4)] = 50,
     as_json: Json = False,
 ) -> None:
-    """Build the small model that comes with offcut, and show it uncached, cached, and cached with a forecast."""
+    """Build the small model that comes with offcut, and compare it uncached, cached, and cached with a forecast."""
     from dataclasses import asdict
 
     from ..benchmarks.shapes.model import PROMPTS, model_path
     from ..engines.builder.build import build as run_build
-    from ..runtime.images.demo import WAYS
+    from ..runtime.images.demo import SETTINGS
     from ..runtime.images.demo import demo as run_demo
 
     with stages() as stage:
         opened = run_build(model_path(), bundle, engine=engine, progress=stage)
     pipe = _load(opened, engine)
-    with bar(len(PROMPTS) * (1 + len(WAYS)) * steps) as step:
+    with bar(len(PROMPTS) * (1 + len(SETTINGS)) * steps) as step:
         result = run_demo(pipe, PROMPTS, output, steps=steps, on_step=step)
     if as_json:
         print_json(asdict(result))
@@ -174,8 +176,8 @@ def demo(
         )
     out.print(table)
     out.print(
-        f"{len(result.prompts)} prompts, {result.steps} steps, {result.warmup} full calls to warm up, {result.engine}; "
-        "PSNR against the uncached image of the same seed. A model this small spends much of its time outside the UNet."
+        f"{len(result.prompts)} prompts, {result.steps} steps, {result.warmup} full warm-up calls, {result.engine}; "
+        "PSNR to the uncached image of the same seed. A model this small spends much of its time outside the UNet."
     )
     out.print(f"[bold]{result.picture}[/]")
 

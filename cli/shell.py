@@ -1,4 +1,4 @@
-"""What the commands share besides options: consoles, progress, parsing of texts, and printing."""
+"""Output of the commands: consoles, errors, progress and JSON; and parsers of option texts."""
 
 from __future__ import annotations
 
@@ -39,38 +39,39 @@ err = Console(stderr=True)
 
 
 def complain(error: Exception) -> None:
-    """Print an error; in ``pip install 'offcut[cpu]'`` the brackets are its own, not rich's."""
+    """Print an error; escaped, because the brackets in ``pip install 'offcut[cpu]'`` are not rich markup."""
     err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
 
 
-def loras_of(given: list[str] | None) -> dict[str | Path, float]:
-    """``FILE[:SCALE]`` as paths with scales."""
+def loras_of(texts: list[str] | None) -> dict[str | Path, float]:
+    """Return the scales of LoRA files by path, from texts ``FILE[:SCALE]``."""
     from ..exporter.lora import Scaled
 
-    return {each.path: each.scale for each in map(Scaled.parse, given or ())}
+    return {lora.path: lora.scale for lora in map(Scaled.parse, texts or ())}
 
 
 @contextmanager
 def stages() -> Iterator[Callable[[str], None]]:
-    """A spinner on standard error with the present stage; finished stages stay, with their seconds.
+    """Show the current stage with a spinner on standard error; finished stages remain, with their seconds.
 
-    A sentence that is indented is a detail of the present stage, and is gone with the next one.
+    Yields:
+        A function that begins a stage. An indented text is a detail of the current stage, shown until the next text.
     """
-    began: list[tuple[str, float]] = []
+    current: list[tuple[str, float]] = []  # the stage and the time when it began
 
     def finish() -> None:
-        if began:
-            stage, start = began.pop()
+        if current:
+            stage, start = current.pop()
             err.print(f"[green]✓[/] {stage} [dim]{time.perf_counter() - start:.1f} s[/]", highlight=False)
 
     with err.status("...") as status:
 
         def begin(stage: str) -> None:
-            if stage.startswith(" ") and began:
-                status.update(f"{began[0][0]}[dim]{stage}[/]")
+            if stage.startswith(" ") and current:
+                status.update(f"{current[0][0]}[dim]{stage}[/]")
                 return
             finish()
-            began.append((stage, time.perf_counter()))
+            current.append((stage, time.perf_counter()))
             status.update(stage)
 
         yield begin
@@ -79,6 +80,7 @@ def stages() -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def bar(total: int) -> Iterator[Callable[[], None]]:
+    """Show a progress bar of denoising steps; yields a function that counts a step."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("denoise"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -89,7 +91,11 @@ def bar(total: int) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def long_bar(total: int) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
-    """A bar over the UNet calls, with the time that is left; what is being done stands before it."""
+    """Show a progress bar of UNet calls with the remaining time.
+
+    Yields:
+        A function that counts calls, and one that sets the text before the bar.
+    """
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
@@ -102,7 +108,7 @@ def long_bar(total: int) -> Iterator[tuple[Callable[[int], None], Callable[[str]
 
 
 def dims_of(text: str | None) -> dict[str, int]:
-    """``"batch=2,height=64"`` as a dict."""
+    """Return the sizes of dimensions by name, from a text such as ``"batch=2,height=64"``."""
     dims = {}
     for part in (text or "").split(","):
         name, _, size = part.partition("=")
@@ -117,9 +123,10 @@ def dims_of(text: str | None) -> dict[str, int]:
 
 
 def settings_of(texts: list[str], engines: list[str]) -> dict[str, dict[str, Any]]:
-    """``["inductor.max_autotune=true"]`` by engine; the engine may be left out where only one is built.
+    """Return the settings of each engine, from texts such as ``"inductor.max_autotune=true"``.
 
-    A value is ``true``, ``false``, a number, several separated by commas, or text.
+    The engine may be left out where only one is built. A value is ``true``, ``false``, a number, a text, or several
+    texts separated by commas.
     """
     settings: dict[str, dict[str, Any]] = {}
     for text in texts:
@@ -143,12 +150,14 @@ def _value(text: str) -> Any:
 
 
 def print_contract(contract: dict[str, Any]) -> None:
+    """Print the inputs and outputs of a graph."""
     for direction, specs in contract.items():
         for spec in specs.values():
             out.print(f"  {direction[:-1]:6} {spec}", highlight=False, markup=False)
 
 
 def contract_json(contract: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs and outputs of a graph as JSON values."""
     return {
         direction: [{"name": spec.name, "dtype": spec.dtype, "shape": spec.shape} for spec in specs.values()]
         for direction, specs in contract.items()
@@ -156,4 +165,5 @@ def contract_json(contract: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_json(value: Any) -> None:
+    """Print a value as JSON on standard output."""
     sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")

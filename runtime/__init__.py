@@ -1,1 +1,1 @@
-"""Running a pair of engines: schedules, generations, the UNet stand-in, and whole pipelines."""
+"""Running a pair of engines: the UNet replacement, whole pipelines, generations, batching, tuning and serving."""

@@ -1,4 +1,4 @@
-"""The pairs that are bound to buffers now, by the shapes of their inputs."""
+"""Pairs of engines that are bound to buffers, by the shapes of their inputs."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ Shapes = tuple[tuple[str, Shape], ...]
 
 
 class BoundPairs(OrderedDict[Hashable, BoundPair]):
-    """Those of the shapes that were used last.
+    """Cache of the bound pairs whose shapes were used last.
 
     Args:
-        keep: how many; the one unused for longest is closed first.
+        keep: number of bound pairs to keep; the least recently used one is closed first.
     """
 
     def __init__(self, keep: int) -> None:
         super().__init__()
         self._keep = keep
 
-    def get_or_bind(self, pair: EnginePair, shapes: Mapping[str, Shape], apart: Hashable = None) -> BoundPair:
-        """The pair bound to buffers of these shapes: those of an earlier call, unless they are new.
+    def get_or_bind(self, pair: EnginePair, shapes: Mapping[str, Shape], key: Hashable = None) -> BoundPair:
+        """Return the pair bound to buffers of these shapes: that of an earlier call, or a new one.
 
         Args:
-            apart: what else must have been the same in the earlier call.
+            key: a further value that must be equal for buffers to be used again.
 
         Raises:
-            ShapeError: the shapes are outside what was built.
+            ShapeError: the engines were not built for these shapes.
         """
-        key: Hashable = tuple(shapes.items()) if apart is None else (apart, *shapes.items())
-        if key not in self:
+        entry: Hashable = tuple(shapes.items()) if key is None else (key, *shapes.items())
+        if entry not in self:
             while len(self) >= self._keep:
                 self.popitem(last=False)[1].close()
-            with torch.inference_mode(False):  # else nobody outside inference mode could write to the buffers
-                self[key] = pair.prepare(shapes)
-        self.move_to_end(key)
-        return self[key]
+            with torch.inference_mode(False):  # else code outside inference mode could not write to the buffers
+                self[entry] = pair.prepare(shapes)
+        self.move_to_end(entry)
+        return self[entry]
 
     def close(self) -> None:
-        """Close them all."""
+        """Close all bound pairs."""
         while self:
             self.popitem()[1].close()

@@ -1,7 +1,7 @@
-"""``Calibration``: what a graph in low precision is calibrated on, the inputs that it will really see.
+"""``Calibration``: the images on whose UNet inputs a graph in low precision is calibrated.
 
-With caching the shallow graph works on features of an earlier step, and the latents drift from those of an uncached
-run. So the pipeline itself is run, its UNet in the place where the bundle's will be, with a cached schedule.
+With caching the shallow graph reads features of an earlier step, and the latents drift from those of an uncached run.
+So the calibration runs the pipeline itself, with the graphs in place of its UNet and a cached schedule.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Images to denoise while the tensors of the UNet are watched, and how the graph is rounded after that.
+    """Images to denoise while the UNet's tensors are observed, and the choice of what is rounded from the observations.
 
     Attributes:
-        prompts: drawn in turn; none for the model's own, see ``prompts.prompts_for``.
-        samples: images; each goes through the next cut of the bundle.
-        steps: of the scheduler, for each image.
-        interval, warmup: of the cached schedule, ``Uniform(interval, warmup=warmup)``.
-        guidance: scale, for pipelines that take it.
+        prompts: prompts, used in turn; empty for the model's own, see ``prompts.prompts_for``.
+        samples: number of images; each one uses the next cut of the bundle.
+        steps: number of scheduler steps for each image.
+        interval, warmup: parameters of the cached schedule, ``Uniform(interval, warmup=warmup)``.
+        guidance: guidance scale, for pipelines that take one.
         size: the image's height and width in pixels; None is the model's own.
-        seed: of the initial noise.
-        method: how ranges are chosen from what was seen: ``minmax``, ``percentile`` or ``mse``.
-        keep: patterns of layers that are not rounded, as ``"mid_block*"``, beside those that never are.
-        sensitive: layers whose own signal-to-quantisation-noise ratio lies more than so many dB below the median
-            layer's are not rounded either.
+        seed: seed of the first image's noise.
+        method: method that chooses the ranges from the observations: ``minmax``, ``percentile`` or ``mse``.
+        keep: patterns of layers that are not rounded, e.g. ``"mid_block*"``, besides those that never are.
+        sensitive: limit in dB; a layer whose signal-to-quantisation-noise ratio is more than this below the median
+            layer's is not rounded either.
 
     Raises:
-        UserError: a number is out of its range.
+        UserError: a number is out of its range, or the method is unknown.
     """
 
     prompts: tuple[str, ...] = ()
@@ -70,20 +70,20 @@ class Calibration:
             raise UserError(f"there is no method {self.method!r} to choose ranges: choose {', '.join(METHODS)}")
 
     def record(self, source: ModelSource) -> dict[str, str | int | float | bool | tuple[str, ...] | None]:
-        """What decides which inputs are seen; of the prompts their SHA-256, one a line."""
+        """Return the values that decide which inputs are observed; for the prompts the SHA-256 of their lines."""
         names = ("samples", "steps", "interval", "warmup", "guidance", "size", "seed", "keep")
         digest = hashlib.sha256("\n".join(self._prompts(source)).encode()).hexdigest()
         return {"prompts_sha256": digest, **{name: getattr(self, name) for name in names}}
 
     def run(self, pair: EnginePair, source: ModelSource, progress: Progress) -> None:
-        """Denoise with this pair as the UNet; see ``engines.builder.request.Calibrator``."""
+        """Denoise with this pair of engines as the UNet; see ``engines.builder.request.Calibrator``."""
         from .unet import UNet
 
         unet = UNet(pair, source.config, attention=source.attention)
-        unet.advise = False  # nobody saves time here
+        unet.advise = False  # caching serves the calibration here, not speed
         pipe = _text_to_image(source, unet)
         if pipe is None:
-            progress("calibrate on latents denoised from noise, with random conditioning: there is no pipeline")
+            progress("calibrate on latents denoised from noise, with random conditioning, for lack of a pipeline")
         prompts = self._prompts(source)
         for sample in range(self.samples):
             cut = unet.cuts[sample % len(unet.cuts)]
@@ -92,12 +92,12 @@ class Calibration:
             if pipe is None:
                 self._denoise_noise(unet, pair, source, sample)
             else:
-                self._draw(pipe, prompts[sample % len(prompts)], self.seed + sample)
+                self._generate(pipe, prompts[sample % len(prompts)], self.seed + sample)
 
     def _prompts(self, source: ModelSource) -> tuple[str, ...]:
         return self.prompts or prompts_for(source.root, None)
 
-    def _draw(self, pipe: Any, prompt: str, seed: int) -> None:
+    def _generate(self, pipe: Any, prompt: str, seed: int) -> None:
         generate_from_prompt(
             pipe, prompt, steps=self.steps, guidance=self.guidance, seed=seed, size=self.size, output="latent"
         )
@@ -113,16 +113,16 @@ class Calibration:
         channels = next(iter(pair.outputs.values())).shape[1]
         with torch.no_grad(), unet.generation(calls=self.steps):
             for timestep in scheduler.timesteps:
-                # The noise predicted may have fewer channels than the input (inpainting), or more (its variance).
-                given = scheduler.scale_model_input(latents, timestep)
-                noise = unet(given, timestep, **others).sample
+                # The predicted noise may have fewer channels than the input (inpainting), or more (its variance).
+                sample_in = scheduler.scale_model_input(latents, timestep)
+                noise = unet(sample_in, timestep, **others).sample
                 assert isinstance(channels, int)
                 width = min(channels, latents.shape[1])
-                drawn = scheduler.step(noise[:, :width].float(), timestep, latents[:, :width].float()).prev_sample
-                latents = torch.cat([drawn.to(latents.dtype), latents[:, width:]], dim=1)
+                stepped = scheduler.step(noise[:, :width].float(), timestep, latents[:, :width].float()).prev_sample
+                latents = torch.cat([stepped.to(latents.dtype), latents[:, width:]], dim=1)
 
     def _dims(self, source: ModelSource) -> dict[str, int]:
-        """Two latents of the size that the model was trained on, unless the export fixes another."""
+        """Return the dimensions of two latents of the size that the model was trained on."""
         from ..engines.profiles import VAE_SCALE, trained_side
 
         multiple = downsampling(source.config)
@@ -132,11 +132,11 @@ class Calibration:
 
 
 def _text_to_image(source: ModelSource, unet: UNet) -> DiffusionPipeline | None:
-    """The model's pipeline around this UNet, if it draws from a prompt alone."""
+    """Return the model's pipeline around this UNet if it is a text-to-image pipeline, else None."""
     import diffusers
     import transformers
 
-    from .pipeline import _dtype, _expecting_stand_ins, attach
+    from .pipeline import attach, dtype_argument, without_type_warnings
 
     if not source.is_pipeline:
         return None
@@ -148,16 +148,16 @@ def _text_to_image(source: ModelSource, unet: UNet) -> DiffusionPipeline | None:
         part: load_component(transformers, folder, index[part][1], "fp32", source.variant).to(unet.dtype)
         for part, folder in source.parts.items()
     }
-    with _expecting_stand_ins():
+    with without_type_warnings():
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            source.root, unet=unet, **fused, local_files_only=True, variant=source.variant, **_dtype(unet.dtype)
+            source.root, unet=unet, **fused, local_files_only=True, variant=source.variant, **dtype_argument(unet.dtype)
         )
     pipe.set_progress_bar_config(disable=True)
     return attach(pipe, unet)
 
 
 def _ddim(source: ModelSource) -> Any:
-    """DDIM with the noise schedule of the model's own scheduler, where it has one."""
+    """Return DDIM with the noise schedule of the model's own scheduler, or with that of Stable Diffusion."""
     from diffusers import DDIMScheduler
 
     folder = source.root / "scheduler"

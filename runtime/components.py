@@ -1,7 +1,7 @@
-"""Text encoders and autoencoders whose networks run in engines, in the places of transformers' and diffusers' own.
+"""Text encoders and autoencoders whose networks run in engines, in place of transformers' and diffusers' own.
 
-They are of the classes that pipelines look for, without any of their layers: tokenizing, scaling, tiling and slicing
-stay diffusers' own code.
+Their classes are those that pipelines expect, without the layers: tokenizing, scaling, tiling and slicing remain
+diffusers' own code.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from .bound import BoundPairs
 if TYPE_CHECKING:
     from ..engines.bundle.bundle import Bundle
 
-_BOUND = 4  # sets of shapes that buffers are kept for: an image's, and tiles at its edges
+_BOUND_SHAPES = 4  # sets of shapes for which buffers are kept: a whole image, and tiles at its edges
 
 
 class Network(torch.nn.Module):
-    """A graph in an engine as a module: tensors in, fresh tensors out, in the dtype of what goes in.
+    """A graph in an engine as a module: takes tensors, and returns new tensors in the dtype of the input.
 
     Args:
-        pair: opened without shallow graphs; closed with this.
+        pair: engines opened without shallow graphs; this module closes them.
     """
 
     def __init__(self, pair: EnginePair) -> None:
         super().__init__()
         self._pair: EnginePair | None = pair
-        self._bound = BoundPairs(_BOUND)
+        self._bound = BoundPairs(_BOUND_SHAPES)
         self.engine = pair.name
         self.device = pair.device
         self.dtype = next(iter(pair.outputs.values())).torch_dtype()
 
     def run(self, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Every output by name.
+        """Run the graph, and return every output by name.
 
         Raises:
-            ShapeError: the graph takes no such shapes.
-            UserError: it was closed.
+            ShapeError: the graph was not built for these shapes.
+            UserError: the network was closed.
         """
         if self._pair is None:
             raise UserError("this pipeline's engines were closed: load it again with offcut.load")
@@ -57,11 +57,11 @@ class Network(torch.nn.Module):
             return {name: bound.buffers[name].clone() for name in self._pair.outputs}
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        (answer,) = self.run(tensor).values()
-        return answer.to(tensor.dtype)
+        (output,) = self.run(tensor).values()
+        return output.to(tensor.dtype)
 
     def close(self) -> None:
-        """Give back the engine and its memory."""
+        """Close the engine and free its memory."""
         self._bound.close()
         if self._pair is not None:
             self._pair.close()
@@ -69,7 +69,7 @@ class Network(torch.nn.Module):
 
 
 class EngineComponent:
-    """What a model says of itself whose layers are in engines."""
+    """Device, dtype and ``to`` of a model whose layers are in an engine."""
 
     network: Network
 
@@ -82,48 +82,48 @@ class EngineComponent:
         return self.network.dtype
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """It stays where its engine is, in the precision of its graph; callers' tensors are converted."""
+        """Do nothing: the engine keeps its device and precision, and converts the callers' tensors."""
         return self
 
 
 class _TextEncoder(EngineComponent):
-    """The methods of a CLIP text encoder; mixed into transformers' class, which pipelines ask for."""
+    """Methods of a CLIP text encoder, mixed into transformers' class, which pipelines expect."""
 
     config: Any
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **asked: Any) -> Any:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any) -> Any:
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             raise UserError("this text encoder was compiled without an attention mask: leave the mask out")
         from transformers.modeling_outputs import BaseModelOutputWithPooling
         from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
-        answers = self.network.run(input_ids)
-        hidden = tuple(value for name, value in answers.items() if name.startswith("hidden_states_"))
-        shared: dict[str, Any] = {"last_hidden_state": answers["last_hidden_state"]}
-        if asked.get("output_hidden_states"):
+        outputs = self.network.run(input_ids)
+        hidden = tuple(value for name, value in outputs.items() if name.startswith("hidden_states_"))
+        shared: dict[str, Any] = {"last_hidden_state": outputs["last_hidden_state"]}
+        if options.get("output_hidden_states"):
             shared["hidden_states"] = hidden
         output = (
-            CLIPTextModelOutput(text_embeds=answers["text_embeds"], **shared)
-            if "text_embeds" in answers
-            else BaseModelOutputWithPooling(pooler_output=answers["pooler_output"], **shared)
+            CLIPTextModelOutput(text_embeds=outputs["text_embeds"], **shared)
+            if "text_embeds" in outputs
+            else BaseModelOutputWithPooling(pooler_output=outputs["pooler_output"], **shared)
         )
-        return output if asked.get("return_dict", True) is not False else output.to_tuple()
+        return output if options.get("return_dict", True) is not False else output.to_tuple()
 
 
 class _Autoencoder(EngineComponent, AutoencoderKL):  # type: ignore[misc]  # diffusers is untyped
-    """diffusers' autoencoder around two graphs; each has its quantising convolution in it."""
+    """diffusers' autoencoder around two graphs, each of which includes its quantising convolution."""
 
-    def _set(self, encoder: Network, decoder: Network) -> None:
+    def use_networks(self, encoder: Network, decoder: Network) -> None:
         self.network = decoder
         self.encoder, self.decoder = encoder, decoder
         self.quant_conv, self.post_quant_conv = torch.nn.Identity(), torch.nn.Identity()
 
 
 def open_components(bundle: Bundle, engine: str, precision: str, options: EngineOptions) -> dict[str, torch.nn.Module]:
-    """The bundle's compiled text encoders and autoencoder by the names that the pipeline has for them.
+    """Open a bundle's compiled text encoders and autoencoder; return them by their names in the pipeline.
 
     Args:
-        engine, precision: of the UNet that they will stand beside.
+        engine, precision: engine and precision of the pipeline's UNet.
     """
     entries = components_of(bundle, precision)
     opener = engine_for(bundle, engine, entries.values())
@@ -131,18 +131,18 @@ def open_components(bundle: Bundle, engine: str, precision: str, options: Engine
     try:
         for name, entry in entries.items():
             networks[name] = Network(open_component(bundle, entry, opener, options))
-        made: dict[str, torch.nn.Module] = {
+        components: dict[str, torch.nn.Module] = {
             name: _text_encoder(bundle.path / name, networks[name], bundle.path / str(entry.norm))
             for name, entry in entries.items()
             if entry.norm
         }
         if "vae_decoder" in networks:
-            made["vae"] = _autoencoder(bundle.path / "vae", networks["vae_encoder"], networks["vae_decoder"])
+            components["vae"] = _autoencoder(bundle.path / "vae", networks["vae_encoder"], networks["vae_decoder"])
     except BaseException:
         for network in networks.values():
             network.close()
         raise
-    return made
+    return components
 
 
 def _text_encoder(folder: Path, network: Network, norm: Path) -> torch.nn.Module:
@@ -151,31 +151,31 @@ def _text_encoder(folder: Path, network: Network, norm: Path) -> torch.nn.Module
 
     config = transformers.CLIPTextConfig.from_pretrained(folder)
     base = getattr(transformers, (config.architectures or ["CLIPTextModel"])[0])
-    made: Any = _without_layers(type(base.__name__, (_TextEncoder, base), {"__module__": __name__}))
-    made.config = config
-    made.network = network
+    model: Any = _without_layers(type(base.__name__, (_TextEncoder, base), {"__module__": __name__}))
+    model.config = config
+    model.network = network
     # Pipelines that skip CLIP's last layers apply its final norm themselves.
     weights: Mapping[str, torch.Tensor] = load_file(norm)
     layer = torch.nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, device=network.device)
     layer.load_state_dict(dict(weights))
     layer.requires_grad_(False)
-    made.final_layer_norm = layer
-    made.text_model = torch.nn.Module()
-    made.text_model.final_layer_norm = layer
-    result: torch.nn.Module = made.eval()
+    model.final_layer_norm = layer
+    model.text_model = torch.nn.Module()
+    model.text_model.final_layer_norm = layer
+    result: torch.nn.Module = model.eval()
     return result
 
 
 def _autoencoder(folder: Path, encoder: Network, decoder: Network) -> torch.nn.Module:
     config = AutoencoderKL.load_config(folder)
     with torch.device("meta"):
-        made: Any = _Autoencoder.from_config(config)
-    made._set(encoder, decoder)
-    result: torch.nn.Module = made.eval()
+        model: Any = _Autoencoder.from_config(config)
+    model.use_networks(encoder, decoder)
+    result: torch.nn.Module = model.eval()
     return result
 
 
 def _without_layers(kind: Any) -> Any:
-    made = kind.__new__(kind)
-    torch.nn.Module.__init__(made)
-    return made
+    model = kind.__new__(kind)
+    torch.nn.Module.__init__(model)
+    return model

@@ -1,8 +1,8 @@
-"""ControlNets beside a cached UNet: on a shallow call their residuals may be the last full call's.
+"""Reuse of a ControlNet's feature maps: on a shallow call of the UNet, those of the last full call are returned again.
 
 A shallow call reads only the outermost of a ControlNet's feature maps, yet the pipeline runs the whole ControlNet for
-it, which takes about half as long as a full UNet. Reusing the feature maps saves that. It costs image quality, as
-caching does, and is off unless asked for.
+it, which takes about half as long as a full UNet. Reusing the feature maps saves that time. The reuse costs image
+quality, as caching does, and is off by default.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from .base_unet import BaseUNet
 
 
-def reuse(pipe: Any, unet: BaseUNet) -> None:
-    """Let each of a pipeline's ControlNets answer shallow calls with what it gave at the last full one.
+def reuse_controlnets(pipe: Any, unet: BaseUNet) -> None:
+    """Let each of a pipeline's ControlNets return its output of the last full call on shallow calls.
 
-    The ControlNets are changed in place: each becomes of a subclass of its class. A ControlNet whose scale has changed
+    The ControlNets are changed in place: the class of each becomes a subclass. A ControlNet whose scale has changed
     since (``control_guidance_start`` and ``_end``) is run again.
 
     Raises:
@@ -29,40 +29,42 @@ def reuse(pipe: Any, unet: BaseUNet) -> None:
     """
     controlnet = getattr(pipe, "controlnet", None)
     if controlnet is None:
-        raise UserError(f"{type(pipe).__name__} has no ControlNet whose feature maps could be reused: leave that out")
+        raise UserError(
+            f"{type(pipe).__name__} has no ControlNet whose feature maps could be reused: leave reuse_controlnet out"
+        )
     for net in getattr(controlnet, "nets", [controlnet]):
-        net.__class__ = override_method(type(net), _Reusing, "forward", "forward_or_reuse")  # type: ignore[arg-type]  # types are hashable
+        net.__class__ = override_method(type(net), _ReusingControlNet, "forward", "forward_or_reuse")  # type: ignore[arg-type]  # types are hashable
         net.__dict__["_offcut_unet"] = weakref.ref(unet)
-        net.__dict__["_offcut_kept"] = None
+        net.__dict__["_offcut_last"] = None
 
 
-class _Reusing:
-    """What ``reuse`` adds to a ControlNet's class."""
+class _ReusingControlNet:
+    """Method that ``reuse_controlnets`` adds to a ControlNet's class."""
 
     _offcut_unet: weakref.ref[BaseUNet]
-    _offcut_kept: tuple[Hashable, Any] | None
+    _offcut_last: tuple[Hashable, Any] | None
 
     def forward_or_reuse(self, *args: Any, **kwargs: Any) -> Any:
         unet = self._offcut_unet()
-        asked = _question(args, kwargs)
-        kept = self._offcut_kept
-        if unet is not None and kept is not None and kept[0] == asked and not unet.next_is_full:
-            return _copied(kept[1])
-        given = super().forward(*args, **kwargs)  # type: ignore[misc]
-        self._offcut_kept = (asked, _copied(given))
-        return given
+        key = _call_key(args, kwargs)
+        last = self._offcut_last
+        if unet is not None and last is not None and last[0] == key and not unet.next_is_full:
+            return _copy_of(last[1])
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        self._offcut_last = (key, _copy_of(output))
+        return output
 
 
-def _copied(given: Any) -> Any:
-    """The same answer, its mid block's map in memory of its own: with several ControlNets diffusers adds to it."""
-    if isinstance(given, tuple):
-        down, middle = given
+def _copy_of(output: Any) -> Any:
+    """Return the output with the mid block's map in memory of its own: several ControlNets make diffusers add to it."""
+    if isinstance(output, tuple):
+        down, middle = output
         return list(down), middle.clone()
-    return type(given)(given.down_block_res_samples, given.mid_block_res_sample.clone())
+    return type(output)(output.down_block_res_samples, output.mid_block_res_sample.clone())
 
 
-def _question(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
-    """What must be alike for an answer to serve again: shapes, and all that is no tensor; the timestep differs."""
+def _call_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+    """Return what must be equal for an output to be used again: shapes and plain values, but not the timestep."""
     shapes = tuple(tuple(value.shape) for value in (*args, *kwargs.values()) if hasattr(value, "shape"))
     plain = {name: value for name, value in kwargs.items() if isinstance(value, (bool, int, float, str))}
     return (shapes, *sorted(plain.items()))

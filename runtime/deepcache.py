@@ -1,4 +1,4 @@
-"""DeepCache's plug-in interface, for moving over: the same three methods, on top of ``UNet.set_schedule``."""
+"""DeepCache's plug-in interface, for code that was written for DeepCache: three methods over ``UNet.set_schedule``."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from .unet import UNet
 
 
 class DeepCacheSDHelper:
-    """Takes the place of ``DeepCache.DeepCacheSDHelper`` (PyPI ``DeepCache``) for a pipeline with an ``offcut.UNet``.
+    """Replacement for ``DeepCache.DeepCacheSDHelper`` (PyPI ``DeepCache``), for a pipeline with an ``offcut.UNet``.
 
         helper = offcut.DeepCacheSDHelper(pipe=pipe)
         helper.set_params(cache_interval=3, cache_branch_id=0)
         helper.enable()
 
-    A branch ``k`` is the cut ``deepcache:k``, which the bundle must have been built with. Two faults are not copied:
-    calls are counted rather than looked up by their timestep (with Heun, DeepCache refreshes its cache only once), and
-    every generation begins with a full call (DeepCache can start an img2img run on another image's features).
+    A branch ``k`` is the cut ``deepcache:k``, which the bundle must have been built with. Two faults of
+    DeepCache are not copied: calls are counted rather than looked up by their timestep (with Heun, DeepCache refreshes
+    its cache only once), and every generation begins with a full call (DeepCache can start an img2img run on another
+    image's features).
 
     Raises:
         UserError: the pipeline's UNet is not an ``offcut.UNet``.
@@ -33,11 +34,11 @@ class DeepCacheSDHelper:
             _unet_of(pipe)
 
     def set_params(self, cache_interval: int = 1, cache_branch_id: int = 0, skip_mode: str = "uniform") -> None:
-        """Make every ``cache_interval``-th call full and cache branch ``cache_branch_id``; at once, if enabled.
+        """Make every ``cache_interval``-th call full, and cache branch ``cache_branch_id``; takes effect once enabled.
 
         Raises:
-            ScheduleError: another ``skip_mode`` than ``"uniform"``, or an interval below 1.
-            CutError: enabled, and the UNet has no such branch.
+            ScheduleError: ``skip_mode`` is not ``"uniform"``, or the interval is below 1.
+            CutError: caching is enabled, and the UNet was built without this branch.
         """
         if skip_mode != "uniform":
             raise ScheduleError(
@@ -53,7 +54,7 @@ class DeepCacheSDHelper:
         """Cache from the next generation on.
 
         Raises:
-            CutError: the UNet has no such branch.
+            CutError: the UNet was built without this branch.
             UserError: there is no pipeline, or its UNet is not an ``offcut.UNet``.
         """
         self.pipe = pipe if pipe is not None else self.pipe
@@ -61,7 +62,7 @@ class DeepCacheSDHelper:
         self._enabled = True
 
     def disable(self) -> None:
-        """Every call full again.
+        """Make every call full again.
 
         Raises:
             UserError: as in ``enable``.

@@ -1,4 +1,4 @@
-"""From what a pipeline passes to a UNet's ``forward`` to what an engine reads."""
+"""Conversion of the arguments of a UNet's ``forward`` to the inputs of an engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _REMEDIES = {
 def refuse_unsupported(
     sample: torch.Tensor, cross_attention_kwargs: Mapping[str, Any] | None, **arguments: object
 ) -> None:
-    """Raise a ``UserError`` for an argument that no engine reads, rather than make an image without it."""
+    """Raise a ``UserError`` for an argument that engines have no input for; ignoring it would change the image."""
     for name, value in arguments.items():
         if value is not None:
             raise UserError(f"the pipeline passes {name}, which compiled engines have no input for: {_REMEDIES[name]}")
@@ -42,21 +42,21 @@ def refuse_unsupported(
 def conditioning_by_name(
     positions: tuple[str, str], third: torch.Tensor | None, fourth: torch.Tensor | None
 ) -> dict[str, Any]:
-    """The third and fourth argument of ``forward`` under the names that the UNet's own class has for them."""
+    """Return the third and fourth argument of ``forward`` by the names that the UNet's own class gives them."""
     return {name: tensor for name, tensor in zip(positions, (third, fourth), strict=True) if tensor is not None}
 
 
 def engine_inputs(
-    given: Mapping[str, Any], specs: Mapping[str, TensorSpec], device: torch.device
+    arguments: Mapping[str, Any], specs: Mapping[str, TensorSpec], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The tensors among these arguments, in the order of the engine's inputs, without the timestep.
+    """Return the tensors among these arguments, in the order of the engine's inputs, without the timestep.
 
     Residuals of a ControlNet or T2I-Adapter may be left out.
 
     Raises:
-        UserError: an input is missing, unknown to the engine, no tensor, or on another device.
+        UserError: an input is missing, unknown to the engine, not a tensor, or on another device.
     """
-    tensors = {name: value for name, value in given.items() if value is not None}
+    tensors = {name: value for name, value in arguments.items() if value is not None}
     for name, value in tensors.items():
         if name not in specs:
             remedy = _REMEDIES.get(argument_of(name) or name, "it was built for another kind of model")
@@ -76,18 +76,18 @@ def engine_inputs(
 
 
 def same_device(one: torch.device, other: torch.device) -> bool:
-    """Whether these are one device; without an index the first is meant."""
+    """Return whether two devices are the same; a device without an index is the first one."""
     return one.type == other.type and (one.index or 0) == (other.index or 0)
 
 
 def timestep_shape(specs: Mapping[str, TensorSpec], batch: int) -> tuple[int, ...]:
-    """The shape of the engine's timestep: [batch] in offcut's own exports, [1] or [] in some others."""
+    """Return the shape of the engine's timestep: [batch] in offcut's own exports, [1] or [] in some others."""
     symbol = specs["sample"].shape[0]
     return tuple(dim if isinstance(dim, int) else batch if dim == symbol else 1 for dim in specs["timestep"].shape)
 
 
 def timestep_value(timestep: torch.Tensor | float) -> float:
-    """The timestep as a number; on a GPU this waits for the device."""
+    """Return the timestep as a number; on a GPU this waits for the device."""
     return float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
 
 
@@ -98,15 +98,15 @@ def _is_fractional(timestep: torch.Tensor | float) -> bool:
 
 
 def write_timestep(buffer: torch.Tensor, timestep: torch.Tensor | float) -> None:
-    """Write a timestep into the engine's buffer, broadcast and cast as that one needs.
+    """Write a timestep into the engine's buffer, broadcast and cast to the buffer's shape and dtype.
 
     Args:
         buffer: [batch], [1] or [], float or integer.
         timestep: a number, or a tensor [], [1] or [batch] on any device.
 
     Raises:
-        ShapeError: another number of timesteps than the engine takes.
-        UserError: a fractional timestep, and an engine that takes integers.
+        ShapeError: the number of timesteps is not the engine's.
+        UserError: the timestep is fractional, and the engine takes integers.
     """
     if not buffer.is_floating_point() and _is_fractional(timestep):
         raise UserError(

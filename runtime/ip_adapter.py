@@ -1,4 +1,4 @@
-"""The IP-Adapters of a compiled UNet, as diffusers' pipelines look for them: kinds, layers, scales."""
+"""The interface through which diffusers' pipelines use a compiled UNet's IP-Adapters: kinds, layers, scales."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Config = Mapping[str, Any]
 
 
 class BuiltInIPAdapters:
-    """What a pipeline finds of the IP-Adapters that are built into a UNet's engines.
+    """IP-Adapters that are built into a UNet's engines, as a diffusers pipeline sees them.
 
-    ``pipe.set_ip_adapter_scale`` writes into ``processors``, which are diffusers' own in form, with no weights that
-    matter; ``inputs`` gives the engines those scales.
+    ``pipe.set_ip_adapter_scale`` writes into ``processors``, which have diffusers' classes and unused weights;
+    ``inputs`` passes those scales to the engines.
 
     Args:
-        config: the UNet's.
-        device, dtype: of the engines' inputs.
+        config: the UNet's config.
+        device, dtype: device and dtype of the engines' inputs.
     """
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype) -> None:
@@ -35,39 +35,39 @@ class BuiltInIPAdapters:
             name: IPAdapterAttnProcessor2_0(1, 1, num_tokens=[1] * len(scales), scale=list(scales))
             for name in config[LAYERS_KEY]
         }
-        # Pipelines pass an image's pooled embedding where the projection is an ImageProjection, else its tokens'.
+        # Pipelines pass an image's pooled embedding if the projection is an ImageProjection, else its token embeddings.
         kinds = [ImageProjection(1, 1, 1) if adapter["pooled"] else torch.nn.Identity() for adapter in adapters]
         self.projections = SimpleNamespace(image_projection_layers=kinds, num_ip_adapters=len(kinds))
         self._written: tuple[tuple[float, ...], ...] | None = None
         self._scale = torch.empty(0)
 
     def inputs(self, added_cond_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The engines' inputs for what a pipeline passes in ``added_cond_kwargs``, and the scales.
+        """Return the engines' inputs for a pipeline's ``added_cond_kwargs``, and the scales.
 
         Raises:
-            UserError: no images, another number of them, or scales that differ from image to image.
+            UserError: there are no images, not one for each IP-Adapter, or scales that differ from image to image.
         """
-        given = added_cond_kwargs.get(IMAGE_EMBEDS)
+        image_embeds = added_cond_kwargs.get(IMAGE_EMBEDS)
         count = len(self.projections.image_projection_layers)
-        if given is None:
+        if image_embeds is None:
             raise UserError(
                 "this UNet has IP-Adapters built in, and the pipeline passes no image: give ip_adapter_image or "
                 "ip_adapter_image_embeds, or use a bundle without"
             )
-        if not isinstance(given, (list, tuple)) or len(given) != count:
-            raise UserError(f"this UNet has {count} IP-Adapters: give ip_adapter_image_embeds as a list of so many")
-        embeds = {f"{IMAGE_EMBEDS}_{index}": tensor for index, tensor in enumerate(given)}
+        if not isinstance(image_embeds, (list, tuple)) or len(image_embeds) != count:
+            raise UserError(f"this UNet has {count} IP-Adapters: give ip_adapter_image_embeds as a list of {count}")
+        embeds = {f"{IMAGE_EMBEDS}_{index}": tensor for index, tensor in enumerate(image_embeds)}
         return {**embeds, SCALE: self._scales()}
 
     def adopt(self, processors: Mapping[str, Any]) -> None:
-        """Take over the scales of the eager UNet that these engines replace."""
+        """Copy the scales of the eager UNet that these engines replace."""
         for name, processor in self.processors.items():
             theirs = getattr(processors.get(name), "scale", None)
             if isinstance(theirs, list) and len(theirs) == len(processor.scale):
                 processor.scale = list(theirs)
 
     def blocks(self, config: Config) -> dict[str, list[SimpleNamespace]]:
-        """Which blocks have attention, for scales by block."""
+        """Return the blocks, which have ``attentions`` where they have attention layers; for scales by block."""
         kinds = {"down_blocks": config["down_block_types"], "up_blocks": config["up_block_types"]}
         return {
             side: [SimpleNamespace(attentions=()) if "CrossAttn" in kind else SimpleNamespace() for kind in types]

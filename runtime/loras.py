@@ -1,6 +1,6 @@
-"""LoRAs on an open UNet: other weights for all its graphs, without another bundle.
+"""LoRAs on an open UNet: new weights for all its graphs, without another bundle.
 
-New weights are computed from the built ones each time, so a LoRA that was taken off leaves no trace.
+New weights are computed from the built weights each time, so a LoRA that was unloaded leaves no trace.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 class LoraMethods(ABC):
-    """The methods of a ``UNet`` that add LoRAs to its weights, by offcut's names and by diffusers'.
+    """Methods of a ``UNet`` that add LoRAs to its weights, under offcut's names and under diffusers'.
 
-    ``pipe.load_lora_weights`` ends here for the UNet's layers; diffusers itself takes those of the text encoders.
+    ``pipe.load_lora_weights`` calls these methods for the UNet's layers; diffusers itself changes the text encoders.
     """
 
     config: Any
@@ -36,62 +36,62 @@ class LoraMethods(ABC):
 
     @abstractmethod
     def _refit(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Give all graphs these weights, by PyTorch's parameter name; the others are as built."""
+        """Give all graphs these weights, by PyTorch's parameter name; the other weights are those of the build."""
 
     @property
     def loras(self) -> dict[str, float]:
-        """The LoRAs that are on, by name, with their scales, in the order in which they came."""
+        """Scales of the loaded LoRAs by name, in the order of loading."""
         return {name: scale for name, (_, scale) in self._loras.items()}
 
     def load_lora(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
-        """Add a LoRA to the weights of all graphs, beside those that are on already.
+        """Add a LoRA to the weights of all graphs, besides the LoRAs that are loaded already.
 
-        This opens the engines again with other weights, while the old ones are still there: it takes seconds, and the
-        memory of both. Layers of a text encoder are left out, with a warning that says so: ``pipe.load_lora_weights``
-        takes both kinds.
+        The engines are opened again with new weights while the old engines still exist: this takes seconds, and the
+        memory of both. Layers of a text encoder are left out, with a warning: ``pipe.load_lora_weights`` loads both
+        kinds.
 
         Args:
-            path: a safetensors file of kohya, diffusers or PEFT, or a directory that one of the latter two wrote.
-            scale: how much of it.
-            name: to call it by; the file's by default. One of this name that is on is replaced.
+            path: a safetensors file of kohya, diffusers or PEFT, or a directory that diffusers or PEFT wrote.
+            scale: factor of the LoRA's change of the weights.
+            name: name of the LoRA, by default the file's. A loaded LoRA of this name is replaced.
 
         Returns:
-            The name.
+            The LoRA's name.
 
         Raises:
-            ModelError: the file cannot be read, or is for another model. The weights stay as they were.
-            EngineError: the engine takes no other weights, or they are rounded. The weights stay as they were.
+            ModelError: the file cannot be read, or is for another model. The weights do not change.
+            EngineError: the engine does not accept new weights, or its weights are rounded. The weights do not change.
             BundleError: the bundle was built for deployment, without the weights that a LoRA is added to.
             UserError: a generation is under way.
         """
         lora = read(path, self.config)
         name = name or lora.name
-        if left := lora.text_encoder:
+        if layers := lora.text_encoder:
             logger.warning(
                 "the LoRA %s has %d layers of a text encoder too, which a UNet leaves out: pipe.load_lora_weights "
                 "takes both kinds, and offcut build --lora fuses both into a bundle",
                 name,
-                left,
+                layers,
             )
         self._apply_loras({**self._loras, name: (lora, float(scale))})
         return name
 
     def set_loras(self, scales: Mapping[str, float]) -> None:
-        """Keep just these of the LoRAs that are on, with these scales, in one exchange of the weights.
+        """Keep only these loaded LoRAs, with these scales, in one exchange of the weights.
 
         Raises:
-            UserError: one is not on.
+            UserError: a name is not that of a loaded LoRA.
         """
         if unknown := [name for name in scales if name not in self._loras]:
-            there = ", ".join(self._loras) or "none"
-            raise UserError(f"this UNet has no LoRA {unknown[0]!r}: it has {there}")
+            loaded = ", ".join(self._loras) or "none"
+            raise UserError(f"this UNet has no LoRA {unknown[0]!r}: it has {loaded}")
         self._apply_loras({name: (self._loras[name][0], float(scale)) for name, scale in scales.items()})
 
     def unload_lora(self, name: str | None = None) -> None:
-        """Take a LoRA off, or all: the other weights are what they were, bit for bit.
+        """Remove a LoRA, or all of them; without LoRAs the weights are those of the build, bit for bit.
 
         Raises:
-            UserError: it is not on.
+            UserError: the LoRA is not loaded.
         """
         if name is None:
             self.set_loras({})
@@ -100,29 +100,29 @@ class LoraMethods(ABC):
         else:
             self.set_loras({other: scale for other, scale in self.loras.items() if other != name})
 
-    def _apply_loras(self, wanted: dict[str, tuple[Lora, float]]) -> None:
-        """Exchange the weights, then remember the LoRAs that they have."""
-        if not wanted and not self._loras:
+    def _apply_loras(self, loras: dict[str, tuple[Lora, float]]) -> None:
+        """Exchange the weights for those with these LoRAs, and remember the LoRAs."""
+        if not loras and not self._loras:
             return
         if self._stored is None:
-            raise UserError("this UNet was made of bare engines and knows no weights: open it with offcut.UNet.load")
+            raise UserError("this UNet was made from engines alone, without weights: open it with offcut.UNet.load")
         weights: dict[str, torch.Tensor] = {}
-        if wanted:
+        if loras:
             stored = self._stored()
             if not stored.shapes:
                 raise UserError(
-                    "this UNet came as ONNX whose weights do not say which layers they are of, so no LoRA can be "
-                    "added to them: build from the model's weights for PyTorch"
+                    "this UNet was built from ONNX whose weights do not name their layers, so no LoRA can be added: "
+                    "build from the model's weights for PyTorch"
                 )
-            for lora, _ in wanted.values():
+            for lora, _ in loras.values():
                 check(lora, stored.shapes)
-            for parameter in dict.fromkeys(name for lora, _ in wanted.values() for name in lora.layers):
-                terms = [(lora.layers[parameter], scale) for lora, scale in wanted.values() if parameter in lora.layers]
+            for parameter in dict.fromkeys(name for lora, _ in loras.values() for name in lora.layers):
+                terms = [(lora.layers[parameter], scale) for lora, scale in loras.values() if parameter in lora.layers]
                 weights[parameter] = merged(stored.read(parameter), terms)
         self._refit(weights)
-        self._loras = wanted
+        self._loras = loras
 
-    # As diffusers calls them
+    # Methods that diffusers calls
 
     def load_lora_adapter(
         self,
@@ -134,10 +134,10 @@ class LoraMethods(ABC):
         _pipeline: Any = None,
         **_: Any,
     ) -> None:
-        """What ``pipe.load_lora_weights`` calls, with the tensors of a file, before it goes to the text encoders.
+        """Load a LoRA from tensors; ``pipe.load_lora_weights`` calls this before it loads the text encoders' layers.
 
         Raises:
-            UserError: it is for a text encoder too, and the pipeline's is in an engine. Nothing was changed.
+            UserError: the LoRA has layers of a text encoder that is compiled into an engine. Nothing is changed.
         """
         if not isinstance(pretrained_model_name_or_path_or_dict, Mapping):
             self.load_lora(pretrained_model_name_or_path_or_dict, name=adapter_name)
@@ -153,27 +153,29 @@ class LoraMethods(ABC):
                     "pipe.unet.load_lora"
                 )
         if prefix and not any(key.startswith(f"{prefix}.") for key in tensors):
-            return  # a text encoder's alone
+            return  # the file has layers of text encoders alone
         lora = from_tensors(name, tensors, network_alphas or {}, metadata or {})
         self._apply_loras({**self._loras, name: (lora, 1.0)})
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], weights: float | Sequence[float | None] | None = None
     ) -> None:
-        """What ``pipe.set_adapters`` calls. Those not named are scaled to zero, as PEFT switches them off."""
+        """Set scales for ``pipe.set_adapters``; LoRAs that are not named get scale 0, as PEFT switches them off."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        given = list(weights) if isinstance(weights, Sequence) else [weights] * len(names)
-        if blocks := [value for value in given if isinstance(value, Mapping)]:
+        scales_or_none = list(weights) if isinstance(weights, Sequence) else [weights] * len(names)
+        if blocks := [value for value in scales_or_none if isinstance(value, Mapping)]:
             raise UserError(f"a LoRA has one scale on compiled engines, not one for each block: {blocks[0]}")
-        scales = {name: 1.0 if scale is None else float(scale) for name, scale in zip(names, given, strict=True)}
+        scales = {
+            name: 1.0 if scale is None else float(scale) for name, scale in zip(names, scales_or_none, strict=True)
+        }
         self.set_loras({**dict.fromkeys(self._loras, 0.0), **scales})
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """What ``pipe.delete_adapters`` calls."""
+        """Remove LoRAs for ``pipe.delete_adapters``."""
         names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
         self.set_loras({name: scale for name, scale in self.loras.items() if name not in names})
 
     @property
     def peft_config(self) -> dict[str, Lora]:
-        """By name, as ``pipe.get_list_adapters`` reads them."""
+        """Loaded LoRAs by name, which ``pipe.get_list_adapters`` reads."""
         return {name: lora for name, (lora, _) in self._loras.items()}

@@ -1,4 +1,4 @@
-"""``EngineModel``: what diffusers and PyTorch ask of any model, answered by one whose weights are in engines."""
+"""``EngineModel``: the interface of a diffusers model, for a model whose weights are in engines."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 class EngineModel(UnsupportedMethods, ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is untyped
-    """A diffusers model in form: pipelines accept only subclasses of ``ModelMixin``.
+    """Base class with diffusers' model interface; pipelines accept only subclasses of ``ModelMixin``.
 
     Args:
-        config: as diffusers wrote it, with ``_class_name``.
-        device: where the engines run.
-        dtype: of the engines' latents.
-        attention: the kind that they were exported with, None for the UNet's own.
+        config: the model's config as diffusers wrote it, with ``_class_name``.
+        device: device of the engines.
+        dtype: dtype of the engines' latents.
+        attention: attention that the model was exported with; None for the model's own.
     """
 
     config_name = "config.json"
@@ -46,26 +46,25 @@ class EngineModel(UnsupportedMethods, ModelMixin, ConfigMixin):  # type: ignore[
 
     @property
     def device(self) -> torch.device:
-        """Where the engines run."""
+        """Device of the engines."""
         return self._device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the engines' latents."""
+        """Dtype of the engines' latents."""
         return self._dtype
 
     def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
-        """One empty parameter on the engines' device, as model offloading looks there for where a model is."""
+        """Yield one empty parameter on the engines' device, from which model offloading reads a model's device."""
         yield torch.nn.Parameter(torch.empty(0, dtype=self._dtype, device=self._device), requires_grad=False)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Check that the engines already are there, as ``pipe.to`` asks.
+        """Check that the engines have this device and dtype; ``pipe.to`` calls this method.
 
-        Moving to the CPU does nothing: offloading asks for it between calls, and engines keep their memory until
-        ``close``.
+        Moving to the CPU does nothing: offloading does so between calls, and engines keep their memory until ``close``.
 
         Raises:
-            EngineError: another device or floating-point dtype, which takes other engines.
+            EngineError: the device or floating-point dtype is another, which takes other engines.
         """
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and device.type != "cpu" and not same_device(device, self._device):
@@ -99,10 +98,10 @@ class EngineModel(UnsupportedMethods, ModelMixin, ConfigMixin):  # type: ignore[
         return self.to(torch.float64)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write the config, as part of ``pipe.save_pretrained``; the weights stay in the bundle's engines.
+        """Write the config, as part of ``pipe.save_pretrained``; the weights remain in the bundle's engines.
 
         Load the pipeline again with ``from_pretrained(directory, unet=offcut.UNet.load(bundle))``. The pipeline's index
-        names the module of ``UNet``, where diffusers then looks for ``ModelMixin`` too.
+        names the module of ``UNet``, so diffusers looks for ``ModelMixin`` in that module.
         """
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -116,10 +115,10 @@ class EngineModel(UnsupportedMethods, ModelMixin, ConfigMixin):  # type: ignore[
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> NoReturn:
-        """Always an error: engines come from bundles.
+        """Raise an error, because engines are loaded from bundles.
 
         Raises:
-            BundleError: with the way to load a pipeline that was saved with this UNet.
+            BundleError: always; the message says how to load a pipeline that was saved with this UNet.
         """
         raise BundleError(
             f"{pretrained_model_name_or_path} holds a UNet's config, while its engines are in a bundle: "
@@ -131,14 +130,14 @@ class EngineModel(UnsupportedMethods, ModelMixin, ConfigMixin):  # type: ignore[
 
 
 def output_class(family: Family) -> Any:
-    """What diffusers' own UNet of this family returns."""
+    """Return the output class of diffusers' own UNet of this family."""
     unet_class = getattr(diffusers, family.unet_class)
     return getattr(importlib.import_module(unet_class.__module__), family.output_class)
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with what an older diffusers had not yet written into it, which newer pipelines read."""
+    """Return the config with defaults for entries that older versions of diffusers did not write."""
     model = getattr(diffusers, str(config.get("_class_name")), None)
     parameters = inspect.signature(model).parameters.values() if isinstance(model, type) else ()
-    defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+    defaults = {item.name: item.default for item in parameters if item.default is not inspect.Parameter.empty}
     return {**defaults, **config}

@@ -1,4 +1,4 @@
-"""Whole pipelines: ``load`` one from a bundle, or ``attach`` a bundle to one that exists."""
+"""Whole pipelines: ``load`` opens one from a bundle, and ``attach`` adds a bundle to an existing one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import BundleError, UserError
 from ..exporter.families import FAMILIES
 from .base_unet import BaseUNet
 from .components import open_components
-from .controlnet import reuse
+from .controlnet import reuse_controlnets
 from .override import override_method
 from .unet import UNet
 
@@ -34,16 +34,16 @@ def load(
     inference_precision: str | None = None,
     **arguments: Any,
 ) -> DiffusionPipeline:
-    """The pipeline of a bundle, its UNet replaced by the bundle's engines.
+    """Open a bundle's pipeline, with the bundle's engines in place of its UNet.
 
-    The other parts are loaded as diffusers does, in the dtype of the UNet's latents and onto its device, after their
-    digests were checked.
+    The pipeline's other components are loaded by diffusers, in the dtype of the UNet's latents and on its device, after
+    the digests of their files were checked.
 
     Args:
         bundle: an opened bundle or its directory.
         engine, device, precision, inference_precision: as in ``UNet.load``.
-        arguments: ``UNet.load``'s others, e.g. ``threads=``; the rest is for ``DiffusionPipeline.from_pretrained``,
-            e.g. ``scheduler=`` or ``safety_checker=None``.
+        arguments: further arguments of ``UNet.load``, e.g. ``threads=``; the rest is for
+            ``DiffusionPipeline.from_pretrained``, e.g. ``scheduler=`` or ``safety_checker=None``.
 
     Raises:
         BundleError: the bundle is damaged, or holds a bare UNet.
@@ -67,18 +67,18 @@ def load(
         inference_precision=inference_precision,
         **options,
     )
-    settings: dict[str, Any] = {"local_files_only": True, "variant": _variant(opened), **_dtype(unet.dtype)}
+    settings: dict[str, Any] = {"local_files_only": True, "variant": _variant(opened), **dtype_argument(unet.dtype)}
     if {"dtype", "torch_dtype"} & set(arguments):
         settings = {key: value for key, value in settings.items() if key not in ("dtype", "torch_dtype")}
     networks: dict[str, Any] = {}
     try:
         if opened.manifest.components:
             graphs = opened.find(engine, device=device, precision=precision, inference_precision=inference_precision)
-            made_for = opened.manifest.variants[graphs.variant].base
-            networks = open_components(opened, unet.engine, made_for, EngineOptions(device, **options))
-        with _expecting_stand_ins():
-            given = {"unet": unet, **networks} | arguments
-            pipe = DiffusionPipeline.from_pretrained(opened.path, **(settings | given))
+            base_precision = opened.manifest.variants[graphs.variant].base
+            networks = open_components(opened, unet.engine, base_precision, EngineOptions(device, **options))
+        with without_type_warnings():
+            components = {"unet": unet, **networks} | arguments
+            pipe = DiffusionPipeline.from_pretrained(opened.path, **(settings | components))
         return attach(pipe.to(unet.device), unet)
     except BaseException:
         unet.close()
@@ -96,20 +96,20 @@ def attach(
     reuse_controlnet: bool = False,
     **options: Unpack[OpenOptions],
 ) -> DiffusionPipeline:
-    """Replace a pipeline's UNet by a bundle's engines, and let it announce each generation to them.
+    """Replace a pipeline's UNet by a bundle's engines, and make the pipeline announce each generation.
 
-    The pipeline is changed in place. Its class becomes a subclass of the same name, since Python looks up calls of an
-    object in its class; its scheduler, callbacks and hooks are left alone, and ``pipe.unet = another`` undoes it.
+    The pipeline is changed in place. Its class becomes a subclass of the same name, because Python looks up
+    ``__call__`` in the class; its scheduler, callbacks and hooks do not change, and ``pipe.unet = another`` undoes it.
 
-    A pipeline made of its components (``AutoPipelineForImage2Image.from_pipe``) shares its UNet, and announces its own
-    generations after ``offcut.attach(img2img, pipe.unet)``.
+    A second pipeline from the same components (``AutoPipelineForImage2Image.from_pipe``) shares the UNet; it announces
+    its own generations after ``offcut.attach(img2img, pipe.unet)``.
 
     Args:
         pipe: a diffusers pipeline with a ``unet``.
         bundle: an opened bundle, its directory, or an open ``UNet``.
         engine, precision, inference_precision, options: as in ``UNet.load``.
-        device: None for the pipeline's own.
-        reuse_controlnet: let the pipeline's ControlNets run on full calls only. Costs image quality.
+        device: device of the engines; None for the pipeline's own.
+        reuse_controlnet: run the pipeline's ControlNets on full calls only. Costs image quality.
 
     Returns:
         The same pipeline.
@@ -141,14 +141,14 @@ def attach(
     if unet.ip_adapters is not None and replaced is not unet:
         unet.ip_adapters.adopt(getattr(replaced, "attn_processors", {}))
     if reuse_controlnet:
-        reuse(pipe, unet)
+        reuse_controlnets(pipe, unet)
     pipe.unet = unet
-    pipe.__class__ = override_method(type(pipe), _Announcing, "__call__", "announce_and_call")  # type: ignore[arg-type]
+    pipe.__class__ = override_method(type(pipe), _AnnouncingPipeline, "__call__", "announce_and_call")  # type: ignore[arg-type]
     return pipe
 
 
-class _Announcing:
-    """What ``attach`` adds to a pipeline's class."""
+class _AnnouncingPipeline:
+    """Method that ``attach`` adds to a pipeline's class."""
 
     def announce_and_call(self, *args: Any, **kwargs: Any) -> Any:
         unet = getattr(self, "unet", None)
@@ -157,20 +157,20 @@ class _Announcing:
         if not isinstance(unet, BaseUNet):
             return call(*args, **kwargs)
         scheduler = getattr(self, "scheduler", None)
-        with unet.generation(lambda: _unet_calls(self), scheduler, lambda: _guides(self)):
+        with unet.generation(lambda: _unet_calls(self), scheduler, lambda: _is_guided(self)):
             return call(*args, **kwargs)
 
 
-def _guides(pipe: Any) -> bool:
-    """Whether the call under way asks the UNet about each latent without the prompt and with it."""
+def _is_guided(pipe: Any) -> bool:
+    """Return whether the pipeline, during a call, uses classifier-free guidance in one batch."""
     return bool(getattr(pipe, "do_classifier_free_guidance", False))
 
 
 def _unet_calls(pipe: Any) -> int:
-    """How many UNet calls the denoising loop makes that has just begun.
+    """Return the number of UNet calls of the denoising loop that has just begun.
 
-    Most pipelines have just said so in ``num_timesteps``, after img2img's trimming; for the others the scheduler knows
-    where they begin.
+    Most pipelines set ``num_timesteps`` before the loop, after img2img's trimming; for the others the scheduler has the
+    index where the loop begins.
     """
     if "_num_timesteps" in pipe.__dict__:
         return int(pipe.num_timesteps)
@@ -182,7 +182,7 @@ _INTERFACE = ("in_channels", "out_channels", "cross_attention_dim", "addition_em
 
 
 def _differences(replaced: Any, unet: BaseUNet) -> list[str]:
-    """How two UNets differ in what a pipeline passes and gets."""
+    """Return how two UNets differ in the inputs and outputs that a pipeline uses."""
     theirs, ours = replaced.config, unet.config
     kind = type(replaced).__name__
     if kind in FAMILIES and kind != ours["_class_name"]:
@@ -203,29 +203,29 @@ def _spelled(device: torch.device) -> str:
 
 
 def _variant(bundle: Bundle) -> str | None:
-    """The file name variant to ask for: the source's, if a part of the bundle has files of it."""
+    """Return the variant of the weight files: the source's, if the bundle has pipeline files of that variant."""
     variant = bundle.manifest.source.variant
     has_files = any(f".{variant}." in part or f".{variant}-" in part for part in bundle.manifest.parts)
     return variant if has_files else None
 
 
-def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The argument's name changed in diffusers 0.40."""
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the keyword argument for a dtype, whose name changed in diffusers 0.40."""
     import diffusers
 
     return {"dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype": dtype}
 
 
 @contextmanager
-def _expecting_stand_ins() -> Iterator[None]:
-    """Keep diffusers from warning that these are not of its own classes: that is the point."""
+def without_type_warnings() -> Iterator[None]:
+    """Suppress diffusers' warning that a component is not of the expected class, as ``UNet`` never is."""
     logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
 
-    def others(record: logging.LogRecord) -> bool:
+    def is_other(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("Expected types for ")
 
-    logger.addFilter(others)
+    logger.addFilter(is_other)
     try:
         yield
     finally:
-        logger.removeFilter(others)
+        logger.removeFilter(is_other)

@@ -1,6 +1,6 @@
-"""Names on a profiler's timeline: full calls, shallow calls, and the scheduler's work between them.
+"""Ranges on a profiler's timeline: full calls, shallow calls, and the scheduler's work between them.
 
-``torch.profiler`` shows them everywhere, Nsight Systems on a GPU (NVTX).
+``torch.profiler`` shows the ranges on every device, Nsight Systems shows them on a GPU (NVTX).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ FULL, SHALLOW, SCHEDULER = "offcut full", "offcut shallow", "offcut scheduler"
 
 
 class ProfilerRanges:
-    """The ranges of one UNet.
+    """Ranges of one UNet's calls.
 
     Args:
-        device: where its calls run; NVTX is written for CUDA.
+        device: device of the calls; NVTX ranges are written for CUDA.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,11 +26,11 @@ class ProfilerRanges:
 
     @contextmanager
     def call(self, full: bool, more: bool) -> Iterator[None]:
-        """Around a call of the UNet.
+        """Open a range around a call of the UNet.
 
         Args:
-            full: which graph runs.
-            more: another call may follow; what happens until then is the scheduler's and the guidance's.
+            full: whether the full graph runs.
+            more: whether another call may follow; the time until then belongs to the scheduler and the guidance.
         """
         self.end()
         close = self._open(FULL if full else SHALLOW)
@@ -42,14 +42,14 @@ class ProfilerRanges:
             self._close_gap = self._open(SCHEDULER)
 
     def end(self) -> None:
-        """The generation is over, or the next call begins."""
+        """Close the range after the last call: the generation is over, or the next call begins."""
         if self._close_gap is not None:
             self._close_gap()
             self._close_gap = None
 
     def _open(self, name: str) -> Callable[[], None]:
         opened = ExitStack()
-        if torch._C._autograd._profiler_enabled():  # it is an operation of its own, which nobody else needs
+        if torch._C._autograd._profiler_enabled():  # record_function costs an operation of its own
             opened.enter_context(torch.profiler.record_function(name))
         if self._nvtx:
             opened.callback(torch.cuda.nvtx.range_end, torch.cuda.nvtx.range_start(name))

@@ -1,4 +1,4 @@
-"""What is drawn where images are made to tune, calibrate or measure with."""
+"""Prompts for images that are generated to tune, calibrate or measure."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ PROMPTS = (
     "an astronaut on the surface of the moon",
     "a close-up of a cat's face",
 )
-"""What is drawn where neither the user nor the model says."""
+"""Prompts that are used where neither the user nor the model has any."""
 
 
 def read_prompts(file: Path) -> tuple[str, ...]:
-    """The prompts of a text file, one a line; empty lines are left out.
+    """Read prompts from a text file, one per line; empty lines are left out.
 
     Raises:
-        UserError: it cannot be read, or holds none.
+        UserError: the file cannot be read, or holds no prompt.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts in {file}: give a text file with one a line") from error
+        raise UserError(f"cannot read the prompts in {file}: give a text file with one per line") from error
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
-        raise UserError(f"{file} holds no prompt: write one a line")
+        raise UserError(f"{file} holds no prompt: write one per line")
     return prompts
 
 
 def prompts_for(root: Path, file: Path | None) -> tuple[str, ...]:
-    """The prompts of a user's file; without one the model's own, or such as any text-to-image model draws.
+    """Return the prompts of a user's file; without a file the model's own prompts, or else ``PROMPTS``.
 
     Args:
-        root: of a bundle or pipeline, which may hold ``PROMPTS_FILE``.
+        root: directory of a bundle or pipeline, which may hold ``PROMPTS_FILE``.
 
     Raises:
-        UserError: a file cannot be read, or holds none.
+        UserError: a file cannot be read, or holds no prompt.
     """
     own = root / PROMPTS_FILE
     return read_prompts(file or own) if file is not None or own.is_file() else PROMPTS

@@ -1,10 +1,10 @@
-"""Libraries that print as they like, kept quiet."""
+"""Suppression of the libraries' own output."""
 
 from __future__ import annotations
 
 
 def quiet_libraries() -> None:
-    """Keep diffusers' and transformers' own progress bars and notes off the terminal; their errors still come."""
+    """Suppress the progress bars and notes of diffusers and transformers; their errors are still shown."""
     import diffusers
     import transformers
 

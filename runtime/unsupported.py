@@ -1,4 +1,4 @@
-"""What diffusers does to a UNet of PyTorch modules and nobody can do to a compiled one: errors, not silent effects."""
+"""Methods of diffusers' UNets that a compiled UNet cannot support: each raises an error instead of doing nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _training = _refusal("training changes a UNet's weights", "train the eager UNet 
 
 
 class UnsupportedMethods:
-    """Methods of diffusers' UNets that reach into their layers; each raises a ``UserError`` with what to do instead."""
+    """Methods of diffusers' UNets that change their layers; each raises a ``UserError`` that names the remedy."""
 
     enable_freeu = _freeu
     disable_freeu = _freeu
@@ -72,14 +72,14 @@ class UnsupportedMethods:
 
     @property
     def attn_processors(self) -> Any:
-        """What ``set_attn_processor`` was given, to be set back later; at first {}, none that could be replaced."""
+        """Processors that ``set_attn_processor`` was given, for a caller that restores them; {} at first."""
         return {} if self._set_attention is None else self._set_attention
 
     def set_attn_processor(self, processor: Any, *args: Any, **kwargs: Any) -> None:
-        """Takes what ``attn_processors`` gave, and the processors of the kind of attention that the engines have.
+        """Accept the value of ``attn_processors``, and processors of the attention that the engines were built with.
 
         Raises:
-            UserError: another kind than they were built with.
+            UserError: the processor is of another kind of attention.
         """
         kind = _kind_of(processor)
         if processor not in ({}, self.attn_processors) and (kind is None or kind != self._built_attention):
@@ -92,16 +92,17 @@ class UnsupportedMethods:
         self._set_attention = None if processor == {} else processor
 
     def check_attention(self, batch: int) -> None:
-        """Hold a call against the kind of attention that the engines compute.
+        """Check that a call fits the attention that the engines compute.
 
         Raises:
-            UserError: the pipeline has not set it, or the batch has no two halves.
+            ShapeError: the batch does not consist of two halves.
+            UserError: the pipeline does not use this attention.
         """
         if self._built_attention is None:
             return
         if batch % 2:
             raise ShapeError(
-                f"{self._built_attention} attention takes frames without the prompt and as many with it, not {batch}: "
+                f"{self._built_attention} attention takes as many frames without the prompt as with it, not {batch}: "
                 "use guidance"
             )
         if self._set_attention is None:
@@ -112,7 +113,7 @@ class UnsupportedMethods:
 
 
 def _kind_of(processor: Any) -> str | None:
-    """The kind of attention of a processor of diffusers; the batch must be guidance's two halves."""
+    """Return the kind of attention of a diffusers processor that expects guidance's two halves; None if unknown."""
     name = type(processor).__name__
-    found = [kind for kind, classes in PROCESSORS.items() if name in classes]
-    return found[0] if found and getattr(processor, "batch_size", None) == 2 else None
+    kinds = [kind for kind, classes in PROCESSORS.items() if name in classes]
+    return kinds[0] if kinds and getattr(processor, "batch_size", None) == 2 else None

@@ -1,4 +1,4 @@
-"""Where caching is unlikely to pay: few calls, schedulers and models that are made for few; and where nobody knows."""
+"""Advice where caching is unlikely to pay (few calls, models made for few steps) or where a tuning does not apply."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 from .schedule import Schedule
 
 FEW_CALLS = 15
-"""Below so many UNet calls, fewer uncached steps at the same time make the better image."""
+"""Number of UNet calls below which fewer uncached steps make the better image in the same time."""
 
 _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
-_TUNED = "tuned"  # schedules of this kind were measured beside fewer steps before they were kept
+_TUNED = "tuned"  # schedules of this kind were compared with fewer steps when they were made
 
 
 def against_caching(schedule: Schedule | None, calls: int, config: Mapping[str, Any], scheduler: object) -> str | None:
-    """What to tell a user whose generation will hardly gain by its schedule; None where it may.
+    """Return advice for a generation that is unlikely to gain by its schedule; None for any other.
 
     Args:
-        schedule: of the generation.
-        calls: of the UNet in it.
-        config: the UNet's. One distilled for few steps (LCM) embeds its guidance, in ``time_cond_proj_dim`` numbers.
-        scheduler: the pipeline's, if there is one.
+        schedule: the generation's schedule.
+        calls: number of UNet calls of the generation.
+        config: the UNet's config. A UNet that was distilled for few steps (LCM) embeds its guidance scale in
+            ``time_cond_proj_dim`` numbers.
+        scheduler: the pipeline's scheduler, or None.
     """
     if type(scheduler).__name__ in _FEW_STEP_SCHEDULERS:
         why = f"{type(scheduler).__name__} makes images in few, large steps"
@@ -37,12 +38,12 @@ def against_caching(schedule: Schedule | None, calls: int, config: Mapping[str, 
         return None
     return (
         f"caching is unlikely to pay here: {why}, and the cached features change much from one to the next; to save "
-        "time, rather take fewer steps without caching (unet.set_schedule(None), offcut run --interval 1)"
+        "time, use fewer steps without caching (unet.set_schedule(None), offcut run --interval 1)"
     )
 
 
 def beyond_tuning(schedule: Schedule | None, loras: Collection[str]) -> str | None:
-    """What to tell a user whose schedule was tuned without the LoRAs that are on; None where that is not so."""
+    """Return advice for a schedule that was tuned without the LoRAs that are loaded; None for any other."""
     if not loras or schedule is None or schedule.kind != _TUNED:
         return None
     return (

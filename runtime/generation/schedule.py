@@ -1,4 +1,4 @@
-"""Schedules: which UNet calls of a generation run the full graph, and which the shallow one.
+"""Schedules: which UNet calls of a generation run the full graph, and which the shallow graph.
 
 A schedule counts *calls* of the UNet, not timesteps: 4 steps of Heun are 7 calls, and img2img at strength 0.5 makes
 half as many. Call 0 is always full.
@@ -19,22 +19,22 @@ from typing import Any, ClassVar
 from ...errors import ScheduleError
 
 SKIP = "skip"
-"""The cut of a call that runs no engine: its answer is that of the call before, as a forecast corrects it.
+"""Cut of a skipped call, which runs no engine: its output is that of the call before, corrected by the forecast.
 
-It costs nothing and misses more than any other. ``offcut tune`` fits what makes up for it.
+A skipped call costs no time and has the largest error. ``offcut tune`` fits a correction of that error.
 """
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Schedule(ABC):
-    """What all schedules have in common: their own grid of full calls, and three modifiers, each of which only adds.
+    """Base class of schedules: a grid of full calls, and three modifiers that add full calls.
 
-    Every shallow call costs some quality; each modifier buys some of it back.
+    Every shallow call costs some image quality; each modifier recovers some of it.
 
     Attributes:
-        warmup: this many first calls are full.
-        cooldown: this many last calls are full. The number of calls has to be known for it.
-        max_shallow: after this many shallow calls in a row comes a full one; the grid stays where it is.
+        warmup: number of first calls that are full.
+        cooldown: number of last calls that are full. It requires that the number of calls is known.
+        max_shallow: largest number of consecutive shallow calls, after which one is full; the grid does not move.
     """
 
     warmup: int = 0
@@ -42,9 +42,9 @@ class Schedule(ABC):
     max_shallow: int | None = None
 
     kind: ClassVar[str]
-    """The first word of the text form, e.g. ``"uniform"``."""
+    """First word of the text form, e.g. ``"uniform"``."""
     adaptive: ClassVar[bool] = False
-    """Whether full calls are chosen as the generation goes, so that nobody knows them before."""
+    """Whether full calls are chosen during the generation, so that they are unknown before."""
 
     def __post_init__(self) -> None:
         self._check("warmup", least=0)
@@ -59,34 +59,34 @@ class Schedule(ABC):
 
     @property
     def cuts(self) -> tuple[str | None, ...]:
-        """The cuts of its shallow calls, each once, as ``UNet.cuts`` has them; None is the one it is set with."""
+        """Cuts of shallow calls, each once, named as in ``UNet.cuts``; None is the cut given to ``set_schedule``."""
         return (None,)
 
     def cut_of(self, call: int) -> str | None:
-        """The cut of a call if it is shallow: one of ``cuts``."""
+        """Return the cut that a call has if it is shallow: one of ``cuts``."""
         return None
 
     def full_calls(self, calls: int) -> tuple[int, ...]:
-        """The indices of the full calls in a generation of so many calls, in order.
+        """Return the indices of the full calls in a generation of this many calls, in order.
 
         Raises:
-            ScheduleError: ``calls`` is negative, or the schedule does not fit so few.
+            ScheduleError: ``calls`` is negative, or too small for the schedule.
         """
         calls = _integer("the number of calls", calls, least=0)
         return tuple(call for call in range(calls) if self.is_full(call, calls))
 
     def is_full(self, call: int, calls: int | None = None) -> bool:
-        """Whether this call (counted from 0) is full. Calls beyond the number of calls are.
+        """Return whether this call (counted from 0) is full; calls beyond the number of calls are full.
 
         Args:
             call: the call's index.
-            calls: how many there will be; None where nobody knows, if the schedule can do without.
+            calls: number of calls; None where it is unknown, which only some schedules allow.
 
         Raises:
             ScheduleError: the schedule needs ``calls``.
         """
         at_an_end = self._at_an_end(call, calls)
-        last_on_grid = self._last_on_grid(call, calls)  # first, so that what does not fit fails at the first call
+        last_on_grid = self._last_on_grid(call, calls)  # evaluated first, so that a misfit fails at the first call
         if at_an_end:
             return True
         since = call - max(last_on_grid, self.warmup - 1)
@@ -94,17 +94,17 @@ class Schedule(ABC):
 
     @abstractmethod
     def _last_on_grid(self, call: int, calls: int | None) -> int:
-        """The last call of the schedule's own grid that is not after this one."""
+        """Return the last call of the schedule's own grid up to and including this one."""
 
     def _at_an_end(self, call: int, calls: int | None) -> bool:
-        """Whether a call is of the warm-up or the cooldown.
+        """Return whether a call belongs to the warm-up or the cooldown.
 
         Raises:
             ScheduleError: the schedule needs ``calls``.
         """
         if calls is None and self.needs_calls:
             raise ScheduleError(
-                f"{self!r} needs to know how many UNet calls a generation has, and nobody said: make the pipeline with "
+                f"{self!r} needs to know how many UNet calls a generation has: make the pipeline with "
                 "offcut.load or offcut.attach, or wrap a loop of your own in `with unet.generation(calls=n)`"
             )
         return call < self.warmup or (calls is not None and call >= calls - self.cooldown)
@@ -113,30 +113,30 @@ class Schedule(ABC):
         object.__setattr__(self, name, _integer(name, getattr(self, name), least))
 
     def _arguments(self) -> tuple[Any, dict[str, Any]]:
-        """The first argument, and by name the others that differ from their defaults, the schedule's own ones first."""
-        own = sorted(fields(self), key=lambda each: each.kw_only is True)
-        others = {each.name: getattr(self, each.name) for each in own[1:]}
-        changed = {each.name: others[each.name] for each in own[1:] if others[each.name] != each.default}
-        return getattr(self, own[0].name), changed
+        """Return the first argument, and by name the others that are not defaults; modifiers come last."""
+        first, *others = sorted(fields(self), key=lambda item: item.kw_only is True)
+        values = {item.name: getattr(self, item.name) for item in others}
+        changed = {item.name: values[item.name] for item in others if values[item.name] != item.default}
+        return getattr(self, first.name), changed
 
     def __repr__(self) -> str:
-        """As one would write it: ``Uniform(5, warmup=2)``."""
+        """Return the schedule as Python code: ``Uniform(5, warmup=2)``."""
         first, others = self._arguments()
         text = repr(list(first) if isinstance(first, tuple) else first)
         return f"{type(self).__name__}({', '.join([text, *(f'{key}={value!r}' for key, value in others.items())])})"
 
     def __str__(self) -> str:
-        """For tables, and as ``parse`` reads it: ``uniform:5:warmup=2``."""
+        """Return the text form, which ``parse`` reads: ``uniform:5:warmup=2``."""
         first, others = self._arguments()
         return ":".join([self.kind, _text(first), *(f"{key}={_text(value)}" for key, value in others.items())])
 
 
 @dataclass(frozen=True, repr=False)
 class Uniform(Schedule):
-    """Every ``interval``-th call is full: DeepCache's plug-in schedule (arXiv 2312.00858, section 3.2).
+    """Schedule whose every ``interval``-th call is full: DeepCache's plug-in schedule (arXiv 2312.00858, section 3.2).
 
-    Without warm-up these are DeepCache's multiples of the interval. A warm-up moves the grid: the last warm-up call
-    is full anyway, so the next full call comes ``interval`` calls after it, and none is spent right behind another.
+    Without warm-up the full calls are DeepCache's multiples of the interval. A warm-up moves the grid: the last warm-up
+    call is full anyway, so the next full call comes ``interval`` calls later, not right after the warm-up.
 
     >>> Uniform(5).full_calls(20)
     (0, 5, 10, 15)
@@ -157,11 +157,11 @@ class Uniform(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class Quad(Schedule):
-    """The paper's non-uniform schedule: full calls are dense around one call and thin out from there by a power.
+    """The paper's non-uniform schedule: full calls are dense around one call and get sparser away from it by a power.
 
-    As many full calls as ``Uniform(interval)`` would make, ceil(calls / interval), placed where a straight line through
-    ``x ** (1 / power)`` says (arXiv 2312.00858, section 3.3 and the code released with it). Where two of them fall
-    together, the power is lowered by 0.02 until none do, which ends at the latest with evenly spaced calls, the limit
+    The number of full calls is that of ``Uniform(interval)``, ceil(calls / interval). They lie on a straight line
+    through ``x ** (1 / power)`` (arXiv 2312.00858, section 3.3 and the code released with it). Where two of them
+    coincide, the power is lowered by 0.02 until none do; this ends at the latest with evenly spaced calls, the limit
     for power 1.
 
     >>> Quad(5).full_calls(50)
@@ -169,9 +169,10 @@ class Quad(Schedule):
 
     Attributes:
         interval: calls per full call, on average.
-        center: the call around which full calls are densest; None for the paper's form without a centre (its LDM
+        center: call around which full calls are densest; None for the paper's form without a centre (its LDM
             experiments), which is densest at the start. 15 is the paper's choice for 50 steps.
-        power: how fast they thin out, above 1; None for the paper's 1.4, or 1.5 without a centre.
+        power: exponent above 1, larger for sparser calls far from the centre; None for the paper's 1.4, or 1.5 without
+            a centre.
     """
 
     interval: int
@@ -205,7 +206,7 @@ class Quad(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class Steps(Schedule):
-    """Explicit indices of full calls; 0 is added where it is missing, those beyond a generation's end have no effect.
+    """Schedule with explicit indices of full calls; 0 is always added, indices beyond the last call have no effect.
 
     >>> Steps([3, 9]).full_calls(8)
     (0, 3)
@@ -225,19 +226,21 @@ class Steps(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class Adaptive(Schedule):
-    """A call is full where reuse of the features would miss more than a bound, foretold as ``probe`` describes.
+    """Schedule that makes a call full where the estimated error of reusing the features exceeds a bound.
 
-    What the same bound costs depends on sampler and number of steps: features of an ancestral sampler move several
-    times as far from one call to the next. Where these are known before, a schedule of ``offcut tune`` is better.
+    ``feature_drift`` describes the estimate. The number of full calls that a bound leads to depends on the sampler and
+    the number of steps: with an ancestral sampler the features move several times as far from one call to the next.
+    Where sampler and steps are known beforehand, a schedule of ``offcut tune`` is better.
 
     >>> Adaptive(0.3, max_shallow=6)
     Adaptive(0.3, max_shallow=6)
 
     Attributes:
-        bound: of the error, relative to the features' size; the larger, the fewer full calls.
-        least: so many calls after a full one are shallow in any case, 1 or more: the first cannot be foretold.
-        warmup: two full calls are needed before anything can be foretold.
-        max_shallow: the most shallow calls in a row, whatever is foretold.
+        bound: bound of the error, relative to the features' norm; the larger, the fewer full calls.
+        least: number of calls after each full call that are always shallow, at least 1: there is no estimate for the
+            first.
+        warmup: number of first calls that are full; the estimate needs two full calls.
+        max_shallow: largest number of consecutive shallow calls, whatever the estimate.
     """
 
     bound: float
@@ -255,17 +258,17 @@ class Adaptive(Schedule):
         if self.max_shallow is not None and self.max_shallow < self.least:
             raise ScheduleError(f"max_shallow is {self.max_shallow}, below least, {self.least}: give at least that")
 
-    def decide(self, call: int, calls: int | None, last: int | None, missed: Callable[[], float | None]) -> bool:
-        """Whether this call is full.
+    def decide(self, call: int, calls: int | None, last: int | None, error: Callable[[], float | None]) -> bool:
+        """Return whether this call is full.
 
         Args:
             call: the call's index.
-            calls: how many there will be; None where nobody knows.
+            calls: number of calls; None where it is unknown.
             last: the last full call; None where there was none.
-            missed: what the call would miss if it were shallow; None where nobody can say. Asked only if it matters.
+            error: returns the estimated error of a shallow call, None where it is unknown; called only where needed.
 
         Raises:
-            ScheduleError: it has to know the number of calls, and nobody does.
+            ScheduleError: the schedule needs the number of calls, which is unknown.
         """
         if self._at_an_end(call, calls) or last is None:
             return True
@@ -274,26 +277,26 @@ class Adaptive(Schedule):
             return True
         if shallow < self.least:
             return False
-        error = missed()
-        return error is None or not error <= self.bound  # one that is no number is full
+        estimate = error()
+        return estimate is None or not estimate <= self.bound  # full where the estimate is NaN
 
     def _last_on_grid(self, call: int, calls: int | None) -> int:
-        """Nobody knows before the generation; see ``decide``."""
+        """Raise an error: the full calls are unknown before the generation; see ``decide``."""
         raise ScheduleError(
-            f"{self!r} chooses its full calls as the image is made, so that nobody knows them before: "
-            "this needs another schedule, such as Uniform(5, warmup=2)"
+            f"{self!r} chooses its full calls during the generation, so they are unknown before it: "
+            "use another schedule here, such as Uniform(5, warmup=2)"
         )
 
 
 def parse(text: str, **modifiers: int | None) -> Schedule:
-    """The schedule that a text stands for, such as ``"uniform:5"``, ``"quad:5:center=12"`` or ``"steps:0,3:warmup=2"``.
+    """Return the schedule of a text such as ``"uniform:5"``, ``"quad:5:center=12"`` or ``"steps:0,3:warmup=2"``.
 
     Args:
         text: the kind, its first parameter, and others by name, separated by colons: the form of ``str(schedule)``.
-        modifiers: ``warmup``, ``cooldown``, ``max_shallow`` given beside the text; None leaves what the text says.
+        modifiers: ``warmup``, ``cooldown``, ``max_shallow``, which override the text; None leaves the text's value.
 
     Raises:
-        ScheduleError: it cannot be read; the message says what can.
+        ScheduleError: the text is not a schedule; the message shows the valid forms.
     """
     word, *rest = text.strip().split(":")
     kind = _KINDS.get(word.strip().lower())
@@ -301,8 +304,8 @@ def parse(text: str, **modifiers: int | None) -> Schedule:
         raise ScheduleError(
             f"{text!r} is not a schedule: write uniform:5, quad:5:center=15, steps:0,3,9 or adaptive:0.2"
         )
-    known = {each.name: _READERS.get(each.name, int) for each in fields(kind)}
-    first = next(each.name for each in fields(kind) if not each.kw_only)
+    known = {item.name: _READERS.get(item.name, int) for item in fields(kind)}
+    first = next(item.name for item in fields(kind) if not item.kw_only)
     values: dict[str, Any] = {}
     for index, part in enumerate(rest):
         name, equals, value = part.partition("=")
@@ -310,7 +313,7 @@ def parse(text: str, **modifiers: int | None) -> Schedule:
             name, value = first if index == 0 else "", part
         name = name.strip().replace("-", "_")
         if name not in known:
-            raise ScheduleError(f"{part!r} in {text!r} means nothing to {word}: it takes {', '.join(known)}")
+            raise ScheduleError(f"{part!r} in {text!r} is not a parameter of {word}: it takes {', '.join(known)}")
         try:
             values[name] = known[name](value.strip())
         except ValueError as error:
@@ -336,7 +339,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
 
 
 def _text(value: Any) -> str:
-    """Of an argument: ``3``, ``none`` or ``0,3,9``."""
+    """Return the text of an argument: ``3``, ``none`` or ``0,3,9``."""
     return ",".join(map(_text, value)) if isinstance(value, tuple) else str(value).lower()
 
 
@@ -354,7 +357,7 @@ def _integer(name: str, value: Any, least: int) -> int:
 
 @lru_cache(maxsize=64)
 def _quad_grid(calls: int, count: int, center: int, power: float) -> tuple[int, ...]:
-    """``count`` distinct calls below ``calls``, 0 among them: see ``Quad``."""
+    """Return ``count`` distinct calls below ``calls``, 0 among them: see ``Quad``."""
     for step in itertools.count():
         lowered = power - 0.02 * step
         if lowered < 1 + 1e-6:
@@ -366,10 +369,10 @@ def _quad_grid(calls: int, count: int, center: int, power: float) -> tuple[int, 
 
 
 def _quad_points(calls: int, count: int, center: int, power: float) -> tuple[int, ...]:
-    """The paper's recipe for one power; the points may coincide.
+    """Return the paper's points for one power, some of which may coincide.
 
-    Left of the centre the base is negative, so that its fractional power is complex. The released code takes a straight
-    line through the complex plane, raises it to the power again, and keeps the real part; so does this.
+    Left of the centre the base is negative, so its fractional power is complex. The released code takes a straight line
+    through the complex plane, raises it to the power again, and keeps the real part; this function does the same.
     """
     start = complex(-center) ** (1 / power)
     stop = complex(calls - center) ** (1 / power)
@@ -378,6 +381,6 @@ def _quad_points(calls: int, count: int, center: int, power: float) -> tuple[int
 
 
 def _truncate(value: float) -> int:
-    """Towards zero; what lies within rounding error of an integer is that one, so that platforms agree on schedules."""
+    """Round towards zero; a value within rounding error of an integer becomes that one, so that all platforms agree."""
     nearest = round(value)
     return nearest if abs(value - nearest) < 1e-9 else int(value)

@@ -1,4 +1,4 @@
-"""Pictures to a file: one as PNG, several as an animation."""
+"""Image files: one picture as PNG, several as an animation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# PNG and WebP keep every colour here; GIF has 256 of them.
+# These PNG and WebP files are lossless; GIF is limited to 256 colours.
 _FORMATS: dict[str, dict[str, Any]] = {
     ".png": {"format": "PNG"},
     ".webp": {"format": "WEBP", "lossless": True},
@@ -20,13 +20,13 @@ _FORMATS: dict[str, dict[str, Any]] = {
 
 
 def check_suffix(output: Path) -> None:
-    """Raise a ``UserError`` for a file name that says no format of animations."""
+    """Raise a ``UserError`` if a file's suffix is not that of an animation format."""
     if output.suffix.lower() not in _FORMATS:
         raise UserError(f"a video cannot be written to {output}: name it {', '.join(_FORMATS)}")
 
 
 def save(pictures: Sequence[Image], output: Path, fps: float) -> None:
-    """Write one picture as PNG whatever the file is called, several as an endless animation that its suffix names."""
+    """Write one picture as PNG, whatever the suffix, or several as an endless animation in the suffix's format."""
     first, *others = pictures
     if not others:
         first.save(output, format="PNG")

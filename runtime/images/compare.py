@@ -1,4 +1,4 @@
-"""``offcut run``: one image or video to a file, beside the uncached one if asked."""
+"""``offcut run``: one image or video to a file, with ``compare`` next to the uncached one."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ def generate_to_file(
     forecast: Forecast | None = None,
     reuse_guidance: bool = False,
 ) -> dict[str, Any]:
-    """Generate an image or a video and write it; with ``compare`` it shows uncached, cached and difference.
+    """Generate an image or a video and write it to a file.
 
     Args:
-        fps: frames a second of a video.
-        forecast: of the cached features; None reuses them.
-        reuse_guidance: on shallow calls; see ``UNet.set_schedule``.
+        schedule, cut, forecast, reuse_guidance: as in ``UNet.set_schedule``.
+        compare: also generate uncached, and write a picture of uncached, cached and difference.
+        fps: frame rate of a video in frames per second.
+        on_step: is called after each step of the scheduler.
 
     Returns:
-        The figures of the run: calls, seconds, and beside the uncached run speed-up and PSNR in dB.
+        The figures of the run: calls and seconds; with ``compare`` also speed-up and PSNR in dB.
 
     Raises:
-        UserError: the request does not fit the pipeline, or the picture cannot be written; found out before anything is
+        UserError: the request does not fit the pipeline, or the file cannot be written; raised before anything is
             generated.
     """
     pipeline_arguments(pipe, request)
@@ -86,16 +87,16 @@ def generate_to_file(
     }
     title = request.prompt or str(request.image)
     frames = range(len(cached.pictures))
-    save([_picture(title, uncached, cached, report, frame) for frame in frames], output, fps)
+    save([_comparison(title, uncached, cached, report, frame) for frame in frames], output, fps)
     return report
 
 
-def _picture(title: str, uncached: Generated, cached: Generated, report: dict[str, Any], frame: int) -> Any:
+def _comparison(title: str, uncached: Generated, cached: Generated, report: dict[str, Any], frame: int) -> Any:
     before, after = uncached.pictures[frame], cached.pictures[frame]
-    apart = difference(before, after, _GAIN)
+    changed = difference(before, after, _GAIN)
     tiles = [
         Tile(before, "every call full", f"{uncached.seconds:.2f} s", uncached.run),
         Tile(after, str(report["schedule"]), f"{cached.seconds:.2f} s   {report['speed_up']:.2f}x", cached.run),
-        Tile(apart, f"difference x{_GAIN:g}", f"PSNR {report['psnr']:.1f} dB"),
+        Tile(changed, f"difference x{_GAIN:g}", f"PSNR {report['psnr']:.1f} dB"),
     ]
     return sheet([(title, tiles)])

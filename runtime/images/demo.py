@@ -17,8 +17,13 @@ from .request import ImageRequest
 
 
 @dataclass(frozen=True)
-class Way:
-    """How to save calls: every ``interval``-th is full; ``damping`` of the features' forecast, None to reuse them."""
+class DemoSetting:
+    """Caching that the demo shows.
+
+    Attributes:
+        interval: interval of the full calls; 1 is uncached.
+        damping: damping of the features' forecast; None reuses the features.
+    """
 
     interval: int
     damping: float | None = None
@@ -27,23 +32,22 @@ class Way:
         return f"interval {self.interval}" + ("" if self.damping is None else ", forecast")
 
 
-WAYS = (Way(3), Way(5), Way(3, 1.0), Way(5, 1.0))
+SETTINGS = (DemoSetting(3), DemoSetting(5), DemoSetting(3, 1.0), DemoSetting(5, 1.0))
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table, over all prompts.
+class DemoRow:
+    """One setting's row of the table, over all prompts.
 
     Attributes:
-        interval: 1 is uncached.
-        damping: of the cached features' forecast; None where they are reused.
-        full_calls, calls: UNet calls of one image.
-        seconds: of one image, median.
-        unet_seconds: of those, spent in the engine.
-        speed_up: against the uncached run, median over prompts of the ratios within a prompt.
-        unet_speed_up: the same for the engine's seconds alone.
-        psnr: against the uncached image of the same seed, mean in dB; None for the uncached run itself.
-        psnr_worst: the lowest.
+        interval, damping: as in ``DemoSetting``.
+        full_calls, calls: number of full calls, and of all UNet calls, of one image.
+        seconds: median time of one image.
+        unet_seconds: median time of one image in the engine.
+        speed_up: ratio of the uncached time to this one, within a prompt; median over the prompts.
+        unet_speed_up: the same for the engine's time alone.
+        psnr: PSNR to the uncached image of the same seed in dB, mean; None for the uncached images themselves.
+        psnr_worst: lowest PSNR.
     """
 
     interval: int
@@ -60,9 +64,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Demo:
-    """The table, and where the picture is."""
+    """Result of the demo: the rows of the table, and the file of the picture."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[DemoRow, ...]
     picture: Path
     prompts: tuple[str, ...]
     steps: int
@@ -76,45 +80,45 @@ def demo(
     picture: Path,
     *,
     steps: int = 50,
-    ways: Sequence[Way] = WAYS,
+    settings: Sequence[DemoSetting] = SETTINGS,
     warmup: int = 2,
     guidance: float = 3.0,
     seed: int = 0,
     on_step: Callable[[], None] = lambda: None,
 ) -> Demo:
-    """Generate every prompt uncached and in each of the ways, in turn, and write one picture of all.
+    """Generate every prompt uncached and with each setting, in turn, and write one picture of all.
 
     Args:
-        pipe: from ``offcut.load``.
-        prompts: a row of the picture each.
-        picture: the PNG to write.
-        warmup: first calls that are always full.
+        pipe: a pipeline of ``offcut.load``.
+        prompts: prompts, one for each row of the picture.
+        picture: PNG file to write.
+        warmup: number of first calls that are always full.
     """
     warm_up(pipe, ImageRequest(prompts[0], guidance=guidance))
     results: list[list[Generated]] = []
     for prompt in prompts:
         request = ImageRequest(prompt, steps=steps, guidance=guidance, seed=seed)
-        made = [generate(pipe, request, None, on_step=on_step)]
-        for way in ways:
-            forecast = None if way.damping is None else Extrapolate(way.damping)
-            schedule = Uniform(way.interval, warmup=warmup)
-            made.append(generate(pipe, request, schedule, on_step=on_step, forecast=forecast))
-        results.append(made)
+        images = [generate(pipe, request, None, on_step=on_step)]
+        for setting in settings:
+            forecast = None if setting.damping is None else Extrapolate(setting.damping)
+            schedule = Uniform(setting.interval, warmup=warmup)
+            images.append(generate(pipe, request, schedule, on_step=on_step, forecast=forecast))
+        results.append(images)
 
     rows = tuple(
-        _row(way, [row[column] for row in results], [row[0] for row in results])
-        for column, way in enumerate([Way(1), *ways])
+        _row(setting, [row[column] for row in results], [row[0] for row in results])
+        for column, setting in enumerate([DemoSetting(1), *settings])
     )
-    sheet([(prompt, _tiles(images, ways)) for prompt, images in zip(prompts, results, strict=True)]).save(picture)
+    sheet([(prompt, _tiles(images, settings)) for prompt, images in zip(prompts, results, strict=True)]).save(picture)
     return Demo(rows, picture, tuple(prompts), steps, warmup, pipe.unet.engine)
 
 
-def _row(way: Way, images: Sequence[Generated], uncached: Sequence[Generated]) -> Row:
+def _row(setting: DemoSetting, images: Sequence[Generated], uncached: Sequence[Generated]) -> DemoRow:
     pairs = list(zip(uncached, images, strict=True))
-    noise = None if way.interval == 1 else [psnr(base.image, other.image) for base, other in pairs]
-    return Row(
-        interval=way.interval,
-        damping=way.damping,
+    noise = None if setting.interval == 1 else [psnr(base.image, other.image) for base, other in pairs]
+    return DemoRow(
+        interval=setting.interval,
+        damping=setting.damping,
         full_calls=len(images[0].run.full_calls),
         calls=len(images[0].run.full),
         seconds=statistics.median(image.seconds for image in images),
@@ -126,11 +130,11 @@ def _row(way: Way, images: Sequence[Generated], uncached: Sequence[Generated]) -
     )
 
 
-def _tiles(images: Sequence[Generated], ways: Sequence[Way]) -> list[Tile]:
+def _tiles(images: Sequence[Generated], settings: Sequence[DemoSetting]) -> list[Tile]:
     uncached = images[0]
     tiles = [Tile(uncached.image, "every call full", f"{uncached.seconds:.2f} s", uncached.run)]
-    for way, other in zip(ways, images[1:], strict=True):
+    for setting, other in zip(settings, images[1:], strict=True):
         speed_up = uncached.seconds / other.seconds
         note = f"{other.seconds:.2f} s   {speed_up:.2f}x   {psnr(uncached.image, other.image):.1f} dB"
-        tiles.append(Tile(other.image, str(way), note, other.run))
+        tiles.append(Tile(other.image, str(setting), note, other.run))
     return tiles

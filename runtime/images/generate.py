@@ -1,4 +1,4 @@
-"""One image or video, timed: the same prompt and seed with and without caching."""
+"""One image or video of a pipeline, with its time and its UNet calls."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ OnStep = Callable[[], None]
 
 @dataclass(frozen=True)
 class Generated:
-    """An image or a video and how it was made.
+    """A generated image or video.
 
     Attributes:
-        pictures: the frames of a video; of an image one.
+        pictures: the frames of a video, or the one image.
         seconds: wall time of the whole pipeline call.
-        run: the UNet's calls, full and shallow, with the engine's seconds of each.
+        run: record of the UNet's calls, with the engine's seconds for each.
     """
 
     pictures: tuple[Image, ...]
@@ -35,7 +35,7 @@ class Generated:
 
     @property
     def image(self) -> Image:
-        """The picture; of a video the first frame."""
+        """The image; for a video the first frame."""
         return self.pictures[0]
 
 
@@ -48,49 +48,56 @@ def generate(
     forecast: Forecast | None = None,
     reuse_guidance: bool = False,
 ) -> Generated:
-    """Run a pipeline that ``offcut.load`` or ``attach`` gave once, with this schedule; None makes every call full."""
+    """Call a pipeline of ``offcut.load`` or ``offcut.attach`` once.
+
+    Args:
+        schedule, cut, forecast, reuse_guidance: as in ``UNet.set_schedule``.
+        on_step: is called after each step of the scheduler.
+    """
     import torch
 
-    asked = pipeline_arguments(pipe, request)
+    arguments = pipeline_arguments(pipe, request) | _step_callback(pipe, on_step)
     pipe.unet.set_schedule(schedule, cut, forecast, reuse_guidance=reuse_guidance)
     pipe.unet.record_times = True
     pipe.set_progress_bar_config(disable=True)
     started = time.perf_counter()
-    made = pipe(**asked, **_after_each_step(pipe, on_step), generator=torch.Generator("cpu").manual_seed(request.seed))
+    output = pipe(**arguments, generator=torch.Generator("cpu").manual_seed(request.seed))
     seconds = time.perf_counter() - started
     run = pipe.unet.last_run
     if run is None:
         raise InternalError("the pipeline did not call the UNet")
-    found = made.frames[0] if hasattr(made, "frames") else made.images
-    return Generated(tuple(_picture(each) for each in (found if makes_videos(pipe) else found[:1])), seconds, run)
+    pictures = output.frames[0] if hasattr(output, "frames") else output.images
+    if not makes_videos(pipe):
+        pictures = pictures[:1]
+    return Generated(tuple(map(_as_picture, pictures)), seconds, run)
 
 
-def _picture(made: Any) -> Image:
-    """A picture that some pipelines give as numbers in [0, 1], [height, width, 3], whatever they are asked for."""
+def _as_picture(output: Any) -> Image:
+    """Return an output as a picture; some pipelines always return arrays [height, width, 3] in [0, 1]."""
     from PIL import Image
 
-    return made if isinstance(made, Image.Image) else Image.fromarray((made * 255).round().astype("uint8"))
+    return output if isinstance(output, Image.Image) else Image.fromarray((output * 255).round().astype("uint8"))
 
 
-def _after_each_step(pipe: Any, on_step: OnStep) -> dict[str, Any]:
-    """The callback under the name and with the arguments that this pipeline has for it, if it has one."""
+def _step_callback(pipe: Any, on_step: OnStep) -> dict[str, Any]:
+    """Return the keyword argument for the pipeline's step callback; empty where the pipeline has none."""
 
     def step_ended(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         on_step()
         return tensors
 
-    taken = pipeline_parameters(pipe)
-    if "callback_on_step_end" in taken:
+    parameters = pipeline_parameters(pipe)
+    if "callback_on_step_end" in parameters:
         return {"callback_on_step_end": step_ended}
     # Unconditional pipelines have no callback.
-    return {"callback": lambda step, timestep, latents: on_step()} if "callback" in taken else {}
+    return {"callback": lambda step, timestep, latents: on_step()} if "callback" in parameters else {}
 
 
 def warm_up(pipe: Any, request: ImageRequest, cut: str | None = None) -> None:
     """Run both graphs once at the request's shapes; engines prepare their kernels on the first call."""
-    brief = replace(request, steps=3, seed=0)
-    advises, pipe.unet.advise = pipe.unet.advise, False  # nobody chose so few steps
+    short = replace(request, steps=3, seed=0)
+    advises, pipe.unet.advise = pipe.unet.advise, False  # the user did not choose so few steps
     try:
-        generate(pipe, brief, Steps([0, 2]), cut)
+        generate(pipe, short, Steps([0, 2]), cut)
     finally:
         pipe.unet.advise = advises

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: images side by side, their difference, and the timeline of full and shallow calls."""
+"""Pictures of a comparison: images side by side, their difference, and a timeline of full and shallow calls."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TIMELINE = 22
 
 @dataclass(frozen=True)
 class Tile:
-    """An image with a title above it, a note below, and the calls that made it."""
+    """An image with a title above it, a note below it, and the record of its UNet calls."""
 
     image: Image
     title: str
@@ -35,7 +35,7 @@ class Tile:
 
 
 def difference(first: Image, second: Image, gain: float = 4.0) -> Image:
-    """The absolute difference of two images, brightened by ``gain`` so that it can be seen."""
+    """Return the absolute difference of two images, multiplied by ``gain`` to make it visible."""
     import numpy as np
     from PIL import Image
 
@@ -45,7 +45,7 @@ def difference(first: Image, second: Image, gain: float = 4.0) -> Image:
 
 
 def sheet(rows: Sequence[tuple[str, Sequence[Tile]]]) -> Image:
-    """Rows of tiles, each row under its heading, with a legend of the timeline's colours at the end."""
+    """Return a picture of rows of tiles, each row under its heading, with a legend of the timeline's colours below."""
     from PIL import Image, ImageDraw
 
     columns = max(len(tiles) for _, tiles in rows)
@@ -68,7 +68,7 @@ def _draw_tile(canvas: Image, draw: ImageDraw, tile: Tile, left: int, top: int) 
 
     draw.text((left, top + 3), tile.title, _INK, font=_font(13))
     top += _LINE
-    # A small image is shown in whole pixels, not blurred up.
+    # A small image is enlarged in whole pixels, without blur.
     method = Image.Resampling.NEAREST if tile.image.width < _TILE else Image.Resampling.LANCZOS
     canvas.paste(tile.image.convert("RGB").resize((_TILE, _TILE), method), (left, top))
     top += _TILE
@@ -78,7 +78,7 @@ def _draw_tile(canvas: Image, draw: ImageDraw, tile: Tile, left: int, top: int) 
 
 
 def _draw_timeline(draw: ImageDraw, run: Run, left: int, top: int) -> None:
-    """A bar for each UNet call: tall for a full one, short for a shallow one."""
+    """Draw a bar for each UNet call: tall for a full call, short for a shallow one."""
     height = _TIMELINE - 6
     step = _TILE / len(run.full)
     for call, full in enumerate(run.full):

@@ -1,4 +1,4 @@
-"""Where an image's time goes: text encoders, full and shallow UNet calls, the autoencoder, and the rest."""
+"""Time of an image by component: text encoders, full and shallow UNet calls, the autoencoder, and the rest."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _METHODS = {"text_encoder": "forward", "text_encoder_2": "forward", "image_encod
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part's calls in one image.
+class ComponentTime:
+    """Time of one component's calls in one image.
 
     Attributes:
-        name: the pipeline's component; of the UNet ``unet full`` and ``unet shallow``, of the autoencoder ``vae
-            encode`` and ``vae decode``; at last what is left.
-        runs_in: the engine, or PyTorch.
-        calls: how many.
-        seconds: of all of them.
-        share: of the pipeline call's wall time.
+        name: name of the component; ``unet full`` and ``unet shallow`` for the UNet, ``vae encode`` and ``vae decode``
+            for the autoencoder, ``REST`` for the remaining time.
+        runs_in: name of the engine, or PyTorch.
+        calls: number of calls.
+        seconds: time of all calls together.
+        share: share of the pipeline call's wall time.
     """
 
     name: str
@@ -36,35 +36,35 @@ class Part:
     share: float
 
 
-def time_parts(
+def time_components(
     pipe: Any, request: ImageRequest, schedule: Schedule | None, cut: str | None = None, on_step: OnStep = lambda: None
-) -> list[Part]:
-    """Draw once to warm up and once more with a clock at each part, which waits for the device on a GPU."""
+) -> list[ComponentTime]:
+    """Generate once to warm up, and once more with each component timed; on a GPU that waits for the device."""
     warm_up(pipe, request, cut)
     spent: dict[str, list[float]] = {}
     with _clocks(pipe, spent):
-        made = generate(pipe, request, schedule, cut, on_step)
-    for full, seconds in zip(made.run.full, made.run.seconds, strict=True):
+        image = generate(pipe, request, schedule, cut, on_step)
+    for full, seconds in zip(image.run.full, image.run.seconds, strict=True):
         spent.setdefault("unet full" if full else "unet shallow", []).append(seconds)
-    rest = made.seconds - sum(map(sum, spent.values()))
-    rows = [(name, _home(pipe, name), len(times), sum(times)) for name, times in spent.items()]
+    rest = image.seconds - sum(map(sum, spent.values()))
+    rows = [(name, _runs_in(pipe, name), len(times), sum(times)) for name, times in spent.items()]
     rows.append((REST, "Python", 1, rest))
-    return [Part(*row, share=row[-1] / made.seconds) for row in rows]
+    return [ComponentTime(*row, share=row[-1] / image.seconds) for row in rows]
 
 
 @contextmanager
 def _clocks(pipe: Any, spent: dict[str, list[float]]) -> Iterator[None]:
-    """Time the components' methods, in the order in which they are first called."""
+    """Time the components' methods; ``spent`` gets the seconds of each call, in the order of the first calls."""
     import torch
 
     def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             wait()
             started = time.perf_counter()
-            answer = method(*args, **kwargs)
+            output = method(*args, **kwargs)
             wait()
             spent.setdefault(name, []).append(time.perf_counter() - started)
-            return answer
+            return output
 
         return call
 
@@ -72,21 +72,21 @@ def _clocks(pipe: Any, spent: dict[str, list[float]]) -> Iterator[None]:
         if pipe.unet.device.type == "cuda":
             torch.cuda.synchronize(pipe.unet.device)
 
-    changed = []
+    replaced = []
     try:
         for component, methods in _METHODS.items():
             part = getattr(pipe, component, None)
             for method in methods.split() if part is not None else ():
                 name = f"{component} {method}" if " " in methods else component
                 setattr(part, method, timed(name, getattr(part, method)))
-                changed.append((part, method))
+                replaced.append((part, method))
         yield
     finally:
-        for part, method in changed:
+        for part, method in replaced:
             delattr(part, method)
 
 
-def _home(pipe: Any, name: str) -> str:
+def _runs_in(pipe: Any, name: str) -> str:
     if name.startswith("unet"):
         return str(pipe.unet.engine)
     network = getattr(getattr(pipe, name.split()[0]), "network", None)

@@ -99,7 +99,7 @@ def test_weights_without_names_take_no_lora(
     assert graphs is not None
     (tmp_path / "none.json").write_text("{}")
     unet._stored = lambda: StoredWeights(elsewhere_bundle / graphs.full, tmp_path / "none.json")
-    with pytest.raises(UserError, match="came as ONNX whose weights do not say which layers they are of"):
+    with pytest.raises(UserError, match="was built from ONNX whose weights do not name their layers"):
         unet.load_lora(save_lora("kohya", tiny_pipeline_dir, tmp_path / "lora"))
     assert unet.loras == {}
     unet.close()

@@ -78,7 +78,7 @@ def test_what_cannot_be_says_so() -> None:
         Adaptive(0.2, 0)
     with pytest.raises(ScheduleError, match="max_shallow is 2, below least, 3"):
         Adaptive(0.2, 3, max_shallow=2)
-    with pytest.raises(ScheduleError, match="nobody knows them before"):
+    with pytest.raises(ScheduleError, match="unknown before it"):
         Adaptive(0.2).full_calls(20)
     with pytest.raises(ScheduleError, match=r"unet\.generation\(calls=n\)"):
         GenerationState(Adaptive(0.2, cooldown=1))

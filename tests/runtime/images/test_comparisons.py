@@ -13,7 +13,7 @@ from PIL import Image
 import offcut
 from offcut.errors import UserError
 from offcut.runtime.images.compare import generate_to_file
-from offcut.runtime.images.demo import Way, demo
+from offcut.runtime.images.demo import DemoSetting, demo
 from offcut.runtime.images.generate import generate
 from offcut.runtime.images.metrics import psnr
 from offcut.runtime.images.picture import Tile, difference, sheet
@@ -81,7 +81,14 @@ def test_a_picture_that_cannot_be_written_is_refused_first(pipe: Any, tmp_path: 
 
 def test_the_demo_tells_the_truth(pipe: Any, tmp_path: Path) -> None:
     picture = tmp_path / "demo.png"
-    result = demo(pipe, ["a cat", "a dog"], picture, steps=6, ways=(Way(2), Way(3), Way(3, 1.0)), warmup=1)
+    result = demo(
+        pipe,
+        ["a cat", "a dog"],
+        picture,
+        steps=6,
+        settings=(DemoSetting(2), DemoSetting(3), DemoSetting(3, 1.0)),
+        warmup=1,
+    )
     uncached, two, three, forecast = result.rows
     assert (uncached.full_calls, two.full_calls, three.full_calls) == (6, 3, 2)
     assert (forecast.full_calls, forecast.damping, three.damping) == (2, 1.0, None)

@@ -9,13 +9,13 @@ import offcut
 from offcut.cli import app
 from offcut.runtime.generation.schedule import Uniform
 from offcut.runtime.images.request import ImageRequest
-from offcut.runtime.images.timing import REST, time_parts
+from offcut.runtime.images.timing import REST, time_components
 
 
 def test_every_parts_calls_are_counted_and_the_shares_make_a_whole(tiny_bundle: Path) -> None:
     pipe = offcut.load(tiny_bundle, "onnxruntime", threads=1)
     pipe.unet.advise = False
-    parts = {part.name: part for part in time_parts(pipe, ImageRequest("a red square", steps=6), Uniform(3))}
+    parts = {part.name: part for part in time_components(pipe, ImageRequest("a red square", steps=6), Uniform(3))}
     counts = {name: part.calls for name, part in parts.items()}
     assert counts == {"text_encoder": 2, "unet full": 2, "unet shallow": 4, "vae decode": 1, REST: 1}
     assert sum(part.share for part in parts.values()) == pytest.approx(1)
