@@ -1,7 +1,7 @@
-"""Every exception that offcut raises, in one place.
+"""All exceptions that offcut raises.
 
     OffcutError
-    ├── UserError                 something to mend outside offcut; the message names the remedy
+    ├── UserError                 a cause outside offcut; the message names the remedy
     │   ├── ModelError            a model directory or hub id that cannot be exported
     │   ├── CutError              no such cut in this graph
     │   ├── BundleError           a bundle that is damaged, altered, too new, or does not fit
@@ -10,16 +10,16 @@
     │   ├── ShapeError            an input outside the shapes that the engine was built for
     │   ├── ScheduleError         a schedule that cannot be followed
     │   ├── ParityError           an engine's result is further from PyTorch's than its bound
-    │   └── RequestError          a request that a worker does not carry out
-    │       ├── QueueFullError        too many wait already
-    │       ├── CapacityError         more memory than the worker has for requests
-    │       ├── LimitError            more than a server allows
-    │       ├── DeadlineError         its deadline passed
-    │       ├── RequestCancelledError somebody cancelled it
-    │       ├── ReplicaLostError      the replicas of a cluster that drew it ended
-    │       └── WorkerClosedError     the worker takes no more
-    └── InternalError             a fault of offcut itself: please report it, with the traceback
-        └── EngineFaultError      an engine failed under requests in flight; their worker is unhealthy
+    │   └── RequestError          a request that a worker did not complete
+    │       ├── QueueFullError        too many requests are waiting
+    │       ├── CapacityError         a request that needs more memory than the worker has
+    │       ├── LimitError            a request beyond a server's limits
+    │       ├── DeadlineError         the deadline passed
+    │       ├── RequestCancelledError the request was cancelled
+    │       ├── ReplicaLostError      the cluster's replicas ended during the request
+    │       └── WorkerClosedError     the worker accepts no more requests
+    └── InternalError             a bug of offcut: please report it with the traceback
+        └── EngineFaultError      an engine failed during requests; the worker is unhealthy
 
 The command line prints a ``UserError`` as one sentence without a traceback and exits with 1; everything
 else keeps its traceback.
@@ -29,15 +29,15 @@ from __future__ import annotations
 
 
 class OffcutError(Exception):
-    """Root of the tree."""
+    """Base class of all errors that offcut raises."""
 
 
 class UserError(OffcutError):
-    """Something that the user can mend; the message says what is wrong and then how to mend it."""
+    """An error with a cause outside offcut; the message names the cause, then the remedy."""
 
 
 class ModelError(UserError):
-    """A model that cannot be read or whose architecture is not supported."""
+    """The model cannot be read, or its architecture is not supported."""
 
 
 class CutError(UserError):
@@ -49,11 +49,11 @@ class BundleError(UserError):
 
 
 class EngineError(UserError):
-    """The engine is unknown, unusable on this machine, or was built for another one."""
+    """The engine is unknown, unusable on this machine, or was built for another machine."""
 
 
 class MissingExtraError(EngineError):
-    """A package is not installed that one of offcut's extras would bring."""
+    """A package of one of offcut's extras is not installed."""
 
     def __init__(self, what: str, package: str, extra: str) -> None:
         super().__init__(f"{what} needs the package {package}, which is not installed: pip install 'offcut[{extra}]'")
@@ -64,7 +64,7 @@ class ShapeError(UserError):
 
 
 class ScheduleError(UserError):
-    """A schedule's parameters are out of range, or it needs to know the number of calls and does not."""
+    """A schedule's parameters are out of range, or it needs the number of calls, which is unknown."""
 
 
 class ParityError(UserError):
@@ -72,11 +72,11 @@ class ParityError(UserError):
 
 
 class RequestError(UserError):
-    """A worker did not carry out a request."""
+    """A worker did not complete a request."""
 
 
 class QueueFullError(RequestError):
-    """As many requests wait as may: try again later, or elsewhere."""
+    """The queue of waiting requests is full: try again later, or on another server."""
 
 
 class CapacityError(RequestError):
@@ -84,7 +84,7 @@ class CapacityError(RequestError):
 
 
 class LimitError(RequestError):
-    """The request asks for more than the server allows, or for what it does not do; ``field`` says where."""
+    """The request exceeds a limit of the server, or uses an unsupported feature; ``field`` names the field."""
 
     def __init__(self, field: str | None, message: str) -> None:
         super().__init__(message)
@@ -95,7 +95,7 @@ class LimitError(RequestError):
 
 
 class DeadlineError(RequestError):
-    """The request's deadline passed before it was done."""
+    """The request's deadline passed before the request was completed."""
 
 
 class RequestCancelledError(RequestError):
@@ -103,16 +103,16 @@ class RequestCancelledError(RequestError):
 
 
 class ReplicaLostError(RequestError):
-    """Each replica of a cluster that drew the request ended before it was done; another try may succeed."""
+    """Every replica that worked on the request ended before completing it; another try may succeed."""
 
 
 class WorkerClosedError(RequestError):
-    """The worker is closing and takes no requests."""
+    """The worker is closing, and accepts no requests."""
 
 
 class InternalError(OffcutError):
-    """A fault of offcut itself."""
+    """A bug of offcut."""
 
 
 class EngineFaultError(InternalError):
-    """An engine failed; every request in flight has this error, and the worker takes no more."""
+    """An engine failed; every request in progress gets this error, and the worker accepts no more requests."""
