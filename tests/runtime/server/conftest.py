@@ -1,4 +1,4 @@
-"""A real server, uvicorn on a free port in a thread, around a real worker and the engines of a small bundle."""
+"""Fixtures: a real server (uvicorn on a free port, in a thread) around a real worker and a small bundle's engines."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ BRIEF = ServeSettings(steps=6, interval=3, warmup=0, guidance=5.0)
 
 
 @dataclass
-class Running:
-    """A server that runs.
+class RunningServer:
+    """A server that runs in a thread.
 
     Attributes:
-        error: with which it ended.
+        errors: exceptions with which the server ended.
     """
 
     service: WorkerService
     url: str
     thread: threading.Thread
-    error: list[OffcutError] = field(default_factory=list)
+    errors: list[OffcutError] = field(default_factory=list)
 
     def post(self, body: Any = None, **options: Any) -> httpx.Response:
         if body is not None:
@@ -51,18 +51,18 @@ Start = Callable[..., Any]
 
 
 @contextmanager
-def start(pipe: Any, settings: ServeSettings = BRIEF, bundle: Any = None, **options: Any) -> Iterator[Running]:
-    served = ServedModel(pipe, "tiny", multiple=8, bundle=bundle)
+def start(pipe: Any, settings: ServeSettings = BRIEF, bundle: Any = None, **options: Any) -> Iterator[RunningServer]:
+    model = ServedModel(pipe, "tiny", multiple=8, bundle=bundle)
     worker = Worker(pipe, **{"max_in_flight": 4, **options})
-    service = WorkerService(worker, served, settings)
+    service = WorkerService(worker, model, settings)
     address, listening = listen("127.0.0.1", 0), threading.Event()
-    running = Running(service, f"http://127.0.0.1:{address.getsockname()[1]}", threading.Thread())
+    running = RunningServer(service, f"http://127.0.0.1:{address.getsockname()[1]}", threading.Thread())
 
     def run() -> None:
         try:
             serve(service, address, lambda port: listening.set())
         except OffcutError as error:
-            running.error.append(error)
+            running.errors.append(error)
 
     running.thread = threading.Thread(target=run, name="server")
     running.thread.start()
@@ -72,34 +72,34 @@ def start(pipe: Any, settings: ServeSettings = BRIEF, bundle: Any = None, **opti
     finally:
         service.stopping = True
         running.thread.join(60)
-        worker.close()  # again, or after a fault
+        worker.close()  # a fault leaves the worker open; elsewhere this closes it a second time
         assert not running.thread.is_alive()
 
 
 @pytest.fixture(scope="package")
 def pipe(tiny_bundle: Path) -> Iterator[Any]:
-    """The pipeline that servers run; between tests no server has it."""
-    made: Any = offcut.load(tiny_bundle, "onnxruntime", threads=1)
-    made.set_progress_bar_config(disable=True)
-    yield made
-    made.unet.close()
+    """The pipeline that the servers of all tests run, one server at a time."""
+    loaded: Any = offcut.load(tiny_bundle, "onnxruntime", threads=1)
+    loaded.set_progress_bar_config(disable=True)
+    yield loaded
+    loaded.unet.close()
 
 
 @pytest.fixture(scope="package")
 def begin(pipe: Any) -> Start:
-    """Starts a server with settings and options of the worker; one at a time."""
+    """Function that starts a server with settings and worker options; one at a time."""
     return lambda *settings, **options: start(pipe, *settings, **options)
 
 
 @pytest.fixture(scope="module")
-def server(begin: Start) -> Iterator[Running]:
-    """One for all tests of a module that leave it as it was."""
+def server(begin: Start) -> Iterator[RunningServer]:
+    """One server for all tests of a module that leave it unchanged."""
     with begin() as running:
         yield running
 
 
 class Gate:
-    """Before every engine call; closed, it holds the engines there, and ``reached`` says that it does."""
+    """A gate before every engine call. A closed gate holds the engines, and sets ``reached`` when it does."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -111,7 +111,7 @@ class Gate:
         self.reached.clear()
         self.open.clear()
 
-    def passes(self) -> None:
+    def wait(self) -> None:
         if not self.open.is_set():
             self.reached.set()
             assert self.open.wait(60)
@@ -122,31 +122,31 @@ class Gate:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    made = Gate()
+    gate = Gate()
     real_full, real_shallow = BoundOnnxRuntimePair.full, BoundOnnxRuntimePair.shallow
 
     def full(self: BoundOnnxRuntimePair) -> None:
-        made.passes()
+        gate.wait()
         real_full(self)
 
     def shallow(self: BoundOnnxRuntimePair, cut: str) -> None:
-        made.passes()
+        gate.wait()
         real_shallow(self, cut)
 
     monkeypatch.setattr(BoundOnnxRuntimePair, "full", full)
     monkeypatch.setattr(BoundOnnxRuntimePair, "shallow", shallow)
-    yield made
-    made.open.set()
+    yield gate
+    gate.open.set()
 
 
 @pytest.fixture
 def until() -> Callable[[Callable[[], bool]], None]:
-    """Waits until something is so."""
+    """Function that waits until a condition holds."""
 
-    def wait(so: Callable[[], bool], seconds: float = 60) -> None:
+    def wait(condition: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
-        while not so():
-            assert time.monotonic() < deadline, "it did not come to be"
+        while not condition():
+            assert time.monotonic() < deadline, "the condition does not hold in time"
             time.sleep(0.01)
 
     return wait

@@ -1,4 +1,4 @@
-"""OpenAI's own client gets the images that the pipeline itself draws."""
+"""OpenAI's client gets the same images as a plain pipeline."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def client(server: Any) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_bundle: Path) -> Iterator[Any]:
-    """The same pipeline in nobody's worker."""
+def plain_pipe(tiny_bundle: Path) -> Iterator[Any]:
+    """The same pipeline without a server."""
     pipe: Any = offcut.load(tiny_bundle, "onnxruntime", threads=1)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.advise = False
@@ -37,11 +37,11 @@ def alone(tiny_bundle: Path) -> Iterator[Any]:
     pipe.unet.close()
 
 
-def drawn(pipe: Any, seeds: list[int], schedule: Schedule | None, **arguments: Any) -> list[np.ndarray]:
+def generate(pipe: Any, seeds: list[int], schedule: Schedule | None, **arguments: Any) -> list[np.ndarray]:
     pipe.unet.set_schedule(schedule)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    made = pipe(generator=generators, num_images_per_prompt=len(seeds), **arguments).images
-    return [np.asarray(image) for image in made]
+    images = pipe(generator=generators, num_images_per_prompt=len(seeds), **arguments).images
+    return [np.asarray(image) for image in images]
 
 
 def pixels(b64: str | None) -> np.ndarray:
@@ -51,7 +51,7 @@ def pixels(b64: str | None) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))))
 
 
-def test_an_image_is_the_one_that_the_pipeline_draws(client: openai.OpenAI, alone: Any) -> None:
+def test_an_image_equals_that_of_the_plain_pipeline(client: openai.OpenAI, plain_pipe: Any) -> None:
     reply = client.images.generate(
         model="tiny",
         prompt="a red square",
@@ -66,8 +66,8 @@ def test_an_image_is_the_one_that_the_pipeline_draws(client: openai.OpenAI, alon
             "schedule": "quad:2:center=1",
         },
     )
-    expected = drawn(
-        alone,
+    expected = generate(
+        plain_pipe,
         [5],
         Quad(2, center=1),
         prompt="a red square",
@@ -79,21 +79,21 @@ def test_an_image_is_the_one_that_the_pipeline_draws(client: openai.OpenAI, alon
     )
     assert reply.data is not None
     assert len(reply.data) == 1
-    got = pixels(reply.data[0].b64_json)
-    assert got.shape == (32, 64, 3)
-    assert np.array_equal(got, expected[0])
-    how = reply.model_extra["offcut"]  # type: ignore[index]
-    assert how["seed"] == 5
-    assert how["schedule"] == "quad:2:center=1"
-    assert how["full_calls"] + how["shallow_calls"] == len(how["timeline"]) == 7
-    assert how["seconds"] > 0
-    assert how["queue_seconds"] >= 0
+    image = pixels(reply.data[0].b64_json)
+    assert image.shape == (32, 64, 3)
+    assert np.array_equal(image, expected[0])
+    details = reply.model_extra["offcut"]  # type: ignore[index]
+    assert details["seed"] == 5
+    assert details["schedule"] == "quad:2:center=1"
+    assert details["full_calls"] + details["shallow_calls"] == len(details["timeline"]) == 7
+    assert details["seconds"] > 0
+    assert details["queue_seconds"] >= 0
 
 
-def test_several_images_have_seeds_of_their_own(client: openai.OpenAI, alone: Any) -> None:
-    """The server's own schedule and size, and an image a seed."""
+def test_each_image_of_a_request_has_its_own_seed(client: openai.OpenAI, plain_pipe: Any) -> None:
+    """With the server's default schedule and size."""
     reply = client.images.generate(prompt="a", n=2, extra_body={"seed": 8})
-    expected = drawn(alone, [8, 9], Uniform(3), prompt="a", num_inference_steps=6, guidance_scale=5.0)
+    expected = generate(plain_pipe, [8, 9], Uniform(3), prompt="a", num_inference_steps=6, guidance_scale=5.0)
     assert [
         np.array_equal(pixels(one.b64_json), other) for one, other in zip(reply.data or [], expected, strict=True)
     ] == [True] * 2
@@ -101,7 +101,7 @@ def test_several_images_have_seeds_of_their_own(client: openai.OpenAI, alone: An
     assert reply.model_extra["offcut"]["timeline"] == "#..#.."  # type: ignore[index]
 
 
-def test_without_a_seed_images_differ_and_the_seed_is_told(client: openai.OpenAI) -> None:
+def test_without_a_seed_images_differ_and_the_reply_has_the_seed(client: openai.OpenAI) -> None:
     one, other = (client.images.generate(prompt="a", extra_body={"interval": 1}) for _ in range(2))
     assert one.model_extra["offcut"]["timeline"] == "######"  # type: ignore[index]
     assert one.model_extra["offcut"]["seed"] != other.model_extra["offcut"]["seed"]  # type: ignore[index]
@@ -111,7 +111,7 @@ def test_without_a_seed_images_differ_and_the_seed_is_told(client: openai.OpenAI
     assert not np.array_equal(first, second)
 
 
-def test_a_stream_tells_every_step_and_shows_previews(client: openai.OpenAI, alone: Any) -> None:
+def test_a_stream_has_every_step_and_previews(client: openai.OpenAI, plain_pipe: Any) -> None:
     stream = client.images.generate(
         prompt="a", stream=True, partial_images=2, extra_body={"seed": 3, "num_inference_steps": 9}
     )
@@ -129,12 +129,12 @@ def test_a_stream_tells_every_step_and_shows_previews(client: openai.OpenAI, alo
     assert [event.step for _, event in previews] == [3, 6]
     assert [events[place - 1].step for place, _ in previews] == [3, 6]
     for _, event in previews:
-        shown = pixels(event.b64_json)
-        assert shown.shape == (32, 32, 3)
-        assert shown.std() > 1
+        preview = pixels(event.b64_json)
+        assert preview.shape == (32, 32, 3)
+        assert preview.std() > 1
         assert event.size == "32x32"
-    expected = drawn(alone, [3], Uniform(3), prompt="a", num_inference_steps=9, guidance_scale=5.0)
-    assert np.array_equal(pixels(events[-1].b64_json), expected[0])  # previews change nothing
+    expected = generate(plain_pipe, [3], Uniform(3), prompt="a", num_inference_steps=9, guidance_scale=5.0)
+    assert np.array_equal(pixels(events[-1].b64_json), expected[0])  # previews do not change the image
     assert events[-1].offcut["timeline"] == "#..#..#.."
     assert 0 < sum(event.seconds for event in steps) <= events[-1].offcut["seconds"] + 1e-3
 
@@ -154,39 +154,39 @@ def test_the_frames_of_a_stream(server: Any) -> None:
     assert frames[-2:] == ["data: [DONE]", ""]
 
 
-def test_previews_take_the_noises_own_scale_out(alone: Any) -> None:
-    """Euler's latents are as large as the noise, up to 15 times what the autoencoder knows."""
-    seen: list[Any] = []
+def test_previews_remove_the_scale_of_the_noise(plain_pipe: Any) -> None:
+    """Euler's latents have the scale of the noise, up to 15 times that of the autoencoder's latents."""
+    steps: list[Any] = []
 
-    def look(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         latents = tensors["latents"]
-        seen.append(
+        steps.append(
             (float(pipe.scheduler.sigmas[step + 1]), latents, np.asarray(decode_preview(pipe, latents, timestep)))
         )
         return tensors
 
-    kept = alone.scheduler
-    alone.scheduler = EulerDiscreteScheduler.from_config(kept.config)
+    scheduler = plain_pipe.scheduler
+    plain_pipe.scheduler = EulerDiscreteScheduler.from_config(scheduler.config)
     try:
-        drawn(alone, [1], None, prompt="a", num_inference_steps=4, callback_on_step_end=look)
+        generate(plain_pipe, [1], None, prompt="a", num_inference_steps=4, callback_on_step_end=on_step_end)
     finally:
-        alone.scheduler = kept
-    sigma, latents, shown = seen[0]
+        plain_pipe.scheduler = scheduler
+    sigma, latents, preview = steps[0]
     assert sigma > 1
-    assert len(seen) == 4
+    assert len(steps) == 4
     small = torch.nn.functional.avg_pool2d(latents / (sigma**2 + 1) ** 0.5, 2)
     with torch.no_grad():
-        image = alone.vae.decode(small / alone.vae.config.scaling_factor).sample
-    expected = alone.image_processor.postprocess(image, output_type="pil")[0]
-    assert np.abs(np.asarray(expected).astype(int) - shown).max() <= 1
+        image = plain_pipe.vae.decode(small / plain_pipe.vae.config.scaling_factor).sample
+    expected = plain_pipe.image_processor.postprocess(image, output_type="pil")[0]
+    assert np.abs(np.asarray(expected).astype(int) - preview).max() <= 1
 
 
-@pytest.mark.parametrize(("steps", "count", "places"), [(20, 3, [4, 9, 14]), (2, 3, [0]), (1, 3, []), (9, 0, [])])
-def test_previews_are_spread_and_never_the_last_step(steps: int, count: int, places: list[int]) -> None:
-    assert sorted(preview_steps(steps, count)) == places
+@pytest.mark.parametrize(("steps", "count", "chosen"), [(20, 3, [4, 9, 14]), (2, 3, [0]), (1, 3, []), (9, 0, [])])
+def test_previews_are_evenly_spread_and_never_after_the_last_step(steps: int, count: int, chosen: list[int]) -> None:
+    assert sorted(preview_steps(steps, count)) == chosen
 
 
-def test_the_model_is_listed_with_its_limits(client: openai.OpenAI) -> None:
+def test_the_model_is_listed_with_its_size(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert model.id == client.models.retrieve("tiny").id == "tiny"
     assert model.model_extra["offcut"]["size"] == "64x64"  # type: ignore[index]
@@ -198,7 +198,7 @@ def test_the_model_is_listed_with_its_limits(client: openai.OpenAI) -> None:
     assert raised.value.code == "model_not_found"
 
 
-def test_errors_are_those_of_openais_client(client: openai.OpenAI) -> None:
+def test_openais_client_raises_its_own_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.UnprocessableEntityError) as raised:
         client.images.generate(prompt="a", response_format="url")
     assert "stores no images that a URL could lead to" in raised.value.message
@@ -206,7 +206,7 @@ def test_errors_are_those_of_openais_client(client: openai.OpenAI) -> None:
 
 
 def samples(server: Any) -> dict[tuple[str, str], float]:
-    """Every sample by its name and labels."""
+    """Return every metric sample by its name and labels."""
     reply = server.get("/metrics")
     assert reply.headers["content-type"].startswith("text/plain")
     return {
@@ -216,22 +216,24 @@ def samples(server: Any) -> dict[tuple[str, str], float]:
     }
 
 
-def test_metrics_move(server: Any) -> None:
+def test_metrics_count_a_request_and_a_refusal(server: Any) -> None:
     before = samples(server)
     server.post({"prompt": "a", "num_inference_steps": 6}).raise_for_status()
     assert server.post({"prompt": "a", "n": 99}).status_code == 422
     after = samples(server)
-    grown = {key: after[key] - before.get(key, 0) for key in after}
-    assert grown["offcut_requests_total", "done"] == 1
-    assert grown["offcut_request_seconds_count", "done"] == 1
-    assert grown["offcut_queue_seconds_count", ""] == 1
-    assert grown["offcut_step_seconds_count", "full"] == grown["offcut_batch_rows_count", "full"] == 2
-    assert grown["offcut_step_seconds_count", "shallow"] == grown["offcut_batch_rows_count", "shallow"] == 4
-    assert grown["offcut_batch_rows_bucket", "full,1.0"] == 0
-    assert grown["offcut_batch_rows_bucket", "full,2.0"] == grown["offcut_batch_rows_bucket", "full,+Inf"] == 2
-    assert grown["offcut_batch_rows_sum", "shallow"] == 8
-    assert grown["offcut_engine_seconds_total", "full"] > 0
-    assert grown["offcut_rejections_total", "invalid_request"] == 1
+    difference = {key: after[key] - before.get(key, 0) for key in after}
+    assert difference["offcut_requests_total", "done"] == 1
+    assert difference["offcut_request_seconds_count", "done"] == 1
+    assert difference["offcut_queue_seconds_count", ""] == 1
+    assert difference["offcut_step_seconds_count", "full"] == difference["offcut_batch_rows_count", "full"] == 2
+    assert difference["offcut_step_seconds_count", "shallow"] == difference["offcut_batch_rows_count", "shallow"] == 4
+    assert difference["offcut_batch_rows_bucket", "full,1.0"] == 0
+    assert (
+        difference["offcut_batch_rows_bucket", "full,2.0"] == difference["offcut_batch_rows_bucket", "full,+Inf"] == 2
+    )
+    assert difference["offcut_batch_rows_sum", "shallow"] == 8
+    assert difference["offcut_engine_seconds_total", "full"] > 0
+    assert difference["offcut_rejections_total", "invalid_request"] == 1
     assert after["offcut_healthy", ""] == 1
     assert after["offcut_cache_slots", ""] == after["offcut_queued_requests", ""] == 0
     assert after["offcut_cache_limit_bytes", ""] == 2**30

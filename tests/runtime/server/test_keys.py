@@ -1,4 +1,4 @@
-"""With an API key, only the page and health are open."""
+"""With an API key, only the page and the health checks are open."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def locked(begin: Any) -> Iterator[Any]:
         yield running
 
 
-def test_the_page_and_health_are_open(locked: Any) -> None:
+def test_the_page_and_health_checks_need_no_key(locked: Any) -> None:
     for path in ("/", "/page.js", "/page.css", "/v2/health/live", "/v2/health/ready"):
         assert locked.get(path).status_code == 200
 
 
 @pytest.mark.parametrize("key", [None, "wrong", KEY + "x", KEY[:-1], "Basic " + KEY])
-def test_the_rest_needs_the_key(locked: Any, key: str | None, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_paths_need_the_key(locked: Any, key: str | None, caplog: pytest.LogCaptureFixture) -> None:
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
     with caplog.at_level(logging.DEBUG):
         replies = [
@@ -39,11 +39,11 @@ def test_the_rest_needs_the_key(locked: Any, key: str | None, caplog: pytest.Log
         assert reply.json()["error"]["code"] == "invalid_api_key"
         assert reply.headers["www-authenticate"] == "Bearer"
         assert KEY not in reply.text
-    ours = [record.getMessage() for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
-    assert not any(KEY in message for message in ours)
+    messages = [record.getMessage() for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
+    assert not any(KEY in message for message in messages)
 
 
-def test_the_key_opens(locked: Any) -> None:
+def test_the_right_key_is_accepted(locked: Any) -> None:
     client = openai.OpenAI(base_url=f"{locked.url}/v1", api_key=KEY, max_retries=0)
     assert client.models.list().data[0].id == "tiny"
     assert client.images.generate(prompt="a").data

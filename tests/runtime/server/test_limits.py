@@ -1,4 +1,4 @@
-"""What asks for too much, or is no request at all, is refused before any work; strangers are not let in."""
+"""Requests above a limit, invalid bodies, and requests from other hosts or sites are refused before any work."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def small(begin: Any) -> Iterator[Any]:
         yield running
 
 
-def told(reply: httpx.Response) -> dict[str, Any]:
+def error_of(reply: httpx.Response) -> dict[str, Any]:
     error: dict[str, Any] = reply.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert not leaks(reply.text)
@@ -50,12 +50,12 @@ def told(reply: httpx.Response) -> dict[str, Any]:
 
 
 def leaks(text: str) -> bool:
-    """Whether a reply shows where the server lies, or how it failed."""
-    return any(sign in text for sign in ("Traceback", 'File "', "site-packages", str(ROOT), str(Path.home()) + "/"))
+    """Return whether a reply shows a path of the server or a traceback."""
+    return any(leak in text for leak in ("Traceback", 'File "', "site-packages", str(ROOT), str(Path.home()) + "/"))
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "says"),
+    ("field", "value", "message"),
     [
         ("prompt", "x" * 21, "21 characters, and the server allows 20"),
         ("prompt", "", "at least 1 character"),
@@ -93,32 +93,32 @@ def leaks(text: str) -> bool:
         ("num_steps", 5, "no such field"),
     ],
 )
-def test_each_limit_is_told(field: str, value: object, says: str, small: Any) -> None:
+def test_a_field_out_of_range_is_refused(field: str, value: object, message: str, small: Any) -> None:
     before = small.service.worker.statistics()
     reply = small.post({"prompt": "a", field: value})
     assert reply.status_code == 422
-    error = told(reply)
-    assert says in error["message"]
+    error = error_of(reply)
+    assert message in error["message"]
     assert error["type"] == "invalid_request_error"
     after = small.service.worker.statistics()
     assert (after.ticks, after.queue_waits, after.in_flight) == (before.ticks, before.queue_waits, 0)
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "message"),
     [
         ({"n": 2, "num_inference_steps": 6}, "49152 pixels times steps, and the server allows 40960"),
-        ({"n": 2, "num_inference_steps": 4}, "fewer or smaller images"),  # features of four rows
+        ({"n": 2, "num_inference_steps": 4}, "fewer or smaller images"),  # cached features of four rows
         ({"interval": 2, "schedule": "uniform:2"}, "not both"),
         ({"stream": True, "n": 2}, "one image"),
         ({"schedule": "quad:2"}, "centred on call 15"),
     ],
 )
-def test_limits_of_several_fields(body: dict[str, Any], says: str, small: Any) -> None:
+def test_a_combination_of_fields_is_refused(body: dict[str, Any], message: str, small: Any) -> None:
     before = small.service.worker.statistics().ticks
     reply = small.post({"prompt": "a", **body})
     assert reply.status_code == 422
-    assert says in told(reply)["message"]
+    assert message in error_of(reply)["message"]
     assert small.service.worker.statistics().ticks == before
 
 
@@ -137,18 +137,18 @@ def test_limits_of_several_fields(body: dict[str, Any], says: str, small: Any) -
         (b"null", 422, "invalid_request"),
     ],
 )
-def test_what_is_no_request_is_told_so(content: bytes, status: int, code: str, small: Any) -> None:
+def test_an_invalid_body_is_refused(content: bytes, status: int, code: str, small: Any) -> None:
     reply = small.post(content=content, headers={"content-type": "application/json"})
-    assert (reply.status_code, told(reply)["code"]) == (status, code)
+    assert (reply.status_code, error_of(reply)["code"]) == (status, code)
 
 
-def test_a_body_that_is_too_large_is_refused_unread(small: Any) -> None:
+def test_a_body_that_declares_too_many_bytes_is_refused_unread(small: Any) -> None:
     reply = small.post({"prompt": "x" * 5000})
-    assert (reply.status_code, told(reply)["code"]) == (422, "body_too_large")
+    assert (reply.status_code, error_of(reply)["code"]) == (422, "body_too_large")
 
 
 def raw(server: Any, head: str, *parts: bytes, pause: float = 0.0) -> str:
-    """What the server answers to these bytes; it should close the connection."""
+    """Send bytes and return the reply; the server should close the connection."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         request = (
@@ -158,56 +158,56 @@ def raw(server: Any, head: str, *parts: bytes, pause: float = 0.0) -> str:
         for part in parts:
             connection.sendall(part)
             time.sleep(pause)
-        answer = b""
+        reply = b""
         while chunk := connection.recv(4096):
-            answer += chunk
-    return answer.decode()
+            reply += chunk
+    return reply.decode()
 
 
-def test_a_body_that_grows_too_large_on_its_way_is_cut_off(small: Any) -> None:
-    chunk = b"400\r\n" + b" " * 0x400 + b"\r\n"  # never ends
-    answer = raw(small, "Transfer-Encoding: chunked", *[chunk] * 5)
-    assert answer.startswith("HTTP/1.1 422")
-    assert "connection: close" in answer.lower()
-    assert json.loads(answer.partition("\r\n\r\n")[2])["error"]["code"] == "body_too_large"
+def test_a_body_of_unknown_size_is_cut_off_at_the_limit(small: Any) -> None:
+    chunk = b"400\r\n" + b" " * 0x400 + b"\r\n"  # without a last chunk
+    reply = raw(small, "Transfer-Encoding: chunked", *[chunk] * 5)
+    assert reply.startswith("HTTP/1.1 422")
+    assert "connection: close" in reply.lower()
+    assert json.loads(reply.partition("\r\n\r\n")[2])["error"]["code"] == "body_too_large"
 
 
-def test_a_body_that_does_not_come_is_given_up(small: Any) -> None:
-    answer = raw(small, "Content-Length: 100", b'{"prompt":')
-    assert answer.startswith("HTTP/1.1 408")
-    assert json.loads(answer.partition("\r\n\r\n")[2])["error"]["code"] == "body_too_slow"
+def test_a_body_that_does_not_arrive_is_given_up(small: Any) -> None:
+    reply = raw(small, "Content-Length: 100", b'{"prompt":')
+    assert reply.startswith("HTTP/1.1 408")
+    assert json.loads(reply.partition("\r\n\r\n")[2])["error"]["code"] == "body_too_slow"
 
 
-def test_another_sites_page_cannot_ask(small: Any) -> None:
-    """Without a preflight a browser sends text, or forms; and it says so if the page is of another site."""
+def test_pages_of_other_sites_are_refused(small: Any) -> None:
+    """Without a preflight a browser sends only text or forms. It tells the server if the page is of another site."""
     body = json.dumps({"prompt": "a"})
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         reply = small.post(content=body, headers={"content-type": kind})
-        assert (reply.status_code, told(reply)["code"]) == (415, "unsupported_media_type")
+        assert (reply.status_code, error_of(reply)["code"]) == (415, "unsupported_media_type")
     assert small.post(content=body).status_code == 415
     for site in ("cross-site", "same-site"):
         reply = small.post({"prompt": "a"}, headers={"sec-fetch-site": site})
-        assert (reply.status_code, told(reply)["code"]) == (403, "cross_site")
+        assert (reply.status_code, error_of(reply)["code"]) == (403, "cross_site")
     preflight = httpx.options(f"{small.url}/v1/images/generations", headers={"origin": "http://evil.example"})
     assert preflight.status_code == 415
     assert not [name for name in preflight.headers if name.startswith("access-control")]
 
 
-def test_a_name_that_points_here_is_not_enough(small: Any) -> None:
+def test_unknown_host_names_are_refused(small: Any) -> None:
     for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
         reply = small.get("/", headers={"host": host})
-        assert (reply.status_code, told(reply)["code"]) == (421, "unknown_host")
+        assert (reply.status_code, error_of(reply)["code"]) == (421, "unknown_host")
     for host in ("localhost", "LOCALHOST:8000", "127.0.0.1", "[::1]:8000"):
         assert small.get("/", headers={"host": host}).status_code == 200
 
 
-def test_hosts_follow_the_address() -> None:
+def test_allowed_hosts_depend_on_the_address() -> None:
     assert allowed_hosts("127.0.0.1", ["Images.example"]) == ("127.0.0.1", "localhost", "::1", "images.example")
     assert allowed_hosts("0.0.0.0", []) is None
     assert allowed_hosts("0.0.0.0", ["a"]) == ("a",)
 
 
-def test_every_reply_has_the_headers_of_a_careful_server(small: Any) -> None:
+def test_every_reply_has_the_security_headers(small: Any) -> None:
     for path in ("/", "/page.js", "/v1/models", "/nothing", "/v2/health/live"):
         headers = small.get(path).headers
         assert "default-src 'none'" in headers["content-security-policy"]
@@ -216,11 +216,11 @@ def test_every_reply_has_the_headers_of_a_careful_server(small: Any) -> None:
         assert "server" not in headers
 
 
-def test_other_paths_and_methods_are_told(small: Any) -> None:
+def test_unknown_paths_and_methods_are_refused(small: Any) -> None:
     for path in ("/nothing", "/docs", "/page/../app.py", "/..%2fapp.py", "/v1/images/generations/"):
         reply = small.get(path)
-        assert (reply.status_code, told(reply)["code"]) == (404, "not_found")
-    assert told(small.get("/v1/images/generations"))["code"] == "method_not_allowed"
+        assert (reply.status_code, error_of(reply)["code"]) == (404, "not_found")
+    assert error_of(small.get("/v1/images/generations"))["code"] == "method_not_allowed"
 
 
 FIELDS = ["prompt", "model", "n", "size", "stream", "seed", "interval", "schedule", "num_inference_steps", "timeout"]
@@ -236,19 +236,19 @@ BODIES = st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), JSON, ma
 @given(body=BODIES.map(json.dumps).map(str.encode) | st.binary(max_size=60))
 def test_no_body_makes_the_server_fail(body: bytes, small: Any) -> None:
     reply = small.post(content=body, headers={"content-type": "application/json"})
-    assert reply.status_code in (200, 400, 404, 422, 504), reply.text  # 504: a deadline too short
+    assert reply.status_code in (200, 400, 404, 422, 504), reply.text  # 504: the deadline was too short
     if reply.status_code != 200:
-        told(reply)
+        error_of(reply)
     assert small.service.worker.statistics().in_flight == 0
 
 
-def test_limits_must_allow_the_models_own_size(small: Any) -> None:
+def test_limits_must_allow_the_default_size(small: Any) -> None:
     for limits in (RequestLimits(pixels=64 * 63), RequestLimits(pixel_steps=64 * 64 * 29)):
         with pytest.raises(UserError, match="no image of this model's default size, 64x64 in 30 steps"):
             WorkerService(small.service.worker, small.service.model, ServeSettings(limits=limits))
 
 
-def test_settings_that_make_no_sense_are_told() -> None:
+def test_settings_out_of_range_are_refused() -> None:
     for wrong in ({"api_key": ""}, {"api_key": "ü"}, {"timeout": 0.0}, {"steps": 0}, {"steps": 999}):
         with pytest.raises(UserError):
             ServeSettings(**wrong)  # type: ignore[arg-type]

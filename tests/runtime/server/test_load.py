@@ -1,4 +1,4 @@
-"""Full queues, deadlines, clients that go away, engines that fail or hang, and the end of a server."""
+"""Full queues, deadlines, clients that disconnect, engines that fail or hang, and the shutdown of a server."""
 
 from __future__ import annotations
 
@@ -29,18 +29,20 @@ Until = Callable[..., None]
 
 
 @pytest.fixture
-def crowd() -> Iterator[ThreadPoolExecutor]:
+def clients() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(8) as pool:
         yield pool
 
 
-def test_a_full_queue_says_when_to_come_back(begin: Any, gate: Any, crowd: ThreadPoolExecutor, until: Until) -> None:
+def test_a_full_queue_replies_with_retry_after(
+    begin: Any, gate: Any, clients: ThreadPoolExecutor, until: Until
+) -> None:
     with begin(QUICK, max_in_flight=1, max_queue=1) as server:
         gate.close()
         worker = server.service.worker
-        first = crowd.submit(server.post, {"prompt": "a", "seed": 1})
+        first = clients.submit(server.post, {"prompt": "a", "seed": 1})
         assert gate.reached.wait(60)
-        second = crowd.submit(server.post, {"prompt": "a", "seed": 2})
+        second = clients.submit(server.post, {"prompt": "a", "seed": 2})
         until(lambda: worker.statistics().queued == 1)
         refused = server.post({"prompt": "a"})
         assert refused.status_code == 429
@@ -52,26 +54,26 @@ def test_a_full_queue_says_when_to_come_back(begin: Any, gate: Any, crowd: Threa
         assert 'offcut_rejections_total{reason="queue_full"} 1.0' in server.get("/metrics").text
 
 
-def test_replies_do_not_wait_for_the_client_to_acknowledge_their_headers() -> None:
-    """Nagle's algorithm would hold the body of every reply but a connection's first back for 40 ms."""
+def test_connections_have_tcp_nodelay() -> None:
+    """Nagle's algorithm would delay the body of every reply but a connection's first by 40 ms."""
 
     async def accepted() -> int:
-        came: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        option: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            came.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            option.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
         address = listen("127.0.0.1", 0)
         async with await asyncio.start_server(connected, sock=address):
             _, writer = await asyncio.open_connection(*address.getsockname())
             writer.close()
-            return await came
+            return await option
 
     assert asyncio.run(accepted())
 
 
-def test_the_time_to_come_back_follows_the_load() -> None:
+def test_retry_after_grows_with_the_load() -> None:
     busy = Statistics(
         queued=30, in_flight=4, queue_waits=Total(100, 300.0), requests={"done": Total(100, 1100.0)}
     )  # 8 s each, 4 at once
@@ -82,13 +84,13 @@ def test_the_time_to_come_back_follows_the_load() -> None:
     assert problem_of(QueueFullError("full"), busy).retry_after == 30
 
 
-def test_a_client_may_shorten_the_deadline_and_not_lengthen_it(
-    begin: Any, gate: Any, crowd: ThreadPoolExecutor
+def test_a_client_may_shorten_the_deadline_but_not_lengthen_it(
+    begin: Any, gate: Any, clients: ThreadPoolExecutor
 ) -> None:
     with begin(replace(QUICK, timeout=2.0)) as server:
         gate.close()
-        short = crowd.submit(server.post, {"prompt": "a", "timeout": 0.2})
-        long = crowd.submit(server.post, {"prompt": "a", "timeout": 500})
+        short = clients.submit(server.post, {"prompt": "a", "timeout": 0.2})
+        long = clients.submit(server.post, {"prompt": "a", "timeout": 500})
         assert gate.reached.wait(60)
         time.sleep(2.2)
         gate.open.set()
@@ -100,8 +102,8 @@ def test_a_client_may_shorten_the_deadline_and_not_lengthen_it(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_frees_its_place_within_a_step(
-    stream: bool, begin: Any, gate: Any, crowd: ThreadPoolExecutor, until: Until
+def test_a_client_that_disconnects_frees_its_place_within_a_step(
+    stream: bool, begin: Any, gate: Any, clients: ThreadPoolExecutor, until: Until
 ) -> None:
     with begin(QUICK) as server:
         worker = server.service.worker
@@ -122,7 +124,7 @@ def test_a_client_that_goes_away_frees_its_place_within_a_step(
                 with pytest.raises(httpx.ReadTimeout):
                     client.send(request)
                 assert gate.reached.wait(60)
-        until(lambda: not server.service.open_jobs)  # the server has seen it
+        until(lambda: not server.service.open_jobs)  # the server has noticed
         assert worker.statistics().in_flight == 1  # in an engine call
         calls = gate.calls
         gate.open.set()
@@ -134,11 +136,13 @@ def test_a_client_that_goes_away_frees_its_place_within_a_step(
         assert server.post({"prompt": "a"}).status_code == 200
 
 
-def test_draining_finishes_what_there_is(begin: Any, gate: Any, crowd: ThreadPoolExecutor, until: Until) -> None:
+def test_draining_finishes_the_requests_in_flight(
+    begin: Any, gate: Any, clients: ThreadPoolExecutor, until: Until
+) -> None:
     with begin(QUICK, max_in_flight=1) as server:
         gate.close()
-        tickets = [crowd.submit(server.post, {"prompt": "a", "seed": seed}) for seed in range(2)]
-        stream = crowd.submit(server.post, {"prompt": "a", "stream": True})
+        tickets = [clients.submit(server.post, {"prompt": "a", "seed": seed}) for seed in range(2)]
+        stream = clients.submit(server.post, {"prompt": "a", "stream": True})
         until(lambda: server.service.worker.statistics().queued == 2)
         assert gate.reached.wait(60)
         server.service.stopping = True
@@ -152,17 +156,17 @@ def test_draining_finishes_what_there_is(begin: Any, gate: Any, crowd: ThreadPoo
         assert stream.result().text.endswith("data: [DONE]\n\n")
         server.thread.join(60)
         assert not server.thread.is_alive()
-        assert server.error == []
+        assert server.errors == []
         with pytest.raises(httpx.ConnectError):
             server.get("/v2/health/live")
 
 
-def test_a_drain_that_takes_too_long_ends_with_an_error_for_each(
-    begin: Any, gate: Any, crowd: ThreadPoolExecutor, until: Until
+def test_a_drain_that_takes_too_long_ends_each_request_with_an_error(
+    begin: Any, gate: Any, clients: ThreadPoolExecutor, until: Until
 ) -> None:
     with begin(replace(QUICK, drain=0.3)) as server:
         gate.close()
-        waiting = [crowd.submit(server.post, {"prompt": "a", "stream": stream}) for stream in (False, True)]
+        waiting = [clients.submit(server.post, {"prompt": "a", "stream": stream}) for stream in (False, True)]
         until(lambda: server.service.worker.statistics().in_flight == 2)
         assert gate.reached.wait(60)
         server.service.stopping = True
@@ -172,15 +176,15 @@ def test_a_drain_that_takes_too_long_ends_with_an_error_for_each(
         assert '"code": "draining"' in stream.text
         gate.open.set()
         server.thread.join(60)
-        assert server.error == []
+        assert server.errors == []
 
 
-def test_an_engine_that_fails_ends_the_server(begin: Any, gate: Any, crowd: ThreadPoolExecutor, until: Until) -> None:
+def test_an_engine_that_fails_ends_the_server(begin: Any, gate: Any, clients: ThreadPoolExecutor, until: Until) -> None:
     with begin(replace(QUICK, linger=3.0)) as server:
         assert server.get("/v2/health/ready").json() == {"ready": True}
         gate.close()
-        whole = crowd.submit(server.post, LONG)
-        stream = crowd.submit(server.post, {**LONG, "stream": True})
+        whole = clients.submit(server.post, LONG)
+        stream = clients.submit(server.post, {**LONG, "stream": True})
         until(lambda: server.service.worker.statistics().in_flight == 2)
         assert gate.reached.wait(60)
         gate.error = RuntimeError("cannot read /secret/engine.plan")
@@ -197,23 +201,23 @@ def test_an_engine_that_fails_ends_the_server(begin: Any, gate: Any, crowd: Thre
         for text in (whole.result().text, stream.result().text, refused.text):
             assert "secret" not in text
         server.thread.join(60)
-        (error,) = server.error
+        (error,) = server.errors
         assert isinstance(error, EngineFaultError)
         assert "/secret/engine.plan" in str(error)  # for the log
 
 
-def test_an_engine_that_hangs_ends_the_server_too(begin: Any, gate: Any, crowd: ThreadPoolExecutor) -> None:
+def test_an_engine_that_hangs_ends_the_server(begin: Any, gate: Any, clients: ThreadPoolExecutor) -> None:
     with begin(replace(QUICK, stall=0.5, linger=3.0)) as server:
         gate.close()
-        waiting = crowd.submit(server.post, LONG)
+        waiting = clients.submit(server.post, LONG)
         assert (waiting.result().status_code, waiting.result().json()["error"]["code"]) == (503, "engine_fault")
         assert server.get("/v2/health/ready").status_code == 503
         server.thread.join(60)
-        assert "nothing has moved for 0.5 s" in str(server.error[0])
+        assert "nothing has moved for 0.5 s" in str(server.errors[0])
         gate.open.set()
 
 
-def test_an_engine_thread_that_is_gone_is_no_health(begin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_thread_that_has_ended_ends_the_server(begin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with begin(replace(QUICK, linger=3.0)) as server:
         assert server.service.worker.healthy
         thread = threading.Thread(target=lambda: None)
@@ -222,22 +226,22 @@ def test_an_engine_thread_that_is_gone_is_no_health(begin: Any, monkeypatch: pyt
         monkeypatch.setattr(server.service.worker._batcher, "_thread", thread)
         assert server.get("/v2/health/ready").status_code == 503
         server.thread.join(60)
-        assert "has ended" in str(server.error[0])
+        assert "has ended" in str(server.errors[0])
         monkeypatch.undo()
 
 
-def test_a_bug_in_the_server_shows_nothing(begin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_the_server_shows_no_details(begin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with begin(QUICK) as server:
 
-        def stumble(body: object) -> None:
+        def fail(body: object) -> None:
             raise KeyError("/home/somebody/secret")
 
-        monkeypatch.setattr(server.service, "submit", stumble)
+        monkeypatch.setattr(server.service, "submit", fail)
         reply = server.post({"prompt": "a"})
         assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")
         assert "secret" not in reply.text
         monkeypatch.undo()
-        monkeypatch.setattr(server.service.metrics, "text", stumble, raising=True)
+        monkeypatch.setattr(server.service.metrics, "text", fail, raising=True)
         reply = server.get("/metrics")
         assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")
         monkeypatch.undo()

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
-STICKING_OUT = """() => [...document.querySelectorAll('body *')].filter(element =>
+OVERFLOWING = """() => [...document.querySelectorAll('body *')].filter(element =>
   element.checkVisibility() && element.getBoundingClientRect().right > innerWidth + 1
 ).map(element => element.outerHTML.slice(0, 120))"""
 
@@ -41,23 +41,23 @@ def browser() -> Iterator[Any]:
 
 
 class Tab:
-    """A page, with what its console said and which addresses it asked."""
+    """A page, with the errors of its console and the URLs that it requested."""
 
     def __init__(self, browser: Any, url: str, **options: Any) -> None:
         self.page = browser.new_context(**options).new_page()
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", self._heard)
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.errors: list[str] = []
+        self.urls: list[str] = []
+        self.page.on("console", self._on_console)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self.urls.append(request.url))
         self.page.goto(url)
 
-    def _heard(self, message: Any) -> None:
+    def _on_console(self, message: Any) -> None:
         if message.type in ("error", "warning"):
-            self.said.append(f"{message.type}: {message.text}")
+            self.errors.append(f"{message.type}: {message.text}")
 
     def status(self, text: str) -> None:
-        """Waits until the page says this."""
+        """Wait until the status line contains a text."""
         from playwright.sync_api import expect
 
         expect(self.page.get_by_role("status")).to_contain_text(text, timeout=60_000)
@@ -67,7 +67,7 @@ class Tab:
         return "".join({"full": "#", "shallow": ".", "": "?"}[kind] for kind in kinds)
 
     def images(self) -> int:
-        """How many are shown."""
+        """Return the number of images that are shown."""
         return int(
             self.page.evaluate(
                 "[...document.images].filter(each => !each.hidden && each.complete && each.naturalWidth === 64).length"
@@ -83,7 +83,7 @@ def server(begin: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_draws_with_and_without_caching(width: int, scheme: str, browser: Any, server: Any) -> None:
+def test_the_page_generates_with_and_without_caching(width: int, scheme: str, browser: Any, server: Any) -> None:
     tab = Tab(browser, server.url, viewport={"width": width, "height": 900}, color_scheme=scheme)
     tab.page.get_by_label("Prompt", exact=True).fill("a red square " + "x" * 200)
     tab.page.get_by_text("More settings", exact=True).click()
@@ -94,16 +94,16 @@ def test_it_draws_with_and_without_caching(width: int, scheme: str, browser: Any
     assert tab.steps("uncached") == "########"
     assert "2 full and 6 shallow of 8 calls" in tab.page.locator("#cached").inner_text()
     assert [" s" in tab.page.locator(f"#{figure} .seconds").inner_text() for figure in ("cached", "uncached")]
-    assert tab.said == []
-    assert {url.partition(server.url)[0] for url in tab.asked if not url.startswith("data:")} == {""}
+    assert tab.errors == []
+    assert {url.partition(server.url)[0] for url in tab.urls if not url.startswith("data:")} == {""}
     assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert tab.page.evaluate(STICKING_OUT) == []
+    assert tab.page.evaluate(OVERFLOWING) == []
     assert tab.page.evaluate(UNLABELLED) == []
     assert tab.page.evaluate(SMALL_TARGETS) == []
     tab.page.context.close()
 
 
-def test_the_keyboard_is_enough(browser: Any, server: Any) -> None:
+def test_the_page_works_by_keyboard(browser: Any, server: Any) -> None:
     tab = Tab(browser, server.url)
     press = tab.page.keyboard.press
     focused = "document.activeElement.id"
@@ -129,7 +129,7 @@ def test_the_keyboard_is_enough(browser: Any, server: Any) -> None:
     assert tab.steps("cached") == "#.#.#.#."
     assert tab.steps("uncached") == ""
     assert tab.images() == 1
-    assert tab.said == []
+    assert tab.errors == []
     tab.page.context.close()
 
 
@@ -149,7 +149,7 @@ def test_stopping_frees_the_worker(browser: Any, server: Any, gate: Any, until: 
     tab.page.context.close()
 
 
-def test_what_goes_wrong_is_said(browser: Any, server: Any) -> None:
+def test_an_error_is_shown(browser: Any, server: Any) -> None:
     from playwright.sync_api import expect
 
     tab = Tab(browser, server.url)
@@ -161,8 +161,8 @@ def test_what_goes_wrong_is_said(browser: Any, server: Any) -> None:
     tab.page.context.close()
 
 
-def test_the_last_ones_with_a_schedule_of_the_servers_own(browser: Any, server: Any, begin: Any) -> None:
-    """From here on the module's server has ended, since one pipeline has one."""
+def test_the_default_schedule_is_selected(browser: Any, server: Any, begin: Any) -> None:
+    """Ends the module's server, since a pipeline can run in one server only: keep this test and the next one last."""
     server.service.stopping = True
     server.thread.join(60)
     with begin(ServeSettings(steps=8, interval=4, warmup=0, schedule="steps:0,5", forecast=0.5)) as running:
@@ -182,11 +182,11 @@ def test_the_last_ones_with_a_schedule_of_the_servers_own(browser: Any, server: 
         tab.page.get_by_role("button", name="Generate").click()
         tab.page.wait_for_selector("#cached img:not([hidden]):not(.preview)")
         assert tab.steps("cached") == "#...#..."
-        assert tab.said == []
+        assert tab.errors == []
         tab.page.context.close()
 
 
-def test_the_last_ones_with_an_api_key(browser: Any, server: Any, begin: Any) -> None:
+def test_the_page_asks_for_the_api_key(browser: Any, server: Any, begin: Any) -> None:
     from playwright.sync_api import expect
 
     server.service.stopping = True
@@ -202,7 +202,7 @@ def test_the_last_ones_with_an_api_key(browser: Any, server: Any, begin: Any) ->
         tab.page.keyboard.press("Enter")
         tab.status("times as fast")
         assert tab.images() == 2
-        assert [line for line in tab.said if "401" not in line] == []
+        assert [line for line in tab.errors if "401" not in line] == []
         tab.page.reload()
         expect(tab.page.locator("#model")).to_contain_text("tiny")
         tab.page.context.close()

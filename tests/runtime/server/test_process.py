@@ -1,4 +1,4 @@
-"""``offcut serve`` as a process: signals, exit codes, what is missing."""
+"""``offcut serve`` as a process: signals, exit codes, missing packages."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-SLOWED = """
+SLOW_SERVER = """
 import os, time
 from offcut.engines.onnxruntime.pair import BoundOnnxRuntimePair as Pair
 from offcut.cli import main
 
-def slowed(real):
+def slow(real):
     def call(self, *cut):
         time.sleep(0.05)
         if os.path.exists(os.environ["TRIGGER"]):
@@ -29,7 +29,7 @@ def slowed(real):
         return real(self, *cut)
     return call
 
-Pair.full, Pair.shallow = slowed(Pair.full), slowed(Pair.shallow)
+Pair.full, Pair.shallow = slow(Pair.full), slow(Pair.shallow)
 main()
 """
 LONG = {"prompt": "a", "num_inference_steps": 60, "interval": 4, "stream": True}
@@ -37,35 +37,35 @@ LONG = {"prompt": "a", "num_inference_steps": 60, "interval": 4, "stream": True}
 
 @contextmanager
 def serving(bundle: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process with engines slowed down, and its address; they fail once the file ``trigger`` is there."""
+    """The process with slow engines, and its address; the engines fail once the file ``trigger`` exists."""
     arguments = ["serve", str(bundle), "--port", "0", "--engine", "onnxruntime", "--threads", "1", "--drain", "60"]
     environment = {**os.environ, "TRIGGER": str(folder / "trigger")}
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOWED, *arguments], stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", SLOW_SERVER, *arguments], stderr=subprocess.PIPE, text=True, env=environment
     )
     try:
         assert process.stderr is not None
-        said = ""
+        output = ""
         for line in process.stderr:
-            said += line
+            output += line
             if match := re.search(r"tiny-sd on (http://127\.0\.0\.1:\d+)$", line.strip()):
                 yield process, match[1]
                 break
         else:
-            raise AssertionError(said)
+            raise AssertionError(output)
     finally:
         if process.poll() is None:
             process.kill()
         process.communicate()
 
 
-def after_a_step(address: str, then: Callable[[], None]) -> str:
-    """The text of a stream; something is done once it has begun."""
+def read_stream(address: str, after_first_event: Callable[[], None]) -> str:
+    """Return the text of a stream; call a function once it has begun."""
     text = ""
     with httpx.stream("POST", f"{address}/v1/images/generations", json=LONG, timeout=60) as reply:
         for part in reply.iter_text():
             if not text:
-                then()
+                after_first_event()
             text += part
     return text
 
@@ -83,7 +83,7 @@ def test_sigterm_lets_requests_finish(tiny_bundle: Path, tmp_path: Path) -> None
             refused = httpx.post(f"{address}/v1/images/generations", json={"prompt": "a"})
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
 
-        text = after_a_step(address, stop)
+        text = read_stream(address, stop)
         assert '"type": "image_generation.completed"' in text
         assert text.endswith("data: [DONE]\n\n")
         assert process.wait(60) == 0
@@ -92,7 +92,7 @@ def test_sigterm_lets_requests_finish(tiny_bundle: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_an_engine_fault_ends_the_process(tiny_bundle: Path, tmp_path: Path) -> None:
     with serving(tiny_bundle, tmp_path) as (process, address):
-        text = after_a_step(address, (tmp_path / "trigger").touch)
+        text = read_stream(address, (tmp_path / "trigger").touch)
         last = text.rstrip().split("\n\n")[-1]
         assert json.loads(last.partition("data: ")[2])["error"]["code"] == "engine_fault"
         assert "secret" not in text
@@ -105,15 +105,15 @@ def test_an_engine_fault_ends_the_process(tiny_bundle: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("module", ["fastapi", "uvicorn", "prometheus_client"])
-def test_a_missing_package_is_told(module: str, command: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(module: str, command: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
-    said = command("serve", "x.offcut", fails=True)
-    assert f"the package {module.replace('_', '-')}" in said
-    assert "pip install 'offcut[serve]'" in said
+    output = command("serve", "x.offcut", fails=True)
+    assert f"the package {module.replace('_', '-')}" in output
+    assert "pip install 'offcut[serve]'" in output
 
 
 @pytest.mark.slow
-def test_what_cannot_be_served_is_told(unet_bundle: Path, tmp_path: Path, command: Callable[..., str]) -> None:
+def test_an_unusable_bundle_or_port_is_refused(unet_bundle: Path, tmp_path: Path, command: Callable[..., str]) -> None:
     import socket
 
     assert "is not an offcut bundle" in command("serve", tmp_path, "--port", "0", fails=True)

@@ -1,4 +1,4 @@
-"""Tuned schedules and forecasts: asked for by a request, or the server's own; refused with a reason otherwise."""
+"""Tuned schedules and forecasts, of a request or as the server's default; those that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FULL = (0, 1, 4)
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Path, pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> offcut.Bundle:
-    """A copy with a schedule, made by hand, for six steps at guidance 5."""
+    """A copy of the bundle with a hand-made tuned schedule for six steps at guidance 5."""
     copy = tmp_path_factory.mktemp("schedules") / "tiny.offcut"
     shutil.copytree(tiny_bundle, copy)
     opened = offcut.Bundle.open(copy)
@@ -60,20 +60,21 @@ def server(begin: Any, bundle: offcut.Bundle) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_bundle: Path) -> Iterator[Any]:
-    made: Any = offcut.load(tiny_bundle, "onnxruntime", threads=1)
-    made.set_progress_bar_config(disable=True)
-    made.unet.advise = False
-    yield made
-    made.unet.close()
+def plain_pipe(tiny_bundle: Path) -> Iterator[Any]:
+    """The same pipeline without a server."""
+    loaded: Any = offcut.load(tiny_bundle, "onnxruntime", threads=1)
+    loaded.set_progress_bar_config(disable=True)
+    loaded.unet.advise = False
+    yield loaded
+    loaded.unet.close()
 
 
-def drawn(pipe: Any) -> np.ndarray:
+def generate(pipe: Any) -> np.ndarray:
     import torch
 
     generator = torch.Generator().manual_seed(1)
-    asked = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "generator": generator}
-    return np.asarray(pipe("a", **asked).images[0])
+    arguments = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "generator": generator}
+    return np.asarray(pipe("a", **arguments).images[0])
 
 
 def pixels(reply: Any) -> np.ndarray:
@@ -83,29 +84,31 @@ def pixels(reply: Any) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(reply.json()["data"][0]["b64_json"]))))
 
 
-def test_a_forecast_is_the_pipelines_own(server: Any, alone: Any) -> None:
+def test_a_forecast_gives_the_images_of_the_plain_pipeline(server: Any, plain_pipe: Any) -> None:
     images = {}
     for damping in (0.0, 1.0):
-        alone.unet.set_schedule(Uniform(2), forecast=offcut.Extrapolate(damping))
+        plain_pipe.unet.set_schedule(Uniform(2), forecast=offcut.Extrapolate(damping))
         reply = server.post({"prompt": "a", "seed": 1, "interval": 2, "forecast": damping})
         images[damping] = pixels(reply)
-        assert np.array_equal(images[damping], drawn(alone))
+        assert np.array_equal(images[damping], generate(plain_pipe))
         assert reply.json()["offcut"]["forecast"] == (None if not damping else "extrapolated, damping 1")
     assert not np.array_equal(images[0.0], images[1.0])
 
 
 @pytest.mark.parametrize("name", ["auto", "tuned:by-hand"])
-def test_a_tuned_schedule_is_the_pipelines_own(name: str, server: Any, alone: Any, bundle: offcut.Bundle) -> None:
-    Tuned.load(bundle, "by-hand").apply(alone.unet)
+def test_a_tuned_schedule_gives_the_image_of_the_plain_pipeline(
+    name: str, server: Any, plain_pipe: Any, bundle: offcut.Bundle
+) -> None:
+    Tuned.load(bundle, "by-hand").apply(plain_pipe.unet)
     reply = server.post({"prompt": "a", "seed": 1, "schedule": name})
-    assert np.array_equal(pixels(reply), drawn(alone))
-    how = reply.json()["offcut"]
-    assert (how["schedule"], how["timeline"], how["forecast"]) == ("tuned:by-hand", "##._#.", "tuned")
-    assert (how["full_calls"], how["shallow_calls"], how["skipped_calls"]) == (3, 2, 1)
+    assert np.array_equal(pixels(reply), generate(plain_pipe))
+    details = reply.json()["offcut"]
+    assert (details["schedule"], details["timeline"], details["forecast"]) == ("tuned:by-hand", "##._#.", "tuned")
+    assert (details["full_calls"], details["shallow_calls"], details["skipped_calls"]) == (3, 2, 1)
 
 
 @pytest.mark.parametrize(
-    ("asked", "field", "says"),
+    ("fields", "param", "message"),
     [
         ({"schedule": "auto", "num_inference_steps": 5}, "schedule", "tuned for 6 steps, not 5"),
         ({"schedule": "tuned:by-hand", "guidance_scale": 9}, "schedule", "guidance 1 to 5, not 9"),
@@ -117,22 +120,26 @@ def test_a_tuned_schedule_is_the_pipelines_own(name: str, server: Any, alone: An
         ({"forecast": 1.5}, "forecast", "less than or equal to 1"),
     ],
 )
-def test_what_does_not_fit_is_refused(asked: dict[str, Any], field: str, says: str, server: Any) -> None:
+def test_a_schedule_that_does_not_fit_is_refused(fields: dict[str, Any], param: str, message: str, server: Any) -> None:
     before = server.service.worker.statistics().ticks
-    reply = server.post({"prompt": "a", **asked})
+    reply = server.post({"prompt": "a", **fields})
     assert reply.status_code == 422
     error = reply.json()["error"]
-    assert (error["param"], says in error["message"]) == (field, True), error
+    assert (error["param"], message in error["message"]) == (param, True), error
     assert "/" not in error["message"]
     assert server.service.worker.statistics().ticks == before
 
 
-def test_the_servers_own_schedule_is_for_requests_that_name_none(begin: Any, bundle: offcut.Bundle) -> None:
+def test_the_default_schedule_applies_to_requests_without_one(begin: Any, bundle: offcut.Bundle) -> None:
     with begin(replace(BRIEF, schedule="auto", forecast=1.0), bundle=bundle) as server:
-        told = server.get("/v1/models").json()["data"][0]["offcut"]
-        assert (told["tuned"], told["defaults"]["schedule"], told["defaults"]["forecast"]) == (["by-hand"], "auto", 1.0)
-        own, other = (server.post({"prompt": "a", **asked}).json()["offcut"] for asked in ({}, {"interval": 2}))
-        assert (own["schedule"], own["forecast"]) == ("tuned:by-hand", "tuned")
+        model = server.get("/v1/models").json()["data"][0]["offcut"]
+        assert (model["tuned"], model["defaults"]["schedule"], model["defaults"]["forecast"]) == (
+            ["by-hand"],
+            "auto",
+            1.0,
+        )
+        default, other = (server.post({"prompt": "a", **fields}).json()["offcut"] for fields in ({}, {"interval": 2}))
+        assert (default["schedule"], default["forecast"]) == ("tuned:by-hand", "tuned")
         assert (other["timeline"], other["forecast"]) == ("#.#.#.", "extrapolated, damping 1")
         full = server.post({"prompt": "a", "interval": 1}).json()["offcut"]
         assert (full["timeline"], full["forecast"]) == ("######", None)
@@ -140,19 +147,19 @@ def test_the_servers_own_schedule_is_for_requests_that_name_none(begin: Any, bun
         assert (refused.status_code, "tuned for 6 steps" in refused.text) == (422, True)
 
 
-def test_a_schedule_in_words_may_be_the_servers_own(begin: Any) -> None:
+def test_the_default_schedule_may_be_a_text(begin: Any) -> None:
     with begin(replace(BRIEF, schedule="steps:0,3")) as server:
         assert server.post({"prompt": "a"}).json()["offcut"]["timeline"] == "#..#.."
         assert server.post({"prompt": "a", "warmup": 2}).json()["offcut"]["timeline"] == "##.#.."
         assert "no tuned schedule" in server.post({"prompt": "a", "schedule": "auto"}).text
 
 
-def test_what_the_server_itself_cannot_do_is_told_at_its_start(pipe: Any, bundle: offcut.Bundle) -> None:
-    served = ServedModel(pipe, "tiny", multiple=8, bundle=bundle)
+def test_a_default_schedule_that_does_not_fit_is_refused_at_start(pipe: Any, bundle: offcut.Bundle) -> None:
+    model = ServedModel(pipe, "tiny", multiple=8, bundle=bundle)
     with Worker(pipe, max_in_flight=1) as worker:
         for wrong in ({"steps": 5}, {"guidance": 9.0}, {"schedule": "tuned:x"}, {"schedule": "quad:2:center=9"}):
             with pytest.raises(UserError, match="the server's default schedule does not fit"):
-                WorkerService(worker, served, replace(BRIEF, **{"schedule": "auto", **wrong}))  # type: ignore[arg-type]
+                WorkerService(worker, model, replace(BRIEF, **{"schedule": "auto", **wrong}))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="damping is 2"):
         replace(BRIEF, forecast=2.0)
     with pytest.raises(ScheduleError, match="no tuned schedule"):

@@ -1,4 +1,4 @@
-"""Two bundles whose images differ."""
+"""Fixtures: two bundles whose images differ."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import offcut
 
 @pytest.fixture(scope="session")
 def one_bundle(small_pipeline_dir: Path, once: Any) -> Path:
-    """``small_pipeline_dir`` for ONNX Runtime."""
+    """``small_pipeline_dir`` built for ONNX Runtime."""
     return once("one.offcut", lambda path: offcut.build(small_pipeline_dir, path, engine="onnxruntime"))
 
 
 @pytest.fixture(scope="session")
 def other_bundle(small_pipeline_dir: Path, once: Any) -> Path:
-    """The same, trained to draw something else."""
+    """The same model with the last layer negated, so that its images differ."""
 
-    def make(path: Path) -> None:
+    def build(path: Path) -> None:
         from diffusers import StableDiffusionPipeline
 
         pipe = StableDiffusionPipeline.from_pretrained(small_pipeline_dir)
@@ -30,4 +30,4 @@ def other_bundle(small_pipeline_dir: Path, once: Any) -> Path:
         pipe.save_pretrained(path / "model")
         offcut.build(path / "model", path / "other.offcut", engine="onnxruntime")
 
-    return once("other", make) / "other.offcut"
+    return once("other", build) / "other.offcut"

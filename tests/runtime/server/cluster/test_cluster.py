@@ -1,6 +1,6 @@
-"""Ray Serve with two replicas: images, limits, lost replicas, clients that leave, an update, and the end.
+"""Ray Serve with two replicas: images, limits, lost replicas, clients that disconnect, an update, and the shutdown.
 
-The tests are one story on one cluster, since its start takes longest: each leaves it whole, the last one ends it.
+The tests share one cluster, since its start takes longest. Each leaves the cluster working, and the last one ends it.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ def cluster(one_bundle: Path, other_bundle: Path) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def draws(one_bundle: Path, other_bundle: Path) -> Iterator[Callable[..., np.ndarray]]:
-    """What a bundle's own pipeline draws."""
+def generate(one_bundle: Path, other_bundle: Path) -> Iterator[Callable[..., np.ndarray]]:
+    """Function that generates an image with a bundle's plain pipeline."""
     pipes: dict[str, Any] = {}
     for name, bundle in (("one", one_bundle), ("other", other_bundle)):
         pipes[name] = offcut.load(bundle, "onnxruntime", threads=1)
         pipes[name].set_progress_bar_config(disable=True)
         pipes[name].unet.advise = False
 
-    def draw(name: str, seed: int, steps: int = STEPS) -> np.ndarray:
+    def image_of(name: str, seed: int, steps: int = STEPS) -> np.ndarray:
         pipe = pipes[name]
         pipe.unet.set_schedule(Uniform(3))
         generator = torch.Generator().manual_seed(seed)
-        made = pipe(prompt="a", num_inference_steps=steps, guidance_scale=7.5, generator=generator)
-        return np.asarray(made.images[0])
+        output = pipe(prompt="a", num_inference_steps=steps, guidance_scale=7.5, generator=generator)
+        return np.asarray(output.images[0])
 
-    yield draw
+    yield image_of
     for pipe in pipes.values():
         pipe.unet.close()
 
@@ -79,12 +79,12 @@ def image(reply: httpx.Response) -> np.ndarray:
 
 
 def same(one: np.ndarray, other: np.ndarray) -> bool:
-    """To the rounding of a batch that others share."""
+    """Return whether two images agree up to the rounding of a batch that others share."""
     return bool(np.abs(one.astype(int) - other.astype(int)).max() <= 2)
 
 
-def counted(cluster: Cluster, name: str, **labels: str) -> float:
-    """A metric's sum over replicas and models."""
+def metric(cluster: Cluster, name: str, **labels: str) -> float:
+    """Return a metric's sum over replicas and models."""
     families = text_string_to_metric_families(cluster.get("/metrics").text)
     samples = (sample for family in families for sample in family.samples)
     return sum(sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items())
@@ -96,93 +96,94 @@ def events(reply: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(each) for each in data if each.startswith("{")]
 
 
-def test_openais_client_gets_the_images_of_two_bundles(cluster: Cluster, draws: Any) -> None:
+def test_openais_client_gets_the_images_of_two_bundles(cluster: Cluster, generate: Any) -> None:
     client = openai.OpenAI(base_url=f"{cluster.url}/v1", api_key=KEY, max_retries=0, timeout=LIMIT)
     assert [model.id for model in client.models.list()] == ["one", "other"]
     for name in ("one", "other"):
         reply = client.images.generate(model=name, prompt="a", extra_body={"seed": 5})
-        assert same(pixels((reply.data or [])[0].b64_json), draws(name, 5))
+        assert same(pixels((reply.data or [])[0].b64_json), generate(name, 5))
         assert reply.model_extra["offcut"]["timeline"] == "#..#.."  # type: ignore[index]
-    assert not same(draws("one", 5), draws("other", 5))
+    assert not same(generate("one", 5), generate("other", 5))
     stream: list[Any] = list(client.images.generate(prompt="a", stream=True, partial_images=1, extra_body={"seed": 6}))
     kinds = [event.type.removeprefix("image_generation.") for event in stream]
     assert kinds == [*["progress"] * 3, "partial_image", *["progress"] * 3, "completed"]
     assert [event.step for event in stream if hasattr(event, "kind")] == [1, 2, 3, 4, 5, 6]
-    assert same(pixels(stream[-1].b64_json), draws("one", 6))
+    assert same(pixels(stream[-1].b64_json), generate("one", 6))
     with pytest.raises(openai.NotFoundError, match="'one', 'other'"):
         client.images.generate(model="another", prompt="a")
 
 
-def test_key_limits_and_health_hold_before_any_replica_is_asked(cluster: Cluster) -> None:
+def test_key_limits_and_health_are_checked_in_the_ingress(cluster: Cluster) -> None:
     assert httpx.get(f"{cluster.url}/v2/health/live").json() == {"live": True}
     assert httpx.get(f"{cluster.url}/v2/health/ready").json() == {"ready": True}
     assert httpx.get(f"{cluster.url}/v1/models").status_code == 401
     assert cluster.post({"prompt": "a"}, headers={}).status_code == 401
-    begun = counted(cluster, "offcut_queue_seconds_count")
+    started = metric(cluster, "offcut_queue_seconds_count")
     refused = cluster.post({"prompt": "a", "size": "8000x8000"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (422, "limit_exceeded")
     assert cluster.post({"prompt": "a", "sede": 3}).json()["error"]["message"].startswith("sede: there is no such")
     assert cluster.post({"prompt": "a" * 2**17}).json()["error"]["code"] == "body_too_large"
-    assert counted(cluster, "offcut_queue_seconds_count") == begun
+    assert metric(cluster, "offcut_queue_seconds_count") == started
     late = cluster.post({**LONG, "timeout": 0.3})
     assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
 
 
-def test_clients_that_go_away_free_their_places_and_a_full_queue_says_so(cluster: Cluster, draws: Any) -> None:
-    before = counted(cluster, "offcut_requests_total", outcome="cancelled")
+def test_clients_that_disconnect_free_their_places_and_a_full_queue_refuses(cluster: Cluster, generate: Any) -> None:
+    before = metric(cluster, "offcut_requests_total", outcome="cancelled")
     with httpx.Client(limits=httpx.Limits(max_connections=None)) as client, contextlib.ExitStack() as replies:
         for _ in range(2 * 3 + 6):  # two replicas with three places, and six that wait
             reply = cluster.stream(client, LONG)
             replies.callback(reply.close)
             assert reply.status_code == 200
-        until(lambda: counted(cluster, "offcut_in_flight_requests") == 6)
+        until(lambda: metric(cluster, "offcut_in_flight_requests") == 6)
         full = cluster.post({"prompt": "a"})
         assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
         assert int(full.headers["retry-after"]) >= 1
-    until(lambda: counted(cluster, "offcut_in_flight_requests") == 0)
-    until(lambda: counted(cluster, "offcut_requests_total", outcome="cancelled") >= before + 6)
+    until(lambda: metric(cluster, "offcut_in_flight_requests") == 0)
+    until(lambda: metric(cluster, "offcut_requests_total", outcome="cancelled") >= before + 6)
     reply = cluster.post({"prompt": "a", "seed": 1})
-    assert same(image(reply), draws("one", 1))
+    assert same(image(reply), generate("one", 1))
 
 
-def test_a_replica_that_is_killed_under_load_loses_no_request(cluster: Cluster, draws: Any) -> None:
+def test_a_replica_that_is_killed_under_load_loses_no_request(cluster: Cluster, generate: Any) -> None:
     steps = 250
-    asked = [{"prompt": "a", "num_inference_steps": steps, "seed": seed} for seed in range(8)]
-    begun = threading.Barrier(len(asked) + 1, timeout=LIMIT)
+    bodies = [{"prompt": "a", "num_inference_steps": steps, "seed": seed} for seed in range(8)]
+    all_started = threading.Barrier(len(bodies) + 1, timeout=LIMIT)
 
-    def ask(body: dict[str, Any]) -> list[dict[str, Any]]:
+    def request(body: dict[str, Any]) -> list[dict[str, Any]]:
         with httpx.Client() as client, contextlib.closing(cluster.stream(client, body)) as reply:
-            begun.wait()
+            all_started.wait()
             return events(reply)
 
     replicas = cluster.replicas()
     assert len(replicas) == 2
-    before = counted(cluster, "offcut_resends_total")
-    with ThreadPoolExecutor(len(asked)) as crowd:
-        answers = [crowd.submit(ask, body) for body in asked]
-        begun.wait()
-        until(lambda: counted(cluster, "offcut_in_flight_requests") > 3)  # each has three places, so both have work
+    before = metric(cluster, "offcut_resends_total")
+    with ThreadPoolExecutor(len(bodies)) as clients:
+        replies = [clients.submit(request, body) for body in bodies]
+        all_started.wait()
+        until(lambda: metric(cluster, "offcut_in_flight_requests") > 3)  # each has three places, so both have work
         killed = next(iter(replicas))
         replicas[killed].send_signal(signal.SIGKILL)
-        heard = [answer.result() for answer in answers]
-    for body, told in zip(asked, heard, strict=True):
-        assert told[-1]["type"] == "image_generation.completed", told[-1]
-        assert same(pixels(told[-1]["b64_json"]), draws("one", body["seed"], steps))
-        assert [event["step"] for event in told[:-1]] == list(range(1, steps + 1))  # each once, as if nothing had been
-    assert counted(cluster, "offcut_resends_total") > before
-    # Ray starts another one, and both draw again.
+        streams = [reply.result() for reply in replies]
+    for body, stream in zip(bodies, streams, strict=True):
+        assert stream[-1]["type"] == "image_generation.completed", stream[-1]
+        assert same(pixels(stream[-1]["b64_json"]), generate("one", body["seed"], steps))
+        # Each step once, as if no replica had been lost.
+        assert [event["step"] for event in stream[:-1]] == list(range(1, steps + 1))
+    assert metric(cluster, "offcut_resends_total") > before
+    # Ray starts another replica, and both generate again.
     until(lambda: len(cluster.replicas().keys() - {killed}) == 2)
     until(lambda: cluster.get("/metrics").text.count('offcut_healthy{model="one"') == 2)
     assert cluster.post({"prompt": "a", "seed": 3}).status_code == 200
 
 
 def test_an_update_under_load_loses_no_request(
-    cluster: Cluster, one_bundle: Path, other_bundle: Path, draws: Any
+    cluster: Cluster, one_bundle: Path, other_bundle: Path, generate: Any
 ) -> None:
-    """The bundles change their names, so clients see the same models draw other images; each replica now opens one."""
+    """The bundles swap names, so the same model names give other images; each replica now keeps one model open."""
     done = threading.Event()
 
-    def ask(seed: int) -> list[httpx.Response]:
+    def request(seed: int) -> list[httpx.Response]:
         replies = []
         while not done.is_set():
             replies.append(cluster.post({"model": "one", "prompt": "a", "seed": seed}))
@@ -191,8 +192,8 @@ def test_an_update_under_load_loses_no_request(
     old = cluster.replicas().keys()
     command = [sys.executable, "-m", "offcut", "serve", str(other_bundle), str(one_bundle), "--ray", "--update"]
     command += ["--name", "one", "--name", "other", "--loaded", "1", "--replicas", "2", "--api-key", KEY]
-    with ThreadPoolExecutor(2) as crowd:
-        asking = [crowd.submit(ask, seed) for seed in (1, 2)]
+    with ThreadPoolExecutor(2) as clients:
+        requests = [clients.submit(request, seed) for seed in (1, 2)]
         try:
             updated = subprocess.run(
                 [*command, *OPTIONS, *LOAD, "--ray-address", cluster.address],
@@ -203,20 +204,20 @@ def test_an_update_under_load_loses_no_request(
         finally:
             done.set()
     assert updated.returncode == 0, updated.stderr
-    for seed, answer in zip((1, 2), asking, strict=True):
+    for seed, answer in zip((1, 2), requests, strict=True):
         images = [image(reply) for reply in answer.result()]
-        of_old, of_new = ([same(each, draws(name, seed)) for each in images] for name in ("one", "other"))
+        of_old, of_new = ([same(each, generate(name, seed)) for each in images] for name in ("one", "other"))
         assert all(one != other for one, other in zip(of_old, of_new, strict=True))
         assert of_old[0]
-    for name, bundle in [("one", "other"), ("other", "one")] * 2:  # opened as they are asked for
+    for name, bundle in [("one", "other"), ("other", "one")] * 2:  # replicas open models on demand
         reply = cluster.post({"model": name, "prompt": "a", "seed": 4})
-        assert same(image(reply), draws(bundle, 4))
+        assert same(image(reply), generate(bundle, 4))
     until(lambda: len(cluster.replicas()) == 2 and not cluster.replicas().keys() & old)
 
 
 def test_a_signal_lets_requests_finish(cluster: Cluster) -> None:
     with httpx.Client() as client, contextlib.closing(cluster.stream(client, LONG)) as reply:
-        until(lambda: counted(cluster, "offcut_in_flight_requests") == 1)
+        until(lambda: metric(cluster, "offcut_in_flight_requests") == 1)
         cluster.process.send_signal(signal.SIGTERM)
         until(lambda: cluster.get("/v2/health/ready").status_code == 503)
         refused = cluster.post({"prompt": "a"})

@@ -1,4 +1,4 @@
-"""The manifest for Kubernetes has what a RayService must have, and an application that Ray Serve's schema takes."""
+"""The Kubernetes manifest is a complete RayService, and Ray Serve's schema accepts its application."""
 
 from __future__ import annotations
 
@@ -20,14 +20,25 @@ from offcut.runtime.server.cluster.plan import ClusterPlan
 
 @pytest.fixture(scope="module")
 def manifest() -> Any:
-    asked = ["a.offcut", "b.offcut", "--ray", "--kuberay", "--device", "cuda", "--replicas", "1..4", "--steps", "20"]
-    done = CliRunner().invoke(app, ["serve", *asked], env={"OFFCUT_API_KEY": "a-key-of-ours"})
-    assert done.exit_code == 0, done.output
-    assert "a-key-of-ours" not in done.stdout
-    return yaml.safe_load(done.stdout)
+    arguments = [
+        "a.offcut",
+        "b.offcut",
+        "--ray",
+        "--kuberay",
+        "--device",
+        "cuda",
+        "--replicas",
+        "1..4",
+        "--steps",
+        "20",
+    ]
+    result = CliRunner().invoke(app, ["serve", *arguments], env={"OFFCUT_API_KEY": "a-key-of-ours"})
+    assert result.exit_code == 0, result.output
+    assert "a-key-of-ours" not in result.stdout
+    return yaml.safe_load(result.stdout)
 
 
-def test_it_is_a_rayservice(manifest: Any) -> None:
+def test_the_manifest_is_a_rayservice(manifest: Any) -> None:
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
     spec = manifest["spec"]
     assert set(spec) == {"serveConfigV2", "rayClusterConfig"}
@@ -49,7 +60,7 @@ def test_it_is_a_rayservice(manifest: Any) -> None:
     assert resources["limits"]["nvidia.com/gpu"] == "1"
 
 
-def test_ray_serve_takes_its_application(manifest: Any) -> None:
+def test_ray_serve_accepts_the_application(manifest: Any) -> None:
     from ray.serve import Application
     from ray.serve.schema import ServeDeploySchema
 

@@ -1,4 +1,4 @@
-"""A plan survives its way into a manifest, and what does not fit is refused before anything starts."""
+"""A plan survives the way through a manifest; plans and options out of range are refused before anything starts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PLAN = ClusterPlan(
 )
 
 
-def test_a_plan_is_the_same_after_its_way_through_json_and_has_no_key_there() -> None:
+def test_a_plan_survives_json_without_its_key() -> None:
     text = json.dumps(PLAN.document())
     assert "secret" not in text
     again = ClusterPlan.from_document(json.loads(text))
@@ -36,7 +36,7 @@ def test_a_plan_is_the_same_after_its_way_through_json_and_has_no_key_there() ->
     assert again.requests_per_replica == 8
 
 
-def test_a_plan_that_somebody_changed_badly_is_refused_with_the_place() -> None:
+def test_a_plan_with_an_invalid_field_is_refused_by_name() -> None:
     document = PLAN.document()
     document["scale"]["least"] = "many"
     with pytest.raises(UserError, match=r"scale\.least"):
@@ -52,7 +52,7 @@ def test_a_document_of_an_earlier_version_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: ReplicaScale(least=3, most=2), "3 to 2 is not a valid number"),
         (lambda: ReplicaScale(least=0), "0 to 1 is not a valid number"),
@@ -62,28 +62,28 @@ def test_a_document_of_an_earlier_version_is_read() -> None:
         (lambda: replace(PLAN, loaded=3), "cannot keep 3 of 2 bundles"),
     ],
 )
-def test_what_cannot_be_is_refused(make: Any, says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_a_plan_out_of_range_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         make()
 
 
-def test_a_models_facts_check_requests_in_another_process(pipe: Any) -> None:
+def test_model_facts_can_be_pickled(pipe: Any) -> None:
     from offcut.errors import ShapeError
     from offcut.runtime.server.models import ServedModel
 
-    served = ServedModel(pipe, "tiny", multiple=8)
-    model = pickle.loads(pickle.dumps(served.info()))
-    assert (model.name, model.size, model.cuts) == ("tiny", served.size, served.cuts)
-    assert model.arguments == served.arguments
-    assert model.calls(7) == served.calls(7)
-    assert model.feature_bytes(None, 2, 64, 64) == served.feature_bytes(None, 2, 64, 64) > 0
+    model = ServedModel(pipe, "tiny", multiple=8)
+    info = pickle.loads(pickle.dumps(model.info()))
+    assert (info.name, info.size, info.cuts) == ("tiny", model.size, model.cuts)
+    assert info.arguments == model.arguments
+    assert info.calls(7) == model.calls(7)
+    assert info.feature_bytes(None, 2, 64, 64) == model.feature_bytes(None, 2, 64, 64) > 0
     with pytest.raises(ShapeError):
-        model.check_size(60, 64)
-    assert not hasattr(model, "pipe")
+        info.check_size(60, 64)
+    assert not hasattr(info, "pipe")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["a.offcut", "b.offcut"], "add --ray"),
         (["a.offcut", "--update"], "add --ray"),
@@ -93,11 +93,11 @@ def test_a_models_facts_check_requests_in_another_process(pipe: Any) -> None:
         (["a.offcut", "--ray"], "a.offcut"),
     ],
 )
-def test_the_command_says_what_does_not_fit(
-    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_command_refuses_options_that_do_not_fit(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray", reason="needs the extra ray")
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(app, ["serve", *arguments])
-    assert isinstance(done.exception, UserError)
-    assert says in str(done.exception)
+    result = CliRunner().invoke(app, ["serve", *arguments])
+    assert isinstance(result.exception, UserError)
+    assert message in str(result.exception)

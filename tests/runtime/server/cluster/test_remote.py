@@ -1,4 +1,4 @@
-"""A request is sent again with the same seed where its replica is lost; other errors are passed on."""
+"""A job is sent again with the same seed if its replica is lost; other errors are passed on."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from offcut.runtime.server.params import CachingParams, ImageParams
 from offcut.runtime.server.schemas import GenerationRequest
 
 Script = list[Any]
-"""What one try says: messages, and an exception or nothing at its end."""
+"""Messages of one try, with an exception at its end if it fails."""
 
-BEGUN = JobStarted("one")
-DRAWN = ImageResult(images=("png",), seconds=1.0, queue_seconds=0.0, timeline="#.")
+STARTED = JobStarted("one")
+RESULT = ImageResult(images=("png",), seconds=1.0, queue_seconds=0.0, timeline="#.")
 STEPS = [(Progress(step, 3, "full", 0.1, 1),) for step in (1, 2, 3)]
 
 
-class Sent:
-    """Tries as a script has them, one after the other; the last one again and again."""
+class ScriptedReplicas:
+    """Replicas that answer each try by the next script; the last script repeats."""
 
     def __init__(self, *tries: Script) -> None:
         self.tries = list(tries)
@@ -47,30 +47,32 @@ class Sent:
         self.closed = 0
 
     async def __call__(self, body: Mapping[str, Any]) -> AsyncGenerator[Any]:
-        said = self.tries[min(len(self.bodies), len(self.tries) - 1)]
+        script = self.tries[min(len(self.bodies), len(self.tries) - 1)]
         self.bodies.append(body)
         try:
-            for each in said:
+            for message in script:
                 await asyncio.sleep(0)
-                if isinstance(each, BaseException):
-                    raise each
-                if each is ...:
+                if isinstance(message, BaseException):
+                    raise message
+                if message is ...:
                     await asyncio.Event().wait()
-                yield each
+                yield message
         finally:
             self.closed += 1
 
 
-def asked(seconds: float = 60.0) -> ImageParams:
+def params(seconds: float = 60.0) -> ImageParams:
     return ImageParams({}, CachingParams(), seed=7, images=1, size=(64, 64), timeout=seconds, stream=True)
 
 
-async def outcome(sent: Sent, seconds: float = 60.0, stream: bool = True) -> tuple[Any, list[Any], ClusterMetrics]:
-    """What came of a request (the error is returned), its events, and the metrics."""
+async def outcome(
+    replicas: ScriptedReplicas, seconds: float = 60.0, stream: bool = True
+) -> tuple[Any, list[Any], ClusterMetrics]:
+    """Return a job's result or exception, its events, and the metrics."""
     metrics = ClusterMetrics(dict)
-    left: list[Any] = []
+    closed: list[Any] = []
     body = GenerationRequest(prompt="a", stream=stream)
-    with RemoteJob(sent, body, asked(seconds), metrics, left.append) as job:
+    with RemoteJob(replicas, body, params(seconds), metrics, closed.append) as job:
         try:
             result: Any = await job.result()
         except Exception as error:
@@ -78,12 +80,12 @@ async def outcome(sent: Sent, seconds: float = 60.0, stream: bool = True) -> tup
         events = []
         while (event := job.events.get_nowait()) is not None:
             events.append(event)
-    assert left == [job]
+    assert closed == [job]
     await asyncio.sleep(0)
     return result, events, metrics
 
 
-def lost() -> ActorDiedError:
+def actor_died() -> ActorDiedError:
     return ActorDiedError()
 
 
@@ -92,93 +94,97 @@ def resends(metrics: ClusterMetrics) -> float:
 
 
 @pytest.mark.parametrize(
-    "how",
-    [lost, lambda: JobFailed(EngineFaultError("it broke")), lambda: JobFailed(WorkerClosedError("it ends"))],
+    "loss",
+    [actor_died, lambda: JobFailed(EngineFaultError("it broke")), lambda: JobFailed(WorkerClosedError("it ends"))],
     ids=["killed", "fault", "closing"],
 )
-def test_a_lost_replicas_request_is_drawn_by_another_with_the_same_seed(how: Callable[[], Any]) -> None:
+def test_a_job_of_a_lost_replica_is_sent_to_another_with_the_same_seed(loss: Callable[[], Any]) -> None:
     preview = Preview(0, 2, (8, 8), "png")
-    sent = Sent([BEGUN, *STEPS[:2], preview, how()], [JobStarted("two"), *STEPS[:2], preview, STEPS[2], DRAWN])
-    result, events, metrics = asyncio.run(outcome(sent))
-    assert result.images == DRAWN.images
-    assert [body["seed"] for body in sent.bodies] == [7, 7]
+    replicas = ScriptedReplicas(
+        [STARTED, *STEPS[:2], preview, loss()], [JobStarted("two"), *STEPS[:2], preview, STEPS[2], RESULT]
+    )
+    result, events, metrics = asyncio.run(outcome(replicas))
+    assert result.images == RESULT.images
+    assert [body["seed"] for body in replicas.bodies] == [7, 7]
     assert [event.step for event in events if isinstance(event, Progress)] == [1, 2, 3]
     assert sum(isinstance(event, Preview) for event in events) == 1
     assert resends(metrics) == 1
-    assert sent.closed == 2
+    assert replicas.closed == 2
 
 
 def test_messages_that_end_too_early_are_a_loss() -> None:
-    result, _, _ = asyncio.run(outcome(Sent([BEGUN, STEPS[0]], [BEGUN, DRAWN])))
-    assert result.images == DRAWN.images
+    result, _, _ = asyncio.run(outcome(ScriptedReplicas([STARTED, STEPS[0]], [STARTED, RESULT])))
+    assert result.images == RESULT.images
 
 
-def test_a_request_that_takes_replicas_with_it_is_given_up_and_may_be_sent_again() -> None:
-    sent = Sent([BEGUN, lost()])
-    result, _, _ = asyncio.run(outcome(sent))
+def test_a_job_that_loses_too_many_replicas_is_given_up() -> None:
+    replicas = ScriptedReplicas([STARTED, actor_died()])
+    result, _, _ = asyncio.run(outcome(replicas))
     assert isinstance(result, ReplicaLostError)
-    assert len(sent.bodies) == MAX_LOSSES
-    told = problem_of(result, Statistics())
-    assert (told.status, told.code) == (503, "replica_lost")
-    assert told.retry_after
+    assert len(replicas.bodies) == MAX_LOSSES
+    problem = problem_of(result, Statistics())
+    assert (problem.status, problem.code) == (503, "replica_lost")
+    assert problem.retry_after
 
 
-def test_replicas_that_take_nothing_are_waited_for() -> None:
-    """As long as nobody has begun, nothing is lost: until the deadline."""
-    turned_away = [JobFailed(WorkerClosedError("it ends"))]
-    late = [turned_away] * (MAX_LOSSES + 1)
-    result, _, metrics = asyncio.run(outcome(Sent(*late, [BEGUN, DRAWN])))
-    assert result.images == DRAWN.images
+def test_a_job_that_no_replica_accepts_waits_until_its_deadline() -> None:
+    """A replica that refuses a job is not lost, so the number of tries is not limited."""
+    refusal = [JobFailed(WorkerClosedError("it ends"))]
+    refusals = [refusal] * (MAX_LOSSES + 1)
+    result, _, metrics = asyncio.run(outcome(ScriptedReplicas(*refusals, [STARTED, RESULT])))
+    assert result.images == RESULT.images
     assert resends(metrics) == MAX_LOSSES + 1
-    result, _, _ = asyncio.run(outcome(Sent(turned_away), seconds=0.3))
+    result, _, _ = asyncio.run(outcome(ScriptedReplicas(refusal), seconds=0.3))
     assert isinstance(result, DeadlineError)
 
 
-def test_a_deadline_holds_while_nothing_is_said() -> None:
-    sent = Sent([BEGUN, ...])
-    result, _, _ = asyncio.run(outcome(sent, seconds=0.2))
+def test_a_deadline_holds_while_no_message_arrives() -> None:
+    replicas = ScriptedReplicas([STARTED, ...])
+    result, _, _ = asyncio.run(outcome(replicas, seconds=0.2))
     assert isinstance(result, DeadlineError)
-    assert sent.closed == 1
+    assert replicas.closed == 1
 
 
-def test_what_a_replica_refuses_is_not_tried_elsewhere() -> None:
+def test_a_job_that_a_replica_refuses_is_not_sent_again() -> None:
     for error in (LimitError("size", "too large"), QueueFullError("full"), ScheduleError("no")):
-        sent = Sent([JobFailed(error)])
-        result, _, _ = asyncio.run(outcome(sent))
+        replicas = ScriptedReplicas([JobFailed(error)])
+        result, _, _ = asyncio.run(outcome(replicas))
         assert result is error
-        assert len(sent.bodies) == 1
+        assert len(replicas.bodies) == 1
 
 
-def test_a_bug_in_a_replica_is_not_tried_elsewhere() -> None:
-    sent = Sent([BEGUN, RayTaskError("draw", "a traceback", KeyError("x"))])
-    result, _, _ = asyncio.run(outcome(sent))
+def test_a_job_that_meets_a_bug_is_not_sent_again() -> None:
+    replicas = ScriptedReplicas([STARTED, RayTaskError("draw", "a traceback", KeyError("x"))])
+    result, _, _ = asyncio.run(outcome(replicas))
     assert isinstance(result, RayTaskError)
     assert problem_of(result, Statistics()).code == "internal_error"
-    assert len(sent.bodies) == 1
+    assert len(replicas.bodies) == 1
 
 
-def test_a_client_that_leaves_stops_the_try() -> None:
-    sent = Sent([BEGUN, STEPS[0], ...])
+def test_a_client_that_disconnects_stops_the_try() -> None:
+    replicas = ScriptedReplicas([STARTED, STEPS[0], ...])
 
-    async def leave() -> str:
+    async def disconnect() -> str:
         body = GenerationRequest(prompt="a", stream=True)
-        with RemoteJob(sent, body, asked(), ClusterMetrics(dict), lambda job: None) as job:
+        with RemoteJob(replicas, body, params(), ClusterMetrics(dict), lambda job: None) as job:
             assert isinstance(await job.events.get(), Progress)
         await asyncio.sleep(0.01)
         return job.outcome
 
-    assert asyncio.run(leave()) == "cancelled"
-    assert (len(sent.bodies), sent.closed) == (1, 1)
+    assert asyncio.run(disconnect()) == "cancelled"
+    assert (len(replicas.bodies), replicas.closed) == (1, 1)
 
 
-def test_a_call_that_the_replica_cancelled_is_a_loss_and_not_the_clients_end() -> None:
-    result, _, _ = asyncio.run(outcome(Sent([BEGUN, asyncio.CancelledError()], [BEGUN, DRAWN])))
-    assert result.images == DRAWN.images
+def test_a_call_that_the_replica_cancelled_is_a_loss() -> None:
+    result, _, _ = asyncio.run(outcome(ScriptedReplicas([STARTED, asyncio.CancelledError()], [STARTED, RESULT])))
+    assert result.images == RESULT.images
 
 
-def test_steps_are_told_to_streams_only_and_always_measured() -> None:
-    result, events, metrics = asyncio.run(outcome(Sent([BEGUN, tuple(one for (one,) in STEPS), DRAWN]), stream=False))
-    assert result.images == DRAWN.images
+def test_steps_are_sent_to_streams_only_and_always_measured() -> None:
+    result, events, metrics = asyncio.run(
+        outcome(ScriptedReplicas([STARTED, tuple(one for (one,) in STEPS), RESULT]), stream=False)
+    )
+    assert result.images == RESULT.images
     assert events == []
     assert metrics.registry.get_sample_value("offcut_step_seconds_count", {"kind": "full"}) == 3
 

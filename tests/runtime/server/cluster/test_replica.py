@@ -1,4 +1,4 @@
-"""A replica whose engine is of no use says so to Ray, and takes nothing."""
+"""A replica whose engine has failed reports it to Ray and refuses jobs."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ QUICK = ServeSettings(steps=4, interval=2, warmup=0, linger=3.0)
 
 
 def replica_of(service: Any) -> Replica:
-    """Without Ray around it, and with one model open."""
-    made = Replica.__new__(Replica)
+    """Return a replica without Ray, with one model open."""
+    replica = Replica.__new__(Replica)
     opened = SimpleNamespace(service=service)
 
     async def load(name: str) -> Any:
         return opened
 
-    made._plan, made._version, made._name = ClusterPlan({"tiny": WorkerConfig("tiny.offcut")}), "1", "replica"
-    made._load, made._open, made._models = load, {"tiny": opened}, {"tiny": service.model.info()}  # type: ignore[assignment]
-    made._report_task = asyncio.Future(loop=asyncio.new_event_loop())  # type: ignore[assignment]
-    return made
+    replica._plan, replica._version, replica._name = ClusterPlan({"tiny": WorkerConfig("tiny.offcut")}), "1", "replica"
+    replica._load, replica._open, replica._models = load, {"tiny": opened}, {"tiny": service.model.info()}  # type: ignore[assignment]
+    replica._report_task = asyncio.Future(loop=asyncio.new_event_loop())  # type: ignore[assignment]
+    return replica
 
 
 async def messages(replica: Replica, name: str | None = None) -> list[Any]:
     return [message async for message in replica.generate(name, {"prompt": "a"}, True)]
 
 
-def test_an_engine_that_failed_is_no_health(begin: Any, gate: Any) -> None:
+def test_a_failed_engine_fails_the_health_check(begin: Any, gate: Any) -> None:
     with begin(QUICK) as server:
         replica = replica_of(server.service)
         replica.check_health()
@@ -52,15 +52,15 @@ def test_an_engine_that_failed_is_no_health(begin: Any, gate: Any) -> None:
         server.thread.join(60)
 
 
-def test_a_request_for_a_model_that_was_replaced_is_sent_back(begin: Any) -> None:
+def test_a_job_for_a_replaced_model_is_sent_back(begin: Any) -> None:
     with begin(QUICK) as server:
         replica = replica_of(server.service)
         (message,) = asyncio.run(messages(replica, "older"))
         assert isinstance(message, JobFailed)
         assert type(message.error).__name__ == "ReplicaLostError"
         assert asyncio.run(replica.describe("0")) is None
-        described = asyncio.run(replica.describe("1"))
-        assert described is not None
-        (model,) = described.models.values()
-        assert described.status.statistics["tiny"].healthy
+        description = asyncio.run(replica.describe("1"))
+        assert description is not None
+        (model,) = description.models.values()
+        assert description.status.statistics["tiny"].healthy
         assert model.size == server.service.model.size

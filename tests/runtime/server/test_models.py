@@ -1,4 +1,4 @@
-"""What a model says of itself before anything is drawn."""
+"""The facts and checks of a model, before anything is generated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from offcut.runtime.server.models import ServedModel
 from offcut.runtime.server.settings import ServeSettings
 
 SLOT = 2 * 16 * 16 * 16 * 4
-"""Bytes that a guided request of 64x64 pixels keeps with deepcache:0: [2, 16, 16, 16] in fp32."""
+"""Bytes of cached features of a guided request of 64x64 pixels with deepcache:0: [2, 16, 16, 16] in fp32."""
 
 
 class FromImages:
@@ -26,18 +26,18 @@ class Videos:
 
 
 @pytest.mark.parametrize("kind", [FromImages, Videos])
-def test_what_draws_from_more_than_prompts_is_not_served(kind: type) -> None:
+def test_pipelines_that_need_more_than_a_prompt_are_refused(kind: type) -> None:
     with pytest.raises(UserError, match=f"{kind.__name__} does not generate images from prompts alone"):
         ServedModel(kind(), "x")
 
 
 def test_sizes(pipe: Any) -> None:
-    served = ServedModel(pipe, "tiny", multiple=8)
-    assert (served.size, served.multiple, served.scale) == ((64, 64), 32, 4)
-    served.check_size(96, 32)
+    model = ServedModel(pipe, "tiny", multiple=8)
+    assert (model.size, model.multiple, model.scale) == ((64, 64), 32, 4)
+    model.check_size(96, 32)
     for width, height, nearest in ((60, 64, 64), (64, 40, 32), (1, 64, 32)):
         with pytest.raises(ShapeError, match=f"the nearest is {nearest}"):
-            served.check_size(width, height)
+            model.check_size(width, height)
     sides = {"height": (8, 16, 16), "width": (8, 16, 24)}
     narrow = ServedModel(pipe, "tiny", multiple=8, profiles=[Profile.of({"batch": (1, 2, 8), **sides})])
     narrow.check_size(96, 32)
@@ -46,18 +46,18 @@ def test_sizes(pipe: Any) -> None:
 
 
 def test_cuts(pipe: Any) -> None:
-    served = ServedModel(pipe, "tiny")
-    served.check_cut("paper:0", shallow=True)
-    served.check_cut(None, shallow=True)
+    model = ServedModel(pipe, "tiny")
+    model.check_cut("paper:0", shallow=True)
+    model.check_cut(None, shallow=True)
     with pytest.raises(CutError, match="it has deepcache:0"):
-        served.check_cut("deepcache:11", shallow=False)
-    served.cuts = ()
-    served.check_cut(None, shallow=False)
+        model.check_cut("deepcache:11", shallow=False)
+    model.cuts = ()
+    model.check_cut(None, shallow=False)
     with pytest.raises(CutError, match="every call is full"):
-        served.check_cut(None, shallow=True)
+        model.check_cut(None, shallow=True)
 
 
-def test_schedulers_say_how_many_calls_they_make(pipe: Any) -> None:
+def test_the_number_of_calls_depends_on_the_scheduler(pipe: Any) -> None:
     assert ServedModel(pipe, "tiny").calls(4) == 4
     other = copy.copy(pipe)
     other.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -74,7 +74,7 @@ def test_the_warm_up_makes_a_full_and_a_shallow_call(pipe: Any, gate: Any) -> No
     assert pipe.unet.advise
 
 
-def test_features_are_counted_as_the_worker_counts_them(pipe: Any, begin: Any) -> None:
+def test_feature_bytes_agree_with_the_worker(pipe: Any, begin: Any) -> None:
     assert ServedModel(pipe, "tiny").feature_bytes(None, 2, 64, 64) == SLOT
     brief = ServeSettings(steps=3, interval=3, warmup=0)
     for limit, status in ((SLOT, 200), (SLOT - 1, 422)):
