@@ -92,6 +92,12 @@ def tiny_bundle(tiny_pipeline_dir: Path, once: Once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def one_cut_bundle(tiny_pipeline_dir: Path, once: Once) -> Path:
+    """The same with one cut, for tests that change weights: OpenVINO then compiles every graph again."""
+    return once("tiny-sd-one-cut.offcut", lambda path: offcut.build(tiny_pipeline_dir, path, engine=ENGINES))
+
+
+@pytest.fixture(scope="session")
 def sdxl_pipeline_dir(once: Once) -> Path:
     """A StableDiffusionXLPipeline of SDXL's topology, with both text encoders."""
     return once("tiny-sdxl", save_stable_diffusion_xl)

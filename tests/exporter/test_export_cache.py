@@ -279,6 +279,7 @@ print("trace" in stages)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_export_once(tiny_unet_dir: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OFFCUT_CACHE": str(tmp_path / "cache")}
     processes = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -24,6 +25,31 @@ def trace(family: Family) -> tuple[UNetProgram, dict[str, tuple[str, ...]]]:
     return UNetProgram(source, "fp32", family.graph.inputs, features, {}, family.graph.multiple), cuts
 
 
+class Programs:
+    """The programs of one family, each traced once: the full one, and the shallow one for each set of features."""
+
+    def __init__(self, family: Family) -> None:
+        self.unet, self.cuts = trace(family)
+        self._traced: dict[tuple[str, ...], TwinProgram] = {}
+
+    def full(self) -> TwinProgram:
+        return self._once((), self.unet.full)
+
+    def shallow(self, cached: tuple[str, ...]) -> TwinProgram:
+        return self._once(cached, lambda: self.unet.shallow(cached))
+
+    def _once(self, key: tuple[str, ...], make: Callable[[], TwinProgram]) -> TwinProgram:
+        if key not in self._traced:
+            self._traced[key] = make()
+        return self._traced[key]
+
+
+@pytest.fixture(scope="module")
+def programs(family: Callable[[str], Family]) -> Callable[[str], Programs]:
+    """The programs of one of ``unets.SKIPS``."""
+    return functools.cache(lambda name: Programs(family(name)))
+
+
 def run(twin: TwinProgram, tensors: dict[str, torch.Tensor]) -> None:
     """Call it as an engine does; its results are in the tensors afterwards."""
     twin.program.module()([tensors[name] for name in twin.inputs], [tensors[name] for name in twin.outputs])
@@ -32,14 +58,16 @@ def run(twin: TwinProgram, tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name == "sdxl" else ()) for name in SKIPS]
 )
-def test_every_cut_gives_what_eager_pytorch_gives(name: str, family: Callable[[str], Family]) -> None:
+def test_every_cut_gives_what_eager_pytorch_gives(
+    name: str, family: Callable[[str], Family], programs: Callable[[str], Programs]
+) -> None:
     made = family(name)
-    program, cuts = trace(made)
+    program, cuts = programs(name), programs(name).cuts
     dims = {"batch": 3, "height": 16, "width": 8, "sequence": 5}
     inputs = random_inputs(made.model, **dims, seed=3)
     full = program.full()
     tensors = dict(inputs)
-    for spec in (*program.features.values(), made.graph.outputs["noise_pred"]):
+    for spec in (*program.unet.features.values(), made.graph.outputs["noise_pred"]):
         tensors[spec.name] = torch.full(spec.resolve(dims), float("nan"))
     run(full, tensors)
     expected = eager(made.model, inputs)
@@ -55,8 +83,8 @@ def test_every_cut_gives_what_eager_pytorch_gives(name: str, family: Callable[[s
         assert set(cached) <= set(shallow.inputs)
 
 
-def test_the_joins_are_counted_from_the_outermost(plain: Family) -> None:
-    program, _ = trace(plain)
+def test_the_joins_are_counted_from_the_outermost(programs: Callable[[str], Programs]) -> None:
+    program = programs("plain").unet
     joins = find_program_joins(program.module)
     assert len(joins) == SKIPS["plain"]
     order = {node: index for index, node in enumerate(program.module.graph.nodes)}
@@ -65,8 +93,8 @@ def test_the_joins_are_counted_from_the_outermost(plain: Family) -> None:
         assert order[join.skip] < order[join.hidden]
 
 
-def test_a_shallow_program_grows_with_the_cut(plain: Family) -> None:
-    program, _ = trace(plain)
+def test_a_shallow_program_grows_with_the_cut(programs: Callable[[str], Programs]) -> None:
+    program = programs("plain")
     sizes = [len(program.shallow((f"deep_feature_{k}",)).program.graph.nodes) for k in range(SKIPS["plain"])]
     assert sizes == sorted(sizes)
     weights = [len(program.shallow((f"deep_feature_{k}",)).program.state_dict) for k in range(2)]

@@ -16,7 +16,14 @@ import offcut
 PROMPT = "a red square"
 
 
-@pytest.fixture(params=["onnxruntime", "openvino"])
+ENGINES = ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)]
+"""What the runtime computes around an engine depends on no engine, so its tests run on the second one in the slow tier.
+
+Both engines hold to the contract of ``engines/test_pairs.py``, and make whole images in ``test_pipeline.py``, in the
+default tier."""
+
+
+@pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -36,7 +43,7 @@ def opened(tiny_bundle: Path) -> Iterator[Callable[[str], offcut.UNet]]:
         unet.close()
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+@pytest.fixture(scope="module", params=ENGINES)
 def unet(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[offcut.UNet]:
     """A UNet to call without a pipeline, with each engine."""
     opened = offcut.UNet.load(tiny_bundle, request.param, threads=1)

@@ -30,8 +30,8 @@ def files(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def unet(tiny_bundle: Path, engine: str) -> Iterator[offcut.UNet]:
-    opened = offcut.UNet.load(tiny_bundle, engine, threads=1)
+def unet(one_cut_bundle: Path, engine: str) -> Iterator[offcut.UNet]:
+    opened = offcut.UNet.load(one_cut_bundle, engine, threads=1)
     opened.set_schedule(Uniform(3))
     yield opened
     opened.close()
@@ -121,12 +121,12 @@ def test_the_pipeline_equals_eager_diffusers(
 
 @pytest.mark.slow
 def test_a_lora_fused_when_the_bundle_is_built_is_the_same_bit_for_bit(
-    tiny_pipeline_dir: Path, files: dict[str, Path], tiny_bundle: Path, tmp_path: Path
+    tiny_pipeline_dir: Path, files: dict[str, Path], one_cut_bundle: Path, tmp_path: Path
 ) -> None:
     wanted: dict[str | Path, float] = {files["a"]: 0.5, files["b"]: 0.25}
     offcut.build(tiny_pipeline_dir / "unet", tmp_path / "fused.offcut", engine="onnxruntime", loras=wanted)
     fused = offcut.UNet.load(tmp_path / "fused.offcut", threads=1)
-    swapped = offcut.UNet.load(tiny_bundle, "onnxruntime", threads=1)
+    swapped = offcut.UNet.load(one_cut_bundle, "onnxruntime", threads=1)
     for path, scale in wanted.items():
         swapped.load_lora(path, scale)
     for each in (fused, swapped):

@@ -33,6 +33,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # 
 Generate = Callable[..., torch.Tensor]
 
 
+@pytest.fixture(params=["onnxruntime", "openvino"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Both engines, in the default tier: whole images, as users make them."""
+    return str(request.param)
+
+
 def test_load_gives_the_whole_pipeline(
     tiny_bundle: Path, eager: Any, engine: str, generate: Generate, caplog: pytest.LogCaptureFixture
 ) -> None:

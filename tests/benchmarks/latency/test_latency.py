@@ -156,6 +156,7 @@ def test_the_tables_show_every_row_whole(latency: Latency) -> None:
     assert any("A forecast would add up to" in note for note in notes(latency))
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_the_rounds_that_are_complete(unet_bundle: Path, tmp_path: Path) -> None:
     wanted = LatencyRequest(steps=STEPS, schedule="uniform:3", engines=("onnxruntime",), peers=("engine",), threads=1)
     case, entrants = resolve(Bundle.open(unet_bundle), wanted, tmp_path)
