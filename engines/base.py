@@ -1,9 +1,8 @@
-"""What every engine offers: to the build a check of what it can take, to the runtime a pair of graphs.
+"""The interface of every engine: a probe for the build, and an opened pair of graphs for the runtime.
 
-The unit is the pair, because what matters is what the two graphs share: the buffers of the cached features,
-and one device and stream.
+The unit is the pair, because the two graphs share the buffers of the cached features, one device and one stream.
 
-Some engines open the bundle's ONNX graphs as they are; others compile them, ahead and for one kind of machine, into
+Some engines open the bundle's ONNX graphs as they are. Others compile them ahead of time, for one kind of machine, into
 files of their own.
 """
 
@@ -28,28 +27,28 @@ Progress = Callable[[str], None]
 
 Setting = str | int | float | bool | tuple[str, ...] | None
 Settings = Mapping[str, Setting]
-"""How an engine compiles, by the names of its own ``SETTINGS``."""
+"""Values of an engine's own ``SETTINGS``, by name."""
 
 
 class BoundPair(Protocol):
     """A pair bound to the buffers of one set of shapes.
 
-    One generation at a time; not thread-safe, cheap to have several. The buffers belong to the bound pair, stay
-    at their address, and live until ``close``.
+    It serves one generation at a time, is not thread-safe, and is cheap, so a process may have several. The buffers
+    belong to the bound pair, stay at their addresses, and live until ``close``.
     """
 
     buffers: Mapping[str, torch.Tensor]
-    """Every input, ``noise_pred`` and every cached feature by name: memory that the engine reads and writes."""
+    """Memory that the engine reads and writes, by name: every input, ``noise_pred`` and every cached feature."""
 
     dims: Mapping[str, int]
-    """The dimensions that this pair is bound to, e.g. ``{"batch": 2, "height": 64, "width": 64, "sequence": 77}``."""
+    """Dimensions that the pair is bound to, e.g. ``{"batch": 2, "height": 64, "width": 64, "sequence": 77}``."""
 
     def full(self) -> None:
-        """Enqueue the full graph: reads the input buffers, writes ``noise_pred`` and the cached features."""
+        """Enqueue the full graph, which reads the inputs and writes ``noise_pred`` and the cached features."""
         ...
 
     def shallow(self, cut: str) -> None:
-        """Enqueue the shallow graph of this cut: reads the inputs and the features, writes ``noise_pred``."""
+        """Enqueue the shallow graph of a cut, which reads the inputs and its features and writes ``noise_pred``."""
         ...
 
     def close(self) -> None: ...
@@ -59,40 +58,40 @@ class EnginePair(Protocol):
     """A full graph and its shallow graphs, opened on one device."""
 
     name: str
-    """The engine's name, e.g. ``"onnxruntime"``."""
+    """Name of the engine, e.g. ``"onnxruntime"``."""
 
     inputs: Mapping[str, TensorSpec]
-    """The full graph's inputs; a shallow graph takes some of them and the features of its cut."""
+    """Inputs of the full graph. A shallow graph takes some of them, and the features of its cut."""
 
     outputs: Mapping[str, TensorSpec]
-    """``noise_pred`` first, then the cached features."""
+    """Outputs of the full graph: ``noise_pred`` first, then the cached features."""
 
     cuts: Mapping[str, tuple[str, ...]]
-    """Each cut's name (``"deepcache:0"``) with the names of the features that its shallow graph reads."""
+    """Names of the features that each cut's shallow graph reads, by the cut's name (``"deepcache:0"``)."""
 
     device: torch.device
 
     def prepare(self, shapes: Mapping[str, Shape]) -> BoundPair:
-        """Allocate buffers for these input shapes and bind both graphs to them.
+        """Allocate buffers for these input shapes and bind the graphs to them.
 
-        May be called from several threads; each call gives a pair of its own.
+        Several threads may call this; each call returns a bound pair of its own.
 
         Raises:
-            ShapeError: the shapes are outside what was built, with the nearest valid ones.
+            ShapeError: the engine was not built for these shapes; the message names the nearest valid ones.
         """
         ...
 
     def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Replace weights in the full graph and in every shallow graph that has them; all others are as built.
 
-        Pairs that were bound before are not to be used any more.
+        Pairs that were bound earlier must not be used afterwards.
 
         Args:
-            weights: by PyTorch's parameter name, in its layout and the graphs' dtype. None brings back the built ones,
-                bit for bit.
+            weights: tensors by PyTorch's parameter name, in PyTorch's layout and the graphs' dtype. An empty mapping
+                restores the built weights, bit for bit.
 
         Raises:
-            EngineError: the engine cannot; then all graphs have the weights that they had before.
+            EngineError: the engine cannot replace them; every graph then has the weights that it had before.
         """
         ...
 
@@ -101,21 +100,21 @@ class EnginePair(Protocol):
 
 @dataclass(frozen=True)
 class Graphs:
-    """The graphs of a pair on disk, and their contract.
+    """The graphs of a pair on disk, with their inputs and outputs.
 
     Attributes:
-        full: the file that the engine opens for the full graph.
-        shallow: the same for each cut's shallow graph.
-        inputs: of the full graph.
+        full: file of the full graph.
+        shallow: file of each cut's shallow graph.
+        inputs: inputs of the full graph.
         outputs: ``noise_pred`` first, then every cached feature.
-        cuts: each cut's cached features by name.
+        cuts: names of each cut's cached features.
         multiple: height and width of the latent must be multiples of it.
         precision: of the graphs: ``fp32``, ``fp16`` or ``bf16``.
-        profiles: the shapes that a compiled engine takes, or that one which compiles when it is opened should; none
-            for all.
-        settings: that it was compiled with.
+        profiles: shapes that a compiled engine takes, or that an engine should compile for when it opens the graphs;
+            empty for all shapes.
+        settings: the settings that the engine was compiled with.
         digest: SHA-256 over the digests of the files that the engine opens; None outside a bundle.
-        parameters: file with the map from PyTorch's parameters to the graphs' weights; None if it was left out.
+        parameters: file with the map from PyTorch's parameters to the graphs' weights; None if the bundle has none.
     """
 
     full: Path
@@ -131,34 +130,36 @@ class Graphs:
     parameters: Path | None = None
 
     def as_stored(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """PyTorch's parameters by the name of the ONNX initializer, in its layout.
+        """Return weights by the name of the ONNX initializer and in its layout, from PyTorch's names and layout.
 
         Raises:
-            EngineError: the map is not there.
+            EngineError: the bundle has no map of parameters.
         """
         if self.parameters is None:
-            raise EngineError("this bundle was built for deployment and knows no weights by name: build it without")
-        places = read_parameters(self.parameters)
+            raise EngineError(
+                "this bundle was built for deployment and has no map of its weights: build it without --deploy"
+            )
+        parameters = read_parameters(self.parameters)
         return {
-            places[name].initializer: (value.T if places[name].transposed else value).contiguous()
+            parameters[name].initializer: (value.T if parameters[name].transposed else value).contiguous()
             for name, value in weights.items()
         }
 
 
 @dataclass(frozen=True)
 class CompileJob:
-    """What an engine compiles from, and where to.
+    """The input of a compilation: graphs, shapes, settings and the directory for the result.
 
     Attributes:
-        graphs: the ONNX graphs and their contract.
+        graphs: the ONNX graphs.
         source: the model that they were exported from.
-        fixed: the dimensions that were fixed in the export.
-        profiles: the shapes that are asked for; none leaves all dynamic dimensions dynamic.
-        settings: each of the engine's ``SETTINGS``.
-        device: that it is to run on, ``"cpu"`` or ``"cuda"``, as PyTorch spells it.
-        component: the network around the UNet that ``graphs.full`` is, e.g. ``"vae_decoder"``; None for the UNet.
-        folder: an empty directory; all that the engine leaves in it becomes part of the bundle.
-        progress: called with a sentence as each stage begins, and with an indented one as it advances.
+        fixed: dimensions that the export fixed, with their sizes.
+        profiles: shapes to compile for; empty leaves all dynamic dimensions dynamic.
+        settings: a value for each of the engine's ``SETTINGS``.
+        device: device that the engine will run on, ``"cpu"`` or ``"cuda"``, as PyTorch spells it.
+        folder: an empty directory; every file that the engine leaves in it becomes part of the bundle.
+        progress: called with a sentence as each stage begins, and with an indented sentence as it advances.
+        component: name of the network around the UNet, e.g. ``"vae_decoder"``; None for the UNet.
     """
 
     graphs: Graphs
@@ -174,13 +175,13 @@ class CompileJob:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What an engine made of a job.
+    """The result of a compilation.
 
     Attributes:
-        full: the file that it opens for the full graph, in the job's folder.
-        shallow: the same for each cut's shallow graph.
-        targets: the machines that can run it, any of them, as ``EngineProbe.targets`` names them.
-        profiles: the shapes that it takes; none if it takes all.
+        full: file of the full graph, in the job's folder.
+        shallow: file of each cut's shallow graph.
+        targets: kinds of machine of which each can run it, as ``EngineProbe.targets`` names them.
+        profiles: shapes that it takes; empty for all shapes.
         later_versions: whether later versions of the engine can run it too.
     """
 
@@ -192,46 +193,47 @@ class Compiled:
 
 
 def check_contract(graphs: Graphs, cut: str | None, inputs: Iterable[str], outputs: Iterable[str]) -> None:
-    """Hold a loaded graph against what the bundle says of it.
+    """Check that a loaded graph has the inputs and outputs that the bundle says.
 
     Args:
-        cut: whose shallow graph it is; None for the full graph.
+        cut: the cut of a shallow graph; None for the full graph.
         inputs, outputs: names as the engine read them.
 
     Raises:
-        EngineError: it is another graph, e.g. a shallow one in the full one's place.
+        EngineError: it is another graph, e.g. a shallow graph in place of the full graph.
     """
     features = set(graphs.cuts[cut]) if cut else set()
-    made = {"noise_pred"} if cut else set(graphs.outputs)
-    given = set(inputs)
-    if not (features <= given <= features | set(graphs.inputs)) or set(outputs) != made:
+    expected_outputs = {"noise_pred"} if cut else set(graphs.outputs)
+    names = set(inputs)
+    if not (features <= names <= features | set(graphs.inputs)) or set(outputs) != expected_outputs:
         file = graphs.shallow[cut] if cut else graphs.full
         raise EngineError(
             f"{file.name} is not the {f'shallow graph of {cut}' if cut else 'full graph'} of this bundle: "
-            "its inputs and outputs are others; copy or build the bundle again"
+            "it has other inputs or outputs; copy or build the bundle again"
         )
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to open a pair.
+    """Options for opening a pair.
 
     Attributes:
         device: ``"cpu"`` or ``"cuda"``, as PyTorch spells it.
-        threads: of the CPU engines; None leaves it to the engine (one a core).
-        inference_precision: computes fp32 graphs in ``"bf16"`` where the engine has a hint for it. Costs image quality
-            (relative error of one call about 1e-2). Fixed when the bundle is built.
-        cuda_graphs: record the calls once for each shape and replay them, which saves the host's work of launching
-            every kernel. On CUDA; TensorRT-RTX cannot with plans that stream their weights, ONNX Runtime's TensorRT
-            provider not at all. ONNX Runtime captures in CUDA's global mode: another thread that allocates device
-            memory at that moment gets an error.
-        weight_budget: device memory for the weights of a pair, in bytes; the others stay on the host and are streamed
-            at each call, which is slower. None keeps all on the device. Of TensorRT plans built with weight streaming.
+        threads: number of threads of a CPU engine; None leaves the choice to the engine (one per core).
+        inference_precision: ``"bf16"`` computes fp32 graphs in bf16 where the engine has such a hint. Costs image
+            quality (relative error of one call about 1e-2). Fixed when the bundle is built.
+        cuda_graphs: on CUDA, record the calls once for each shape and replay them, which saves launching every kernel
+            from the host. Not possible for TensorRT-RTX plans that stream their weights, nor for ONNX Runtime's
+            TensorRT provider. ONNX Runtime captures in CUDA's global mode, so another thread that allocates device
+            memory meanwhile gets an error.
+        weight_budget: device memory for the weights of a pair, in bytes, for TensorRT plans built with weight
+            streaming. The other weights stay on the host and are streamed at each call, which is slower. None keeps all
+            weights on the device.
         runtime_cache: directory for the kernels that TensorRT-RTX compiles for this GPU and for the engines that ONNX
             Runtime's TensorRT providers compile. None compiles the kernels at each start, and keeps the engines in the
             user's cache directory. Both are machine code: name a directory that only you can write to.
-        provider: of ONNX Runtime on CUDA: ``"cuda"``, or ``"tensorrt"`` or ``"tensorrt-rtx"``, which compile the graphs
-            when they are opened or first run. None is ``"cuda"``.
+        provider: ONNX Runtime's provider on CUDA: ``"cuda"``, or ``"tensorrt"`` or ``"tensorrt-rtx"``, which compile
+            the graphs when they are opened or first run. None means ``"cuda"``.
     """
 
     device: str = "cpu"
@@ -244,7 +246,7 @@ class EngineOptions:
 
 
 class OpenOptions(TypedDict, total=False):
-    """Those of ``EngineOptions`` that a caller chooses freely, as keyword arguments."""
+    """The fields of ``EngineOptions`` that callers pass on as keyword arguments."""
 
     threads: int | None
     cuda_graphs: bool
@@ -255,15 +257,16 @@ class OpenOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class EngineProbe:
-    """Whether an engine can be used here.
+    """Whether an engine can be used on this machine, and why.
 
     Attributes:
-        version: of the installed package, None when it is not installed.
-        devices: those it can run on here, as PyTorch spells them.
-        reason: why it cannot be used, or what was found.
-        features: what the machine adds that some builds require, e.g. ``"bf16"``.
-        targets: what engines are compiled for on each device here, e.g. ``{"cuda": "sm_89"}``; none where they are not.
-        builds: whether engines can be built here although none can run (TensorRT-RTX without a GPU).
+        version: version of the installed package; None if it is not installed.
+        devices: devices of this machine that the engine can run on, as PyTorch spells them.
+        reason: why the engine cannot be used, or what was found.
+        features: features of this machine that some builds require, e.g. ``"bf16"``.
+        targets: kind of machine that engines are compiled for on each device here, e.g. ``{"cuda": "sm_89"}``; empty
+            for an engine that does not compile.
+        builds: whether engines can be built here, even if none can run (TensorRT-RTX without a GPU).
     """
 
     version: str | None
@@ -279,39 +282,39 @@ class EngineProbe:
 
 
 class Engine(Protocol):
-    """What an engine's module offers; each is one file in this folder and one line in ``registry.ENGINES``."""
+    """The interface of an engine's module; each is one file, and one line in ``registry.ENGINES``."""
 
     name: str
     extra: str
-    """The extra of offcut that installs it."""
+    """Extra of offcut that installs the engine."""
 
     default_opset: int
 
     def probe(self) -> EngineProbe:
-        """Look, without loading a graph, whether this engine works here."""
+        """Return whether this engine works here, without loading a graph."""
         ...
 
     def open(self, graphs: Graphs, options: EngineOptions) -> EnginePair:
-        """Load both graphs onto the device.
+        """Load the graphs onto the device.
 
         Raises:
-            EngineError: the engine refuses a graph or the options; the message is the engine's own first line.
+            EngineError: the engine refuses a graph or the options; the message quotes the engine's first line.
         """
         ...
 
 
 @runtime_checkable
 class CompilingEngine(Engine, Protocol):
-    """An engine that compiles the graphs ahead, into files that fit one kind of machine and its own version."""
+    """An engine that compiles graphs ahead of time, for one kind of machine and one version of the engine."""
 
     SETTINGS: Settings
-    """How it compiles: each setting with its default."""
+    """The engine's settings with their defaults."""
 
     HELPERS: frozenset[str]
-    """Those settings that only help the build, such as a cache file: the bundle does not record them."""
+    """Names of settings that only speed up the build, such as a cache file; the bundle does not record them."""
 
     def compile(self, job: CompileJob) -> Compiled:
-        """Compile the pair into the job's folder.
+        """Compile the graphs into the job's folder.
 
         Raises:
             EngineError: the engine refuses a graph, a profile or a setting.

@@ -1,4 +1,4 @@
-"""Device memory that both graphs of a pair read and write directly."""
+"""Buffers: device memory that both graphs of a pair read and write directly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def allocate(specs: Iterable[TensorSpec], dims: Mapping[str, int], device: torch.device) -> dict[str, torch.Tensor]:
-    """One zeroed, contiguous tensor for each spec at these dimensions."""
+    """Return one zeroed, contiguous tensor for each spec at these dimensions, by name."""
     import torch
 
     return {spec.name: torch.zeros(spec.resolve(dims), dtype=spec.torch_dtype(), device=device) for spec in specs}
@@ -23,7 +23,7 @@ def allocate(specs: Iterable[TensorSpec], dims: Mapping[str, int], device: torch
 def allocate_pair(
     graphs: Graphs, shapes: Mapping[str, Shape], device: torch.device
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """The buffers of a pair for these input shapes, and the dimensions that the shapes stand for.
+    """Return the buffers of a pair for these input shapes, and the dimensions that follow from the shapes.
 
     Raises:
         ShapeError: the shapes do not fit the graphs.

@@ -1,4 +1,4 @@
-"""What engines on CUDA share: a stream of the pair's own, and CUDA graphs of its calls."""
+"""A pair's own CUDA stream, and CUDA graphs of its calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Graph = TypeVar("Graph")
 
 
 class PairStream:
-    """A pair's own CUDA stream, ordered by events with whatever stream a caller works on.
+    """A pair's own CUDA stream, ordered by events with the caller's current stream.
 
     The host never waits. One thread at a time enqueues, so that calls of several bound pairs follow one another.
     """
@@ -32,9 +32,9 @@ class PairStream:
 
     @contextmanager
     def ordered(self) -> Iterator[int]:
-        """After all that the caller's stream holds, and before all that it will: gives the stream's handle.
+        """Order the stream between the earlier and the later work of the caller's stream, and yield its handle.
 
-        Inside it the stream is PyTorch's current one, so that memory allocated there is the stream's.
+        Inside the context the stream is PyTorch's current one, so that memory allocated there belongs to the stream.
         """
         import torch
 
@@ -48,29 +48,29 @@ class PairStream:
             caller.wait_event(self._after)
 
     def synchronize(self) -> None:
-        """Let the host wait until all that was enqueued is done: for closing only."""
+        """Let the host wait until all enqueued work is done; only for closing."""
         self.stream.synchronize()
 
 
-class Captured(Protocol):
-    """A recorded sequence of launches, such as ``torch.cuda.CUDAGraph``."""
+class CapturedGraph(Protocol):
+    """A recorded sequence of kernel launches, such as ``torch.cuda.CUDAGraph``."""
 
     def replay(self) -> None: ...
 
     def reset(self) -> None: ...
 
 
-def capture(enqueue: Enqueue) -> Captured:
-    """Record what this enqueues on the current stream, without running it."""
+def capture(enqueue: Enqueue) -> CapturedGraph:
+    """Record what ``enqueue`` launches on the current stream, without running it."""
     import torch
 
     graph = torch.cuda.CUDAGraph()
-    # Other threads may allocate meanwhile, which the default mode would take for an error.
+    # Other threads may allocate meanwhile, which is an error in the default mode.
     graph.capture_begin(capture_error_mode="thread_local")
     try:
         enqueue()
     except BaseException:
-        with suppress(RuntimeError):  # the capture that this ends was broken by the error that is raised
+        with suppress(RuntimeError):  # the error below has broken the capture already
             graph.capture_end()
         raise
     graph.capture_end()
@@ -78,78 +78,78 @@ def capture(enqueue: Enqueue) -> Captured:
 
 
 @dataclass
-class _Held:
-    """What the launches depend on, and their recording once there is one."""
+class _Recording:
+    """A call's recording, and the state that it depends on; ``graph`` is None before the capture."""
 
-    depends: Hashable
-    graph: Captured | None = None
+    state: Hashable
+    graph: CapturedGraph | None = None
 
 
 class CudaGraphs:
-    """Recordings of a pair's calls, made when they pay and dropped when what they point to has moved.
+    """CUDA graphs of a pair's calls, recorded at the second call and dropped when an address in them has changed.
 
-    The first call with given addresses runs as it is, which is the warm-up that a capture needs; the second records
-    and replays; later ones replay. A shape that is used once is never recorded.
+    The first call with given addresses runs without recording, which is the warm-up that a capture needs. The second
+    records and replays; later calls replay. A shape that is used once is never recorded.
 
     Args:
-        capture: records what a function enqueues.
+        capture: records the launches of a function.
     """
 
-    def __init__(self, capture: Callable[[Enqueue], Captured] = capture) -> None:
+    def __init__(self, capture: Callable[[Enqueue], CapturedGraph] = capture) -> None:
         self._capture = capture
-        self._held: dict[Hashable, _Held] = {}
+        self._recordings: dict[Hashable, _Recording] = {}
 
-    def run(self, key: Hashable, depends: Hashable, enqueue: Enqueue) -> None:
-        """Run a call, from its recording where that still holds.
+    def run(self, key: Hashable, state: Hashable, enqueue: Enqueue) -> None:
+        """Run a call, from its recording if that is still valid.
 
         Args:
-            key: the call, e.g. ``("shallow", "deepcache:0")``.
-            depends: all that a recording bakes in: addresses of buffers and scratch memory, the state of the weights.
+            key: names the call, e.g. ``("shallow", "deepcache:0")``.
+            state: everything that a recording fixes: addresses of buffers and scratch memory, version of the weights.
             enqueue: the call itself.
         """
-        held = self._held.get(key)
-        if held is None or held.depends != depends:
+        recording = self._recordings.get(key)
+        if recording is None or recording.state != state:
             self._drop(key)
             enqueue()
-            self._held[key] = _Held(depends)
+            self._recordings[key] = _Recording(state)
             return
-        if held.graph is None:
-            held.graph = self._capture(enqueue)
-        held.graph.replay()
+        if recording.graph is None:
+            recording.graph = self._capture(enqueue)
+        recording.graph.replay()
 
     def recorded(self) -> set[Hashable]:
-        """The calls that would be replayed."""
-        return {key for key, held in self._held.items() if held.graph is not None}
+        """Return the keys of the calls that have a recording."""
+        return {key for key, recording in self._recordings.items() if recording.graph is not None}
 
     def close(self) -> None:
-        """Drop every recording; none may still be running."""
-        for key in list(self._held):
+        """Drop every recording; none of them may still be running."""
+        for key in list(self._recordings):
             self._drop(key)
 
     def _drop(self, key: Hashable) -> None:
-        held = self._held.pop(key, None)
-        if held is not None and held.graph is not None:
-            held.graph.reset()
+        recording = self._recordings.pop(key, None)
+        if recording is not None and recording.graph is not None:
+            recording.graph.reset()
 
 
 class GraphIds:
-    """The numbers under which ONNX Runtime keeps its CUDA graphs.
+    """Numbers under which ONNX Runtime keeps its CUDA graphs.
 
-    Each session and thread captures in the third run under a number, after two that allocate. Every later run replays
-    that: at the addresses of the capture, whatever is bound by then. So a number stands for one graph bound to one set
-    of buffers, and no other set ever gets it: neither one of the same shapes, nor one that comes to lie at the same
-    place after the first was freed.
+    A session captures in its third run under a number, after two runs that allocate. Every later run replays the
+    capture with the addresses of that run, even if other buffers are bound by then. So each number stands for one graph
+    bound to one set of buffers and is never used again: not for buffers of the same shapes, and not for buffers that
+    are allocated at the same address after the first were freed.
     """
 
     OFF = -1
-    """Runs under it are neither captured nor replayed."""
+    """The number of runs that are neither captured nor replayed."""
 
     def __init__(self) -> None:
-        self._last = 0  # a number that ONNX Runtime uses itself
+        self._last = 0  # ONNX Runtime uses 0 itself
         self._lock = threading.Lock()
 
     def take(self, graphs: Iterable[Graph]) -> dict[Graph, int]:
-        """A fresh number for each of these graphs, which are being bound to new buffers."""
+        """Return a new number for each of these graphs, which are being bound to new buffers."""
         with self._lock:
             numbers = {graph: self._last + place for place, graph in enumerate(graphs, start=1)}
             self._last += len(numbers)

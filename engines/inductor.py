@@ -1,8 +1,8 @@
-"""PyTorch's own compiler, ahead of time: AOTInductor packages of both graphs, on the CPU and on CUDA.
+"""The engine ``inductor``: AOTInductor packages, which PyTorch compiles ahead of time, on the CPU and on CUDA.
 
-The UNet is traced and cut as a PyTorch program, without ONNX. A package is native code: it fits the machine whose
-instruction set it was compiled for, and the version of PyTorch that compiled it. It writes into the pair's buffers; on
-CUDA its calls are recorded as CUDA graphs.
+The UNet is traced and cut as a PyTorch program, without ONNX. A package is native code: it runs on machines with the
+instruction set that it was compiled for, and with the version of PyTorch that compiled it. It writes into the pair's
+buffers; on CUDA its calls are recorded as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 name = "inductor"
 extra = "cpu"
 default_opset = 23
-# What the code may use of the CPU, by PyTorch's name for its capability; another CPU's own if it is not here.
+# Instruction set to compile for, by PyTorch's name of the CPU's capability; a CPU without an entry uses its own.
 _MARCH = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
 SETTINGS: Settings = {
-    "max_autotune": False,  # try more kernels for each product; takes minutes more
+    "max_autotune": False,  # try more kernels for each matrix product; takes minutes longer
 }
 
 HELPERS: frozenset[str] = frozenset()
@@ -42,7 +42,7 @@ def probe() -> EngineProbe:
     import torch
 
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-    compiler = next((found for found in map(shutil.which, ("g++", "clang++", "c++")) if found), None)
+    compiler = next((path for path in map(shutil.which, ("g++", "clang++", "c++")) if path), None)
     if compiler is None:
         return EngineProbe(torch.__version__, (), "no C++ compiler found: install g++")
     targets = {device: {"cpu": _cpu_target, "cuda": _cuda_target}[device]() for device in devices}
@@ -50,7 +50,7 @@ def probe() -> EngineProbe:
 
 
 def compile(job: CompileJob) -> Compiled:
-    """See ``base.CompilingEngine``; shapes are narrowed by fixing dimensions in the export, not by profiles."""
+    """Compile the graphs; see ``base.CompilingEngine``. Dimensions are fixed in the export, not by profiles."""
     if job.profiles:
         raise EngineError(
             "inductor takes no shape profiles: leave dimensions dynamic, or fix them (--fix height=64,...)"
@@ -61,7 +61,7 @@ def compile(job: CompileJob) -> Compiled:
         job.progress(f"compile {job.component} with inductor")
         folder = job.source.component(component_of(job.component))
         traced = trace_component(folder, precision=graphs.precision, variant=job.source.variant)
-        (network,) = (each for each in traced if each.name == job.component)
+        (network,) = (network for network in traced if network.name == job.component)
         return Compiled(_package(component_program(network), job, "full"), {}, targets)
     job.progress("trace the UNet for inductor")
     features = {key: spec for key, spec in graphs.outputs.items() if key != "noise_pred"}
@@ -80,7 +80,7 @@ def open(graphs: Graphs, options: EngineOptions) -> InductorPair:
 
 
 class InductorPair:
-    """A package for the full graph and one for each cut; see ``base.EnginePair``."""
+    """One package for the full graph and one for each cut; see ``base.EnginePair``."""
 
     name = name
 
@@ -162,7 +162,7 @@ class BoundInductorPair:
 
 @dataclass(frozen=True)
 class _Package:
-    """A loaded package, and the names of the tensors that it takes and writes."""
+    """A loaded package, with the names of the tensors that it reads and writes."""
 
     run: Callable[[list[torch.Tensor], list[torch.Tensor]], object]
     inputs: tuple[str, ...]
@@ -175,20 +175,21 @@ def _load(path: Path, device: torch.device, weights: Mapping[str, torch.Tensor] 
     names = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     index = device.index or 0 if device.type == "cuda" else -1
     try:
-        # A CUDA graph can be captured of an unlocked runner only. On the CPU threads take turns.
+        # A CUDA graph can only be captured from an unlocked runner. On the CPU, threads take turns.
         unlocked = device.type == "cuda"
         run = torch._inductor.aoti_load_package(str(path), run_single_threaded=unlocked, device_index=index)
     except RuntimeError as error:
         raise EngineError(f"inductor refuses {path.name}: {str(error).splitlines()[0]}; build it again here") from error
-    held = set(run.get_constant_fqns()) if weights else set()
-    given = {_constant(name): value.to(device) for name, value in (weights or {}).items() if _constant(name) in held}
-    if given:
-        run.load_constants(given, check_full_update=False)
+    names_in_package = set(run.get_constant_fqns()) if weights else set()
+    constants = {_constant(name): value for name, value in (weights or {}).items()}
+    present = {name: value.to(device) for name, value in constants.items() if name in names_in_package}
+    if present:
+        run.load_constants(present, check_full_update=False)
     return _Package(run, tuple(names["inputs"]), tuple(names["outputs"]))
 
 
 def _constant(parameter: str) -> str:
-    """What a parameter of the UNet is called in a package."""
+    """Return the name in a package of a parameter of the UNet."""
     return f"part.unet.{parameter}"
 
 
@@ -203,14 +204,14 @@ def _call(package: _Package, buffers: Mapping[str, torch.Tensor]) -> Callable[[]
 
 
 def _package(twin: TwinProgram, job: CompileJob, stem: str) -> Path:
-    """Compile to ``stem.pt2``, with the names of its inputs and outputs in ``stem.json``."""
+    """Compile to ``stem.pt2``, and write the names of its inputs and outputs to ``stem.json``."""
     import torch
     from torch.export.passes import move_to_device_pass
 
     path = job.folder / f"{stem}.pt2"
     configs = {
         "max_autotune": bool(job.settings["max_autotune"]),
-        "cpp.dynamic_threads": True,  # else the number of threads of the machine that compiled is in the code
+        "cpp.dynamic_threads": True,  # otherwise the code fixes the number of threads of the compiling machine
         "cpp.march": _MARCH.get(torch.backends.cpu.get_cpu_capability()),
     }
     program = twin.program
@@ -218,23 +219,25 @@ def _package(twin: TwinProgram, job: CompileJob, stem: str) -> Path:
         program = move_to_device_pass(program, job.device)
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
-    except Exception as error:  # its own exceptions, and those of the C++ compiler
+    except Exception as error:  # PyTorch's own exceptions, and those of the C++ compiler
         raise EngineError(f"inductor cannot compile the {stem} graph: {str(error).strip().splitlines()[0]}") from error
     path.with_suffix(".json").write_text(json.dumps({"inputs": twin.inputs, "outputs": twin.outputs}) + "\n")
     return path
 
 
 def _cpu_target() -> str:
-    """The instruction sets that decide which kernels are compiled, e.g. ``"x86_64-avx512-bf16-amx"``."""
+    """Return the instruction sets that decide which kernels are compiled, e.g. ``"x86_64-avx512-bf16-amx"``."""
     import torch
 
-    has = {
+    features = {
         "vnni": torch.cpu._is_vnni_supported(),
         "bf16": torch.cpu._is_avx512_bf16_supported(),
         "amx": torch.cpu._is_amx_tile_supported(),
     }
     capability = torch.backends.cpu.get_cpu_capability().lower()
-    return "-".join([platform.machine(), capability, *(feature for feature, there in has.items() if there)])
+    return "-".join(
+        [platform.machine(), capability, *(feature for feature, supported in features.items() if supported)]
+    )
 
 
 def _cuda_target() -> str:

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU, reading and writing PyTorch's memory without a copy."""
+"""The engine ``openvino``: OpenVINO on the CPU, which reads and writes PyTorch's memory without a copy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def probe() -> EngineProbe:
 
     core = openvino.Core()
     if "CPU" not in core.available_devices:
-        return EngineProbe(installed, (), "its CPU plugin does not load here")
+        return EngineProbe(installed, (), "OpenVINO's CPU plugin does not load here")
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     features = frozenset({"bf16"} if "BF16" in capabilities else ())
     return EngineProbe(installed, ("cpu",), f"CPU with {', '.join(capabilities)}", features)
@@ -75,9 +75,9 @@ class OpenVinoPair:
         self._core = openvino.Core()
         self._full = self._compile(graphs.full)
         self._shallow = {cut: self._compile(path) for cut, path in graphs.shallow.items()}
-        known = {*graphs.inputs, *graphs.outputs}
+        names = {*graphs.inputs, *graphs.outputs}
         for cut, model in ((None, self._full), *self._shallow.items()):
-            inputs, outputs = ([_name(port, known) for port in ports] for ports in (model.inputs, model.outputs))
+            inputs, outputs = ([_name(port, names) for port in ports] for ports in (model.inputs, model.outputs))
             check_contract(graphs, cut, inputs, outputs)
 
     def prepare(self, shapes: Mapping[str, Shape]) -> BoundOpenVinoPair:
@@ -140,9 +140,9 @@ def _request(model: Any, tensors: Mapping[str, Any]) -> Any:
     return request
 
 
-def _name(port: Any, known: Container[str]) -> str:
-    """A port's name in the ONNX file; OpenVINO gives it further ones of its own."""
-    return next((name for name in port.names if name in known), str(port.any_name))
+def _name(port: Any, names: Container[str]) -> str:
+    """Return a port's name in the ONNX file; OpenVINO adds names of its own."""
+    return next((name for name in port.names if name in names), str(port.any_name))
 
 
 def _constant(value: torch.Tensor) -> Any:
@@ -152,17 +152,17 @@ def _constant(value: torch.Tensor) -> Any:
 
 
 def _view(buffer: torch.Tensor) -> Any:
-    """An OpenVINO tensor over the same memory."""
+    """Return an OpenVINO tensor over the same memory."""
     import openvino
     import torch
 
-    if buffer.dtype == torch.bfloat16:  # NumPy has none
+    if buffer.dtype == torch.bfloat16:  # NumPy has no bfloat16
         return openvino.Tensor(buffer.view(torch.uint16).numpy(), list(buffer.shape), openvino.Type.bf16)
     return openvino.Tensor(buffer.numpy(), shared_memory=True)
 
 
 def _reason(error: RuntimeError) -> str:
-    """The line of OpenVINO's message that says what is wrong; the ones before it name its source files."""
+    """Return the line of OpenVINO's message that gives the reason; the lines before it name source files."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next(
         (line for line in reversed(lines) if not line.startswith(("Exception from", "Check "))), "no reason given"

@@ -1,6 +1,6 @@
-"""The table precision x engine: which pairs work, and how far each may be from PyTorch and from itself across the cut.
+"""Precisions by engine: which combinations work, how exact each is, and how each engine's graphs are rounded.
 
-The build refuses what the table refuses, and tests hold every row to its bounds.
+The build refuses the combinations that the table refuses, and tests check every row's bounds.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ LOW_PRECISIONS = ("int8", "fp8")
 
 @dataclass(frozen=True)
 class Bounds:
-    """How exact a pair is.
+    """Largest differences allowed of a pair of graphs.
 
     Attributes:
-        parity: largest difference of ``noise_pred`` from eager PyTorch of the same weights; absolute for fp32, else
+        parity: largest difference of ``noise_pred`` from eager PyTorch with the same weights; absolute for fp32, else
             relative to the largest value of the reference.
         relative: whether ``parity`` is relative.
-        across: largest difference of the shallow graph, given the full graph's fresh features, from the full graph,
-            relative to the largest value. 0 is bit for bit, the first invariant.
+        across: largest difference between the shallow graph, given the full graph's fresh features, and the full graph,
+            relative to the largest value. 0 means bit for bit, the project's first invariant.
     """
 
     parity: float
@@ -43,22 +43,22 @@ BOUNDS: dict[tuple[str, str, str | None], Bounds | str] = {
     ("openvino", "fp32", "bf16"): Bounds(parity=1e-1, relative=True, across=5e-2),
     ("openvino", "fp16", None): Bounds(parity=1e-2, relative=True, across=1e-2),
     ("openvino", "bf16", None): Bounds(parity=5e-2, relative=True, across=5e-2),
-    # The two programs are compiled apart and may be fused differently around the cut.
+    # The two programs are compiled separately and may be fused differently around the cut.
     ("inductor", "fp32", None): Bounds(parity=1e-4, relative=False, across=1e-5),
     ("inductor", "fp16", None): Bounds(parity=1e-2, relative=True, across=1e-2),
     ("inductor", "bf16", None): Bounds(parity=5e-2, relative=True, across=5e-2),
-    # Held to inputs of the calibration, at which these were measured: 0.006 (OpenVINO) and 0.012 on the shapes model,
-    # 0.02 on SD 1.5's architecture with random weights; nothing across the cut.
+    # Checked at inputs of the calibration. Measured there: 0.006 (OpenVINO) and 0.012 on the shapes model, 0.02 on
+    # SD 1.5's architecture with random weights, and 0 across the cut.
     ("openvino", "int8", None): Bounds(parity=1e-1, relative=True, across=1e-2),
     ("onnxruntime", "int8", None): Bounds(parity=1e-1, relative=True, across=1e-2),
-    ("inductor", "int8", None): "it compiles the PyTorch model, which is not rounded; the engines of ONNX graphs are",
-    # With Q/DQ around them these CPUs' convolutions would be computed in fp32 all the same, only more slowly.
+    ("inductor", "int8", None): "it compiles the PyTorch model, which is not rounded; choose an engine of ONNX graphs",
+    # With Q/DQ nodes around them, convolutions on a CPU would still be computed in fp32, only more slowly.
     **{
-        (engine, "fp8", None): "no CPU computes in fp8; int8 is for CPUs"
+        (engine, "fp8", None): "no CPU computes in fp8; use int8 on CPUs"
         for engine in ("onnxruntime", "openvino", "inductor")
     },
-    # Not yet proven by a run on a GPU. TensorRT chooses kernels for each graph by itself, so sums run in another order
-    # on either side of the cut; fp32 without TF32, unless its setting asks for it.
+    # Not yet proven by a run on a GPU. TensorRT chooses kernels for each graph separately, so the two graphs of a pair
+    # may add in different orders. fp32 is computed without TF32, unless a setting turns it on.
     **{
         (engine, precision, None): Bounds(parity=bound, relative=True, across=bound)
         for engine in ("tensorrt", "tensorrt-rtx")
@@ -66,7 +66,7 @@ BOUNDS: dict[tuple[str, str, str | None], Bounds | str] = {
     },
 }
 
-# The rows that differ on CUDA. Not yet proven by a run on a GPU.
+# Rows that differ on CUDA. Not yet proven by a run on a GPU.
 CUDA_BOUNDS: dict[tuple[str, str, str | None], Bounds | str] = {
     (engine, precision, None): Bounds(parity=bound, relative=True, across=bound)
     for engine in ("onnxruntime", "inductor")
@@ -77,27 +77,29 @@ CUDA_BOUNDS: dict[tuple[str, str, str | None], Bounds | str] = {
 
 
 def bounds(engine: str, precision: str, inference_precision: str | None = None, device: str = "cpu") -> Bounds:
-    """The row of the table.
+    """Return the bounds of an engine in a precision.
 
     Args:
-        device: that the engine runs on, as PyTorch spells it.
+        device: device that the engine runs on, as PyTorch spells it.
 
     Raises:
-        EngineError: this engine cannot run this precision; the message says why and what to choose instead.
+        EngineError: this engine cannot run this precision; the message says why, and what it can run.
     """
     if inference_precision == precision:
         inference_precision = None
     table = {**BOUNDS, **CUDA_BOUNDS} if device.startswith("cuda") else BOUNDS
-    row = table.get((engine, precision, inference_precision), "offcut has no bounds for it, so it is not offered")
+    row = table.get(
+        (engine, precision, inference_precision), "offcut has no bounds for this combination, so it does not offer it"
+    )
     if isinstance(row, Bounds):
         return row
-    asked = precision if inference_precision is None else f"{precision} computed in {inference_precision}"
+    requested = precision if inference_precision is None else f"{precision} computed in {inference_precision}"
     others = [
-        p if hint is None else f"{p} computed in {hint}"
-        for (name, p, hint), other in table.items()
+        other_precision if hint is None else f"{other_precision} computed in {hint}"
+        for (name, other_precision, hint), other in table.items()
         if name == engine and isinstance(other, Bounds)
     ]
-    raise EngineError(f"{engine} cannot run {asked}: {row}; it runs {', '.join(others)}")
+    raise EngineError(f"{engine} cannot run {requested}: {row}; it runs {', '.join(others)}")
 
 
 _OPENVINO = Scheme("int8", base="fp32", activations="uint8", outputs=False)

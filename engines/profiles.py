@@ -1,6 +1,6 @@
-"""Shape profiles: the ranges of sizes that an engine is compiled for, from what a user writes to what a graph takes.
+"""Shape profiles: the ranges of sizes that an engine is compiled for.
 
-Users write image pixels, width before height (``512x768`` is a portrait); profiles hold the latent's sizes.
+Users write image pixels, width before height (``512x768`` is a portrait). Profiles hold the latent's sizes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Range = tuple[int, int, int]
 """Smallest, best and largest size of one dimension."""
 
 VAE_SCALE = 8
-"""Image pixels a latent pixel, in every Stable Diffusion."""
+"""Image pixels per latent pixel, along one side, in every Stable Diffusion."""
 
-# CLIP gives 77 tokens whatever the prompt; pipelines for long prompts join up to a few such windows. Below 77 there is
-# nothing to serve, and the narrower the range, the better the kernels that suit all of it.
+# CLIP gives 77 tokens for every prompt; pipelines for long prompts join up to a few such windows. Fewer than 77 never
+# occur, and the narrower the range, the better the kernels that suit all of it.
 _SEQUENCE: Range = (77, 77, 4 * 77)
 _PIXELS = (256, 1024)
 _IMAGES = 4
@@ -28,10 +28,10 @@ _IMAGES = 4
 
 @dataclass(frozen=True)
 class Profile:
-    """One range of sizes, inclusive, and the size within it that the engine is tuned for.
+    """An inclusive range of sizes, and the size within it that the engine is tuned for.
 
     Attributes:
-        min, opt, max: each dynamic dimension's size; ``height`` and ``width`` are the latent's.
+        min, opt, max: size of each dynamic dimension; ``height`` and ``width`` are the latent's.
     """
 
     min: Dims
@@ -40,7 +40,7 @@ class Profile:
 
     @classmethod
     def of(cls, ranges: Mapping[str, Range]) -> Profile:
-        """From each dimension's smallest, best and largest size."""
+        """Make a profile from each dimension's smallest, best and largest size."""
         smallest, best, largest = ({name: sizes[place] for name, sizes in ranges.items()} for place in range(3))
         return cls(smallest, best, largest)
 
@@ -48,35 +48,35 @@ class Profile:
         return all(self.min[name] <= dims[name] <= self.max[name] for name in self.min)
 
     def nearest(self, dims: Dims) -> dict[str, int]:
-        """The covered sizes that are closest to these."""
+        """Return the covered sizes that are closest to these."""
         return {name: min(max(dims[name], self.min[name]), self.max[name]) for name in self.min}
 
     def span(self) -> int:
-        """How many sizes it covers: a static profile, which covers one, is the fastest for it."""
+        """Return the number of sizes that the profile covers; a static profile, the fastest kind, covers one."""
         sizes = 1
         for name in self.min:
             sizes *= self.max[name] - self.min[name] + 1
         return sizes
 
     def shapes(self, specs: Iterable[TensorSpec]) -> dict[str, tuple[Shape, Shape, Shape]]:
-        """The smallest, best and largest shape of each of a graph's inputs, a shallow graph's cached features too."""
+        """Return the smallest, best and largest shape of each input, cached features included."""
         specs = list(specs)
         return {spec.name: (spec.resolve(self.min), spec.resolve(self.opt), spec.resolve(self.max)) for spec in specs}
 
 
 def select(profiles: Sequence[Profile], dims: Dims) -> int:
-    """The profile for these sizes: the narrowest that covers them; among equals the one tuned for the nearest size.
+    """Return the index of the profile for these sizes: the narrowest that covers them, then the one tuned nearest.
 
     Raises:
-        ShapeError: none covers them; the message names the nearest sizes that one does.
+        ShapeError: no profile covers them; the message names the nearest sizes that one covers.
     """
     fitting = [index for index, profile in enumerate(profiles) if profile.covers(dims)]
     if fitting:
         return min(fitting, key=lambda index: (profiles[index].span(), _distance(profiles[index].opt, dims), index))
     nearest = min((profile.nearest(dims) for profile in profiles), key=lambda sizes: _distance(sizes, dims))
-    asked, valid = (", ".join(f"{name} {sizes[name]}" for name in nearest) for sizes in (dims, nearest))
+    requested, valid = (", ".join(f"{name} {sizes[name]}" for name in nearest) for sizes in (dims, nearest))
     raise ShapeError(
-        f"no profile of this engine covers {asked}; the nearest that one does: {valid} "
+        f"no profile of this engine covers {requested}; the nearest covered sizes are {valid} "
         "(build with other shapes for more)"
     )
 
@@ -94,42 +94,44 @@ def in_pixels(
     scale: int = VAE_SCALE,
     frames: int | None = None,
 ) -> tuple[Profile, ...]:
-    """Profiles from the easy spelling: a static one for each size, a dynamic one if asked for or if there is no other.
+    """Return profiles for image sizes in pixels.
+
+    There is a static profile for each size, and a dynamic one if it is requested or if there is no static one.
 
     Args:
-        inputs: the full graph's.
-        multiple: of the latent's height and width, as the UNet needs it.
+        inputs: inputs of the full graph.
+        multiple: height and width of the latent must be multiples of it.
         fixed: dimensions that the export fixes although these specs do not.
-        static: sizes of images, each ``WIDTHxHEIGHT`` in pixels. Such a profile takes one image a call, or up to
-            ``max_batch`` where that is given.
-        dynamic: ``SMALLEST..LARGEST`` side of an image, in pixels; by default 256..1024.
-        max_batch: images a call; 4 by default for the dynamic profile, of videos 1. The UNet's batch is twice that with
-            guidance.
-        guidance: classifier-free guidance doubles the UNet's batch. A batch of 1 is covered by dynamic profiles anyway.
-        native: the side that the dynamic profile is tuned for, in pixels: what the model was trained on.
-        scale: image pixels a latent pixel.
-        frames: of every video, where the UNet makes videos: the number that it was trained for.
+        static: sizes of images, each ``WIDTHxHEIGHT`` in pixels. Such a profile takes one image per call, or up to
+            ``max_batch`` if that is given.
+        dynamic: range of an image's sides, ``SMALLEST..LARGEST`` in pixels; by default 256..1024.
+        max_batch: images per call; by default 4 for the dynamic profile, and 1 for videos. With guidance the UNet's
+            batch is twice that.
+        guidance: whether classifier-free guidance doubles the UNet's batch. Dynamic profiles cover a batch of 1 anyway.
+        native: side in pixels that the dynamic profile is tuned for: that of the images the model was trained on.
+        scale: image pixels per latent pixel.
+        frames: number of frames that the UNet was trained on, if it makes videos.
 
     Raises:
-        ShapeError: a size is no multiple of what the UNet needs, or is not written so.
-        EngineError: a dimension was fixed in the export, or is one that nothing is known about.
+        ShapeError: a size is malformed, or not a multiple of what the UNet needs.
+        EngineError: a dimension was fixed in the export, or has no known range.
     """
     free = [name for name in symbols(inputs.values()) if name not in set(fixed)]
     if (static or dynamic) and not {"height", "width"} <= set(free):
         raise EngineError("this export has a fixed height and width: leave --static and --dynamic out, or export again")
     if max_batch is not None and max_batch < 1:
-        raise ShapeError(f"--max-batch is a number of images, at least 1, not {max_batch}")
+        raise ShapeError(f"--max-batch is {max_batch}: give a number of images, at least 1")
     per = 2 if guidance else 1
-    length = {} if frames is None else {"frames": (frames,) * 3}
+    frame_range = {} if frames is None else {"frames": (frames,) * 3}
     profiles = []
     for size in static:
         batch = (per, per, per) if max_batch is None else (1, per, per * max_batch)
         width, height = _static(size, multiple, scale)
-        profiles.append(_profile(free, batch=batch, height=(height,) * 3, width=(width,) * 3, **length))
+        profiles.append(_profile(free, batch=batch, height=(height,) * 3, width=(width,) * 3, **frame_range))
     if dynamic or not static:
         side = _dynamic(dynamic, multiple, native, scale)
         batch = (1, per, per * (max_batch or (_IMAGES if frames is None else 1)))
-        profiles.append(_profile(free, batch=batch, height=side, width=side, **length))
+        profiles.append(_profile(free, batch=batch, height=side, width=side, **frame_range))
     return tuple(profiles)
 
 
@@ -141,18 +143,18 @@ def in_shapes(
     opt_shapes: str | None,
     max_shapes: str | None,
 ) -> Profile:
-    """One profile from trtexec's spelling, e.g. ``sample:1x4x64x64,timestep:1,encoder_hidden_states:1x77x768``.
+    """Return one profile from trtexec's spelling, e.g. ``sample:1x4x64x64,timestep:1,encoder_hidden_states:1x77x768``.
 
     Args:
-        inputs: the full graph's; all three must name every one of them, in the latent's sizes.
-        multiple: of the latent's height and width, as the UNet needs it.
+        inputs: inputs of the full graph; each of the three texts must name all of them, in the latent's sizes.
+        multiple: height and width of the latent must be multiples of it.
 
     Raises:
-        ShapeError: one of the three is missing, is not written so, or does not fit the graph.
+        ShapeError: one of the three is missing, malformed, or does not fit the graph.
     """
     options = {"--min-shapes": min_shapes, "--opt-shapes": opt_shapes, "--max-shapes": max_shapes}
     if missing := [option for option, text in options.items() if not text]:
-        raise ShapeError(f"{' and '.join(missing)} must be given too: a profile needs its min, opt and max shapes")
+        raise ShapeError(f"{' and '.join(missing)} must be given too: a profile needs min, opt and max shapes")
     smallest, best, largest = (_dims(inputs, multiple, option, text or "") for option, text in options.items())
     profile = Profile(smallest, best, largest)
     check([profile], inputs, multiple)
@@ -160,38 +162,38 @@ def in_shapes(
 
 
 def trained_side(sample_size: int | Sequence[int] | None, scale: int = VAE_SCALE) -> int:
-    """The side of the images that a UNet was trained on, in pixels, from ``sample_size`` in its config."""
+    """Return the side in pixels of the images that a UNet was trained on, from ``sample_size`` in its config."""
     if not sample_size:
         return 512
     return (sample_size if isinstance(sample_size, int) else max(sample_size)) * scale
 
 
 def check(profiles: Iterable[Profile], inputs: Mapping[str, TensorSpec], multiple: int) -> None:
-    """Hold profiles against a graph.
+    """Check that profiles fit a graph.
 
     Raises:
-        ShapeError: one names other dimensions than the graph leaves open, is upside down, or has a height or width that
-            the UNet cannot take.
+        ShapeError: a profile names other dimensions than the graph's dynamic ones, has a minimum above its maximum, or
+            has a height or width that the UNet cannot take.
     """
     free = symbols(inputs.values())
     for profile in profiles:
         for sizes in (profile.min, profile.opt, profile.max):
             if set(sizes) != set(free):
                 raise ShapeError(
-                    f"a profile gives {', '.join(sizes) or 'no dimension'}, but this graph leaves "
-                    f"{', '.join(free) or 'none'} open: give just those"
+                    f"a profile gives {', '.join(sizes) or 'no dimension'}, but this graph's dynamic dimensions are "
+                    f"{', '.join(free) or 'none'}: give just those"
                 )
             for side in {"height", "width"} & set(free):
                 if sizes[side] % multiple:
                     raise ShapeError(
-                        f"a profile gives the latent the {side} {sizes[side]}, but this UNet needs a multiple of "
+                        f"a profile has the latent {side} {sizes[side]}, but this UNet needs a multiple of "
                         f"{multiple}: the nearest is {_round(sizes[side], multiple)}"
                     )
         for name in free:
             if not 1 <= profile.min[name] <= profile.opt[name] <= profile.max[name]:
                 raise ShapeError(
-                    f"a profile's {name} goes from {profile.min[name]} over {profile.opt[name]} to "
-                    f"{profile.max[name]}: give min <= opt <= max, at least 1"
+                    f"a profile's {name} has min {profile.min[name]}, opt {profile.opt[name]} and max "
+                    f"{profile.max[name]}: give 1 <= min <= opt <= max"
                 )
 
 
@@ -203,22 +205,22 @@ def _profile(free: Iterable[str], **known: Range) -> Profile:
 
 
 def _static(size: str, multiple: int, scale: int) -> tuple[int, int]:
-    """The latent's width and height."""
+    """Return the latent's width and height."""
     match = re.fullmatch(r"(\d+)x(\d+)", size.strip())
     if match is None:
-        raise ShapeError(f"--static {size} is no size: write WIDTHxHEIGHT in pixels, e.g. 512x768")
+        raise ShapeError(f"--static {size} is not a size: write WIDTHxHEIGHT in pixels, e.g. 512x768")
     width, height = (_latent(f"--static {size}", int(side), multiple, scale) for side in match.groups())
     return width, height
 
 
 def _dynamic(sides: str | None, multiple: int, native: int, scale: int) -> Range:
-    """The latent's smallest, best and largest side."""
+    """Return the latent's smallest, best and largest side."""
     if sides is None:
         smallest, best, largest = (_round(side // scale, multiple) for side in (_PIXELS[0], native, _PIXELS[1]))
         return min(smallest, best), best, max(largest, best)
     match = re.fullmatch(r"(\d+)\.\.(\d+)", sides.strip())
     if match is None:
-        raise ShapeError(f"--dynamic {sides} is no range: write SMALLEST..LARGEST in pixels, e.g. 256..1024")
+        raise ShapeError(f"--dynamic {sides} is not a range: write SMALLEST..LARGEST in pixels, e.g. 256..1024")
     smallest, largest = (_latent(f"--dynamic {sides}", int(side), multiple, scale) for side in match.groups())
     if smallest > largest:
         raise ShapeError(f"--dynamic {sides} runs backwards: write the smaller side first")
@@ -229,7 +231,7 @@ def _latent(option: str, pixels: int, multiple: int, scale: int) -> int:
     step = multiple * scale
     if pixels % step or not pixels:
         raise ShapeError(
-            f"{option}: {pixels} pixels are no multiple of {step}, which this UNet needs; "
+            f"{option}: {pixels} pixels are not a multiple of {step}, which this UNet needs; "
             f"the nearest is {_round(pixels, step)}"
         )
     return pixels // scale
@@ -240,7 +242,7 @@ def _dims(inputs: Mapping[str, TensorSpec], multiple: int, option: str, text: st
     for part in text.split(","):
         match = re.fullmatch(r"([^:]+):(\d+(?:x\d+)*)", part.strip())
         if match is None:
-            raise ShapeError(f"{option}: {part.strip()!r} is no shape: write NAME:AxBxC, e.g. sample:1x4x64x64")
+            raise ShapeError(f"{option}: {part.strip()!r} is not a shape: write NAME:AxBxC, e.g. sample:1x4x64x64")
         shapes[match[1]] = tuple(int(size) for size in match[2].split("x"))
     if set(shapes) != set(inputs):
         raise ShapeError(f"{option} gives {', '.join(shapes)}, but this graph's inputs are {', '.join(inputs)}")
@@ -251,10 +253,10 @@ def _dims(inputs: Mapping[str, TensorSpec], multiple: int, option: str, text: st
 
 
 def _round(size: int, multiple: int) -> int:
-    """The nearest multiple that is not 0."""
+    """Return the nearest multiple that is not 0."""
     return max(multiple, (size + multiple // 2) // multiple * multiple)
 
 
 def _distance(sizes: Dims, dims: Dims) -> float:
-    """How far apart two sets of sizes are, each dimension as a ratio."""
+    """Return the distance between two sets of sizes, each dimension as a ratio."""
     return sum(max(sizes[name], dims[name]) / min(sizes[name], dims[name]) - 1 for name in sizes)

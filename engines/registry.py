@@ -1,4 +1,4 @@
-"""The table of engines, and how ``auto`` chooses among them."""
+"""The table of engines, and the rule by which ``auto`` chooses one."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _COMPILED_FOR_CUDA = ("tensorrt", "tensorrt-rtx")
 
 @dataclass(frozen=True)
 class Choice:
-    """An engine and why it was taken."""
+    """An engine, and the reason why it was chosen."""
 
     name: str
     reason: str
 
 
 def engine(name: str) -> Engine:
-    """The engine's module.
+    """Return the engine's module.
 
     Raises:
-        EngineError: there is no such engine.
+        EngineError: no engine has this name.
     """
     if name not in ENGINES:
         raise EngineError(f"there is no engine {name!r}; choose auto or one of {', '.join(ENGINES)}")
@@ -43,18 +43,18 @@ def engine(name: str) -> Engine:
 
 
 def compiler(name: str) -> CompilingEngine | None:
-    """The engine's module if it compiles; None if it opens the ONNX graphs as they are."""
+    """Return the engine's module if it compiles; None if it opens the ONNX graphs as they are."""
     module = engine(name)
     return module if isinstance(module, CompilingEngine) else None
 
 
 def probe_all() -> dict[str, EngineProbe]:
-    """Every engine with what was found of it here."""
+    """Probe every engine on this machine."""
     return {name: engine(name).probe() for name in ENGINES}
 
 
 def machine() -> dict[str, str]:
-    """What an engine's fitness here depends on, for a report."""
+    """Return the facts about this machine that decide which engines work, for a report."""
     import platform
 
     import diffusers
@@ -72,28 +72,31 @@ def machine() -> dict[str, str]:
 
 
 def choose(device: str = "cpu", among: Iterable[str] = ENGINES) -> Choice:
-    """The best engine here for this device, and why: the rule behind ``engine="auto"``.
+    """Choose the best engine for a device, and say why: the rule behind ``engine="auto"``.
 
-    On CUDA TensorRT, then TensorRT-RTX, which compile the graphs for the GPU; otherwise ONNX Runtime. On a CPU
-    OpenVINO where it multiplies bf16 matrices (AMX), as it was measured fastest there even on fp32 graphs; otherwise
-    ONNX Runtime.
+    On CUDA the order is TensorRT, TensorRT-RTX (both compile the graphs for the GPU), ONNX Runtime. On a CPU with AMX,
+    which multiplies bf16 matrices, the choice is OpenVINO, measured fastest there even on fp32 graphs; on other CPUs it
+    is ONNX Runtime.
+
+    Args:
+        among: names of engines to choose from.
 
     Raises:
-        EngineError: none is usable; the message says why for each.
+        EngineError: no engine is usable; the message gives the reason for each.
     """
     among = list(among)
-    found = {name: engine(name).probe() for name in among}
-    kind = device.partition(":")[0]  # "cuda:1" is one of cuda's
-    usable = [name for name, probe in found.items() if kind in probe.devices]
+    probes = {name: engine(name).probe() for name in among}
+    kind = device.partition(":")[0]  # "cuda:1" is a device of the kind "cuda"
+    usable = [name for name, probe in probes.items() if kind in probe.devices]
     if not usable:
-        reasons = "; ".join(f"{name}: {probe.reason}" for name, probe in found.items()) or "none was built"
+        reasons = "; ".join(f"{name}: {probe.reason}" for name, probe in probes.items()) or "none was built"
         raise EngineError(f"no engine can run on {device} here ({reasons})")
     if len(among) == 1:
-        return Choice(usable[0], "the only one there is to choose")
+        return Choice(usable[0], "the only engine to choose from")
     if len(usable) == 1:
         left_out = [name for name in among if name not in usable]
-        why = f"the only one usable on {device}" + (f" ({', '.join(left_out)} not)" if left_out else "")
-        return Choice(usable[0], why)
+        suffix = f"; {', '.join(left_out)} cannot run there" if left_out else ""
+        return Choice(usable[0], f"the only engine usable on {device}{suffix}")
     if device == "cpu" and "openvino" in usable and _has_amx():
         return Choice("openvino", "this CPU has AMX, where OpenVINO was measured faster than ONNX Runtime")
     if kind == "cuda" and (compiled := [name for name in _COMPILED_FOR_CUDA if name in usable]):
@@ -102,7 +105,7 @@ def choose(device: str = "cpu", among: Iterable[str] = ENGINES) -> Choice:
         return Choice(
             "onnxruntime", f"measured fastest on a {device} without AMX" if device == "cpu" else "runs on CUDA"
         )
-    return Choice(usable[0], "first in the table of those usable")
+    return Choice(usable[0], "the first usable engine in the table")
 
 
 def _has_amx() -> bool:

@@ -1,7 +1,8 @@
-"""TensorRT and TensorRT-RTX, one implementation for both.
+"""The engines ``tensorrt`` and ``tensorrt-rtx``, which share one implementation.
 
-``library`` says which of the two; ``compile`` turns ONNX files into plans through Polygraphy; ``pair`` runs them.
+``library`` loads one of the two libraries, ``compile`` turns ONNX files into plans through Polygraphy, and ``pair``
+runs the plans.
 
-What a machine without a GPU can prove is proven: TensorRT-RTX parses and builds for other machines there. Enterprise
-TensorRT, and whatever opens or refits a plan, is exercised only where there is a GPU.
+Everything that needs no GPU is tested without one: TensorRT-RTX parses graphs and builds plans for other machines.
+Enterprise TensorRT, and the code that opens or refits a plan, runs only where there is a GPU.
 """

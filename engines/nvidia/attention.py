@@ -1,8 +1,8 @@
-"""Attentions to text and image that share a query, as an IP-Adapter makes them, in a form that TensorRT-RTX takes.
+"""A rewrite of attentions that share a query, as in an IP-Adapter, into a form that TensorRT-RTX builds.
 
-TensorRT-RTX 1.7's builder crashes, and the process with it, where two ``Attention`` read the same query. It builds when
-all but the first of them are written out as the products and the softmax that they stand for. The attention to the text
-stays whole; the other is over an image's few tokens (4, or 16 of an IP-Adapter Plus), where little is left to fuse.
+TensorRT-RTX 1.7's builder crashes, and the process with it, where two ``Attention`` nodes read the same query. It
+builds if all but the first are expanded into matrix products and a softmax. The attention to the text stays whole. The
+attention to an image has few tokens (4, or 16 for an IP-Adapter Plus), so fusing it would gain little.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def own_queries(onnx: Path) -> Iterator[Path]:
-    """A file of this graph in which no two ``Attention`` have the same query; the file itself if it is so already.
+def separate_queries(onnx: Path) -> Iterator[Path]:
+    """Yield a file of this graph in which no two ``Attention`` nodes read the same query.
 
-    A new file lasts as long as the context, and its weights stay where they are. One that is no graph is given as it
-    is: the builder says so in its own words.
+    The file is the given one if nothing has to change, or if it is not a graph, which the builder then reports itself.
+    A new file lives as long as the context; its weights stay in their file.
     """
     import onnx_ir as ir
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -31,7 +31,7 @@ def own_queries(onnx: Path) -> Iterator[Path]:
         model = ir.load(onnx)
     except DecodeError:
         model = None
-    if model is None or not write_out_shared(model):
+    if model is None or not expand_shared(model):
         yield onnx
         return
     stored = [value.const_value for value in model.graph.initializers.values()]
@@ -43,38 +43,38 @@ def own_queries(onnx: Path) -> Iterator[Path]:
         yield rewritten
 
 
-def write_out_shared(model: ir.Model) -> int:
-    """Write out each ``Attention`` whose query another one before it reads, in place; gives how many."""
+def expand_shared(model: ir.Model) -> int:
+    """Expand, in place, each ``Attention`` whose query an earlier one reads; return the number of expanded nodes."""
     queries: set[ir.Value] = set()
-    written = 0
+    expanded = 0
     for node in list(model.graph):
         query = node.inputs[0] if node.op_type == "Attention" and node.domain == "" else None
         if query is None:
             continue
         if query in queries:
-            _write_out(node)
-            written += 1
+            _expand(node)
+            expanded += 1
         queries.add(query)
-    return written
+    return expanded
 
 
-def _write_out(attention: ir.Node) -> None:
-    """softmax(q / sqrt(width) . k^T) . v, of tensors [batch, heads, tokens, width] without a mask."""
+def _expand(attention: ir.Node) -> None:
+    """Replace an attention without mask by softmax(q / sqrt(width) . k^T) . v; q is [batch, heads, tokens, width]."""
     import onnx_ir as ir
 
     graph, output = attention.graph, attention.outputs[0]
     query, key, value = attention.inputs
     assert graph is not None
 
-    def made(kind: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+    def add(kind: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         node = ir.node(kind, inputs, attributes)
         node.outputs[0].name = f"{output.name}_{kind.lower()}_{len(graph)}"
         graph.insert_before(attention, node)
         return node.outputs[0]
 
-    width = made("CastLike", made("Shape", key, start=-1), query)
-    scores = made("MatMul", made("Div", query, made("Sqrt", width)), made("Transpose", key, perm=[0, 1, 3, 2]))
-    result = made("MatMul", made("Softmax", scores, axis=-1), value)
+    width = add("CastLike", add("Shape", key, start=-1), query)
+    scores = add("MatMul", add("Div", query, add("Sqrt", width)), add("Transpose", key, perm=[0, 1, 3, 2]))
+    result = add("MatMul", add("Softmax", scores, axis=-1), value)
     output.replace_all_uses_with(result, replace_graph_outputs=True)
     graph.remove(attention, safe=True)
     result.name, output.name = output.name, None

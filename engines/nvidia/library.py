@@ -1,4 +1,4 @@
-"""TensorRT or TensorRT-RTX: which package, and what it can do here."""
+"""The two libraries TensorRT and TensorRT-RTX: their packages, and a probe of what they can do here."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class NvidiaLibrary:
     """One of NVIDIA's two libraries.
 
     Attributes:
-        name: the engine's name; its module has underscores in it.
-        extra: of offcut, that installs it.
-        rtx: TensorRT-RTX, which builds for other GPUs and on machines without one.
+        name: name of the engine and of the package.
+        extra: extra of offcut that installs it.
+        rtx: whether it is TensorRT-RTX, which builds for other GPUs and on machines without a GPU.
     """
 
     name: str
@@ -29,6 +29,7 @@ class NvidiaLibrary:
 
     @property
     def module(self) -> str:
+        """Name of the Python module."""
         return self.name.replace("-", "_")
 
 
@@ -37,13 +38,13 @@ TENSORRT_RTX = NvidiaLibrary("tensorrt-rtx", "rtx", rtx=True)
 
 
 def load(library: NvidiaLibrary) -> Any:
-    """The library's Python module, with Polygraphy set to it.
+    """Import the library, and make Polygraphy use it; return its Python module.
 
-    Polygraphy chooses between the two once, as it is imported, so a process works with one of them.
+    Polygraphy chooses between the two libraries once, when it is imported, so a process can use only one of them.
 
     Raises:
-        MissingExtraError: it or Polygraphy is not installed.
-        EngineError: this process works with the other one.
+        MissingExtraError: the library or Polygraphy is not installed.
+        EngineError: this process already uses the other library.
     """
     try:
         from polygraphy import config
@@ -52,8 +53,7 @@ def load(library: NvidiaLibrary) -> Any:
     if "polygraphy.backend.trt" in sys.modules and library.rtx != config.USE_TENSORRT_RTX:
         other = TENSORRT if library.rtx else TENSORRT_RTX
         raise EngineError(
-            f"this process already works with {other.name}, and cannot with {library.name} too: "
-            "use a process of its own for each"
+            f"this process already uses {other.name} and cannot use {library.name} too: use a separate process for each"
         )
     try:
         module = import_module(library.module)
@@ -65,7 +65,7 @@ def load(library: NvidiaLibrary) -> Any:
 
 
 def probe(library: NvidiaLibrary) -> EngineProbe:
-    """Look whether this library is installed, and whether there is a GPU for it."""
+    """Return whether this library is installed, and whether there is a GPU for it."""
     installed = _installed(library)
     if installed is None:
         return EngineProbe(None, (), f"not installed: pip install 'offcut[{library.extra}]'")
@@ -77,16 +77,16 @@ def probe(library: NvidiaLibrary) -> EngineProbe:
         return EngineProbe(installed, (), f"installed, but not polygraphy: pip install 'offcut[{library.extra}]'")
     target = this_gpu()
     if target is None:
-        without = "it builds for others, with compute_capabilities" if library.rtx else "it needs one to build, too"
-        return EngineProbe(installed, (), f"PyTorch sees no NVIDIA GPU here; {without}", builds=library.rtx)
+        builds = "it can build for GPUs named in compute_capabilities" if library.rtx else "it needs one to build, too"
+        return EngineProbe(installed, (), f"PyTorch sees no NVIDIA GPU here; {builds}", builds=library.rtx)
     if library.rtx and target not in supported(module):
         reason = f"it does not run on {target}, only on {', '.join(supported(module))}"
         return EngineProbe(installed, (), reason, targets={"cuda": target}, builds=True)
-    return EngineProbe(installed, ("cuda",), f"a GPU of {target}", targets={"cuda": target}, builds=True)
+    return EngineProbe(installed, ("cuda",), f"GPU {target}", targets={"cuda": target}, builds=True)
 
 
 def this_gpu() -> str | None:
-    """The kind of PyTorch's current GPU, e.g. ``"sm_89"``."""
+    """Return the kind of PyTorch's current GPU, e.g. ``"sm_89"``; None without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -96,14 +96,14 @@ def this_gpu() -> str | None:
 
 
 def supported(module: Any) -> list[str]:
-    """The kinds of GPU that TensorRT-RTX builds for."""
+    """Return the kinds of GPU that TensorRT-RTX builds for."""
     members = module.ComputeCapability.__members__
     kinds = [f"sm_{name[2:]}" for name in members if name.startswith("SM")]
     return sorted(kinds, key=lambda kind: int(kind[3:]))
 
 
 def _installed(library: NvidiaLibrary) -> str | None:
-    # NVIDIA also publishes each under a name that says its CUDA release.
+    # NVIDIA also publishes each under a name with its CUDA release.
     for package in (library.name, f"{library.name}-cu13", f"{library.name}-cu12"):
         try:
             return version(package)

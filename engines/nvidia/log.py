@@ -1,6 +1,6 @@
-"""What TensorRT says of a build or of a plan, kept for the bundle and for error messages.
+"""TensorRT's log, captured for the bundle and for error messages.
 
-TensorRT has one logger a process, which Polygraphy provides; its lines come here through Python's ``logging``.
+TensorRT has one logger per process, which Polygraphy provides; its lines arrive through Python's ``logging``.
 """
 
 from __future__ import annotations
@@ -12,42 +12,41 @@ from pathlib import Path
 from threading import Lock
 
 _ONE_AT_A_TIME = Lock()
-_COMPLAINT = logging.ERROR
-_NOTE = 10  # TensorRT's INFO, as Polygraphy ranks it
+_INFO = 10  # the level that Polygraphy gives TensorRT's INFO
 
 
-class Messages(logging.Handler):
-    """What went wrong, in TensorRT's words."""
+class ErrorMessages(logging.Handler):
+    """TensorRT's error messages."""
 
     def __init__(self) -> None:
-        super().__init__(level=_COMPLAINT)
-        self._complaints: list[str] = []
+        super().__init__(level=logging.ERROR)
+        self._lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        # Above it are Polygraphy's own summaries, which say less.
-        if record.levelno == _COMPLAINT:
+        # Polygraphy's own summaries have a higher level and say less.
+        if record.levelno == logging.ERROR:
             lines = record.getMessage().strip().splitlines()
-            self._complaints += lines[:1]
+            self._lines += lines[:1]
 
-    def forget(self) -> None:
-        """Begin anew, for another graph."""
-        self._complaints.clear()
+    def clear(self) -> None:
+        """Drop all messages, before another graph is built."""
+        self._lines.clear()
 
-    def reason(self, otherwise: str = "it gives no reason") -> str:
-        """The first line of the first complaint."""
-        return self._complaints[0].strip() if self._complaints else otherwise
+    def reason(self, default: str = "it gives no reason") -> str:
+        """Return the first line of the first message."""
+        return self._lines[0].strip() if self._lines else default
 
 
 @contextmanager
-def listening(file: Path | None = None) -> Iterator[Messages]:
-    """Gather what TensorRT says for as long as it lasts, and write all of it to a file if one is given.
+def captured_log(file: Path | None = None) -> Iterator[ErrorMessages]:
+    """Capture TensorRT's log inside the context, and write it to a file if one is given.
 
-    One listener at a time; a second waits.
+    One thread captures at a time; others wait.
     """
     from polygraphy.logger import G_LOGGER
 
     logger = logging.getLogger("Polygraphy")
-    messages = Messages()
+    messages = ErrorMessages()
     handlers: list[logging.Handler] = [messages]
     if file is not None:
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
@@ -55,13 +54,13 @@ def listening(file: Path | None = None) -> Iterator[Messages]:
     with _ONE_AT_A_TIME:
         before = G_LOGGER.use_python_logging_system, G_LOGGER.colors, G_LOGGER.letter, logger.level, logger.propagate
         G_LOGGER.use_python_logging_system, G_LOGGER.colors, G_LOGGER.letter = True, False, False
-        G_LOGGER.once_logged.clear()  # each file has the warnings that an earlier build had, too
-        logger.setLevel(_NOTE)
+        G_LOGGER.once_logged.clear()  # otherwise a warning appears only in the first build's log
+        logger.setLevel(_INFO)
         logger.propagate = False
         for handler in handlers:
             logger.addHandler(handler)
         try:
-            with G_LOGGER.verbosity(_NOTE):
+            with G_LOGGER.verbosity(_INFO):
                 yield messages
         finally:
             for handler in handlers:

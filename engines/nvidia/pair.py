@@ -1,6 +1,6 @@
-"""A full plan and its shallow plans on one GPU: one stream, one block of scratch memory, CUDA graphs of the calls.
+"""A full plan and its shallow plans on one GPU, with one stream, one block of scratch memory and CUDA graphs.
 
-Unproven until it ran on a GPU: nothing here works without a driver.
+Unproven: nothing here works without a driver, and no test has run it on a GPU yet.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..buffers import allocate
 from ..cuda import CudaGraphs, PairStream
 from ..profiles import select
 from .library import NvidiaLibrary, load
-from .log import listening
+from .log import captured_log
 from .plan import BoundContext, LoadedPlan, share_budget
 from .refit import refit
 from .settings import recordable
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     import torch
 
 Cut = str | None
-"""A cut's name; None stands for the full graph."""
+"""A cut's name; None means the full graph."""
 
 
 class NvidiaPair:
-    """See ``base.EnginePair``.
+    """A pair of TensorRT or TensorRT-RTX plans; see ``base.EnginePair``.
 
-    Calls of its bound pairs run one after the other on its own stream, so they all use the same scratch memory: as much
-    as the graph needs that needs most. It grows with the largest shapes that are prepared.
+    Calls of its bound pairs run one after the other on the pair's stream, so they share one block of scratch memory.
+    The block is as large as the graph that needs most, at the largest shapes that were prepared.
     """
 
     def __init__(self, library: NvidiaLibrary, graphs: Graphs, options: EngineOptions) -> None:
@@ -47,19 +47,19 @@ class NvidiaPair:
         self.name = library.name
         self._trt = load(library)
         if torch.device(options.device).type != "cuda" or not torch.cuda.is_available():
-            here = "here is one: open it on cuda" if torch.cuda.is_available() else "PyTorch sees none here"
-            raise EngineError(f"{library.name} runs on an NVIDIA GPU, not on {options.device}, and {here}")
+            remedy = "open it on cuda" if torch.cuda.is_available() else "PyTorch sees no GPU here"
+            raise EngineError(f"{library.name} runs on an NVIDIA GPU, not on {options.device}: {remedy}")
         index = torch.device(options.device).index
         self.device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         self.inputs, self.outputs, self.cuts = graphs.inputs, graphs.outputs, graphs.cuts
         self.graphs, self.options = graphs, options
         self.stream = PairStream(self.device)
-        self.scratch = Scratch(self.device)
+        self.scratch = ScratchMemory(self.device)
         self.cuda_graphs = options.cuda_graphs and recordable(library, graphs.settings)
-        self.weights_version = 0  # CUDA graphs of earlier weights are not replayed
+        self.weights_version = 0  # a CUDA graph is replayed only with the weights that it was recorded with
         self._library = library
-        self._filled = not graphs.settings.get("strip_plan")
-        self._refitted: dict[str, torch.Tensor] = {}  # by the name of the ONNX initializer
+        self._has_weights = not graphs.settings.get("strip_plan")
+        self._refitted: dict[str, torch.Tensor] = {}  # replaced weights, by the name of the ONNX initializer
         self._digests: dict[Cut, str] = {}
         self._plans: dict[Cut, LoadedPlan] | None = self._load()
 
@@ -72,8 +72,10 @@ class NvidiaPair:
     def prepare(self, shapes: Mapping[str, Shape]) -> BoundNvidiaPair:
         dims = solve(self.inputs, shapes, self.graphs.multiple)
         profile = select(self.graphs.profiles, dims)
-        if not self._filled:
-            raise EngineError(f"these plans of {self.name} were stripped of their weights: give them with refit first")
+        if not self._has_weights:
+            raise EngineError(
+                f"these plans of {self.name} were stripped of their weights: refit them with all weights first"
+            )
         buffers = allocate((*self.inputs.values(), *self.outputs.values()), dims, self.device)
         return BoundNvidiaPair(self, profile, buffers, dims)
 
@@ -81,11 +83,11 @@ class NvidiaPair:
         """Replace weights in the full graph and in every shallow graph that has them, or in none.
 
         Args:
-            weights: by PyTorch's parameter name, in its layout and the graphs' dtype; all others are as built. For
-                stripped plans the first time all of them.
+            weights: tensors by PyTorch's parameter name, in its layout and the graphs' dtype; all other weights are as
+                built. The first refit of stripped plans needs all weights.
 
         Raises:
-            EngineError: the plans do not take them; all have the weights then that they had before.
+            EngineError: the plans do not accept the weights; every plan then has the weights that it had before.
         """
         before, now = self._refitted, self.graphs.as_stored(weights)
         if set(before) - set(now):
@@ -100,22 +102,22 @@ class NvidiaPair:
             raise
 
     def _refit(self, weights: Mapping[str, torch.Tensor]) -> None:
-        with listening() as messages, self.stream.ordered() as stream:
+        with captured_log() as messages, self.stream.ordered() as stream:
             done = refit(self._trt, self._logger(), self.plans.values(), weights, stream)
             self.weights_version += 1
-        self._filled = True
+        self._has_weights = True
         if not done:
             self.restore()
-            raise EngineError(f"{self.name} failed to refit ({messages.reason()}): the weights are those of before")
+            raise EngineError(f"{self.name} failed to refit ({messages.reason()}): the weights of before were restored")
         self._refitted = dict(weights)
 
     def restore(self) -> None:
-        """Put back the weights that the plans were built with, bit for bit: the plans are loaded again."""
+        """Restore the built weights, bit for bit, by loading the plans again."""
         self.stream.synchronize()
-        self._filled = not self.graphs.settings.get("strip_plan")
+        self._has_weights = not self.graphs.settings.get("strip_plan")
         self.weights_version += 1
         self._refitted = {}
-        self._plans = None  # a pair that cannot load them is closed, not half refitted
+        self._plans = None  # if loading fails, the pair is closed, not half refitted
         self._plans = self._load()
 
     def close(self) -> None:
@@ -131,9 +133,9 @@ class NvidiaPair:
 
         files: dict[Cut, Path] = {None: self.graphs.full}
         files.update(self.graphs.shallow)
-        with torch.cuda.device(self.device), listening() as messages:
+        with torch.cuda.device(self.device), captured_log() as messages:
             runtime = self._trt.Runtime(self._logger())
-            # Only such plans carry code that runs on the host.
+            # Only version-compatible plans contain code that runs on the host.
             runtime.engine_host_code_allowed = bool(self.graphs.settings.get("version_compatible"))
             plans = {}
             for cut, path in files.items():
@@ -156,9 +158,9 @@ class NvidiaPair:
         return plans
 
     def _read(self, cut: Cut, path: Path) -> bytes:
-        """A plan's bytes, the same ones each time: their digest in the bundle is checked only before the first."""
+        """Read a plan, and check that later reads give the same bytes: the bundle checks its digest only once."""
         data = path.read_bytes()
-        if self.graphs.settings.get("refittable") or not self._filled:
+        if self.graphs.settings.get("refittable") or not self._has_weights:
             digest = hashlib.sha256(data).hexdigest()
             if self._digests.setdefault(cut, digest) != digest:
                 raise EngineError(f"{path.name} was altered since it was opened: copy or build the bundle again")
@@ -182,7 +184,7 @@ class NvidiaPair:
 
 
 class BoundNvidiaPair:
-    """See ``base.BoundPair``."""
+    """A pair of plans bound to buffers; see ``base.BoundPair``."""
 
     def __init__(
         self, pair: NvidiaPair, profile: int, buffers: Mapping[str, torch.Tensor], dims: Mapping[str, int]
@@ -218,26 +220,26 @@ class BoundNvidiaPair:
 
     def _run(self, cut: Cut) -> None:
         with self._pair.stream.ordered() as stream:
-            if self._contexts is not None and self._plans is not self._pair.plans:  # they were loaded again
+            if self._contexts is not None and self._plans is not self._pair.plans:  # the plans were loaded again
                 self._contexts, self._plans = self._bind(stream), self._pair.plans
             context: BoundContext = self._contexts[cut]
-            memory = context.point(self.buffers, self._pair.scratch.address, self._pair.scratch.size)
+            addresses = context.set_addresses(self.buffers, self._pair.scratch.address, self._pair.scratch.size)
             if self._graphs is None:
                 context.enqueue(stream)
             else:
-                depends = (self._pair.weights_version, memory)
-                self._graphs.run(cut, depends, lambda: context.enqueue(stream))
+                state = (self._pair.weights_version, addresses)
+                self._graphs.run(cut, state, lambda: context.enqueue(stream))
 
 
-class Scratch:
-    """One block of device memory for whichever graph runs. Its users run one after the other on one stream."""
+class ScratchMemory:
+    """One block of device memory, for graphs that run one after the other on one stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._block: torch.Tensor | None = None
 
     def reserve(self, size: int) -> None:
-        """Have at least this many bytes. A block that is too small is replaced, so the address may move."""
+        """Make the block at least this many bytes. A block that is too small is replaced, so its address may change."""
         import torch
 
         if size > self.size:

@@ -1,6 +1,6 @@
-"""A plan on a GPU, and the execution contexts that run it.
+"""A plan loaded on a GPU, and its execution contexts.
 
-Unproven until it ran on a GPU: nothing here works without a driver.
+Unproven: nothing here works without a driver, and no test has run it on a GPU yet.
 """
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import EngineError, ShapeError
 from .library import NvidiaLibrary
-from .log import Messages
+from .log import ErrorMessages
 
 if TYPE_CHECKING:
     import torch
 
 
 class LoadedPlan:
-    """A deserialised plan and what its contexts are made with.
+    """A deserialised plan, which creates execution contexts.
 
     Args:
-        runtime: TensorRT's; kept for as long as the plan is.
-        data: the plan's bytes, their digest checked.
-        cache: where TensorRT-RTX keeps the kernels that it compiles for this GPU; None to compile them each time.
-            It is machine code: keep it where only you can write.
-        eager: compile kernels for a shape before its first run, not beside it; a CUDA graph records what is there.
+        runtime: TensorRT's runtime; it must live as long as the plan.
+        data: the plan's bytes, whose digest was checked.
+        cache: file for the kernels that TensorRT-RTX compiles for this GPU; None compiles them each time. It is machine
+            code: keep it where only you can write.
+        eager: compile the kernels for a shape before its first run, not concurrently with it, because a CUDA graph
+            records only kernels that exist.
 
     Attributes:
-        inputs, outputs: their names.
+        inputs, outputs: names of the plan's tensors.
 
     Raises:
-        EngineError: TensorRT refuses the plan, in its words.
+        EngineError: TensorRT refuses the plan; the message quotes it.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class LoadedPlan:
         runtime: Any,
         path: Path,
         data: bytes,
-        messages: Messages,
+        messages: ErrorMessages,
         *,
         cache: Path | None,
         eager: bool,
@@ -58,32 +59,34 @@ class LoadedPlan:
         self.outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
         self._cache_file = cache
         self._cache: Any = None
-        self._how = self._runtime_config(eager) if library.rtx else trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._context_settings = (
+            self._runtime_config(eager) if library.rtx else trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
 
     def context(self) -> Any:
-        """A new execution context without scratch memory."""
-        context = self.engine.create_execution_context(self._how)
+        """Create an execution context without scratch memory."""
+        context = self.engine.create_execution_context(self._context_settings)
         if context is None:
             raise EngineError(f"{self._library.name} has no memory left for {self.path.name}: use smaller shapes")
         return context
 
     @property
     def streamable(self) -> int:
-        """Bytes of weights that can be streamed; 0 if the plan was not built for it."""
+        """Bytes of weights that can be streamed; 0 if the plan was not built for weight streaming."""
         return int(self.engine.streamable_weights_size)
 
     def stream_weights(self, resident: int) -> None:
-        """Keep this many bytes of the streamable weights on the GPU; before any context is made."""
+        """Keep this many bytes of the streamable weights on the GPU; call it before any context is created."""
         self.engine.weight_streaming_budget_v2 = resident
 
     def save_cache(self) -> None:
-        """Keep the kernels that were compiled here for the next time."""
+        """Write the kernels that were compiled here to the cache file."""
         if self._cache is None or self._cache_file is None:
             return
         self._cache_file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._cache_file.with_suffix(f".{os.getpid()}")
-        fresh.write_bytes(self._cache.serialize())
-        os.replace(fresh, self._cache_file)
+        temporary = self._cache_file.with_suffix(f".{os.getpid()}")
+        temporary.write_bytes(self._cache.serialize())
+        os.replace(temporary, self._cache_file)
 
     def _runtime_config(self, eager: bool) -> Any:
         trt = self._trt
@@ -100,72 +103,72 @@ class LoadedPlan:
 
 
 class BoundContext:
-    """An execution context at one profile and one set of shapes.
+    """An execution context for one profile and one set of shapes.
 
     Args:
         profile: index of the profile that covers the shapes.
-        buffers: the tensors that it reads and writes, by name; others may be among them.
-        stream: handle of the CUDA stream that it will run on.
+        buffers: tensors by name; among them all that the plan reads and writes.
+        stream: handle of the CUDA stream that the context will run on.
 
     Attributes:
-        scratch: bytes of scratch memory that it needs.
-        names: of its inputs and outputs.
+        scratch: bytes of scratch memory that the context needs.
+        names: names of its inputs and outputs.
 
     Raises:
-        ShapeError: the plan does not take these shapes, or writes others than the buffers have.
+        ShapeError: the plan does not take these shapes, or its outputs have other shapes than the buffers.
     """
 
     def __init__(self, plan: LoadedPlan, profile: int, buffers: Mapping[str, torch.Tensor], stream: int) -> None:
         self.names = (*plan.inputs, *plan.outputs)
         self._file = plan.path.name
         self._context = plan.context()
-        self._pointed: tuple[int, ...] = ()
+        self._addresses: tuple[int, ...] = ()
         if not self._context.set_optimization_profile_async(profile, stream):
             raise EngineError(f"{self._file} has no profile {profile}: build the bundle again")
-        taken = [self._context.set_input_shape(name, tuple(buffers[name].shape)) for name in plan.inputs]
-        if not all(taken) or self._context.infer_shapes():
+        accepted = [self._context.set_input_shape(name, tuple(buffers[name].shape)) for name in plan.inputs]
+        if not all(accepted) or self._context.infer_shapes():
             shapes = ", ".join(f"{name} {list(buffers[name].shape)}" for name in plan.inputs)
             raise ShapeError(f"{self._file} does not take {shapes}: build it with a profile for them")
         for name in plan.outputs:
-            if (made := tuple(self._context.get_tensor_shape(name))) != tuple(buffers[name].shape):
+            if (shape := tuple(self._context.get_tensor_shape(name))) != tuple(buffers[name].shape):
                 raise ShapeError(
-                    f"{self._file} writes {name} as {list(made)}, the bundle says {list(buffers[name].shape)}: "
+                    f"{self._file} writes {name} as {list(shape)}, the bundle says {list(buffers[name].shape)}: "
                     "build the bundle again"
                 )
 
-        # For these shapes. A profile's own bound is for its largest: tens of GB where attention is not fused.
+        # Memory for these shapes. A profile's own bound is for its largest: tens of GB where attention is not fused.
         needed = self._context.update_device_memory_size_for_shapes()
         self.scratch = int(needed or plan.engine.get_device_memory_size_for_profile_v2(profile))
 
-    def point(self, buffers: Mapping[str, torch.Tensor], scratch: int, size: int) -> tuple[int, ...]:
-        """Point it to the memory to use, where it is not pointed there yet; gives all the addresses.
+    def set_addresses(self, buffers: Mapping[str, torch.Tensor], scratch: int, size: int) -> tuple[int, ...]:
+        """Set the addresses that the context uses, if they have changed, and return them all.
 
         Args:
             scratch, size: address and bytes of the scratch memory.
         """
         addresses = (scratch, size, *(buffers[name].data_ptr() for name in self.names))
-        if addresses != self._pointed:
+        if addresses != self._addresses:
             self._context.set_device_memory(scratch, size)
             for name, address in zip(self.names, addresses[2:], strict=True):
                 self._context.set_tensor_address(name, address)
-            self._pointed = addresses
+            self._addresses = addresses
         return addresses
 
     def enqueue(self, stream: int) -> None:
         """Enqueue the graph on this stream."""
         if not self._context.execute_async_v3(stream):
-            raise EngineError(f"TensorRT could not run {self._file}: its log, on the screen, says why")
+            raise EngineError(f"TensorRT could not run {self._file}: TensorRT's log on the screen gives the reason")
 
 
 def share_budget(budget: int, shallow: Mapping[str, int], full: int) -> tuple[dict[str, int], int]:
-    """Split a budget of device memory for weights: the shallow graphs first, which run most, the full graph the rest.
+    """Split a budget of device memory for weights: first the shallow graphs, which run most, then the full graph.
 
     Args:
         budget: bytes for the pair.
         shallow, full: bytes of each plan's streamable weights.
 
     Returns:
-        The bytes that each shallow plan, and the full one, keeps on the GPU.
+        The bytes that each shallow plan keeps on the GPU, by cut, and those that the full plan keeps.
     """
     resident = {}
     for cut, size in sorted(shallow.items(), key=lambda item: item[1]):

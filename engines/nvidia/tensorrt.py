@@ -1,4 +1,4 @@
-"""NVIDIA TensorRT: plans compiled for one kind of GPU. The implementation is shared with TensorRT-RTX."""
+"""The engine ``tensorrt``: NVIDIA TensorRT, whose plans are compiled for one kind of GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from . import library, settings
 
 name = library.TENSORRT.name
 extra = library.TENSORRT.extra
-# What every TensorRT 10 parses; it fuses attention and group normalization by pattern.
+# Every TensorRT 10 parses this opset; it fuses attention and group normalization by pattern.
 default_opset = 20
 SETTINGS = settings.SETTINGS
 HELPERS = settings.HELPERS

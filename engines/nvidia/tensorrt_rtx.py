@@ -1,4 +1,4 @@
-"""NVIDIA TensorRT-RTX: plans for RTX GPUs, built on any machine. The implementation is shared with TensorRT."""
+"""The engine ``tensorrt-rtx``: NVIDIA TensorRT-RTX, whose plans for RTX GPUs are built on any machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from . import library, settings
 
 name = library.TENSORRT_RTX.name
 extra = library.TENSORRT_RTX.extra
-# Keeps attention and group normalization whole.
+# This opset keeps attention and group normalization whole.
 default_opset = 23
 SETTINGS = settings.SETTINGS_RTX
 HELPERS = settings.HELPERS

@@ -1,9 +1,9 @@
-"""ONNX Runtime's own attention on the CPU, in the place of ONNX's.
+"""Replacement of ONNX's attention by ONNX Runtime's own on the CPU.
 
-``com.microsoft.MultiHeadAttention`` works through the keys in blocks and never writes the whole matrix of scores, and
-it needs no transposed copies. Measured on the architecture of Stable Diffusion 1.5 in fp32 on one core, against the
-graph as it was exported: a full call took 0.78 of the time at 512x512 pixels and 0.94 at 256x256, and the shallow graph
-equalled the full one bit for bit as before. ONNX Runtime's optimizer for UNets finds no attention in these graphs.
+``com.microsoft.MultiHeadAttention`` processes the keys in blocks, so it never writes the whole matrix of scores, and it
+needs no transposed copies. Measured on the architecture of Stable Diffusion 1.5 in fp32 on one core: compared with the
+graph as exported, a full call took 0.78 of the time at 512x512 pixels and 0.94 at 256x256. The shallow graph still
+equalled the full graph bit for bit. ONNX Runtime's optimizer for UNets finds no attention in these graphs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _HEADS_SECOND = [0, 2, 1, 3]  # [batch, sequence, heads, width] to [batch, heads
 
 
 def with_own_attention(path: Path) -> bytes | None:
-    """A graph with this attention, its weights left in their file; None if there is none that it could replace.
+    """Return a graph with its attention replaced, without the weights in other files; None if there is none to replace.
 
-    None too for a file that is no graph: the engine says so in its own words.
+    Also None for a file that is not a graph, which ONNX Runtime then reports itself.
     """
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -39,16 +39,16 @@ def with_own_attention(path: Path) -> bytes | None:
 
 
 def _replace(graph: GraphProto) -> int:
-    """Replace each ``Attention`` with the reshapes and transposes around it; gives how many."""
+    """Replace each ``Attention`` and the reshapes and transposes around it; return the number of replacements."""
     from onnx import helper
 
-    lookup = _Lookup(graph)
+    neighbours = _Neighbours(graph)
     replaced: dict[str, NodeProto] = {}
     for node in graph.node:
         if node.op_type != "Attention" or len([name for name in node.input if name]) != 3 or not _plain(node):
             continue
-        splits = [lookup.split(name) for name in node.input]
-        joined = lookup.joined(node.output[0])
+        splits = [neighbours.split(name) for name in node.input]
+        joined = neighbours.joined(node.output[0])
         if joined is None or any(split is None for split in splits):
             continue
         sources, heads = zip(*(split for split in splits if split is not None), strict=True)
@@ -58,21 +58,21 @@ def _replace(graph: GraphProto) -> int:
             )
     nodes = [replaced.get(node.output[0], node) for node in graph.node]
     needed = {value.name for value in graph.output}
-    kept = []
+    used = []
     for node in reversed(nodes):
         if not needed.isdisjoint(node.output):
             needed.update(node.input)
-            kept.append(node)
+            used.append(node)
     del graph.node[:]
-    graph.node.extend(reversed(kept))
+    graph.node.extend(reversed(used))
     return len(replaced)
 
 
-class _Lookup:
-    """What is around a node."""
+class _Neighbours:
+    """The producers, readers and constants of a graph's tensors."""
 
     def __init__(self, graph: GraphProto) -> None:
-        self._made = {name: node for node in graph.node for name in node.output}
+        self._producers = {name: node for node in graph.node for name in node.output}
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
         self._outputs = {value.name for value in graph.output}
         self._readers: dict[str, list[NodeProto]] = defaultdict(list)
@@ -81,19 +81,21 @@ class _Lookup:
                 self._readers[name].append(node)
 
     def split(self, name: str) -> tuple[str, int] | None:
-        """The tensor [batch, sequence, heads x width] that this one [batch, heads, sequence, width] is split from, and
-        the number of heads."""
-        transpose = self._made.get(name)
+        """Return the tensor that an attention input is split from, and the number of heads.
+
+        The input is [batch, heads, sequence, width], its source [batch, sequence, heads x width].
+        """
+        transpose = self._producers.get(name)
         if transpose is None or not _swaps(transpose):
             return None
-        reshape = self._made.get(transpose.input[0])
+        reshape = self._producers.get(transpose.input[0])
         if reshape is None or reshape.op_type != "Reshape":
             return None
-        heads = self._third(reshape.input[1])
+        heads = self._third_size(reshape.input[1])
         return None if heads is None else (reshape.input[0], heads)
 
     def joined(self, name: str) -> str | None:
-        """The tensor that this one is joined to in the end, if nothing else reads it on the way."""
+        """Return the [batch, sequence, heads x width] form of an attention output, if nothing else reads the output."""
         transpose = self._only_reader(name)
         if transpose is None or not _swaps(transpose):
             return None
@@ -104,11 +106,11 @@ class _Lookup:
         readers = self._readers[name]
         return readers[0] if len(readers) == 1 and name not in self._outputs else None
 
-    def _third(self, shape: str) -> int | None:
-        """The third size of a shape, if it is known."""
+    def _third_size(self, shape: str) -> int | None:
+        """Return the third size of a shape, if it is known."""
         if (sizes := self._constant(shape)) is not None:
             return sizes[2] if len(sizes) == 4 else None
-        concat = self._made.get(shape)
+        concat = self._producers.get(shape)
         if concat is None or concat.op_type != "Concat" or len(concat.input) != 4:
             return None
         size = self._constant(concat.input[2])
@@ -124,7 +126,7 @@ class _Lookup:
 
 
 def _plain(node: NodeProto) -> bool:
-    """Neither masked nor scaled otherwise than by the heads' width."""
+    """Return whether an attention has no mask, and no scale but the default by the heads' width."""
     from onnx import helper
 
     settings: dict[str, Any] = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}

@@ -1,4 +1,4 @@
-"""Other weights for a graph that ONNX Runtime opens: in the graph where they are small, else in memory."""
+"""Replacement of a graph's weights as ONNX Runtime opens it: small ones in the graph, others from memory."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ if TYPE_CHECKING:
 
 
 def with_weights(content: bytes, weights: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, torch.Tensor]]:
-    """A graph with those of these weights that it stores itself, and those that it keeps in a file.
+    """Replace the weights that a graph stores itself, and return it with those that it keeps in another file.
 
     Args:
-        content: the graph, without what is in other files.
-        weights: by initializer; others than the graph's are left out.
+        content: the serialised graph.
+        weights: new weights by initializer; names that the graph does not have are ignored.
     """
     import onnx
 
     model = onnx.load_from_string(content)
-    beside = {}
+    external = {}
     for tensor in model.graph.initializer:
         value = weights.get(tensor.name)
         if value is None:
             continue
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            beside[tensor.name] = value
+            external[tensor.name] = value
         else:
-            kept = onnx.TensorProto(
+            replacement = onnx.TensorProto(
                 name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=_raw(value)
             )
-            tensor.CopyFrom(kept)
-    return model.SerializeToString(), beside
+            tensor.CopyFrom(replacement)
+    return model.SerializeToString(), external
 
 
-def give(settings: Any, weights: Mapping[str, torch.Tensor], element_types: Mapping[str, int]) -> list[Any]:
-    """Let a session that these settings open take these weights from memory.
+def add_weights(settings: Any, weights: Mapping[str, torch.Tensor], element_types: Mapping[str, int]) -> list[Any]:
+    """Add weights to the settings of a session, which then takes them from memory.
 
     Returns:
-        What must live until the session is open.
+        The values, which must live until the session is open.
     """
     import onnxruntime
     import torch
@@ -55,7 +55,7 @@ def give(settings: Any, weights: Mapping[str, torch.Tensor], element_types: Mapp
 
 
 def _raw(tensor: torch.Tensor) -> bytes:
-    """A tensor's values as ONNX stores them."""
+    """Return a tensor's values as ONNX stores them."""
     import torch
 
     return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()

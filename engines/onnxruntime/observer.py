@@ -1,4 +1,4 @@
-"""A pair on ONNX Runtime that watches its own tensors, for calibration: the runtime drives it as any other pair."""
+"""A pair for calibration on ONNX Runtime, which records the ranges of its own tensors as the runtime drives it."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ _SAMPLES = 3
 
 
 class CallSamples:
-    """The inputs of a few full calls, spread over all that were made, in constant memory."""
+    """The inputs of a few full calls, spread evenly over all calls, in constant memory."""
 
     def __init__(self) -> None:
-        self._kept: list[dict[str, torch.Tensor]] = []
-        self._calls, self._every = 0, 1
+        self._samples: list[dict[str, torch.Tensor]] = []
+        self._calls, self._interval = 0, 1
 
     def add(self, inputs: Mapping[str, torch.Tensor]) -> None:
-        if self._calls % self._every == 0:
-            self._kept.append({name: tensor.clone() for name, tensor in inputs.items()})
+        if self._calls % self._interval == 0:
+            self._samples.append({name: tensor.clone() for name, tensor in inputs.items()})
         self._calls += 1
-        if len(self._kept) == 2 * _SAMPLES:
-            self._kept, self._every = self._kept[::2], 2 * self._every
+        if len(self._samples) == 2 * _SAMPLES:
+            self._samples, self._interval = self._samples[::2], 2 * self._interval
 
     def chosen(self) -> list[dict[str, torch.Tensor]]:
-        """At most three, of the beginning, the middle and the end."""
-        last = len(self._kept) - 1
-        return [self._kept[index] for index in sorted({0, last // 2, last})] if self._kept else []
+        """Return at most three samples: of the beginning, the middle and the end."""
+        last = len(self._samples) - 1
+        return [self._samples[index] for index in sorted({0, last // 2, last})] if self._samples else []
 
 
 class ObservingPair:
-    """See ``base.EnginePair``. Calls are slow: every one hands out samples of the watched tensors.
+    """A pair that observes its tensors; see ``base.EnginePair``. Calls are slow, because each one copies samples.
 
     Attributes:
-        histograms: of each watched tensor by its name in the graph that was cut, over full and shallow calls.
-        call_samples: inputs of full calls.
+        histograms: histogram of each observed tensor over all calls, by its name in the graph before the cut.
+        call_samples: inputs of a few full calls.
     """
 
     name = "calibration"
@@ -63,8 +63,9 @@ class ObservingPair:
         """Open the graphs.
 
         Args:
-            twins: of each cut.
-            strides: of the tensors to watch, by their names in the graph that was cut; see ``exporter.observe``.
+            twins: the pair of graphs of each cut.
+            strides: sampling stride of each tensor to observe, by its name in the graph before the cut; see
+                ``exporter.quantize.observe``.
         """
         import torch
 
@@ -78,19 +79,19 @@ class ObservingPair:
         self.call_samples = CallSamples()
         shallow = {twin.cut.name: twin.shallow for twin in twins}
         self._graphs = Graphs(twins[0].full, shallow, inputs, self.outputs, self.cuts, multiple, precision)
-        # A cached tensor has another name in the graphs of the pair than where it was cut.
+        # A cached tensor has another name in the graphs of the pair than in the graph before the cut.
         self._names = {tensor.spec.name: tensor.value for twin in twins for tensor in twin.cut.tensors}
         renamed = {value: name for name, value in self._names.items()}
-        within = {renamed.get(name, name): step for name, step in strides.items()}
-        self._full = _Watched(twins[0].full, within)
-        self._shallow = {cut: _Watched(path, within) for cut, path in shallow.items()}
+        pair_strides = {renamed.get(name, name): stride for name, stride in strides.items()}
+        self._full = _ObservedGraph(twins[0].full, pair_strides)
+        self._shallow = {cut: _ObservedGraph(path, pair_strides) for cut, path in shallow.items()}
 
     def prepare(self, shapes: Mapping[str, Shape]) -> BoundObservingPair:
         buffers, dims = allocate_pair(self._graphs, shapes, self.device)
         return BoundObservingPair(self, buffers, dims)
 
     def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
-        raise EngineError("a pair that is observed keeps its weights: fuse LoRAs when the bundle is built")
+        raise EngineError("weights cannot be replaced during calibration: fuse LoRAs when the bundle is built")
 
     def close(self) -> None:
         self._full.close()
@@ -98,20 +99,22 @@ class ObservingPair:
             graph.close()
 
     def run(self, cut: str | None, buffers: Mapping[str, torch.Tensor]) -> None:
-        """One call of the full graph, or of this cut's shallow one."""
+        """Run the full graph if ``cut`` is None, else this cut's shallow graph, and record the observed tensors."""
         import torch
 
         if cut is None:
             self.call_samples.add({name: buffers[name] for name in self.inputs})
         graph = self._full if cut is None else self._shallow[cut]
         outputs = graph.run({name: buffers[name].numpy() for name in graph.inputs})
-        for name in graph.watched:
+        for name in graph.tensors:
             low, high, sample = (outputs.pop(f"{name}/{kind}") for kind in ("low", "high", "sample"))
-            known = self._names.get(name, name)
+            original = self._names.get(name, name)
             try:
-                self.histograms[known].add(sample, float(low), float(high))
+                self.histograms[original].add(sample, float(low), float(high))
             except ValueError as error:
-                raise ModelError(f"{known} overflows while calibrating: try other prompts, or less guidance") from error
+                raise ModelError(
+                    f"{original} overflows while calibrating: try other prompts, or less guidance"
+                ) from error
         for name, array in outputs.items():
             buffers[name].copy_(torch.from_numpy(array))
 
@@ -132,12 +135,12 @@ class BoundObservingPair:
         self.buffers = {}
 
 
-class _Watched:
-    """A graph with the outputs that describe its tensors, opened."""
+class _ObservedGraph:
+    """A session of a graph that also outputs the range and a sample of its observed tensors."""
 
     def __init__(self, graph: Path, strides: Mapping[str, int]) -> None:
         observed = graph.with_name(f"observed-{graph.name}")
-        self.watched = observe(graph, observed, strides)
+        self.tensors = observe(graph, observed, strides)
         self._session = session(observed)
         self.inputs = [argument.name for argument in self._session.get_inputs()]
         self._outputs = [argument.name for argument in self._session.get_outputs()]
@@ -150,10 +153,10 @@ class _Watched:
 
 
 def session(graph: Path, optimize: bool = True) -> Any:
-    """The graph opened in ONNX Runtime on the CPU.
+    """Open a graph in ONNX Runtime on the CPU.
 
     Args:
-        optimize: False computes nothing ahead, so that a weight that is rounded in the graph is not kept twice.
+        optimize: False folds no constants, so that a weight that is rounded in the graph is not held twice.
     """
     try:
         import onnxruntime
@@ -162,7 +165,7 @@ def session(graph: Path, optimize: bool = True) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Weights stay in the file, where the system pages them in, and are not laid out anew in memory.
+    # Without prepacking, the weights stay in the file and are paged in, and are not copied in another layout.
     options.add_session_config_entry("session.disable_prepacking", "1")
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

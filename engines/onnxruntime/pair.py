@@ -1,7 +1,7 @@
-"""ONNX Runtime, on the CPU and on CUDA, bound to PyTorch's memory.
+"""The engine ``onnxruntime``: ONNX Runtime on the CPU and on CUDA, bound to PyTorch's memory.
 
-On CUDA the pair owns a stream, since ONNX Runtime takes its stream when a session is made and takes stream 0 for
-none. ONNX Runtime captures the calls as CUDA graphs itself; or its TensorRT providers compile the graphs.
+On CUDA the pair owns a stream, because ONNX Runtime fixes its stream when a session is created, and takes stream 0 for
+none. The CUDA provider captures the calls as CUDA graphs itself; the TensorRT providers compile the graphs.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ..base import EngineOptions, EngineProbe, Graphs, check_contract
 from ..buffers import allocate_pair
 from ..cuda import GraphIds, PairStream
 from .fusion import with_own_attention
-from .initializers import give, with_weights
+from .initializers import add_weights, with_weights
 from .providers import (
     PROVIDERS,
     Provider,
     cache_folder,
     covering,
-    find,
     first_line,
+    load_provider,
     locked_cache,
     provider_of,
     provider_options,
@@ -39,7 +39,7 @@ extra = "cpu"
 default_opset = 23
 
 _CPU = "CPUExecutionProvider"
-# onnx.TensorProto's numbers, which io_binding takes for every dtype; NumPy has no bfloat16.
+# Numbers of onnx.TensorProto, which io_binding takes for every dtype; NumPy has no bfloat16.
 _ELEMENT_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 
 
@@ -74,7 +74,7 @@ def _installed_version() -> str | None:
 
 
 class OnnxRuntimePair:
-    """A session for the full graph and one for each cut; see ``base.EnginePair``."""
+    """One session for the full graph and one for each cut; see ``base.EnginePair``."""
 
     name = name
 
@@ -90,7 +90,7 @@ class OnnxRuntimePair:
         self.inputs, self.outputs, self.cuts = graphs.inputs, graphs.outputs, graphs.cuts
         self._graphs, self._options = graphs, options
         self._provider = provider_of(options.provider, self.device.type)
-        self._devices: Any = None if self._provider is None else find(self._provider)
+        self._devices: Any = None if self._provider is None else load_provider(self._provider)
         self._cache = cache_folder(self._provider, _installed_version(), graphs, options.runtime_cache)
         self._stream = PairStream(self.device) if self._provider is not None else None
         captures = self._provider is not None and self._provider.graph_id is not None and options.cuda_graphs
@@ -111,8 +111,8 @@ class OnnxRuntimePair:
     def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
         if self._cache is not None and weights:
             raise EngineError(
-                f"ONNX Runtime's {self._options.provider} provider keeps engines with the weights that they were built "
-                "with: open the bundle with provider cuda for other ones"
+                f"ONNX Runtime's {self._options.provider} provider compiles the weights into its engines: "
+                "open the bundle with provider cuda to replace weights"
             )
         stored = self._graphs.as_stored(weights) if weights else {}
         with self._locked_cache():
@@ -135,22 +135,22 @@ class OnnxRuntimePair:
 
         path = self._graphs.full if cut is None else self._graphs.shallow[cut]
         settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = 3  # its warnings are about its own fusions
-        # Each session has its own threads; without this one's idle threads spin while the other graph runs.
+        settings.log_severity_level = 3  # errors; the warnings concern ONNX Runtime's own fusions
+        # Each session has its own threads. Without this, idle threads of one session spin while the other one runs.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
         if self._options.threads:
             settings.intra_op_num_threads = self._options.threads
         provider = self._provider
         content = with_own_attention(path) if provider is None and self._graphs.precision == "fp32" else None
-        held: list[Any] = []
+        values: list[Any] = []
         if weights:
-            content, beside = with_weights(content or path.read_bytes(), weights)
-            held = give(settings, beside, _ELEMENT_TYPES)
-        if content is not None:  # the weights stay where they are
+            content, external = with_weights(content or path.read_bytes(), weights)
+            values = add_weights(settings, external, _ELEMENT_TYPES)
+        if content is not None:  # the weights stay in their file
             key = "session.model_external_initializers_file_folder_path"
             settings.add_session_config_entry(key, str(path.parent))
         session = self._open_on(provider, path, cut, settings, content)
-        del held  # what the session was opened from
+        del values  # they had to live until the session was open
         return session
 
     def _open_on(
@@ -163,19 +163,19 @@ class OnnxRuntimePair:
     ) -> Any:
         if provider is None:
             return _open(path, settings, _CPU, content, providers=[_CPU])
-        asked = self._ask(provider, cut, None if self._cache is None else self._cache / path.stem)
-        if provider.caches:  # what it cannot compile must not end up on the CPU unnoticed
+        options = self._provider_options(provider, cut, None if self._cache is None else self._cache / path.stem)
+        if provider.caches:  # nodes that it cannot compile must not run on the CPU unnoticed
             settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         if provider.plugin is not None:
-            settings.add_provider_for_devices([self._devices[self.device.index or 0]], asked)
+            settings.add_provider_for_devices([self._devices[self.device.index or 0]], options)
             return _open(path, settings, provider.name, content)
-        providers: list[tuple[str, dict[str, str]]] = [(provider.name, asked)]
-        if provider.caches:  # runs what TensorRT cannot
+        providers: list[tuple[str, dict[str, str]]] = [(provider.name, options)]
+        if provider.caches:  # CUDA runs the nodes that TensorRT cannot
             cuda = PROVIDERS["cuda"]
-            providers.append((cuda.name, self._ask(cuda, cut, None)))
-        return _open(path, settings, provider.name, content, providers=providers, graphs=self._ids is not None)
+            providers.append((cuda.name, self._provider_options(cuda, cut, None)))
+        return _open(path, settings, provider.name, content, providers=providers, captures=self._ids is not None)
 
-    def _ask(self, provider: Provider, cut: str | None, cache: Path | None) -> dict[str, str]:
+    def _provider_options(self, provider: Provider, cut: str | None, cache: Path | None) -> dict[str, str]:
         assert self._stream is not None
         if cache is not None:
             cache.mkdir(exist_ok=True)
@@ -196,11 +196,10 @@ class BoundOnnxRuntimePair:
     """See ``base.BoundPair``.
 
     Args:
-        sessions: of the full graph, by None, and of each cut.
+        sessions: session of each cut, and of the full graph under the key None.
         buffers, dims: see ``base.BoundPair``.
-        provider: None on the CPU.
-        stream: None on the CPU.
-        ids: the number of each session's CUDA graph.
+        provider, stream: None on the CPU.
+        ids: number of each session's CUDA graph.
     """
 
     def __init__(
@@ -231,10 +230,10 @@ class BoundOnnxRuntimePair:
         if self._bound is not None and self._stream is not None:
             self._stream.synchronize()
             for cut, (session, _, _) in self._bound.items():
-                # Older ones keep their graphs, which nobody replays any more, as long as the session.
+                # Older versions of ONNX Runtime cannot release a graph; it lives as long as its session.
                 if self._ids[cut] != GraphIds.OFF and hasattr(session, "release_captured_graph"):
                     session.release_captured_graph(self._ids[cut])
-        self._bound = None  # the bindings hold the buffers' addresses
+        self._bound = None  # the bindings hold addresses of the buffers
         self.buffers = {}
 
     def _run(self, cut: str | None) -> None:
@@ -247,14 +246,14 @@ class BoundOnnxRuntimePair:
 
 
 def _open(
-    path: Path, settings: Any, provider: str, content: bytes | None = None, graphs: bool = False, **how: Any
+    path: Path, settings: Any, provider: str, content: bytes | None = None, captures: bool = False, **how: Any
 ) -> Any:
     import onnxruntime
 
     try:
         session = onnxruntime.InferenceSession(content or path, settings, **how)
-    except Exception as error:  # its exceptions share no public base
-        remedy = "; open it with cuda_graphs=False" if graphs and "graph capture" in str(error) else ""
+    except Exception as error:  # ONNX Runtime's exceptions share no public base
+        remedy = "; open it with cuda_graphs=False" if captures and "graph capture" in str(error) else ""
         raise EngineError(f"onnxruntime refuses {path.name}: {first_line(error)}{remedy}") from error
     if provider not in session.get_providers():
         raise EngineError(f"onnxruntime could not start {provider}; its libraries do not fit this driver or CUDA")
@@ -265,7 +264,7 @@ def _run_options(provider: Provider | None, graph_id: int) -> Any:
     import onnxruntime
 
     if provider is None:
-        return None  # ONNX Runtime looks into options at each call: 0.1 ms
+        return None  # reading run options costs ONNX Runtime 0.1 ms per call
     options = onnxruntime.RunOptions()
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     if provider.graph_id is not None:

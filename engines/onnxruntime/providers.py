@@ -1,7 +1,7 @@
-"""The providers through which ONNX Runtime reaches an NVIDIA GPU: what they are called, and how they are asked.
+"""ONNX Runtime's providers for NVIDIA GPUs: their names, their options and their cache of compiled engines.
 
-``cuda`` runs the graphs' operators one by one. ``tensorrt`` and ``tensorrt-rtx`` compile each graph into an engine of
-their own when it is opened or first run, which takes minutes, and keep it in a cache for the next time.
+``cuda`` runs the operators of a graph one by one. ``tensorrt`` and ``tensorrt-rtx`` compile each graph into an engine
+when it is opened or first run, which takes minutes, and cache the engine for the next time.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from ..profiles import Profile
 
 @dataclass(frozen=True)
 class Provider:
-    """One of ONNX Runtime's ways onto the GPU.
+    """One of ONNX Runtime's execution providers for GPUs.
 
     Attributes:
-        name: as ONNX Runtime spells it.
-        install: what to do where it is missing.
-        graph_id: the run option that names the CUDA graph to capture or replay; None where several cannot be told
-            apart. TensorRT's provider keeps one graph a session and waits for the device after each replay.
-        plugin: the module that registers it, where ONNX Runtime does not bring it along.
-        caches: whether it keeps compiled engines.
+        name: ONNX Runtime's name of it.
+        install: how to install it.
+        graph_id: run option that names the CUDA graph to capture or replay; None for a provider that keeps one graph
+            per session, as TensorRT's does, which also waits for the device after each replay.
+        plugin: module that registers the provider, if it is not part of ONNX Runtime.
+        caches: whether it compiles engines, and can cache them.
     """
 
     name: str
@@ -65,10 +65,10 @@ PROVIDERS = {
 
 
 def provider_of(name: str | None, device: str) -> Provider | None:
-    """The provider for a kind of device; None on the CPU, where there is no choice.
+    """Return the provider for a kind of device; None on the CPU, which has only one.
 
     Raises:
-        EngineError: there is no such provider, or it is not for this device.
+        EngineError: no provider has this name, or it is not for this device.
     """
     if name is not None and name not in PROVIDERS:
         raise EngineError(f"onnxruntime has no provider {name!r} here; choose one of {', '.join(PROVIDERS)}")
@@ -79,11 +79,11 @@ def provider_of(name: str | None, device: str) -> Provider | None:
     return PROVIDERS[name or "cuda"]
 
 
-def find(provider: Provider) -> Any:
-    """Make sure that ONNX Runtime has a provider; the devices of one that is registered as a plugin.
+def load_provider(provider: Provider) -> Any:
+    """Load a provider, and return its devices if it is a plugin, else None.
 
     Raises:
-        EngineError: it is not installed, cannot be loaded, or finds no device.
+        EngineError: the provider is not installed, cannot be loaded, or finds no device.
     """
     import onnxruntime
 
@@ -98,11 +98,11 @@ def find(provider: Provider) -> Any:
     if not _devices(provider):
         try:
             onnxruntime.register_execution_provider_library(provider.name, plugin.get_library_path())
-        except Exception as error:  # its exceptions share no public base
+        except Exception as error:  # ONNX Runtime's exceptions share no public base
             raise EngineError(f"onnxruntime cannot load {provider.name}: {first_line(error)}") from error
-    if not (found := _devices(provider)):
+    if not (devices := _devices(provider)):
         raise EngineError(f"{provider.name} finds no GPU that it supports here")
-    return found
+    return devices
 
 
 def _devices(provider: Provider) -> list[Any]:
@@ -122,20 +122,20 @@ def provider_options(
     profile: Profile | None = None,
     inputs: Iterable[TensorSpec] = (),
 ) -> dict[str, str]:
-    """What a session's provider is asked for.
+    """Return the options of a session's provider.
 
     Args:
-        device: the GPU's number.
-        stream: handle of the CUDA stream to run on; not 0, which stands for none.
-        precision: of the graph.
-        cuda_graphs: let it capture CUDA graphs. Ignored where it cannot tell several apart.
+        device: index of the GPU.
+        stream: handle of the CUDA stream to run on; not 0, which means none.
+        precision: precision of the graph.
+        cuda_graphs: whether to capture CUDA graphs. Ignored by a provider that keeps one graph per session.
         cache: directory for compiled engines.
-        profile: the sizes to compile for; without it they are those of the first run, and an engine is compiled again
-            whenever other sizes come.
-        inputs: of the graph, cached features too.
+        profile: sizes to compile for. Without it an engine is compiled for the sizes of the first run, and again
+            whenever a run has other sizes.
+        inputs: inputs of the graph, cached features included.
     """
     shapes = _profile_shapes(profile, inputs)
-    if provider.plugin is not None:  # it is given a device, not a device's number
+    if provider.plugin is not None:  # the session is given a device object, not an index
         options = {
             "has_user_compute_stream": "1",
             "user_compute_stream": str(stream),
@@ -145,13 +145,13 @@ def provider_options(
         return options if cache is None else options | {"nv_runtime_cache_path": str(cache)}
     options = {"device_id": str(device), "user_compute_stream": str(stream)}
     if not provider.caches:
-        # fp32 graphs are computed in fp32
+        # fp32 graphs are computed in fp32, not in TF32
         return options | {"use_tf32": "0", "enable_cuda_graph": str(int(cuda_graphs))}
     options |= {f"trt_{kind}_enable": str(kind == precision) for kind in ("fp16", "bf16")}
     options |= {f"trt_profile_{bound}_shapes": text for bound, text in shapes.items()}
     if cache is not None:
-        for what in ("engine", "timing"):
-            options |= {f"trt_{what}_cache_enable": "True", f"trt_{what}_cache_path": str(cache)}
+        for kind in ("engine", "timing"):
+            options |= {f"trt_{kind}_cache_enable": "True", f"trt_{kind}_cache_path": str(cache)}
     return options
 
 
@@ -201,7 +201,7 @@ def locked_cache(folder: Path) -> Iterator[None]:
 
 
 def covering(profiles: Sequence[Profile]) -> Profile | None:
-    """One profile for all the sizes of several, tuned for the first one's; None of none."""
+    """Return one profile that covers all of several and is tuned for the first; None if there are none."""
     if not profiles:
         return None
     names = profiles[0].min
@@ -213,20 +213,21 @@ def covering(profiles: Sequence[Profile]) -> Profile | None:
 
 
 def _profile_shapes(profile: Profile | None, inputs: Iterable[TensorSpec]) -> dict[str, str]:
-    """``sample:2x4x64x64,...`` for ``min``, ``opt`` and ``max``; fixed inputs need no range."""
+    """Return ``sample:2x4x64x64,...`` for ``min``, ``opt`` and ``max``; inputs of fixed shape are left out."""
     dynamic = [spec for spec in inputs if any(isinstance(dim, str) for dim in spec.shape)]
     if profile is None or not dynamic:
         return {}
     shapes = profile.shapes(dynamic)
-    return {bound: _spelled({name: three[place] for name, three in shapes.items()}) for place, bound in _BOUNDS}
+    return {
+        bound: _spell({name: bounds[index] for name, bounds in shapes.items()})
+        for index, bound in enumerate(("min", "opt", "max"))
+    }
 
 
-_BOUNDS = tuple(enumerate(("min", "opt", "max")))
-
-
-def _spelled(shapes: dict[str, Shape]) -> str:
+def _spell(shapes: dict[str, Shape]) -> str:
     return ",".join(f"{name}:{'x'.join(str(size) for size in shape)}" for name, shape in shapes.items())
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its class if it has no message."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

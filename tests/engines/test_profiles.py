@@ -62,7 +62,7 @@ def test_where_none_covers_sizes_that_one_does_are_named(several: list[Profile],
     assume(not any(profile.covers(sizes) for profile in several))
     with pytest.raises(ShapeError) as caught:
         select(several, sizes)
-    named = re.findall(r"(\w+) (\d+)", str(caught.value).partition("does: ")[2].partition("(")[0])
+    named = re.findall(r"(\w+) (\d+)", str(caught.value).partition("sizes are ")[2].partition("(")[0])
     assert any(profile.covers({name: int(size) for name, size in named}) for profile in several)
 
 
@@ -83,7 +83,7 @@ def test_the_sentence_names_what_was_asked_and_what_there_is() -> None:
     with pytest.raises(ShapeError) as caught:
         select(pixels(), dims(2, 160, 64, 77))
     assert str(caught.value) == (
-        "no profile of this engine covers batch 2, height 160, width 64, sequence 77; the nearest that one does: "
+        "no profile of this engine covers batch 2, height 160, width 64, sequence 77; the nearest covered sizes are "
         "batch 2, height 128, width 64, sequence 77 (build with other shapes for more)"
     )
 
@@ -141,14 +141,14 @@ def test_a_dimension_that_is_fixed_is_in_no_profile() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"static": ["500x512"]}, "--static 500x512: 500 pixels are no multiple of 64, .*; the nearest is 512"),
+        ({"static": ["500x512"]}, "--static 500x512: 500 pixels are not a multiple of 64, .*; the nearest is 512"),
         ({"static": ["0x512"]}, "--static 0x512: 0 pixels are .* the nearest is 64"),
-        ({"static": ["512"]}, "--static 512 is no size: write WIDTHxHEIGHT in pixels, e.g. 512x768"),
-        ({"static": ["-512x512"]}, "is no size"),
-        ({"dynamic": "256-1024"}, r"--dynamic 256-1024 is no range: write SMALLEST\.\.LARGEST in pixels"),
+        ({"static": ["512"]}, "--static 512 is not a size: write WIDTHxHEIGHT in pixels, e.g. 512x768"),
+        ({"static": ["-512x512"]}, "is not a size"),
+        ({"dynamic": "256-1024"}, r"--dynamic 256-1024 is not a range: write SMALLEST\.\.LARGEST in pixels"),
         ({"dynamic": "1024..256"}, "--dynamic 1024..256 runs backwards: write the smaller side first"),
-        ({"dynamic": "100..256"}, "100 pixels are no multiple of 64, .*; the nearest is 128"),
-        ({"max_batch": 0}, "--max-batch is a number of images, at least 1, not 0"),
+        ({"dynamic": "100..256"}, "100 pixels are not a multiple of 64, .*; the nearest is 128"),
+        ({"max_batch": 0}, "--max-batch is 0: give a number of images, at least 1"),
     ],
 )
 def test_a_size_that_cannot_be_is_refused_with_one_that_can(options: dict[str, Any], sentence: str) -> None:
@@ -186,12 +186,15 @@ def test_trtexecs_spelling_gives_the_same_profile() -> None:
         ((shapes(1, 32), None, shapes(8, 64)), "--opt-shapes must be given too"),
         ((None, shapes(2, 64), None), "--min-shapes and --max-shapes must be given too"),
         ((shapes(1, 32), shapes(2, 30), shapes(8, 64)), "--opt-shapes: the latent's height is 30, .* nearest is 32"),
-        ((shapes(4, 32), shapes(2, 64), shapes(8, 64)), "a profile's batch goes from 4 over 2 to 8: give min <= opt"),
+        (
+            (shapes(4, 32), shapes(2, 64), shapes(8, 64)),
+            "a profile's batch has min 4, opt 2 and max 8: give 1 <= min",
+        ),
         (
             ("sample:1x4", shapes(2, 64), shapes(8, 64)),
             "--min-shapes gives sample, but this graph's inputs are sample",
         ),
-        (("sample=1x4", shapes(2, 64), shapes(8, 64)), "--min-shapes: 'sample=1x4' is no shape: write NAME:AxBxC"),
+        (("sample=1x4", shapes(2, 64), shapes(8, 64)), "--min-shapes: 'sample=1x4' is not a shape: write NAME:AxBxC"),
         ((shapes(1, 32) + ",x:1", shapes(2, 64), shapes(8, 64)), "encoder_hidden_states, x, but this graph's inputs"),
     ],
 )
@@ -218,9 +221,12 @@ def test_a_cached_feature_has_the_latents_shape_divided() -> None:
 @pytest.mark.parametrize(
     ("ranges", "sentence"),
     [
-        ({"batch": (1, 2, 8)}, "a profile gives batch, but this graph leaves batch, height, width, sequence open"),
-        (dict.fromkeys(NAMES, (8, 8, 12)), "the latent the (height|width) 12, .* multiple of 8: the nearest is 16"),
-        ({**dict.fromkeys(NAMES, (8, 8, 8)), "batch": (0, 1, 1)}, "batch goes from 0 over 1 to 1"),
+        (
+            {"batch": (1, 2, 8)},
+            "a profile gives batch, but this graph's dynamic dimensions are batch, height, width, sequence: give",
+        ),
+        (dict.fromkeys(NAMES, (8, 8, 12)), "the latent (height|width) 12, .* multiple of 8: the nearest is 16"),
+        ({**dict.fromkeys(NAMES, (8, 8, 8)), "batch": (0, 1, 1)}, "batch has min 0, opt 1 and max 1"),
     ],
 )
 def test_a_profile_that_does_not_fit_the_graph_is_refused(ranges: dict[str, Any], sentence: str) -> None:

@@ -74,7 +74,9 @@ def test_on_cuda_auto_is_what_runs_there(device: str, machine: pytest.MonkeyPatc
 def test_the_only_one_usable_is_taken_and_the_other_named(machine: pytest.MonkeyPatch) -> None:
     machine.setattr(openvino_module, "probe", lambda: EngineProbe(None, (), "not installed: pip install 'offcut[cpu]'"))
     assert choose().name == "onnxruntime"
-    assert choose().reason == "the only one usable on cpu (tensorrt, tensorrt-rtx, openvino, inductor not)"
+    assert (
+        choose().reason == "the only engine usable on cpu; tensorrt, tensorrt-rtx, openvino, inductor cannot run there"
+    )
 
 
 def test_auto_takes_only_what_the_bundle_holds(machine: pytest.MonkeyPatch) -> None:

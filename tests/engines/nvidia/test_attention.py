@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from offcut.engines.nvidia.attention import own_queries
+from offcut.engines.nvidia.attention import separate_queries
 
 HEADS, WIDTH, TOKENS = 2, 8, 6
 IMAGES = 2
@@ -67,7 +67,7 @@ def test_all_but_the_first_are_written_out(images: dict[str, int], tmp_path: Pat
     graph = tmp_path / "unet.onnx"
     inputs = save(graph, {"text": 7, **images})
     before = graph.read_bytes()
-    with own_queries(graph) as file:
+    with separate_queries(graph) as file:
         assert file.name == graph.name
         assert file != graph
         assert kinds(file).count("Attention") == 1
@@ -81,7 +81,7 @@ def test_all_but_the_first_are_written_out(images: dict[str, int], tmp_path: Pat
 def test_a_graph_without_shared_queries_is_left_alone(tmp_path: Path) -> None:
     graph = tmp_path / "unet.onnx"
     save(graph, {"text": 7, "image": 4}, share=False)
-    with own_queries(graph) as file:
+    with separate_queries(graph) as file:
         assert file == graph
 
 
@@ -93,5 +93,5 @@ def test_an_attention_that_is_the_result_may_be_written_out(tmp_path: Path) -> N
     last.shape, last.type = model.graph.outputs[0].shape, model.graph.outputs[0].type
     model.graph.outputs[:] = [last]
     ir.save(model, graph)
-    with own_queries(graph) as file:
+    with separate_queries(graph) as file:
         np.testing.assert_allclose(run(file, inputs), run(graph, inputs), rtol=1e-5, atol=1e-5)

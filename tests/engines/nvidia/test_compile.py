@@ -113,7 +113,7 @@ def test_a_plan_for_other_machines_is_refused_here_in_one_sentence(built: tuple[
     with pytest.raises(EngineError, match="was compiled for sm_89, sm_120, and this machine"):
         open_entry(bundle, entry, EngineOptions("cuda"))
     for device in ("cuda", "cpu"):
-        with pytest.raises(EngineError, match=f"runs on an NVIDIA GPU, not on {device}, and PyTorch sees none here"):
+        with pytest.raises(EngineError, match=f"runs on an NVIDIA GPU, not on {device}: PyTorch sees no GPU here"):
             NvidiaPair(TENSORRT_RTX, bundle.graphs(entry), EngineOptions(device))
 
 
@@ -156,12 +156,12 @@ def test_a_plan_that_streams_its_weights_allocates_by_itself(job: Job, onnx_grap
     ("settings", "sentence"),
     [
         ({"compute_capabilities": ("70",)}, "does not build for sm_70: choose from sm_75, sm_80"),
-        ({"compute_capabilities": ("ninety",)}, "'ninety' is no compute capability: write e.g. 89"),
+        ({"compute_capabilities": ("ninety",)}, "'ninety' is not a compute capability: write e.g. 89"),
         ({"optimization_level": 9}, "optimization_level is a whole number from 0 to 5, not 9"),
         ({"workspace_mib": 0}, "workspace_mib is a whole number from 1 to"),
         ({"refittable": True, "compute_capabilities": ("89", "120")}, "is for one kind of GPU: name one"),
-        pytest.param({"refittable": True}, "built with a GPU, and here is none", marks=without_gpu),
-        pytest.param({"strip_plan": True}, "built with a GPU, and here is none", marks=without_gpu),
+        pytest.param({"refittable": True}, "is built on a machine with a GPU, not here", marks=without_gpu),
+        pytest.param({"strip_plan": True}, "is built on a machine with a GPU, not here", marks=without_gpu),
         pytest.param({"compute_capabilities": ()}, "here is none: name the GPUs to build for", marks=without_gpu),
     ],
 )

@@ -13,7 +13,7 @@ from offcut.engines.base import EngineProbe
 from offcut.engines.nvidia import tensorrt, tensorrt_rtx
 from offcut.engines.nvidia.library import TENSORRT, load, probe
 from offcut.engines.nvidia.plan import share_budget
-from offcut.engines.nvidia.progress import Phases
+from offcut.engines.nvidia.progress import BuildPhases
 from offcut.engines.nvidia.settings import targets
 from offcut.engines.onnxruntime import pair as onnxruntime
 from offcut.engines.registry import Choice, choose, compiler
@@ -28,11 +28,11 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def phases(said: list[str]) -> Phases:
-    return Phases("full", said.append)
+def phases(said: list[str]) -> BuildPhases:
+    return BuildPhases("full", said.append)
 
 
-def test_a_long_phase_is_told_at_each_quarter(phases: Phases, said: list[str]) -> None:
+def test_a_long_phase_is_told_at_each_quarter(phases: BuildPhases, said: list[str]) -> None:
     phases.start("Timing tactics", None, 40)
     assert all(phases.step("Timing tactics", done) for done in range(40))
     phases.finish("Timing tactics")
@@ -40,7 +40,7 @@ def test_a_long_phase_is_told_at_each_quarter(phases: Phases, said: list[str]) -
     assert said == [f"  full: {sentence}" for sentence in expected]
 
 
-def test_short_phases_are_told_near_the_root_only(phases: Phases, said: list[str]) -> None:
+def test_short_phases_are_told_near_the_root_only(phases: BuildPhases, said: list[str]) -> None:
     phases.start("Building", None, 2)
     phases.start("Optimizing", "Building", 3)
     phases.start("Reformatting", "Optimizing", 1)
@@ -54,13 +54,13 @@ def test_an_error_while_telling_stops_the_build_and_is_kept() -> None:
     def say(sentence: str) -> None:
         raise KeyboardInterrupt
 
-    phases = Phases("full", say)
+    phases = BuildPhases("full", say)
     phases.start("Building", None, 2)
     assert phases.step("Building", 0) is False
     assert isinstance(phases.failure, KeyboardInterrupt)
 
 
-def test_a_step_of_a_phase_that_never_began_is_let_through(phases: Phases, said: list[str]) -> None:
+def test_a_step_of_a_phase_that_never_began_is_let_through(phases: BuildPhases, said: list[str]) -> None:
     assert phases.step("Unknown", 3) is True
     phases.finish("Unknown")
     assert said == []
@@ -88,7 +88,7 @@ def test_shallow_graphs_keep_their_weights_first(budget: int, expected: tuple[di
 
 @pytest.mark.usefixtures("trt")
 def test_a_process_works_with_one_of_the_two() -> None:
-    with pytest.raises(EngineError, match="already works with tensorrt-rtx, and cannot with tensorrt too"):
+    with pytest.raises(EngineError, match="already uses tensorrt-rtx and cannot use tensorrt too"):
         load(TENSORRT)
 
 
@@ -115,7 +115,7 @@ def test_both_compile_and_share_their_settings(name: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 def test_enterprise_tensorrt_builds_nothing_without_a_gpu() -> None:
     module: Any = compiler("tensorrt")
-    with pytest.raises(EngineError, match="tensorrt builds for the GPU of the machine, and here is none: build there"):
+    with pytest.raises(EngineError, match="GPU of this machine, which has none: build on one with a GPU"):
         targets(TENSORRT, None, module.SETTINGS)
     assert not probe(TENSORRT).builds
 
@@ -127,7 +127,8 @@ class Block(importlib.abc.MetaPathFinder):
         if name.partition(".")[0] == sys.argv[1]:
             raise ModuleNotFoundError(f"No module named {name!r}")
 sys.meta_path.insert(0, Block())
-from offcut.engines import onnxruntime, tensorrt, tensorrt_rtx
+from offcut.engines.nvidia import tensorrt, tensorrt_rtx
+from offcut.engines.onnxruntime import pair
 from offcut.engines.base import EngineProbe
 from offcut.engines.nvidia.library import TENSORRT_RTX, load
 from offcut.errors import MissingExtraError
