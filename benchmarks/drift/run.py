@@ -1,4 +1,4 @@
-"""The measurement: uncached images, the same with the schedule, and walks along the start noise with both."""
+"""Drift of cached features: images generated uncached and with a schedule, from the same seeds."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ from ...runtime.tuning.images import TuningImage, TuningPipeline
 from ...runtime.tuning.prediction import FeatureMoments, Predictors
 from ...runtime.tuning.recording import FeatureRecorder
 from ..latency.resolve import model_name
-from ..schema.drift import Call, Drift, Sample, Walk
-from .maps import changed, painted, picture
-from .walk import walk
+from ..schema.drift import Call, Drift, Sample
 
 if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
     from ...engines.bundle.bundle import Bundle
 
 SHOWN = 4
-"""Images that are kept."""
+"""Number of images that are saved."""
+
+# Dark to light, each step lighter than the last, so that it also reads without colour.
+_RAMP = np.array([(13, 12, 34), (74, 25, 92), (150, 44, 80), (214, 92, 54), (244, 170, 66), (252, 250, 214)], float)
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,13 @@ class DriftRequest:
     """What to measure.
 
     Attributes:
-        schedule: to measure.
-        cut: of its shallow calls to which it gives none of their own; None for the bundle's first.
+        cut: of the shallow calls for which the schedule names none; None for the bundle's first.
         forecast: as ``UNet.set_schedule`` takes it.
         steps: of the pipeline's scheduler.
         guidance: scale.
-        prompts: drawn in turn.
-        images: in all; image i from seed ``seed + i``.
+        prompts: used in turn.
+        images: number of images; image i starts from seed ``seed + i``.
         size: height and width in pixels; None is the model's own.
-        walks: interpolations of the start noise, each drawn uncached and cached; 0 for none.
-        points: images of a walk.
         positions: of a feature, that are compared.
     """
 
@@ -59,8 +59,6 @@ class DriftRequest:
     images: int = 8
     size: int | None = None
     seed: int = 0
-    walks: int = 2
-    points: int = 9
     positions: int = 1024
 
 
@@ -70,23 +68,22 @@ def drift(
     """Measure a pipeline of ``offcut.load`` with its present scheduler.
 
     Args:
-        bundle: that the pipeline was loaded from.
-        precision: of its engine, as it is to be named.
-        folder: gets the samples.
+        bundle: of the pipeline.
+        precision: name of the engine's precision in the result.
+        folder: gets the sample images.
 
     Raises:
-        UserError: the pipeline draws from more than a prompt, or the folder cannot be written.
+        UserError: the pipeline takes more than a prompt, the schedule has no shallow call, or the folder cannot be
+            written.
     """
     if not is_text_to_image(pipe.__call__):
-        raise UserError(f"{type(pipe).__name__} draws from more than a prompt, and this draws from prompts only")
+        raise UserError(f"{type(pipe).__name__} takes more than a prompt; give a text-to-image bundle")
     unet = pipe.unet
     unet.set_schedule(wanted.schedule, wanted.cut, wanted.forecast)
     cut, names = unet.cut, unet.scheduled_features
     by_cut = {each: unet.cut_features.get(each, ()) for each in unet.scheduled_cuts}
     if not names:
-        raise UserError(
-            "no call of this schedule reads cached features, and this watches them: give one with shallow calls"
-        )
+        raise UserError("no call of this schedule reads cached features: give a schedule with shallow calls")
     pipeline = TuningPipeline(pipe, wanted.steps, wanted.size, {cut: unet.cut_features[cut]} | by_cut)
     images = [
         TuningImage(wanted.prompts[index % len(wanted.prompts)], wanted.seed + index, wanted.guidance)
@@ -96,20 +93,18 @@ def drift(
         recorder = FeatureRecorder(unet, names, wanted.positions, wanted.seed, reads=True)
         moments: dict[str, FeatureMoments] = {}
         whole = []
-        stage("draw uncached images")
+        stage("generate uncached images")
         for image in images:
             with recorder.watch():
                 whole.append(pipeline.generate(image))
             moments = moments or recorder.empty()
             recorder.add_to(moments)
-        stage("draw them with the schedule")
+        stage("generate images with the schedule")
         errors, cached = _Errors(by_cut), []
         for image in images:
             with recorder.watch():
                 cached.append(pipeline.generate(image, wanted.schedule, wanted.forecast, cut=cut))
             errors.add(recorder, pipeline.run)
-        stage("walk along the start noise")
-        walks = [_walks(pipe, wanted, cut, cached=each) for each in (False, True)]
     samples, name, most = _save(folder, images, whole, cached)
     return Drift(
         model=model_name(bundle),
@@ -127,8 +122,6 @@ def drift(
         samples=samples,
         mean_changed=name,
         mean_most=most,
-        uncached_walks=walks[0],
-        cached_walks=walks[1],
     )
 
 
@@ -150,10 +143,10 @@ def _distances(moments: Mapping[str, FeatureMoments]) -> list[list[float]]:
 
 
 class _Errors:
-    """What the calls of cached images missed; sums of squares over images.
+    """Errors of the calls of cached images, as sums of squares over images.
 
     Args:
-        by_cut: the features of each cut.
+        by_cut: names of each cut's features.
     """
 
     def __init__(self, by_cut: Mapping[str, Sequence[str]]) -> None:
@@ -164,7 +157,7 @@ class _Errors:
         self._images = 0
 
     def add(self, recorder: FeatureRecorder, run: Run) -> None:
-        """The generation that was watched."""
+        """Add the errors of the generation that the recorder watched."""
         if not self._images:
             self._cuts, self._lasts = [None] * len(run.full), list(range(len(run.full)))
             self._sums = [[0.0, 0.0, 0.0, 0.0] for _ in run.full]
@@ -184,7 +177,7 @@ class _Errors:
                 sums[2] += float(truth.square().sum())
 
     def calls(self) -> list[Call]:
-        """Of all images."""
+        """Return each call's errors over all images."""
         made = []
         for cut, last, (reused, read, power, fulls) in zip(self._cuts, self._lasts, self._sums, strict=True):
             of = max(power, 1e-30)
@@ -200,28 +193,11 @@ class _Errors:
         return made
 
 
-def _walks(pipe: Any, wanted: DriftRequest, cut: str, *, cached: bool) -> list[Walk]:
-    schedule = wanted.schedule if cached else None
-    pipe.unet.set_schedule(schedule, cut if cached else None, wanted.forecast if cached else None)
-    return [
-        walk(
-            pipe,
-            wanted.prompts[index % len(wanted.prompts)],
-            (wanted.seed + 2 * index, wanted.seed + 2 * index + 1),
-            wanted.points,
-            steps=wanted.steps,
-            guidance=wanted.guidance,
-            size=wanted.size,
-        )
-        for index in range(wanted.walks)
-    ]
-
-
 def _save(
     folder: Path, images: Sequence[TuningImage], whole: Sequence[Any], cached: Sequence[Any]
 ) -> tuple[list[Sample], str, float]:
-    """Write the first images with their maps, and the map of all."""
-    maps = [changed(one, other) for one, other in zip(whole, cached, strict=True)]
+    """Write the first images with their maps, and the mean of all maps; return samples, that file, its maximum."""
+    maps = [difference_map(one, other) for one, other in zip(whole, cached, strict=True)]
     most = max(float(each.max()) for each in maps[:SHOWN])
     mean = np.mean(maps, axis=0)
     samples = []
@@ -230,13 +206,34 @@ def _save(
         for index, image in enumerate(images[:SHOWN]):
             kinds = ("uncached", "cached", "changed")
             names = {kind: f"drift-{index}-{kind}.png" for kind in kinds}
-            drawn = (picture(whole[index]), picture(cached[index]), painted(maps[index], most))
+            drawn = (_image(whole[index]), _image(cached[index]), coloured(maps[index], most))
             for name, each in zip(names.values(), drawn, strict=True):
                 each.save(folder / name)
             samples.append(
                 Sample(prompt=image.prompt, seed=image.seed, psnr=finite_psnr(drawn[0], drawn[1]), most=most, **names)
             )
-        painted(mean, float(mean.max())).save(folder / "drift-mean.png")
+        coloured(mean, float(mean.max())).save(folder / "drift-mean.png")
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}; give another directory with -o") from error
     return samples, "drift-mean.png", float(mean.max())
+
+
+def difference_map(one: Any, other: Any) -> Any:
+    """Return the mean absolute difference [height, width] of two images [height, width, channels] in [0, 1]."""
+    return np.asarray(np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64)).mean(-1))
+
+
+def coloured(values: Any, most: float) -> PILImage:
+    """Return a map as an image, from zero (dark) to ``most`` (light)."""
+    from PIL import Image as Pillow
+
+    place = np.clip(values / most if most > 0 else values * 0, 0, 1) * (len(_RAMP) - 1)
+    colours = [np.interp(place, range(len(_RAMP)), _RAMP[:, channel]) for channel in range(3)]
+    return Pillow.fromarray(np.stack(colours, -1).round().astype(np.uint8))
+
+
+def _image(values: Any) -> PILImage:
+    """Return an image from values [height, width, channels] in [0, 1]."""
+    from PIL import Image as Pillow
+
+    return Pillow.fromarray((np.clip(np.asarray(values), 0, 1) * 255).round().astype(np.uint8))

@@ -113,7 +113,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Group:
-    """Blocks under a heading; ``folded`` ones are hidden until the reader opens them, and left out of the terminal."""
+    """Blocks under a heading; on the page, ``folded`` ones are hidden until the reader opens them."""
 
     kind = "group"
     title: str
@@ -152,10 +152,13 @@ def for_terminal(section: Section) -> Iterator[RichTable | str]:
         elif isinstance(block, Table) and block.terminal:
             columns, rows = block.filled()
             shown = [place for place, column in enumerate(columns) if column.terminal]
-            table = RichTable(box=SIMPLE, title=escape(block.caption), title_justify="left", padding=(0, 0, 0, 0))
+            yield escape(block.caption)
+            table = RichTable(box=SIMPLE, padding=(0, 0, 0, 0), pad_edge=False)
             for place in shown:
-                right = columns[place].numeric and place > 0
-                table.add_column(escape(columns[place].heading), justify="right" if right else "left")
+                texts = [columns[place].heading, *(_text(cells[place]) for cells in rows)]
+                longest = max(len(word) for text in texts for word in [*text.split(), ""])
+                justify: Any = "right" if columns[place].numeric and place > 0 else "left"
+                table.add_column(escape(texts[0]), justify=justify, overflow="fold", min_width=min(longest, 20))
             for row, cells in zip(block.rows, rows, strict=True):
                 style = "bold" if block.ours(row) else None
                 table.add_row(*(escape(_text(cells[place])) for place in shown), style=style)
@@ -165,7 +168,7 @@ def for_terminal(section: Section) -> Iterator[RichTable | str]:
 def _flat(blocks: Sequence[Block]) -> Iterator[Block]:
     for block in blocks:
         if isinstance(block, Group):
-            yield from () if block.folded else _flat(block.blocks)
+            yield from _flat(block.blocks)
         else:
             yield block
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...runtime.generation.schedule import SKIP
-from ..schema.drift import Drift, Sample, Walk
+from ..schema.drift import Drift, Sample
 from . import samples
 from .blocks import Block, Column, Group, Note, Pair, Picture, Plot, Section, Table
 from .formatting import count, fixed, listed, model, percent
@@ -22,7 +22,7 @@ def section(drift: Drift, folder: Path) -> Section:
         f"guidance {drift.guidance:g}, {count(drift.images, 'image')}; {schedule}. Cached features: "
         f"{listed(drift.features)}."
     )
-    blocks = [_matrix(drift), _errors(drift), *_images(drift, folder), *_smoothness(drift)]
+    blocks = [_matrix(drift), _errors(drift), *_images(drift, folder)]
     return Section("Drift", "Drift of the cached features", task, blocks)
 
 
@@ -106,23 +106,3 @@ def _images(drift: Drift, folder: Path) -> list[Block]:
         Table("All images", [label, mean], [drift.mean_changed], terminal=False),
     ]
     return [Group("Where images change", [Note(note), *tables])]
-
-
-def _smoothness(drift: Drift) -> list[Block]:
-    if not drift.uncached_walks:
-        return []
-
-    def figure(of: Callable[[Walk], float], side: int) -> Callable[[tuple[str, Sequence[tuple[Walk, Walk]]]], str]:
-        return lambda row: f"{statistics.fmean(of(pair[side]) for pair in row[1]):.4f}"
-
-    pairs = list(zip(drift.uncached_walks, drift.cached_walks, strict=True))
-    rows = [(pair[0].prompt, [pair]) for pair in pairs] + ([("mean", pairs)] if len(pairs) > 1 else [])
-    columns = [Column("prompt", lambda row: row[0])]
-    for heading, of in (("step", lambda walk: statistics.fmean(walk.steps)), ("ISTD", lambda walk: walk.istd)):
-        columns += [Column(f"{heading}, {name}", figure(of, side)) for side, name in enumerate(("uncached", "cached"))]
-    note = (
-        f"{len(drift.uncached_walks[0].steps) + 1} images along an interpolation of the start noise, all else fixed. "
-        "Step: mean distance of neighbouring images. The interpolation standard deviation (ISTD, of Smooth Diffusion) "
-        "is that of these distances, in parts of an image's range: small if the image changes evenly."
-    )
-    return [Group("Smoothness over the start noise", [Note(note), Table("Distances along walks", columns, rows)])]

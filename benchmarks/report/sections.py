@@ -66,7 +66,12 @@ def _precision_images(images: Images) -> Table:
         Column("worst, dB", lambda row: fixed(row.psnr_worst, 1), terminal=False),
         Column("to uncached fp32, dB", lambda row: interval(row.psnr_uncached)),
         Column("right, %", lambda row: interval(row.accuracy, 1, 100), "prompts obeyed, by the judge network"),
-        Column("change, points", lambda row: interval(row.accuracy_change, 1, 100, sign=True), "from fp32, paired"),
+        Column(
+            "change, points",
+            lambda row: interval(row.accuracy_change, 1, 100, sign=True),
+            "from fp32, paired",
+            terminal=False,
+        ),
     ]
     task = f"{images.steps} steps of {images.sampler}, guidance {images.guidance:g}, {images.cut}"
     return Table(f"Quality of the images ({task}; {images.images} images a row)", columns, images.rows)
@@ -104,7 +109,8 @@ def controlnet(measured: ControlNetReuse) -> Section:
         Column("overlap, %", lambda row: interval(row.overlap, 1, 100), "intersection over union with the silhouette"),
         Column("right, %", lambda row: interval(row.accuracy, 1, 100), "prompts obeyed, by the judge network"),
         Column("time", lambda row: times(row.to_uncached), "of the pipeline's call, over the uncached one's"),
-        Column("ControlNet", lambda row: percent(row.share) if row.control else NONE, "share of the time"),
+        Column("ControlNet", lambda row: percent(row.share) if row.control else NONE, "of the time",
+               terminal=False),
     ]  # fmt: skip
     task = (
         f"{model(measured.model)} on {measured.engine} under a ControlNet for silhouettes in eager PyTorch: "
@@ -128,7 +134,7 @@ def mlperf(measured: MlPerf) -> Section:
         Column("LoadGen says", lambda run: "VALID" if run.valid else f"INVALID: {'; '.join(run.reasons)}",
                "LoadGen's verdict, for the shortened setting", numeric=False),
         Column("result", lambda run: seconds(run.value) if "latency" in run.metric else f"{run.value:.2f} images/s"),
-        Column("of", lambda run: run.metric, "LoadGen's name of the result", numeric=False),
+        Column("of", lambda run: run.metric, "LoadGen's name of the result", numeric=False, terminal=False),
         Column("images", lambda run: str(run.images)),
         Column("prompts right", right, "prompts obeyed, by the judge network"),
         Column("setting", lambda run: "; ".join(f"{name}: {value}" for name, value in run.settings.items()),

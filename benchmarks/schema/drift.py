@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Call(BaseModel):
@@ -33,26 +31,10 @@ class Sample(BaseModel):
     most: float = Field(description="the map's brightest value, in parts of the range of an image")
 
 
-class Walk(BaseModel):
-    """Images along one interpolation of the start noise, all else fixed."""
-
-    model_config = ConfigDict(extra="ignore")  # the derived figure is written beside the measured ones
-
-    prompt: str
-    seeds: tuple[int, int]
-    steps: list[float] = Field(description="L2 distance of neighbouring images, a root mean square over their values")
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def istd(self) -> float:
-        """Interpolation standard deviation (Smooth Diffusion, CVPR 2024): of the steps."""
-        return statistics.pstdev(self.steps)
-
-
 class Drift(BaseModel):
     """One run."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")  # earlier versions wrote walks along the start noise
 
     model: str
     engine: str
@@ -72,5 +54,3 @@ class Drift(BaseModel):
     samples: list[Sample]
     mean_changed: str = Field(description="the map of all images' mean, a PNG file")
     mean_most: float
-    uncached_walks: list[Walk] = []
-    cached_walks: list[Walk] = []

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE
-from rich.table import Table
 
-from ..shell import EngineName, Json, Threads, long_bar, out, print_json, quiet_libraries, stages
+from ..shell import EngineName, Json, Threads, long_bar, quiet_libraries, stages
 from .outcome import BenchRun
 
 if TYPE_CHECKING:
-    from ...benchmarks.schema.controlnet import ControlNetReuse
+    pass
 
 _PACKAGES = ("offcut", "torch", "diffusers", "transformers", "onnxruntime", "openvino", "numpy")
 
@@ -86,40 +84,4 @@ def controlnet(
     finally:
         unet.close()
     title = "What a ControlNet that rests on shallow calls costs, on the shapes model"
-    result, path = outcome.save(output, title, controlnet=measured)
-    if as_json:
-        print_json(result.model_dump(mode="json"))
-        return
-    _print(measured)
-    out.print(f"[bold]{path}[/]")
-
-
-def _print(measured: ControlNetReuse) -> None:
-    table = Table(box=SIMPLE)
-    for heading in ("", "full calls", "passes", "PSNR", "worst", "overlap", "right %", "time", "ControlNet"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for row in measured.rows:
-        table.add_row(
-            row.name,
-            f"{row.full_calls} of {row.full_calls + row.shallow_calls}",
-            str(row.passes) if row.control else "",
-            "" if row.psnr is None else f"{row.psnr.mean:.1f}",
-            "" if row.psnr_worst is None else f"{row.psnr_worst:.1f}",
-            f"{row.overlap.mean:.3f}",
-            f"{100 * row.accuracy.mean:.1f}",
-            "" if row.to_uncached is None else f"{row.to_uncached:.2f}",
-            "" if row.share is None or not row.control else f"{100 * row.share:.0f} %",
-        )
-    out.print(table)
-    out.print(
-        f"{measured.images} images a row, {measured.engine}. passes: of the ControlNet. PSNR: dB, to the uncached "
-        "image with the ControlNet. overlap: of objects and silhouette, intersection over union, "
-        f"{measured.drawn_overlap:.3f} for the scenes as drawn. time: of a call of the pipeline, uncached is 1; "
-        "ControlNet: its share.",
-        highlight=False,
-    )
-    for row in measured.rows:
-        if row.change is not None:
-            change = row.change.psnr
-            said = f"{change.mean:+.2f} dB [{change.low:+.2f}, {change.high:+.2f}]"
-            out.print(f"{row.name}: {said} beside the ControlNet at every call", highlight=False)
+    outcome.finish(output, title, as_json, controlnet=measured)

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from ..shell import BundleArgument, Device, EngineName, Json, Threads, out, print_json, quiet_libraries, stages
+from ..shell import BundleArgument, Device, EngineName, Json, Threads, quiet_libraries, stages
 from .outcome import BenchRun
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "offcut")
-_WALKS = {"rich_help_panel": "Smoothness"}
 
 
 def drift(
@@ -35,10 +34,6 @@ def drift(
     ] = None,
     size: Annotated[int | None, typer.Option(help="Side of the images in pixels; the model's own.")] = None,
     seed: Annotated[int, typer.Option(help="Of the first image.")] = 0,
-    walks: Annotated[
-        int, typer.Option(help="Interpolations of the start noise, uncached and cached; 0 for none.", min=0, **_WALKS)
-    ] = 2,
-    points: Annotated[int, typer.Option(help="Images of each.", min=3, **_WALKS)] = 9,
     engine: EngineName = "auto",
     device: Device = "cpu",
     threads: Threads = None,
@@ -50,7 +45,6 @@ def drift(
     """
     from ...benchmarks.drift.run import DriftRequest
     from ...benchmarks.drift.run import drift as run
-    from ...benchmarks.drift.table import notes, table
     from ...engines.bundle.bundle import Bundle
     from ...errors import UserError
     from ...runtime.generation.forecast import Extrapolate, Forecast
@@ -92,17 +86,8 @@ def drift(
             images=images,
             size=size,
             seed=seed,
-            walks=walks,
-            points=points,
         )
         measured = run(pipe, opened, precision, wanted, output, stage)
     if name is not None:
         measured = measured.model_copy(update={"schedule": f"tuned:{tuned.name}"})
-    result, path = outcome.save(output, f"Drift of {bundle.name}", drift=measured)
-    if as_json:
-        print_json(result.model_dump(mode="json"))
-        return
-    out.print(table(measured))
-    for note in notes(measured):
-        out.print(note, highlight=False, markup=False)
-    out.print(f"[bold]{path}[/]")
+    outcome.finish(output, f"Drift of {bundle.name}", as_json, drift=measured)

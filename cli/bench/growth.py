@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..shell import BundleArgument, Device, Json, Threads, err, out, print_json, stages
+from ..shell import BundleArgument, Device, Json, Threads, err, stages
 from .outcome import BenchRun
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "offcut")
@@ -64,7 +64,6 @@ def growth(
     """
     from ...benchmarks.growth.builds import build_all, laws
     from ...benchmarks.growth.sweeps import Axes, grow
-    from ...benchmarks.growth.table import notes, tables
     from ...benchmarks.latency.loop import vae_scale
     from ...benchmarks.latency.resolve import LatencyRequest
     from ...benchmarks.latency.rounds import RoundOptions
@@ -112,15 +111,7 @@ def growth(
             "not_made": failed,
         }
     )
-    result, path = outcome.save(output, f"Growth of {bundle.name}", growth=measured)
-    if as_json:
-        print_json(result.model_dump(mode="json"))
-    else:
-        for table in tables(measured):
-            out.print(table)
-        for note in notes(measured):
-            out.print(note, highlight=False, markup=False)
-        out.print(f"[bold]{path}[/]")
+    outcome.finish(output, f"Growth of {bundle.name}", as_json, growth=measured)
     for model, reason in failed.items():
         err.print(f"[bold red]error[/]: {model} was not built: {reason}", highlight=False)
     if failed:

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE
-from rich.table import Table
 
-from ..shell import EngineName, Json, Threads, out, print_json, stages
+from ..shell import EngineName, Json, Threads, stages
 from .outcome import BenchRun
 
 
@@ -78,22 +76,6 @@ def mlperf(
             accuracy=accuracy,
             stage=stage,
         )
-    result, path = outcome.save(output, "MLPerf's load generator on the shapes model", mlperf=measured)
-    if as_json:
-        print_json(result.model_dump(mode="json"))
-    else:
-        table = Table("scenario", "caching", "LoadGen says", "", "images", "prompts right", box=SIMPLE)
-        for row in measured.runs:
-            seconds = "latency" in row.metric
-            table.add_row(
-                row.scenario,
-                row.caching or "none",
-                "[green]VALID[/]" if row.valid else f"[red]INVALID[/]: {'; '.join(row.reasons)}",
-                f"{row.value:.2f} {'s' if seconds else 'images/s'}, {row.metric}",
-                str(row.images),
-                "" if row.accuracy is None else f"{row.accuracy:.0%} of {row.accuracy_images}",
-            )
-        out.print(table)
-        out.print(f"Durations, queries and data set are shortened: this is no MLPerf submission. [bold]{path}[/]")
+    outcome.finish(output, "MLPerf's load generator on the shapes model", as_json, mlperf=measured)
     if not all(row.valid for row in measured.runs):
         raise typer.Exit(1)

@@ -64,6 +64,6 @@ class BenchRun:
             return result
         for section in sections_of(result, output):
             for block in for_terminal(section):
-                out.print(block, highlight=False)
+                out.print(block, highlight=False, soft_wrap=isinstance(block, str), crop=False)
         out.print(f"[bold]{path}[/]")
         return result

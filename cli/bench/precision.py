@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE
-from rich.table import Table
 
-from ..shell import Json, Threads, long_bar, out, print_json, quiet_libraries, stages
+from ..shell import Json, Threads, long_bar, quiet_libraries, stages
 from .outcome import BenchRun
 
 if TYPE_CHECKING:
     from ...benchmarks.precision.builds import Build
     from ...benchmarks.quality.pictures import ImageTask
     from ...benchmarks.quality.plan import QualitySetting
-    from ...benchmarks.schema.precision import CallRow, Calls, ImageRow, Images, Joint
-    from ...benchmarks.stats import Estimate
+    from ...benchmarks.schema.precision import Calls, Images
     from ...engines.bundle.bundle import Bundle
 
 _PACKAGES = ("offcut", "torch", "diffusers", "transformers", "onnxruntime", "openvino", "numpy")
@@ -102,17 +99,7 @@ def precision(
         with stages() as stage:
             computed = [each.computes_in for each in own]
             measured.joint = joint.ablation(opened, own[0].engine, computed, task, stage, threads=threads)
-    result, path = outcome.save(output, f"Low precision on {opened.path.name}", precision=measured)
-    if as_json:
-        print_json(result.model_dump(mode="json"))
-        return
-    if measured.calls:
-        _print_calls(measured.calls)
-    if measured.images:
-        _print_images(measured.images)
-    if measured.joint:
-        _print_joint(measured.joint)
-    out.print(f"[bold]{path}[/]")
+    outcome.finish(output, f"Low precision on {opened.path.name}", as_json, precision=measured)
 
 
 def _calls(bundle: Bundle, engines: list[str], size: int | None, rounds: int, threads: int | None) -> Calls:
@@ -138,50 +125,3 @@ def _images(
     total = sum(setting.steps * missing(task, setting, folder) for task in tasks.values() for setting in compared)
     with long_bar(total) as (on_call, stage):
         return draw(bundle, tasks, compared, folder, threads=threads, on_call=on_call, stage=stage)
-
-
-def _print_calls(calls: Calls) -> None:
-    table = _table("a call", "ms", "of fp32", names=("build", "call"))
-    for row in calls.rows:
-        share = "" if row.to_fp32 is None else f"{row.to_fp32:.2f}"
-        table.add_row(_name(row), row.call, f"{1000 * row.median:.1f}", share)
-    out.print(table)
-
-
-def _print_images(images: Images) -> None:
-    table = _table("images", "PSNR", "worst", "uncached", "right %", names=("build", "schedule"))
-    for row in images.rows:
-        worst = "" if row.psnr_worst is None else f"{row.psnr_worst:.1f}"
-        right = f"{100 * row.accuracy.mean:.1f}"
-        table.add_row(_name(row), row.schedule or "uncached", _mean(row.psnr), worst, _mean(row.psnr_uncached), right)
-    out.print(table)
-    out.print(
-        f"{images.images} images a row. PSNR: dB, to the same engine's image in fp32 with the same schedule; uncached: "
-        "to that with every call full.",
-        highlight=False,
-    )
-
-
-def _print_joint(joint: Joint) -> None:
-    table = _table("caching and precision", "PSNR", "worst", names=("precision", "way", "calls"))
-    for row in joint.rows:
-        table.add_row(row.precision, row.way, row.timeline, _mean(row.psnr), f"{row.psnr_worst:.1f}")
-    out.print(table)
-    out.print(f"{joint.images} images a row. PSNR: dB, to the uncached image in fp32.", highlight=False)
-
-
-def _table(title: str, *figures: str, names: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 0, 0, 0))
-    for name in names:
-        table.add_column(name, no_wrap=True)
-    for figure in figures:
-        table.add_column(figure, justify="right", no_wrap=True)
-    return table
-
-
-def _name(row: CallRow | ImageRow) -> str:
-    return f"{row.engine} {row.precision.rpartition(' ')[2]}"  # bf16 for fp32 computed in bf16
-
-
-def _mean(value: Estimate | None) -> str:
-    return "" if value is None else f"{value.mean:.1f}"

@@ -8,17 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE
-from rich.table import Table
 
-from ..shell import EngineName, Json, Threads, err, long_bar, out, print_json, quiet_libraries, stages
+from ..shell import EngineName, Json, Threads, err, long_bar, quiet_libraries, stages
 from .outcome import BenchRun
 
 if TYPE_CHECKING:
     from ...benchmarks.quality.pictures import ImageTask
     from ...benchmarks.quality.plan import QualitySetting
-    from ...benchmarks.schema.quality import Quality, QualityRow
-    from ...benchmarks.stats import Estimate
 
 _PACKAGES = ("offcut", "torch", "diffusers", "transformers", "onnxruntime", "openvino", "torchmetrics", "numpy")
 _IMAGES = {"quick": 32, "full": 1000, "front": 512}
@@ -165,12 +161,7 @@ def quality(
             on_call=on_call,
             stage=stage,
         )
-    result, path = outcome.save(output, "What caching costs in quality, on the shapes model", quality=measured)
-    if as_json:
-        print_json(result.model_dump(mode="json"))
-        return
-    _print(measured)
-    out.print(f"[bold]{path}[/]")
+    outcome.finish(output, "What caching costs in quality, on the shapes model", as_json, quality=measured)
 
 
 def _settings(
@@ -265,49 +256,3 @@ def _announce(
         f"about {hours} h {minutes:02d} min, more where a shallow call takes a larger share than on Stable Diffusion",
         highlight=False,
     )
-
-
-def _print(measured: Quality) -> None:
-    table = Table(box=SIMPLE)
-    for heading in ("setting", "cost", "PSNR", "right %", "change", "Fréchet"):
-        table.add_column(heading, justify="left" if heading == "setting" else "right", no_wrap=True)
-    for sampler in dict.fromkeys(row.sampler for row in measured.rows):
-        for row in sorted((row for row in measured.rows if row.sampler == sampler), key=lambda row: -row.cost):
-            table.add_row(
-                _short(row),
-                f"{row.cost:.1f}",
-                _mean(row.psnr, 1),
-                _mean(row.accuracy, 1, 100),
-                _interval(row.accuracy_change),
-                "" if row.frechet is None else f"{row.frechet:.3f}",
-            )
-        table.add_section()
-    out.print(table)
-    out.print(
-        f"{measured.images} images a row, {measured.engine}. cost: full UNet calls, a shallow one counted as on Stable "
-        f"Diffusion 1.5 ({_ratios(measured.ratios)}); here it took {_ratios(measured.ratios_here)}. PSNR: dB, "
-        "to the uncached image. change: of right %, paired, 95 % interval. Fréchet: to drawn scenes.",
-        highlight=False,
-    )
-    for claim in measured.claims:
-        word = {True: "[green]agrees[/]", False: "[red]disagrees[/]", None: "[yellow]cannot tell[/]"}[claim.agrees]
-        out.print(f"{word}  {claim.text}", highlight=False)
-
-
-def _short(row: QualityRow) -> str:
-    if row.schedule is None:
-        return f"{row.sampler} {row.steps}" + (", uncached" if row.kind == "uncached" else "")
-    forecast = "" if row.damping is None else f", forecast {row.damping:g}"
-    return f"  {row.schedule}, {(row.cut or '').replace('deepcache:', 'cut ')}{forecast}"
-
-
-def _mean(value: Estimate | None, digits: int, scale: float = 1) -> str:
-    return "" if value is None else f"{value.mean * scale:.{digits}f}"
-
-
-def _interval(value: Estimate | None) -> str:
-    return "" if value is None else f"{100 * value.low:+.1f}..{100 * value.high:+.1f}"
-
-
-def _ratios(ratios: dict[str, float]) -> str:
-    return ", ".join(f"{cut} {ratio:.2f}" for cut, ratio in ratios.items())

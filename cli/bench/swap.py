@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE
-from rich.table import Table
 
-from ..shell import BundleArgument, Device, Json, Threads, out, print_json, quiet_libraries, stages
+from ..shell import BundleArgument, Device, Json, Threads, quiet_libraries, stages
 from .outcome import BenchRun
 
 _PACKAGES = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "offcut")
@@ -54,26 +51,6 @@ def swap(
             device=device,
             progress=stage,
         )
-    result, path = outcome.save(output, f"LoRAs on {bundle.name}", swap=measured)
-    if as_json:
-        print_json(result.model_dump(mode="json"))
-    else:
-        headings = (
-            "load s",
-            "rescale s",
-            "unload s",
-            "first calls s",
-            "usual calls s",
-            "rebuild s",
-            "back bit for bit",
-        )
-        table = Table("engine", *headings, box=SIMPLE)
-        for row in measured.rows:
-            medians = map(statistics.median, (row.loaded, row.rescaled, row.unloaded, row.first_calls))
-            rebuilt = "" if row.rebuilt is None else f"{row.rebuilt + (row.rebuilt_opened or 0):.2f}"
-            figures = (f"{seconds:.2f}" for seconds in (*medians, row.calls))
-            table.add_row(row.engine, *figures, rebuilt, "yes" if row.restored else "[bold red]NO[/]")
-        out.print(table)
-        out.print(f"LoRA: {measured.lora}, {measured.layers} layers. [bold]{path}[/]", highlight=False)
+    outcome.finish(output, f"LoRAs on {bundle.name}", as_json, swap=measured)
     if not all(row.restored for row in measured.rows):
         raise typer.Exit(1)

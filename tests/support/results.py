@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offcut.benchmarks.record import Environment, Result
-from offcut.benchmarks.schema.drift import Call, Drift, Sample, Walk
+from offcut.benchmarks.schema.drift import Call, Drift, Sample
 from offcut.benchmarks.schema.growth import Fit, Growth, Made, Point, Sweep
 from offcut.benchmarks.schema.latency import Contestant, Latency
 from offcut.benchmarks.schema.quality import Claim, Quality, QualityRow
@@ -221,7 +221,6 @@ def draw_samples(measured: Quality, folder: Path) -> None:
 
 def drift(**changed: Any) -> Drift:
     """Six calls, two of them full, predicted; the images are not there."""
-    uncached = Walk(prompt="a <b> of noise", seeds=(0, 1), steps=[0.1, 0.2, 0.3])
     calls = [Call(cut=None, last=call, reused=0, read=0, fulls=1) for call in (0, 1)]
     calls += [Call(cut="deepcache:0", last=1, reused=0.1 * n, read=0.05 * n, fulls=0) for n in (1, 2, 3, 4)]
     given: dict[str, Any] = {
@@ -242,8 +241,6 @@ def drift(**changed: Any) -> Drift:
         ],
         "mean_changed": "mean.png",
         "mean_most": 0.0625,
-        "uncached_walks": [uncached],
-        "cached_walks": [uncached.model_copy(update={"steps": [0.2, 0.2, 0.2]})],
     }
     return Drift(**given | changed)
 

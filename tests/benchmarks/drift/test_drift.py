@@ -2,50 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
-import statistics
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from offcut.benchmarks import record
-from offcut.benchmarks.drift.maps import changed, painted
-from offcut.benchmarks.drift.walk import between, distances
+from offcut.benchmarks.drift.run import coloured, difference_map
 from offcut.benchmarks.schema.drift import Drift
 from offcut.cli import app
 
 STEPS = 8
 
 
-def test_noise_between_two_samples_is_as_strong_as_they_are() -> None:
-    begin, end = torch.randn(2, 1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
-    points = [between(begin, end, share / 4) for share in range(5)]
-    assert torch.allclose(points[0], begin, atol=1e-6)
-    assert torch.allclose(points[4], end, atol=1e-6)
-    for point in points:
-        assert float(point.std()) == pytest.approx(1, abs=0.05)
-    gaps = [float((one - other).norm()) for one, other in itertools.pairwise(points)]
-    assert max(gaps) == pytest.approx(min(gaps), rel=0.02)
-    assert torch.allclose(between(begin, begin, 0.5), begin)
-
-
-def test_distances_and_maps() -> None:
-    black, white = np.zeros((4, 6, 3)), np.ones((4, 6, 3))
-    assert distances([black, white, white]) == [1.0, 0.0]
+def test_maps() -> None:
+    black = np.zeros((4, 6, 3))
     half = black.copy()
     half[:, :3, 0] = 0.6
-    found = changed(black, half)
+    found = difference_map(black, half)
     assert found[0].tolist() == pytest.approx([0.2] * 3 + [0.0] * 3)
-    shown = np.asarray(painted(found, 0.2))
+    shown = np.asarray(coloured(found, 0.2))
     assert shown.shape == (4, 6, 3)
     assert shown[0, 0].sum() > 600 > 100 > shown[0, 5].sum()
-    assert np.asarray(painted(found * 0, 0.0)).max() < 50
+    assert np.asarray(coloured(found * 0, 0.0)).max() < 50
 
 
 def run(shapes: Path, folder: Path, *options: str) -> Drift:
@@ -61,9 +43,7 @@ def run(shapes: Path, folder: Path, *options: str) -> Drift:
 
 @pytest.mark.slow
 def test_reuse_misses_what_the_features_moved(shapes_bundle: Path, tmp_path: Path) -> None:
-    found = run(
-        shapes_bundle, tmp_path, "--schedule", f"steps:0,3:cooldown={STEPS - 4}", "--walks", "1", "--points", "3"
-    )
+    found = run(shapes_bundle, tmp_path, "--schedule", f"steps:0,3:cooldown={STEPS - 4}")
     assert [len(row) for row in found.distances] == list(range(STEPS - 1, 0, -1))
     assert [call.cut is None for call in found.calls] == [True, False, False, *[True] * (STEPS - 3)]
     # Up to the first shallow call the latents are the uncached ones.
@@ -79,23 +59,15 @@ def test_reuse_misses_what_the_features_moved(shapes_bundle: Path, tmp_path: Pat
         assert sample.psnr == pytest.approx(-10 * math.log10(np.mean((one - other) ** 2)), abs=0.01)
         assert Image.open(tmp_path / sample.changed).size == (64, 64)
     assert max(sample.most for sample in found.samples) >= found.mean_most > 0
-    (uncached,), (cached,) = found.uncached_walks, found.cached_walks
-    assert len(uncached.steps) == 2
-    assert uncached.istd == pytest.approx(statistics.pstdev(uncached.steps))
-    assert min(uncached.steps) > 0.001
-    assert cached.steps != uncached.steps
-    written = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
-    assert written["drift"]["uncached_walks"][0]["istd"] == uncached.istd
 
 
 @pytest.mark.slow
 def test_predictions_are_judged_beside_reuse(shapes_bundle: Path, tmp_path: Path) -> None:
-    found = run(shapes_bundle, tmp_path, "--schedule", "uniform:3:warmup=2", "--forecast", "1", "--walks", "0")
+    found = run(shapes_bundle, tmp_path, "--schedule", "uniform:3:warmup=2", "--forecast", "1")
     shallow = [call for call in found.calls if call.cut is not None]
     assert len(shallow) == STEPS - 4
     assert all(call.read != pytest.approx(call.reused, rel=1e-3) for call in shallow)
     assert found.calls[2].read < found.calls[2].reused  # DDIM's features go on as they went
-    assert found.uncached_walks == []
 
 
 @pytest.mark.slow

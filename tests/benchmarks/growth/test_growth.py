@@ -12,7 +12,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from offcut.benchmarks import record
-from offcut.benchmarks.growth.table import notes, tables
+from offcut.benchmarks.report import sections
+from offcut.benchmarks.report.blocks import for_terminal
 from offcut.benchmarks.schema.growth import Growth
 from offcut.cli import app
 from offcut.errors import UserError
@@ -81,10 +82,8 @@ def test_commands_on_models_have_time_memory_and_size(measured: Growth, tiny_une
 
 def test_the_tables_show_them(measured: Growth) -> None:
     console = Console(width=120, record=True)
-    for table in tables(measured):
-        console.print(table)
-    for note in notes(measured):
-        console.print(note)
+    for block in for_terminal(sections.growth(measured)):
+        console.print(block)
     text = console.export_text()
     assert "images a call" in text
     assert f"^ {measured.sweeps[0].fits[0].exponent:.2f}" in text
