@@ -5,8 +5,8 @@ A test is in the default tier unless it is marked ``slow``. This module is a pyt
 
 from __future__ import annotations
 
+import hashlib
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,11 @@ LONG_SECONDS = 20.0
 
 LONG: dict[str, str] = {
     "tests/conftest.py::tiny_bundle": "exports and cuts a UNet of Stable Diffusion's topology, for most runtime tests",
+    "tests/conftest.py::elsewhere_bundle": "imports and verifies every network of a pipeline on both engines",
+    "tests/runtime/test_components.py::whole": "exports the text encoder and the autoencoder, verified on both engines",
+    "tests/benchmarks/shapes/training/test_training.py::finished": "trains every stage once, for the resumed runs",
+    "tests/exporter/test_program.py::test_every_cut_gives_what_eager_pytorch_gives": "traces a program for each cut",
+    "tests/exporter/trace/test_export.py::test_exporting_again_replaces_the_export": "exports in a process of its own",
 }
 """Tests and fixtures of the default tier that may take over ``LONG_SECONDS`` on an idle machine, with the reason."""
 
@@ -32,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def part_of(path: str, parts: int) -> int:
     """Return the part, from 1, that a test file is in; it depends on the file's path alone."""
-    return zlib.crc32(path.encode()) % parts + 1
+    return int(hashlib.sha256(path.encode()).hexdigest(), 16) % parts + 1
 
 
 def parse_part(text: str) -> tuple[int, int]:
