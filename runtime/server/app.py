@@ -110,7 +110,7 @@ def _add_models(app: FastAPI, service: ImageService) -> None:
 
 
 def _model_body(model: ModelInfo, settings: ServeSettings, created: int) -> dict[str, Any]:
-    """Return OpenAI's ``Model``, with sizes, defaults and limits under ``offcut``."""
+    """Return OpenAI's ``Model``; its field ``offcut`` has sizes, defaults and limits."""
     limits = settings.limits
     return {
         "id": model.name,

@@ -1,4 +1,4 @@
-"""Replies to a generation request: the whole images, or server-sent events in the frames of OpenAI's clients."""
+"""Replies to a generation request: finished images, or server-sent events in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FORMAT = {"background": "opaque", "output_format": "png", "quality": "auto"}
 
 
 def images_body(params: ImageParams, result: ImageResult) -> dict[str, Any]:
-    """Return OpenAI's ``ImagesResponse``, with how the images were made under ``offcut``."""
+    """Return OpenAI's ``ImagesResponse``; its field ``offcut`` says how the images were made."""
     return {
         "created": int(time.time()),
         "data": [{"b64_json": png} for png in result.images],

@@ -1,4 +1,4 @@
-"""HTTP below the routes: errors in the form of OpenAI's clients, and the checks of every request."""
+"""Error replies in OpenAI's format, and the checks that every request passes before the routes."""
 
 from __future__ import annotations
 

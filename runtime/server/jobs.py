@@ -138,7 +138,7 @@ class ImageJob(ABC):
     def __exit__(self, *_: object) -> None:
         self._stop()
         if self._ended.done() and not self._ended.cancelled():
-            self._ended.exception()  # asyncio would log an exception that nobody retrieves: the client may have left
+            self._ended.exception()  # else asyncio logs it as never retrieved, if the client has left
         self._closed = True
         self._on_close(self)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ...engines.bundle.bundle import Bundle
 
 _CACHE_ENTRIES = 256
-"""Results that a model caches, for each kind of question."""
+"""Entries in each cache of a model: calls by number of steps, and tuned schedules."""
 
 _PIPELINE_MULTIPLE = 8
 """Every Stable Diffusion pipeline needs a height and width that are multiples of 8, whatever its autoencoder."""
@@ -41,7 +41,7 @@ class ModelInfo:
         arguments: names of the arguments that the pipeline's call accepts.
         cuts: names of the engines' cuts, the default first.
         scale: image pixels per latent pixel.
-        multiple: divisor of a valid image height and width, in pixels.
+        multiple: an image's height and width must be multiples of this number of pixels.
         previews: whether previews can be decoded from unfinished latents.
         size: default width and height in pixels.
         scheduler: the diffusers scheduler.
@@ -182,7 +182,7 @@ class ServedModel(ModelInfo):
     Args:
         pipe: a pipeline of ``offcut.load`` or ``offcut.attach``.
         name: model name for clients.
-        multiple: divisor of the latent's height and width that the UNet needs.
+        multiple: the UNet needs a latent height and width that are multiples of this number.
         profiles: shape profiles of the engines; empty if the engines take any size.
         bundle: bundle whose tuned schedules requests may name; None for none.
 
@@ -248,7 +248,7 @@ class ServedModel(ModelInfo):
         """
         width, height = self.size
         self.pipe.set_progress_bar_config(disable=True)
-        advise, self.pipe.unet.advise = self.pipe.unet.advise, False  # two steps are no choice of the user's
+        advise, self.pipe.unet.advise = self.pipe.unet.advise, False  # nobody chose these two steps
         self.pipe.unet.set_schedule(Steps([0]) if self.cuts else None)
         arguments = {"num_inference_steps": 2, "guidance_scale": guidance, "width": width, "height": height}
         try:

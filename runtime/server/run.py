@@ -1,4 +1,4 @@
-"""The server process: uvicorn around a worker, signals, and the end after a fault."""
+"""The server process: uvicorn around a worker, signals, and shutdown after a fault."""
 
 from __future__ import annotations
 

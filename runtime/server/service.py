@@ -1,4 +1,4 @@
-"""Image services: what the routes call, and its implementation by a worker in this process."""
+"""Image services: the interface that the routes call, and its implementation with a worker in this process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .settings import ServeSettings, WorkerConfig
 log = logging.getLogger("offcut.server")
 
 _POLL = 0.1
-"""Seconds between looks at the worker."""
+"""Seconds between two checks of the worker."""
 
 _DELIVERY = 5.0
 """Seconds for clients to read an error before the server ends."""

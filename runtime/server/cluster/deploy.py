@@ -27,7 +27,7 @@ _SHUTDOWN_MARGIN = 5.0
 """Seconds that a replica has to end after its last request's deadline."""
 
 _POLL = 0.2
-"""Seconds between looks at unfinished requests, or for a signal."""
+"""Seconds between two checks for unfinished requests and signals."""
 
 _NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -165,7 +165,7 @@ def connected(address: str | None, *, cpus: float = 0, gpus: float = 0) -> Itera
         ray.init(
             address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **resources, **quiet
         )
-    # A filter, because Ray sets the logger's level anew.
+    # A filter, because Ray resets the logger's level.
     logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The ingress: the process that Ray's HTTP proxies reach, with key, limits, queue and deadlines."""
+"""The ingress: the process behind Ray's HTTP proxies, which checks keys and limits, and queues requests."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from .remote import RemoteJob, sender
 from .replica import ReplicaDescription, ReplicaStatus
 
 _STATUS_LIFETIME = 15.0
-"""Seconds for which a replica counts after its last status report; it reports every second."""
+"""Seconds after its last report for which a replica counts as alive; replicas report every second."""
 
 _DESCRIBE_INTERVAL = 0.5
-"""Seconds between two questions for a replica of the ingress's own version."""
+"""Seconds between two attempts to reach a replica of the ingress's own version."""
 
 API_KEY_VARIABLE = "OFFCUT_API_KEY"
 
@@ -154,7 +154,7 @@ class Ingress:
         return self._service.open_jobs
 
     async def _describe(self, replicas: Any, version: str) -> ReplicaDescription:
-        """Wait for a replica of this version. While it starts, replicas of another version may answer with None."""
+        """Return the description of the first replica of this version; replicas of other versions answer None."""
         while True:
             try:
                 description = await replicas.describe.remote(version)

@@ -1,4 +1,4 @@
-"""The plan of a deployment: models, settings and replicas; its document for manifests, and its KubeRay manifest."""
+"""Plan of a deployment (models, settings, replicas), and the KubeRay manifest for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs in replicas: the messages of a replica, and a job that is sent again where its replica is lost."""
+"""Jobs that run in replicas: the messages of a replica, and a job that is sent again if its replica is lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..schemas import GenerationRequest
 log = logging.getLogger("offcut.server")
 
 MAX_LOSSES = 3
-"""Replicas that one request may lose. A request that kills its replica must not go through all of them."""
+"""Replicas that one request may lose before it fails: a request that kills replicas must not kill all of them."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 """Seconds between two tries."""

@@ -68,7 +68,7 @@ class OpenModel:
         self._closed = False
 
     def close(self) -> None:
-        """Finish the jobs in flight and close the engines. Blocks, so not for the event loop."""
+        """Finish the jobs in flight and close the engines. Blocks, so do not call it in the event loop."""
         with self._lock:
             if self._closed:
                 return
@@ -89,7 +89,7 @@ class Replica:
 
     Args:
         plan: plan of the deployment.
-        version: version of the deployment, by which its ingress tells its replicas from those that it replaces.
+        version: version of the deployment, by which the ingress tells these replicas from those of the previous one.
     """
 
     async def __init__(self, plan: ClusterPlan, version: str) -> None:  # type: ignore[misc]  # Ray awaits it
@@ -106,7 +106,7 @@ class Replica:
             return model
 
         self._load = serve.multiplexed(max_num_models_per_replica=plan.loaded)(load)
-        for name in reversed(list(plan.workers)):  # every model is tried, and the first ones stay open
+        for name in reversed(list(plan.workers)):  # opens every model once, to show faults; the first ones stay open
             await self._load(name)
         self._report_task = asyncio.create_task(self._report())
 
