@@ -11,7 +11,8 @@ from pathlib import Path
 from ...engines.bundle.bundle import Bundle
 from ...errors import UserError
 from ...runtime.generation.schedule import Uniform, parse
-from ..latency.resolve import LatencyRequest, model_name, resolve
+from ..latency.case import LatencyRequest
+from ..latency.resolve import model_name, resolve
 from ..latency.rounds import RoundOptions, measure
 from ..schema.growth import Axis, Fit, Growth, Point, Sweep
 from ..schema.latency import Contestant, Latency

@@ -1,9 +1,44 @@
-"""The work of a latency run and its contestants; both are sent to the worker processes as JSON."""
+"""The options, the work and the contestants of a latency run; the latter two are sent to worker processes as JSON."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True)
+class LatencyRequest:
+    """The options of a run; ``resolve`` replaces None by the default.
+
+    Attributes:
+        model: the diffusers directory that the bundle was built from.
+        optimum: the directory of optimum's ONNX pipeline.
+        engines: of the bundle; all by default.
+        peers: of ``contestants.PEERS``, or ``all`` or ``none``.
+        pythons: interpreters of other environments, by peer.
+        steps, guidance, scheduler, height, width, frames, images, schedule, cut, threads, device, end_to_end: see
+            ``Case``.
+    """
+
+    model: Path | None = None
+    optimum: Path | None = None
+    engines: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ("all",)
+    pythons: Mapping[str, str] = field(default_factory=dict)
+    steps: int = 20
+    guidance: float | None = None
+    scheduler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    images: int = 1
+    schedule: str = "uniform:5"
+    cut: str | None = None
+    threads: int | None = None
+    device: str = "cpu"
+    end_to_end: bool = False
 
 
 @dataclass(frozen=True)

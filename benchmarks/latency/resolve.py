@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...engines.builder.resolve import weights_digest
@@ -20,44 +19,11 @@ from ...exporter.families import FAMILIES
 from ...exporter.load import ModelSource, locate
 from ...runtime.generation.schedule import parse
 from ...runtime.text_to_image import scheduler_named
-from .case import Case, Entrant
+from .case import Case, Entrant, LatencyRequest
 from .contestants import PEERS, catalogue
 from .loop import vae_scale
 from .pipelines import PIPELINES, pipeline_name
 from .rounds import warm_up_calls
-
-
-@dataclass(frozen=True)
-class LatencyRequest:
-    """The options of a run; ``resolve`` replaces None by the default.
-
-    Attributes:
-        model: the diffusers directory that the bundle was built from.
-        optimum: the directory of optimum's ONNX pipeline.
-        engines: of the bundle; all by default.
-        peers: of ``PEERS``, or ``all`` or ``none``.
-        pythons: interpreters of other environments, by peer.
-        steps, guidance, scheduler, height, width, frames, images, schedule, cut, threads, device, end_to_end: see
-            ``Case``.
-    """
-
-    model: Path | None = None
-    optimum: Path | None = None
-    engines: tuple[str, ...] = ()
-    peers: tuple[str, ...] = ("all",)
-    pythons: Mapping[str, str] = field(default_factory=dict)
-    steps: int = 20
-    guidance: float | None = None
-    scheduler: str | None = None
-    height: int | None = None
-    width: int | None = None
-    frames: int | None = None
-    images: int = 1
-    schedule: str = "uniform:5"
-    cut: str | None = None
-    threads: int | None = None
-    device: str = "cpu"
-    end_to_end: bool = False
 
 
 def resolve(bundle: Bundle, request: LatencyRequest, folder: Path) -> tuple[Case, list[Entrant]]:

@@ -1,4 +1,4 @@
-"""The figures of results as CSV: ``latency.csv`` and ``quality.csv``."""
+"""The figures of results as CSV: ``latency.csv``, ``quality.csv``, and every single time of a latency run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import UserError
 from ..record import Result
-from ..schema.latency import Contestant
+from ..schema.latency import TIMES, Contestant, Latency
 from .findings import Rivals, gain, reference, speed
 
 
@@ -78,3 +78,20 @@ def _quality_lines(result: Result) -> list[Mapping[str, Any]]:
         against = reference(rows, row)
         lines.append(line | {"times_cheaper": speed(rows, row), "reference": against.name if against else None})
     return lines
+
+
+def write_times(latency: Latency, path: Path) -> None:
+    """Write every time of a run: contestant, kind, its index in that kind, seconds.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("contestant", "kind", "index", "seconds"))
+            for row in latency.contestants:
+                for kind in TIMES:
+                    writer.writerows((row.name, kind, *each) for each in enumerate(getattr(row, kind)))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another file with --export-times") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ..schema.latency import Contestant, Latency
 from .blocks import NONE, Block, Cell, Column, Facts, Group, Note, Pair, Plot, Section, Table
@@ -12,10 +12,13 @@ from .formatting import count, digits, fixed, listed, median_seconds, model, per
 from .plots import Bar, bars
 
 
-def section(latency: Latency) -> Section:
-    """Return the section of ``offcut bench latency``."""
+def section(latency: Latency, percents: Sequence[float] = (50, 90, 99)) -> Section:
+    """Return the section of ``offcut bench latency``, with these percentiles of the loops."""
     rows = sorted(measured(latency.contestants), key=lambda row: row.loop or 0.0)
-    blocks: list[Block] = [_loops(latency, rows), _calls(latency, rows)] if rows else [Note("Nothing was measured.")]
+    blocks: list[Block] = (
+        [_loops(latency, rows, percents), _calls(latency, rows)] if rows else [Note("Nothing was measured.")]
+    )
+    blocks += [Note(text) for text in _notes(latency)]
     if rows:
         blocks.insert(0, Plot("Denoising loops, fastest first", lambda: bars([bar_of(row) for row in rows])))
     if skipped := [row for row in latency.contestants if not row.loops]:
@@ -39,6 +42,25 @@ def _task(latency: Latency) -> str:
     )
 
 
+def _notes(latency: Latency) -> Iterator[str]:
+    """Yield the sentences without which the tables can mislead."""
+    yield f"Clock: {latency.clock}."
+    shares = [row.forecast_over_shallow for row in latency.contestants if row.forecast_over_shallow is not None]
+    if shares:
+        yield (
+            f"A forecast would add up to {percent(max(shares), 1)} to a shallow call: the largest share of all "
+            "engines, with the copy that it needs of each full call's features."
+        )
+    if latency.reference is not None:
+        yield f"Difference: of the final latents from those of {latency.reference}, norm over norm."
+    if latency.interrupted:
+        yield f"Interrupted: {count(latency.rounds, 'round')} complete; later times are left out."
+    if latency.reopened:
+        yield f"Memory was short: processes were closed and opened again {count(latency.reopened, 'time')}."
+    if latency.idle_cpu_share is not None:
+        yield f"While one ran, the waiting processes used at most {percent(latency.idle_cpu_share, 1)} of a core."
+
+
 def bar_of(row: Contestant) -> Bar:
     """Return the time of a loop and its parts, by the medians of the calls inside the loop."""
     full = row.full_calls * statistics.median(row.full) if row.full else None
@@ -49,7 +71,7 @@ def bar_of(row: Contestant) -> Bar:
     return Bar(f"{row.name}   {seconds(loop)}", loop, min(row.loops), max(row.loops), full, shallow)
 
 
-def _loops(latency: Latency, rows: Sequence[Contestant]) -> Table:
+def _loops(latency: Latency, rows: Sequence[Contestant], percents: Sequence[float]) -> Table:
     base = Rivals.of(latency).base
 
     def over(rival: Callable[[Contestant], Contestant | None], *, named: bool = True) -> Callable[[Contestant], Cell]:
@@ -74,7 +96,7 @@ def _loops(latency: Latency, rows: Sequence[Contestant]) -> Table:
         caption += f" Percentiles of {count(few, 'round')} say little: p90 and p99 lie between the slowest two."
     columns = [
         Column("contestant", lambda row: Pair(row.name, f"caching: {row.caching}") if row.caching else row.name),
-        *(Column(f"p{rank}", lambda row, rank=rank: seconds(row.percentiles((rank,))[rank])) for rank in (50, 90, 99)),
+        *(Column(f"p{rank:g}", lambda row, rank=rank: seconds(row.percentiles((rank,))[rank])) for rank in percents),
         Column("vs base", over(lambda row: base, named=False), "times as fast: median of the ratios within a round"),
         Column("vs uncached", over(lambda row: uncached_twin(latency, row) if row.caching else None, named=False),
                "times as fast as the same engine and precision without caching"),

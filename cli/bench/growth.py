@@ -64,8 +64,8 @@ def growth(
     """
     from ...benchmarks.growth.builds import build_all, laws
     from ...benchmarks.growth.sweeps import Axes, grow
+    from ...benchmarks.latency.case import LatencyRequest
     from ...benchmarks.latency.loop import vae_scale
-    from ...benchmarks.latency.resolve import LatencyRequest
     from ...benchmarks.latency.rounds import RoundOptions
     from ...engines.bundle.bundle import Bundle
     from ...engines.profiles import trained_side

@@ -11,7 +11,7 @@ import typer
 
 from ...benchmarks.serving.settings import PARTS, LoadPlan, ServerSetting
 from ..options import BundleArgument, Device, EngineName, Json, Threads, unpack
-from ..shell import err, out, print_json, stages
+from ..shell import err, stages
 from .outcome import BenchRun
 
 
@@ -75,7 +75,6 @@ def serve(
     from importlib.util import find_spec
 
     from ...benchmarks.serving.phases import run
-    from ...benchmarks.serving.terminal import tables
     from ...engines.bundle.bundle import Bundle
     from ...errors import MissingExtraError
     from ..shell import quiet_libraries
@@ -96,17 +95,11 @@ def serve(
         clients=tuple(sorted(set(plan.clients))),
         loads=tuple(sorted(set(plan.loads))),
     )
-    outcome = BenchRun(("torch", "diffusers", "onnxruntime", "openvino", "fastapi", "uvicorn", "aiohttp"))
+    bench = BenchRun(("torch", "diffusers", "onnxruntime", "openvino", "fastapi", "uvicorn", "aiohttp"))
     err.print(f"about {plan.estimate / 60:.0f} minutes, and the time that servers take to start", highlight=False)
     quiet_libraries()
     with stages() as stage:
         measured = run(server, plan, stage)
-    result, path = outcome.save(output, f"{bundle.name.removesuffix('.offcut')} served under load", serving=measured)
-    if as_json:
-        print_json(result.model_dump(mode="json"))
-    else:
-        for table in tables(measured):
-            out.print(table)
-        out.print(f"[bold]{path}[/]")
+    bench.finish(output, f"{bundle.name.removesuffix('.offcut')} served under load", as_json, serving=measured)
     if not all(goal.met for goal in measured.goals):
         raise typer.Exit(1)

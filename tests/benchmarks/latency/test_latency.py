@@ -15,11 +15,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from offcut.benchmarks import record
-from offcut.benchmarks.latency.case import Entrant
+from offcut.benchmarks.latency.case import Entrant, LatencyRequest
 from offcut.benchmarks.latency.contestants import OPTIMUM_MISSING, PEERS
-from offcut.benchmarks.latency.resolve import LatencyRequest, resolve
+from offcut.benchmarks.latency.resolve import resolve
 from offcut.benchmarks.latency.rounds import RoundOptions, measure
-from offcut.benchmarks.latency.terminal import notes, tables
+from offcut.benchmarks.report.blocks import for_terminal
+from offcut.benchmarks.report.latency import section
 from offcut.benchmarks.schema.latency import TIMES, Contestant, Latency
 from offcut.cli import app
 from offcut.cli.bench import _COMMANDS
@@ -144,16 +145,17 @@ def test_every_time_is_exported(done: Path, latency: Latency) -> None:
 
 @pytest.mark.slow
 def test_the_tables_show_every_row_whole(latency: Latency) -> None:
-    console = Console(width=100, record=True, file=Path("/dev/null").open("w", encoding="utf-8"))  # noqa: SIM115
-    for table in tables(latency, (50, 90, 99)):
-        console.print(table)
+    console = Console(width=160, record=True, file=Path("/dev/null").open("w", encoding="utf-8"))  # noqa: SIM115
+    for block in for_terminal(section(latency, (50, 90, 99))):
+        console.print(block)
     text = console.export_text()
     assert "…" not in text
     for row in latency.contestants:
         assert row.name in text
-    assert any(EAGER in note for note in notes(latency))
-    assert any("monotonic" in note for note in notes(latency))
-    assert any("A forecast would add up to" in note for note in notes(latency))
+    words = " ".join(text.split())
+    assert f"Difference: of the final latents from those of {EAGER}" in words
+    assert "monotonic" in words
+    assert "A forecast would add up to" in words
 
 
 @pytest.mark.slow
@@ -172,7 +174,7 @@ def test_an_interrupt_keeps_the_rounds_that_are_complete(unet_bundle: Path, tmp_
         interrupt(f"round 1: {UNCACHED}")
     latency = interrupt(f"round 2: {UNCACHED}")
     assert (latency.rounds, latency.interrupted) == (1, True)
-    assert any("Interrupted: 1 round" in note for note in notes(latency))
+    assert "Interrupted: 1 round" in str(section(latency))
     for row in latency.contestants:
         assert len(row.loops) == 1
         assert (len(row.full), len(row.shallow)) == (row.full_calls, row.shallow_calls)

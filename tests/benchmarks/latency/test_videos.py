@@ -14,11 +14,10 @@ from support.worker_processes import latents_in_fp32
 
 from offcut.benchmarks import record
 from offcut.benchmarks.latency import loop, video
-from offcut.benchmarks.latency.case import Case
+from offcut.benchmarks.latency.case import Case, LatencyRequest
 from offcut.benchmarks.latency.pipelines import PIPELINES
 from offcut.benchmarks.latency.ratios import relative_difference
-from offcut.benchmarks.latency.resolve import LatencyRequest, resolve
-from offcut.benchmarks.latency.terminal import notes
+from offcut.benchmarks.latency.resolve import resolve
 from offcut.benchmarks.latency.worker import LatencyWorker
 from offcut.benchmarks.report.latency import section
 from offcut.benchmarks.schema.latency import Latency
@@ -71,9 +70,7 @@ def test_the_case_is_named_with_its_frames(latency: Latency) -> None:
     assert (latency.frames, latency.height, latency.guidance) == (4, 32, 3.0)
     assert latency.scheduler == "EulerDiscreteScheduler"
     assert "image encoder and VAE outside" in latency.clock
-    assert (
-        "4 frames of 32x32, 4 steps of EulerDiscreteScheduler, guidance 1 to 3, 1 video(s) a call" in notes(latency)[0]
-    )
+    assert "4 steps of EulerDiscreteScheduler, 32 by 32 pixels" in section(latency).task
     assert "1 video of 4 frames a call, guidance rising from 1 to 3" in section(latency).task
 
 

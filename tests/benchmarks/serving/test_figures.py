@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from offcut.benchmarks.report.blocks import for_terminal
+from offcut.benchmarks.report.sections import serving
 from offcut.benchmarks.schema.serving import BatchRow, ClosedRow, OpenRow, Overload, Percentiles, ServingLoad, Soak
 from offcut.benchmarks.serving.client import Reply, Window
 from offcut.benchmarks.serving.goals import goals
 from offcut.benchmarks.serving.monitor import MemorySample, gauges, growth
 from offcut.benchmarks.serving.settings import LoadPlan
-from offcut.benchmarks.serving.terminal import tables
 
 
 def replies(*spans: tuple[float, float], status: int = 200) -> tuple[Reply, ...]:
@@ -173,14 +174,14 @@ def test_the_tables_show_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     given = measured(batches=[batch], allowed=1.07, allowed_latency=1.093)
     given.goals = goals(given)
     console = Console(width=160, force_terminal=False)
-    for table in tables(given):
-        console.print(table)
+    for block in for_terminal(serving(given)):
+        console.print(block)
     shown = capsys.readouterr().out
     for text in (
-        "30.00",
-        "1.07x",
+        "30.0 ms",
+        "1.07\N{MULTIPLICATION SIGN}",
         "one at a time",
-        "70%",
+        "70 %",
         "14.0 requests",
         "takes 0.25 cores",
         "+100.0",

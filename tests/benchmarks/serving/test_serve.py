@@ -140,7 +140,7 @@ def test_overload_is_refused_and_memory_is_watched(tiny_bundle: Path) -> None:
         control=3,
         soak_clients=2,
         leaving=0.3,
-        leak=30_000_000,
+        leak=60_000_000,
     )
     said: list[str] = []
     found = run(serving, plan, said.append)
