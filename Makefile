@@ -12,7 +12,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: $(VENV)/installed  ## build the model that comes with offcut and show it at several intervals
+demo: $(VENV)/installed-demo  ## build the model that comes with offcut and show it at several intervals
 	$(BIN)/offcut demo
 
 test: $(VENV)/installed  ## the tests, without the slow ones
@@ -47,6 +47,12 @@ format:  ## put the code into shape
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) $(OLDER) build shapes.offcut offcut-demo.png
+
+# What `offcut demo` needs, and no more: building and running a bundle on the CPU.
+$(VENV)/installed-demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[cpu]'
+	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

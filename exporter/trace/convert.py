@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InternalError
+from .decompose import decomposed
 from .parameters import Parameter
 from .simplify import simplify
 
@@ -36,7 +37,7 @@ def to_onnx(
 
     with quiet():
         onnx_program = torch.onnx.export(
-            program,
+            decomposed(program),
             (),
             dynamo=True,
             opset_version=opset,

@@ -1,0 +1,89 @@
+"""Decomposition of a traced program into the operators that PyTorch's ONNX exporter translates, without a second trace.
+
+To decompose a program, PyTorch traces all of it again with symbolic shapes, which took longer than the rest of the
+conversion to ONNX. Most UNets need five trivial decompositions, which this module makes node by node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Return the program with its trivial operators replaced; the argument's graph is changed in place.
+
+    ``run_decompositions`` of the returned program, which PyTorch's ONNX exporter calls, traces the program again only
+    where an operator is left to decompose, or an operator writes to its input.
+    """
+    import torch
+
+    class DecomposedProgram(torch.export.ExportedProgram):
+        def run_decompositions(
+            self,
+            decomp_table: Mapping[Any, Callable[..., Any]] | None = None,
+            decompose_custom_triton_ops: bool = False,
+        ) -> torch.export.ExportedProgram:
+            calls = [node for node in self.graph.nodes if node.op == "call_function"]
+            if decomp_table is not None and not any(_needs_trace(node, decomp_table) for node in calls):
+                return self
+            return super().run_decompositions(decomp_table, decompose_custom_triton_ops)  # type: ignore[arg-type]
+
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            _replace(graph, node)
+    return DecomposedProgram(
+        root=program.graph_module,
+        graph=graph,
+        graph_signature=program.graph_signature,
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+    )
+
+
+def _needs_trace(node: torch.fx.Node, table: Mapping[Any, Any]) -> bool:
+    import torch
+
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target in table or node.target._schema.is_mutable
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def _replace(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    """Replace one operator that ONNX needs in another form, or drop an operator that changes nothing in ONNX."""
+    import torch
+
+    aten = torch.ops.aten
+    match node.target, node.args:
+        case aten.dropout.default, (source, _, False):
+            _drop(graph, node, source)
+        case aten.contiguous.default, (source,):
+            node.target, node.kwargs = aten.clone.default, {"memory_format": torch.contiguous_format}
+        case aten.to.dtype, (source, dtype) if not node.kwargs:
+            if source.meta["val"].dtype == dtype:
+                _drop(graph, node, source)
+            else:
+                node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+        case aten.reshape.default, (source, shape):
+            # A view of tensors of all strides needs a contiguous copy; a copy is dropped from the ONNX graph.
+            with graph.inserting_before(node):
+                copy = graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
+            copy.meta["val"] = source.meta["val"].clone(memory_format=torch.contiguous_format)
+            node.target, node.args = aten.view.default, (copy, shape)
+        case aten.chunk.default, (source, count, *axis):
+            axis = axis[0] if axis else 0
+            size = source.meta["val"].shape[axis]
+            if isinstance(size, int):
+                node.target, node.args = aten.split.Tensor, (source, -(-size // count), axis)
+
+
+def _drop(graph: torch.fx.Graph, node: torch.fx.Node, source: Any) -> None:
+    node.replace_all_uses_with(source)
+    graph.erase_node(node)
