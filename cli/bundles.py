@@ -356,7 +356,7 @@ def _print_bundle(bundle: Bundle, as_json: bool) -> None:
         f"[bold]{bundle.path}[/]: {manifest.source.model}, {manifest.pipeline or 'UNet only'}, {total / 2**20:.0f} MiB"
     )
     if manifest.source.onnx:
-        out.print("  from ONNX that was made elsewhere", highlight=False)
+        out.print("  from foreign ONNX", highlight=False)
     for lora in manifest.source.loras:
         out.print(f"  with the LoRA {lora.name} at {lora.scale:g}", highlight=False)
     table = Table(box=SIMPLE)

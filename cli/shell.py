@@ -45,9 +45,9 @@ def complain(error: Exception) -> None:
 
 def loras_of(texts: list[str] | None) -> dict[str | Path, float]:
     """Return the scales of LoRA files by path, from texts ``FILE[:SCALE]``."""
-    from ..exporter.lora import Scaled
+    from ..exporter.lora import ScaledLora
 
-    return {lora.path: lora.scale for lora in map(Scaled.parse, texts or ())}
+    return {lora.path: lora.scale for lora in map(ScaledLora.parse, texts or ())}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from .foreign.find import OPTIMUMS_NAMES
+from .foreign.find import OPTIMUM_CLASSES
 from .load import PRECISIONS
 from .specs import TensorSpec, factors
 from .trace.convert import quiet, save, to_onnx
@@ -62,7 +62,7 @@ def exportable(folder: Path) -> str | None:
     kind = said.get("_class_name")
     if kind in (None, "ORTTextEncoder"):
         kind = next(iter(said.get("architectures") or ()), None)
-    kind = OPTIMUMS_NAMES.get(str(kind), kind)
+    kind = OPTIMUM_CLASSES.get(str(kind), kind)
     return kind if kind in TEXT_ENCODERS or kind in AUTOENCODERS else None
 
 
@@ -277,7 +277,7 @@ def _write(traced: TracedComponent, out: Path, opset: int) -> ExportedComponent:
     folder = out / traced.name
     folder.mkdir(parents=True, exist_ok=True)
     save(model, folder / GRAPH_FILE, traced.name)
-    write_answers(traced, example, answers, folder / REFERENCE_FILE)
+    write_component_reference(traced, example, answers, folder / REFERENCE_FILE)
     if traced.norm is not None:
         (folder / NORM_FILE).write_bytes(to_bytes(dict(traced.norm)))
     return ExportedComponent(
@@ -290,7 +290,7 @@ def _write(traced: TracedComponent, out: Path, opset: int) -> ExportedComponent:
     )
 
 
-def write_answers(
+def write_component_reference(
     traced: TracedComponent, example: torch.Tensor, answers: Mapping[str, torch.Tensor], path: Path
 ) -> None:
     """Keep an input and what PyTorch computes from it."""

@@ -235,7 +235,7 @@ def find_joins(model: ir.Model) -> list[Join]:
     return [join for _, join in found]
 
 
-def kept_nodes(model: ir.Model, cached: set[str]) -> set[ir.Node]:
+def needed_nodes(model: ir.Model, cached: set[str]) -> set[ir.Node]:
     """The nodes that still run for ``noise_pred`` when these tensors are given."""
     kept: set[ir.Node] = set()
     pending = [model.graph.outputs[0].producer()]  # a graph that was cut before has features among its outputs
@@ -367,7 +367,7 @@ def _write_shallow(full: Path, cut: Cut, shallow: Path) -> Path:
     model = ir.load(full)
     graph = model.graph
     graph.name = f"unet-{cut.slug}"
-    expected = len(kept_nodes(_only_noise(model), {spec.name for spec in cut.cached}))
+    expected = len(needed_nodes(_only_noise(model), {spec.name for spec in cut.cached}))
     values = _values(model)
     for spec in cut.cached:
         made = values[spec.name]

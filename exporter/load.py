@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from .families import FAMILIES, Family, family_of
-from .foreign.find import OPTIMUMS_NAMES, made_elsewhere
+from .foreign.find import OPTIMUM_CLASSES, is_foreign
 from .ip_adapter import IPAdapter, load_into, with_adapters
-from .lora import Scaled, fuse
+from .lora import ScaledLora, fuse
 from .trace.attention import ATTENTION, PIPELINES
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class ModelSource:
         parts: components of the pipeline that lie elsewhere, by name.
         ip_adapters: to build into the UNet; its config says so.
         attention: of ``attention.ATTENTION``, in place of the UNet's own; None for that.
-        onnx: whether the UNet is an ONNX file made elsewhere, without weights for PyTorch.
+        onnx: whether the UNet is an ONNX file foreign, without weights for PyTorch.
     """
 
     name: str
@@ -50,8 +50,8 @@ class ModelSource:
     revision: str | None
     variant: str | None
     config: dict[str, Any]
-    loras: tuple[Scaled, ...] = ()
-    parts: Mapping[str, Path] = field(default_factory=dict)
+    loras: tuple[ScaledLora, ...] = ()
+    components: Mapping[str, Path] = field(default_factory=dict)
     ip_adapters: tuple[IPAdapter, ...] = ()
     attention: str | None = None
     onnx: bool = False
@@ -71,7 +71,7 @@ class ModelSource:
 
     def component(self, name: str) -> Path:
         """The directory of one of the pipeline's components."""
-        return self.parts.get(name, self.root / name)
+        return self.components.get(name, self.root / name)
 
 
 def locate(
@@ -80,7 +80,7 @@ def locate(
     revision: str | None = None,
     variant: str | None = None,
     subfolder: str | None = None,
-    loras: Sequence[Scaled] = (),
+    loras: Sequence[ScaledLora] = (),
     ip_adapters: Sequence[IPAdapter] = (),
     attention: str | None = None,
 ) -> ModelSource:
@@ -129,7 +129,7 @@ def locate(
         config=config,
         loras=tuple(loras),
         ip_adapters=tuple(ip_adapters),
-        onnx=made_elsewhere(config_file.parent),
+        onnx=is_foreign(config_file.parent),
     )
     return replace(source, attention=_attention(source, attention))
 
@@ -257,8 +257,8 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise ModelError(f"{file} is not readable JSON: {_first_sentence(error)}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} is not a model's config: it holds no JSON object")
-    if (kind := config.get("_class_name")) in OPTIMUMS_NAMES:
-        config["_class_name"] = OPTIMUMS_NAMES[kind]
+    if (kind := config.get("_class_name")) in OPTIMUM_CLASSES:
+        config["_class_name"] = OPTIMUM_CLASSES[kind]
     import inspect
 
     import diffusers

@@ -90,14 +90,14 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Scaled:
+class ScaledLora:
     """A LoRA file and how much of it is wanted."""
 
     path: Path
     scale: float = 1.0
 
     @classmethod
-    def parse(cls, text: str) -> Scaled:
+    def parse(cls, text: str) -> ScaledLora:
         """``style.safetensors``, or ``style.safetensors:0.8``.
 
         Raises:
@@ -204,7 +204,7 @@ def merged(weight: torch.Tensor, terms: Iterable[tuple[LowRank, float]]) -> torc
     return total.to(weight.dtype)
 
 
-def fuse(unet: torch.nn.Module, loras: Sequence[Scaled], config: Config) -> None:
+def fuse(unet: torch.nn.Module, loras: Sequence[ScaledLora], config: Config) -> None:
     """Add LoRAs to a UNet's weights.
 
     Raises:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cut import Cut, find_cut, find_cuts, kept_nodes
+from .cut import Cut, find_cut, find_cuts, needed_nodes
 from .graph import UNetGraph, infer_shapes, read
 from .specs import Shape
 from .trace.export import ExportedUNet
@@ -53,11 +53,11 @@ def measure_cuts(
     """
     unet = graph if isinstance(graph, UNetGraph) else read(graph.path if isinstance(graph, ExportedUNet) else graph)
     shapes = infer_shapes(unet, dims)
-    everything = kept_nodes(unet.model, set())
+    everything = needed_nodes(unet.model, set())
     all_flops, all_parameters = _flops(everything, shapes), _parameters(everything)
     costs = []
     for cut in find_cuts(unet):
-        kept = kept_nodes(unet.model, {tensor.value for tensor in cut.tensors})
+        kept = needed_nodes(unet.model, {tensor.value for tensor in cut.tensors})
         flops = _flops(kept, shapes) / all_flops
         costs.append(
             CutCost(
@@ -86,7 +86,7 @@ def count_flops(graph: UNetGraph | str | Path, dims: Mapping[str, int], cut: str
     unet = graph if isinstance(graph, UNetGraph) else read(graph)
     shapes = infer_shapes(unet, dims)
     cached = {tensor.value for tensor in find_cut(find_cuts(unet), cut).tensors}
-    full, shallow = (_flops(kept_nodes(unet.model, values), shapes) for values in (set(), cached))
+    full, shallow = (_flops(needed_nodes(unet.model, values), shapes) for values in (set(), cached))
     return full, shallow
 
 

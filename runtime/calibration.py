@@ -146,7 +146,7 @@ def _text_to_image(source: ModelSource, unet: UNet) -> DiffusionPipeline | None:
     index = read_index(source.root)
     fused = {
         part: load_component(transformers, folder, index[part][1], "fp32", source.variant).to(unet.dtype)
-        for part, folder in source.parts.items()
+        for part, folder in source.components.items()
     }
     with without_type_warnings():
         pipe = diffusers.DiffusionPipeline.from_pretrained(

@@ -104,15 +104,15 @@ def sdxl_pipeline_dir(once: Once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def elsewhere_dir(tiny_pipeline_dir: Path, once: Once) -> Path:
+def foreign_dir(tiny_pipeline_dir: Path, once: Once) -> Path:
     """``tiny_pipeline_dir`` as optimum exports it: ONNX, and no weights of PyTorch."""
     return once("tiny-sd-elsewhere", lambda path: save_as_optimum(tiny_pipeline_dir, path))
 
 
 @pytest.fixture(scope="session")
-def elsewhere_bundle(elsewhere_dir: Path, once: Once) -> Path:
+def foreign_bundle(foreign_dir: Path, once: Once) -> Path:
     """The same as a bundle with every engine that runs here."""
-    return once("elsewhere.offcut", lambda path: offcut.build(elsewhere_dir, path, cuts=TINY_CUTS, engine=ENGINES))
+    return once("elsewhere.offcut", lambda path: offcut.build(foreign_dir, path, cuts=TINY_CUTS, engine=ENGINES))
 
 
 @pytest.fixture(scope="session")

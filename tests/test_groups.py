@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from support.foreign import save_as_optimum
-from support.models import _lively
+from support.models import with_lively_weights
 from support.unets import UNCONDITIONAL
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,7 @@ def test_an_image_from_a_prompt(made: Callable[..., dict[str, Any]], small_pipel
 
 def test_an_image_from_noise_alone(made: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    unet = _lively(diffusers.UNet2DModel(**UNCONDITIONAL))
+    unet = with_lively_weights(diffusers.UNet2DModel(**UNCONDITIONAL))
     diffusers.DDIMPipeline(unet=unet, scheduler=diffusers.DDIMScheduler()).save_pretrained(tmp_path / "model")
     assert made(tmp_path / "model")["frames"] == 1
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...errors import BundleError
-from ...exporter.foreign.networks import left_out
+from ...exporter.foreign.networks import missing_components
 from ...exporter.ip_adapter import IPAdapter
-from ...exporter.lora import Scaled
+from ...exporter.lora import ScaledLora
 from ..base import Progress, Settings
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import MANIFEST_FILE, FileEntry, Manifest, Variant
@@ -116,7 +116,7 @@ def build(
         deploy=deploy,
         compile_all=compile_all,
         adapters=None if adapters is None else tuple(adapters),
-        loras=tuple(Scaled(Path(path), float(scale)) for path, scale in (loras or {}).items()),
+        loras=tuple(ScaledLora(Path(path), float(scale)) for path, scale in (loras or {}).items()),
         ip_adapters=tuple(
             adapter if isinstance(adapter, IPAdapter) else IPAdapter.parse(str(adapter)) for adapter in ip_adapters
         ),
@@ -190,6 +190,6 @@ def _without_graphs(variant: Variant, staged: Path) -> Variant:
 def _pipeline_files(plan: BuildPlan, existing: Bundle | None, staged: Path, progress: Progress) -> list[str]:
     if existing is not None:
         return list(existing.manifest.parts)
-    if missing := left_out(plan.source):
+    if missing := missing_components(plan.source):
         progress(f"{plan.source.name} does not hold its {' and '.join(missing)}: left out")
     return copy_pipeline_files(plan.source, staged, without_weights=compilable(plan.source) if plan.compile_all else ())

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...exporter.components import NORM_FILE, component_of, export_component, trace_component, write_answers
-from ...exporter.foreign.networks import import_component
+from ...exporter.components import NORM_FILE, component_of, export_component, trace_component, write_component_reference
+from ...exporter.foreign.networks import export_foreign_component
 from ...exporter.load import PRECISIONS
 from ...exporter.specs import symbols
 from ...exporter.trace.convert import WEIGHTS_FILE
@@ -75,7 +75,7 @@ def _export_components(plan: BuildPlan, label: str, staged: Path, progress: Prog
     for name in compilable(source):
         if source.onnx:
             progress(f"import {name}")
-            networks = import_component(source, name, folder)
+            networks = export_foreign_component(source, name, folder)
         else:
             progress(f"export {name}")
             networks = export_component(
@@ -209,6 +209,6 @@ def _reference_writer(plan: BuildPlan, entry: ComponentEntry) -> WriteReference:
         networks = trace_component(component, precision=precision, variant=plan.source.variant)
         (network,) = (network for network in networks if network.name == entry.name)
         example = network.example(profile.min)
-        write_answers(network, example, network.answers(example), path)
+        write_component_reference(network, example, network.answers(example), path)
 
     return write

@@ -21,7 +21,7 @@ from ...exporter.graph import infer_shapes, read
 from ...exporter.load import ModelSource, load_unet
 from ...exporter.quantize.histogram import Histogram, Range
 from ...exporter.quantize.observe import stride
-from ...exporter.quantize.qdq import Layer, Scheme, find_layers, kept_by_name, quantize, shadow
+from ...exporter.quantize.qdq import Layer, Scheme, find_layers, high_precision_layers, quantize, shadow
 from ...exporter.trace.convert import WEIGHTS_FILE
 from ...exporter.trace.export import GRAPH_FILE, PARAMETERS_FILE, ExportedUNet
 from ...exporter.trace.reference import write_answer
@@ -51,7 +51,7 @@ def quantized(
     """
     graph = read(exported.path)
     layers = find_layers(graph.model)
-    kept = kept_by_name(layers, calibrator.keep)
+    kept = high_precision_layers(layers, calibrator.keep)
     chosen = {layer.name for layer in layers} - kept
     folder = exported.path.parent / "calibration"
     progress(f"calibrate on cached trajectories: {len(chosen)} layers")

@@ -13,7 +13,7 @@ from typing import Protocol
 from ...errors import ShapeError
 from ...exporter.ip_adapter import IPAdapter
 from ...exporter.load import ModelSource
-from ...exporter.lora import Scaled
+from ...exporter.lora import ScaledLora
 from ...exporter.specs import TensorSpec
 from ..base import EnginePair, Progress, Setting, Settings
 from ..profiles import Profile, in_pixels, in_shapes
@@ -128,7 +128,7 @@ class BuildRequest:
     deploy: bool = False
     compile_all: bool = False
     adapters: tuple[str, ...] | None = None
-    loras: tuple[Scaled, ...] = ()
+    loras: tuple[ScaledLora, ...] = ()
     ip_adapters: tuple[IPAdapter, ...] = ()
     attention: str | None = None
     revision: str | None = None

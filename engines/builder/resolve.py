@@ -12,9 +12,9 @@ from ...errors import BundleError, CutError, EngineError, ModelError
 from ...exporter.components import exportable
 from ...exporter.cut import CONVENTIONS, is_cut_name
 from ...exporter.families import downsampling
-from ...exporter.foreign.find import Original, open_original
-from ...exporter.foreign.networks import networks_of
-from ...exporter.foreign.unet import check_precision, fixed_by
+from ...exporter.foreign.find import ForeignGraph, open_foreign
+from ...exporter.foreign.networks import foreign_networks
+from ...exporter.foreign.unet import check_precision, fixed_dims
 from ...exporter.load import PRECISIONS, ModelSource, locate, read_index
 from ...exporter.lora import find, read
 from ...exporter.quantize.qdq import Scheme
@@ -134,7 +134,7 @@ def resolve(request: BuildRequest, progress: Progress) -> BuildPlan:
         )
     if scheme and request.ip_adapters:
         raise EngineError(f"{request.precision} is calibrated without images: build IP-Adapters in fp32, fp16 or bf16")
-    fixed = (fixed_by(foreign, source) if foreign else {}) | dict(request.dims)
+    fixed = (fixed_dims(foreign, source) if foreign else {}) | dict(request.dims)
     inference_precision = request.inference_precision
     return BuildPlan(
         source=source,
@@ -160,13 +160,13 @@ def resolve(request: BuildRequest, progress: Progress) -> BuildPlan:
 def compilable(source: ModelSource) -> list[str]:
     """Return the components of a pipeline that can be exported; for foreign ONNX those that are graphs already."""
     if source.onnx:
-        return networks_of(source)
+        return foreign_networks(source)
     return [name for name in _COMPILABLE if source.is_pipeline and exportable(source.component(name))]
 
 
 def weights_digest(source: ModelSource) -> str:
     """Return a digest of the UNet's weights as the user gave them, and of the LoRAs and IP-Adapters in them."""
-    files = open_original(source.folder).files if source.onnx else weight_files(source.folder, source.variant)
+    files = open_foreign(source.folder).files if source.onnx else weight_files(source.folder, source.variant)
     digests = [digest_file(file) for file in files]
     digests += [f"{digest_file(find(lora.path))}*{lora.scale}" for lora in source.loras]
     digests += [digest_file(adapter.path) for adapter in source.ip_adapters]
@@ -235,7 +235,7 @@ def _scheme(engines: Sequence[str], request: BuildRequest) -> Scheme | None:
 
 def _check_foreign(
     request: BuildRequest, source: ModelSource, engines: Sequence[str], scheme: Scheme | None, networks: Sequence[str]
-) -> Original:
+) -> ForeignGraph:
     """Open a foreign ONNX graph, after refusing what cannot be built from it.
 
     Args:
@@ -259,7 +259,7 @@ def _check_foreign(
             f"{source.name} holds its UNet as ONNX, without weights for PyTorch, and cannot be given {feature}: "
             + (remedy or "build from the model that it was exported from")
         )
-    original = open_original(source.folder)
+    original = open_foreign(source.folder)
     check_precision(original, request.precision)
     if request.opset not in (None, original.opset):
         raise ModelError(f"{original.path} has opset {original.opset}, not {request.opset}: leave --opset out")

@@ -47,7 +47,7 @@ def fused_text_encoders(source: ModelSource, out: Path, progress: Callable[[str]
         if wanted:
             progress(f"fuse {', '.join(lora.name for lora, _ in wanted)} into {name}")
             parts[name] = _fused(source, name, wanted, out / name)
-    return replace(source, parts={**source.parts, **parts})
+    return replace(source, components={**source.components, **parts})
 
 
 def _fused(source: ModelSource, name: str, wanted: Wanted, out: Path) -> Path:

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ...exporter.foreign.unet import write_original_answer
+from ...exporter.foreign.unet import write_foreign_reference
 from ...exporter.load import load_unet
 from ...exporter.trace.reference import write_reference
 from ..base import EngineOptions, Graphs, Progress
@@ -80,8 +80,8 @@ def _reference_writer(plan: BuildPlan, graphs: Graphs, progress: Progress) -> Wr
 
     def write(profile: Profile, path: Path) -> None:
         if plan.source.onnx:
-            progress("compute the original ONNX graph's outputs at the sizes of the profiles")
-            write_original_answer(plan.source, profile.min, path)
+            progress("compute the foreign graph's outputs at the sizes of the profiles")
+            write_foreign_reference(plan.source, profile.min, path)
         else:
             write_reference(unet(), plan.source.family, tuple(graphs.inputs.values()), profile.min, path)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ...errors import BundleError
 from ...exporter.cut import Cut, find_cut, find_cuts, split_all
 from ...exporter.export_cache import ExportCache, cached_export
-from ...exporter.foreign.unet import import_unet
+from ...exporter.foreign.unet import export_foreign_unet
 from ...exporter.trace.convert import WEIGHTS_FILE
 from ...exporter.trace.export import PARAMETERS_FILE, ExportedUNet
 from ...exporter.trace.reference import REFERENCE_FILE
@@ -71,7 +71,9 @@ def _exported(
 ) -> tuple[ExportedUNet, Quantization | None]:
     """The export in the plan's precision; one in low precision is made from a full one, aside."""
     if plan.source.onnx:
-        return import_unet(plan.source, folder, precision=plan.precision, dims=plan.fixed, progress=progress), None
+        return export_foreign_unet(
+            plan.source, folder, precision=plan.precision, dims=plan.fixed, progress=progress
+        ), None
 
     def export(target: Path, precision: str) -> ExportedUNet:
         return cached_export(

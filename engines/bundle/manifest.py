@@ -45,7 +45,7 @@ class FusedLora(_Model):
 
 class Source(_Model):
     """Where the model came from; ``weights_digest`` is that of the UNet's weights as the user gave them, ``attention``
-    the kind that it was exported with, None for its own. ``onnx`` is for a model whose graphs were made elsewhere: the
+    the kind that it was exported with, None for its own. ``onnx`` is for foreign ONNX: the
     answers that engines are held against are ONNX Runtime's, of these graphs, not PyTorch's."""
 
     model: str

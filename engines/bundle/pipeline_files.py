@@ -8,7 +8,7 @@ from collections.abc import Container
 from pathlib import Path
 
 from ...errors import ModelError
-from ...exporter.foreign.networks import folder_of, index_of
+from ...exporter.foreign.networks import config_folder, pipeline_index
 from ...exporter.load import INDEX_FILE, PROMPTS_FILE, ModelSource
 
 _SMALL = (".json", ".txt", ".model")
@@ -19,7 +19,7 @@ def pipeline_class(source: ModelSource) -> str | None:
     """The pipeline's class in diffusers; None for a bare UNet."""
     if not source.is_pipeline:
         return None
-    return str(index_of(source)["_class_name"])
+    return str(pipeline_index(source)["_class_name"])
 
 
 def copy_pipeline_files(source: ModelSource, out: Path, without_weights: Container[str] = ()) -> list[str]:
@@ -33,12 +33,12 @@ def copy_pipeline_files(source: ModelSource, out: Path, without_weights: Contain
     """
     if not source.is_pipeline:
         return []
-    index = index_of(source)
+    index = pipeline_index(source)
     copies: dict[str, Path] = {}
     for component, location in index.items():
         if not component.isidentifier():
             raise ModelError(f"{source.name} has a component {component!r}, which is no name of a folder in it")
-        folder = folder_of(source, component)
+        folder = config_folder(source, component)
         if (
             component.startswith("_")
             or folder == source.folder

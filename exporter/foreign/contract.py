@@ -1,4 +1,4 @@
-"""Surgery that gives an ONNX graph of another exporter offcut's contract: its inputs, outputs and weights."""
+"""Surgery on foreign ONNX graphs: they get the names, dtypes and dimensions that offcut's own exports have."""
 
 from __future__ import annotations
 
@@ -6,28 +6,33 @@ from typing import TYPE_CHECKING
 
 from ...errors import ModelError
 from ..specs import TensorSpec
-from .find import Original
+from .find import ForeignGraph
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 _ONNX = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64"}
-_KEEP_VALUES = ("Unsqueeze", "Cast", "Identity", "Expand")
+_VALUE_PRESERVING_OPS = ("Unsqueeze", "Cast", "Identity", "Expand")
 
 
-def name_contract(model: ir.Model, inputs: list[TensorSpec], outputs: list[TensorSpec]) -> None:
-    """Give a graph's inputs these dtypes, and inputs and outputs, which are in order, these names and dimensions."""
+def set_contract(model: ir.Model, inputs: list[TensorSpec], outputs: list[TensorSpec]) -> None:
+    """Set the dtypes of a graph's inputs, and the names and dimensions of its inputs and outputs.
+
+    Args:
+        inputs: new specs; each name is that of an input of the graph.
+        outputs: new specs in the order of the graph's outputs, which are renamed.
+    """
     import onnx_ir as ir
 
     graph = model.graph
-    for node in graph:  # inner shapes hold the other exporter's symbols
+    for node in graph:  # shapes of inner values hold the other exporter's symbols
         for value in node.outputs:
             if value.shape is not None and not value.shape.is_static():
                 value.shape = None
-    given = {str(value.name): value for value in graph.inputs}
+    declared = {str(value.name): value for value in graph.inputs}
     graph.inputs.clear()
     for spec in inputs:
-        value = given[spec.name]
+        value = declared[spec.name]
         value.shape = ir.Shape(spec.shape)
         dtype = ir.DataType[_ONNX[spec.dtype]]
         if value.dtype != dtype:
@@ -40,7 +45,7 @@ def name_contract(model: ir.Model, inputs: list[TensorSpec], outputs: list[Tenso
 
 
 def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
-    """Let an input take this dtype, and the graph read it in its own."""
+    """Change an input's dtype, and insert a ``Cast`` back to the dtype that the graph reads."""
     import onnx_ir as ir
 
     assert value.dtype is not None
@@ -56,7 +61,7 @@ def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
 def separate_shared_weights(model: ir.Model) -> None:
     """Give each parameter an initializer of its own.
 
-    PyTorch's older exporter stores parameters that are equal once, with an ``Identity`` for each of the others.
+    PyTorch's older exporter stores equal parameters once, and adds an ``Identity`` node for each further parameter.
     """
     import onnx_ir as ir
 
@@ -72,45 +77,46 @@ def separate_shared_weights(model: ir.Model) -> None:
         graph.initializers[name] = own
 
 
-def spread_timestep(original: Original) -> None:
-    """Let the graph take one float32 timestep for each image, where it took one for all and spread it itself.
+def one_timestep_per_image(foreign: ForeignGraph) -> None:
+    """Make the graph take one float32 timestep for each image.
 
-    ``UNet2DConditionModel`` expands what it is given to the batch and embeds it in float32.
+    A foreign graph usually takes a single timestep, because ``UNet2DConditionModel`` expands its timestep to the batch
+    and embeds it in float32. The nodes that expand it are removed.
 
     Raises:
-        ModelError: the graph does not do so.
+        ModelError: the graph has no such nodes, or computes with a timestep of another dtype.
     """
     import onnx_ir as ir
 
-    graph = original.model.graph
+    graph = foreign.model.graph
     old = next(value for value in graph.inputs if value.name == "timestep")
     if old.dtype == ir.DataType.FLOAT and old.shape is not None and len(old.shape) == 1:
-        return  # expanding one for each image changes nothing
-    spread, dtype = old, old.dtype
+        return  # expanding one timestep for each image changes nothing
+    expanded, dtype = old, old.dtype
     chain: list[ir.Node] = []
     while not chain or chain[-1].op_type != "Expand":
-        uses = list(spread.uses())
-        if len(uses) != 1 or uses[0].idx or uses[0].node.op_type not in _KEEP_VALUES:
+        uses = list(expanded.uses())
+        if len(uses) != 1 or uses[0].idx or uses[0].node.op_type not in _VALUE_PRESERVING_OPS:
             raise ModelError(
-                f"{original.path} does not expand its timestep to the batch, as UNets of diffusers do: "
+                f"{foreign.path} does not expand its timestep to the batch, as UNets of diffusers do: "
                 "export it with optimum-cli, or build from PyTorch's weights"
             )
         chain.append(uses[0].node)
-        spread = chain[-1].outputs[0]
+        expanded = chain[-1].outputs[0]
         if chain[-1].op_type == "Cast":
             dtype = ir.DataType(chain[-1].attributes["to"].as_int())
-    if dtype != ir.DataType.FLOAT and not _embeds_in_float32(spread):
-        raise ModelError(f"{original.path} computes with a timestep that is {dtype}: export it with a float32 one")
-    given = ir.Value(name="timestep", shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.FLOAT))
-    spread.replace_all_uses_with(given)
+    if dtype != ir.DataType.FLOAT and not _embeds_in_float32(expanded):
+        raise ModelError(f"{foreign.path} computes with a timestep that is {dtype}: export it with a float32 one")
+    timestep = ir.Value(name="timestep", shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.FLOAT))
+    expanded.replace_all_uses_with(timestep)
     for node in reversed(chain):
         graph.remove(node, safe=True)
-    graph.inputs[list(graph.inputs).index(old)] = given
-    _drop_unused(original.model)
+    graph.inputs[list(graph.inputs).index(old)] = timestep
+    _drop_unused(foreign.model)
 
 
 def _embeds_in_float32(value: ir.Value) -> bool:
-    """Whether all that reads a value makes it float32 first; what is in between is no longer of a known type."""
+    """Return whether every reader of a value casts it to float32 first. Types of values in between are cleared."""
     import onnx_ir as ir
 
     for use in value.uses():

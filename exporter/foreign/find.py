@@ -1,8 +1,8 @@
-"""ONNX files that were made elsewhere, as optimum lays them out: found, checked to be whole, asked for their answers.
+"""Foreign ONNX: files that another exporter wrote, in the folders that optimum uses.
 
     DIR/unet/model.onnx, text_encoder/model.onnx, vae_decoder/model.onnx, ...   each beside its config.json
 
-Only a network without safetensors is taken from its ONNX file: PyTorch's weights can be exported in every way.
+A network is taken from its ONNX file only if it has no safetensors: PyTorch's weights allow every precision and option.
 """
 
 from __future__ import annotations
@@ -18,28 +18,32 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-ORIGINAL_FILE = "model.onnx"
-OPTIMUMS_NAMES = {"ORTUnet": "UNet2DConditionModel", "ORTVaeDecoder": "AutoencoderKL", "ORTVaeEncoder": "AutoencoderKL"}
-"""What a pipeline that optimum loaded and saved again calls its networks, and what they are."""
+FOREIGN_FILE = "model.onnx"
+OPTIMUM_CLASSES = {
+    "ORTUnet": "UNet2DConditionModel",
+    "ORTVaeDecoder": "AutoencoderKL",
+    "ORTVaeEncoder": "AutoencoderKL",
+}
+"""diffusers' classes by the names that optimum writes when it saves a pipeline that it loaded."""
 
 _PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
 _LATENTS = ("sample", "latent_sample")
-_WEIGHED = ("Conv", "MatMul", "Gemm")
+_WEIGHTED_OPS = ("Conv", "MatMul", "Gemm")
 
 
-def made_elsewhere(folder: Path) -> bool:
-    """Whether a network's directory holds an ONNX graph, and no safetensors that PyTorch could load."""
-    return (folder / ORIGINAL_FILE).is_file() and not any(folder.glob("*.safetensors"))
+def is_foreign(folder: Path) -> bool:
+    """Return whether a network's directory holds an ONNX graph and no safetensors."""
+    return (folder / FOREIGN_FILE).is_file() and not any(folder.glob("*.safetensors"))
 
 
 @dataclass(frozen=True)
-class Original:
-    """A network's ONNX file as somebody else wrote it; its weights are left on disk.
+class ForeignGraph:
+    """A network's ONNX graph from another exporter. The weights stay on disk.
 
     Attributes:
-        path: the file.
-        model: the graph, to be changed at will: the file stays as it is.
-        files: the file and those with its weights.
+        path: the ONNX file.
+        model: the graph in memory; changes to it do not change the file.
+        files: the ONNX file and its weight files.
     """
 
     path: Path
@@ -48,65 +52,65 @@ class Original:
 
     @property
     def opset(self) -> int:
-        """Of the default ONNX domain."""
+        """Version of the default ONNX domain."""
         return int(self.model.opset_imports[""])
 
     @property
     def precision(self) -> str:
-        """Of its weights and of its latents or images.
+        """Precision of the weights and of the latents or images: ``fp32``, ``fp16`` or ``bf16``.
 
         Raises:
-            ModelError: it has weights of several precisions, or rounded ones.
+            ModelError: the graph has weights of several precisions, or quantized weights.
         """
         graph = self.model.graph
-        named = {value.dtype.name for value in graph.inputs if value.dtype and value.name in _LATENTS}
+        dtypes = {value.dtype.name for value in graph.inputs if value.dtype and value.name in _LATENTS}
         for node in graph:
-            weight = node.inputs[1] if node.op_type in _WEIGHED and len(node.inputs) > 1 else None
+            weight = node.inputs[1] if node.op_type in _WEIGHTED_OPS and len(node.inputs) > 1 else None
             if weight is not None and weight.is_initializer() and weight.dtype is not None:
-                named.add(weight.dtype.name)
+                dtypes.add(weight.dtype.name)
             elif "Integer" in node.op_type or "QLinear" in node.op_type or "Dequantize" in node.op_type:
-                named.add("rounded weights")
-        if len(named) != 1 or not named <= _PRECISIONS.keys():
+                dtypes.add("rounded weights")
+        if len(dtypes) != 1 or not dtypes <= _PRECISIONS.keys():
             raise ModelError(
-                f"{self.path} computes in {' and '.join(sorted(named)) or 'no precision'}; offcut takes graphs whose "
+                f"{self.path} computes in {' and '.join(sorted(dtypes)) or 'no precision'}; offcut takes graphs whose "
                 "inputs and weights are all fp32, all fp16 or all bf16: export it again in one of these"
             )
-        return _PRECISIONS[named.pop()]
+        return _PRECISIONS[dtypes.pop()]
 
-    def answers(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What ``run`` gives of the untouched file."""
+    def compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the outputs of the unchanged file; see ``run``."""
         return run(self.path, inputs)
 
 
 def run(path: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What ONNX Runtime computes with a file on the CPU: every output by name.
+    """Run an ONNX file with ONNX Runtime on the CPU and return its outputs by name.
 
     Args:
-        path: the ONNX file, its weights where it says.
-        inputs: in the shapes that the file takes; their dtypes are made its.
+        path: the ONNX file, with its weights where the file refers to them.
+        inputs: tensors by name, in shapes that the file accepts. They are cast to the file's dtypes.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
-        ModelError: it does not run the file.
+        ModelError: ONNX Runtime cannot run the file.
     """
     import torch
 
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingExtraError("reading ONNX made elsewhere", "onnxruntime", "cpu") from error
+        raise MissingExtraError("reading foreign ONNX", "onnxruntime", "cpu") from error
     settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3  # its warnings are about its own fusions
+    settings.log_severity_level = 3  # ONNX Runtime warns about its own fusions
     try:
         session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         dtypes = {value.name: value.type for value in session.get_inputs()}
         feed = {name: inputs[name].to(getattr(torch, _TORCH[kind])).numpy() for name, kind in dtypes.items()}
         names = [value.name for value in session.get_outputs()]
-        answers = session.run(names, feed)
-    except Exception as error:  # its exceptions share no public base
+        outputs = session.run(names, feed)
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"ONNX Runtime cannot run {path}: {reason}; export it again") from error
-    return {name: torch.from_numpy(answer) for name, answer in zip(names, answers, strict=True)}
+    return {name: torch.from_numpy(output) for name, output in zip(names, outputs, strict=True)}
 
 
 _TORCH = {
@@ -118,18 +122,18 @@ _TORCH = {
 }
 
 
-def open_original(folder: Path) -> Original:
-    """A network's ONNX file, checked to be whole.
+def open_foreign(folder: Path) -> ForeignGraph:
+    """Open a network's ONNX file, and check that its weight files are complete.
 
     Raises:
-        ModelError: it is damaged, or its weights are missing, cut short or outside its directory.
+        ModelError: the file is damaged, or its weights are missing, truncated or outside its directory.
     """
     import onnx_ir as ir
 
-    path = folder / ORIGINAL_FILE
+    path = folder / FOREIGN_FILE
     try:
         model = ir.load(path)
-    except Exception as error:  # protobuf, onnx and onnx_ir each raise their own
+    except Exception as error:  # protobuf, onnx and onnx_ir each raise exceptions of their own
         raise ModelError(f"{path} is not a readable ONNX file: export or download it again") from error
     files = [path]
     for value in model.graph.initializers.values():
@@ -146,4 +150,4 @@ def open_original(folder: Path) -> Original:
             raise ModelError(f"{file} is cut short: copy or export it again")
         if file not in files:
             files.append(file)
-    return Original(path, model, tuple(files))
+    return ForeignGraph(path, model, tuple(files))

@@ -1,7 +1,7 @@
-"""A pipeline's other networks from ONNX files that were made elsewhere, and the pipeline's index made fit for them.
+"""Text encoders and autoencoders from foreign ONNX, and the pipeline index that diffusers needs for them.
 
-optimum keeps the halves of the autoencoder in folders of their own, and leaves out what it cannot export, such as the
-safety checker; its index still names that.
+optimum writes the encoder and the decoder of an autoencoder to separate folders. It does not export some components,
+such as the safety checker, although its index still names them.
 """
 
 from __future__ import annotations
@@ -17,47 +17,49 @@ from ..load import PRECISIONS, ModelSource, read_index
 from ..specs import TensorSpec
 from ..trace.convert import save
 from ..trace.reference import REFERENCE_FILE
-from .contract import name_contract, separate_shared_weights
-from .find import ORIGINAL_FILE, Original, made_elsewhere, open_original, run
+from .contract import separate_shared_weights, set_contract
+from .find import FOREIGN_FILE, ForeignGraph, is_foreign, open_foreign, run
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-HALVES = ("vae_decoder", "vae_encoder")
+AUTOENCODER_HALVES = ("vae_decoder", "vae_encoder")
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 _NETWORKS = ("text_encoder", "text_encoder_2", "vae")
 
 
-def networks_of(source: ModelSource) -> list[str]:
-    """The components beside an ONNX UNet that are ONNX themselves.
+def foreign_networks(source: ModelSource) -> list[str]:
+    """Return the components of a foreign pipeline, other than the UNet, that are ONNX themselves.
 
     Raises:
-        ModelError: one is neither ONNX nor safetensors.
+        ModelError: a component is neither ONNX nor safetensors.
     """
     if not source.is_pipeline:
         return []
     index = read_index(source.root)
-    named = [name for name in _NETWORKS if (index.get(name) or [None])[0] is not None]
-    found = [name for name in _NETWORKS if made_elsewhere(folder_of(source, name))]
-    for name in named:
-        folder = folder_of(source, name)
-        if name not in found and not any(folder.glob("*.safetensors")):
-            raise ModelError(f"{source.name} has no {folder.name}/{ORIGINAL_FILE}: export it again")
-    return found
+    expected = [name for name in _NETWORKS if (index.get(name) or [None])[0] is not None]
+    foreign = [name for name in _NETWORKS if is_foreign(config_folder(source, name))]
+    for name in expected:
+        folder = config_folder(source, name)
+        if name not in foreign and not any(folder.glob("*.safetensors")):
+            raise ModelError(f"{source.name} has no {folder.name}/{FOREIGN_FILE}: export it again")
+    return foreign
 
 
-def folder_of(source: ModelSource, component: str) -> Path:
-    """Where a component's config lies: the autoencoder's with its decoder, where it has no folder of its own."""
+def config_folder(source: ModelSource, component: str) -> Path:
+    """Return the folder of a component's config; an autoencoder without a folder has its config with its decoder."""
     own = source.component(component)
-    return source.root / HALVES[0] if component == "vae" and not own.is_dir() else own
+    return source.root / AUTOENCODER_HALVES[0] if component == "vae" and not own.is_dir() else own
 
 
-def index_of(source: ModelSource) -> dict[str, Any]:
-    """The pipeline's index as diffusers needs it: classes of diffusers and transformers, and no part that is missing.
+def pipeline_index(source: ModelSource) -> dict[str, Any]:
+    """Return the pipeline's index as diffusers needs it.
+
+    Its classes are those of diffusers and transformers, and components that are missing on disk are None.
 
     Raises:
-        ModelError: there is no readable index, or its pipeline is none of diffusers'.
+        ModelError: the index is not readable, or its pipeline class is not one of diffusers'.
     """
     index = read_index(source.root)
     if not source.onnx:
@@ -71,184 +73,190 @@ def index_of(source: ModelSource) -> dict[str, Any]:
             "give a directory that optimum-cli export onnx wrote"
         )
     index["_class_name"] = kind
-    for half in HALVES:
+    for half in AUTOENCODER_HALVES:
         index.pop(half, None)
     for name in (*_NETWORKS, "unet"):
-        if made_elsewhere(folder := folder_of(source, name)) and (found := exportable(folder) or name == "unet"):
-            index[name] = (
-                ["diffusers", source.config["_class_name"]]
-                if name == "unet"
-                else ["transformers" if found in TEXT_ENCODERS else "diffusers", found]
-            )
-    for name in left_out(source):
+        folder = config_folder(source, name)
+        if not is_foreign(folder):
+            continue
+        if name == "unet":
+            index[name] = ["diffusers", source.config["_class_name"]]
+        elif network_class := exportable(folder):
+            index[name] = ["transformers" if network_class in TEXT_ENCODERS else "diffusers", network_class]
+    for name in missing_components(source):
         index[name] = [None, None]
         if name == "safety_checker":
             index["requires_safety_checker"] = False
     return index
 
 
-def left_out(source: ModelSource) -> list[str]:
-    """Optional components that the pipeline's index names, and that optimum does not export."""
+def missing_components(source: ModelSource) -> list[str]:
+    """Return the optional components that a foreign pipeline's index names and that are missing on disk."""
     index = read_index(source.root) if source.is_pipeline and source.onnx else {}
-    named = [name for name in _OPTIONAL if (index.get(name) or [None])[0] is not None]
-    return [name for name in named if not (source.root / name).is_dir()]
+    expected = [name for name in _OPTIONAL if (index.get(name) or [None])[0] is not None]
+    return [name for name in expected if not (source.root / name).is_dir()]
 
 
-def import_component(source: ModelSource, name: str, out: Path) -> list[ExportedComponent]:
-    """As ``components.export_component``, from ONNX: a text encoder, or both halves of an autoencoder.
+def export_foreign_component(source: ModelSource, name: str, out: Path) -> list[ExportedComponent]:
+    """Convert a foreign text encoder, or both halves of a foreign autoencoder, to what ``export_component`` writes.
 
     Args:
-        name: of ``networks_of``.
-        out: each graph becomes a directory in it, called by the graph's name.
+        name: component, one of ``foreign_networks``.
+        out: directory; each graph gets a subdirectory with the graph's name.
 
     Raises:
-        ModelError: it is of no known class, damaged, or half of it is missing.
+        ModelError: the component's class is unknown, a file is damaged, or half of an autoencoder is missing.
     """
-    folder = folder_of(source, name)
+    folder = config_folder(source, name)
     kind = exportable(folder)
     if kind in TEXT_ENCODERS:
         return [_import_text_encoder(folder, str(kind), name, out)]
     if kind not in AUTOENCODERS:
         there = ", ".join([*TEXT_ENCODERS, *AUTOENCODERS])
         raise ModelError(f"{source.name} has a {name} that offcut cannot take from ONNX: it takes {there}")
-    for half in HALVES:
-        if not made_elsewhere(source.root / half):
+    for half in AUTOENCODER_HALVES:
+        if not is_foreign(source.root / half):
             raise ModelError(f"{source.name} has no {half}/model.onnx, half of its autoencoder: export it again")
-    return [_import_half(source.root / half, out) for half in HALVES]
+    return [_import_half(source.root / half, out) for half in AUTOENCODER_HALVES]
 
 
 def _import_text_encoder(folder: Path, kind: str, name: str, out: Path) -> ExportedComponent:
     import torch
     from safetensors.torch import save as to_bytes
 
-    original = open_original(folder)
+    foreign = open_foreign(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model, whole = original.model, TEXT_ENCODERS[kind]
+    model, pooled = foreign.model, TEXT_ENCODERS[kind]
     width = int(config["hidden_size"])
-    _require(original, ["input_ids"], ["last_hidden_state", whole])
+    _require(foreign, ["input_ids"], ["last_hidden_state", pooled])
     separate_shared_weights(model)
-    norm = _final_norm(original)
-    hidden = _hidden_states(original, int(config["num_hidden_layers"]))
-    dtype = PRECISIONS[original.precision]
+    norm = _final_norm(foreign)
+    hidden = _hidden_states(foreign, int(config["num_hidden_layers"]))
+    dtype = PRECISIONS[foreign.precision]
     tokens = _dims(model.graph.inputs[0], ("batch", "sequence"))
-    given = TensorSpec("input_ids", "int64", tokens)
-    sizes = given.resolve({"batch": 2, "sequence": int(config["max_position_embeddings"])})
+    input_spec = TensorSpec("input_ids", "int64", tokens)
+    sizes = input_spec.resolve({"batch": 2, "sequence": int(config["max_position_embeddings"])})
     ids = torch.randint(0, int(config["vocab_size"]), sizes, generator=torch.Generator().manual_seed(0))
     named = {str(value.name): value for value in model.graph.outputs}
-    wanted = {"last_hidden_state": named["last_hidden_state"]}
-    wanted |= {f"hidden_states_{index}": value for index, value in enumerate(hidden)}
-    wanted[whole] = named[whole]
-    pooled = width if whole == "pooler_output" else int(config["projection_dim"])
-    outputs = [TensorSpec(each, dtype, (tokens[0], pooled) if each == whole else (*tokens, width)) for each in wanted]
-    answers = original.answers({"input_ids": ids})
+    values = {"last_hidden_state": named["last_hidden_state"]}
+    values |= {f"hidden_states_{index}": value for index, value in enumerate(hidden)}
+    values[pooled] = named[pooled]
+    pooled_width = width if pooled == "pooler_output" else int(config["projection_dim"])
+    specs = [TensorSpec(key, dtype, (tokens[0], pooled_width) if key == pooled else (*tokens, width)) for key in values]
+    foreign_outputs = foreign.compute({"input_ids": ids})
     model.graph.outputs.clear()
-    model.graph.outputs.extend(wanted.values())
-    made = _write(original, name, [given], outputs, out)
-    (made.path.parent / NORM_FILE).write_bytes(to_bytes(norm))
-    # The original may not hand out every hidden state; those are this graph's own.
-    kept = run(made.path, {"input_ids": ids})
-    theirs = {each.replace("hidden_states.", "hidden_states_"): answer for each, answer in answers.items()}
-    kept |= {each: answer for each, answer in theirs.items() if each in kept}
-    _keep({"input_ids": ids, **kept}, made)
-    return replace(made, has_norm=True)
+    model.graph.outputs.extend(values.values())
+    component = _write(foreign, name, [input_spec], specs, out)
+    (component.path.parent / NORM_FILE).write_bytes(to_bytes(norm))
+    # The foreign graph may not output every hidden state; the reference takes the others from the converted graph.
+    reference = run(component.path, {"input_ids": ids})
+    for key, output in foreign_outputs.items():
+        key = key.replace("hidden_states.", "hidden_states_")
+        if key in reference:
+            reference[key] = output
+    _write_reference({"input_ids": ids, **reference}, component)
+    return replace(component, has_norm=True)
 
 
 def _import_half(folder: Path, out: Path) -> ExportedComponent:
     import torch
 
-    original = open_original(folder)
+    foreign = open_foreign(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    decodes = folder.name == HALVES[0]
-    given, answer = ("latent_sample", "sample") if decodes else ("sample", "latent_parameters")
-    _require(original, [given], [answer])
-    dtype, scale = PRECISIONS[original.precision], 2 ** (len(config["block_out_channels"]) - 1)
+    is_decoder = folder.name == AUTOENCODER_HALVES[0]
+    foreign_input, foreign_output = ("latent_sample", "sample") if is_decoder else ("sample", "latent_parameters")
+    _require(foreign, [foreign_input], [foreign_output])
+    dtype, scale = PRECISIONS[foreign.precision], 2 ** (len(config["block_out_channels"]) - 1)
     channels = config["latent_channels"]
-    batch, _, *sides = _dims(original.model.graph.inputs[0], ("batch", "channels", "height", "width"))
-    symbols = [f"{scale}*{side}" if decodes else f"{side}/{scale}" for side in sides]
-    sizes = [(side * scale if decodes else side // scale) if isinstance(side, int) else "" for side in sides]
-    sized = [size or symbol for size, symbol in zip(sizes, symbols, strict=True)]
-    name_in, name_out = ("latent_sample", "image") if decodes else ("image", "latent_parameters")
-    inner, outer = (channels, config["out_channels"]) if decodes else (config["in_channels"], 2 * channels)
-    source_spec = TensorSpec(name_in, dtype, (batch, inner, *sides))
-    target_spec = TensorSpec(name_out, dtype, (batch, outer, *sized))
-    step = 1 if decodes else scale
-    shape = source_spec.resolve({"batch": 2, "height": 6 * step, "width": 4 * step})
-    example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(source_spec.torch_dtype())
-    computed = original.answers({given: example})[answer]
-    original.model.graph.inputs[0].name = name_in
-    separate_shared_weights(original.model)
-    made = replace(_write(original, folder.name, [source_spec], [target_spec], out), multiple=step)
-    _keep({name_in: example, name_out: computed}, made)
-    return made
+    batch, _, *sides = _dims(foreign.model.graph.inputs[0], ("batch", "channels", "height", "width"))
+    symbols = [f"{scale}*{side}" if is_decoder else f"{side}/{scale}" for side in sides]
+    sizes = [(side * scale if is_decoder else side // scale) if isinstance(side, int) else "" for side in sides]
+    output_sides = [size or symbol for size, symbol in zip(sizes, symbols, strict=True)]
+    name_in, name_out = ("latent_sample", "image") if is_decoder else ("image", "latent_parameters")
+    channels_in = channels if is_decoder else config["in_channels"]
+    channels_out = config["out_channels"] if is_decoder else 2 * channels
+    input_spec = TensorSpec(name_in, dtype, (batch, channels_in, *sides))
+    output_spec = TensorSpec(name_out, dtype, (batch, channels_out, *output_sides))
+    multiple = 1 if is_decoder else scale
+    shape = input_spec.resolve({"batch": 2, "height": 6 * multiple, "width": 4 * multiple})
+    example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(input_spec.torch_dtype())
+    output = foreign.compute({foreign_input: example})[foreign_output]
+    foreign.model.graph.inputs[0].name = name_in
+    separate_shared_weights(foreign.model)
+    component = replace(_write(foreign, folder.name, [input_spec], [output_spec], out), multiple=multiple)
+    _write_reference({name_in: example, name_out: output}, component)
+    return component
 
 
 def _write(
-    original: Original, name: str, inputs: list[TensorSpec], outputs: list[TensorSpec], out: Path
+    foreign: ForeignGraph, name: str, inputs: list[TensorSpec], outputs: list[TensorSpec], out: Path
 ) -> ExportedComponent:
-    name_contract(original.model, inputs, outputs)
+    set_contract(foreign.model, inputs, outputs)
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
-    save(original.model, folder / GRAPH_FILE, name)
+    save(foreign.model, folder / GRAPH_FILE, name)
     return ExportedComponent(
-        name, folder / GRAPH_FILE, {each.name: each for each in inputs}, {each.name: each for each in outputs}
+        name, folder / GRAPH_FILE, {spec.name: spec for spec in inputs}, {spec.name: spec for spec in outputs}
     )
 
 
-def _keep(tensors: dict[str, torch.Tensor], made: ExportedComponent) -> None:
+def _write_reference(tensors: dict[str, torch.Tensor], component: ExportedComponent) -> None:
     from safetensors.torch import save as to_bytes
 
-    (made.path.parent / REFERENCE_FILE).write_bytes(to_bytes({key: each.contiguous() for key, each in tensors.items()}))
+    stored = to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()})
+    (component.path.parent / REFERENCE_FILE).write_bytes(stored)
 
 
-def _require(original: Original, inputs: list[str], outputs: list[str]) -> None:
-    given = [str(value.name) for value in original.model.graph.inputs]
-    answers = {str(value.name) for value in original.model.graph.outputs}
-    if given != inputs or not set(outputs) <= answers:
+def _require(foreign: ForeignGraph, inputs: list[str], outputs: list[str]) -> None:
+    actual_inputs = [str(value.name) for value in foreign.model.graph.inputs]
+    actual_outputs = {str(value.name) for value in foreign.model.graph.outputs}
+    if actual_inputs != inputs or not set(outputs) <= actual_outputs:
         raise ModelError(
-            f"{original.path} takes {', '.join(given)} and gives {', '.join(sorted(answers))}, not "
-            f"{', '.join(inputs)} and {', '.join(outputs)}: export it with optimum-cli"
+            f"{foreign.path} has the inputs {', '.join(actual_inputs)} and the outputs "
+            f"{', '.join(sorted(actual_outputs))}, not {', '.join(inputs)} and {', '.join(outputs)}: "
+            "export it with optimum-cli"
         )
 
 
 def _dims(value: ir.Value, names: tuple[str, ...]) -> tuple[Any, ...]:
-    """The file's own sizes, where it fixes any, else these symbols."""
+    """Return the dimensions of an input: the size where the file fixes one, otherwise the symbol from ``names``."""
     dims = value.shape.dims if value.shape is not None else (None,) * len(names)
     return tuple(dim if isinstance(dim, int) else name for dim, name in zip(dims, names, strict=True))
 
 
-def _hidden_states(original: Original, layers: int) -> list[ir.Value]:
-    """What each layer of a CLIP text encoder takes, and what the final norm takes: ``layers + 1`` tensors.
+def _hidden_states(foreign: ForeignGraph, layers: int) -> list[ir.Value]:
+    """Return the input of each layer of a CLIP text encoder, and that of its final norm: ``layers + 1`` tensors.
 
-    Graphs hand them out where their pipeline needs them (SDXL); elsewhere they are what the layers' norms read.
+    SDXL's graphs have these tensors as outputs. In other graphs they are the tensors that the layers' norms read.
     """
-    named = {str(value.name): value for value in original.model.graph.outputs}
-    given = [named[name] for index in range(layers + 1) if (name := f"hidden_states.{index}") in named]
-    if len(given) == layers + 1:
-        return given
+    named = {str(value.name): value for value in foreign.model.graph.outputs}
+    outputs = [named[name] for index in range(layers + 1) if (name := f"hidden_states.{index}") in named]
+    if len(outputs) == layers + 1:
+        return outputs
     scopes = [f"encoder/layers.{index}/layer_norm1/" for index in range(layers)] + ["/final_layer_norm/"]
-    return [_read_by(original, scope) for scope in scopes]
+    return [_input_of(foreign, scope) for scope in scopes]
 
 
-def _read_by(original: Original, scope: str) -> ir.Value:
-    """What the nodes of a layer read first that is none of its weights, constants and own values."""
-    for node in original.model.graph:
+def _input_of(foreign: ForeignGraph, scope: str) -> ir.Value:
+    """Return the first tensor that a layer's nodes read and that another layer computes; weights do not count."""
+    for node in foreign.model.graph:
         for value in node.inputs if scope in str(node.name) else ():
-            made_by = value.producer() if value is not None else None
-            if value is not None and made_by is not None and scope not in str(made_by.name) and made_by.inputs:
+            producer = value.producer() if value is not None else None
+            if value is not None and producer is not None and scope not in str(producer.name) and producer.inputs:
                 return value
-    raise ModelError(f"{original.path} has no node {scope}, before which a hidden state is: export it with optimum-cli")
+    raise ModelError(f"{foreign.path} has no node {scope}, before which a hidden state is: export it with optimum-cli")
 
 
-def _final_norm(original: Original) -> dict[str, torch.Tensor]:
-    """The weights of a text encoder's final norm, fp32."""
+def _final_norm(foreign: ForeignGraph) -> dict[str, torch.Tensor]:
+    """Return the weights of a text encoder's final norm in fp32."""
     import torch
 
     weights = {}
     for part in ("weight", "bias"):
         ends = f"final_layer_norm.{part}"
-        initializers = original.model.graph.initializers
+        initializers = foreign.model.graph.initializers
         tensor = next((value.const_value for name, value in initializers.items() if name.endswith(ends)), None)
         if tensor is None:
-            raise ModelError(f"{original.path} has no {ends}: export it with optimum-cli")
+            raise ModelError(f"{foreign.path} has no {ends}: export it with optimum-cli")
         weights[part] = torch.from_numpy(tensor.numpy().astype("float32"))
     return weights

@@ -1,7 +1,7 @@
-"""From a UNet's ONNX file that was made elsewhere to what ``trace.export`` makes of PyTorch's weights.
+"""Conversion of a UNet's foreign ONNX file to the files that ``trace.export`` writes.
 
-The graph stays as it is but for its contract: names of inputs, outputs and dimensions, and one float32 timestep for
-each image. Its answers are ONNX Runtime's, of the untouched file.
+Only the graph's contract changes: the names of its inputs, outputs and dimensions, and one float32 timestep for each
+image. The reference outputs are those of the unchanged file in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ..specs import TensorSpec, symbols
 from ..trace.convert import WEIGHTS_FILE, save
 from ..trace.export import GRAPH_FILE, PARAMETERS_FILE, ExportedUNet, Progress
 from ..trace.parameters import Parameter
-from ..trace.reference import REFERENCE_FILE, keep_answer
-from .contract import name_contract, separate_shared_weights, spread_timestep
-from .find import Original, open_original
+from ..trace.reference import REFERENCE_FILE, save_reference
+from .contract import one_timestep_per_image, separate_shared_weights, set_contract
+from .find import ForeignGraph, open_foreign
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
 
-def import_unet(
+def export_foreign_unet(
     source: ModelSource,
     out: Path,
     *,
@@ -36,40 +36,40 @@ def import_unet(
     dims: Mapping[str, int] | None = None,
     progress: Progress = lambda step: None,
 ) -> ExportedUNet:
-    """Give the ONNX file of a UNet offcut's contract, with its weights beside it and the answers of the original.
+    """Write a foreign UNet with offcut's contract into a directory, with its weights and a reference.
 
     Args:
-        source: of a model that is ONNX.
-        out: the directory; made if it is not there.
-        precision: which must be the file's own.
-        dims: fixes dimensions; those that the file itself fixes must be among them (``fixed_by``).
+        source: a model with ``onnx`` set.
+        out: directory, created if it does not exist.
+        precision: must be the file's own precision.
+        dims: dimensions to fix; must include those that the file itself fixes (``fixed_dims``).
         progress: called with the name of each stage as it begins.
 
     Raises:
-        ModelError: the file is damaged, or no UNet of its config.
+        ModelError: the file is damaged, or its inputs are not those of the UNet in its config.
     """
     progress("read the ONNX file")
     fixed = dict(dims or {})
-    original = open_original(source.folder)
+    foreign = open_foreign(source.folder)
     specs = source.family.specs(source.config, PRECISIONS[precision])
-    check_precision(original, precision)
-    _check_contract(original, specs, fixed)
-    if wrong := sorted(name for name, size in fixed.items() if name not in symbols(specs) or size < 1):
+    check_precision(foreign, precision)
+    _check_contract(foreign, specs, fixed)
+    if invalid := sorted(name for name, size in fixed.items() if name not in symbols(specs) or size < 1):
         raise ModelError(
-            f"dims: {', '.join(wrong)} cannot be fixed; give a size of at least 1 for any of "
+            f"dims: {', '.join(invalid)} cannot be fixed; give a size of at least 1 for any of "
             f"{', '.join(symbols(specs))}"
         )
     multiple = downsampling(source.config)
     out.mkdir(parents=True, exist_ok=True)
-    progress("compute the original's answers")
-    write_original_answer(source, {**example_dims(source.config), **fixed}, out / REFERENCE_FILE, original)
+    progress("compute the reference from the foreign ONNX")
+    write_foreign_reference(source, {**example_dims(source.config), **fixed}, out / REFERENCE_FILE, foreign)
 
     progress("convert")
-    model = original.model
+    model = foreign.model
     noise = source.family.noise(source.config, specs[0].dtype).fixed(fixed)
     separate_shared_weights(model)
-    spread_timestep(original)
-    name_contract(model, [spec.fixed(fixed) for spec in specs], [noise])
+    one_timestep_per_image(foreign)
+    set_contract(model, [spec.fixed(fixed) for spec in specs], [noise])
     parameters = _name_parameters(model, source)
     progress("save")
     save(model, out / GRAPH_FILE, "unet")
@@ -83,91 +83,92 @@ def import_unet(
         parameters=parameters,
         reference=out / REFERENCE_FILE,
         precision=precision,
-        opset=original.opset,
+        opset=foreign.opset,
         multiple=multiple,
     )
 
 
-def check_precision(original: Original, precision: str) -> None:
-    """Refuse another precision than the file has: casting would be neither's answer.
+def check_precision(foreign: ForeignGraph, precision: str) -> None:
+    """Check that a foreign graph has this precision. A graph is never cast: no reference exists for a cast graph.
 
     Raises:
-        ModelError: with the one to ask for.
+        ModelError: the graph has another precision, which the message names.
     """
-    if original.precision != precision:
+    if foreign.precision != precision:
         raise ModelError(
-            f"{original.path} is {original.precision}, which cannot be made {precision}: "
-            f"build with --precision {original.precision}"
+            f"{foreign.path} is {foreign.precision}, which cannot be made {precision}: "
+            f"build with --precision {foreign.precision}"
         )
 
 
-def fixed_by(original: Original, source: ModelSource) -> dict[str, int]:
-    """The dimensions of the contract that the file leaves no choice of."""
-    declared = {str(value.name): value for value in original.model.graph.inputs}
+def fixed_dims(foreign: ForeignGraph, source: ModelSource) -> dict[str, int]:
+    """Return the dimensions that the file itself fixes, by symbol."""
+    declared = {str(value.name): value for value in foreign.model.graph.inputs}
     fixed: dict[str, int] = {}
     for spec in source.family.specs(source.config, "float32"):
         value = declared.get(spec.name)
         if value is None or value.shape is None or len(value.shape) != len(spec.shape) or spec.name == "timestep":
             continue
-        for wanted, dim in zip(spec.shape, value.shape, strict=True):
-            if isinstance(wanted, str) and isinstance(dim, int):
-                fixed[wanted] = dim
+        for symbol, dim in zip(spec.shape, value.shape, strict=True):
+            if isinstance(symbol, str) and isinstance(dim, int):
+                fixed[symbol] = dim
     return fixed
 
 
-def write_original_answer(
-    source: ModelSource, dims: Mapping[str, int], path: Path, original: Original | None = None
+def write_foreign_reference(
+    source: ModelSource, dims: Mapping[str, int], path: Path, foreign: ForeignGraph | None = None
 ) -> None:
-    """Run the untouched file once at these dimensions, and keep inputs and output.
+    """Run the unchanged file once at these dimensions, and write its inputs and output to ``path``.
 
-    The timestep is the same for every image, as most files take just one.
+    The timestep is the same for every image, because most foreign graphs take a single timestep.
     """
     import torch
 
-    original = original or open_original(source.folder)
-    specs = source.family.specs(source.config, PRECISIONS[original.precision])
+    foreign = foreign or open_foreign(source.folder)
+    specs = source.family.specs(source.config, PRECISIONS[foreign.precision])
     inputs = example_inputs(specs, dims)
     inputs["timestep"] = torch.full_like(inputs["timestep"], float(inputs["timestep"][0]))
-    shape = next(value.shape for value in original.model.graph.inputs if value.name == "timestep")
+    shape = next(value.shape for value in foreign.model.graph.inputs if value.name == "timestep")
     size = 0 if not shape else shape[0] if isinstance(shape[0], int) else len(inputs["timestep"])
-    theirs = inputs["timestep"][:size] if size else inputs["timestep"][0]
-    answers = original.answers({**inputs, "timestep": theirs})
-    keep_answer(inputs, next(iter(answers.values())), path)
+    timestep = inputs["timestep"][:size] if size else inputs["timestep"][0]
+    outputs = foreign.compute({**inputs, "timestep": timestep})
+    save_reference(inputs, next(iter(outputs.values())), path)
 
 
-def _check_contract(original: Original, specs: tuple[TensorSpec, ...], fixed: Mapping[str, int]) -> None:
-    declared = {str(value.name): value for value in original.model.graph.inputs}
-    wanted = {spec.name for spec in specs}
-    if declared.keys() != wanted:
+def _check_contract(foreign: ForeignGraph, specs: tuple[TensorSpec, ...], fixed: Mapping[str, int]) -> None:
+    declared = {str(value.name): value for value in foreign.model.graph.inputs}
+    expected_inputs = [spec.name for spec in specs]
+    if declared.keys() != set(expected_inputs):
         raise ModelError(
-            f"{original.path} has the inputs {', '.join(declared) or 'none'}, but the UNet of its config takes "
-            f"{', '.join(spec.name for spec in specs)}: export it again, without what is added to it"
+            f"{foreign.path} has the inputs {', '.join(declared) or 'none'}, but the UNet of its config takes "
+            f"{', '.join(expected_inputs)}: export it again without ControlNets and other additions"
         )
-    if len(original.model.graph.outputs) != 1:
-        raise ModelError(f"{original.path} has {len(original.model.graph.outputs)} outputs, but a UNet has one")
+    if len(foreign.model.graph.outputs) != 1:
+        raise ModelError(f"{foreign.path} has {len(foreign.model.graph.outputs)} outputs, but a UNet has one")
     for spec in specs:
         value = declared[spec.name]
         dims = value.shape.dims if value.shape is not None else ()
         if spec.name == "timestep":
             continue
         if len(dims) != len(spec.shape):
-            raise ModelError(f"{spec.name} of {original.path} has {len(dims)} dimensions, not {len(spec.shape)}")
-        for got, dim in zip(dims, spec.shape, strict=True):
+            raise ModelError(f"{spec.name} of {foreign.path} has {len(dims)} dimensions, not {len(spec.shape)}")
+        for size, dim in zip(dims, spec.shape, strict=True):
             expected = dim if isinstance(dim, int) else fixed.get(dim)
-            if isinstance(got, int) and got != expected:
-                said = f"{dim} = {expected}" if isinstance(dim, str) else str(expected)
-                raise ModelError(f"{spec.name} of {original.path} is fixed to {got}, not {said}: export it again")
+            if isinstance(size, int) and size != expected:
+                label = f"{dim} = {expected}" if isinstance(dim, str) else str(expected)
+                raise ModelError(f"{spec.name} of {foreign.path} is fixed to {size}, not {label}: export it again")
 
 
 def _name_parameters(model: ir.Model, source: ModelSource) -> dict[str, Parameter]:
-    """Call each weight matrix after its parameter, and map the parameters that are stored as they are or transposed.
+    """Rename each weight to its PyTorch parameter, and return the map from parameters to initializers.
 
-    PyTorch's older exporter keeps a parameter's name but where it transposes it for a ``MatMul``, which is called after
-    the layer. Nothing is mapped unless every convolution and linear layer of the UNet's class is found, once.
+    PyTorch's older exporter keeps the name of a parameter, except where it transposes the weight for a ``MatMul``; the
+    name of that node contains the layer's name. The map is empty unless every convolution and linear layer of the
+    UNet's class is found exactly once.
     """
-    expected = _shapes(source)
+    expected = _parameter_shapes(source)
     graph = model.graph
-    found: dict[str, tuple[ir.Value, bool]] = {}
+    matches: dict[str, tuple[ir.Value, bool]] = {}
     for value in list(graph.initializers.values()):
         uses = list(value.uses())
         if len(uses) != 1 or value.shape is None:
@@ -178,15 +179,15 @@ def _name_parameters(model: ir.Model, source: ModelSource) -> dict[str, Paramete
         layer = ".".join(part for part in str(node.name).split("/")[:-1] if part)
         for name in (str(value.name), f"{layer}.weight" if transposed else ""):
             name = name.removeprefix("unet.")
-            if expected.get(name) == (shape[::-1] if transposed else shape) and name not in found:
-                found[name] = (value, transposed)
+            if expected.get(name) == (shape[::-1] if transposed else shape) and name not in matches:
+                matches[name] = (value, transposed)
                 break
-    if any(len(shape) > 1 and name not in found for name, shape in expected.items()):
+    if any(len(shape) > 1 and name not in matches for name, shape in expected.items()):
         return {}
-    taken = graph.initializers.keys() | {str(value.name) for node in graph for value in node.outputs}
+    names_in_use = graph.initializers.keys() | {str(value.name) for node in graph for value in node.outputs}
     parameters = {}
-    for name, (value, transposed) in found.items():
-        if value.name != name and name not in taken:
+    for name, (value, transposed) in matches.items():
+        if value.name != name and name not in names_in_use:
             graph.initializers.pop(str(value.name))
             value.name = name
             graph.initializers[name] = value
@@ -194,8 +195,8 @@ def _name_parameters(model: ir.Model, source: ModelSource) -> dict[str, Paramete
     return parameters
 
 
-def _shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
-    """Of the parameters of the UNet's class, by name."""
+def _parameter_shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters of the UNet's class by name."""
     import diffusers
     import torch
 

@@ -28,7 +28,7 @@ _LARGEST_FP8 = 448.0  # of float8e4m3fn
 
 # What reads the latent and writes the noise prediction, and what all layers take from the timestep and the size: small,
 # and a fault in it is a fault everywhere.
-ALWAYS_KEPT = ("conv_in", "conv_out", "time_*", "*time_emb_proj*", "class_embedding*", "add_embedding*")
+ALWAYS_HIGH_PRECISION = ("conv_in", "conv_out", "time_*", "*time_emb_proj*", "class_embedding*", "add_embedding*")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def find_layers(model: ir.Model) -> list[Layer]:
     return [_layer(node) for node in model.graph if _is_layer(node)]
 
 
-def kept_by_name(layers: Iterable[Layer], patterns: Sequence[str] = ()) -> set[str]:
+def high_precision_layers(layers: Iterable[Layer], patterns: Sequence[str] = ()) -> set[str]:
     """The names of the layers to keep higher: those that always are, and those that the patterns match.
 
     Args:
@@ -95,7 +95,7 @@ def kept_by_name(layers: Iterable[Layer], patterns: Sequence[str] = ()) -> set[s
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ModelError(f"no layer is called {pattern!r}: write e.g. 'mid_block*' or '{names[len(names) // 2]}'")
-    return {name for name in names if any(fnmatchcase(name, each) for each in (*ALWAYS_KEPT, *patterns))}
+    return {name for name in names if any(fnmatchcase(name, each) for each in (*ALWAYS_HIGH_PRECISION, *patterns))}
 
 
 def quantize(graph: Path, out: Path, scheme: Scheme, ranges: Mapping[str, Range], names: Collection[str]) -> None:

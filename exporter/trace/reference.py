@@ -47,10 +47,10 @@ def write_answer(unet: torch.nn.Module, family: Family, inputs: Mapping[str, tor
     }
     with torch.no_grad():
         noise_pred = unet(**family.arguments(given), return_dict=False)[0].cpu()
-    keep_answer(inputs, noise_pred, path)
+    save_reference(inputs, noise_pred, path)
 
 
-def keep_answer(inputs: Mapping[str, torch.Tensor], noise_pred: torch.Tensor, path: Path) -> None:
+def save_reference(inputs: Mapping[str, torch.Tensor], noise_pred: torch.Tensor, path: Path) -> None:
     """Write inputs and output to a file."""
     from safetensors.torch import save
 

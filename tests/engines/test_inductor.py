@@ -20,7 +20,7 @@ from offcut.engines.builder.verify import verify_bundle
 from offcut.engines.precision import bounds
 from offcut.engines.profiles import Profile
 from offcut.errors import BundleError, EngineError, ShapeError
-from offcut.exporter.lora import Scaled, fuse
+from offcut.exporter.lora import ScaledLora, fuse
 
 from .conftest import BF16_CUTS, BF16_SIZES, COMPILED_CUTS
 
@@ -150,7 +150,7 @@ def test_from_one_lora_to_another_and_back_leaves_no_trace(
         assert not any(map(torch.equal, one, other)), "both graphs took other weights"
     unet.close()
     fused = UNet2DConditionModel.from_pretrained(tiny_unet_dir)
-    fuse(fused, [Scaled(loras[0], 0.5)], dict(fused.config))
+    fuse(fused, [ScaledLora(loras[0], 0.5)], dict(fused.config))
     with torch.no_grad():
         expected = fused(sample, 900, text).sample
     assert float((with_a[0] - expected).abs().max()) <= 1e-4

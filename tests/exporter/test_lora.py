@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from support.loras import KINDS, fused_by_diffusers, save_lora
 
 from offcut.errors import ModelError
-from offcut.exporter.lora import Scaled, fuse, read
+from offcut.exporter.lora import ScaledLora, fuse, read
 
 
 def config_of(pipeline: Path) -> dict[str, object]:
@@ -19,7 +19,7 @@ def config_of(pipeline: Path) -> dict[str, object]:
 
 def fused(pipeline: Path, loras: list[tuple[Path, float]]) -> dict[str, torch.Tensor]:
     unet = UNet2DConditionModel.from_pretrained(pipeline / "unet")
-    fuse(unet, [Scaled(path, scale) for path, scale in loras], config_of(pipeline))
+    fuse(unet, [ScaledLora(path, scale) for path, scale in loras], config_of(pipeline))
     return dict(unet.named_parameters())
 
 
@@ -105,7 +105,7 @@ def test_a_lora_of_another_model_is_refused_and_nothing_changed(tiny_pipeline_di
     unet = UNet2DConditionModel.from_pretrained(tiny_pipeline_dir / "unet")
     before = {key: value.clone() for key, value in unet.state_dict().items()}
     with pytest.raises(ModelError, match=r"bad is for another model: its .*to_k is 16 x 768"):
-        fuse(unet, [Scaled(good), Scaled(tmp_path / "bad.safetensors")], config_of(tiny_pipeline_dir))
+        fuse(unet, [ScaledLora(good), ScaledLora(tmp_path / "bad.safetensors")], config_of(tiny_pipeline_dir))
     assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
 
 
@@ -142,8 +142,8 @@ def test_a_path_that_holds_none_is_refused(tiny_pipeline_dir: Path, tmp_path: Pa
 
 
 def test_a_scale_is_written_behind_the_file(tmp_path: Path) -> None:
-    assert Scaled.parse("a/b.safetensors") == Scaled(Path("a/b.safetensors"), 1.0)
-    assert Scaled.parse("a/b.safetensors:0.5") == Scaled(Path("a/b.safetensors"), 0.5)
-    assert Scaled.parse("C:/b.safetensors") == Scaled(Path("C:/b.safetensors"))
+    assert ScaledLora.parse("a/b.safetensors") == ScaledLora(Path("a/b.safetensors"), 1.0)
+    assert ScaledLora.parse("a/b.safetensors:0.5") == ScaledLora(Path("a/b.safetensors"), 0.5)
+    assert ScaledLora.parse("C:/b.safetensors") == ScaledLora(Path("C:/b.safetensors"))
     with pytest.raises(ModelError, match="no scale"):
-        Scaled.parse("b.safetensors:half")
+        ScaledLora.parse("b.safetensors:half")

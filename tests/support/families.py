@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from support.models import _lively, save_unet
+from support.models import save_unet, with_lively_weights
 from support.unets import UNCONDITIONAL
 
 SMALL = {"sample_size": 16, "block_out_channels": (8, 16), "use_linear_projection": True}
@@ -58,7 +58,7 @@ def save_family_model(name: str, path: Path, pipeline: Path) -> None:
 
     if name not in UNETS:
         torch.manual_seed(0)
-        _lively(diffusers.UNet2DModel(**UNCONDITIONALS[name])).save_pretrained(path)
+        with_lively_weights(diffusers.UNet2DModel(**UNCONDITIONALS[name])).save_pretrained(path)
         return
     if name != "sd":
         save_unet(path, **UNETS[name])

@@ -24,7 +24,7 @@ def save_unet(path: Path, **overrides: Any) -> Path:
         "attention_head_dim": 2,
         "norm_num_groups": 4,
     }
-    _lively(UNet2DConditionModel(**{**settings, **overrides})).save_pretrained(path)
+    with_lively_weights(UNet2DConditionModel(**{**settings, **overrides})).save_pretrained(path)
     return path
 
 
@@ -60,7 +60,7 @@ def save_stable_diffusion(path: Path) -> Path:
     )
     StableDiffusionPipeline(
         **text_to_latent_parts(path, width=32),
-        unet=_lively(unet),
+        unet=with_lively_weights(unet),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -94,7 +94,7 @@ def save_stable_diffusion_xl(path: Path) -> Path:
         projection_class_embeddings_input_dim=6 * 4 + 20,
     )
     StableDiffusionXLPipeline(
-        **parts, text_encoder_2=second, tokenizer_2=tokenizer, unet=_lively(unet), add_watermarker=False
+        **parts, text_encoder_2=second, tokenizer_2=tokenizer, unet=with_lively_weights(unet), add_watermarker=False
     ).save_pretrained(path)
     return path
 
@@ -129,7 +129,7 @@ def text_to_latent_parts(path: Path, width: int) -> dict[str, Any]:
     return {"vae": vae, "text_encoder": CLIPTextModel(text), "tokenizer": tokenizer, "scheduler": scheduler}
 
 
-def _lively(unet: torch.nn.Module) -> Any:
+def with_lively_weights(unet: torch.nn.Module) -> Any:
     """Norm weights that are not all alike, as in a trained model; equal ones hide mix-ups of initializers."""
     with torch.no_grad():
         for parameter in unet.parameters():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from support.models import _lively, save_unet
+from support.models import save_unet, with_lively_weights
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -51,7 +51,7 @@ def save_family(name: str, path: Path) -> Path:
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)
-    _lively(UNet2DModel(**UNCONDITIONAL)).save_pretrained(path)
+    with_lively_weights(UNet2DModel(**UNCONDITIONAL)).save_pretrained(path)
     return path
 
 

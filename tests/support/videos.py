@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from support.models import _lively, text_to_latent_parts
+from support.models import text_to_latent_parts, with_lively_weights
 
 SKIPS = {"svd": 4, "animatediff": 4, "text-to-video": 4}
 """Each family with the number of its skip connections."""
@@ -57,7 +57,7 @@ def new_unet(name: str) -> Any:
         for parameter in unet.parameters():
             if not parameter.any():
                 parameter.copy_(0.1 * torch.randn_like(parameter))
-    return _lively(unet).eval()
+    return with_lively_weights(unet).eval()
 
 
 def save_video_unet(name: str, path: Path) -> Path:

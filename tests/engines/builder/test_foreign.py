@@ -1,4 +1,4 @@
-"""Bundles from ONNX that was made elsewhere: what a build takes, refuses and says of them."""
+"""Bundles from foreign ONNX: what a build accepts, refuses and reports."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from offcut.engines.builder.verify import verify_bundle
 from offcut.errors import EngineError, ModelError, UserError
 
 
-def test_a_bundle_says_what_it_was_held_against(elsewhere_bundle: Path) -> None:
-    bundle = offcut.Bundle.open(elsewhere_bundle)
+def test_a_bundle_says_what_it_was_held_against(foreign_bundle: Path) -> None:
+    bundle = offcut.Bundle.open(foreign_bundle)
     assert bundle.manifest.source.onnx
     assert list(bundle.manifest.variants) == ["fp32-opset18"]
     assert [entry.name for entry in bundle.manifest.components] == ["text_encoder", "vae_decoder", "vae_encoder"]
@@ -29,25 +29,25 @@ def test_a_bundle_says_what_it_was_held_against(elsewhere_bundle: Path) -> None:
         assert not any("PyTorch" in name for name in found)
     exact = next(found for key, found in checks.items() if key.startswith("onnxruntime"))
     assert exact["full against the original ONNX"].error == 0
-    shown = CliRunner().invoke(app, ["inspect", str(elsewhere_bundle)])
-    assert "from ONNX that was made elsewhere" in shown.stdout
+    shown = CliRunner().invoke(app, ["inspect", str(foreign_bundle)])
+    assert "from foreign ONNX" in shown.stdout
 
 
-def test_no_weights_of_pytorch_are_needed_or_made(elsewhere_dir: Path, elsewhere_bundle: Path) -> None:
-    assert not list(elsewhere_dir.rglob("*.safetensors"))
-    kept = {path.name for path in elsewhere_bundle.rglob("*.safetensors")}
+def test_no_weights_of_pytorch_are_needed_or_made(foreign_dir: Path, foreign_bundle: Path) -> None:
+    assert not list(foreign_dir.rglob("*.safetensors"))
+    kept = {path.name for path in foreign_bundle.rglob("*.safetensors")}
     assert kept == {"reference.safetensors", "final_layer_norm.safetensors"}
 
 
-def test_a_bundle_is_added_to(elsewhere_dir: Path, elsewhere_bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_is_added_to(foreign_dir: Path, foreign_bundle: Path, tmp_path: Path) -> None:
     """Another cut, without another import; and another file is another model."""
-    copy = Path(shutil.copytree(elsewhere_bundle, tmp_path / "copy.offcut"))
+    copy = Path(shutil.copytree(foreign_bundle, tmp_path / "copy.offcut"))
     said: list[str] = []
-    bundle = offcut.build(elsewhere_dir, copy, cuts=["deepcache:7"], engine="onnxruntime", progress=said.append)
+    bundle = offcut.build(foreign_dir, copy, cuts=["deepcache:7"], engine="onnxruntime", progress=said.append)
     assert "deepcache:7" in bundle.cuts
     assert "reuse the export fp32-opset18, cut it again" in said
     assert "reuse the networks around the UNet, fp32-opset18" in said
-    other = Path(shutil.copytree(elsewhere_dir, tmp_path / "other"))
+    other = Path(shutil.copytree(foreign_dir, tmp_path / "other"))
     with (other / "unet" / "model.onnx").open("ab") as file:
         file.write(b"\x12\x01x")  # another producer_name
     with pytest.raises(UserError, match="holds another model"):
@@ -71,37 +71,37 @@ def test_a_bundle_is_added_to(elsewhere_dir: Path, elsewhere_bundle: Path, tmp_p
     ],
 )
 def test_what_needs_the_weights_is_refused_in_one_sentence(
-    settings: dict[str, Any], error: type[UserError], sentence: str, elsewhere_dir: Path, tmp_path: Path
+    settings: dict[str, Any], error: type[UserError], sentence: str, foreign_dir: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=sentence):
-        offcut.build(elsewhere_dir, tmp_path / "b.offcut", **{"engine": "onnxruntime", **settings})
+        offcut.build(foreign_dir, tmp_path / "b.offcut", **{"engine": "onnxruntime", **settings})
     assert not (tmp_path / "b.offcut" / "offcut.json").exists()
 
 
-def test_a_lora_is_for_the_run(elsewhere_dir: Path, tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+def test_a_lora_is_for_the_run(foreign_dir: Path, tiny_pipeline_dir: Path, tmp_path: Path) -> None:
     from support.loras import save_lora
 
     lora = save_lora("kohya", tiny_pipeline_dir, tmp_path / "lora")
     with pytest.raises(ModelError, match="cannot be given a LoRA in its weights: give it to offcut run --lora"):
-        offcut.build(elsewhere_dir, tmp_path / "b.offcut", engine="onnxruntime", loras={lora: 1.0})
+        offcut.build(foreign_dir, tmp_path / "b.offcut", engine="onnxruntime", loras={lora: 1.0})
 
 
-def test_a_bare_unet_makes_a_bundle_without_a_pipeline(elsewhere_dir: Path, tmp_path: Path) -> None:
-    bundle = offcut.build(elsewhere_dir / "unet", tmp_path / "b.offcut", engine="onnxruntime")
+def test_a_bare_unet_makes_a_bundle_without_a_pipeline(foreign_dir: Path, tmp_path: Path) -> None:
+    bundle = offcut.build(foreign_dir / "unet", tmp_path / "b.offcut", engine="onnxruntime")
     assert bundle.manifest.pipeline is None
     assert bundle.manifest.components == ()
 
 
 @pytest.mark.slow
-def test_a_compiling_engine_needs_one_beside_it(elsewhere_dir: Path, tmp_path: Path) -> None:
+def test_a_compiling_engine_needs_one_beside_it(foreign_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     settings: dict[str, Any] = {
         "settings": {"tensorrt-rtx": {"compute_capabilities": ("89",)}},
         "profiles": Sizes(static=("64x64",)),
     }
     with pytest.raises(EngineError, match="holds text_encoder, vae as ONNX too: name onnxruntime or"):
-        offcut.build(elsewhere_dir, tmp_path / "a.offcut", engine="tensorrt-rtx", **settings)
-    bundle = offcut.build(elsewhere_dir, tmp_path / "b.offcut", engine=["tensorrt-rtx", "onnxruntime"], **settings)
+        offcut.build(foreign_dir, tmp_path / "a.offcut", engine="tensorrt-rtx", **settings)
+    bundle = offcut.build(foreign_dir, tmp_path / "b.offcut", engine=["tensorrt-rtx", "onnxruntime"], **settings)
     entry = next(each for each in bundle.manifest.engines.values() if each.engine == "tensorrt-rtx")
     assert entry.compiled
     assert not entry.verified
@@ -138,10 +138,10 @@ def test_what_optimum_wrote_is_built_and_run(save: Any, tmp_path: Path) -> None:
     assert (images["onnx", True] - images["onnx", False]).abs().max() > 1e-4
 
 
-def test_peers_have_no_model_to_load(elsewhere_bundle: Path) -> None:
+def test_peers_have_no_model_to_load(foreign_bundle: Path) -> None:
     """``offcut bench latency`` then says so, in place of loading a directory without weights."""
     from offcut.benchmarks.latency.resolve import find_model
 
-    found, why = find_model(offcut.Bundle.open(elsewhere_bundle), None)
+    found, why = find_model(offcut.Bundle.open(foreign_bundle), None)
     assert found is None
     assert "the peers need the PyTorch weights of" in why

@@ -16,7 +16,7 @@ import offcut.engines.builder.text_loras as text_loras_module
 from offcut.engines.builder.text_loras import fused_text_encoders
 from offcut.errors import ModelError
 from offcut.exporter.load import ModelSource, locate
-from offcut.exporter.lora import Scaled
+from offcut.exporter.lora import ScaledLora
 
 Loras = Sequence[tuple[Path, float]]
 WEIGHTS = "model.safetensors"
@@ -35,7 +35,7 @@ def files(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def fuse(tmp_path: Path) -> Callable[..., ModelSource]:
     def run(pipeline: Path, loras: Loras, variant: str | None = None) -> ModelSource:
-        source = locate(pipeline, loras=[Scaled(path, scale) for path, scale in loras], variant=variant)
+        source = locate(pipeline, loras=[ScaledLora(path, scale) for path, scale in loras], variant=variant)
         return fused_text_encoders(source, tmp_path / "fused", lambda sentence: None)
 
     return run
@@ -180,6 +180,6 @@ def test_without_peft_it_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(text_loras_module, "find_spec", lambda name: None)
-    assert fuse(tiny_pipeline_dir, [(files["unet"], 1.0)]).parts == {}
+    assert fuse(tiny_pipeline_dir, [(files["unet"], 1.0)]).components == {}
     with pytest.raises(ModelError, match="which diffusers fuses with peft: pip install peft"):
         fuse(tiny_pipeline_dir, [(files["kohya"], 1.0)])

@@ -1,7 +1,7 @@
 """A pair of plans for every family of the README's table, built for real, for a GPU that is not here.
 
-Stable Diffusion's is ``test_compile``'s, Stable Video Diffusion's ``test_video``'s, that of ONNX made elsewhere
-``engines/test_imported``'s. The exports are other tests' too.
+Stable Diffusion's is ``test_compile``'s, Stable Video Diffusion's ``test_video``'s, that of foreign ONNX
+``runtime/test_foreign``'s. The exports are other tests' too.
 """
 
 from __future__ import annotations

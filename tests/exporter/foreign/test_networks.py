@@ -15,15 +15,20 @@ from support.foreign import save_text_encoder_as_optimum
 from support.unets import largest_difference, run
 
 from offcut.errors import ModelError
-from offcut.exporter.foreign.networks import import_component, index_of, left_out, networks_of
+from offcut.exporter.foreign.networks import (
+    export_foreign_component,
+    foreign_networks,
+    missing_components,
+    pipeline_index,
+)
 from offcut.exporter.load import locate
 
 ENGINES = ["onnxruntime", "openvino"]
 
 
 @pytest.fixture
-def pipeline(elsewhere_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(elsewhere_dir, tmp_path / "pipeline"))
+def pipeline(foreign_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(foreign_dir, tmp_path / "pipeline"))
 
 
 def edit_index(pipeline: Path, **changes: object) -> None:
@@ -31,16 +36,14 @@ def edit_index(pipeline: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_a_text_encoder_hands_out_its_hidden_states(
-    elsewhere_dir: Path, tiny_pipeline_dir: Path, tmp_path: Path
-) -> None:
+def test_a_text_encoder_hands_out_its_hidden_states(foreign_dir: Path, tiny_pipeline_dir: Path, tmp_path: Path) -> None:
     """Which Stable Diffusion's export does not, and which clip_skip needs."""
     from safetensors.torch import load_file
     from transformers import CLIPTextModel
 
-    theirs = onnx.load(elsewhere_dir / "text_encoder" / "model.onnx").graph
+    theirs = onnx.load(foreign_dir / "text_encoder" / "model.onnx").graph
     assert [value.name for value in theirs.output] == ["last_hidden_state", "pooler_output"]
-    (made,) = import_component(locate(elsewhere_dir), "text_encoder", tmp_path)
+    (made,) = export_foreign_component(locate(foreign_dir), "text_encoder", tmp_path)
     hidden = [f"hidden_states_{index}" for index in range(3)]
     assert list(made.outputs) == ["last_hidden_state", *hidden, "pooler_output"]
     assert str(made.inputs["input_ids"]) == "input_ids: int64[batch, sequence]"
@@ -67,7 +70,7 @@ def test_hidden_states_are_found_where_norms_are_many_nodes(
 
     eager = CLIPTextModel.from_pretrained(tiny_pipeline_dir / "text_encoder").eval()
     save_text_encoder_as_optimum(eager, pipeline / "text_encoder" / "model.onnx", opset=14)
-    (made,) = import_component(locate(pipeline), "text_encoder", tmp_path / "out")
+    (made,) = export_foreign_component(locate(pipeline), "text_encoder", tmp_path / "out")
     ids = torch.randint(0, 26, (2, 16), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = eager(ids, output_hidden_states=True)
@@ -87,16 +90,16 @@ def test_ids_of_32_bits_are_taken_as_64(pipeline: Path, tmp_path: Path) -> None:
     model.graph.node.insert(0, helper.make_node("Cast", [name], ["wide"], to=TensorProto.INT64))
     model.graph.input[0].type.tensor_type.elem_type = TensorProto.INT32
     onnx.save(model, file)
-    (made,) = import_component(locate(pipeline), "text_encoder", tmp_path / "out")
+    (made,) = export_foreign_component(locate(pipeline), "text_encoder", tmp_path / "out")
     assert made.inputs["input_ids"].dtype == "int64"
     got = run("onnxruntime", made.path, {"input_ids": torch.ones(1, 16, dtype=torch.int64)})
     assert torch.equal(got["pooler_output"], whole["pooler_output"])
 
 
-def test_an_autoencoder_is_two_graphs(elsewhere_dir: Path, tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+def test_an_autoencoder_is_two_graphs(foreign_dir: Path, tiny_pipeline_dir: Path, tmp_path: Path) -> None:
     from diffusers import AutoencoderKL
 
-    decoder, encoder = import_component(locate(elsewhere_dir), "vae", tmp_path)
+    decoder, encoder = export_foreign_component(locate(foreign_dir), "vae", tmp_path)
     assert str(decoder.outputs["image"]) == "image: float32[batch, 3, 4*height, 4*width]"
     assert str(encoder.outputs["latent_parameters"]) == "latent_parameters: float32[batch, 8, height/4, width/4]"
     assert (decoder.multiple, encoder.multiple) == (1, 4)
@@ -125,9 +128,9 @@ def test_the_index_names_what_is_there(pipeline: Path) -> None:
         file = pipeline / name / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": kind}))
     source = locate(pipeline)
-    assert networks_of(source) == ["text_encoder", "vae"]
-    assert left_out(source) == ["safety_checker"]
-    index = index_of(source)
+    assert foreign_networks(source) == ["text_encoder", "vae"]
+    assert missing_components(source) == ["safety_checker"]
+    index = pipeline_index(source)
     assert index["_class_name"] == "StableDiffusionPipeline"
     assert index["safety_checker"] == [None, None]
     assert index["requires_safety_checker"] is False
@@ -170,9 +173,9 @@ def test_what_cannot_be_taken_is_one_sentence(
     source = locate(pipeline)
 
     def take() -> None:
-        for name in networks_of(source):
-            import_component(source, name, tmp_path / "out")
-        index_of(source)
+        for name in foreign_networks(source):
+            export_foreign_component(source, name, tmp_path / "out")
+        pipeline_index(source)
 
     with pytest.raises(ModelError, match=sentence):
         take()

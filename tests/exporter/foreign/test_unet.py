@@ -1,4 +1,4 @@
-"""A UNet's ONNX file that was made elsewhere under offcut's contract: equal answers, cut alike, its weights named."""
+"""Foreign UNets under offcut's contract: equal outputs, the same cuts, named weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from support.unets import eager, largest_difference, random_inputs, run, save_fa
 
 from offcut.errors import CutError, ModelError
 from offcut.exporter.cut import find_cuts, split_all
-from offcut.exporter.foreign.find import made_elsewhere, open_original
-from offcut.exporter.foreign.unet import fixed_by, import_unet
+from offcut.exporter.foreign.find import is_foreign, open_foreign
+from offcut.exporter.foreign.unet import export_foreign_unet, fixed_dims
 from offcut.exporter.load import load_unet, locate
 from offcut.exporter.trace.export import ExportedUNet
 from offcut.exporter.trace.parameters import StoredWeights
@@ -60,7 +60,7 @@ def damaged(saved: Callable[..., tuple[Path, Path]], tmp_path: Path) -> Path:
 
 
 def imported(folder: Path, out: Path, **settings: Any) -> ExportedUNet:
-    return import_unet(locate(folder), out, **{"precision": "fp32", **settings})
+    return export_foreign_unet(locate(folder), out, **{"precision": "fp32", **settings})
 
 
 @pytest.mark.parametrize("timestep", TIMESTEPS)
@@ -173,7 +173,7 @@ def test_a_file_of_one_size_keeps_it(saved: Callable[..., tuple[Path, Path]], tm
     folder.mkdir()
     shutil.copyfile(dynamic / "config.json", folder / "config.json")
     save_unet_as_optimum(load_unet(locate(model)), folder / "model.onnx", dynamic=False)
-    sizes = fixed_by(open_original(folder), locate(folder))
+    sizes = fixed_dims(open_foreign(folder), locate(folder))
     assert sizes == {"batch": 2, "height": 16, "width": 16, "sequence": 7}
     with pytest.raises(ModelError, match=r"sample of .* is fixed to 2, not batch = 1: export it again"):
         imported(folder, tmp_path / "other", dims={**sizes, "batch": 1})
@@ -205,7 +205,7 @@ def test_weights_of_pytorch_come_first(saved: Callable[..., tuple[Path, Path]], 
     assert locate(folder).onnx
     both = Path(shutil.copytree(model, tmp_path / "both"))
     shutil.copyfile(folder / "model.onnx", both / "model.onnx")
-    assert not made_elsewhere(both)
+    assert not is_foreign(both)
     assert not locate(both).onnx
     with pytest.raises(ModelError, match="holds its UNet as ONNX, without the weights for PyTorch that this needs"):
         load_unet(locate(folder))
@@ -304,7 +304,7 @@ def test_a_bad_file_is_one_sentence(
 def test_weights_beside_the_graph_are_taken(damaged: Path, tmp_path: Path) -> None:
     """As those of a large model are stored; the copy is one file."""
     _externalise(damaged)
-    assert [file.name for file in open_original(damaged).files] == ["model.onnx", "model.data"]
+    assert [file.name for file in open_foreign(damaged).files] == ["model.onnx", "model.data"]
     graph = imported(damaged, tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "unet.onnx", "weights.data", "parameters.json", "reference.safetensors",

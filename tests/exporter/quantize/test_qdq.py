@@ -13,7 +13,7 @@ from support.unets import largest_difference, random_inputs, run
 from offcut.errors import ModelError
 from offcut.exporter.cut import find_cuts, split
 from offcut.exporter.quantize.histogram import Range
-from offcut.exporter.quantize.qdq import Layer, Scheme, find_layers, kept_by_name, quantize, shadow
+from offcut.exporter.quantize.qdq import Layer, Scheme, find_layers, high_precision_layers, quantize, shadow
 from offcut.exporter.trace.export import ExportedUNet
 
 from ..conftest import Family
@@ -42,7 +42,7 @@ def everywhere(layers: list[Layer], within: Range) -> dict[str, Range]:
 
 
 def rounded(made: ExportedUNet, layers: list[Layer], scheme: Scheme, out: Path) -> tuple[Path, set[str]]:
-    names = {layer.name for layer in layers} - kept_by_name(layers)
+    names = {layer.name for layer in layers} - high_precision_layers(layers)
     quantize(made.path, out / "unet.onnx", scheme, everywhere(layers, Range(-8.0, 8.0)), names)
     return out / "unet.onnx", names
 
@@ -54,13 +54,13 @@ def test_layers_are_named_as_in_pytorch(layers: list[Layer]) -> None:
 
 
 def test_some_layers_are_always_kept_and_others_by_pattern(layers: list[Layer]) -> None:
-    always = kept_by_name(layers)
+    always = high_precision_layers(layers)
     assert {"conv_in", "conv_out", "time_embedding.linear_1", "mid_block.resnets.0.time_emb_proj"} <= always
     assert "mid_block.resnets.0.conv1" not in always
-    more = kept_by_name(layers, ["mid_block*"])
+    more = high_precision_layers(layers, ["mid_block*"])
     assert more - always == {layer.name for layer in layers if layer.name.startswith("mid_block")} - always
     with pytest.raises(ModelError, match="no layer is called 'nothing'"):
-        kept_by_name(layers, ["nothing"])
+        high_precision_layers(layers, ["nothing"])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.label}-{scheme.activations}")
@@ -136,7 +136,7 @@ def test_twins_measure_what_rounding_a_layer_costs(
 
     for file in (made.path, made.weights):
         shutil.copyfile(file, tmp_path / file.name)
-    names = {layer.name for layer in layers} - kept_by_name(layers)
+    names = {layer.name for layer in layers} - high_precision_layers(layers)
     inputs = random_inputs(plain.model, batch=2, height=8, width=8)
     noise: dict[float, list[float]] = {}
     for width in (8.0, 64.0):

@@ -1,4 +1,4 @@
-"""Pipelines of bundles from ONNX that was made elsewhere, held against those of the same model's PyTorch weights."""
+"""Pipelines of bundles from foreign ONNX, compared with pipelines of the same model's PyTorch weights."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def test_images_are_those_of_the_weights(elsewhere_bundle: Path, tiny_bundle: Path, engine: str) -> None:
+def test_images_are_those_of_the_weights(foreign_bundle: Path, tiny_bundle: Path, engine: str) -> None:
     """With the same seed, uncached and cached at two cuts."""
-    pipes = [offcut.load(bundle, engine, threads=1) for bundle in (elsewhere_bundle, tiny_bundle)]
+    pipes = [offcut.load(bundle, engine, threads=1) for bundle in (foreign_bundle, tiny_bundle)]
     uncached = [image(pipe, num_images_per_prompt=2) for pipe in pipes]
     assert difference(*uncached) < TOLERANCE
     for cut in ("deepcache:0", "mlperf"):
@@ -47,10 +47,10 @@ def test_images_are_those_of_the_weights(elsewhere_bundle: Path, tiny_bundle: Pa
         pipe.unet.close()
 
 
-def test_clips_last_layers_may_be_skipped_and_images_go_in(elsewhere_bundle: Path, tiny_pipeline_dir: Path) -> None:
+def test_clips_last_layers_may_be_skipped_and_images_go_in(foreign_bundle: Path, tiny_pipeline_dir: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    ours = offcut.load(elsewhere_bundle, "onnxruntime", threads=1)
+    ours = offcut.load(foreign_bundle, "onnxruntime", threads=1)
     parts = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir).components
     img2img = offcut.attach(StableDiffusionImg2ImgPipeline(**ours.components, requires_safety_checker=False), ours.unet)
     eager = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
@@ -62,12 +62,12 @@ def test_clips_last_layers_may_be_skipped_and_images_go_in(elsewhere_bundle: Pat
 
 
 def test_a_lora_goes_on_and_off_as_with_weights(
-    elsewhere_bundle: Path, tiny_bundle: Path, tiny_pipeline_dir: Path, tmp_path: Path, engine: str
+    foreign_bundle: Path, tiny_bundle: Path, tiny_pipeline_dir: Path, tmp_path: Path, engine: str
 ) -> None:
     """The weights that it changes are found by the names of the graph's nodes."""
     lora = save_lora("kohya", tiny_pipeline_dir, tmp_path, seed=1)
     answers = []
-    for bundle in (elsewhere_bundle, tiny_bundle):
+    for bundle in (foreign_bundle, tiny_bundle):
         unet = offcut.UNet.load(bundle, engine, threads=1)
         unet.set_schedule(Uniform(3))
         generator = torch.Generator().manual_seed(0)
@@ -89,16 +89,16 @@ def test_a_lora_goes_on_and_off_as_with_weights(
 
 
 def test_weights_without_names_take_no_lora(
-    elsewhere_bundle: Path, tiny_pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    foreign_bundle: Path, tiny_pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from offcut.exporter.trace.parameters import StoredWeights
 
-    unet = offcut.UNet.load(elsewhere_bundle, "onnxruntime", threads=1)
-    bundle = Bundle.open(elsewhere_bundle)
+    unet = offcut.UNet.load(foreign_bundle, "onnxruntime", threads=1)
+    bundle = Bundle.open(foreign_bundle)
     graphs = bundle.manifest.variants["fp32-opset18"].graphs
     assert graphs is not None
     (tmp_path / "none.json").write_text("{}")
-    unet._stored = lambda: StoredWeights(elsewhere_bundle / graphs.full, tmp_path / "none.json")
+    unet._stored = lambda: StoredWeights(foreign_bundle / graphs.full, tmp_path / "none.json")
     with pytest.raises(UserError, match="was built from ONNX whose weights do not name their layers"):
         unet.load_lora(save_lora("kohya", tiny_pipeline_dir, tmp_path / "lora"))
     assert unet.loras == {}
