@@ -76,6 +76,8 @@ def _replace(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
             with graph.inserting_before(node):
                 copy = graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
             copy.meta["val"] = source.meta["val"].clone(memory_format=torch.contiguous_format)
+            sizes = zip(shape, node.meta["val"].shape, strict=True)
+            shape = [known if dim == -1 and isinstance(known, int) else dim for dim, known in sizes]
             node.target, node.args = aten.view.default, (copy, shape)
         case aten.chunk.default, (source, count, *axis):
             axis = axis[0] if axis else 0
