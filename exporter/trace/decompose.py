@@ -7,6 +7,7 @@ conversion to ONNX. Most UNets need five trivial decompositions, which this modu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import isbuiltin
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,11 +50,11 @@ def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
 
 
 def _needs_trace(node: torch.fx.Node, table: Mapping[Any, Any]) -> bool:
-    import torch
-
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target in table or node.target._schema.is_mutable
-    return isinstance(node.target, torch._ops.HigherOrderOperator)
+    """Return whether an operator is in the table, writes to its input, or is neither an ATen nor a Python operator."""
+    namespace, _, name = str(node.target).partition(".")
+    if namespace != "aten":
+        return not isbuiltin(node.target)
+    return node.target in table or name.partition(".")[0].endswith("_")
 
 
 def _replace(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
