@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from ..runtime.tuning.artifact import Tuned
     from ..runtime.tuning.document import ReportRow
 
-_TARGET = {"rich_help_panel": "Target (give one)"}
-_CONDITIONS = {"rich_help_panel": "Conditions"}
-_SEARCH = {"rich_help_panel": "Search"}
+_TARGET: dict[str, Any] = {"rich_help_panel": "Target (give one)"}
+_CONDITIONS: dict[str, Any] = {"rich_help_panel": "Conditions"}
+_SEARCH: dict[str, Any] = {"rich_help_panel": "Search"}
 
 
 def _speed_up(text: str) -> float:

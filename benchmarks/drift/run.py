@@ -171,8 +171,8 @@ class _Errors:
                 continue
             self._cuts[call], self._lasts[call] = cut, last
             for name in self._by_cut[cut]:
-                truth = recorder.kept[name][call]
-                sums[0] += float((recorder.kept[name][last] - truth).square().sum())
+                truth = recorder.computed[name][call]
+                sums[0] += float((recorder.computed[name][last] - truth).square().sum())
                 sums[1] += float((recorder.read[name][call] - truth).square().sum())
                 sums[2] += float(truth.square().sum())
 

@@ -71,9 +71,9 @@ class SharedUNet(BaseUNet):
         if not full and generation.skips(number):
             if request.stop_error is not None:
                 raise copy_of(request.stop_error)
-            noise_pred = self._skipped(generation)
+            repeated = self._skipped(generation)
             self._end_call(generation, full, rows=0)
-            return noise_pred
+            return repeated
         later_full = None  # of the later calls that run an engine, whether each is full
         if plan is not None:
             later = range(number + 1, len(plan))
@@ -93,7 +93,7 @@ class SharedUNet(BaseUNet):
             last=later_full is not None and not later_full,
             arrived=time.monotonic(),
         )
-        noise_pred = self._batcher.execute(call)
+        noise_pred: torch.Tensor = self._batcher.execute(call)
         self._end_call(generation, full, call.shared_rows)
         return noise_pred
 

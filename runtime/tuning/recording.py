@@ -38,10 +38,10 @@ class FeatureRecorder:
         reference: UNet with the same features, which is called with the same inputs, and whose features count as true.
 
     Attributes:
-        kept: for each feature and call the values of the last generation, as the full graph computes them: [channels,
-            positions], fp32, on the CPU.
+        computed: for each feature and call the values of the last generation, as the full graph computes them:
+            [channels, positions], fp32, on the CPU.
         read: at the same positions the values that the call read: on a shallow call as a forecast left them, on a full
-            call equal to ``kept``; empty unless ``reads`` is set.
+            call equal to ``computed``; empty unless ``reads`` is set.
         true: at the same positions the values of the reference; empty without one.
     """
 
@@ -58,7 +58,7 @@ class FeatureRecorder:
         self._unet, self._features, self._positions = unet, tuple(features), positions
         self._random = torch.Generator().manual_seed(seed)
         self._reads, self._reference = reads, reference
-        self.kept: dict[str, list[torch.Tensor]] = {}
+        self.computed: dict[str, list[torch.Tensor]] = {}
         self.read: dict[str, list[torch.Tensor]] = {}
         self.true: dict[str, list[torch.Tensor]] = {}
         self._sampled: dict[str, torch.Tensor] = {}  # positions by feature
@@ -66,7 +66,7 @@ class FeatureRecorder:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Record the generation that runs in this block."""
-        self.kept = {name: [] for name in self._features}
+        self.computed = {name: [] for name in self._features}
         self.read = {name: [] for name in self._features} if self._reads else {}
         self.true = {name: [] for name in self._features} if self._reference is not None else {}
         self._sampled = {}
@@ -79,13 +79,13 @@ class FeatureRecorder:
     def add_to(self, moments: Mapping[str, FeatureMoments]) -> None:
         """Add the recorded generation: its calls, followed by those of the reference if there is one."""
         for name, of_feature in moments.items():
-            of_feature.add(torch.stack([*self.kept[name], *self.true.get(name, [])], dim=1))
+            of_feature.add(torch.stack([*self.computed[name], *self.true.get(name, [])], dim=1))
 
     def empty(self) -> dict[str, FeatureMoments]:
         """Return empty moments of the size of the recorded generation."""
         return {
-            name: FeatureMoments(len(kept) + len(self.true.get(name, [])), len(kept[0]))
-            for name, kept in self.kept.items()
+            name: FeatureMoments(len(values) + len(self.true.get(name, [])), len(values[0]))
+            for name, values in self.computed.items()
         }
 
     def _record_call(self, module: Any, arguments: Any, named: Any, output: Any) -> None:
@@ -101,7 +101,7 @@ class FeatureRecorder:
             if name not in self._sampled:
                 sample = torch.randperm(values.shape[1], generator=self._random)[: self._positions]
                 self._sampled[name] = sample.sort().values.to(values.device)
-            self.kept[name].append(values[:, self._sampled[name]].float().cpu())
+            self.computed[name].append(values[:, self._sampled[name]].float().cpu())
             if self._reads:
                 read_values = read[name].movedim(1, 0).flatten(1) if shallow else values
                 self.read[name].append(read_values[:, self._sampled[name]].float().cpu())

@@ -252,7 +252,9 @@ class _TuningRun:
                 sums = sums or recorder.empty()
                 recorder.add_to(sums)
             moments.append(sums)
-        predictors = predictors_by_cut(self._pipeline.cuts, *moments, reference=self._reference is not None)
+        predictors = predictors_by_cut(
+            self._pipeline.cuts, moments[0], moments[1], reference=self._reference is not None
+        )
         return self._candidates.with_predictions(tuned.document.by_call, predictors)
 
     def _pareto(self, families: Sequence[Sequence[ScoredSchedule]], predictors: PredictorsByCut) -> list[ReportRow]:

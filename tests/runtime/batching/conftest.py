@@ -12,7 +12,7 @@ import torch
 import offcut
 from offcut.runtime.batching import Ticket, Worker
 
-Ask = dict[str, Any]
+RequestArguments = dict[str, Any]
 """Arguments of ``Worker.submit``; the arguments of the pipeline call have a seed instead of a generator."""
 
 
@@ -30,12 +30,12 @@ def shared(tiny_bundle: Path) -> Iterator[Any]:
 def alone(shared: Any) -> Callable[..., torch.Tensor]:
     """Function that returns the latents of a request without a worker."""
 
-    def run(ask: Ask, pipe: Any = shared) -> torch.Tensor:
+    def run(request: RequestArguments, pipe: Any = shared) -> torch.Tensor:
         before = pipe.scheduler
-        pipe.scheduler = ask.get("scheduler") or before
-        pipe.unet.set_schedule(ask.get("schedule"), ask.get("cut"), ask.get("forecast"))
+        pipe.scheduler = request.get("scheduler") or before
+        pipe.unet.set_schedule(request.get("schedule"), request.get("cut"), request.get("forecast"))
         try:
-            latents = pipe(**_arguments(ask)).images
+            latents = pipe(**_arguments(request)).images
         finally:
             pipe.scheduler = before
             pipe.unet.set_schedule(None)
@@ -47,14 +47,14 @@ def alone(shared: Any) -> Callable[..., torch.Tensor]:
 
 @pytest.fixture
 def send() -> Callable[..., Ticket]:
-    def submit(worker: Worker, ask: Ask, **more: Any) -> Ticket:
-        return worker.submit(**{**ask, "arguments": _arguments(ask), **more})
+    def submit(worker: Worker, request: RequestArguments, **more: Any) -> Ticket:
+        return worker.submit(**{**request, "arguments": _arguments(request), **more})
 
     return submit
 
 
-def _arguments(ask: Ask) -> dict[str, Any]:
-    arguments = dict(ask["arguments"])
+def _arguments(request: RequestArguments) -> dict[str, Any]:
+    arguments = dict(request["arguments"])
     seed = arguments.pop("seed", 0)
     defaults = {"prompt": "a red square", "num_inference_steps": 6, "guidance_scale": 5.0, "output_type": "latent"}
     return {**defaults, **arguments, "generator": torch.Generator().manual_seed(seed)}

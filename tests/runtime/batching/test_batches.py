@@ -113,10 +113,10 @@ def test_each_request_of_a_random_mix_gives_the_same_image_as_alone(shared: Any,
             {"arguments": {"seed": number}, "schedule": Alternating(4), "cut": "deepcache:1", "forecast": forecast}
             for number, forecast in enumerate([None, Corrected()])
         ]
-        asks = [*mix(shared, seed, 9), *own_cuts]
-        expected = [alone(ask) for ask in asks]
+        requests = [*mix(shared, seed, 9), *own_cuts]
+        expected = [alone(request) for request in requests]
         with Worker(shared, max_in_flight=6, policy=Policy(bound=4), max_batch=8) as worker:
-            tickets = [send(worker, ask) for ask in asks]
+            tickets = [send(worker, request) for request in requests]
             images = [ticket.future.result().images for ticket in tickets]
             statistics = worker.statistics()
         worst = max(difference(*pair) for pair in zip(images, expected, strict=True))
@@ -125,15 +125,15 @@ def test_each_request_of_a_random_mix_gives_the_same_image_as_alone(shared: Any,
         assert max(rows for _, rows in statistics.ticks) <= 8
         assert {kind for kind, _ in statistics.ticks} == {"full", "shallow"}
         assert statistics.slots == statistics.cache_bytes == statistics.in_flight == statistics.queued == 0
-        assert statistics.requests["done"].count == len(asks)
+        assert statistics.requests["done"].count == len(requests)
 
 
 def test_equal_requests_give_the_same_images_as_alone_bit_for_bit(shared: Any, alone: Alone, send: Send) -> None:
     """With two rows or more, ONNX Runtime's rounding does not depend on the number of rows."""
-    asks = [{"arguments": {"seed": seed}, "schedule": Uniform(3)} for seed in range(5)]
-    expected = [alone(ask) for ask in asks]
+    requests = [{"arguments": {"seed": seed}, "schedule": Uniform(3)} for seed in range(5)]
+    expected = [alone(request) for request in requests]
     with Worker(shared) as worker:
-        tickets = [send(worker, ask) for ask in asks]
+        tickets = [send(worker, request) for request in requests]
         for ticket, latents in zip(tickets, expected, strict=True):
             assert torch.equal(ticket.future.result().images, latents)
         statistics = worker.statistics()
@@ -149,8 +149,11 @@ def test_a_forecast_keeps_the_features_of_two_full_steps(shared: Any, alone: Alo
     assert not torch.equal(*expected)
     sizes = []
     with Worker(shared) as worker:
-        asks = (plain, predicted)
-        tickets = [send(worker, ask, on_step=lambda _: sizes.append(worker.statistics().cache_bytes)) for ask in asks]
+        requests = (plain, predicted)
+        tickets = [
+            send(worker, request, on_step=lambda _: sizes.append(worker.statistics().cache_bytes))
+            for request in requests
+        ]
         for ticket, latents in zip(tickets, expected, strict=True):
             assert torch.equal(ticket.future.result().images, latents)
     assert max(sizes) == 3 * 2 * 16 * 16 * 16 * 4
@@ -159,7 +162,7 @@ def test_a_forecast_keeps_the_features_of_two_full_steps(shared: Any, alone: Alo
 @pytest.mark.parametrize("forecast", [None, Extrapolate(1.0), Corrected()], ids=str)
 def test_calls_have_cuts_of_their_own(forecast: Forecast | None, shared: Any, alone: Alone, send: Send) -> None:
     """A slot has the features of all cuts of its request, each once, and calls at the same cut are shared."""
-    asks = [
+    requests = [
         {
             "arguments": {"seed": seed, "num_inference_steps": 9},
             "schedule": Alternating(4, warmup=2),
@@ -168,18 +171,18 @@ def test_calls_have_cuts_of_their_own(forecast: Forecast | None, shared: Any, al
         }
         for seed, cut in enumerate(["mlperf", "deepcache:2", "mlperf"])
     ]
-    expected = [alone(ask) for ask in asks]
+    expected = [alone(request) for request in requests]
     buffers = shared.unet.bound.buffers
     names = [shared.unet.cut_features[cut] for cut in ("deepcache:0", "mlperf")]
     slot_bytes = sum(buffers[name].nbytes for name in {name for features in names for name in features})
     sizes = []
     with Worker(shared) as worker:
-        tickets = [send(worker, ask) for ask in asks]
+        tickets = [send(worker, request) for request in requests]
         for ticket, latents in zip(tickets, expected, strict=True):
             assert difference(ticket.future.result().images, latents) <= BOUND
         assert max(rows for _, rows in worker.statistics().ticks) > 2
         assert worker.statistics().cache_bytes == 0
-        send(worker, asks[0], on_step=lambda _: sizes.append(worker.statistics().cache_bytes)).future.result()
+        send(worker, requests[0], on_step=lambda _: sizes.append(worker.statistics().cache_bytes)).future.result()
     assert max(sizes) == slot_bytes * (1 if forecast is None else 2)
 
 
@@ -187,10 +190,10 @@ def test_openvino_keeps_requests_apart(tiny_bundle: Path, alone: Alone, send: Se
     pipe: Any = offcut.load(tiny_bundle, "openvino", threads=1)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.advise = False
-    asks = mix(pipe, 7, 5)
-    expected = [alone(ask, pipe) for ask in asks]
+    requests = mix(pipe, 7, 5)
+    expected = [alone(request, pipe) for request in requests]
     with Worker(pipe) as worker:
-        tickets = [send(worker, ask) for ask in asks]
+        tickets = [send(worker, request) for request in requests]
         worst = max(
             difference(ticket.future.result().images, latents)
             for ticket, latents in zip(tickets, expected, strict=True)
@@ -210,10 +213,10 @@ def test_padding_changes_nothing(
         return run(self, cut, calls, bound, size)
 
     monkeypatch.setattr(EngineCalls, "run", recording)
-    asks = [{"arguments": {"seed": seed}, "schedule": Uniform(2)} for seed in range(3)]
-    expected = [alone(ask) for ask in asks]
+    requests = [{"arguments": {"seed": seed}, "schedule": Uniform(2)} for seed in range(3)]
+    expected = [alone(request) for request in requests]
     with Worker(shared, batch_sizes=sizes) as worker:
-        tickets = [send(worker, ask) for ask in asks]
+        tickets = [send(worker, request) for request in requests]
         assert all(
             difference(ticket.future.result().images, latents) <= BOUND
             for ticket, latents in zip(tickets, expected, strict=True)
@@ -227,8 +230,8 @@ def test_engines_that_take_some_batch_sizes_only(
     taken: set[int], shared: Any, alone: Alone, send: Send, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calls are made smaller or padded to a batch size that the engines take, as with static profiles."""
-    asks = [{"arguments": {"seed": seed}, "schedule": Uniform(2)} for seed in range(4)]
-    expected = [alone(ask) for ask in asks]
+    requests = [{"arguments": {"seed": seed}, "schedule": Uniform(2)} for seed in range(4)]
+    expected = [alone(request) for request in requests]
     prepare = shared.unet._pair.prepare
 
     def prepare_some(shapes: Any) -> Any:
@@ -238,7 +241,7 @@ def test_engines_that_take_some_batch_sizes_only(
 
     monkeypatch.setattr(shared.unet._pair, "prepare", prepare_some)
     with Worker(shared) as worker:
-        tickets = [send(worker, ask) for ask in asks]
+        tickets = [send(worker, request) for request in requests]
         assert all(
             difference(ticket.future.result().images, latents) <= BOUND
             for ticket, latents in zip(tickets, expected, strict=True)
@@ -268,7 +271,7 @@ def test_an_export_of_one_batch_size_is_padded(tiny_unet_dir: Path, once: Any, s
         "height": 64,
         "width": 64,
     }
-    asks = [{"arguments": {**embeds, "seed": seed}, "schedule": Uniform(2)} for seed in range(3)]
+    requests = [{"arguments": {**embeds, "seed": seed}, "schedule": Uniform(2)} for seed in range(3)]
     three = {key: torch.cat([value] * 3) if isinstance(value, torch.Tensor) else value for key, value in embeds.items()}
     unet.set_schedule(Uniform(2))
     expected = pipe(
@@ -280,7 +283,7 @@ def test_an_export_of_one_batch_size_is_padded(tiny_unet_dir: Path, once: Any, s
     ).images
     unet.set_schedule(None)
     with Worker(pipe) as worker:
-        tickets = [send(worker, ask) for ask in asks]
+        tickets = [send(worker, request) for request in requests]
         for ticket, latents in zip(tickets, expected, strict=True):
             assert difference(ticket.future.result().images[0], latents) <= BOUND
     unet.close()
@@ -313,7 +316,7 @@ def test_stable_diffusion_xl(unet_export: Any, parts: dict[str, Any], send: Send
     )
     pipe.set_progress_bar_config(disable=True)
     offcut.attach(pipe, unet)
-    asks = [
+    requests = [
         {
             "arguments": {**XL_EMBEDS, "prompt": None, "height": 64, "width": 64, "seed": seed, "original_size": size},
             "schedule": Uniform(2),
@@ -322,9 +325,9 @@ def test_stable_diffusion_xl(unet_export: Any, parts: dict[str, Any], send: Send
     ]
     alone = []
     with Worker(pipe, max_in_flight=1) as worker:
-        alone = [send(worker, ask).future.result().images for ask in asks]
+        alone = [send(worker, request).future.result().images for request in requests]
     with Worker(pipe) as worker:
-        tickets = [send(worker, ask) for ask in asks]
+        tickets = [send(worker, request) for request in requests]
         for ticket, latents in zip(tickets, alone, strict=True):
             assert difference(ticket.future.result().images, latents) <= BOUND
         assert ("full", 6) in worker.statistics().ticks

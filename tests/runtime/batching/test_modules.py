@@ -56,16 +56,16 @@ def test_requests_share_calls_and_images_stay_the_same(
         return run(self, calls)
 
     monkeypatch.setattr(ModuleCalls, "run", recording)
-    asks = [
+    requests = [
         {"arguments": {"seed": seed, "prompt": "a red square " * (1 + seed), "output_type": "pt"}} for seed in range(4)
     ]
     with Worker(shared, max_in_flight=1) as worker:
-        alone = [send(worker, ask).future.result().images for ask in asks]
+        alone = [send(worker, request).future.result().images for request in requests]
     assert [rows for _, rows in made] == [1] * 12
     made.clear()
     with Worker(shared, max_in_flight=5, patience=60) as worker:
         with held(worker, send):
-            tickets = [send(worker, ask, schedule=Uniform(1)) for ask in asks]
+            tickets = [send(worker, request, schedule=Uniform(1)) for request in requests]
             wait_for(4, worker)
             made.clear()
         images = [ticket.future.result().images for ticket in tickets]

@@ -36,7 +36,7 @@ SLOT = 2 * 16 * 16 * 16 * 4
 """Bytes of the slot of a guided request with deepcache:0 of ``tiny_pipeline_dir``: [2, 16, 16, 16] in fp32."""
 
 
-def ask(seed: int, **arguments: Any) -> dict[str, Any]:
+def request_with(seed: int, **arguments: Any) -> dict[str, Any]:
     return {"arguments": {"seed": seed, **arguments}, "schedule": Uniform(3)}
 
 
@@ -58,7 +58,7 @@ class Gate:
 def test_steps_are_reported_as_they_complete(shared: Any, send: Send) -> None:
     gate = Gate()
     with Worker(shared) as worker:
-        send(worker, ask(0), on_step=gate).future.result()
+        send(worker, request_with(0), on_step=gate).future.result()
     assert [step.call for step in gate.steps] == list(range(6))
     assert [step.full for step in gate.steps] == [True, False, False, True, False, False]
     assert {(step.calls, step.rows) for step in gate.steps} == {(6, 2)}
@@ -70,12 +70,12 @@ def test_a_cancelled_request_frees_its_slot_within_a_step(shared: Any, alone: Al
         first = send(worker, LONG, on_step=gate)
         assert gate.reached.wait(60)
         assert (worker.statistics().slots, worker.statistics().cache_bytes) == (1, SLOT)
-        second = send(worker, ask(1))  # finds no room until the first is gone
+        second = send(worker, request_with(1))  # finds no room until the first is gone
         first.cancel()
         gate.open.set()
         with pytest.raises(RequestCancelledError, match="cancelled"):
             first.future.result()
-        assert torch.equal(second.future.result().images, alone_with(worker, alone, ask(1)))
+        assert torch.equal(second.future.result().images, alone_with(worker, alone, request_with(1)))
     assert gate.steps[-1].call == 5
 
 
@@ -88,7 +88,7 @@ def alone_with(worker: Worker, alone: Alone, request: dict[str, Any]) -> torch.T
 def test_a_request_that_waits_at_the_unet_is_cancelled_at_once(shared: Any, send: Send) -> None:
     gate = Gate(at=0)
     with Worker(shared, patience=60) as worker:
-        held, waiting = send(worker, LONG, on_step=gate), send(worker, ask(1))
+        held, waiting = send(worker, LONG, on_step=gate), send(worker, request_with(1))
         assert gate.reached.wait(60)
         deadline = time.monotonic() + 60
         while not worker._batcher._waiting and time.monotonic() < deadline:
@@ -104,9 +104,9 @@ def test_a_request_that_waits_at_the_unet_is_cancelled_at_once(shared: Any, send
 def test_queued_requests_can_be_cancelled(shared: Any, send: Send) -> None:
     gate = Gate(at=0)
     with Worker(shared, max_in_flight=1) as worker:
-        running = send(worker, ask(0), on_step=gate)
+        running = send(worker, request_with(0), on_step=gate)
         assert gate.reached.wait(60)
-        one, other = send(worker, ask(1)), send(worker, ask(2))
+        one, other = send(worker, request_with(1)), send(worker, request_with(2))
         one.cancel()
         assert other.future.cancel()  # through concurrent.futures
         with pytest.raises(RequestCancelledError):
@@ -124,7 +124,7 @@ def test_features_never_pass_from_one_request_to_another(
     shared: Any, alone: Alone, send: Send, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests use the same few slots one after another; the slots hold NaN before the first step."""
-    expected = [alone(ask(seed)) for seed in range(6)]
+    expected = [alone(request_with(seed)) for seed in range(6)]
     take = SlotPool.take
 
     def take_dirty(self: SlotPool, layout: Any) -> Any:
@@ -138,7 +138,7 @@ def test_features_never_pass_from_one_request_to_another(
         gates = [Gate(at=2), Gate(at=3)]
         doomed = [send(worker, LONG, on_step=gate) for gate in gates]
         assert all(gate.reached.wait(60) for gate in gates)
-        tickets = [send(worker, ask(seed)) for seed in range(6)]
+        tickets = [send(worker, request_with(seed)) for seed in range(6)]
         for ticket, gate in zip(doomed, gates, strict=True):
             ticket.cancel()
             gate.open.set()
@@ -147,14 +147,14 @@ def test_features_never_pass_from_one_request_to_another(
 
 
 def test_the_pool_is_never_larger_than_its_limit(shared: Any, alone: Alone, send: Send) -> None:
-    expected = [alone(ask(seed)) for seed in range(5)]
+    expected = [alone(request_with(seed)) for seed in range(5)]
     used: list[int] = []
     with Worker(shared, cache_bytes=2 * SLOT + 1) as worker:
 
         def look(step: Step) -> None:
             used.append(worker.statistics().cache_bytes)
 
-        tickets = [send(worker, ask(seed), on_step=look) for seed in range(5)]
+        tickets = [send(worker, request_with(seed), on_step=look) for seed in range(5)]
         tickets.append(send(worker, {"arguments": {"seed": 9}}))  # keeps no features, and waits for no slot
         images = [ticket.future.result().images for ticket in tickets]
     assert max(used) == 2 * SLOT
@@ -163,7 +163,7 @@ def test_the_pool_is_never_larger_than_its_limit(shared: Any, alone: Alone, send
 
 def test_a_request_that_never_fits_is_refused_and_others_go_on(shared: Any, send: Send) -> None:
     with Worker(shared, cache_bytes=SLOT) as worker:
-        large, small = send(worker, ask(0, num_images_per_prompt=2)), send(worker, ask(1))
+        large, small = send(worker, request_with(0, num_images_per_prompt=2)), send(worker, request_with(1))
         with pytest.raises(CapacityError, match="larger cache_bytes"):
             large.future.result()
         small.future.result()
@@ -173,15 +173,15 @@ def test_an_error_ends_its_own_request_only(shared: Any, alone: Alone, send: Sen
     def fail(step: Step) -> None:
         raise RuntimeError("a callback's own")
 
-    expected = alone(ask(4))
+    expected = alone(request_with(4))
     with Worker(shared) as worker:
         wrong = [
-            send(worker, ask(0, height=13, width=13)),
-            send(worker, ask(1, height=72, width=64)),  # no multiple of what the UNet needs
-            send(worker, {**ask(2), "cut": "deepcache:9"}),
-            send(worker, ask(3), on_step=fail),
+            send(worker, request_with(0, height=13, width=13)),
+            send(worker, request_with(1, height=72, width=64)),  # no multiple of what the UNet needs
+            send(worker, {**request_with(2), "cut": "deepcache:9"}),
+            send(worker, request_with(3), on_step=fail),
         ]
-        right = send(worker, ask(4))
+        right = send(worker, request_with(4))
         kinds = [(ValueError, "divisible by 8"), (UserError, "multiple of"), (CutError, "deepcache:9")]
         for ticket, (kind, message) in zip(wrong, [*kinds, (RuntimeError, "a callback's own")], strict=True):
             with pytest.raises(kind, match=message):
@@ -196,11 +196,11 @@ def test_deadlines(shared: Any, send: Send) -> None:
     gate = Gate(at=1)
     with Worker(shared, max_in_flight=1) as worker:
         with pytest.raises(DeadlineError, match="cannot be met"):
-            send(worker, ask(0), deadline=0)
+            send(worker, request_with(0), deadline=0)
         running = send(worker, LONG, on_step=gate, deadline=0.3)
         assert gate.reached.wait(60)
-        queued = send(worker, ask(1), deadline=1e-6)
-        relaxed = send(worker, ask(2), deadline=600)
+        queued = send(worker, request_with(1), deadline=1e-6)
+        relaxed = send(worker, request_with(2), deadline=600)
         time.sleep(0.35)
         gate.open.set()
         with pytest.raises(DeadlineError, match="by its deadline, at step 2"):
@@ -215,11 +215,11 @@ def test_deadlines(shared: Any, send: Send) -> None:
 def test_requests_start_in_the_order_of_their_deadlines(shared: Any, send: Send) -> None:
     gate, started = Gate(at=0), []
     with Worker(shared, max_in_flight=1) as worker:
-        send(worker, ask(0), on_step=gate)
+        send(worker, request_with(0), on_step=gate)
         assert gate.reached.wait(60)
         order = {"none": None, "late": 50.0, "soon": 20.0}
         tickets = [
-            send(worker, ask(1), deadline=deadline, on_step=lambda step, name=name: started.append(name))
+            send(worker, request_with(1), deadline=deadline, on_step=lambda step, name=name: started.append(name))
             for name, deadline in order.items()
         ]
         gate.open.set()
@@ -231,11 +231,11 @@ def test_requests_start_in_the_order_of_their_deadlines(shared: Any, send: Send)
 def test_a_full_queue_refuses_requests(shared: Any, send: Send) -> None:
     gate = Gate(at=0)
     with Worker(shared, max_in_flight=1, max_queue=1) as worker:
-        running = send(worker, ask(0), on_step=gate)
+        running = send(worker, request_with(0), on_step=gate)
         assert gate.reached.wait(60)
-        queued = send(worker, ask(1))
+        queued = send(worker, request_with(1))
         with pytest.raises(QueueFullError, match="1 requests wait already, and 1 are in flight"):
-            send(worker, ask(2))
+            send(worker, request_with(2))
         with pytest.raises(QueueFullError, match="1 requests wait already"):
             worker.expect_room()
         assert worker.statistics().rejected == 2
@@ -243,14 +243,14 @@ def test_a_full_queue_refuses_requests(shared: Any, send: Send) -> None:
         running.future.result()
         queued.future.result()
         worker.expect_room()
-        send(worker, ask(2)).future.result()
+        send(worker, request_with(2)).future.result()
 
 
 @pytest.mark.parametrize("kind", ["full", "shallow"])
 def test_an_engine_failure_ends_all_requests(
     kind: str, shared: Any, alone: Alone, send: Send, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = alone(ask(0))
+    expected = alone(request_with(0))
     gate = Gate(at=1)
     with Worker(shared, max_in_flight=2) as worker:
         held = send(worker, LONG, on_step=gate)
@@ -261,7 +261,7 @@ def test_an_engine_failure_ends_all_requests(
                 raise RuntimeError("the device fell off the bus")
 
             patch.setattr(BoundOnnxRuntimePair, kind, fail)
-            others = [send(worker, ask(seed)) for seed in range(3)]
+            others = [send(worker, request_with(seed)) for seed in range(3)]
             gate.open.set()
             for ticket in [held, *others]:
                 with pytest.raises(EngineFaultError, match=r"onnxruntime engine failed.*fell off the bus") as raised:
@@ -271,17 +271,17 @@ def test_an_engine_failure_ends_all_requests(
         assert "fell off the bus" in str(worker.fault)
         assert worker.statistics().fault == worker.fault
         with pytest.raises(EngineFaultError, match="fell off the bus"):
-            send(worker, ask(0))
+            send(worker, request_with(0))
         assert worker.drain(60)
-    assert torch.equal(alone(ask(0)), expected)
+    assert torch.equal(alone(request_with(0)), expected)
 
 
 def test_draining_finishes_the_present_requests(shared: Any, send: Send) -> None:
     with Worker(shared, max_in_flight=2) as worker:
-        tickets = [send(worker, ask(seed)) for seed in range(5)]
+        tickets = [send(worker, request_with(seed)) for seed in range(5)]
         assert not worker.drain(0)
         with pytest.raises(WorkerClosedError, match="takes no more"):
-            send(worker, ask(9))
+            send(worker, request_with(9))
         assert worker.drain(120)
         assert all(ticket.future.done() and ticket.future.exception() is None for ticket in tickets)
 
@@ -289,10 +289,10 @@ def test_draining_finishes_the_present_requests(shared: Any, send: Send) -> None
 def test_closing_cancels_all_requests_and_gives_the_engines_back(shared: Any, alone: Alone, send: Send) -> None:
     gate = Gate(at=2)
     worker = Worker(shared, max_in_flight=1)
-    tickets = [send(worker, LONG, on_step=gate), send(worker, ask(1))]
+    tickets = [send(worker, LONG, on_step=gate), send(worker, request_with(1))]
     assert gate.reached.wait(60)
     with pytest.raises(UserError, match="a worker runs this UNet's engines"):
-        alone(ask(0))
+        alone(request_with(0))
     with pytest.raises(UserError, match="a worker runs this UNet's engines"):
         Worker(shared)
     closing = threading.Thread(target=worker.close)
@@ -303,7 +303,7 @@ def test_closing_cancels_all_requests_and_gives_the_engines_back(shared: Any, al
         with pytest.raises(WorkerClosedError, match="was closed before"):
             ticket.future.result(0)
     worker.close()
-    alone(ask(0))
+    alone(request_with(0))
 
 
 def test_requests_without_a_generator_give_different_images(shared: Any) -> None:
@@ -316,7 +316,7 @@ def test_requests_without_a_generator_give_different_images(shared: Any) -> None
 
 def test_a_worker_of_a_bundle_owns_its_engines(tiny_bundle: Any, send: Send) -> None:
     with Worker(tiny_bundle, engine="onnxruntime", threads=1, max_in_flight=2) as worker:
-        send(worker, ask(0)).future.result()
+        send(worker, request_with(0)).future.result()
     with pytest.raises(offcut.OffcutError, match="closed"):
         worker.unet._open_pair()
 

@@ -40,9 +40,9 @@ def test_the_reference_is_called_with_the_same_inputs(tiny_bundle: Path) -> None
         for call in range(4):
             sample, text = torch.randn(2, 4, 8, 8, generator=random), torch.randn(2, 77, width, generator=random)
             unet(sample, torch.tensor(900.0 - 50 * call), encoder_hidden_states=text)
-    kept, true = recorder.kept["deep_feature_0"], recorder.true["deep_feature_0"]
-    assert len(kept) == len(true) == 4
-    for one, exact in zip(kept, true, strict=True):
+    computed, true = recorder.computed["deep_feature_0"], recorder.true["deep_feature_0"]
+    assert len(computed) == len(true) == 4
+    for one, exact in zip(computed, true, strict=True):
         assert torch.allclose(one, exact, atol=1e-5)
     sums = recorder.empty()
     recorder.add_to(sums)
