@@ -12,7 +12,7 @@ import typer
 from .shell import err, quiet_libraries
 
 if TYPE_CHECKING:
-    from ..runtime.server.cluster.plan import ClusterPlan
+    from ..runtime.server.cluster.cluster_plan import ClusterPlan
     from ..runtime.server.settings import ServeSettings, WorkerConfig
 
 
@@ -85,7 +85,7 @@ def serve_on_cluster(
         raise MissingExtraError("offcut serve --ray", "ray", "ray")
     plan = _plan(workers, settings, options)
     if options.kuberay:
-        from ..runtime.server.cluster.plan import kuberay_manifest
+        from ..runtime.server.cluster.cluster_plan import kuberay_manifest
 
         print(kuberay_manifest(plan), end="")
         return
@@ -123,7 +123,7 @@ def print_address(host: str, port: int, settings: ServeSettings, names: str) -> 
 
 
 def _plan(workers: Mapping[str, WorkerConfig], settings: ServeSettings, options: RayOptions) -> ClusterPlan:
-    from ..runtime.server.cluster.plan import ClusterPlan, ReplicaScale
+    from ..runtime.server.cluster.cluster_plan import ClusterPlan, ReplicaScale
 
     config = next(iter(workers.values()))
     least, most = _range(options.replicas)

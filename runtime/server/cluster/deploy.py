@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ....errors import EngineError, UserError
 from ..run import listen
-from .plan import APP, INGRESS, REPLICA, ClusterPlan, ReplicaScale
+from .cluster_plan import APP, INGRESS, REPLICA, ClusterPlan, ReplicaScale
 
 if TYPE_CHECKING:
     from ray.serve import Application

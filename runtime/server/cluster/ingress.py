@@ -21,7 +21,7 @@ from ..models import ModelInfo
 from ..params import resolve_request
 from ..schemas import GenerationRequest
 from ..service import ImageService, log
-from .plan import ClusterPlan
+from .cluster_plan import ClusterPlan
 from .remote import RemoteJob, sender
 from .replica import ReplicaDescription, ReplicaStatus
 

@@ -20,7 +20,7 @@ from ..jobs import Preview, Progress
 from ..models import ModelInfo
 from ..schemas import GenerationRequest
 from ..service import WorkerService, open_service
-from .plan import INGRESS, ClusterPlan
+from .cluster_plan import INGRESS, ClusterPlan
 from .remote import JobFailed, JobStarted, Message
 
 log = logging.getLogger("offcut.server")

@@ -15,7 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from offcut.cli import app
-from offcut.runtime.server.cluster.plan import ClusterPlan
+from offcut.runtime.server.cluster.cluster_plan import ClusterPlan
 
 
 @pytest.fixture(scope="module")

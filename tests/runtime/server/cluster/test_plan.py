@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from offcut.cli import app
 from offcut.errors import UserError
-from offcut.runtime.server.cluster.plan import ClusterPlan, ReplicaScale
+from offcut.runtime.server.cluster.cluster_plan import ClusterPlan, ReplicaScale
 from offcut.runtime.server.settings import RequestLimits, ServeSettings, WorkerConfig
 
 PLAN = ClusterPlan(

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("ray", reason="needs the extra ray")
 
 from offcut.errors import EngineFaultError
-from offcut.runtime.server.cluster.plan import ClusterPlan
+from offcut.runtime.server.cluster.cluster_plan import ClusterPlan
 from offcut.runtime.server.cluster.remote import JobFailed
 from offcut.runtime.server.cluster.replica import Replica
 from offcut.runtime.server.settings import ServeSettings, WorkerConfig
