@@ -1,1 +1,1 @@
-"""``offcut bench controlnet``: what it costs and saves that a ControlNet rests on shallow calls."""
+"""``offcut bench controlnet``: cost and gain of skipping a ControlNet on shallow calls."""

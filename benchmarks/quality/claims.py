@@ -1,9 +1,10 @@
-"""Claims of the DeepCache paper (arXiv 2312.00858) and of offcut, put to a run; a confidence interval decides."""
+"""Claims of the DeepCache paper (arXiv 2312.00858) and of offcut, tested by a run with confidence intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from ..schema.quality import Claim
@@ -13,17 +14,17 @@ from .plan import QualitySetting
 from .scores import Scored
 
 Scores = Mapping[QualitySetting, Scored]
-Compare = Callable[[Scored, Scored], Estimate]
+Pairs = Sequence[tuple[QualitySetting, QualitySetting]]
 Goal = Literal["matches", "beats"]
 
 FEWEST = 200
-"""Pictures of a row below which nothing is claimed: of so many, all alike, an event of 1.5 % may still be absent."""
+"""Images of a row below which nothing is claimed: in 200 equal images an event of 1.5 % may still be absent."""
 
 ACCURACY_MARGIN = 0.02
-"""Share of prompts by which a row may fall behind and still match."""
+"""Share of prompts by which a row may be worse and still match."""
 
 TUNED_MARGIN = 0.005
-"""The same for a tuned schedule against the uncached run."""
+"""The same for a tuned schedule compared with the uncached run."""
 
 FRECHET_MARGIN = 0.1
 """The same for the Fréchet distance, as a share of the other's."""
@@ -31,144 +32,140 @@ FRECHET_MARGIN = 0.1
 _RESAMPLES = 200  # of a Fréchet distance; each costs an eigenvalue problem
 
 
+@dataclass(frozen=True)
+class Measure:
+    """How a claim compares two rows.
+
+    Attributes:
+        advantage: of the first over the second.
+        margin: by which the first may be worse where the goal is to match.
+    """
+
+    advantage: Callable[[Scored, Scored], Estimate]
+    unit: str
+    goal: Goal = "beats"
+    margin: float = 0.0
+
+
+PSNR = Measure(lambda first, second: mean_of(first.psnr - second.psnr), "dB PSNR")
+RIGHT = Measure(lambda first, second: mean_of(first.right - second.right), "of prompts", "matches", ACCURACY_MARGIN)
+
+
 def claims(
     settings: Sequence[QualitySetting], scores: Scores, features: metrics.Values, ratios: Mapping[str, float]
 ) -> list[Claim]:
-    """Those that the settings allow: caching against fewer steps for each sampler, quad against uniform, and forecasts.
+    """Return the claims that the settings allow: of caching and quad schedules, of forecasts, of tuned schedules.
 
     Args:
-        features: of the drawn scenes, (N, D).
+        features: judge features of rendered scenes, (N, D).
     """
-    frechet = _frechet_difference(features)
-    found = []
+    frechet = Measure(partial(_frechet_advantage, features), "of it", "matches", FRECHET_MARGIN)
+    found: list[tuple[str, Pairs, Measure]] = []
     for sampler in dict.fromkeys(setting.sampler for setting in settings):
-        plain = [row for row in settings if row.sampler == sampler and row.cut == plan.CUTS[0] and _plain(row)]
+        own = [row for row in settings if row.sampler == sampler]
+        plain = [row for row in own if row.cut == plan.CUTS[0] and _plain(row)]
         pairs = [(row, other) for row in plain if (other := plan.counterpart(row, settings, ratios))]
-        if pairs:
-            how = f"{sampler}: at the latency of fewer steps, uniform caching"
-            found += [
-                _claim(f"{how} stays nearer to the uncached picture", pairs, scores, _psnr, "beats", 0.0, "dB PSNR"),
-                _claim(f"{how} obeys as many prompts", pairs, scores, _right, "matches", ACCURACY_MARGIN, "of prompts"),
-                _claim(
-                    f"{how} has no larger Fréchet distance", pairs, scores, frechet, "matches", FRECHET_MARGIN, "of it"
-                ),
-            ]
-        for quad in (row for row in settings if row.sampler == sampler and (row.schedule or "").startswith("quad:10")):
-            uniform = next((row for row in plain if row.interval == 10), None)
-            if uniform and quad.cut == uniform.cut:
-                pair = [(quad, uniform)]
-                how = f"{sampler}: at N = 10, the non-uniform schedule beats the uniform one"
+        uniform = f"{sampler}: at the latency of fewer steps, uniform caching"
+        found += [
+            (f"{uniform} stays nearer to the uncached image", pairs, PSNR),
+            (f"{uniform} obeys as many prompts", pairs, RIGHT),
+            (f"{uniform} has no larger Fréchet distance", pairs, frechet),
+        ]
+        tenth = next((row for row in plain if row.interval == 10), None)
+        for quad in (row for row in own if (row.schedule or "").startswith("quad:10")):
+            if tenth and quad.cut == tenth.cut:
+                better = f"{sampler}: at N = 10, the non-uniform schedule beats the uniform one"
                 found += [
-                    _claim(f"{how} in PSNR", pair, scores, _psnr, "beats", 0.0, "dB"),
-                    _claim(f"{how} in Fréchet distance", pair, scores, frechet, "beats", 0.0, "of it"),
+                    (f"{better} in PSNR", [(quad, tenth)], PSNR),
+                    (f"{better} in Fréchet distance", [(quad, tenth)], replace(frechet, goal="beats", margin=0.0)),
                 ]
-        found += _of_forecasts(sampler, settings, scores, ratios)
-        found += _of_tuned(sampler, settings, scores, ratios)
-    return found
+        found += _of_forecasts(sampler, own, ratios)
+        found += _of_tuned(sampler, own, ratios)
+    return [_claim(text, pairs, scores, measure) for text, pairs, measure in found if pairs]
 
 
 def _of_forecasts(
-    sampler: str, settings: Sequence[QualitySetting], scores: Scores, ratios: Mapping[str, float]
-) -> list[Claim]:
-    """offcut's own: a forecast against reuse with the same schedule, and against fewer steps."""
-    rows = [row for row in settings if row.sampler == sampler and row.damping]
-    reused = [(row, twin) for row in rows if (twin := replace(row, damping=None)) in settings]
-    fewer = [(row, other) for row in rows if (other := plan.counterpart(row, settings, ratios))]
-    found = []
-    for pairs, than in ((reused, "reuse with the same schedule"), (fewer, "fewer steps at the same latency")):
-        if pairs:
-            text = f"{sampler}: a forecast of the cached features stays nearer to the uncached picture than {than}"
-            found.append(_claim(text, pairs, scores, _psnr, "beats", 0.0, "dB PSNR"))
-    return found
+    sampler: str, own: Sequence[QualitySetting], ratios: Mapping[str, float]
+) -> list[tuple[str, Pairs, Measure]]:
+    """offcut's own claims: a forecast compared with reuse of the same schedule, and with fewer steps."""
+    rows = [row for row in own if row.damping]
+    reused = [(row, twin) for row in rows if (twin := replace(row, damping=None)) in own]
+    fewer = [(row, other) for row in rows if (other := plan.counterpart(row, own, ratios))]
+    text = f"{sampler}: a forecast of the cached features stays nearer to the uncached image than"
+    return [
+        (f"{text} reuse with the same schedule", reused, PSNR),
+        (f"{text} fewer steps at the same latency", fewer, PSNR),
+    ]
 
 
 def _of_tuned(
-    sampler: str, settings: Sequence[QualitySetting], scores: Scores, ratios: Mapping[str, float]
-) -> list[Claim]:
-    """offcut's own: tuned schedules against each other way that is as fast or less, and against the uncached run."""
-    rows = [row for row in settings if row.sampler == sampler and row.bundle_schedule is not None]
-    if not rows:
+    sampler: str, own: Sequence[QualitySetting], ratios: Mapping[str, float]
+) -> list[tuple[str, Pairs, Measure]]:
+    """offcut's own claims: tuned schedules compared with every other way at their cost, and with the uncached run."""
+    tuned = [row for row in own if row.bundle_schedule is not None]
+    if not tuned:
         return []
 
-    def beside(row: QualitySetting, ways: Sequence[QualitySetting]) -> list[tuple[QualitySetting, QualitySetting]]:
-        """The way whose cost is next to the row's from above, or else that from below."""
+    def matched(ways: Sequence[QualitySetting]) -> Pairs:
+        """Pair each row with the cheapest way that costs at least as much, or else with the dearest way."""
         ordered = sorted(ways, key=lambda way: way.cost(ratios))
-        above = [way for way in ordered if way.cost(ratios) >= row.cost(ratios) - 1e-9]
-        return [(row, (above or ordered[-1:])[0])] if ordered else []
+        dearer = [[way for way in ordered if way.cost(ratios) >= row.cost(ratios) - 1e-9] for row in tuned]
+        return [(row, (ways or ordered[-1:])[0]) for row, ways in zip(tuned, dearer, strict=True)] if ordered else []
 
-    own = [row for row in settings if row.sampler == sampler and row.bundle_schedule is None]
-    others = {
-        "uniform reuse": [row for row in own if _plain(row)],
-        "reuse after a warm-up": [row for row in own if (row.schedule or "").endswith("warmup=2") and not row.damping],
-        "CacheQuant's schedule": [row for row in own if (row.schedule or "").startswith("steps:")],
-        "uncached runs of fewer steps": [row for row in own if row.fewer],
+    others = [row for row in own if row.bundle_schedule is None]
+    ways = {
+        "uniform reuse": [row for row in others if _plain(row)],
+        "reuse after a warm-up": [
+            row for row in others if (row.schedule or "").endswith("warmup=2") and not row.damping
+        ],
+        "CacheQuant's schedule": [row for row in others if (row.schedule or "").startswith("steps:")],
+        "uncached runs of fewer steps": [row for row in others if row.fewer],
     }
-    found = []
-    for than, ways in others.items():
-        if pairs := [pair for row in rows for pair in beside(row, ways)]:
-            text = f"{sampler}: tuned schedules stay nearer to the uncached picture than {than}"
-            found.append(_claim(text, pairs, scores, _psnr, "beats", 0.0, "dB PSNR"))
-    whole = [(row, plan.reference(row, settings)) for row in rows]
-    text = f"{sampler}: tuned schedules obey as many prompts as the uncached run"
-    return [*found, _claim(text, whole, scores, _right, "matches", TUNED_MARGIN, "of prompts")]
+    nearer = f"{sampler}: tuned schedules stay nearer to the uncached image than"
+    obey = f"{sampler}: tuned schedules obey as many prompts as the uncached run"
+    return [
+        *((f"{nearer} {name}", matched(rows), PSNR) for name, rows in ways.items()),
+        (obey, [(row, plan.reference(row, own)) for row in tuned], replace(RIGHT, margin=TUNED_MARGIN)),
+    ]
 
 
 def _plain(setting: QualitySetting) -> bool:
-    """Whether it is a uniform schedule without warm-up, as the paper compares."""
+    """Return whether this is a uniform schedule without warm-up, as the paper compares."""
     return setting.schedule == f"uniform:{setting.interval}" and setting.damping is None
 
 
-def _claim(
-    text: str,
-    pairs: Sequence[tuple[QualitySetting, QualitySetting]],
-    scores: Scores,
-    compare: Compare,
-    goal: Goal,
-    margin: float,
-    unit: str,
-) -> Claim:
-    """Agrees where every pair does, disagrees where one does, else cannot be told; nor from fewer than `FEWEST`."""
+def _claim(text: str, pairs: Pairs, scores: Scores, measure: Measure) -> Claim:
+    """Return a claim that agrees if every pair does, and disagrees if one does; else the run cannot tell."""
     verdicts, evidence = [], []
     for first, second in pairs:
-        advantage = compare(scores[first], scores[second])
+        advantage = measure.advantage(scores[first], scores[second])
         enough = len(scores[first].right) >= FEWEST
-        verdicts.append(verdict(advantage, goal, margin) if enough else None)
+        verdicts.append(verdict(advantage, measure.goal, measure.margin) if enough else None)
         word = {True: "agrees", False: "disagrees", None: "cannot tell"}[verdicts[-1]]
         evidence.append(
-            f"{first.name} over {second.name}: {advantage.mean:+.3g} {unit} "
+            f"{first.name} over {second.name}: {advantage.mean:+.3g} {measure.unit} "
             f"[{advantage.low:+.3g}, {advantage.high:+.3g}], {word}"
         )
     agrees = False if False in verdicts else None if None in verdicts else True
-    tolerated = f"; a lag of {margin:g} counts as a match" if goal == "matches" else ""
+    tolerated = f"; worse by up to {measure.margin:g} counts as a match" if measure.goal == "matches" else ""
     return Claim(text=text, agrees=agrees, evidence="; ".join(evidence) + tolerated)
 
 
 def verdict(advantage: Estimate, goal: Goal, margin: float) -> bool | None:
-    """Whether the first is better ("beats") or no more than a margin worse ("matches"), by the 95 % interval.
+    """Return whether the first row is better ("beats") or at most a margin worse ("matches"), by the 95 % interval.
 
-    It fails to beat where it is worse for certain, and to match where it is worse for certain and not within the margin
-    for certain. Otherwise the pictures are too few to tell.
+    A row fails to beat if it is certainly worse. It fails to match if it is certainly worse and not certainly within
+    the margin. Otherwise the images are too few to tell, and the verdict is None.
     """
     holds = advantage.low > 0 if goal == "beats" else advantage.low >= -margin
     return True if holds else False if advantage.high < 0 else None
 
 
-def _psnr(first: Scored, second: Scored) -> Estimate:
-    return mean_of(first.psnr - second.psnr)
+def _frechet_advantage(rendered: metrics.Values, first: Scored, second: Scored) -> Estimate:
+    """Return by how much the first's distance is smaller, as a share of the second's; prompts are resampled."""
 
+    def advantage(rows: Any) -> float:
+        theirs = metrics.frechet(second.features[rows], rendered[rows])
+        return 1 - metrics.frechet(first.features[rows], rendered[rows]) / theirs
 
-def _right(first: Scored, second: Scored) -> Estimate:
-    return mean_of(first.right - second.right)
-
-
-def _frechet_difference(drawn: metrics.Values) -> Compare:
-    def compare(first: Scored, second: Scored) -> Estimate:
-        """By how much the first's distance is smaller, as a share of the second's; prompts are resampled together."""
-
-        def advantage(rows: Any) -> float:
-            theirs = metrics.frechet(second.features[rows], drawn[rows])
-            return 1 - metrics.frechet(first.features[rows], drawn[rows]) / theirs
-
-        return figure_of(advantage, len(drawn), resamples=_RESAMPLES)
-
-    return compare
+    return figure_of(advantage, len(rendered), resamples=_RESAMPLES)

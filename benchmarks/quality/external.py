@@ -1,4 +1,4 @@
-"""LPIPS, CLIP score and FID by torchmetrics, with networks that the user brings: nothing is downloaded."""
+"""LPIPS, CLIP score and FID by torchmetrics, with the user's networks: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..stats import require
 from .metrics import Pictures
 
 _BACKBONES = {"alexnet": "alex", "vgg16": "vgg", "squeezenet1_1": "squeeze"}
-"""How torchvision's weight files begin: torchmetrics' names for these backbones."""
+"""torchmetrics' names of backbones, by the start of torchvision's file name."""
 
 _BATCH = 64
 
 
 class External:
-    """The user's networks, opened and ready.
+    """The user's networks, opened.
 
     Args:
         lpips: backbone weights as torchvision publishes them, e.g. ``alexnet-owt-7be5be79.pth``; torchmetrics brings
@@ -44,11 +44,12 @@ class External:
     def figures(
         self, made: Pictures, prompts: Sequence[str], against: Pictures | None, real: Pictures
     ) -> dict[str, float]:
-        """By name, of as many pictures, uint8 (N, H, W, 3), as there are prompts.
+        """Return the figures by name.
 
         Args:
-            against: the uncached pictures of the same prompts and seeds, for LPIPS; None leaves it out.
-            real: drawn pictures, for FID.
+            made: images of the prompts, uint8 (N, H, W, 3).
+            against: the uncached images of the same prompts and seeds, for LPIPS; None leaves LPIPS out.
+            real: rendered scenes, for FID.
         """
         found = {}
         if self._lpips is not None and against is not None:
@@ -74,7 +75,7 @@ def _result(metric: Any) -> float:
 
 
 def _tensors(pictures: Pictures) -> Iterator[torch.Tensor]:
-    """Batches [B, 3, H, W], uint8."""
+    """Yield batches [B, 3, H, W], uint8."""
     for first in range(0, len(pictures), _BATCH):
         yield torch.from_numpy(pictures[first : first + _BATCH]).permute(0, 3, 1, 2).contiguous()
 
@@ -95,7 +96,7 @@ def _open_lpips(weights: Path) -> Any:
     net = next((name for start, name in _BACKBONES.items() if weights.name.startswith(start)), None)
     if net is None or not weights.is_file():
         raise UserError(
-            f"{weights} is no backbone for LPIPS: give torchvision's weight file of {', '.join(_BACKBONES)}, "
+            f"{weights} is not a backbone for LPIPS: give torchvision's weight file of {', '.join(_BACKBONES)}, "
             "under the name that it was published with"
         )
     try:
@@ -107,7 +108,7 @@ def _open_lpips(weights: Path) -> Any:
 
 @contextmanager
 def _in_place_of_a_download(weights: Path) -> Iterator[None]:
-    """Lets torch.hub find a weight file where it would have put the download."""
+    """Let torch.hub find a weight file in the place of a download."""
     before = torch.hub.get_dir()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "checkpoints").mkdir()
@@ -120,7 +121,7 @@ def _in_place_of_a_download(weights: Path) -> Iterator[None]:
 
 
 class _Tensors(nn.Module):
-    """A CLIP model whose features are tensors with every transformers: the newer ones wrap them in an output."""
+    """A CLIP model that returns its features as tensors; newer versions of transformers wrap them in an output."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -144,7 +145,7 @@ def _open_clip(folder: Path) -> Any:
     from transformers import CLIPModel, CLIPProcessor
 
     if not folder.is_dir():
-        raise UserError(f"{folder} is no directory: give that of a CLIP model with its processor")
+        raise UserError(f"{folder} is not a directory: give that of a CLIP model with its processor")
     try:
         model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
         processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
@@ -167,7 +168,7 @@ def _open_fid(file: Path) -> Any:
             "uint8 [N, 3, H, W] and gives features [N, D]"
         ) from error
     if len(shape) != 2 or shape[0] != 2:
-        raise UserError(f"{file} gives {list(shape)} for 2 pictures, not features [N, D]: give another network for FID")
+        raise UserError(f"{file} gives {list(shape)} for 2 images, not features [N, D]: give another network for FID")
     return FrechetInceptionDistance(feature=network, input_img_size=(3, 64, 64))
 
 

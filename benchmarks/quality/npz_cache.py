@@ -1,4 +1,4 @@
-"""Arrays that a long run keeps beside its result, so that a run that was cut off goes on."""
+"""Arrays that a long run stores next to its result, so that an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...errors import UserError
 
 
 def read(path: Path, *names: str) -> tuple[Any, ...] | None:
-    """The arrays of these names, those without dimensions as Python values; None where there is no such file.
+    """Return the arrays of these names, those without dimensions as Python values; None if the file is missing.
 
     Raises:
         UserError: the file is damaged.
@@ -22,15 +22,15 @@ def read(path: Path, *names: str) -> tuple[Any, ...] | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as kept:
-            arrays = [kept[name] for name in names]
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = [archive[name] for name in names]
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, and its pictures are made again") from error
+        raise UserError(f"{path} is damaged ({error}); delete it, and its images are generated again") from error
     return tuple(array if array.ndim else array.item() for array in arrays)
 
 
 def write(path: Path, **arrays: Any) -> None:
-    """Write them beside the place and rename, so that the file is always whole.
+    """Write arrays to a temporary file and rename it, so that the file is always complete.
 
     Raises:
         UserError: it cannot be written.

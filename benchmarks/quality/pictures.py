@@ -1,4 +1,4 @@
-"""The pictures of a setting: generated in batches, and kept in parts, so that a run that was cut off goes on."""
+"""Images of a setting, generated in batches and stored in parts, so that an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from .metrics import Pictures
 from .plan import QualitySetting
 
 PART = 128
-"""Pictures of a part: what a run that is cut off has to make again at most."""
+"""Number of images of a part: an interrupted run repeats at most so many."""
 
 Progress = Callable[[int], None]
-"""Told of every UNet call: how many pictures it was for."""
+"""Called at every UNet call, with the number of its images."""
 
 
 @dataclass(frozen=True)
 class ImageTask:
-    """What every setting of a run is asked for.
+    """The images that every setting of a run generates.
 
     Attributes:
-        prompts: one for each picture; picture i starts from the noise of seed `seed + i`.
+        prompts: one for each image; image i starts from the noise of seed `seed + i`.
         guidance: scale.
-        batch: pictures of one call of the pipeline.
-        identity: of all else that pictures depend on: the bundle and its engine.
+        batch: images of one call of the pipeline.
+        identity: of all else that images depend on: the bundle and its engine.
         bundle: has the schedules of settings with ``bundle_schedule``.
     """
 
@@ -44,7 +44,7 @@ class ImageTask:
     bundle: Path | None = None
 
     def key(self, setting: QualitySetting, first: int) -> str:
-        """A short digest of what decides the pictures of the part that begins at picture `first`."""
+        """Return a short digest of everything that a part's images depend on; the part begins at image `first`."""
         prompts = self.prompts[first : first + PART]
         parts = [self.identity, self.guidance, self.seed, self.batch, first, prompts, setting.identity]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -52,12 +52,12 @@ class ImageTask:
 
 @dataclass(frozen=True)
 class SettingImages:
-    """The pictures of a setting.
+    """The images of a setting.
 
     Attributes:
         pictures: uint8 (N, 64, 64, 3).
-        full, shallow: median seconds of one UNet call, for each part where the times were taken; NaN for no such call.
-        timeline: of a generation, as `Run.timeline`.
+        full, shallow: median seconds of one UNet call, for each part; NaN where a part has no such call.
+        timeline: of one generation, as `Run.timeline`.
     """
 
     pictures: Pictures
@@ -69,11 +69,11 @@ class SettingImages:
 def make(
     pipe: Any, task: ImageTask, setting: QualitySetting, folder: Path, on_call: Progress = lambda count: None
 ) -> SettingImages:
-    """Generates the pictures of a setting, but for the parts that lie in `folder` already.
+    """Return the images of a setting; parts that `folder` lacks are generated and written there.
 
     Args:
         pipe: from ``offcut.load``, any scheduler.
-        folder: gets a file for each part, written beside its place and renamed, so that it is always whole.
+        folder: has a file for each part.
 
     Raises:
         UserError: `folder` cannot be written.
@@ -98,7 +98,7 @@ def make_part(
     folder: Path,
     on_call: Progress = lambda count: None,
 ) -> SettingImages:
-    """The part that begins at picture ``first``: read where it lies in ``folder``, else generated and written there.
+    """Return the part that begins at image ``first``: read from ``folder``, or else generated and written there.
 
     Raises:
         UserError: `folder` cannot be written, or the file there is damaged.
@@ -112,23 +112,23 @@ def make_part(
 
 
 def part_path(task: ImageTask, setting: QualitySetting, first: int, folder: Path) -> Path:
-    """The file of the part that begins at picture ``first``."""
+    """Return the file of the part that begins at image ``first``."""
     return folder / f"{task.key(setting, first)}.npz"
 
 
 def missing_parts(task: ImageTask, setting: QualitySetting, folder: Path) -> list[int]:
-    """Where the parts of a setting begin that are still to be made."""
+    """Return the first image of each part that is still to be generated."""
     starts = range(0, len(task.prompts), PART)
     return [first for first in starts if not part_path(task, setting, first, folder).exists()]
 
 
 def missing(task: ImageTask, setting: QualitySetting, folder: Path) -> int:
-    """How many pictures of a setting are still to be made."""
+    """Return how many images of a setting are still to be generated."""
     return sum(len(task.prompts[first : first + PART]) for first in missing_parts(task, setting, folder))
 
 
 def scheduler(config: Any, sampler: str) -> Any:
-    """The diffusers scheduler of that name in `plan.SAMPLERS`, on the noise schedule of a pipeline's own."""
+    """Return the scheduler of a name in `plan.SAMPLERS`, with the noise schedule of a pipeline's own."""
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 
     classes = {
@@ -145,7 +145,7 @@ def _part(pipe: Any, task: ImageTask, setting: QualitySetting, first: int, on_ca
     if setting.bundle_schedule is None:
         pipe.unet.set_schedule(setting.parsed, setting.cut, setting.forecast)
     elif task.bundle is None:
-        raise InternalError(f"{setting.name} is a schedule of a bundle, and none was given")
+        raise InternalError(f"{setting.name} is a schedule of a bundle, and the task has no bundle")
     else:
         Tuned.load(task.bundle, setting.bundle_schedule.name).apply(pipe.unet)
     pipe.unet.record_times = True
@@ -170,10 +170,10 @@ def _part(pipe: Any, task: ImageTask, setting: QualitySetting, first: int, on_ca
 
 
 def _read(path: Path) -> SettingImages | None:
-    lying = npz_cache.read(path, "pictures", "full", "shallow", "timeline")
-    if lying is None:
+    stored = npz_cache.read(path, "pictures", "full", "shallow", "timeline")
+    if stored is None:
         return None
-    pictures, full, shallow, timeline = lying
+    pictures, full, shallow, timeline = stored
     return SettingImages(pictures, (full,), (shallow,), timeline)
 
 
@@ -191,14 +191,14 @@ def batch(
     *,
     steps: int,
     guidance: float,
-    **asked: Any,
+    **options: Any,
 ) -> Pictures:
-    """Pictures of these places among all prompts, by one call of the pipeline: uint8 (N, 64, 64, 3).
+    """Return the images of these places among all prompts, by one call of the pipeline: uint8 (N, 64, 64, 3).
 
     Args:
-        seed: picture i starts from the noise of seed ``seed + i``.
-        on_call: told of every step.
-        asked: further arguments of the pipeline.
+        seed: image i starts from the noise of seed ``seed + i``.
+        on_call: called at every step.
+        options: further arguments of the pipeline.
     """
     import torch
 
@@ -213,13 +213,13 @@ def batch(
         generator=[torch.Generator().manual_seed(seed + place) for place in places],
         callback_on_step_end=step_ended,
         output_type="np",
-        **asked,
+        **options,
     ).images
     return np.asarray(np.rint(images * 255).astype(np.uint8))
 
 
 def prompts(count: int, seed: int) -> tuple[str, ...]:
-    """So many captions, kinds in turn: one object, two objects, a pair of colour and shape that was never trained."""
+    """Return captions, kinds in turn: one object, two objects, a pair of colour and shape that was never trained."""
     from ..shapes.score import KINDS
     from ..shapes.score import prompts as of_kind
 
@@ -228,7 +228,7 @@ def prompts(count: int, seed: int) -> tuple[str, ...]:
 
 
 def drawn(texts: Sequence[str], seed: int) -> Pictures:
-    """A scene drawn for each caption; what a caption leaves open is drawn from `seed`."""
+    """Render a scene for each caption; what a caption leaves open is random, from `seed`."""
     from ..shapes import scenes
 
     random = np.random.default_rng(seed)
@@ -236,7 +236,7 @@ def drawn(texts: Sequence[str], seed: int) -> Pictures:
 
 
 def time_full_call(pipe: Any, task: ImageTask) -> float:
-    """Seconds of a full UNet call for one picture of a batch: the median of a short generation."""
+    """Return the seconds of a full UNet call for one image of a batch: the median of a short generation."""
     setting = QualitySetting("ddim", 8)
     one = ImageTask(task.prompts[: task.batch], task.guidance, task.seed, task.batch, task.identity)
     made = _part(pipe, one, setting, 0, lambda count: None)

@@ -1,6 +1,6 @@
-"""Several processes make a run's pictures, each with the engines open for itself, and judge the parts that they left.
+"""Processes that generate and judge the images of a run, each with engines of its own.
 
-A small model gains more from pictures side by side than from threads inside one call.
+A small model gains more from images side by side than from threads inside one call.
 """
 
 from __future__ import annotations
@@ -34,25 +34,19 @@ def make(
     threads: int | None = None,
     on_call: Progress = lambda count: None,
 ) -> None:
-    """Make every part that `folder` lacks, as `pictures.make` does one after the other.
+    """Generate every part that `folder` lacks, as `pictures.make` does one after the other.
 
     Args:
-        bundle: its directory.
-        workers: processes.
-        threads: of each; the cores divided among them by default.
-        on_call: told of a part's UNet calls once it is there.
+        workers: number of processes.
+        threads: of each process; by default the cores are divided among them.
+        on_call: called with a part's UNet calls, per image, once the part is written.
 
     Raises:
-        UserError: `folder` cannot be written, or a process was killed, for want of memory as a rule.
+        UserError: `folder` cannot be written, or a process was killed, as a rule for lack of memory.
     """
     jobs = [(task, setting, first, folder) for setting in settings for first in missing_parts(task, setting, folder)]
-    _spread(
-        workers,
-        (_open, bundle, engine, _share(workers, threads)),
-        _part,
-        jobs,
-        lambda place, made: on_call(made * jobs[place][1].steps),
-    )
+    opening = (_open, bundle, engine, threads or _share(workers))
+    _run(workers, opening, _part, jobs, lambda place, images: on_call(images * jobs[place][1].steps))
 
 
 def score(
@@ -64,109 +58,104 @@ def score(
     threads: int | None = None,
     done: Callable[[QualitySetting], None] = lambda setting: None,
 ) -> dict[QualitySetting, Scored]:
-    """Judge every setting's pictures, which all lie in `folder`; see `scores.score`.
-
-    Args:
-        workers, threads: as of `make`.
-        done: told of each setting once it is judged.
+    """Judge every setting's images, which are all in `folder`, as `scores.score` does; `done` is called after each.
 
     Raises:
-        UserError: a process was killed, for want of memory as a rule.
+        UserError: a process was killed, as a rule for lack of memory.
     """
     jobs = [(task, setting, reference(setting, settings), folder) for setting in settings]
-    scored: dict[QualitySetting, Scored] = {}
+    results: dict[QualitySetting, Scored] = {}
 
-    def judged(place: int, made: Scored) -> None:
-        scored[settings[place]] = made
+    def store(place: int, scored: Scored) -> None:
+        results[settings[place]] = scored
         done(settings[place])
 
-    _spread(workers, (_judge, _share(workers, threads)), _scored, jobs, judged)
-    return {setting: scored[setting] for setting in settings}
+    _run(workers, (_open_judge, threads or _share(workers)), _score, jobs, store)
+    return {setting: results[setting] for setting in settings}
 
 
-def _share(workers: int, threads: int | None) -> int:
-    return threads or max(1, (os.cpu_count() or 1) // workers)
+def _share(workers: int) -> int:
+    return max(1, (os.cpu_count() or 1) // workers)
 
 
-def _spread(
+def _run(
     workers: int,
-    begin: tuple[Any, ...],
+    opening: tuple[Any, ...],
     work: Callable[..., Any],
     jobs: Sequence[tuple[Any, ...]],
     done: Callable[[int, Any], None],
 ) -> None:
-    """Have processes work at jobs side by side.
+    """Run jobs in processes.
 
     Args:
-        begin: what makes a process ready, and its arguments.
-        jobs: of each the arguments.
-        done: told of each job's place, and of what came of it.
+        opening: function that prepares a process, and its arguments.
+        jobs: arguments of `work`, for each job.
+        done: called with each job's index and result.
     """
     if not jobs:
         return
-    ready, *given = begin
+    context = multiprocessing.get_context("spawn")
     before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn"), ready, tuple(given))
-    with pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, opening[0], opening[1:]) as executor:
         try:
-            waiting = {pool.submit(work, *job): place for place, job in enumerate(jobs)}
-            for each in as_completed(waiting):
-                done(waiting[each], each.result())
+            waiting = {executor.submit(work, *job): place for place, job in enumerate(jobs)}
+            for future in as_completed(waiting):
+                done(waiting[future], future.result())
         except BrokenProcessPool as error:
             raise UserError(
-                f"one of {workers} processes was killed, for want of memory as a rule: ask for fewer with --workers; "
-                "the same command goes on where it stopped"
+                f"one of {workers} processes was killed, as a rule for lack of memory: ask for fewer with --workers; "
+                "the same command continues where it stopped"
             ) from error
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            executor.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - before:
                 process.terminate()
             raise
 
 
-_pipe: Any = None  # of this process, when it makes pictures
-_net: JudgeNet | None = None  # of this process, when it judges them
+_pipe: Any = None  # of a process that generates images
+_net: JudgeNet | None = None  # of a process that judges them
 
 
-def _settle(threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's reaches all of them; the first process ends the rest
+def _prepare(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent ends the others
     import torch
 
     from ...runtime.quiet import quiet_libraries
 
     quiet_libraries()
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_first, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_first() -> None:
-    """A first process that is killed tells nobody, and the others would wait for its next job forever."""
-    first = multiprocessing.parent_process()
-    assert first is not None
-    first.join()
+def _exit_with_parent() -> None:
+    """End this process when its parent ends: a killed parent cannot, and the process would wait for jobs forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
 def _open(bundle: Path, engine: str, threads: int) -> None:
     global _pipe
-    _settle(threads)
+    _prepare(threads)
     from ...runtime.pipeline import load
 
     _pipe = load(bundle, engine=engine, threads=threads)
 
 
 def _part(task: ImageTask, setting: QualitySetting, first: int, folder: Path) -> int:
-    """How many pictures the part has, once it lies in `folder`."""
+    """Generate a part and return its number of images."""
     return len(pictures.make_part(_pipe, task, setting, first, folder).pictures)
 
 
-def _judge(threads: int) -> None:
+def _open_judge(threads: int) -> None:
     global _net
-    _settle(threads)
+    _prepare(threads)
     _net = JudgeNet.load()
 
 
-def _scored(task: ImageTask, setting: QualitySetting, base: QualitySetting, folder: Path) -> Scored:
+def _score(task: ImageTask, setting: QualitySetting, base: QualitySetting, folder: Path) -> Scored:
     assert _net is not None
     own, other = (pictures.make(None, task, each, folder) for each in (setting, base))
     return scores.score(_net, task, own, other)

@@ -1,4 +1,4 @@
-"""What is known of each picture of a setting."""
+"""Scores of each image of a setting."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from . import metrics
 from .pictures import ImageTask, SettingImages
 
 RULED = 200
-"""Pictures of a setting that the rules judge as well: a slow judge, to hold the network's against."""
+"""Number of a setting's images that the rule-based judge judges too: it is slow, and checks the network."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One value for each picture, in the prompts' order.
+    """One value for each image, in the prompts' order.
 
     Attributes:
-        psnr, ssim, distance: against the reference's picture of the same prompt and seed, (N,); the distance is
-            perceptual, by the judge network's features.
+        psnr, ssim, distance: to the reference's image of the same prompt and seed, (N,); the distance is perceptual, of
+            the judge network's features.
         right: 1 where the prompt was obeyed in full, by the judge network, (N,).
-        right_by_rules: the same by the rule-based judge, of the first `RULED` pictures.
-        features: the judge network's for the Fréchet distance, (N, D).
+        right_by_rules: the same by the rule-based judge, for the first `RULED` images.
+        features: of the judge network, for the Fréchet distance, (N, D).
     """
 
     psnr: metrics.Values
@@ -36,7 +36,7 @@ class Scored:
 
 
 def score(net: JudgeNet, task: ImageTask, made: SettingImages, base: SettingImages) -> Scored:
-    """Judges a setting's pictures, by themselves and beside those of its reference."""
+    """Return the scores of a setting's images, compared with those of its reference."""
     own, other = made.pictures, base.pictures
     ruled = [judge.judge(picture, text) for picture, text in zip(own[:RULED], task.prompts, strict=False)]
     return Scored(

@@ -55,7 +55,7 @@ class ControlNetRow(BaseModel):
 class ControlNetReuse(BaseModel):
     """One run."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")  # earlier versions named a picture of some scenes
 
     model: str
     controlnet: str = Field(description="its directory's name")
@@ -69,4 +69,3 @@ class ControlNetReuse(BaseModel):
     rounds: int = Field(description="of the times; 0: none were taken")
     drawn_overlap: float = Field(description="of the scenes as the renderer draws them: what `overlap` can reach")
     rows: list[ControlNetRow]
-    picture: str | None = Field(None, description="PNG file beside the result: some scenes in every way")

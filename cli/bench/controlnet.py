@@ -41,8 +41,8 @@ def controlnet(
     as_json: Json = False,
 ) -> None:
     """Draw scenes under a ControlNet that runs at every call, and under one that rests on shallow calls."""
-    from ...benchmarks.controlnet import draw, ways
-    from ...benchmarks.controlnet.run import run
+    from ...benchmarks.controlnet import pipelines, settings
+    from ...benchmarks.controlnet.evaluate import evaluate
     from ...benchmarks.shapes.model import control_path, model_path
     from ...engines.builder.build import build
     from ...engines.bundle.bundle import Bundle
@@ -52,25 +52,25 @@ def controlnet(
     net = controlnet or control_path()
     quiet_libraries()
     with stages() as stage:
-        build(model_path(), bundle, cuts=[ways.CUT], engine=engine, adapters=["controlnet"], progress=stage)
+        build(model_path(), bundle, cuts=[settings.CUT], engine=engine, adapters=["controlnet"], progress=stage)
     opened = Bundle.open(bundle)
     unet = UNet.load(opened, engine, threads=threads)
     try:
-        pipes = draw.Pipelines(unet, model_path(), net)
-        compared = ways.ways(interval or [3, 5], warmup)
+        pipes = pipelines.Pipelines(unet, model_path(), net)
+        compared = settings.compared_settings(interval or [3, 5], warmup)
         versions = [f"{name} {outcome.environment.packages.get(name)}" for name in ("diffusers", unet.engine)]
-        task = ways.task(
+        task = settings.task(
             images,
             steps=steps,
             guidance=guidance,
             seed=seed,
             batch=batch,
-            identity=" ".join([opened.digest, draw.digest(net), *versions]),
+            identity=" ".join([opened.digest, pipelines.digest(net), *versions]),
         )
-        pictures = sum(draw.missing(task, way, output / "pictures") for way in compared)
+        pictures = sum(pipelines.missing(task, way, output / "pictures") for way in compared)
         timed = (rounds + 1 if rounds else 0) * len(compared) * min(batch, images)
         with long_bar(steps * (pictures + timed)) as (on_step, stage):
-            measured = run(
+            measured = evaluate(
                 pipes,
                 task,
                 compared,

@@ -98,9 +98,9 @@ def quality(
 ) -> None:
     """Compare cached runs with the uncached one, and with fewer steps at equal latency, on the shapes model."""
     from ...benchmarks.quality import pictures, pool
+    from ...benchmarks.quality.evaluate import evaluate
     from ...benchmarks.quality.front import front_plan
     from ...benchmarks.quality.plan import reference_ratios, with_fewer_steps
-    from ...benchmarks.quality.run import run
     from ...benchmarks.stats import require
     from ...engines.bundle.bundle import Bundle
     from ...runtime.pipeline import load
@@ -148,7 +148,7 @@ def quality(
                 threads=threads,
                 on_call=on_call,
             )
-        measured = run(
+        measured = evaluate(
             pipe,
             task,
             settings,

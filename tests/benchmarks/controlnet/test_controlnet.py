@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from support.results import result
 from typer.testing import CliRunner
 
 import offcut
-from offcut.benchmarks.controlnet import draw, ways
-from offcut.benchmarks.controlnet.run import run
+from offcut.benchmarks.controlnet import pipelines, settings
+from offcut.benchmarks.controlnet.evaluate import evaluate
 from offcut.benchmarks.report.page import write_report
 from offcut.benchmarks.schema.controlnet import ControlNetReuse
 from offcut.benchmarks.shapes.model import control_path, model_path
@@ -24,7 +23,7 @@ from offcut.errors import UserError
 
 pytestmark = pytest.mark.slow
 STEPS = 7
-COMPARED = ways.ways([3], 2)
+COMPARED = settings.compared_settings([3], 2)
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +35,23 @@ def bundle(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pipes(bundle: Path) -> Iterator[draw.Pipelines]:
+def pipes(bundle: Path) -> Iterator[pipelines.Pipelines]:
     unet = offcut.UNet.load(bundle, threads=1)
-    yield draw.Pipelines(unet, model_path(), control_path())
+    yield pipelines.Pipelines(unet, model_path(), control_path())
     unet.close()
 
 
 @pytest.fixture(scope="module")
-def task() -> ways.SceneTask:
-    return ways.task(3, steps=STEPS, guidance=3.0, seed=0, batch=2, identity="test")
+def task() -> settings.SceneTask:
+    return settings.task(3, steps=STEPS, guidance=3.0, seed=0, batch=2, identity="test")
 
 
 @pytest.fixture(scope="module")
 def whole(
-    pipes: draw.Pipelines, task: ways.SceneTask, tmp_path_factory: pytest.TempPathFactory
+    pipes: pipelines.Pipelines, task: settings.SceneTask, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, ControlNetReuse]:
     folder = tmp_path_factory.mktemp("whole")
-    return folder, run(pipes, task, COMPARED, folder, rounds=2, model="shapes", controlnet="control")
+    return folder, evaluate(pipes, task, COMPARED, folder, rounds=2, model="shapes", controlnet="control")
 
 
 def test_each_way_has_its_calls_and_passes(whole: tuple[Path, ControlNetReuse]) -> None:
@@ -69,7 +68,7 @@ def test_each_way_has_its_calls_and_passes(whole: tuple[Path, ControlNetReuse]) 
 
 
 def test_each_row_has_the_figures_that_are_its_own(whole: tuple[Path, ControlNetReuse]) -> None:
-    folder, measured = whole
+    _, measured = whole
     plain, uncached, cached, reused = measured.rows
     assert plain.psnr is uncached.psnr is plain.change is uncached.change is cached.change is None
     assert cached.psnr is not None
@@ -86,38 +85,38 @@ def test_each_row_has_the_figures_that_are_its_own(whole: tuple[Path, ControlNet
     assert uncached.share is not None
     assert 0 < uncached.share < 1
     assert 0.8 < measured.drawn_overlap < 1
-    assert measured.picture is not None
-    assert Image.open(folder / measured.picture).width > 5 * 256
 
 
 def test_a_rested_controlnet_draws_another_picture(
-    pipes: draw.Pipelines, task: ways.SceneTask, whole: tuple[Path, ControlNetReuse]
+    pipes: pipelines.Pipelines, task: settings.SceneTask, whole: tuple[Path, ControlNetReuse]
 ) -> None:
     folder, _ = whole
-    drawn = [draw.make(pipes, task, way, folder / "pictures", lambda count: None).pictures for way in COMPARED]
+    drawn = [pipelines.make(pipes, task, way, folder / "pictures", lambda count: None).pictures for way in COMPARED]
     for one, other in pairwise(drawn):
         assert not np.array_equal(one, other)
 
 
 def test_kept_pictures_are_not_drawn_again_and_damaged_ones_are_refused(
-    pipes: draw.Pipelines, task: ways.SceneTask, whole: tuple[Path, ControlNetReuse]
+    pipes: pipelines.Pipelines, task: settings.SceneTask, whole: tuple[Path, ControlNetReuse]
 ) -> None:
     folder, measured = whole
     steps: list[int] = []
-    again = run(pipes, task, COMPARED, folder, rounds=0, model="shapes", controlnet="control", on_step=steps.append)
+    again = evaluate(
+        pipes, task, COMPARED, folder, rounds=0, model="shapes", controlnet="control", on_step=steps.append
+    )
     assert steps == []
     untimed = [
         row.model_copy(update={"seconds": [], "controlnet_seconds": [], "to_uncached": None}) for row in measured.rows
     ]
     assert again.rows == untimed
     assert again.rows[1].share is None
-    other = ways.task(3, steps=STEPS, guidance=3.0, seed=1, batch=2, identity="test")
-    assert draw.missing(other, COMPARED[0], folder / "pictures") == 3
+    other = settings.task(3, steps=STEPS, guidance=3.0, seed=1, batch=2, identity="test")
+    assert pipelines.missing(other, COMPARED[0], folder / "pictures") == 3
     kept = folder / "pictures" / f"{task.key(COMPARED[0])}.npz"
     whole_file = kept.read_bytes()
     kept.write_bytes(whole_file[:100])
     with pytest.raises(UserError, match="damaged"):
-        draw.make(pipes, task, COMPARED[0], folder / "pictures", lambda count: None)
+        pipelines.make(pipes, task, COMPARED[0], folder / "pictures", lambda count: None)
     kept.write_bytes(whole_file)
 
 
@@ -134,10 +133,9 @@ def test_the_command_writes_its_result(bundle: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     measured = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["controlnet"]
     assert [row["passes"] for row in measured["rows"]] == [0, 4, 4, 2]
-    assert (tmp_path / "scenes.png").exists()
     assert (tmp_path / "report.html").exists()
 
 
 def test_a_directory_without_a_controlnet_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no ControlNet"):
-        draw.digest(tmp_path)
+        pipelines.digest(tmp_path)

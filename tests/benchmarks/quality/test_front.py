@@ -11,8 +11,8 @@ import pytest
 
 import offcut
 from offcut.benchmarks.quality import front, pictures, plan
+from offcut.benchmarks.quality.evaluate import evaluate
 from offcut.benchmarks.quality.pictures import ImageTask
-from offcut.benchmarks.quality.run import run
 from offcut.engines.bundle.bundle import Bundle
 from offcut.errors import UserError
 
@@ -98,7 +98,7 @@ def test_its_row_and_claims(settings: list[plan.QualitySetting], pipe: Any, shap
     now = front.front_plan(pipe, Bundle.open(shapes), known, 3.0, RATIOS, samples=4)
     task = ImageTask(pictures.prompts(4, 1000), guidance=3.0, seed=0, batch=4, identity="test", bundle=shapes)
     rows = plan.with_fewer_steps(now, RATIOS)
-    measured = run(pipe, task, rows, tmp_path, ratios=RATIOS, model="shapes")
+    measured = evaluate(pipe, task, rows, tmp_path, ratios=RATIOS, model="shapes")
     (row,) = (each for each in measured.rows if (each.schedule or "").startswith("tuned:"))
     (setting,) = (each for each in rows if each.bundle_schedule is not None)
     assert row.full_calls + row.shallow_calls + row.skipped_calls == STEPS

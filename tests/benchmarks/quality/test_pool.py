@@ -10,10 +10,10 @@ import time
 import psutil
 
 _FIRST = """
-from offcut.benchmarks.quality.pool import _settle, _spread
+from offcut.benchmarks.quality.pool import _prepare, _run
 if __name__ == "__main__":
     jobs = [("print(__import__('os').getpid(), flush=True)",), ("__import__('time').sleep(600)",)]
-    _spread(1, (_settle, 1), eval, jobs, print)
+    _run(1, (_prepare, 1), eval, jobs, print)
 """
 
 

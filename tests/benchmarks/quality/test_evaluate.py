@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import offcut
 from offcut.benchmarks import record
 from offcut.benchmarks.quality import pictures, plan, pool
+from offcut.benchmarks.quality.evaluate import evaluate
 from offcut.benchmarks.quality.pictures import ImageTask
-from offcut.benchmarks.quality.run import run
 from offcut.benchmarks.schema.quality import Quality
 from offcut.benchmarks.shapes.model import model_path
 from offcut.cli.bench import app
@@ -43,7 +43,7 @@ def task() -> ImageTask:
 @pytest.fixture(scope="module")
 def whole(pipe: Any, task: ImageTask, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Quality]:
     folder = tmp_path_factory.mktemp("whole")
-    return folder, run(pipe, task, SETTINGS, folder, ratios=plan.SHALLOW_OVER_FULL, model="shapes")
+    return folder, evaluate(pipe, task, SETTINGS, folder, ratios=plan.SHALLOW_OVER_FULL, model="shapes")
 
 
 def test_each_row_has_its_figures_and_pictures(whole: tuple[Path, Quality], task: ImageTask) -> None:
@@ -109,10 +109,10 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(pipe, task, SETTINGS, tmp_path, ratios=plan.SHALLOW_OVER_FULL, model="shapes", on_call=cut_off)
+        evaluate(pipe, task, SETTINGS, tmp_path, ratios=plan.SHALLOW_OVER_FULL, model="shapes", on_call=cut_off)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
     assert len(kept) == 1
-    again = run(pipe, task, SETTINGS, tmp_path, ratios=plan.SHALLOW_OVER_FULL, model="shapes")
+    again = evaluate(pipe, task, SETTINGS, tmp_path, ratios=plan.SHALLOW_OVER_FULL, model="shapes")
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
     for setting in SETTINGS:
         first, second = (pictures.make(None, task, setting, folder / "pictures") for folder in (whole[0], tmp_path))
@@ -172,7 +172,7 @@ def test_processes_make_what_one_makes(pipe: Any, shapes_bundle: Path, task: Ima
 def test_processes_judge_as_one_does(whole: tuple[Path, Quality], pipe: Any, task: ImageTask) -> None:
     folder, quality = whole
     said: list[str] = []
-    again = run(
+    again = evaluate(
         pipe, task, SETTINGS, folder, ratios=plan.SHALLOW_OVER_FULL, model="shapes", workers=2, threads=1,
         stage=said.append,
     )  # fmt: skip

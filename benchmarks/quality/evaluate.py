@@ -1,4 +1,4 @@
-"""Makes every setting's pictures, and says how near to the uncached ones, how right, and how like drawings they are."""
+"""Quality of every setting: distance to the uncached images, prompts obeyed, and distance to rendered scenes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .plan import QualitySetting
 from .scores import Scored, score
 
 SAMPLES = 4
-"""Prompts whose pictures are kept as PNG files."""
+"""Number of prompts whose images are saved as PNG files."""
 
 Stage = Callable[[str], None]
 
 
-def run(
+def evaluate(
     pipe: Any,
     task: ImageTask,
     settings: Sequence[QualitySetting],
@@ -38,23 +38,23 @@ def run(
     on_call: pictures.Progress = lambda count: None,
     stage: Stage = lambda text: None,
 ) -> Quality:
-    """Makes and scores the pictures of all settings.
+    """Generate and score the images of all settings.
 
     Args:
         pipe: from ``offcut.load``, of the shapes model.
         settings: each cached or shortened one with its sampler's uncached one among them.
-        folder: of ``result.json``; gets the pictures (``pictures/``) and the samples (``samples/``).
+        folder: of ``result.json``; gets the images (``pictures/``) and the samples (``samples/``).
         ratios: a shallow call's time over a full one's on Stable Diffusion 1.5, by cut.
-        model: its name in the result.
-        external: networks of the user's for further figures.
-        workers: processes that judge the pictures.
-        threads: of each; the cores divided among them by default.
-        on_call: told of every UNet call.
-        stage: told what is being done between the pictures.
+        model: name in the result.
+        external: the user's networks, for further figures.
+        workers: number of processes that judge the images.
+        threads: of each process; by default the cores are divided among them.
+        on_call: called at every UNet call.
+        stage: called with the name of each stage.
 
     Raises:
-        UserError: `folder` cannot be written, or something in it is damaged.
-        MissingExtraError: torchmetrics is missing.
+        UserError: `folder` cannot be written, or a file in it is damaged.
+        MissingExtraError: torchmetrics or SciPy is missing.
     """
     require("the quality benchmark", "torchmetrics", "scipy")
     made = {}
@@ -110,7 +110,7 @@ def run(
 
 
 def _ratio(cut: str, made: Mapping[QualitySetting, SettingImages]) -> float:
-    """Shallow over full on this model: the median over parts of the ratio within a part, of all rows with this cut."""
+    """Return shallow over full on this model: the median of the ratios within a part, over all rows with this cut."""
     pairs = [
         shallow / full
         for setting, each in made.items()
