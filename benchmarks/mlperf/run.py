@@ -12,7 +12,7 @@ import numpy as np
 
 from ...errors import UserError
 from ..schema.mlperf import MlPerf, Scenario, ScenarioRun
-from ..shapes import judge, score
+from ..shapes import judge, prompts
 from . import loadgen
 from .loadgen import Shortened
 
@@ -60,7 +60,7 @@ class Library:
 
 def mixed_prompts(count: int) -> list[str]:
     """Captions of one object and of two in turn; the same for the same count."""
-    one, two = (score.prompts(kind, (count + 1) // 2, seed=2000) for kind in ("one object", "two objects"))
+    one, two = (prompts.prompts(kind, (count + 1) // 2, seed=2000) for kind in ("one object", "two objects"))
     return [prompt for pair in zip(one, two, strict=True) for prompt in pair][:count]
 
 

@@ -1,4 +1,4 @@
-"""The builds that are compared: every engine that computes on a CPU in its precisions."""
+"""Builds that ``offcut bench precision`` compares: CPU engines in each of their precisions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from ..progress import indented
 
 @dataclass(frozen=True)
 class Build:
-    """One of them.
+    """An engine with the precision of its graphs.
 
     Attributes:
-        precision: of the graphs.
-        computed_in: another precision, by the engine's hint.
+        computed_in: another precision that the engine computes in, by its hint.
     """
 
     engine: str
@@ -29,12 +28,12 @@ class Build:
 
     @property
     def name(self) -> str:
-        """Of the precision, unique within an engine, e.g. ``fp32 computed in bf16``."""
+        """Name of the precision, unique within an engine, e.g. ``fp32 computed in bf16``."""
         return f"{self.precision} computed in {self.computed_in}" if self.computed_in else self.precision
 
     @property
     def computes_in(self) -> str:
-        """``offcut.load``'s ``inference_precision``."""
+        """Value for ``offcut.load``'s ``inference_precision``."""
         return self.computed_in or self.precision
 
 
@@ -47,11 +46,11 @@ BUILDS = (
     Build("openvino", computed_in="bf16"),
     Build("openvino", "int8"),
 )
-"""fp32 before what is held against it."""
+"""All builds, fp32 before those that are compared with it."""
 
 
 def builds_of(engines: Sequence[str], precisions: Sequence[str]) -> list[Build]:
-    """Those of these engines and low precisions, or of all where none is named, and fp32 of each engine.
+    """Return the builds of some engines and low precisions, all by default, with fp32 of each engine.
 
     Raises:
         UserError: there is no such engine or precision among `BUILDS`, or no engine of these computes in these.
@@ -74,10 +73,10 @@ def builds_of(engines: Sequence[str], precisions: Sequence[str]) -> list[Build]:
 
 
 def builds_in(bundle: Bundle, engines: Sequence[str] = ()) -> list[tuple[Build, EngineEntry]]:
-    """Those that a bundle has, of these engines or of all.
+    """Return the builds of a bundle, of some engines or of all.
 
     Raises:
-        UserError: it has none of these.
+        UserError: the bundle has no such build.
     """
     manifest = bundle.manifest
     found = [
@@ -91,7 +90,7 @@ def builds_in(bundle: Bundle, engines: Sequence[str] = ()) -> list[tuple[Build, 
 
 
 def make(model: Path, out: Path, builds: Sequence[Build], cut: str, progress: Callable[[str], None]) -> Bundle:
-    """All of them in one bundle, with those that are there; int8 is calibrated on the model's own prompts."""
+    """Add the builds to a bundle and open it; int8 is calibrated on the model's own prompts."""
     for each in builds:
         progress(f"build {each.engine} {each.name}")
         build(

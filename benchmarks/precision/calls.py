@@ -1,4 +1,4 @@
-"""Times a full and a shallow call of every build of a bundle, in turns."""
+"""Times of a full and a shallow call of every build of a bundle, measured in turns."""
 
 from __future__ import annotations
 

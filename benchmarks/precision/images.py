@@ -1,4 +1,4 @@
-"""Draws the same prompts with every build and schedule, and says how near to fp32 and how obedient the images are."""
+"""Images of the same prompts with every build and schedule: distance to fp32, and prompts obeyed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WARMUP = 2
 
 
 def settings(steps: int, intervals: Sequence[int]) -> list[QualitySetting]:
-    """Uncached, then every interval after two full calls."""
+    """Return the uncached setting, then every interval after two full calls."""
     rows = [cached(SAMPLER, steps, "uniform", interval, CUTS[0], WARMUP) for interval in intervals]
     return [QualitySetting(SAMPLER, steps), *rows]
 
@@ -27,10 +27,10 @@ def settings(steps: int, intervals: Sequence[int]) -> list[QualitySetting]:
 def tasks(
     bundle: Bundle, builds: Sequence[Build], count: int, *, guidance: float, seed: int, batch: int, versions: str
 ) -> dict[Build, pictures.ImageTask]:
-    """The same prompts and seeds for every build, whose name is part of what pictures are kept under.
+    """Return the same prompts and seeds for every build.
 
     Args:
-        versions: of what computes, likewise.
+        versions: of the packages that compute; they and the build's name are part of the key of stored images.
     """
     prompts = pictures.prompts(count, 1000 + seed)
     return {
@@ -51,14 +51,14 @@ def draw(
     on_call: pictures.Progress,
     stage: Callable[[str], None],
 ) -> Images:
-    """Draw and judge all; pictures that lie in a folder already are not drawn again.
+    """Generate and judge the images; those that `folder` has already are read from there.
 
     Args:
-        asked: every build with its task; each engine has fp32 among its builds.
-        compared: of ``settings``.
+        asked: the task of every build; each engine has fp32 among its builds.
+        compared: as ``settings`` returns them.
 
     Raises:
-        UserError: `folder` cannot be written, or something in it is damaged.
+        UserError: `folder` cannot be written, or a file in it is damaged.
         EngineError: a build cannot be opened here.
     """
     drawn: dict[tuple[Build, QualitySetting], metrics.Pictures] = {}

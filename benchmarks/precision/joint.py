@@ -1,8 +1,8 @@
-"""Caching and low precision together: CacheQuant's ablation (CVPR 2025), with the tuned schedules beside it.
+"""Caching and low precision together: CacheQuant's ablation (CVPR 2025), with tuned schedules as one more way.
 
 {fp32, int8} x {reuse, DP, DP + correction, ours}: plain reuse at an interval; the schedule of its dynamic programming;
 with its correction, a scale and a shift for each call and channel, fitted on uncached images; and ``offcut tune`` at
-the same cost. All are held against the uncached images in fp32, and in int8 all coefficients aim at fp32's features.
+the same cost. All are compared with the uncached images in fp32, and in int8 all coefficients aim at fp32's features.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ CUT = CUTS[0]
 
 @dataclass(frozen=True)
 class AblationTask:
-    """What is drawn.
+    """Images and settings of the ablation.
 
     Attributes:
-        interval: that reuse has, and whose full calls the others may spend.
-        samples: images that corrections are fitted to, and as many that schedules are tuned with, of the prompts that
-            tuning draws by default.
-        images: of each row, of other prompts and seeds.
+        interval: of reuse; the other ways have as many full calls.
+        samples: number of images that corrections are fitted to, and of images that schedules are tuned with; their
+            prompts are those that tuning uses by default.
+        images: number of images of each row, of other prompts and seeds.
         probes, positions: as those of ``TuningRequest``.
-        seed: of the first image; its prompts follow from it too.
+        seed: of the first image and of the prompts.
     """
 
     interval: int = 5

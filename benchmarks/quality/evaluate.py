@@ -13,7 +13,6 @@ from ..schema.quality import Quality, QualityRow
 from ..shapes.judge_net.reader import JudgeNet
 from ..stats import mean_of, require
 from . import claims, metrics, pictures, plan, pool
-from .external import External
 from .pictures import ImageTask, SettingImages
 from .plan import QualitySetting
 from .scores import Scored, score
@@ -32,7 +31,6 @@ def evaluate(
     *,
     ratios: Mapping[str, float],
     model: str,
-    external: External | None = None,
     workers: int = 1,
     threads: int | None = None,
     on_call: pictures.Progress = lambda count: None,
@@ -46,7 +44,6 @@ def evaluate(
         folder: of ``result.json``; gets the images (``pictures/``) and the samples (``samples/``).
         ratios: a shallow call's time over a full one's on Stable Diffusion 1.5, by cut.
         model: name in the result.
-        external: the user's networks, for further figures.
         workers: number of processes that judge the images.
         threads: of each process; by default the cores are divided among them.
         on_call: called at every UNet call.
@@ -87,9 +84,6 @@ def evaluate(
         base = plan.reference(setting, settings)
         row = _row(setting, made[setting].timeline, scored[setting], scored[base], features, ratios, here)
         row.samples = _samples(folder, setting, made[setting])
-        if external:
-            against = None if setting == base else made[base].pictures
-            row.external = external.figures(made[setting].pictures, task.prompts, against, truth)
         rows.append(row)
     stage("claims")
     found = claims.claims(settings, scored, features, ratios)

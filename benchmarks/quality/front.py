@@ -1,7 +1,7 @@
-"""The front of quality and speed: tuned schedules beside all else that is as fast, for several samplers and speeds.
+"""Plan of the Pareto front of quality and speed: tuned schedules and other ways that are as fast.
 
-Each schedule is tuned for the ratio of Stable Diffusion 1.5, to be as fast as an interval of DeepCache's, on prompts
-and seeds that the compared pictures do not have, and kept in the bundle: a run that was cut off goes on there.
+Each schedule is tuned for the ratio of Stable Diffusion 1.5, at the cost of an interval of DeepCache's, on prompts and
+seeds that the compared images do not have. The bundle stores it, so that an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ INTERVALS = (2, 3, 5, 10)
 _DAMPING = {"ddim": 1.0}  # of forecasts, where not a half
 _OTHER_PROMPTS = 9000
 OTHER_SEEDS = 1_000_000
-"""Of the images that are tuned with; those that are judged have lower ones."""
+"""First seed of the images for tuning; judged images have lower seeds."""
 
 
 def known(steps: int, samplers: Sequence[str] = SAMPLERS) -> list[QualitySetting]:
-    """What needs no tuning: for each sampler and interval reuse, with and without warm-up, and a forecast.
+    """Return settings without tuning: for each sampler and interval reuse, with and without warm-up, and a forecast.
 
     Args:
         steps: of DDIM; other samplers have half of them.
@@ -58,15 +58,15 @@ def front_plan(
     samples: int,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[QualitySetting]:
-    """These settings, and for each that is plainly uniform a tuned schedule as fast, and CacheQuant's.
+    """Return the settings, and for each uniform one without warm-up a tuned schedule as fast, and CacheQuant's.
 
     Args:
         pipe: of the bundle.
-        bundle: schedules that it lacks are tuned and added to it.
+        bundle: gets the schedules that it lacks.
         settings: as ``known`` gives them.
         ratios: a shallow call's time over a full one's, by cut.
-        samples: images that a schedule is tuned with.
-        progress: told what is being done.
+        samples: number of images that a schedule is tuned with.
+        progress: called with the name of each stage.
     """
     rows = list(settings)
     for plain in settings:
@@ -83,7 +83,7 @@ def front_plan(
 
 
 def of_bundle(bundle: Bundle, tuned: Tuned, sampler: str) -> QualitySetting:
-    """The setting of a schedule that a bundle has."""
+    """Return the setting of a bundle's schedule."""
     document = tuned.document
     schedule = BundleSchedule(tuned.name, bundle.manifest.schedules[tuned.name].document, document.by_call)
     return QualitySetting(sampler, document.key.steps, f"tuned:{tuned.name}", document.cut, bundle_schedule=schedule)
@@ -98,7 +98,7 @@ def _tuned(
     samples: int,
     progress: Callable[[str], None],
 ) -> Tuned:
-    """A schedule as fast as a plain one: the bundle's, or one that is now tuned and added."""
+    """Return a schedule as fast as a plain one: the bundle's, or a new one, tuned and added to the bundle."""
     name = f"front-{plain.sampler.replace('+', 'p').replace(' ', '-')}-{plain.steps}-n{plain.interval}-s{samples}"
     before = pipe.scheduler
     pipe.scheduler = pictures.scheduler(before.config, plain.sampler)
@@ -111,7 +111,7 @@ def _tuned(
                 there = None
             if there is not None and there.document.shallow_over_full == ratios[CUTS[0]]:
                 return there
-            progress(f"{name} of the bundle was made for something else: tune it again")
+            progress(f"{name} in the bundle was made for other settings: tune it again")
         request = TuningRequest(
             speed_up=plain.steps / plain.cost(ratios),
             steps=plain.steps,

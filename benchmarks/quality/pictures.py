@@ -220,8 +220,8 @@ def batch(
 
 def prompts(count: int, seed: int) -> tuple[str, ...]:
     """Return captions, kinds in turn: one object, two objects, a pair of colour and shape that was never trained."""
-    from ..shapes.score import KINDS
-    from ..shapes.score import prompts as of_kind
+    from ..shapes.prompts import KINDS
+    from ..shapes.prompts import prompts as of_kind
 
     each = [of_kind(kind, -(-count // len(KINDS)), seed + index) for index, kind in enumerate(KINDS)]
     return tuple(text for row in zip(*each, strict=True) for text in row)[:count]

@@ -1,4 +1,4 @@
-"""Which settings a quality run compares, and what each costs."""
+"""Settings that a quality run compares, and the cost of each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...runtime.tuning.search import cost_in_full_calls
 from ..schema.latency import Latency
 
 SAMPLERS = ("ddim", "dpm++ 2m", "euler ancestral")
-"""Two deterministic ones, and one that adds fresh noise at every step."""
+"""Two deterministic samplers, and one that adds fresh noise at every step."""
 
 INTERVALS = (1, 2, 3, 5, 10)
 CUTS = ("deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3")
@@ -30,12 +30,12 @@ SHALLOW_OVER_FULL: Mapping[str, float] = {
 }
 """A shallow call's time over a full one's on Stable Diffusion 1.5 at 512x512 with guidance.
 
-That of `deepcache:0` was measured (ONNX Runtime, fp32, CPU); the others are shares of the floating-point operations, as
-``offcut cuts`` counts them. An engine's own go before them: ``--latency`` or ``--shallow-ratio``.
+The ratio of `deepcache:0` was measured (ONNX Runtime, fp32, CPU); the others are shares of the floating-point
+operations, as ``offcut cuts`` counts them. ``--latency`` and ``--shallow-ratio`` give an engine's own ratios.
 """
 
 _BASE = 5  # the interval around which the other axes vary
-_TOLERANCE = 0.06  # a planned number of steps stands in for another that differs by at most this share
+_TOLERANCE = 0.06  # largest relative difference of two costs that count as equal
 
 Kind = Literal["uniform", "quad"]
 
@@ -45,8 +45,7 @@ class BundleSchedule:
     """A schedule of the bundle.
 
     Attributes:
-        name: of the schedule.
-        document: its file, which has another name when what is in it changes.
+        document: name of its file, which changes with its content.
         by_call: the cut of each call, as ``Document.by_call``.
     """
 
@@ -57,15 +56,15 @@ class BundleSchedule:
 
 @dataclass(frozen=True)
 class QualitySetting:
-    """One way to make the pictures.
+    """One way to generate the images.
 
     Attributes:
         sampler: one of `SAMPLERS`.
         steps: of the sampler; each is one UNet call.
-        schedule: in its text form; None where every call is full, ``tuned:NAME`` of the bundle's.
-        cut: of the shallow calls; None where there are none.
-        fewer: whether this is an uncached run at a cached one's latency.
-        damping: of the cached features' forecast; None reuses them.
+        schedule: as text; None where every call is full, ``tuned:NAME`` for the bundle's.
+        cut: of the shallow calls; None without shallow calls.
+        fewer: whether this is an uncached run with fewer steps, at a cached run's latency.
+        damping: of the forecast of cached features; None reuses them.
         bundle_schedule: set if the schedule is one of the bundle's.
     """
 
@@ -79,7 +78,7 @@ class QualitySetting:
 
     @property
     def identity(self) -> str:
-        """Of all that the pictures depend on: the name, unless another schedule may come to have it."""
+        """Text of everything that the images depend on."""
         return self.name if self.bundle_schedule is None else f"{self.name} {self.bundle_schedule.document}"
 
     @property
@@ -96,7 +95,7 @@ class QualitySetting:
 
     @property
     def parsed(self) -> Schedule | None:
-        """The schedule; None too for one of the bundle's."""
+        """The schedule; None where every call is full, and for the bundle's schedules."""
         return None if self.schedule is None or self.bundle_schedule is not None else parse(self.schedule)
 
     @property
@@ -114,14 +113,14 @@ class QualitySetting:
 
     @property
     def full_calls(self) -> int:
-        """Of one image."""
+        """Full calls of one image."""
         if self.bundle_schedule is not None:
             return self.bundle_schedule.by_call.count(None)
         schedule = self.parsed
         return self.steps if schedule is None else len(schedule.full_calls(self.steps))
 
     def cost(self, ratios: Mapping[str, float]) -> float:
-        """Of one image in full calls, where a shallow call costs its cut's ratio."""
+        """Return the cost of one image in full calls; a shallow call costs its cut's ratio."""
         if self.bundle_schedule is not None:
             return cost_in_full_calls(self.bundle_schedule.by_call, ratios)
         shallow = self.steps - self.full_calls
@@ -137,9 +136,9 @@ def cached(
     warmup: int = 0,
     damping: float | None = None,
 ) -> QualitySetting:
-    """A setting with caching, or without where the interval is 1.
+    """Return a setting with caching, or without if the interval is 1.
 
-    The centre of a quad schedule is the paper's, call 15 of 50, in proportion to the steps.
+    The centre of a quad schedule is the paper's, call 15 of 50, scaled to the steps.
     """
     if interval == 1:
         return QualitySetting(sampler, steps)
@@ -149,9 +148,9 @@ def cached(
 
 
 def full_plan(steps: int) -> list[QualitySetting]:
-    """Each axis around DDIM, interval 5, uniform, `deepcache:0`, no warm-up; other samplers at half the steps.
+    """Return settings along each axis from DDIM, interval 5, uniform, `deepcache:0`, no warm-up.
 
-    Forecasts come with two calls to warm up, which give them a direction.
+    Other samplers have half the steps. Forecasts have two warm-up calls, which give them a direction.
     """
     rows = [cached("ddim", steps, "uniform", interval) for interval in INTERVALS]
     rows += [cached("ddim", steps, "quad", interval) for interval in (_BASE, 10)]
@@ -169,7 +168,7 @@ def full_plan(steps: int) -> list[QualitySetting]:
 
 
 def quick_plan(steps: int) -> list[QualitySetting]:
-    """A few rows that touch every part: both schedules, two intervals, one ancestral row."""
+    """Return a few settings for a quick run: both schedules, two intervals, one ancestral sampler."""
     rows = [cached("ddim", steps, "uniform", interval) for interval in (1, 3, 10)]
     rows.append(cached("ddim", steps, "quad", 10))
     half = max(4, steps // 2)
@@ -185,11 +184,11 @@ def product_plan(
     warmups: Sequence[int],
     dampings: Sequence[float | None] = (None,),
 ) -> list[QualitySetting]:
-    """Every combination, and the uncached run of each sampler.
+    """Return every combination, and the uncached run of each sampler.
 
     Raises:
-        UserError: an unknown sampler.
-        ScheduleError, CutError: another value that cannot be.
+        UserError: a sampler is unknown.
+        ScheduleError, CutError: another value is not valid.
     """
     check(samplers)
     rows = [QualitySetting(sampler, steps) for sampler in samplers]
@@ -206,7 +205,7 @@ def product_plan(
 
 
 def of_samplers(settings: Sequence[QualitySetting], samplers: Sequence[str]) -> list[QualitySetting]:
-    """Those of a plan with these samplers.
+    """Return the settings of a plan with these samplers.
 
     Raises:
         UserError: a sampler is unknown, or the plan has none of them.
@@ -220,9 +219,9 @@ def of_samplers(settings: Sequence[QualitySetting], samplers: Sequence[str]) -> 
 
 
 def with_fewer_steps(settings: Sequence[QualitySetting], ratios: Mapping[str, float]) -> list[QualitySetting]:
-    """The settings, then for each cached one the uncached run with the nearest number of steps at the same cost.
+    """Return the settings, then for each cached one the uncached run with the nearest number of steps at its cost.
 
-    One such run serves all cached ones whose costs differ from it by at most 6 %.
+    One such run counts for all cached settings whose costs differ from it by at most 6 %.
     """
     rows = list(dict.fromkeys(settings))
     made: list[QualitySetting] = []
@@ -234,10 +233,10 @@ def with_fewer_steps(settings: Sequence[QualitySetting], ratios: Mapping[str, fl
 
 
 def reference_ratios(settings: Sequence[QualitySetting], given: Mapping[str, float]) -> dict[str, float]:
-    """A shallow call's time over a full one's on Stable Diffusion 1.5, for the cuts of the settings.
+    """Return a shallow call's time over a full one's on Stable Diffusion 1.5, by cut.
 
     Args:
-        given: by cut, in place of what was measured for this project.
+        given: ratios by cut that replace `SHALLOW_OVER_FULL`.
 
     Raises:
         UserError: a ratio is not between 0 and 1, or none is known for a cut.
@@ -256,7 +255,7 @@ def reference_ratios(settings: Sequence[QualitySetting], given: Mapping[str, flo
 
 
 def measured_ratios(latency: Latency) -> dict[str, float]:
-    """The same by cut, from a run of ``offcut bench latency``: medians of the calls alone, else of those in the loops.
+    """Return the same from a run of ``offcut bench latency``: medians of calls outside the loops, else inside.
 
     Raises:
         UserError: the run has no cached contestant.
@@ -276,7 +275,7 @@ def measured_ratios(latency: Latency) -> dict[str, float]:
 def counterpart(
     setting: QualitySetting, rows: Iterable[QualitySetting], ratios: Mapping[str, float]
 ) -> QualitySetting | None:
-    """The run with fewer steps that costs nearest to a cached setting's; None if none is planned for it."""
+    """Return the run with fewer steps whose cost is nearest to a cached setting's; None if no cost is near."""
     cost = setting.cost(ratios)
     same = [row for row in rows if row.fewer and row.sampler == setting.sampler]
     nearest = min(same, key=lambda row: abs(row.steps - cost), default=None)
@@ -289,16 +288,16 @@ def _fits(fewer: QualitySetting, setting: QualitySetting, ratios: Mapping[str, f
 
 
 def check(samplers: Sequence[str]) -> None:
-    """Whether these are of ``SAMPLERS``.
+    """Check that these are names in ``SAMPLERS``.
 
     Raises:
         UserError: one is not.
     """
     for sampler in samplers:
         if sampler not in SAMPLERS:
-            raise UserError(f"{sampler!r} is no sampler here: choose one of {', '.join(SAMPLERS)}")
+            raise UserError(f"{sampler!r} is not a sampler here: choose one of {', '.join(SAMPLERS)}")
 
 
 def reference(setting: QualitySetting, rows: Iterable[QualitySetting]) -> QualitySetting:
-    """The uncached run with all steps that a row is compared with: the sampler's own."""
+    """Return the uncached run with all steps of a row's sampler, which the row is compared with."""
     return next(row for row in rows if row.kind == "uncached" and row.sampler == setting.sampler)

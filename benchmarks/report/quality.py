@@ -140,9 +140,6 @@ def _figures(rows: Sequence[QualityRow]) -> Table:
         skipped = f", {row.skipped_calls} skipped" if row.skipped_calls else ""
         return f"{row.full_calls} + {row.shallow_calls}{skipped}"
 
-    def external(name: str, row: QualityRow) -> str:
-        return digits(row.external.get(name))
-
     columns = [
         Column("setting", lambda row: Pair(row.name, row.kind) if row.kind == "fewer steps" else row.name),
         Column("full + shallow", calls, "UNet calls of an image"),
@@ -157,8 +154,6 @@ def _figures(rows: Sequence[QualityRow]) -> Table:
         Column("by rules, %", lambda row: interval(row.accuracy_by_rules, 0, 100), "by the rule-based judge",
                terminal=False),
         Column("Fréchet", lambda row: digits(row.frechet), "distance to rendered scenes of the same captions"),
-        *(Column(name, partial(external, name), "by a network given to the run")
-          for name in sorted({name for row in rows for name in row.external})),
     ]  # fmt: skip
     return Table("Means with 95 % intervals", columns, rows, ours=lambda row: row.kind == "cached")
 

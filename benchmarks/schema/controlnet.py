@@ -1,4 +1,4 @@
-"""What ``offcut bench controlnet`` measured: a row for each way to draw the same scenes."""
+"""Result of ``offcut bench controlnet``: a row for each way to generate the same scenes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..stats import Estimate
 
 
 class ReuseChange(BaseModel):
-    """Of the same scenes, what resting the ControlNet adds to caching: paired, negative where it is worse."""
+    """Change by skipping the ControlNet on shallow calls, paired by scene; negative where it is worse."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -20,7 +20,7 @@ class ReuseChange(BaseModel):
 
 
 class ControlNetRow(BaseModel):
-    """One way to draw, over all scenes."""
+    """One way to generate, over all scenes."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -28,7 +28,7 @@ class ControlNetRow(BaseModel):
     control: bool = Field(description="whether the pipeline has the ControlNet")
     interval: int | None = Field(description="every so many calls are full; None where all are")
     schedule: str | None
-    reused: bool = Field(description="whether the ControlNet rests on shallow calls: attach's reuse_controlnet")
+    reused: bool = Field(description="whether the ControlNet is skipped on shallow calls: attach's reuse_controlnet")
     full_calls: int = Field(description="of the UNet, for one batch of images")
     shallow_calls: int
     passes: int = Field(description="of the ControlNet, for one batch of images")

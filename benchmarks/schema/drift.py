@@ -1,4 +1,4 @@
-"""What ``offcut bench drift`` measured."""
+"""Result of ``offcut bench drift``."""
 
 from __future__ import annotations
 

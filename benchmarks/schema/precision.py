@@ -1,4 +1,4 @@
-"""What ``offcut bench precision`` measured: the calls, the images, and caching and int8 together."""
+"""Result of ``offcut bench precision``: calls, images, and caching together with int8."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ImageRow(BaseModel):
 
 
 class Images(BaseModel):
-    """What each build draws of the same prompts."""
+    """Images of the same prompts by each build."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -83,7 +83,7 @@ class JointRow(BaseModel):
 
 
 class Joint(BaseModel):
-    """CacheQuant's ablation, with a tuned schedule beside it."""
+    """CacheQuant's ablation, with a tuned schedule as one more way."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -102,7 +102,7 @@ class Joint(BaseModel):
 
 
 class Precision(BaseModel):
-    """One run; what was not asked for is None."""
+    """One run; a part that was not measured is None."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -1,4 +1,4 @@
-"""What ``offcut bench quality`` measured: a row for each way to spend less than the uncached run does."""
+"""Result of ``offcut bench quality``: a row for each way to cost less than the uncached run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from ..stats import Estimate
 
 
 class QualityRow(BaseModel):
-    """One setting, over all prompts and seeds, against the uncached run of the same prompts and seeds."""
+    """One setting, compared with the uncached run of the same prompts and seeds."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")  # earlier versions had figures of networks that the user gave
 
     name: str = Field(description="unique in a run, e.g. 'ddim 50, uniform:5 warmup 2, deepcache:0'")
     kind: str = Field(description="'uncached', 'cached', or 'fewer steps' (uncached, at a cached row's latency)")
@@ -41,14 +41,13 @@ class QualityRow(BaseModel):
     )
     frechet: float | None = Field(None, description="distance to drawn scenes of the same captions, judge features")
     samples: list[str] = Field(default_factory=list, description="PNG files beside result.json, of sample_prompts")
-    external: dict[str, float] = Field(default_factory=dict, description="LPIPS, CLIP score, FID by networks given")
     timeline: str | None = Field(
         None, description="a character for each UNet call: '#' full, '.' shallow, '_' no engine"
     )
 
 
 class Claim(BaseModel):
-    """A claim of the literature, put to this run."""
+    """A claim of the literature or of offcut, tested by this run."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -1,6 +1,5 @@
-"""A small text-to-image model with Stable Diffusion's layout, its data, its training and its judge.
+"""A small text-to-image model with Stable Diffusion's layout, its scenes, and the judges of its images.
 
-`model.model_path()` is the trained pipeline. `scenes` draws and captions pictures, `tokenizer` and `networks` define
-the model, `vae_stage`, `denoiser_stage` and `decoder_stage` train it, `train` is the command, `export` and `card`
-write the pipeline, `judge` and `score` say whether pictures obey their prompts.
+`model.model_path()` is the trained pipeline. `scenes` renders and captions scenes. `judge` and `judge_net` find out
+whether an image obeys its prompt. `training/` trained the model and the judge network; the wheel does not have it.
 """

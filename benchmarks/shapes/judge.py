@@ -1,7 +1,7 @@
-"""Reads a picture of a scene back: which objects, where, on which background. Says whether a caption was obeyed.
+"""Rule-based judge: finds the objects and the background of an image, and whether they obey a caption.
 
-Pictures of `scenes.render` are read without fault, so what is misread in a generated picture was drawn wrong. That
-gives caching a measure with a meaning: the share of prompts that still come out right.
+The judge reads images of `scenes.render` without error, so what it misreads in a generated image was generated wrong.
+That gives caching a meaningful measure: the share of prompts that are still obeyed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from . import scenes
 
 Mask = npt.NDArray[np.bool_]
 
-_OBJECT_CONTRAST = 45.0  # distance in RGB from the background from which a pixel belongs to an object
-_FEWEST_PIXELS = 30  # smaller specks are no objects
+_OBJECT_CONTRAST = 45.0  # least distance in RGB from the background of an object's pixel
+_FEWEST_PIXELS = 30  # smaller patches are not objects
 _TILTS = tuple(math.radians(degrees) for degrees in (-10, -5, 0, 5, 10))
 
 
@@ -27,7 +27,7 @@ _TILTS = tuple(math.radians(degrees) for degrees in (-10, -5, 0, 5, 10))
 class SeenObject:
     """One connected patch: nearest colour and shape, centre in pixels, and its overlap with the ideal shape (IoU).
 
-    Where the judge network saw it, its certainty that an object is there stands in for the overlap.
+    For the judge network, ``overlap`` is its certainty that an object is there.
     """
 
     colour: str
@@ -39,7 +39,7 @@ class SeenObject:
 
 @dataclass(frozen=True)
 class SceneVerdict:
-    """Which parts of a caption a picture obeys."""
+    """The parts of a caption that an image obeys."""
 
     background: bool
     count: bool
@@ -54,7 +54,7 @@ class SceneVerdict:
 
 
 def look(picture: npt.NDArray[np.uint8]) -> tuple[str, tuple[SeenObject, ...]]:
-    """The name of the background and the objects, biggest first.
+    """Return the name of the background and the objects, largest first.
 
     Args:
         picture: uint8 (64, 64, 3), sRGB.
@@ -72,40 +72,38 @@ def look(picture: npt.NDArray[np.uint8]) -> tuple[str, tuple[SeenObject, ...]]:
 
 
 def object_pixels(picture: npt.NDArray[np.uint8]) -> Mask:
-    """The pixels of `picture`, uint8 (64, 64, 3), whose colour is not the background's: bool (64, 64)."""
+    """Return the pixels of `picture`, uint8 (64, 64, 3), that differ from the background: bool (64, 64)."""
     pixels = picture.astype(np.float32)
     return _unlike(pixels, _ground(pixels))
 
 
 def intersection_over_union(one: Mask, other: Mask) -> float:
-    """The pixels in both as a share of those in either; 1 where there are none."""
+    """Return the pixels in both as a share of those in either; 1 if both are empty."""
     either = int((one | other).sum())
     return float((one & other).sum() / either) if either else 1.0
 
 
 def judge(picture: npt.NDArray[np.uint8], text: str) -> SceneVerdict:
-    """Compares what is to be seen in `picture`, uint8 (64, 64, 3), with a caption.
-
-    Sizes are not judged.
+    """Compare the content of `picture`, uint8 (64, 64, 3), with a caption; sizes are not judged.
 
     Raises:
-        ValueError: `text` is no caption of `scenes`, or the picture has another shape or dtype.
+        ValueError: `text` is not a caption of `scenes`, or the picture has another shape or dtype.
     """
     return compare(text, *look(picture))
 
 
 def compare(text: str, background: str, objects: tuple[SeenObject, ...]) -> SceneVerdict:
-    """Compares what was seen, by `look` or by the judge network, with a caption.
+    """Compare a background and objects, from `look` or the judge network, with a caption.
 
     Raises:
-        ValueError: `text` is no caption of `scenes`.
+        ValueError: `text` is not a caption of `scenes`.
     """
     asked = scenes.scene_from_caption(text, np.random.default_rng(0))
 
-    def fits(wanted: Callable[[scenes.Item, SeenObject], bool], *, related: bool = False) -> bool:
-        """Whether some assignment of the objects to the caption's items satisfies `wanted` throughout."""
+    def fits(matches: Callable[[scenes.Item, SeenObject], bool], *, related: bool = False) -> bool:
+        """Return whether some assignment of the objects to the caption's items satisfies `matches` for all."""
         return any(
-            all(wanted(item, seen) for item, seen in zip(asked.items, order, strict=True))
+            all(matches(item, seen) for item, seen in zip(asked.items, order, strict=True))
             and (not related or asked.relation is None or stands(asked.relation, order[0], order[1]))
             for order in permutations(objects)
         )
@@ -121,7 +119,7 @@ def compare(text: str, background: str, objects: tuple[SeenObject, ...]) -> Scen
 
 
 def stands(relation: scenes.Relation, first: SeenObject, second: SeenObject) -> bool:
-    """Whether the first object is in this relation to the second: less than 45 degrees off it."""
+    """Return whether the first object is in this relation to the second, within 45 degrees."""
     right, down = second.x - first.x, second.y - first.y
     return {
         "above": down > abs(right),
@@ -132,7 +130,7 @@ def stands(relation: scenes.Relation, first: SeenObject, second: SeenObject) -> 
 
 
 def _ground(pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The background's colour: the median of the picture's border."""
+    """Return the background's colour: the median of the image's border."""
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     return np.asarray(np.median(border, axis=0))
 
@@ -146,7 +144,7 @@ def _nearest(colour: npt.NDArray[np.float32], names: dict[str, tuple[int, int, i
 
 
 def _patches(mask: Mask) -> list[Mask]:
-    """Connected parts (8 neighbours) of at least `_FEWEST_PIXELS`, biggest first, at most four."""
+    """Return connected patches (8 neighbours) of at least `_FEWEST_PIXELS`, largest first, at most four."""
     numbers = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
         padded = np.pad(numbers, 1)
@@ -172,6 +170,6 @@ def _recognise(pixels: npt.NDArray[np.float32], patch: Mask) -> SeenObject:
 
 
 def _overlap(patch: Mask, shape: str, x: float, y: float) -> float:
-    """Best intersection over union of the patch with the shape of equal area and centre, over a few angles."""
+    """Return the best intersection over union of a patch with a shape of equal area and centre, over a few angles."""
     area = float(patch.sum())
     return max(intersection_over_union(patch, scenes.mask(shape, x, y, area, tilt)) for tilt in _TILTS)

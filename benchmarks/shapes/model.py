@@ -1,4 +1,4 @@
-"""Where the shipped model lies, and prompts that it can draw."""
+"""Directories of the shipped model and its ControlNet, and prompts for the model."""
 
 from __future__ import annotations
 
@@ -24,28 +24,22 @@ RUN = Path(__file__).parent / "run"
 
 
 def model_path() -> Path:
-    """The directory of the trained model, a diffusers `StableDiffusionPipeline`.
+    """Return the directory of the trained model, a diffusers `StableDiffusionPipeline`.
 
     Raises:
         ModelError: the installation lacks it.
     """
     if not (DIRECTORY / "model_index.json").exists():
-        raise ModelError(
-            f"the shapes model is missing from {DIRECTORY}; "
-            "reinstall offcut, or train it with `python -m offcut.benchmarks.shapes.training.train`"
-        )
+        raise ModelError(f"the shapes model is missing from {DIRECTORY}: reinstall offcut")
     return DIRECTORY
 
 
 def control_path() -> Path:
-    """The directory of the trained model's ControlNet for silhouettes, a diffusers `ControlNetModel`.
+    """Return the directory of the model's ControlNet for silhouettes, a diffusers `ControlNetModel`.
 
     Raises:
         ModelError: the installation lacks it.
     """
     if not (CONTROL / "config.json").exists():
-        raise ModelError(
-            f"the shapes model's ControlNet is missing from {CONTROL}; "
-            "reinstall offcut, or train it with `python -m offcut.benchmarks.shapes.training.train_control`"
-        )
+        raise ModelError(f"the shapes model's ControlNet is missing from {CONTROL}: reinstall offcut")
     return CONTROL

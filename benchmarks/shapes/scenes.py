@@ -68,7 +68,7 @@ _TWO_OBJECTS = 0.4  # probability of a second object
 
 @dataclass(frozen=True)
 class Item:
-    """One object: what its caption says, and where it lies (pixels and radians)."""
+    """One object: what its caption says, and its place (pixels and radians)."""
 
     colour: str
     shape: str
@@ -89,7 +89,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """One object, or two where the first stands in `relation` to the second, on a plain background."""
+    """One object on a plain background, or two, the first in `relation` to the second."""
 
     items: tuple[Item, ...]
     background: str
@@ -119,13 +119,13 @@ def _say(item: Item) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """The scene in words, such as "a small red circle above an orange star on a grey background"."""
+    """Return the scene in words, such as "a small red circle above an orange star on a grey background"."""
     objects = f" {scene.relation} ".join(_say(item) for item in scene.items)
     return f"{objects} on {_with_article(scene.background)} background"
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word that a caption can contain, sorted."""
+    """Return every word that a caption can contain, sorted."""
     phrases = (*COLOURS, *BACKGROUNDS, *SHAPES, *SIZES, *RELATIONS, "a", "an", "on", "background")
     return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
 
@@ -135,7 +135,7 @@ def _choose(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 
 
 def _place(rng: np.random.Generator, radii: tuple[float, ...], relation: Relation | None) -> list[tuple[float, float]]:
-    """Centres for one object, or for two in their relation, inside the picture and apart from each other."""
+    """Return centres for one object, or for two in their relation, inside the image and apart from each other."""
     low = [radius + _MARGIN for radius in radii]
     high = [IMAGE_SIZE - edge for edge in low]
     if relation is None:
@@ -161,7 +161,7 @@ def _arrange(
     relation: Relation | None,
     background: str,
 ) -> Scene:
-    """Draws what a caption leaves open: sizes that were not stated, radii, places and angles."""
+    """Choose what a caption leaves open: sizes that it does not state, radii, places and angles."""
     sizes = [size or SIZES[int(rng.integers(2))] for _, _, size in words]
     radii = tuple(float(rng.uniform(*_RADII[len(words)][size])) for size in sizes)
     places = _place(rng, radii, relation)
@@ -173,7 +173,7 @@ def _arrange(
 
 
 def sample_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
-    """A random scene.
+    """Return a random scene.
 
     Args:
         rng: the source of randomness; equal states give equal scenes.
@@ -200,7 +200,7 @@ def sample_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
 
 
 def scene_from_caption(text: str, rng: np.random.Generator) -> Scene:
-    """A scene that `text` describes; what the caption leaves open is drawn from `rng`.
+    """Return a scene that `text` describes; what the caption leaves open is random, from `rng`.
 
     Raises:
         ValueError: the text is not a caption that `caption` could have written.
@@ -222,7 +222,7 @@ def scene_from_caption(text: str, rng: np.random.Generator) -> Scene:
 
 
 def _outline(shape: str) -> npt.NDArray[np.float32]:
-    """The polygon of a shape within the unit circle, (corners, 2)."""
+    """Return the polygon of a shape within the unit circle, (corners, 2)."""
     if shape == "cross":
         arm = 0.32
         quarter = np.array([(arm, -0.95), (arm, -arm), (0.95, -arm)])
@@ -241,7 +241,7 @@ def _outline(shape: str) -> npt.NDArray[np.float32]:
 
 
 def distance(points: npt.NDArray[np.float32], item: Item) -> npt.NDArray[np.float32]:
-    """Signed distance in pixels from each point, (n, 2), to the item's edge; negative inside. Returns (n,)."""
+    """Return the signed distance (n,) in pixels from each point (n, 2) to the item's edge; negative inside."""
     local = points - np.array([item.x, item.y], dtype=np.float32)
     if item.shape == "circle":
         return np.asarray(np.hypot(local[:, 0], local[:, 1]) - item.radius * _CIRCLE, dtype=np.float32)
@@ -261,7 +261,7 @@ def distance(points: npt.NDArray[np.float32], item: Item) -> npt.NDArray[np.floa
 
 
 def mask(shape: str, x: float, y: float, area: float, angle: float) -> npt.NDArray[np.bool_]:
-    """The pixels of a shape of a given area (pixels) whose centroid lies at (x, y): bool (64, 64)."""
+    """Return the pixels of a shape of a given area (pixels) with its centroid at (x, y): bool (64, 64)."""
     unit = _outline(shape) if shape != "circle" else None
     if unit is None:
         radius, centre = math.sqrt(area / math.pi) / _CIRCLE, np.zeros(2)
@@ -280,7 +280,7 @@ def mask(shape: str, x: float, y: float, area: float, angle: float) -> npt.NDArr
 
 
 def render(scene: Scene) -> npt.NDArray[np.uint8]:
-    """Draws the scene, edges anti-aliased by their signed distance to the pixel centre.
+    """Render the scene, edges anti-aliased by their signed distance to the pixel centre.
 
     Returns:
         uint8 array (64, 64, 3), sRGB.

@@ -1,4 +1,4 @@
-"""Silhouettes, the pictures that the ControlNet takes: where objects are and which outline they have, no colours."""
+"""Silhouettes, the ControlNet's input: places and outlines of objects, without colours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import judge, scenes
 
 
 def silhouette(scene: scenes.Scene) -> npt.NDArray[np.uint8]:
-    """White where the scene has an object, black elsewhere: uint8 (64, 64, 3)."""
+    """Return a scene's silhouette, white where an object is, black elsewhere: uint8 (64, 64, 3)."""
     side = scenes.IMAGE_SIZE
     rows, columns = np.mgrid[:side, :side].astype(np.float32) + np.float32(0.5)
     points = np.stack([columns.ravel(), rows.ravel()], axis=1)
@@ -21,20 +21,20 @@ def silhouette(scene: scenes.Scene) -> npt.NDArray[np.uint8]:
 
 
 def asked(picture: npt.NDArray[np.uint8]) -> judge.Mask:
-    """The pixels that a silhouette asks an object for: bool (64, 64)."""
+    """Return the pixels where a silhouette has an object: bool (64, 64)."""
     return np.asarray(picture[..., 0] > 127)
 
 
 def open_caption(scene: scenes.Scene) -> str:
-    """The scene's caption without its sizes: what it leaves open only the silhouette tells."""
+    """Return the scene's caption without sizes, which only the silhouette gives."""
     return scenes.caption(replace(scene, items=tuple(replace(item, says_size=False) for item in scene.items)))
 
 
 def overlaps(pictures: npt.NDArray[np.uint8], wanted: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """Intersection over union of the objects' pixels in each picture with those that its silhouette asks for.
+    """Return the intersection over union of the objects' pixels in each image and in its silhouette.
 
-    A picture's objects are its pixels unlike the background, as `judge.look` sees them. Where neither has an object,
-    the two agree: 1.
+    An image's objects are the pixels that differ from the background, as in `judge.look`. The result is 1 where neither
+    has an object.
 
     Args:
         pictures, wanted: uint8 (N, 64, 64, 3).

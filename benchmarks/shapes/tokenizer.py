@@ -1,7 +1,7 @@
 """A small byte-pair tokenizer in CLIP's format, trained on the captions' own words.
 
 The vocabulary is CLIP's: 256 byte symbols, the same with the end-of-word mark `</w>`, one entry per merge, then
-`<|startoftext|>` and `<|endoftext|>`. So every word of a caption is one token, and any other text still encodes.
+`<|startoftext|>` and `<|endoftext|>`. Every word of a caption is one token, and any other text can be encoded too.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _WORD_END = "</w>"
 
 
 def byte_symbols() -> tuple[str, ...]:
-    """The 256 printable characters that stand for bytes in CLIP's and GPT-2's vocabularies, in their order."""
+    """Return the 256 printable characters that stand for bytes in CLIP's and GPT-2's vocabularies, in their order."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = len(set(range(256)) - set(shown))
     return tuple(chr(code) for code in [*shown, *range(256, 256 + hidden)])
 
 
 def learn_merges(words: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Byte-pair merges until every word is one symbol.
+    """Return byte-pair merges until every word is one symbol.
 
     Args:
         words: lower-case ASCII words with their counts.
@@ -61,7 +61,7 @@ def learn_merges(words: Mapping[str, int]) -> list[tuple[str, str]]:
 
 @functools.cache
 def vocabulary() -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """All entries in the order of their ids, and the merges, learnt from the captions of 2000 fixed scenes."""
+    """Return all entries in the order of their ids, and the merges, learnt from the captions of 2000 fixed scenes."""
     rng = np.random.default_rng(0)
     captions = [scenes.caption(scenes.sample_scene(rng)) for _ in range(2000)]
     merges = learn_merges(Counter(word for text in captions for word in text.split()))
@@ -84,7 +84,7 @@ def _merge(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def write_tokenizer(directory: Path) -> None:
-    """Writes vocab.json, merges.txt and the two configuration files of a CLIP tokenizer.
+    """Write vocab.json, merges.txt and the two configuration files of a CLIP tokenizer.
 
     The files are the classic ones, which every transformers release since 4.0 reads.
     """
@@ -111,7 +111,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def load_tokenizer(directory: Path) -> CLIPTokenizer:
-    """The tokenizer in `directory`, as transformers loads it."""
+    """Return the tokenizer in `directory`, as transformers loads it."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(directory)

@@ -90,9 +90,6 @@ def quality(
     latency: Annotated[
         Path | None, typer.Option(help="Take these ratios from what offcut bench latency wrote on Stable Diffusion.")
     ] = None,
-    lpips: Annotated[Path | None, typer.Option(help="Also LPIPS: torchvision's weights of its backbone.")] = None,
-    clip: Annotated[Path | None, typer.Option(help="Also CLIP score: directory of a CLIP model and processor.")] = None,
-    fid: Annotated[Path | None, typer.Option(help="Also FID: a TorchScript network from uint8 pictures.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the settings and the time they take.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -109,7 +106,6 @@ def quality(
     outcome = BenchRun(_PACKAGES)
     asked = _settings(plan, steps, sampler, schedule, interval, cut, warmup, forecast)
     ratios = reference_ratios(asked, _given(shallow_ratio or [], latency))
-    networks = _networks(lpips, clip, fid)
     _build(bundle, engine, list(dict.fromkeys(setting.cut for setting in asked if setting.cut)))
     opened = Bundle.open(bundle)
     choice = opened.choose_engine(engine)
@@ -155,7 +151,6 @@ def quality(
             output,
             ratios=ratios,
             model="shapes",
-            external=networks,
             workers=workers,
             threads=threads,
             on_call=on_call,
@@ -216,14 +211,6 @@ def _given(texts: Sequence[str], latency: Path | None) -> dict[str, float]:
         except ValueError as error:
             raise typer.BadParameter(f"{text!r} is not CUT=RATIO", param_hint="--shallow-ratio") from error
     return ratios
-
-
-def _networks(lpips: Path | None, clip: Path | None, fid: Path | None) -> Any:
-    if lpips is None and clip is None and fid is None:
-        return None
-    from ...benchmarks.quality.external import External
-
-    return External(lpips=lpips, clip=clip, fid=fid)
 
 
 def _build(bundle: Path, engine: str, cuts: Sequence[str]) -> None:

@@ -1,1 +1,1 @@
-"""The judge network: reads a picture of a scene back, and gives the features of two distances between pictures."""
+"""The judge network, which reads an image of a scene, and whose features give two distances between images."""

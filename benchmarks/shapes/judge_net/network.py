@@ -1,4 +1,4 @@
-"""The network itself: what lies at each place of a picture, and the background."""
+"""The judge's network: finds the objects of an image and its background."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from .. import scenes
 
 CELL = 4
-"""Height and width, in pixels, of the cells whose contents the network names."""
+"""Height and width in pixels of the cells that the network classifies."""
 
 POOLED = 160
 """Width of the features for the Fréchet distance."""
@@ -28,7 +28,7 @@ class Maps(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What the layers see, from fine to coarse and back, and the vector for the Fréchet distance."""
+    """Outputs of the layers, from fine to coarse and back, and the vector for the Fréchet distance."""
 
     maps: tuple[torch.Tensor, ...]  # [B, 32, 32, 32], [B, 64, 16, 16], [B, 96, 8, 8], [B, 64, 16, 16]
     pooled: torch.Tensor  # [B, 160]
@@ -53,7 +53,7 @@ class JudgeNetwork(nn.Module):
         self.ground = nn.Linear(96, len(scenes.BACKGROUNDS))
 
     def features(self, pictures: torch.Tensor) -> Features:
-        """Of pictures [B, 3, 64, 64], fp32 in [-1, 1]."""
+        """Return the features of images [B, 3, 64, 64], fp32 in [-1, 1]."""
         fine = self.fine(pictures)
         middle = self.middle(fine)
         coarse = self.coarse(middle)
@@ -62,7 +62,7 @@ class JudgeNetwork(nn.Module):
         return Features((fine, middle, coarse, joined), pooled)
 
     def forward(self, pictures: torch.Tensor) -> Maps:
-        """Of pictures [B, 3, 64, 64], fp32 in [-1, 1]."""
+        """Return the logits of images [B, 3, 64, 64], fp32 in [-1, 1]."""
         features = self.features(pictures)
         sizes = [1, len(scenes.COLOURS), len(scenes.SHAPES)]
         centre, colour, shape = self.objects(features.maps[-1]).split(sizes, dim=1)

@@ -1,4 +1,4 @@
-"""The trained judge network: reads pictures, and measures distances between them by its features."""
+"""The trained judge network, which reads images and whose features measure distances between them."""
 
 from __future__ import annotations
 
@@ -21,61 +21,55 @@ WEIGHTS = "judge.safetensors"
 Pictures = npt.NDArray[np.uint8]
 """uint8 (N, 64, 64, 3), sRGB."""
 
-_SEEN = 0.5  # heat from which a cell holds an object's centre
-_APART = 5  # cells on a side of the square in which only the hottest counts; drawn objects are further apart
+_SEEN = 0.5  # least heat of a cell that holds an object's centre
+_APART = 5  # side, in cells, of the square in which only the hottest cell counts; objects are further apart
 _BATCH = 128
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the network sees in one picture: the background, and the objects, the most certain first."""
+    """Content of one image: the background, and the objects, the most certain first."""
 
     background: str
     objects: tuple[judge.SeenObject, ...]
 
-    def verdict(self, text: str) -> judge.Verdict:
-        """Which parts of a caption the picture obeys, as `judge.judge` says it.
+    def verdict(self, text: str) -> judge.SceneVerdict:
+        """Return which parts of a caption the image obeys, as `judge.judge` does.
 
         Raises:
-            ValueError: `text` is no caption of `scenes`.
+            ValueError: `text` is not a caption of `scenes`.
         """
         return judge.compare(text, self.background, self.objects)
 
 
 class JudgeNet:
-    """The network with its weights, in fp32 on the CPU; the same picture always gives the same answer."""
+    """The network with its weights, in fp32 on the CPU; the same image always gives the same result."""
 
     def __init__(self, network: JudgeNetwork) -> None:
         self._network = network.eval()
 
     @classmethod
     def load(cls, directory: Path = DIRECTORY) -> JudgeNet:
-        """The network stored in a directory; the one that comes with offcut by default.
+        """Return the network stored in a directory, by default the one that comes with offcut.
 
         Raises:
-            ModelError: there is none, or another version's.
+            ModelError: the directory has no network, or another version's.
         """
         from safetensors.torch import load_file
 
         path = directory / WEIGHTS
         if not path.exists():
-            raise ModelError(
-                f"the judge network is missing from {directory}; "
-                "reinstall offcut, or train it with `python -m offcut.benchmarks.shapes.training.train_judge`"
-            )
+            raise ModelError(f"the judge network is missing from {directory}: reinstall offcut")
         network = JudgeNetwork()
         state = network.state_dict()
         weights = load_file(path)
         if weights.keys() != {name for name, value in state.items() if value.is_floating_point()}:
-            raise ModelError(
-                f"{path} holds another network than this version's; "
-                "train it again with `python -m offcut.benchmarks.shapes.training.train_judge`"
-            )
+            raise ModelError(f"{path} holds another network than this version's: reinstall offcut")
         network.load_state_dict(state | {name: value.float() for name, value in weights.items()})
         return cls(network)
 
     def save(self, directory: Path) -> Path:
-        """Writes the weights in fp16. Returns their path."""
+        """Write the weights in fp16; return their path."""
         from safetensors.torch import save_file
 
         directory.mkdir(parents=True, exist_ok=True)
@@ -114,7 +108,7 @@ class JudgeNet:
         return readings
 
     def pooled(self, pictures: Pictures) -> npt.NDArray[np.float64]:
-        """The features for the Fréchet distance, (N, 160): means over the picture of the two deepest layers.
+        """Return features for the Fréchet distance, (N, 160): means over each image of the two deepest layers.
 
         Raises:
             ValueError: another shape or dtype than uint8 (N, 64, 64, 3).
@@ -123,10 +117,11 @@ class JudgeNet:
         return np.asarray(torch.cat(parts).double().numpy())
 
     def distance(self, first: Pictures, second: Pictures) -> npt.NDArray[np.float64]:
-        """The perceptual distance of each pair of pictures, (N,): 0 for equal ones, at most 2.
+        """Return the perceptual distance of each pair of images, (N,): 0 for equal ones, at most 2.
 
-        As LPIPS without learned weights (arXiv 1801.03924, equation 1): in each of four layers, features of each place
-        are brought to length 1; squared differences are summed over channels, then averaged over places and layers.
+        It is LPIPS without learned weights (arXiv 1801.03924, equation 1): in each of four layers, features of each
+        place are brought to length 1; squared differences are summed over channels, then averaged over places and
+        layers.
 
         Raises:
             ValueError: another shape or dtype than uint8 (N, 64, 64, 3), or not as many of both.
@@ -150,7 +145,7 @@ class JudgeNet:
 
 
 def _signals(pictures: Pictures) -> Iterator[torch.Tensor]:
-    """Batches [B, 3, 64, 64] in [-1, 1]."""
+    """Yield batches [B, 3, 64, 64] in [-1, 1]."""
     expected = (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3)
     if pictures.ndim != 4 or pictures.shape[1:] != expected or pictures.dtype != np.uint8 or not len(pictures):
         raise ValueError(f"the pictures are {pictures.dtype} {pictures.shape}; pass uint8 (N, *{expected}), N > 0.")
@@ -159,7 +154,7 @@ def _signals(pictures: Pictures) -> Iterator[torch.Tensor]:
 
 
 def _middle(heat: torch.Tensor, row: int, column: int) -> tuple[float, float]:
-    """x and y, in pixels, of the heat's centre of mass around a cell of a map [16, 16]."""
+    """Return x and y, in pixels, of the heat's centre of mass around a cell of a map [16, 16]."""
     top, left = max(0, row - 1), max(0, column - 1)
     window = heat[top : min(CELLS, row + 2), left : min(CELLS, column + 2)]
     total = float(window.sum())
@@ -168,11 +163,11 @@ def _middle(heat: torch.Tensor, row: int, column: int) -> tuple[float, float]:
     return (x + 0.5) * CELL, (y + 0.5) * CELL
 
 
-def verdicts(net: JudgeNet, pictures: Pictures, texts: Sequence[str]) -> list[judge.Verdict]:
-    """Whether each picture obeys its caption, by the network."""
+def verdicts(net: JudgeNet, pictures: Pictures, texts: Sequence[str]) -> list[judge.SceneVerdict]:
+    """Return whether each image obeys its caption, by the network."""
     return [reading.verdict(text) for reading, text in zip(net.read(pictures), texts, strict=True)]
 
 
 def obeyed(net: JudgeNet, pictures: Pictures, texts: Sequence[str]) -> npt.NDArray[np.float64]:
-    """1 where a picture obeys its caption in full, by the network, else 0: (N,)."""
+    """Return 1 where an image obeys its caption in full, by the network, else 0: (N,)."""
     return np.array([verdict.right for verdict in verdicts(net, pictures, texts)], dtype=np.float64)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .. import scenes
-from ..score import Score
 from . import checkpoint
 from .denoiser_stage import DenoiserSettings
+from .score import Score
 
 _TEXT = """\
 # Shapes: a small text-to-image model

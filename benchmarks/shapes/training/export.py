@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ....exporter.load import INDEX_FILE, PROMPTS_FILE
-from .. import model, score, tokenizer
+from .. import model, prompts, tokenizer
 from . import architecture as networks
-from . import card, checkpoint, vae_stage
+from . import card, checkpoint, score, vae_stage
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -67,7 +67,7 @@ def export(run: Path, target: Path, *, seeds: Sequence[int] = (0, 1), judged: in
         pipe = load_pipeline(made)
         pictures = [picture for seed in seeds for picture in sample(pipe, model.PROMPTS, seed=seed)]
         grid(pictures, columns=len(model.PROMPTS)).save(made / "samples.png", optimize=True)
-        scores = {kind: _score(pipe, kind, judged) for kind in score.KINDS} if judged else {}
+        scores = {kind: _score(pipe, kind, judged) for kind in prompts.KINDS} if judged else {}
         text = card.model_card(run, made, guidance=GUIDANCE, steps=SAMPLE_STEPS, scores=scores)
         (made / "README.md").write_text(text, encoding="utf-8")
         for path in made.rglob("*"):
@@ -99,7 +99,7 @@ def _save_text_encoder(text_encoder: object, directory: Path) -> None:
 
 def write_prompts(path: Path) -> None:
     """Write prompts of each kind that the model was trained on, in turn: what to tune a schedule with."""
-    kinds = [score.prompts(kind, _OF_EACH, seed) for seed, kind in enumerate(_TRAINED, _SEED)]
+    kinds = [prompts.prompts(kind, _OF_EACH, seed) for seed, kind in enumerate(_TRAINED, _SEED)]
     texts = [text for row in zip(*kinds, strict=True) for text in row]
     path.write_text("\n".join(texts) + "\n", encoding="utf-8")
 
@@ -144,7 +144,7 @@ def sample(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, seed: int) 
 
 def _score(pipe: StableDiffusionPipeline, kind: str, count: int) -> score.Score:
     return score.score(
-        lambda texts: [np.asarray(picture) for picture in sample(pipe, texts, seed=7)], score.prompts(kind, count)
+        lambda texts: [np.asarray(picture) for picture in sample(pipe, texts, seed=7)], prompts.prompts(kind, count)
     )
 
 

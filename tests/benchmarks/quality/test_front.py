@@ -52,7 +52,7 @@ def test_what_needs_no_tuning() -> None:
             of_it = [row for row in own if row.interval == interval]
             assert [row.parsed.warmup if row.parsed else None for row in of_it] == [0, 2, 2]
             assert [row.damping is None for row in of_it] == [True, True, False]
-    with pytest.raises(UserError, match="'heun' is no sampler here"):
+    with pytest.raises(UserError, match="'heun' is not a sampler here"):
         front.known(50, ["heun"])
 
 
@@ -74,7 +74,7 @@ def test_it_is_tuned_once(settings: list[plan.QualitySetting], pipe: Any, shapes
     assert said == []
     assert Bundle.open(shapes).digest == bundle.digest
     other = front.front_plan(pipe, bundle, known, 3.0, {**RATIOS, plan.CUTS[0]: 0.3}, samples=4, progress=said.append)
-    assert any("made for something else" in each for each in said)
+    assert any("made for other settings" in each for each in said)
     assert other != settings
     changed = [row for row in other if row.bundle_schedule is not None]
     task = ImageTask(("a",), 3.0, 0, 1, "")

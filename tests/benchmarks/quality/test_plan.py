@@ -83,7 +83,7 @@ def test_interval_one_is_the_uncached_run() -> None:
 
 
 def test_what_cannot_be_planned_is_refused() -> None:
-    with pytest.raises(UserError, match="no sampler"):
+    with pytest.raises(UserError, match="not a sampler"):
         plan.product_plan(20, ["heun"], ["uniform"], [3], ["deepcache:0"], [0])
     with pytest.raises(UserError, match="between 0 and 1"):
         plan.reference_ratios([], {"deepcache:0": 1.5})

@@ -182,7 +182,7 @@ def test_what_it_cannot_read_is_refused(net: JudgeNet, tmp_path: Path) -> None:
         net.pooled(np.zeros((1, 32, 32, 3), dtype=np.uint8))
     with pytest.raises(ValueError, match="as many"):
         net.distance(np.zeros((1, 64, 64, 3), dtype=np.uint8), np.zeros((2, 64, 64, 3), dtype=np.uint8))
-    with pytest.raises(ModelError, match="train_judge"):
+    with pytest.raises(ModelError, match="reinstall offcut"):
         JudgeNet.load(tmp_path)
     from safetensors.torch import save_file
 

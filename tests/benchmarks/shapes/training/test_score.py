@@ -5,27 +5,28 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from offcut.benchmarks.shapes import scenes, score
+from offcut.benchmarks.shapes import prompts, scenes
+from offcut.benchmarks.shapes.training import score
 
 
 def draw(texts: Sequence[str]) -> list[np.ndarray]:
     return [scenes.render(scenes.scene_from_caption(text, np.random.default_rng(3))) for text in texts]
 
 
-@pytest.mark.parametrize("kind", score.KINDS)
+@pytest.mark.parametrize("kind", prompts.KINDS)
 def test_drawn_scenes_score_one_hundred_percent(kind: str) -> None:
-    assert score.score(draw, score.prompts(kind, 6), batch=4) == score.Score(6, 1, 1, 1, 1, 1, 1)
+    assert score.score(draw, prompts.prompts(kind, 6), batch=4) == score.Score(6, 1, 1, 1, 1, 1, 1)
 
 
 def test_prompts_are_of_their_kind_and_repeatable() -> None:
-    for kind in score.KINDS:
-        texts = score.prompts(kind, 20)
-        assert texts == score.prompts(kind, 20)
+    for kind in prompts.KINDS:
+        texts = prompts.prompts(kind, 20)
+        assert texts == prompts.prompts(kind, 20)
         drawn = [scenes.scene_from_caption(text, np.random.default_rng(0)) for text in texts]
         assert {len(scene.items) for scene in drawn} == ({2} if kind == "two objects" else {1})
         assert all(bool(scene.pairs & scenes.HELD_OUT) == (kind == "held-out pair") for scene in drawn)
     with pytest.raises(ValueError, match="kind of prompt"):
-        score.prompts("ten objects", 1)
+        prompts.prompts("ten objects", 1)
 
 
 def test_a_wrong_background_costs_only_what_depends_on_it() -> None:

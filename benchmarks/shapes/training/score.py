@@ -1,0 +1,41 @@
+"""Share of prompts that a pipeline obeys, by the rule-based judge: a quality figure that needs no other network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import judge
+
+Draw = Callable[[Sequence[str]], Sequence[npt.NDArray[np.uint8]]]
+"""Generates one uint8 image (64, 64, 3) for each prompt."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Shares in [0, 1] of the images that obey a part of their caption, and all of it (`right`)."""
+
+    prompts: int
+    background: float
+    count: float
+    colours: float
+    shapes: float
+    relation: float
+    right: float
+
+
+def score(draw: Draw, texts: Sequence[str], *, batch: int = 16) -> Score:
+    """Generate an image for each caption and judge it.
+
+    Args:
+        draw: called with at most `batch` captions at a time.
+    """
+    verdicts: list[judge.SceneVerdict] = []
+    for first in range(0, len(texts), batch):
+        part = texts[first : first + batch]
+        verdicts += [judge.judge(picture, text) for picture, text in zip(draw(part), part, strict=True)]
+    parts = ("background", "count", "colours", "shapes", "relation", "right")
+    return Score(len(verdicts), **{p: float(np.mean([getattr(v, p) for v in verdicts])) for p in parts})
