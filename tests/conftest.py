@@ -1,4 +1,4 @@
-"""Small real models, made once a session: real architectures of diffusers with few channels and random weights."""
+"""Session fixtures: small diffusers models with random weights, and bundles built from them."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Eager layers of a few channels run several times faster on one thread than waiting for others."""
+    """Run eager PyTorch on one thread: layers with few channels are several times faster so."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """Makes a directory once for all the processes that run the tests."""
+    """Return a function that makes a directory once for all test processes."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -93,7 +93,7 @@ def tiny_bundle(tiny_pipeline_dir: Path, once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def one_cut_bundle(tiny_pipeline_dir: Path, once: Once) -> Path:
-    """The same with one cut, for tests that change weights: OpenVINO then compiles every graph again."""
+    """``tiny_pipeline_dir`` as a bundle with one cut, for tests of LoRAs: OpenVINO compiles every graph at each change."""
     return once("tiny-sd-one-cut.offcut", lambda path: offcut.build(tiny_pipeline_dir, path, engine=ENGINES))
 
 
@@ -119,7 +119,7 @@ def foreign_bundle(foreign_dir: Path, once: Once) -> Path:
 def unet_export(
     tiny_unet_dir: Path, once: Once, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Path, ExportedUNet]]:
-    """The model of one of ``unets.SKIPS`` and its export in fp32; ``plain`` is ``tiny_unet_dir``."""
+    """Return a function from a name of ``unets.SKIPS`` to the model and its fp32 export; ``plain`` is ``tiny_unet_dir``."""
     exports: dict[str, ExportedUNet] = {}
 
     def get(name: str) -> tuple[Path, ExportedUNet]:
@@ -139,7 +139,7 @@ def unet_bundle(tiny_unet_dir: Path, once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def shapes_bundle(once: Once) -> Path:
-    """The shapes model for ONNX Runtime; a test that adds to it takes a copy, which needs no other export."""
+    """The shapes model as a bundle for ONNX Runtime. A test that adds to the bundle takes a copy."""
 
     def build(path: Path) -> None:
         offcut.build(model_path(), path, cuts=["deepcache:0", "deepcache:3"], engine="onnxruntime")
@@ -149,13 +149,13 @@ def shapes_bundle(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def video_dir(once: Once) -> Callable[[str], Path]:
-    """The pipeline of one of ``videos.SKIPS``."""
+    """Return a function from a name of ``videos.SKIPS`` to its pipeline's directory."""
     return lambda name: once(f"tiny-{name}", lambda path: save_video_pipeline(name, path))
 
 
 @pytest.fixture(scope="session")
 def video_bundle(video_dir: Callable[[str], Path], once: Once) -> Callable[[str], Path]:
-    """The same as a bundle with every cut and every engine that runs here."""
+    """Return a function from a name of ``videos.SKIPS`` to a bundle with every cut, on both CPU engines."""
 
     def get(name: str) -> Path:
         model = video_dir(name)
@@ -166,13 +166,13 @@ def video_bundle(video_dir: Callable[[str], Path], once: Once) -> Callable[[str]
 
 @pytest.fixture(scope="session")
 def family_model(tiny_pipeline_dir: Path, once: Once) -> Callable[[str], Path]:
-    """The model of one of ``families.UNETS`` or ``families.UNCONDITIONALS``."""
+    """Return a function from a name of ``families.UNETS`` or ``families.UNCONDITIONALS`` to the model's directory."""
     return lambda name: once(f"family-{name}", lambda path: save_family_model(name, path, tiny_pipeline_dir))
 
 
 @pytest.fixture(scope="session")
 def family_bundle(family_model: Callable[[str], Path], once: Once) -> Callable[[str], Path]:
-    """The same as a bundle for ONNX Runtime with one cut."""
+    """Return a function from a name of ``family_model`` to its bundle for ONNX Runtime, with one cut."""
 
     def get(name: str) -> Path:
         model = family_model(name)
@@ -183,7 +183,7 @@ def family_bundle(family_model: Callable[[str], Path], once: Once) -> Callable[[
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Callable[[Path], Path]:
-    """A copy of a bundle for a test that damages it."""
+    """Return a function that copies a bundle, for a test that changes or damages it."""
     import shutil
 
     def copy(bundle: Path) -> Path:
@@ -194,7 +194,7 @@ def copied(tmp_path: Path) -> Callable[[Path], Path]:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
-    """The command line's entry point, in this process: what it prints, or with ``fails`` its one-sentence error."""
+    """Return a function that runs ``offcut`` in this process and returns its output, or with ``fails`` its error line."""
     levels = [library.utils.logging.get_verbosity() for library in (diffusers, transformers)]
 
     def run(*arguments: str | Path, fails: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""Bundles and pairs that several files look at. One export serves them all."""
+"""Bundles of ``tiny_unet_dir`` and open engine pairs that several test files share."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from offcut.exporter.trace.export import ExportedUNet
 
 UNET_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]
 COMPILED_CUTS = ["deepcache:0"]
-"""Of the bundle that inductor compiles for every shape: each cut is another program to compile."""
+"""Cuts of the bundle that inductor compiles for every shape. Each cut takes a compilation of its own."""
 
 BF16_CUTS = ["mlperf"]
 BF16_SIZES = {"batch": 2, "height": 8, "width": 12, "sequence": 7}
-"""Of the one that it compiles in bf16, for one shape, which takes half the time."""
+"""Sizes of the bundle that inductor compiles in bf16. Compiling for one shape takes half the time."""
 
 ONNX_ENGINES = ("onnxruntime", "openvino")
 """Engines that open the bundle's ONNX graphs."""
 
 CPU_ENGINES = (*ONNX_ENGINES, pytest.param("inductor", marks=pytest.mark.slow))
-"""Engines whose pairs run everywhere."""
+"""Engines that run on every machine."""
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,7 @@ def made(unet_export: Callable[[str], tuple[Path, ExportedUNet]]) -> ExportedUNe
 
 @pytest.fixture
 def quick_export(made: ExportedUNet, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The directories that builds export to, in fp32 from the cache."""
+    """The directories that the test's builds export to; each export is copied from the cache."""
     exports: list[Path] = []
     cached_export = variants_module.cached_export
 
@@ -57,7 +57,7 @@ def every_cut(tiny_unet_dir: Path, once: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def compiled_bundle(tiny_unet_dir: Path, once: Callable[..., Path]) -> Path:
-    """The same, compiled by inductor in fp32 for every shape, with ``COMPILED_CUTS``; the ONNX graphs are left out."""
+    """``tiny_unet_dir`` compiled by inductor in fp32 for every shape, with ``COMPILED_CUTS`` and without ONNX graphs."""
 
     def build(path: Path) -> None:
         with _quick_host_code():
@@ -87,7 +87,7 @@ def compiled_bf16_bundle(tiny_unet_dir: Path, once: Callable[..., Path]) -> Path
 
 @contextmanager
 def _quick_host_code() -> Iterator[None]:
-    """Compile what calls the kernels sooner, not faster."""
+    """Compile the C++ wrapper without optimization, which is quicker to compile and slower to run."""
     from torch._inductor import config
 
     with config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
@@ -96,13 +96,13 @@ def _quick_host_code() -> Iterator[None]:
 
 @pytest.fixture
 def bundle_of(request: pytest.FixtureRequest) -> Callable[[str], Path]:
-    """The bundle that holds an engine's build of ``tiny_unet_dir``."""
+    """Return a function from an engine's name to the bundle with its build of ``tiny_unet_dir``."""
     return lambda name: request.getfixturevalue("every_cut" if name in ONNX_ENGINES else "compiled_bundle")
 
 
 @pytest.fixture(scope="session")
 def opened() -> Iterator[dict[tuple[str, Path], EnginePair]]:
-    """Pairs that stay open, by engine and bundle: to open one compiles every graph."""
+    """Open pairs by engine and bundle. They stay open, because opening a pair compiles every graph."""
     pairs: dict[tuple[str, Path], EnginePair] = {}
     yield pairs
     for pair in pairs.values():
@@ -113,7 +113,7 @@ def opened() -> Iterator[dict[tuple[str, Path], EnginePair]]:
 def open_pair(
     bundle_of: Callable[[str], Path], opened: dict[tuple[str, Path], EnginePair]
 ) -> Callable[..., EnginePair]:
-    """An engine of ``tiny_unet_dir``'s bundle, shared by tests that only bind it."""
+    """Return a function that opens an engine's pair of ``tiny_unet_dir``; tests that only bind the pair share it."""
 
     def get(engine: str) -> EnginePair:
         key = engine, bundle_of(engine)
@@ -126,7 +126,7 @@ def open_pair(
 
 @pytest.fixture
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails a test in which an engine is given a graph to read."""
+    """Fail the test if an engine reads a graph."""
     import offcut.engines.onnxruntime.pair as onnxruntime_module
     import offcut.engines.openvino as openvino_module
 
@@ -138,6 +138,6 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a directory but the lock."""
+    """Return the content of each file of a directory, without the lock."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

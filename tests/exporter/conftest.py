@@ -1,4 +1,4 @@
-"""Exports that several files look at, made once a session."""
+"""Exports that several test files share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Family:
 
 @pytest.fixture(scope="session")
 def family(unet_export: Callable[[str], tuple[Path, ExportedUNet]]) -> Callable[[str], Family]:
-    """The export of one of ``unets.SKIPS``."""
+    """Return a function from a name of ``unets.SKIPS`` to the model and its export."""
     return lambda name: Family(*unet_export(name))
 
 

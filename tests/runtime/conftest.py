@@ -1,4 +1,4 @@
-"""Pipelines for the runtime's tests: offcut's, eager diffusers', and one that caches by call index in eager PyTorch."""
+"""Pipelines for the tests of the runtime: with offcut's engines, eager, and eager with cached features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPT = "a red square"
 
 
 ENGINES = ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)]
-"""What the runtime computes around an engine depends on no engine, so its tests run on the second one in the slow tier.
+"""The runtime does the same with every engine, so its tests use OpenVINO in the slow tier only.
 
 Both engines hold to the contract of ``engines/test_pairs.py``, and make whole images in ``test_pipeline.py``, in the
 default tier."""
@@ -30,7 +30,7 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def opened(tiny_bundle: Path) -> Iterator[Callable[[str], offcut.UNet]]:
-    """One open UNet for each engine, as opening costs a second."""
+    """Return a function that opens one UNet for each engine; opening takes a second."""
     unets: dict[str, offcut.UNet] = {}
 
     def open_once(engine: str) -> offcut.UNet:
@@ -61,7 +61,7 @@ def parts(tiny_pipeline_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def eager(parts: dict[str, Any]) -> StableDiffusionPipeline:
-    """Plain diffusers; the scheduler is the test's own."""
+    """The eager diffusers pipeline with a scheduler of its own."""
     return _pipeline(parts)
 
 
@@ -77,7 +77,7 @@ def pipe(parts: dict[str, Any], opened: Callable[[str], offcut.UNet], engine: st
 
 @pytest.fixture
 def generate() -> Callable[..., torch.Tensor]:
-    """Run a pipeline to its latents, [1, 4, 16, 16] unless told otherwise."""
+    """Return a function that runs a pipeline and returns its latents, [1, 4, 16, 16] by default."""
 
     def run(pipe: Any, *, guidance: float = 5.0, steps: int = 10, seed: int = 1, **settings: Any) -> torch.Tensor:
         settings = {"prompt": PROMPT, **settings}
@@ -97,7 +97,7 @@ def generate() -> Callable[..., torch.Tensor]:
 
 @pytest.fixture
 def decibels() -> Callable[[torch.Tensor, torch.Tensor], float]:
-    """How close some latents are to others, as PSNR relative to the range of those."""
+    """Return a function that compares latents with a reference: PSNR in dB, relative to the reference's range."""
 
     def measure(latents: torch.Tensor, reference: torch.Tensor) -> float:
         error = (latents - reference).double().square().mean().sqrt().item()
@@ -109,7 +109,7 @@ def decibels() -> Callable[[torch.Tensor, torch.Tensor], float]:
 
 @pytest.fixture
 def cached_by_call() -> Callable[[Any, int, tuple[int, ...]], _CachingReference]:
-    """DeepCache in eager PyTorch that counts calls, for schedules and schedulers that its own helper cannot do."""
+    """DeepCache in eager PyTorch for any list of full calls, which DeepCache's own helper does not support."""
     return _CachingReference
 
 
@@ -121,7 +121,7 @@ def _pipeline(parts: dict[str, Any]) -> StableDiffusionPipeline:
 
 
 class _CachingReference:
-    """While entered, the eager UNet's ``hidden`` at branch k is, on shallow calls, that of the last full call.
+    """A context in which the eager UNet reuses ``hidden`` at branch k from the last full call on shallow calls.
 
     It computes the whole UNet at every call and replaces the one tensor, so it shares nothing with the graph surgery.
     The decoder's layers are counted from the outermost inwards; ``hidden`` is the first part of their input.

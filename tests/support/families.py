@@ -46,7 +46,7 @@ UNCONDITIONALS: dict[str, dict[str, Any]] = {
 
 
 def save_family_model(name: str, path: Path, pipeline: Path) -> None:
-    """A bare UNet; for Stable Diffusion a pipeline with a safety checker that takes offence at whatever it sees.
+    """Save a bare UNet, or for Stable Diffusion a pipeline whose safety checker flags every image.
 
     Args:
         name: of ``UNETS`` or ``UNCONDITIONALS``.

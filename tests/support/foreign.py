@@ -17,7 +17,7 @@ Axes = Mapping[str, Mapping[int, str]]
 
 
 def save_as_optimum(pipeline: Path, out: Path, *, opset: int = 18, timestep: torch.Tensor | None = None) -> Path:
-    """Every network of a Stable Diffusion or SDXL pipeline as ONNX, and no weights of PyTorch.
+    """Export every network of a Stable Diffusion or SDXL pipeline to ONNX, without PyTorch weights.
 
     Args:
         timestep: an example; by default a float32 scalar, as optimum-onnx 0.1 has it. Older ones had ``[steps]``.
@@ -46,7 +46,7 @@ def save_as_optimum(pipeline: Path, out: Path, *, opset: int = 18, timestep: tor
 def save_unet_as_optimum(
     unet: Any, path: Path, *, opset: int = 18, timestep: torch.Tensor | None = None, dynamic: bool = True
 ) -> None:
-    """One UNet; its file takes ``timestep`` in this shape and dtype, and any size unless it is not ``dynamic``."""
+    """Export one UNet; its graph takes ``timestep`` in this shape and dtype, and every size if ``dynamic``."""
     config = unet.config
     inputs = {
         "sample": torch.randn(2, config.in_channels, 16, 16),
@@ -74,7 +74,7 @@ def save_unet_as_optimum(
 
 
 def save_text_encoder_as_optimum(encoder: Any, path: Path, *, opset: int = 18, hidden_states: bool = False) -> None:
-    """One text encoder; SDXL's hand out their hidden states."""
+    """Export one text encoder; those of SDXL also output their hidden states."""
     config = encoder.config
     ids = torch.randint(0, config.vocab_size, (2, config.max_position_embeddings))
     whole = "text_embeds" if type(encoder).__name__.endswith("WithProjection") else "pooler_output"
@@ -109,7 +109,7 @@ def _save_autoencoder(vae: Any, out: Path, opset: int) -> None:
 def _save(
     model: Any, forward: Any, inputs: Mapping[str, torch.Tensor], outputs: list[str], axes: Axes, path: Path, opset: int
 ) -> None:
-    """optimum swaps the model's ``forward`` while it is traced, so that nodes are called as the model's own layers."""
+    """Replace the model's ``forward`` while it is traced, as optimum does, so that nodes have the names of its layers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     had = model.forward
     model.forward = forward
@@ -132,7 +132,7 @@ def _save(
 
 
 def exported_by_optimum(pipeline: Path, out: Path) -> Path:
-    """What optimum itself makes of a pipeline; needs optimum-onnx."""
+    """Export a pipeline with optimum itself; needs optimum-onnx."""
     from optimum.exporters.onnx import main_export
 
     main_export(str(pipeline), out, task="text-to-image", do_validation=False)

@@ -1,4 +1,4 @@
-"""LoRA files of every kind, as their trainers write them, and what diffusers with PEFT makes of them."""
+"""LoRA files of every kind, as trainers write them, and the weights that diffusers with PEFT computes from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = ("diffusers", "peft", "kohya", "processors")
 
 
 def save_lora(kind: str, pipeline: Path, out: Path, *, seed: int = 0, rank: int = 3, alpha: float = 6.0) -> Path:
-    """A LoRA with random weights for a pipeline's UNet; gives the file, for ``peft`` the directory.
+    """Save a LoRA with random weights for a pipeline's UNet; return the file, for ``peft`` the directory.
 
     Args:
         kind: ``diffusers`` and ``peft`` as these save it; ``kohya`` with its names and alphas, and with a text encoder;
@@ -78,7 +78,7 @@ def save_lora(kind: str, pipeline: Path, out: Path, *, seed: int = 0, rank: int 
 
 
 def save_lora_for_both(pipeline: Path, out: Path, *, seed: int = 0, rank: int = 4, alpha: float = 2.0) -> Path:
-    """A LoRA for a pipeline's UNet and its text encoder as diffusers with PEFT saves it; gives the file."""
+    """Save a LoRA for a pipeline's UNet and text encoder as diffusers with PEFT does; return the file."""
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -99,7 +99,7 @@ def save_lora_for_both(pipeline: Path, out: Path, *, seed: int = 0, rank: int = 
 
 
 def text_encoder_by_diffusers(pipeline: Path, loras: list[tuple[Path, float]]) -> Any:
-    """The text encoder after diffusers and PEFT loaded and fused these files."""
+    """Return the text encoder into which diffusers and PEFT fused these files."""
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(pipeline)
@@ -113,7 +113,7 @@ def text_encoder_by_diffusers(pipeline: Path, loras: list[tuple[Path, float]]) -
 
 
 def fused_by_diffusers(pipeline: Path, loras: list[tuple[Path, float]]) -> dict[str, torch.Tensor]:
-    """The UNet's weights after diffusers and PEFT loaded and fused these files."""
+    """Return the UNet's weights after diffusers and PEFT fused these files."""
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(pipeline)
@@ -142,7 +142,7 @@ def _adapted(pipeline: Path, seed: int, rank: int, alpha: float) -> Any:
 
 
 def _fill(model: Any, seed: int) -> None:
-    """Random factors; PEFT's own begin as zero."""
+    """Fill the LoRA factors with random values; PEFT initializes some of them with zeros."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

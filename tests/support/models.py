@@ -10,7 +10,7 @@ import torch
 
 
 def save_unet(path: Path, **overrides: Any) -> Path:
-    """A UNet2DConditionModel with 2 levels, 1 layer a block and random weights."""
+    """Save a UNet2DConditionModel with 2 levels, 1 layer a block and random weights."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -29,7 +29,7 @@ def save_unet(path: Path, **overrides: Any) -> Path:
 
 
 def save_small_pipeline(path: Path) -> Path:
-    """A StableDiffusionPipeline around ``save_unet``'s, with the same weights."""
+    """Save a StableDiffusionPipeline with the UNet of ``save_unet``."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(save_unet(path / "unet"))
@@ -44,7 +44,7 @@ def save_small_pipeline(path: Path) -> Path:
 
 
 def save_stable_diffusion(path: Path) -> Path:
-    """A StableDiffusionPipeline of Stable Diffusion 1.5's topology; a 64x64 image has 16x16 latents."""
+    """Save a StableDiffusionPipeline with Stable Diffusion 1.5's topology; a 64x64 image has 16x16 latents."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -69,7 +69,7 @@ def save_stable_diffusion(path: Path) -> Path:
 
 
 def save_stable_diffusion_xl(path: Path) -> Path:
-    """A StableDiffusionXLPipeline with two text encoders; its topology is SDXL's, with 9 skip connections."""
+    """Save a StableDiffusionXLPipeline with two text encoders and SDXL's topology: 9 skip connections."""
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -100,7 +100,7 @@ def save_stable_diffusion_xl(path: Path) -> Path:
 
 
 def text_to_latent_parts(path: Path, width: int) -> dict[str, Any]:
-    """A pipeline's VAE, text encoder with this hidden size, tokenizer and scheduler."""
+    """Return a pipeline's VAE, tokenizer, scheduler, and text encoder with this hidden size."""
     from diffusers import AutoencoderKL, DDIMScheduler
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -130,7 +130,7 @@ def text_to_latent_parts(path: Path, width: int) -> dict[str, Any]:
 
 
 def with_lively_weights(unet: torch.nn.Module) -> Any:
-    """Norm weights that are not all alike, as in a trained model; equal ones hide mix-ups of initializers."""
+    """Add noise to norm weights and biases, as training does; equal values would hide swapped initializers."""
     with torch.no_grad():
         for parameter in unet.parameters():
             if parameter.ndim == 1:
@@ -139,7 +139,7 @@ def with_lively_weights(unet: torch.nn.Module) -> Any:
 
 
 def _tokenizer(folder: Path) -> Any:
-    """A CLIPTokenizer whose vocabulary is the letters."""
+    """Save and return a CLIPTokenizer whose vocabulary is the letters."""
     from transformers import CLIPTokenizer
 
     letters = "abcdefghijklmnopqrstuvwxyz"

@@ -17,7 +17,7 @@ LONG_SECONDS = 20.0
 
 LONG: dict[str, str] = {
     "tests/conftest.py::tiny_bundle": "exports and cuts a UNet of Stable Diffusion's topology, for most runtime tests",
-    "tests/conftest.py::elsewhere_bundle": "imports and verifies every network of a pipeline on both engines",
+    "tests/conftest.py::foreign_bundle": "imports and verifies every network of a pipeline on both engines",
     "tests/runtime/test_components.py::whole": "exports the text encoder and the autoencoder, verified on both engines",
     "tests/benchmarks/shapes/training/test_training.py::finished": "trains every stage once, for the resumed runs",
     "tests/exporter/test_program.py::test_every_cut_gives_what_eager_pytorch_gives": "traces a program for each cut",

@@ -1,4 +1,4 @@
-"""Small UNets of every family, run by eager PyTorch, ONNX Runtime and OpenVINO without any of offcut's own code."""
+"""Small UNets of every family, and functions that run them in PyTorch, ONNX Runtime and OpenVINO without offcut."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SKIPS = {"plain": 4, "inpaint": 4, "sdxl": 9, "unconditional": 4}
 
 
 def save_family(name: str, path: Path) -> Path:
-    """One of ``SKIPS`` with random weights."""
+    """Save one of ``SKIPS`` with random weights."""
     if name != "unconditional":
         return save_unet(path, **CONDITIONAL[name])
     from diffusers import UNet2DModel
@@ -58,7 +58,7 @@ def save_family(name: str, path: Path) -> Path:
 def random_inputs(
     folder: Path, *, batch: int, height: int, width: int, sequence: int = 7, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """What a pipeline would pass to this UNet, read off its config by the rules of diffusers."""
+    """Return random inputs that a diffusers pipeline could pass to this UNet, from its config."""
     import json
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -83,7 +83,7 @@ def random_inputs(
 
 
 def eager(folder: Path, inputs: Tensors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The UNet's own answer, from diffusers."""
+    """Return the UNet's output in diffusers."""
     import diffusers
 
     name = "UNet2DModel" if "encoder_hidden_states" not in inputs else "UNet2DConditionModel"
@@ -101,7 +101,7 @@ def eager(folder: Path, inputs: Tensors, dtype: torch.dtype = torch.float32) -> 
 
 
 def run(engine: str, graph: Path, inputs: Tensors) -> dict[str, torch.Tensor]:
-    """A graph's outputs by name. Inputs that it does not have are left out."""
+    """Return a graph's outputs by name. Inputs that the graph does not have are left out."""
     state = graph.stat()
     return _loaded(engine, graph, (state.st_mtime_ns, state.st_size))(inputs)
 
@@ -142,7 +142,7 @@ def _openvino(graph: Path) -> Callable[[Tensors], dict[str, torch.Tensor]]:
 
 
 def largest_difference(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Infinite where a value is not a number, so that NaN is never small."""
+    """Return the largest absolute difference; infinity if a value is NaN."""
     assert got.shape == expected.shape
     difference = (got.double() - expected.double()).abs()
     return float(difference.max()) if bool(torch.isfinite(difference).all()) else float("inf")

@@ -21,7 +21,7 @@ _SHARED: dict[str, Any] = {
 
 
 def new_unet(name: str) -> Any:
-    """One of ``SKIPS`` with two levels, one layer a block and random weights."""
+    """Save one of ``SKIPS`` with two levels, one layer a block and random weights."""
     import diffusers
 
     torch.manual_seed(0)
@@ -66,7 +66,7 @@ def save_video_unet(name: str, path: Path) -> Path:
 
 
 def random_inputs(name: str, *, batch: int, frames: int, height: int, width: int, sequence: int = 7) -> dict[str, Any]:
-    """What the family's pipeline would pass to the UNet."""
+    """Return random inputs that the family's pipeline could pass to the UNet."""
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -85,7 +85,7 @@ def random_inputs(name: str, *, batch: int, frames: int, height: int, width: int
 
 
 def save_video_pipeline(name: str, path: Path) -> Path:
-    """The diffusers pipeline of one of ``SKIPS``; its videos have 3 frames of 32x32 and its latents are 8x8."""
+    """Save the diffusers pipeline of one of ``SKIPS``; a video has 3 frames of 32x32, with latents of 8x8."""
     import diffusers
 
     unet = new_unet(name)
@@ -109,7 +109,7 @@ def save_video_pipeline(name: str, path: Path) -> Path:
 
 
 def _image_to_latent_parts() -> dict[str, Any]:
-    """Of Stable Video Diffusion: image encoder and processor, VAE, scheduler."""
+    """Return the components of Stable Video Diffusion: image encoder and processor, VAE, scheduler."""
     import diffusers
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 

@@ -1,4 +1,4 @@
-"""TensorRT-RTX where it is installed, and the tiny UNet to build."""
+"""TensorRT-RTX, where it is installed, and jobs that compile the tiny UNet."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROFILES = (STATIC, DYNAMIC)
 
 @pytest.fixture(scope="session")
 def trt() -> Any:
-    """The module ``tensorrt_rtx``, with Polygraphy set to it."""
+    """The module ``tensorrt_rtx``; Polygraphy uses it too."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     pytest.importorskip("polygraphy", reason="polygraphy is not installed")
     try:
@@ -41,7 +41,7 @@ def said() -> list[str]:
 
 @pytest.fixture
 def onnx_graphs(unet_bundle: Path, tmp_path: Path) -> Graphs:
-    """A copy of the full graph and the shallow one of ``deepcache:0``, their weights beside them."""
+    """A copy of the full graph and of the shallow graph of ``deepcache:0``, with their weights."""
     bundle = offcut.Bundle.open(unet_bundle)
     entry = bundle.entry("onnxruntime")
     folder = Path(shutil.copytree((unet_bundle / entry.full).parent, tmp_path / "onnx"))
@@ -59,7 +59,7 @@ def onnx_graphs(unet_bundle: Path, tmp_path: Path) -> Graphs:
 
 @pytest.fixture
 def job(onnx_graphs: Graphs, tiny_unet_dir: Path, tmp_path: Path, said: list[str]) -> Callable[..., CompileJob]:
-    """A job for TensorRT-RTX: both graphs, or only one, with these settings beside one compute capability."""
+    """Return a function that makes a compile job for TensorRT-RTX, for one compute capability by default."""
     folder = tmp_path / "compiled"
     folder.mkdir()
 
