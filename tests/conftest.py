@@ -93,7 +93,7 @@ def tiny_bundle(tiny_pipeline_dir: Path, once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def one_cut_bundle(tiny_pipeline_dir: Path, once: Once) -> Path:
-    """``tiny_pipeline_dir`` as a bundle with one cut, for tests of LoRAs: OpenVINO compiles every graph at each change."""
+    """``tiny_pipeline_dir`` as a bundle with one cut, for LoRAs: OpenVINO compiles every graph at each change."""
     return once("tiny-sd-one-cut.offcut", lambda path: offcut.build(tiny_pipeline_dir, path, engine=ENGINES))
 
 
@@ -119,7 +119,7 @@ def foreign_bundle(foreign_dir: Path, once: Once) -> Path:
 def unet_export(
     tiny_unet_dir: Path, once: Once, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Path, ExportedUNet]]:
-    """Return a function from a name of ``unets.SKIPS`` to the model and its fp32 export; ``plain`` is ``tiny_unet_dir``."""
+    """Return a function from a name of ``unets.SKIPS`` to model and fp32 export; ``plain`` is ``tiny_unet_dir``."""
     exports: dict[str, ExportedUNet] = {}
 
     def get(name: str) -> tuple[Path, ExportedUNet]:
@@ -194,7 +194,7 @@ def copied(tmp_path: Path) -> Callable[[Path], Path]:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
-    """Return a function that runs ``offcut`` in this process and returns its output, or with ``fails`` its error line."""
+    """Return a function that runs ``offcut`` in this process: returns its output, with ``fails`` its error line."""
     levels = [library.utils.logging.get_verbosity() for library in (diffusers, transformers)]
 
     def run(*arguments: str | Path, fails: bool = False) -> str:

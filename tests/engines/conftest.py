@@ -57,7 +57,7 @@ def every_cut(tiny_unet_dir: Path, once: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def compiled_bundle(tiny_unet_dir: Path, once: Callable[..., Path]) -> Path:
-    """``tiny_unet_dir`` compiled by inductor in fp32 for every shape, with ``COMPILED_CUTS`` and without ONNX graphs."""
+    """``tiny_unet_dir`` compiled by inductor in fp32 for every shape, with ``COMPILED_CUTS``, without ONNX graphs."""
 
     def build(path: Path) -> None:
         with _quick_host_code():

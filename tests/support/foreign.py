@@ -109,7 +109,7 @@ def _save_autoencoder(vae: Any, out: Path, opset: int) -> None:
 def _save(
     model: Any, forward: Any, inputs: Mapping[str, torch.Tensor], outputs: list[str], axes: Axes, path: Path, opset: int
 ) -> None:
-    """Replace the model's ``forward`` while it is traced, as optimum does, so that nodes have the names of its layers."""
+    """Replace the model's ``forward`` while it is traced, as optimum does, so that nodes get its layers' names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     had = model.forward
     model.forward = forward

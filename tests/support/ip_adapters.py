@@ -12,7 +12,7 @@ IMAGE_WIDTH = 12
 
 
 def save_ip_adapter(path: Path, unet: Any, *, seed: int = 0, plus: bool = False, **extra: torch.Tensor) -> Path:
-    """Save an IP-Adapter for this eager UNet. A Plus adapter reads an image's tokens, a plain one its pooled embedding."""
+    """Save an IP-Adapter for this eager UNet. A Plus one reads an image's tokens, a plain one its pooled embedding."""
     generator = torch.Generator().manual_seed(seed)
     width = unet.config.cross_attention_dim
 
