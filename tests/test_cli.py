@@ -37,7 +37,7 @@ def test_help_has_an_example(name: str, command: Command) -> None:
     assert "Example:" in said
 
 
-def test_it_says_its_version() -> None:
+def test_version_option() -> None:
     from importlib.metadata import version
 
     result = process("--version")
@@ -100,7 +100,7 @@ def test_a_command_refuses_a_table_with_an_unknown_field() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["inspect"], ["run"], ["tune", "--budget", "2x"], ["serve"]], ids=lambda a: a[0])
-def test_what_is_no_bundle_is_said_before_anything_heavy_is_loaded(arguments: list[str], tmp_path: Path) -> None:
+def test_a_wrong_bundle_path_fails_before_heavy_imports(arguments: list[str], tmp_path: Path) -> None:
     name, *options = arguments
     code = (
         f"import atexit, sys; sys.argv = ['offcut', {name!r}, {str(tmp_path)!r}, *{options!r}]\n"
@@ -114,13 +114,13 @@ def test_what_is_no_bundle_is_said_before_anything_heavy_is_loaded(arguments: li
 
 
 @pytest.mark.smoke
-def test_doctor_says_what_works(command: Command) -> None:
+def test_doctor_reports_engines(command: Command) -> None:
     report = json.loads(command("doctor", "--json"))
     assert report["engines"]["onnxruntime"]["usable"] is True
     assert "cpu" in report["engines"]["openvino"]["devices"]
 
 
-def test_inspect_gives_the_manifest(unet_bundle: Path, command: Command) -> None:
+def test_inspect_prints_the_manifest(unet_bundle: Path, command: Command) -> None:
     report = json.loads(command("inspect", unet_bundle, "--json"))
     assert report["pipeline"] is None
     assert {entry["engine"] for entry in report["engines"].values()} == {"onnxruntime", "openvino"}

@@ -68,7 +68,7 @@ def test_an_image_under_a_controlnet(
     assert made(tmp_path / "model", "a red square", "--image", tmp_path / "edges.png")["frames"] == 1
 
 
-def test_an_image_from_onnx_made_elsewhere(
+def test_an_image_from_foreign_onnx(
     made: Callable[..., dict[str, Any]], small_pipeline_dir: Path, tmp_path: Path
 ) -> None:
     theirs = save_as_optimum(small_pipeline_dir, tmp_path / "onnx")

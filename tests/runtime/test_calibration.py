@@ -53,7 +53,7 @@ def test_a_pipeline_is_run_on_its_prompts_through_every_cut(tiny_bundle: Path, t
     pair.close()
 
 
-def test_a_bare_unet_denoises_noise_and_says_so(unet_bundle: Path, tiny_unet_dir: Path) -> None:
+def test_a_bare_unet_denoises_noise_and_reports_it(unet_bundle: Path, tiny_unet_dir: Path) -> None:
     pair = Counted(offcut.Bundle.open(unet_bundle).open_pair("onnxruntime"))
     said: list[str] = []
     offcut.Calibration(samples=1, steps=4, interval=2, warmup=0).run(pair, locate(tiny_unet_dir), said.append)
@@ -62,7 +62,7 @@ def test_a_bare_unet_denoises_noise_and_says_so(unet_bundle: Path, tiny_unet_dir
     pair.close()
 
 
-def test_the_record_tells_prompts_apart(tiny_unet_dir: Path, tmp_path: Path) -> None:
+def test_the_record_depends_on_the_prompts(tiny_unet_dir: Path, tmp_path: Path) -> None:
     source, own = locate(tiny_unet_dir), locate(shutil.copytree(tiny_unet_dir, tmp_path / "own"))
     (tmp_path / "own" / "prompts.txt").write_text("a\n")
     one, other = (offcut.Calibration(prompts=(prompt,)).record(source) for prompt in "ab")

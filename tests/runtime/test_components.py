@@ -38,7 +38,7 @@ def image(pipe: Any, **arguments: Any) -> torch.Tensor:
     return made
 
 
-def test_no_weights_of_pytorch_are_left(whole: Path) -> None:
+def test_the_pipeline_has_no_pytorch_weights(whole: Path) -> None:
     weights = [path.relative_to(whole).as_posix() for path in whole.rglob("*.safetensors")]
     assert [
         name for name in weights if not name.endswith(("reference.safetensors", "final_layer_norm.safetensors"))
@@ -63,7 +63,7 @@ def test_images_are_those_of_eager_diffusers(pipe: Any, tiny_pipeline_dir: Path)
     assert (tiled - image(pipe, height=128)).abs().max() > TOLERANCE
 
 
-def test_images_go_in_too(pipe: Any, tiny_pipeline_dir: Path) -> None:
+def test_the_compiled_encoder_takes_images(pipe: Any, tiny_pipeline_dir: Path) -> None:
     eager = StableDiffusionImg2ImgPipeline.from_pretrained(tiny_pipeline_dir)
     ours = offcut.attach(StableDiffusionImg2ImgPipeline.from_pipe(pipe, unet=pipe.unet, vae=pipe.vae), pipe.unet)
     given = {"image": torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2)), "strength": 0.7}
@@ -85,7 +85,7 @@ def test_clips_last_layers_may_be_skipped(pipe: Any, tiny_pipeline_dir: Path) ->
     assert not torch.equal(image(pipe, clip_skip=1), image(pipe))
 
 
-def test_answers_are_tuples_where_they_are_asked_for(pipe: Any, tiny_pipeline_dir: Path) -> None:
+def test_outputs_are_tuples_without_return_dict(pipe: Any, tiny_pipeline_dir: Path) -> None:
     ids = torch.randint(0, 26, (1, 16), generator=torch.Generator().manual_seed(0))
     last, pooled = pipe.text_encoder(ids, return_dict=False)
     answer = pipe.text_encoder(ids)
@@ -99,7 +99,7 @@ def test_answers_are_tuples_where_they_are_asked_for(pipe: Any, tiny_pipeline_di
         torch.testing.assert_close(pipe.vae.decode(latent)[0], eager.decode(latent)[0], rtol=0, atol=1e-4)
 
 
-def test_a_lora_for_a_text_encoder_in_an_engine_is_refused_whole(
+def test_a_lora_for_a_compiled_text_encoder_is_refused_and_changes_nothing(
     pipe: Any, tiny_pipeline_dir: Path, tmp_path: Path
 ) -> None:
     both, plain = save_lora("kohya", tiny_pipeline_dir, tmp_path), image(pipe)

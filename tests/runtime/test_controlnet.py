@@ -81,7 +81,7 @@ def unet(bundle: Path, engine: str) -> Iterator[offcut.UNet]:
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["one ControlNet", "two"])
-def test_cached_engines_with_controlnets_make_what_deepcache_in_eager_pytorch_would(
+def test_cached_engines_with_controlnets_equal_deepcache_in_eager_pytorch(
     count: int,
     with_controlnet: Callable[..., Any],
     unet: offcut.UNet,

@@ -63,7 +63,7 @@ def video(pipe: Any, **settings: Any) -> torch.Tensor:
     return torch.as_tensor(latents)
 
 
-def test_a_cached_video_is_what_the_same_caching_in_eager_pytorch_makes(
+def test_a_cached_video_equals_the_same_caching_in_eager_pytorch(
     eager: Any,
     cached: Any,
     cached_by_call: Callable[..., Any],
@@ -81,7 +81,7 @@ def test_a_cached_video_is_what_the_same_caching_in_eager_pytorch_makes(
     assert decibels(uncached, expected) < 60
 
 
-def test_the_kind_of_attention_is_the_pipelines_own_and_in_the_manifest(bundle: Path, model: Path) -> None:
+def test_the_attention_comes_from_the_pipeline_and_is_in_the_manifest(bundle: Path, model: Path) -> None:
     assert offcut.Bundle.open(bundle).manifest.source.attention == "cross-frame"
     assert locate(model).attention == "cross-frame"
 
@@ -98,7 +98,7 @@ def test_a_pipeline_that_sets_no_attention_is_refused(bundle: Path, eager: Any) 
     pipe.unet.close()
 
 
-def test_a_bundle_without_it_refuses_the_processor(unet_bundle: Path, eager: Any) -> None:
+def test_a_bundle_without_cross_frame_attention_refuses_the_processor(unet_bundle: Path, eager: Any) -> None:
     pipe = offcut.attach(eager, unet_bundle, "onnxruntime")
     with pytest.raises(UserError, match=r"sets cross-frame attention, .* with --attention cross-frame"):
         video(pipe)

@@ -81,7 +81,7 @@ def by_hand(unet: offcut.UNet, forecast: Forecast | None) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("forecast", [None, Extrapolate(1.0), EveryOther()], ids=str)
-def test_it_is_the_same_as_written_plainly(unet: offcut.UNet, forecast: Forecast | None) -> None:
+def test_calls_equal_a_plain_implementation(unet: offcut.UNet, forecast: Forecast | None) -> None:
     for expected, got in zip(by_hand(unet, forecast), run(unet, SCHEDULE, forecast), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert unet.last_run is not None
@@ -89,7 +89,7 @@ def test_it_is_the_same_as_written_plainly(unet: offcut.UNet, forecast: Forecast
     assert unet.last_run.timeline == "##...#...."
 
 
-def test_the_cuts_share_features_and_are_not_the_same(unet: offcut.UNet) -> None:
+def test_cuts_share_features_and_give_different_outputs(unet: offcut.UNet) -> None:
     """Else the test above would show little."""
     assert set(unet.cut_features["mlperf"]) & set(unet.cut_features["deepcache:2"])
     mixed = run(unet, SCHEDULE)
@@ -100,7 +100,7 @@ def test_the_cuts_share_features_and_are_not_the_same(unet: offcut.UNet) -> None
             assert same == (named in (None, cut)), (cut, call)
 
 
-def test_one_cut_for_all_calls_is_that_cut(unet: offcut.UNet) -> None:
+def test_a_schedule_with_one_cut_for_all_calls_equals_setting_that_cut(unet: offcut.UNet) -> None:
     named = tuple(None if cut is None else "deepcache:2" for cut in BY_CALL)
     expected = run(unet, TunedSteps((0, 1, 5), CALLS), Extrapolate(0.5), cut="deepcache:2")
     got = run(unet, TunedSteps((0, 1, 5), CALLS, named), Extrapolate(0.5), cut="deepcache:0")
@@ -118,13 +118,13 @@ def test_reused_guidance_follows_the_cut_of_the_call(unet: offcut.UNet) -> None:
             torch.testing.assert_close(reused[call][1:], plain[call][1:], rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_says_the_cut_of_every_call(unet: offcut.UNet) -> None:
+def test_the_run_records_the_cut_of_every_call(unet: offcut.UNet) -> None:
     run(unet, offcut.Uniform(5), cut="deepcache:1")
     assert unet.last_run is not None
     assert unet.last_run.cuts == (None, *["deepcache:1"] * 4, None, *["deepcache:1"] * 4)
 
 
-def test_cuts_that_are_not_there_are_refused(unet: offcut.UNet) -> None:
+def test_missing_cuts_are_refused(unet: offcut.UNet) -> None:
     missing = TunedSteps((0,), 3, (None, "deepcache:1", "deepcache:11"))
     with pytest.raises(CutError, match=r"calls at the cut 'deepcache:11', and this UNet has only deepcache:0, "):
         unet.set_schedule(missing)
@@ -133,7 +133,7 @@ def test_cuts_that_are_not_there_are_refused(unet: offcut.UNet) -> None:
     assert unet.schedule == full
 
 
-def test_schedules_with_cuts_are_values() -> None:
+def test_schedules_with_cuts_compare_by_value() -> None:
     assert SCHEDULE.cuts == ("deepcache:0", "mlperf", "deepcache:2")
     assert TunedSteps((0,), 3).cuts == offcut.Uniform(3).cuts == (None,)
     assert TunedSteps((0, 1), 2).cuts == ()

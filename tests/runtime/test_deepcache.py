@@ -12,7 +12,7 @@ from offcut.errors import CutError, ScheduleError, UserError
 from offcut.runtime.generation.schedule import Uniform
 
 
-def test_it_sets_the_schedule(pipe: Any) -> None:
+def test_the_helper_sets_the_schedule(pipe: Any) -> None:
     helper = offcut.DeepCacheSDHelper(pipe)
     helper.set_params(cache_interval=3, cache_branch_id=1)
     assert pipe.unet.schedule is None
@@ -26,14 +26,14 @@ def test_it_sets_the_schedule(pipe: Any) -> None:
     assert pipe.unet.schedule is None
 
 
-def test_the_pipeline_may_come_later(pipe: Any) -> None:
+def test_the_pipeline_can_be_given_to_enable(pipe: Any) -> None:
     helper = offcut.DeepCacheSDHelper()
     helper.enable(pipe)
     assert pipe.unet.schedule == Uniform(1)
     helper.disable()
 
 
-def test_errors(pipe: Any, eager: Any, tiny_bundle: Path) -> None:
+def test_the_helper_refuses_what_it_cannot_do(pipe: Any, eager: Any, tiny_bundle: Path) -> None:
     with pytest.raises(UserError, match=r"offcut\.attach\(pipe, bundle\) first"):
         offcut.DeepCacheSDHelper(eager)
     helper = offcut.DeepCacheSDHelper(pipe)

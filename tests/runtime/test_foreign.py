@@ -61,7 +61,7 @@ def test_clips_last_layers_may_be_skipped_and_images_go_in(foreign_bundle: Path,
     ours.unet.close()
 
 
-def test_a_lora_goes_on_and_off_as_with_weights(
+def test_a_lora_is_loaded_and_unloaded(
     foreign_bundle: Path, tiny_bundle: Path, tiny_pipeline_dir: Path, tmp_path: Path, engine: str
 ) -> None:
     """The weights that it changes are found by the names of the graph's nodes."""
@@ -88,7 +88,7 @@ def test_a_lora_goes_on_and_off_as_with_weights(
     assert difference(*answers) < 1e-4
 
 
-def test_weights_without_names_take_no_lora(
+def test_a_lora_is_refused_for_weights_without_names(
     foreign_bundle: Path, tiny_pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from offcut.exporter.trace.parameters import StoredWeights
@@ -106,7 +106,7 @@ def test_weights_without_names_take_no_lora(
 
 
 @pytest.mark.slow
-def test_stable_diffusion_xl_too(sdxl_pipeline_dir: Path, tmp_path: Path) -> None:
+def test_stable_diffusion_xl(sdxl_pipeline_dir: Path, tmp_path: Path) -> None:
     theirs = save_as_optimum(sdxl_pipeline_dir, tmp_path / "onnx")
     bundle = offcut.build(theirs, tmp_path / "onnx.offcut", engine=["onnxruntime", "openvino"])
     assert [entry.name for entry in bundle.manifest.components] == [

@@ -135,7 +135,7 @@ def pipeline(kind: str, unet: Any, parts: dict[str, Any], scheduler: Any) -> Any
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_pipeline_makes_what_deepcache_in_eager_pytorch_would(
+def test_the_pipeline_equals_deepcache_in_eager_pytorch(
     name: str,
     pair_of: Callable[[str], tuple[Any, offcut.UNet]],
     parts: dict[str, Any],
@@ -247,7 +247,7 @@ def _embedded_class(labels: torch.Tensor, guided: bool) -> dict[str, Any]:
     [("class", _classes, False), ("ldm-class", _embedded_class, True), ("ldm-class", _embedded_class, False)],
     ids=["UNet2DModel", "LDM with guidance", "LDM"],
 )
-def test_class_conditional_models_in_a_loop_of_ones_own(
+def test_class_conditional_models_in_a_custom_loop(
     family: str,
     condition: Callable[[torch.Tensor, bool], dict[str, Any]],
     guided: bool,

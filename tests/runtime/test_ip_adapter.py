@@ -116,7 +116,7 @@ def embeds_of(pipe: Any, pictures: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("cut", ["deepcache:0", "deepcache:2"])
-def test_cached_engines_with_ip_adapters_make_what_deepcache_in_eager_pytorch_would(
+def test_cached_engines_with_ip_adapters_equal_deepcache_in_eager_pytorch(
     eager: Any,
     pipe: Any,
     pictures: Any,
@@ -176,7 +176,7 @@ def test_scales_are_set_between_images_without_a_rebuild(
     assert decibels(results[0], before) < 80
 
 
-def test_a_scale_set_during_a_generation_holds_from_the_next_call_on(
+def test_a_scale_set_during_a_generation_applies_from_the_next_call(
     eager: Any, pipe: Any, pictures: Any, generate: Generate, decibels: Callable[[torch.Tensor, torch.Tensor], float]
 ) -> None:
     def fade(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def image(pipe: Any, **arguments: Any) -> torch.Tensor:
     return made.images
 
 
-def test_from_a_to_b_and_back_leaves_no_trace(unet: offcut.UNet, files: dict[str, Path]) -> None:
+def test_a_lora_that_was_replaced_and_restored_leaves_no_trace(unet: offcut.UNet, files: dict[str, Path]) -> None:
     plain = answers(unet)
     name = unet.load_lora(files["a"], 0.5)
     with_a = answers(unet)
@@ -71,7 +71,7 @@ def test_from_a_to_b_and_back_leaves_no_trace(unet: offcut.UNet, files: dict[str
     assert all(differ)
 
 
-def test_it_is_said_that_a_schedule_was_tuned_without_it(
+def test_a_schedule_that_was_tuned_without_the_lora_is_reported(
     unet: offcut.UNet, files: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     unet.set_schedule(TunedSteps((0,), 2))
@@ -84,7 +84,7 @@ def test_it_is_said_that_a_schedule_was_tuned_without_it(
     assert caplog.text.count("this schedule was tuned without the LoRA style:") == 1
 
 
-def test_layers_of_a_text_encoder_are_left_out_and_said_so(
+def test_layers_of_a_text_encoder_are_left_out_with_a_warning(
     unet: offcut.UNet, files: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     unet.load_lora(files["b"], name="b")
@@ -139,7 +139,7 @@ def test_a_lora_fused_when_the_bundle_is_built_is_the_same_bit_for_bit(
     ]
 
 
-def test_what_cannot_be_loaded_leaves_the_weights_alone(
+def test_a_lora_that_cannot_be_loaded_leaves_the_weights_unchanged(
     unet: offcut.UNet, files: dict[str, Path], tmp_path: Path
 ) -> None:
     unet.load_lora(files["a"])

@@ -79,7 +79,7 @@ def test_a_bundle_of_another_kind_of_unet_is_refused(eager: Any, unet_bundle: Pa
         offcut.attach(eager.vae, tiny_bundle)
 
 
-def test_from_pretrained_takes_the_stand_in(
+def test_from_pretrained_accepts_an_offcut_unet(
     tiny_pipeline_dir: Path, opened: Any, engine: str, generate: Generate
 ) -> None:
     unet = opened(engine)
@@ -93,7 +93,7 @@ def test_from_pretrained_takes_the_stand_in(
     unet.set_schedule(None)
 
 
-def test_attaching_changes_nothing_that_shows(pipe: Any) -> None:
+def test_an_attached_pipeline_keeps_its_class_name_and_signature(pipe: Any) -> None:
     kind = type(pipe)
     assert isinstance(pipe, StableDiffusionPipeline)
     assert kind is not StableDiffusionPipeline
@@ -108,7 +108,7 @@ def test_attaching_changes_nothing_that_shows(pipe: Any) -> None:
     assert set(pipe.components) == {*StableDiffusionPipeline._get_signature_keys(StableDiffusionPipeline)[0]}
 
 
-def test_the_eager_unet_can_come_back(pipe: Any, parts: dict[str, Any], eager: Any, generate: Generate) -> None:
+def test_the_eager_unet_can_be_restored(pipe: Any, parts: dict[str, Any], eager: Any, generate: Generate) -> None:
     ours = pipe.unet
     pipe.unet = parts["unet"]
     assert torch.equal(generate(pipe), generate(eager))
@@ -145,7 +145,7 @@ def test_callbacks_interrupts_and_progress_bars(
     assert pipe.interrupt is False
 
 
-def test_guidance_that_ends_early_changes_the_batch_within_a_generation(pipe: Any, generate: Generate) -> None:
+def test_guidance_that_ends_early_changes_the_batch_size(pipe: Any, generate: Generate) -> None:
     def drop_guidance(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         if step == 4:
             pipeline._guidance_scale = 1.0
@@ -199,7 +199,7 @@ def test_saving_and_loading_again(
     assert torch.equal(generate(again), plain)
 
 
-def test_pipelines_made_of_it(pipe: Any, generate: Generate) -> None:
+def test_pipelines_that_share_its_components(pipe: Any, generate: Generate) -> None:
     image = torch.rand(1, 3, 64, 64)
     for img2img in (
         AutoPipelineForImage2Image.from_pipe(pipe),

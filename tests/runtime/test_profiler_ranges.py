@@ -43,7 +43,7 @@ def test_a_generation_is_full_and_shallow_calls_with_the_scheduler_between(unet:
         assert end <= begin
 
 
-def test_calls_that_nobody_announced_have_no_scheduler_range(unet: offcut.UNet) -> None:
+def test_unannounced_calls_have_no_scheduler_range(unet: offcut.UNet) -> None:
     """Nobody says when such a generation ends, so the time after a call may be anything."""
     with profiled() as profile:
         for timestep in (9, 6):

@@ -22,7 +22,7 @@ def test_prompts_are_read_line_by_line(tmp_path: Path) -> None:
         read_prompts(file)
 
 
-def test_a_user_s_prompts_go_before_the_model_s_and_those_before_others(tmp_path: Path) -> None:
+def test_prompts_come_from_the_user_then_the_model_then_the_defaults(tmp_path: Path) -> None:
     assert prompts_for(tmp_path, None) == PROMPTS
     (tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8")
     assert prompts_for(tmp_path, None) == ("a cat",)

@@ -151,7 +151,7 @@ def test_fifty_steps(
 
 @pytest.mark.parametrize("cached_pipe", ["onnxruntime"], indirect=True)
 @EVERY_SCHEDULER
-def test_timesteps_and_sigmas_of_ones_own(
+def test_custom_timesteps_and_sigmas(
     eager_pipe: Any, cached_pipe: Any, scheduler: type[Any], cached_by_call: Any, decibels: Any
 ) -> None:
     one = made(scheduler)

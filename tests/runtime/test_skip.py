@@ -37,7 +37,7 @@ def run(
 
 
 @pytest.mark.parametrize("reuse_guidance", [False, True])
-def test_the_answer_is_that_of_the_call_before(unet: offcut.UNet, reuse_guidance: bool) -> None:
+def test_a_skipped_call_returns_the_output_of_the_call_before(unet: offcut.UNet, reuse_guidance: bool) -> None:
     made = run(unet, MIXED, reuse_guidance=reuse_guidance)
     shallow = run(unet, TunedSteps((0, 4), CALLS), cut="deepcache:0", reuse_guidance=reuse_guidance)
     for call, cut in enumerate(BY_CALL):
@@ -49,7 +49,7 @@ def test_the_answer_is_that_of_the_call_before(unet: offcut.UNet, reuse_guidance
             assert torch.equal(made[call], shallow[call])
 
 
-def test_no_engine_runs(unet: offcut.UNet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_skipped_call_runs_no_engine(unet: offcut.UNet, monkeypatch: pytest.MonkeyPatch) -> None:
     run(unet, MIXED)
     bound = unet.bound
     assert bound is not None
@@ -71,7 +71,7 @@ def test_no_engine_runs(unet: offcut.UNet, monkeypatch: pytest.MonkeyPatch) -> N
     assert [seconds == 0 for seconds in done.seconds] == [cut == SKIP for cut in BY_CALL]
 
 
-def test_it_may_be_the_cut_of_all_calls(unet: offcut.UNet) -> None:
+def test_skip_can_be_the_cut_of_all_calls(unet: offcut.UNet) -> None:
     made = run(unet, offcut.Uniform(3), cut=SKIP)
     assert unet.last_run is not None
     assert unet.last_run.timeline == "#__#__#_"
@@ -79,7 +79,7 @@ def test_it_may_be_the_cut_of_all_calls(unet: offcut.UNet) -> None:
     assert all(torch.equal(each, full[call - call % 3]) for call, each in enumerate(made))
 
 
-def test_a_call_that_was_lost_is_made_up_for(unet: offcut.UNet) -> None:
+def test_a_full_call_follows_a_failed_one(unet: offcut.UNet) -> None:
     unet.set_schedule(offcut.Uniform(4), SKIP)
     with unet.generation(CALLS):
         unet(*inputs(unet, 0))
@@ -110,7 +110,7 @@ def correction(unet: offcut.UNet) -> Correction:
     return Convolutions(kernels, (0, 4))
 
 
-def test_corrections_are_of_the_held_answer_and_the_new_sample(unet: offcut.UNet) -> None:
+def test_a_skipped_call_is_corrected_from_the_last_output_and_the_new_sample(unet: offcut.UNet) -> None:
     plain, corrected = run(unet, MIXED), run(unet, MIXED, FittedForecast({}, (0, 4), correction(unet)))
     for call in range(1, CALLS):
         sample = inputs(unet, call)[0]
@@ -120,7 +120,7 @@ def test_corrections_are_of_the_held_answer_and_the_new_sample(unet: offcut.UNet
 
 
 @pytest.mark.parametrize("predicts", [False, True])
-def test_requests_of_a_worker_skip_too(pipe: Any, predicts: bool) -> None:
+def test_requests_of_a_worker_can_skip_calls(pipe: Any, predicts: bool) -> None:
     calls = {call: {"none": Coefficients()} for call in range(CALLS)} if predicts else {}
     forecast = FittedForecast(calls, (0, 4), correction(pipe.unet)) if predicts else None
     asked = {"num_inference_steps": CALLS, "output_type": "latent", "guidance_scale": 3.0}

@@ -172,7 +172,7 @@ def test_from_the_second_call_on_only_the_result_is_allocated_and_nothing_is_rea
         assert operations == ["copy_", "copy_", "view", "copy_", "_to_copy"]
 
 
-def test_a_bare_stand_in_reads_the_timestep(pipe: Any, generate: Generate) -> None:
+def test_an_unannounced_call_reads_the_timestep(pipe: Any, generate: Generate) -> None:
     pipe.unet.set_schedule(Uniform(3))
     pipe.__class__ = type(pipe).__mro__[2]
     with watched(pipe.unet) as calls:

@@ -97,7 +97,7 @@ def test_every_call_full_is_the_full_engine_bit_for_bit(
 @WITH_AND_WITHOUT_GUIDANCE
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
 @pytest.mark.parametrize("interval", [2, 3, 5])
-def test_the_trajectory_is_deepcaches(
+def test_the_trajectory_equals_deepcaches(
     pipe: Any,
     eager: Any,
     generate: Generate,
@@ -219,7 +219,9 @@ def test_a_cut_with_stale_skips_runs_and_differs_from_a_cut_without(
     assert decibels(generate(pipe), fresh) < OTHER
 
 
-def test_the_adapter_takes_deepcaches_parameters(pipe: Any, eager: Any, generate: Generate, decibels: Decibels) -> None:
+def test_the_helper_accepts_deepcaches_parameters(
+    pipe: Any, eager: Any, generate: Generate, decibels: Decibels
+) -> None:
     uncached = generate(pipe)
     theirs, ours = DeepCacheSDHelper(pipe=eager), offcut.DeepCacheSDHelper(pipe=pipe)
     results = []

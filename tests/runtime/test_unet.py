@@ -178,7 +178,7 @@ def test_sdxls_conditioning_reaches_the_engine() -> None:
         unet(**inputs())
 
 
-def test_an_sdxl_pipeline_takes_the_stand_in() -> None:
+def test_an_sdxl_pipeline_accepts_an_offcut_unet() -> None:
     config = {
         **CONFIG,
         "sample_size": 8,
@@ -242,12 +242,12 @@ def test_gradients_are_refused_not_dropped(unet: UNet) -> None:
         ({"encoder_hidden_states": torch.ones(1, 5, 8)}, "batch = 2"),
     ],
 )
-def test_what_no_engine_reads_is_an_error(unet: UNet, argument: dict[str, Any], message: str) -> None:
+def test_arguments_without_an_engine_input_are_refused(unet: UNet, argument: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         unet(**inputs(**argument))
 
 
-def test_arguments_that_change_nothing_are_taken(unet: UNet) -> None:
+def test_arguments_without_effect_are_accepted(unet: UNet) -> None:
     unet(**inputs(), cross_attention_kwargs={"scale": 1.0}, added_cond_kwargs={}, attention_mask=None)
     unet(**inputs(), cross_attention_kwargs={})
 
@@ -306,7 +306,7 @@ def test_a_schedule_may_give_calls_cuts_of_their_own(unet: UNet, pair: Arithmeti
     assert unet.last_run.timeline == "#..#."
 
 
-def test_a_generation_without_a_number_will_do_for_a_schedule_that_needs_none(unet: UNet) -> None:
+def test_the_number_of_calls_is_optional_for_schedules_that_do_not_need_it(unet: UNet) -> None:
     unet.set_schedule(Uniform(2))
     with unet.generation():
         calls(unet, [1, 1, 1])
@@ -319,7 +319,7 @@ def test_a_generation_without_a_number_will_do_for_a_schedule_that_needs_none(un
         unet(**inputs())
 
 
-def test_bare_calls_begin_anew_when_the_timestep_rises(unet: UNet, pair: ArithmeticPair) -> None:
+def test_unannounced_calls_begin_a_new_generation_when_the_timestep_rises(unet: UNet, pair: ArithmeticPair) -> None:
     unet.set_schedule(Uniform(9))
     calls(unet, [9, 8, 8, 7, 9, 8])
     assert pair.log == ["full", "deepcache:0", "deepcache:0", "deepcache:0", "full", "deepcache:0"]
@@ -328,7 +328,7 @@ def test_bare_calls_begin_anew_when_the_timestep_rises(unet: UNet, pair: Arithme
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_whatever_interrupts_makes_the_next_call_full(unet: UNet, pair: ArithmeticPair, announced: bool) -> None:
+def test_the_call_after_any_interruption_is_full(unet: UNet, pair: ArithmeticPair, announced: bool) -> None:
     unet.set_schedule(Uniform(100))
 
     def interrupted(interrupt: Any) -> list[str]:
@@ -441,7 +441,7 @@ def in_thread(work: Any) -> Any:
     return result[0]
 
 
-def test_another_thread_is_refused_within_a_generation_and_begins_anew_outside(
+def test_another_thread_is_refused_in_a_generation_and_begins_a_new_one_outside(
     unet: UNet, pair: ArithmeticPair
 ) -> None:
     unet.set_schedule(Uniform(100))
@@ -509,7 +509,7 @@ def test_the_config_has_what_newer_pipelines_read(unet: UNet) -> None:
         ("enable_gradient_checkpointing", ()),
     ],
 )
-def test_what_needs_the_layers_says_so(unet: UNet, method: str, arguments: tuple[Any, ...]) -> None:
+def test_methods_that_need_the_layers_are_refused(unet: UNet, method: str, arguments: tuple[Any, ...]) -> None:
     with pytest.raises(UserError, match="layers are compiled into engines"):
         getattr(unet, method)(*arguments)
 
@@ -519,12 +519,12 @@ def test_there_are_no_attention_processors_to_restore(unet: UNet) -> None:
     unet.unload_lora()
 
 
-def test_it_cannot_be_copied(unet: UNet) -> None:
+def test_a_unet_cannot_be_copied(unet: UNet) -> None:
     with pytest.raises(UserError, match="open another UNet"):
         copy.deepcopy(unet)
 
 
-def test_it_shows_what_it_is(unet: UNet) -> None:
+def test_the_repr_names_engine_device_and_schedule(unet: UNet) -> None:
     unet.set_schedule(Uniform(5, warmup=2))
     assert repr(unet) == "UNet(arithmetic on cpu, torch.float32, Uniform(5, warmup=2), cut='deepcache:0')"
     assert unet.num_parameters() == sum(parameter.numel() for parameter in unet.parameters()) == 0
@@ -538,7 +538,7 @@ def test_sequential_offloading_finds_nothing_to_offload(unet: UNet) -> None:
     assert unet.device == torch.device("cpu")
 
 
-def test_torch_compile_leaves_it_alone(unet: UNet, pair: ArithmeticPair) -> None:
+def test_torch_compile_does_not_trace_the_unet(unet: UNet, pair: ArithmeticPair) -> None:
     unet.set_schedule(Uniform(2))
     compiled = torch.compile(unet, backend="eager")
     calls(compiled, [9, 8, 7])

@@ -105,7 +105,7 @@ def reusing(unet: Any, full_calls: tuple[int, ...]) -> Iterator[None]:
         hook.remove()
 
 
-def test_a_cached_video_is_what_the_same_caching_in_eager_pytorch_makes(
+def test_a_cached_video_equals_the_same_caching_in_eager_pytorch(
     eager: Any, cached: Any, decibels: Callable[[torch.Tensor, torch.Tensor], float]
 ) -> None:
     uncached = frames(eager)
@@ -127,7 +127,7 @@ def test_a_video_of_another_length_and_size_is_eager_pytorchs(
     assert decibels(frames(cached, **size), frames(eager, **size)) > 90
 
 
-def test_a_pipeline_of_ones_own_is_attached(
+def test_a_bundle_attaches_to_a_video_pipeline(
     name: str, eager: Any, video_bundle: Callable[[str], Path], decibels: Callable[[torch.Tensor, torch.Tensor], float]
 ) -> None:
     expected = frames(eager)
@@ -136,7 +136,7 @@ def test_a_pipeline_of_ones_own_is_attached(
     pipe.unet.close()
 
 
-def test_the_stand_in_is_called_as_diffusers_own_and_answers_as_it(name: str, cached: Any) -> None:
+def test_the_unet_has_the_signature_and_output_of_diffusers_own(name: str, cached: Any) -> None:
     unet = new_unet(name)
     inputs = random_inputs(name, batch=2, frames=3, height=8, width=8)
     timestep = inputs.pop("timestep")
@@ -154,7 +154,7 @@ def test_the_stand_in_is_called_as_diffusers_own_and_answers_as_it(name: str, ca
 @pytest.mark.parametrize(
     ("count", "sentence"), [(9, "knows at most 8 frames, not 9: make fewer"), (1, "a video has at least 2 frames")]
 )
-def test_a_length_that_cannot_be_is_refused(count: int, sentence: str, loaded: Callable[[str, str], Any]) -> None:
+def test_an_impossible_length_is_refused(count: int, sentence: str, loaded: Callable[[str, str], Any]) -> None:
     with pytest.raises(ShapeError, match=sentence):
         frames(loaded("animatediff", "onnxruntime"), num_frames=count)
 

@@ -33,7 +33,7 @@ foretold = st.lists(st.floats(0, 2) | st.just(float("nan")) | st.none(), min_siz
 
 
 @given(schedules, foretold)
-def test_full_where_the_bound_is_passed_between_floor_and_cap(schedule: Adaptive, errors: list[float | None]) -> None:
+def test_a_call_is_full_where_the_error_exceeds_the_bound(schedule: Adaptive, errors: list[float | None]) -> None:
     asked: list[tuple[int, int]] = []
 
     def missed(call: int, last: int) -> float | None:
@@ -85,7 +85,7 @@ def test_what_cannot_be_says_so() -> None:
     assert parse("adaptive:0.25:least=2", warmup=3) == Adaptive(0.25, 2, warmup=3)
 
 
-def test_a_failed_call_and_other_shapes_are_full_whatever_is_foretold() -> None:
+def test_calls_after_a_failure_or_with_other_shapes_are_full_whatever_the_estimate() -> None:
     generation = GenerationState(Adaptive(0.5, warmup=1))
     generation.drift = cast(Any, SimpleNamespace(predicted_error=lambda call, last: 0.0))
     generation.end(generation.begin("A"))
@@ -140,7 +140,7 @@ def run(unet: offcut.UNet, schedule: Any, seen: Callable[[], None] = lambda: Non
     return said
 
 
-def test_a_generation_goes_as_the_features_and_latents_do(unet: offcut.UNet) -> None:
+def test_full_calls_follow_the_movement_of_features_and_latents(unet: offcut.UNet) -> None:
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def keep() -> None:
@@ -169,7 +169,7 @@ def test_a_generation_goes_as_the_features_and_latents_do(unet: offcut.UNet) -> 
         assert torch.equal(one, other)
 
 
-def test_a_generation_is_not_told_by_another(unet: offcut.UNet) -> None:
+def test_a_generation_does_not_depend_on_the_one_before(unet: offcut.UNet) -> None:
     first = run(unet, Adaptive(0.02))
     again = run(unet, Adaptive(0.02))
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))

@@ -40,7 +40,7 @@ PHRASE = "caching is unlikely to pay"
         (TunedSteps((0, 4), 8), 8, DDIMScheduler(), {}, None),  # it was measured beside fewer steps
     ],
 )
-def test_who_is_advised(
+def test_which_generations_get_advice(
     schedule: Schedule | None, calls: int, scheduler: Any, config: dict[str, Any], reason: str | None
 ) -> None:
     advice = against_caching(schedule, calls, config, scheduler)
@@ -60,7 +60,7 @@ def test_a_tuned_schedule_does_not_know_of_loras() -> None:
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime"])
-def test_it_is_said_once_a_unet_and_changes_nothing(
+def test_advice_is_logged_once_and_changes_nothing(
     pipe: Any, generate: Callable[..., torch.Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     unet = pipe.unet

@@ -76,7 +76,7 @@ def plainly(unet: offcut.UNet, answers: list[torch.Tensor], by: dict[int, Kernel
     return changes
 
 
-def test_without_kernels_answers_are_the_same_bit_for_bit(unet: offcut.UNet) -> None:
+def test_without_kernels_outputs_are_the_same_bit_for_bit(unet: offcut.UNet) -> None:
     plain = run(unet, None)
     same = run(unet, Convolutions({}, FULL, GUIDANCE))
     assert all(torch.equal(one, other) for one, other in zip(plain, same, strict=True))
@@ -91,7 +91,7 @@ def test_both_halves_are_corrected_by_the_convolution(unet: offcut.UNet, images:
         torch.testing.assert_close(answers[call], plain[call] + change.repeat(2, 1, 1, 1))
 
 
-def test_a_pipeline_that_does_not_guide_has_a_row_for_each_image(unet: offcut.UNet) -> None:
+def test_without_guidance_each_row_is_an_image(unet: offcut.UNet) -> None:
     """One call is corrected: the answer, the sample, and both of the full call before, row by row."""
     kernel = kernels({1: 4})[1]
     plain, answers = run(unet, None), run(unet, Convolutions({1: kernel}, FULL, None))
@@ -102,7 +102,7 @@ def test_a_pipeline_that_does_not_guide_has_a_row_for_each_image(unet: offcut.UN
     assert torch.equal(answers[2], plain[2])
 
 
-def test_a_generation_that_leaves_the_schedule_is_not_corrected_any_more(unet: offcut.UNet) -> None:
+def test_a_generation_that_leaves_the_schedule_is_no_longer_corrected(unet: offcut.UNet) -> None:
     correction = Convolutions(kernels(), FULL, GUIDANCE)
     plain, answers = run(unet, None, refresh=3), run(unet, correction, refresh=3)
     assert not torch.equal(plain[2], answers[2])
@@ -116,7 +116,7 @@ def test_nothing_outlives_a_generation(unet: offcut.UNet) -> None:
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_an_odd_number_of_rows_cannot_be_halves(unet: offcut.UNet) -> None:
+def test_an_odd_batch_is_not_corrected(unet: offcut.UNet) -> None:
     unet.set_schedule(offcut.Steps(FULL), CUT, FittedForecast({}, FULL, Convolutions(kernels(), FULL, GUIDANCE)))
     rows = [tensor if tensor.dim() == 0 else tensor[:1] for tensor in inputs(unet, 0)]
     with unet.generation(CALLS):

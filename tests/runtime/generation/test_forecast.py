@@ -76,7 +76,7 @@ def channels(unet: offcut.UNet) -> int:
     return int(unet.bound.buffers[FEATURE].shape[1])
 
 
-def test_coefficients_of_reuse_are_reuse_bit_for_bit(unet: offcut.UNet) -> None:
+def test_coefficients_of_reuse_equal_reuse_bit_for_bit(unet: offcut.UNet) -> None:
     plain = run(unet, None)
     count = channels(unet)
     tensors = Coefficients(torch.ones(count), torch.zeros(count), torch.zeros(count))
@@ -86,7 +86,7 @@ def test_coefficients_of_reuse_are_reuse_bit_for_bit(unet: offcut.UNet) -> None:
 
 
 @pytest.mark.parametrize("damping", [0.5, 1.0])
-def test_an_extrapolation_is_the_formula(unet: offcut.UNet, damping: float) -> None:
+def test_an_extrapolation_follows_the_formula(unet: offcut.UNet, damping: float) -> None:
     def formula(call: int, last: int, before: int) -> tuple[float, float, float]:
         return 1.0, damping * (call - last) / (last - before), 0.0
 
@@ -94,7 +94,7 @@ def test_an_extrapolation_is_the_formula(unet: offcut.UNet, damping: float) -> N
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_coefficients_of_each_channel_are_the_formula(unet: offcut.UNet) -> None:
+def test_coefficients_by_channel_follow_the_formula(unet: offcut.UNet) -> None:
     count = channels(unet)
     made = torch.Generator().manual_seed(1)
     scale, slope, shift = (torch.randn(count, generator=made) for _ in range(3))
@@ -105,7 +105,7 @@ def test_coefficients_of_each_channel_are_the_formula(unet: offcut.UNet) -> None
     assert not torch.equal(expected[-1], run(unet, None)[-1])
 
 
-def test_one_full_call_gives_no_direction(unet: offcut.UNet) -> None:
+def test_after_one_full_call_features_are_reused(unet: offcut.UNet) -> None:
     """With one warm-up call the first shallow ones reuse, in every generation: nothing of the one before is left."""
     plain, again = run(unet, None, warmup=0), run(unet, Extrapolate(1.0), warmup=0)
     twice = run(unet, Extrapolate(1.0), warmup=0)
@@ -115,7 +115,7 @@ def test_one_full_call_gives_no_direction(unet: offcut.UNet) -> None:
     assert all(torch.equal(one, other) for one, other in zip(again, twice, strict=True))
 
 
-def test_other_shapes_in_a_generation_begin_anew(unet: offcut.UNet) -> None:
+def test_other_shapes_in_a_generation_restart_the_history(unet: offcut.UNet) -> None:
     unet.set_schedule(offcut.Uniform(3), CUT, Extrapolate(1.0))
     with unet.generation(8):
         for call in range(4):

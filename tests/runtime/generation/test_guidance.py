@@ -62,12 +62,12 @@ def by_hand(unet: offcut.UNet) -> list[torch.Tensor]:
     return made
 
 
-def test_it_is_the_same_as_written_plainly(unet: offcut.UNet) -> None:
+def test_calls_equal_a_plain_implementation(unet: offcut.UNet) -> None:
     for expected, got in zip(by_hand(unet), run(unet, reuse=True), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_half_with_the_prompt_is_as_without_reuse(unet: offcut.UNet) -> None:
+def test_the_half_with_the_prompt_is_the_same_without_reuse(unet: offcut.UNet) -> None:
     """What is approximated is the difference between the halves, and nothing else."""
     plain, reused = run(unet, reuse=False), run(unet, reuse=True)
     for call in range(CALLS):
@@ -78,13 +78,13 @@ def test_the_half_with_the_prompt_is_as_without_reuse(unet: offcut.UNet) -> None
             assert not torch.allclose(reused[call][:2], plain[call][:2], rtol=1e-3, atol=1e-4)
 
 
-def test_where_nobody_guides_nothing_changes(unet: offcut.UNet) -> None:
+def test_without_guidance_nothing_changes(unet: offcut.UNet) -> None:
     plain = run(unet, reuse=False)
     for expected, got in zip(plain, run(unet, reuse=True, guided=False), strict=True):
         assert torch.equal(expected, got)
 
 
-def test_calls_that_nobody_announces_are_whole(unet: offcut.UNet) -> None:
+def test_unannounced_calls_compute_the_whole_batch(unet: offcut.UNet) -> None:
     unet.set_schedule(SCHEDULE, CUT, reuse_guidance=True)
     unet.reset()
     loose = [unet(*inputs(unet, call)).sample for call in range(CALLS)]
@@ -117,7 +117,7 @@ def test_guidance_may_end_within_a_generation(unet: offcut.UNet) -> None:
             assert torch.equal(expected, got)
 
 
-def test_a_pipeline_says_whether_it_guides(tiny_bundle: Path) -> None:
+def test_a_pipeline_reports_whether_it_is_guided(tiny_bundle: Path) -> None:
     pipe = offcut.load(tiny_bundle, "onnxruntime", threads=1)
     pipe.unet.advise = False
     pipe.set_progress_bar_config(disable=True)

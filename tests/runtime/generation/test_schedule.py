@@ -93,7 +93,7 @@ def oracle_quad(n: int, schedule: Quad) -> list[int]:
 
 @CASES
 @given(schedules, calls)
-def test_full_calls_are_the_oracles(schedule: Schedule, n: int) -> None:
+def test_full_calls_equal_the_oracles(schedule: Schedule, n: int) -> None:
     if isinstance(schedule, Quad) and schedule.center is not None and schedule.center >= n:
         with pytest.raises(ScheduleError, match="smaller center"):
             schedule.full_calls(n)
@@ -145,7 +145,7 @@ def test_quad_makes_as_many_full_calls_as_uniform() -> None:
         assert len(Quad(5).full_calls(n)) == len(Uniform(5).full_calls(n))
 
 
-def test_who_needs_the_number_of_calls() -> None:
+def test_which_schedules_need_the_number_of_calls() -> None:
     assert not Uniform(5).needs_calls
     assert not Uniform(5, warmup=2, max_shallow=2).needs_calls
     assert not Steps([3]).needs_calls
@@ -190,7 +190,7 @@ def test_parse() -> None:
     assert parse("uniform:5:warmup=1", warmup=3) == Uniform(5, warmup=3)
 
 
-def test_schedules_are_values() -> None:
+def test_schedules_compare_by_value() -> None:
     assert Steps((9, 3)) == Steps([0, 3, 9])
     assert len({Uniform(5), Uniform(5, warmup=0), Uniform(np.int64(5))}) == 1
     assert repr(Quad(5, 12, warmup=2)) == "Quad(5, center=12, warmup=2)"

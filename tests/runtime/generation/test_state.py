@@ -55,12 +55,14 @@ def drive(generation: GenerationState, calls: int) -> tuple[bool, ...]:
 
 
 @given(schedules, st.integers(1, 40), st.integers(0, 5))
-def test_an_undisturbed_generation_is_its_schedule(schedule: Uniform | Steps | Quad, calls: int, beyond: int) -> None:
+def test_an_undisturbed_generation_follows_its_schedule(
+    schedule: Uniform | Steps | Quad, calls: int, beyond: int
+) -> None:
     full = drive(GenerationState(schedule, calls=lambda: calls), calls + beyond)
     assert full == (*(call in schedule.full_calls(calls) for call in range(calls)), *[True] * beyond)
 
 
-def test_the_number_of_calls_is_asked_at_the_first_call_and_once() -> None:
+def test_the_number_of_calls_is_resolved_once_at_the_first_call() -> None:
     asked = []
     generation = GenerationState(Quad(5), calls=lambda: asked.append(1) or 50)
     assert asked == []
@@ -72,7 +74,7 @@ def test_the_number_of_calls_is_asked_at_the_first_call_and_once() -> None:
     assert generation.run().timeline.startswith("#....#...#")
 
 
-def test_schedules_that_need_a_number_say_how_to_give_one() -> None:
+def test_the_error_for_a_missing_number_of_calls_says_how_to_give_it() -> None:
     with pytest.raises(ScheduleError, match=r"unet\.generation\(calls=n\)"):
         GenerationState(Quad(5))
     with pytest.raises(ScheduleError, match="0 UNet calls were announced"):
@@ -123,7 +125,7 @@ def unannounced(timesteps: list[float], schedule: Uniform) -> list[list[bool]]:
 
 
 @pytest.mark.parametrize("scheduler", _compatible(), ids=lambda scheduler: scheduler.__name__)
-def test_bare_generations_follow_every_schedulers_timesteps(scheduler: type[SchedulerMixin]) -> None:
+def test_unannounced_generations_follow_every_schedulers_timesteps(scheduler: type[SchedulerMixin]) -> None:
     tried = 0
     for options in _settings(scheduler):
         for steps in (1, 2, 3, 12, 50) if options in ({}, {"use_karras_sigmas": True}) else (3, 12):
@@ -145,14 +147,14 @@ def test_bare_generations_follow_every_schedulers_timesteps(scheduler: type[Sche
     assert tried
 
 
-def test_rising_timesteps_are_full_when_bare_and_follow_the_schedule_when_announced() -> None:
+def test_rising_timesteps_are_full_unless_the_generation_is_announced() -> None:
     timesteps = _timesteps(DDIMInverseScheduler, 10)
     assert unannounced(timesteps, Uniform(3)) == [[True]] * 10
     generation = GenerationState(Uniform(3), calls=10)
     assert drive(generation, 10) == tuple(call in (0, 3, 6, 9) for call in range(10))
 
 
-def test_a_bare_generation_ends_with_other_shapes_or_a_failed_call() -> None:
+def test_an_unannounced_generation_ends_with_other_shapes_or_a_failed_call() -> None:
     generation = GenerationState(Uniform(3))
     generation.end(generation.begin("A", 999.0))
     assert generation.continues("A", 900.0)

@@ -51,7 +51,7 @@ def test_uncached_and_cached_of_one_seed(pipe: Any) -> None:
     assert 0 < sum(cached.run.seconds) < cached.seconds
 
 
-def test_every_step_is_announced(pipe: Any) -> None:
+def test_on_step_is_called_for_every_step(pipe: Any) -> None:
     steps: list[int] = []
     generate(pipe, ImageRequest("a cat", steps=5), None, on_step=lambda: steps.append(1))
     assert len(steps) == 5
@@ -74,12 +74,12 @@ def test_compare_writes_one_picture(pipe: Any, tmp_path: Path) -> None:
     assert (report["full_calls"], report["shallow_calls"], report["cut"]) == (2, 2, "deepcache:0")
 
 
-def test_a_picture_that_cannot_be_written_is_refused_first(pipe: Any, tmp_path: Path) -> None:
+def test_an_unwritable_file_is_refused_before_any_work(pipe: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write"):
         generate_to_file(pipe, ImageRequest("a cat", steps=4), None, None, tmp_path / "nowhere" / "picture.png")
 
 
-def test_the_demo_tells_the_truth(pipe: Any, tmp_path: Path) -> None:
+def test_the_demos_figures_match_its_images(pipe: Any, tmp_path: Path) -> None:
     picture = tmp_path / "demo.png"
     result = demo(
         pipe,

@@ -12,7 +12,7 @@ from offcut.runtime.images.request import ImageRequest
 from offcut.runtime.images.timing import REST, time_components
 
 
-def test_every_parts_calls_are_counted_and_the_shares_make_a_whole(tiny_bundle: Path) -> None:
+def test_calls_of_every_component_are_counted_and_shares_add_up_to_one(tiny_bundle: Path) -> None:
     pipe = offcut.load(tiny_bundle, "onnxruntime", threads=1)
     pipe.unet.advise = False
     parts = {part.name: part for part in time_components(pipe, ImageRequest("a red square", steps=6), Uniform(3))}
@@ -26,7 +26,7 @@ def test_every_parts_calls_are_counted_and_the_shares_make_a_whole(tiny_bundle: 
     assert "forward" not in vars(pipe.text_encoder)
 
 
-def test_the_command_shows_them(tiny_bundle: Path) -> None:
+def test_inspect_shows_the_times(tiny_bundle: Path) -> None:
     from typer.testing import CliRunner
 
     arguments = ["inspect", str(tiny_bundle), "--time", "--engine", "onnxruntime", "--steps", "4", "--json"]

@@ -39,7 +39,7 @@ def start(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".gif"])
-def test_several_pictures_are_an_animation_of_that_speed(suffix: str, tmp_path: Path) -> None:
+def test_several_pictures_become_an_animation_with_the_frame_rate(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"out{suffix}"
     save(pictures(3), file, fps=10)
     with Image.open(file) as read:
@@ -54,7 +54,7 @@ def test_one_picture_is_a_png_whatever_the_file_is_called(tmp_path: Path) -> Non
     assert Image.open(tmp_path / "out.jpg").format == "PNG"
 
 
-def test_the_error_of_a_video_is_that_of_all_its_frames() -> None:
+def test_the_psnr_of_a_video_is_over_all_frames() -> None:
     black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (51, 51, 51))
     assert psnr_of_frames([black, black], [black, grey]) == pytest.approx(
         psnr_of_frames([black], [grey]) + 3.0103, abs=1e-3
