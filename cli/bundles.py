@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from .shell import (
+from .options import (
     Adapters,
     Attention,
     BundleArgument,
@@ -25,16 +25,8 @@ from .shell import (
     Revision,
     Subfolder,
     Variant,
-    bar,
-    dims_of,
-    loras_of,
-    out,
-    print_contract,
-    print_json,
-    quiet_libraries,
-    settings_of,
-    stages,
 )
+from .shell import bar, dims_of, loras_of, out, print_contract, print_json, quiet_libraries, settings_of, stages
 
 if TYPE_CHECKING:
     from ..engines.bundle.bundle import Bundle

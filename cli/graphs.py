@@ -9,24 +9,8 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .shell import (
-    Adapters,
-    Attention,
-    Fix,
-    Json,
-    Model,
-    Opset,
-    Precision,
-    Revision,
-    Subfolder,
-    Variant,
-    contract_json,
-    dims_of,
-    out,
-    print_contract,
-    print_json,
-    stages,
-)
+from .options import Adapters, Attention, Fix, Json, Model, Opset, Precision, Revision, Subfolder, Variant
+from .shell import contract_json, dims_of, out, print_contract, print_json, stages
 
 if TYPE_CHECKING:
     from ..exporter.specs import TensorSpec

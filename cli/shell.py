@@ -15,24 +15,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..runtime.quiet import quiet_libraries as quiet_libraries
-from .options import Adapters as Adapters
-from .options import Attention as Attention
-from .options import BundleArgument as BundleArgument
-from .options import Cuts as Cuts
-from .options import Device as Device
-from .options import EngineName as EngineName
-from .options import Fix as Fix
-from .options import IPAdapters as IPAdapters
-from .options import Json as Json
-from .options import Loras as Loras
-from .options import Model as Model
-from .options import Opset as Opset
-from .options import Precision as Precision
-from .options import Provider as Provider
-from .options import Revision as Revision
-from .options import Subfolder as Subfolder
-from .options import Threads as Threads
-from .options import Variant as Variant
 
 out = Console()
 err = Console(stderr=True)

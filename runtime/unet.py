@@ -141,11 +141,11 @@ class UNet(LoraMethods, BaseUNet):
         write_timestep(bound.buffers["timestep"], timestep)
 
         generation, full = self._begin(tuple(shapes.items()), timestep)
-        if not full and generation.skips(generation.made):
+        if not full and generation.skips(generation.completed):
             output = self._skipped(generation)
             generation.end(full, 0.0 if self.record_times else None)
             return output
-        if generation.made == 0:
+        if generation.completed == 0:
             self._prepare(generation, tensors[SAMPLE])
         guidance = generation.guidance
         if guidance is not None and guidance.rows != tensors[SAMPLE].shape[0]:
@@ -153,7 +153,7 @@ class UNet(LoraMethods, BaseUNet):
         half = None
         if guidance is not None and not full:
             half = self._bound.get_or_bind(self._open_pair(), guidance.half_shapes(shapes))
-        cut = None if full else generation.cut_of(generation.made)
+        cut = None if full else generation.cut_of(generation.completed)
         assert full or cut is not None
         with self._ranges.call(full, more=generation is self._announced):
             seconds = self._timed(partial(self._enqueue, generation, bound, half, cut, guidance))
@@ -198,7 +198,7 @@ class UNet(LoraMethods, BaseUNet):
             cut: cut of a shallow call; None for a full call.
             guidance: the generation's, unless this call is not guided.
         """
-        history, drift, call = generation.history, generation.drift, generation.made
+        history, drift, call = generation.history, generation.drift, generation.completed
         if cut is None:
             bound.full()
             if history is not None:

@@ -10,7 +10,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ...errors import UserError
-from ..shell import Json, complain, err, out, print_json
+from ..options import Json
+from ..shell import complain, err, out, print_json
 
 WORSE, TROUBLE = 1, 2
 """Exit codes, as diff has them: 1 for a difference, 2 where none could be made out."""

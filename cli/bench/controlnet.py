@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..shell import EngineName, Json, Threads, long_bar, quiet_libraries, stages
+from ..options import EngineName, Json, Threads
+from ..shell import long_bar, quiet_libraries, stages
 from .outcome import BenchRun
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..shell import BundleArgument, Device, EngineName, Json, Threads, quiet_libraries, stages
+from ..options import BundleArgument, Device, EngineName, Json, Threads
+from ..shell import quiet_libraries, stages
 from .outcome import BenchRun
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "offcut")

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..shell import BundleArgument, Device, Json, Threads, err, stages
+from ..options import BundleArgument, Device, Json, Threads
+from ..shell import err, stages
 from .outcome import BenchRun
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "offcut")

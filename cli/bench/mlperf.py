@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..shell import EngineName, Json, Threads, stages
+from ..options import EngineName, Json, Threads
+from ..shell import stages
 from .outcome import BenchRun
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..shell import Json, Threads, long_bar, quiet_libraries, stages
+from ..options import Json, Threads
+from ..shell import long_bar, quiet_libraries, stages
 from .outcome import BenchRun
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..shell import EngineName, Json, Threads, err, long_bar, quiet_libraries, stages
+from ..options import EngineName, Json, Threads
+from ..shell import err, long_bar, quiet_libraries, stages
 from .outcome import BenchRun
 
 if TYPE_CHECKING:

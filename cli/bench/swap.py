@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..shell import BundleArgument, Device, Json, Threads, quiet_libraries, stages
+from ..options import BundleArgument, Device, Json, Threads
+from ..shell import quiet_libraries, stages
 from .outcome import BenchRun
 
 _PACKAGES = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "offcut")

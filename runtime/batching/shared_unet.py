@@ -67,7 +67,7 @@ class SharedUNet(BaseUNet):
         write_timestep(timesteps, timestep)
 
         generation, full = self._begin(tuple(shapes.items()), timestep)
-        plan, number = generation.plan, generation.made
+        plan, number = generation.plan, generation.completed
         if not full and generation.skips(number):
             if request.stop_error is not None:
                 raise copy_of(request.stop_error)
@@ -99,7 +99,7 @@ class SharedUNet(BaseUNet):
 
     def _end_call(self, generation: GenerationState, full: bool, rows: int) -> None:
         """Count a completed call, and report it to the request's callback."""
-        plan, number = generation.plan, generation.made
+        plan, number = generation.plan, generation.completed
         generation.end(full)
         if self._request is not None and self._request.on_step is not None:
             with self._batcher.outside():

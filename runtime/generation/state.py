@@ -123,7 +123,7 @@ class GenerationState:
             ScheduleError: as ``begin``.
         """
         calls = self._resolve_calls()
-        return self._schedule is None or self._is_full(self._schedule, self.made, calls) or not self._readable
+        return self._schedule is None or self._is_full(self._schedule, self.completed, calls) or not self._readable
 
     @property
     def guided(self) -> bool:
@@ -133,7 +133,7 @@ class GenerationState:
         return self._guided
 
     @property
-    def made(self) -> int:
+    def completed(self) -> int:
         """Number of calls that completed."""
         return len(self._full)
 
