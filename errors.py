@@ -5,11 +5,11 @@
     │   ├── ModelError            a model directory or hub id that cannot be exported
     │   ├── CutError              no such cut in this graph
     │   ├── BundleError           a bundle that is damaged, altered, too new, or does not fit
-    │   ├── EngineError           an engine that is missing, unusable here, or of another machine
-    │   │   └── MissingExtraError     a package that an extra would install
+    │   ├── EngineError           an engine that is missing, unusable here, or built for another machine
+    │   │   └── MissingExtraError     a package is missing that an extra installs
     │   ├── ShapeError            an input outside the shapes that the engine was built for
     │   ├── ScheduleError         a schedule that cannot be followed
-    │   ├── ParityError           an engine's result is further from PyTorch's than its bound
+    │   ├── ParityError           an engine's output differs from PyTorch's by more than its bound
     │   └── RequestError          a request that a worker did not complete
     │       ├── QueueFullError        too many requests are waiting
     │       ├── CapacityError         a request that needs more memory than the worker has
@@ -60,7 +60,7 @@ class MissingExtraError(EngineError):
 
 
 class ShapeError(UserError):
-    """An input's shape or dtype is outside what the engine accepts."""
+    """The engine does not accept an input's shape or dtype."""
 
 
 class ScheduleError(UserError):

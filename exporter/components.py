@@ -1,10 +1,10 @@
-"""The networks around the UNet, as ONNX graphs: CLIP text encoders, and the autoencoder's two halves.
+"""Export of the networks around the UNet to ONNX: CLIP text encoders, and the autoencoder's decoder and encoder.
 
     text_encoder   input_ids [batch, sequence] -> last_hidden_state, hidden_states_0 ..., pooler_output or text_embeds
     vae_decoder    latent_sample [batch, channels, height, width] -> image
     vae_encoder    image [batch, 3, height, width] -> latent_parameters, mean and log-variance of the latent
 
-Graphs of their own in directories of their own, as optimum lays them out.
+Each graph has a directory of its own, as in optimum's exports.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 GRAPH_FILE = "model.onnx"
 NORM_FILE = "final_layer_norm.safetensors"
 TEXT_ENCODERS = {"CLIPTextModel": "pooler_output", "CLIPTextModelWithProjection": "text_embeds"}
-"""Classes that can be exported, each with its answer for the whole text."""
+"""Text encoder classes that can be exported, each with the name of its output for the whole text."""
 
 AUTOENCODERS = ("AutoencoderKL",)
 
 
 @dataclass(frozen=True)
 class ExportedComponent:
-    """One network as an ONNX file.
+    """One network exported to an ONNX file.
 
     Attributes:
-        name: of its folder: ``text_encoder``, ``text_encoder_2``, ``vae_decoder`` or ``vae_encoder``.
-        path: the ONNX file, its weights beside it.
-        inputs, outputs: by name, in the graph's order.
-        multiple: that the input's height and width are a multiple of.
-        has_norm: whether a text encoder's final norm lies beside it, fp32, in ``NORM_FILE``.
+        name: ``text_encoder``, ``text_encoder_2``, ``vae_decoder`` or ``vae_encoder``; also the name of its folder.
+        path: the ONNX file, with its weights in the same directory.
+        inputs, outputs: specs by name, in the graph's order.
+        multiple: number that the input's height and width must be a multiple of.
+        has_norm: whether ``NORM_FILE`` in the same directory holds a text encoder's final norm in fp32.
     """
 
     name: str
@@ -54,66 +54,66 @@ class ExportedComponent:
 
 
 def exportable(folder: Path) -> str | None:
-    """The class of a pipeline's component, if it is one of those that can be exported."""
+    """Return the class of a pipeline's component if it can be exported, otherwise None."""
     config = folder / "config.json"
     if not config.is_file():
         return None
-    said = json.loads(config.read_text(encoding="utf-8"))
-    kind = said.get("_class_name")
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    kind = settings.get("_class_name")
     if kind in (None, "ORTTextEncoder"):
-        kind = next(iter(said.get("architectures") or ()), None)
+        kind = next(iter(settings.get("architectures") or ()), None)
     kind = OPTIMUM_CLASSES.get(str(kind), kind)
     return kind if kind in TEXT_ENCODERS or kind in AUTOENCODERS else None
 
 
 @dataclass(frozen=True)
 class TracedComponent:
-    """One network in PyTorch, its tensors flat, ready to be exported or compiled.
+    """One network in PyTorch with one input and flat outputs, ready to be exported or compiled.
 
     Attributes:
         name: as ``ExportedComponent.name``.
-        module: from ``given`` to ``outputs``.
-        given: the only input.
-        outputs: in the module's order.
-        multiple: that the input's height and width are a multiple of.
-        norm: a text encoder's final norm.
+        module: the network.
+        input: spec of its only input.
+        outputs: specs of its outputs, in the module's order.
+        multiple: number that the input's height and width must be a multiple of.
+        norm: weights of a text encoder's final norm.
     """
 
     name: str
     module: torch.nn.Module
-    given: TensorSpec
+    input: TensorSpec
     outputs: tuple[TensorSpec, ...]
     multiple: int = 1
     norm: Mapping[str, torch.Tensor] | None = None
 
     def example(self, dims: Mapping[str, int] | None = None) -> torch.Tensor:
-        """An input of these sizes, or of those to trace with; the same each time."""
+        """Return a reproducible random input of these sizes, by default of those to trace with."""
         import torch
 
         step = self.multiple
-        shape = self.given.resolve({"batch": 2, "height": 6 * step, "width": 4 * step, **(dims or {})})
+        shape = self.input.resolve({"batch": 2, "height": 6 * step, "width": 4 * step, **(dims or {})})
         generator = torch.Generator().manual_seed(0)
-        if self.given.dtype == "int64":
+        if self.input.dtype == "int64":
             return torch.randint(0, self.vocabulary, shape, generator=generator)
-        return torch.randn(*shape, generator=generator).to(self.given.torch_dtype())
+        return torch.randn(*shape, generator=generator).to(self.input.torch_dtype())
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens a text encoder knows."""
+        """Number of tokens in a text encoder's vocabulary."""
         model: Any = self.module.model
         return int(model.config.vocab_size)
 
-    def answers(self, given: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What PyTorch computes, by the outputs' names."""
+    def compute(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run the network in PyTorch, and return its outputs by name."""
         import torch
 
         with torch.no_grad(), quiet():
-            made = self.module(given)
-        values = made if isinstance(made, tuple) else (made,)
+            result = self.module(tensor)
+        values = result if isinstance(result, tuple) else (result,)
         return {spec.name: value for spec, value in zip(self.outputs, values, strict=True)}
 
     def symbols(self) -> Callable[[TensorSpec], dict[int, Any]]:
-        """A function from a spec to PyTorch's symbols for its dynamic axes; equal ones share a symbol."""
+        """Return a function from a spec to PyTorch's symbols for its dynamic axes; equal dimensions share a symbol."""
         import torch
 
         units = {side: torch.export.Dim(f"_{side}", min=2) for side in ("height", "width")}
@@ -131,7 +131,7 @@ class TracedComponent:
 
 
 def component_of(network: str) -> str:
-    """The pipeline's component that a network is of: the halves of an autoencoder are its own networks."""
+    """Return the pipeline's component of a network; both halves of an autoencoder belong to ``vae``."""
     return "vae" if network.startswith("vae_") else network
 
 
@@ -141,38 +141,38 @@ def export_component(
     """Export one component of a pipeline: a text encoder, or both halves of an autoencoder.
 
     Args:
-        folder: the component's directory in the pipeline, its name that of the component.
-        out: each graph becomes a directory in it, called by the graph's name.
-        precision: fp32, fp16 or bf16. An autoencoder whose config says ``force_upcast`` is exported in fp32.
-        opset: of the graphs.
-        variant: of the weight files.
+        folder: directory of the component in the pipeline, with the component's name.
+        out: directory; each graph gets a subdirectory with the graph's name.
+        precision: fp32, fp16 or bf16. An autoencoder with ``force_upcast`` in its config is exported in fp32.
+        opset: version of the default ONNX domain.
+        variant: variant of the weight files.
 
     Raises:
-        ModelError: it is of no class that can be exported, or cannot be loaded.
+        ModelError: the component's class cannot be exported, or the component cannot be loaded.
     """
     return [_write(traced, out, opset) for traced in trace_component(folder, precision=precision, variant=variant)]
 
 
 def trace_component(folder: Path, *, precision: str, variant: str | None = None) -> list[TracedComponent]:
-    """The networks of one component, loaded; see ``export_component``."""
+    """Load the networks of one component; see ``export_component``."""
     kind = exportable(folder)
     if kind is None:
-        there = ", ".join([*TEXT_ENCODERS, *AUTOENCODERS])
-        raise ModelError(f"{folder.name} cannot be compiled: offcut exports {there}")
+        supported = ", ".join([*TEXT_ENCODERS, *AUTOENCODERS])
+        raise ModelError(f"{folder.name} cannot be compiled: offcut exports {supported}")
     if kind in TEXT_ENCODERS:
         return [_trace_text_encoder(folder, kind, precision, variant)]
     return _trace_autoencoder(folder, kind, precision, variant)
 
 
 def load_component(library: Any, folder: Path, kind: str, precision: str, variant: str | None) -> Any:
-    """A component of a pipeline as PyTorch has it, for evaluation.
+    """Load a component of a pipeline in PyTorch, in evaluation mode.
 
     Args:
-        library: diffusers or transformers, the module.
-        kind: its class there.
+        library: the module diffusers or transformers.
+        kind: name of the component's class in that module.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: the component cannot be loaded.
     """
     import torch
 
@@ -193,7 +193,7 @@ def _trace_text_encoder(folder: Path, kind: str, precision: str, variant: str | 
 
     model = load_component(transformers, folder, kind, precision, variant)
     dtype, config = PRECISIONS[precision], model.config
-    whole = TEXT_ENCODERS[kind]
+    pooled = TEXT_ENCODERS[kind]
 
     class Flat(torch.nn.Module):
         def __init__(self) -> None:
@@ -201,18 +201,20 @@ def _trace_text_encoder(folder: Path, kind: str, precision: str, variant: str | 
             self.model = model
 
         def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            answer = self.model(input_ids, output_hidden_states=True, return_dict=True)
-            return (answer.last_hidden_state, *answer.hidden_states, answer[whole])
+            output = self.model(input_ids, output_hidden_states=True, return_dict=True)
+            return (output.last_hidden_state, *output.hidden_states, output[pooled])
 
     length, width = int(config.max_position_embeddings), int(config.hidden_size)
     hidden = ["last_hidden_state", *(f"hidden_states_{index}" for index in range(config.num_hidden_layers + 1))]
     outputs = [TensorSpec(name, dtype, ("batch", length, width)) for name in hidden]
-    outputs.append(TensorSpec(whole, dtype, ("batch", config.projection_dim if whole == "text_embeds" else width)))
-    norm = getattr(model, "text_model", model).final_layer_norm.float().state_dict()  # another place in transformers 4
+    outputs.append(TensorSpec(pooled, dtype, ("batch", config.projection_dim if pooled == "text_embeds" else width)))
+    norm = (
+        getattr(model, "text_model", model).final_layer_norm.float().state_dict()
+    )  # transformers 4 has it in text_model
     norm = {name: value.clone() for name, value in norm.items()}
     getattr(model, "text_model", model).final_layer_norm.to(getattr(torch, dtype))
-    given = TensorSpec("input_ids", "int64", ("batch", length))
-    return TracedComponent(folder.name, Flat().eval(), given, tuple(outputs), norm=norm)
+    input_ids = TensorSpec("input_ids", "int64", ("batch", length))
+    return TracedComponent(folder.name, Flat().eval(), input_ids, tuple(outputs), norm=norm)
 
 
 def _trace_autoencoder(folder: Path, kind: str, precision: str, variant: str | None) -> list[TracedComponent]:
@@ -262,13 +264,13 @@ def _write(traced: TracedComponent, out: Path, opset: int) -> ExportedComponent:
     from safetensors.torch import save as to_bytes
 
     example, symbols = traced.example(), traced.symbols()
-    answers = traced.answers(example)
+    outputs = traced.compute(example)
     with torch.no_grad(), quiet():
-        dynamic = (symbols(traced.given),)
+        dynamic = (symbols(traced.input),)
         program = torch.export.export(traced.module, (example,), dynamic_shapes=dynamic, strict=False)
-    specs = [traced.given, *traced.outputs]
-    model, _ = to_onnx(program, [traced.given.name], [spec.name for spec in traced.outputs], opset, "model.")
-    for node in model.graph:  # inner shapes hold the tracer's own symbols
+    specs = [traced.input, *traced.outputs]
+    model, _ = to_onnx(program, [traced.input.name], [spec.name for spec in traced.outputs], opset, "model.")
+    for node in model.graph:  # shapes of inner values hold the tracer's own symbols
         for value in node.outputs:
             if value.shape is not None and not value.shape.is_static():
                 value.shape = None
@@ -277,13 +279,13 @@ def _write(traced: TracedComponent, out: Path, opset: int) -> ExportedComponent:
     folder = out / traced.name
     folder.mkdir(parents=True, exist_ok=True)
     save(model, folder / GRAPH_FILE, traced.name)
-    write_component_reference(traced, example, answers, folder / REFERENCE_FILE)
+    write_component_reference(traced, example, outputs, folder / REFERENCE_FILE)
     if traced.norm is not None:
         (folder / NORM_FILE).write_bytes(to_bytes(dict(traced.norm)))
     return ExportedComponent(
         traced.name,
         folder / GRAPH_FILE,
-        {traced.given.name: traced.given},
+        {traced.input.name: traced.input},
         {spec.name: spec for spec in traced.outputs},
         traced.multiple,
         has_norm=traced.norm is not None,
@@ -291,13 +293,13 @@ def _write(traced: TracedComponent, out: Path, opset: int) -> ExportedComponent:
 
 
 def write_component_reference(
-    traced: TracedComponent, example: torch.Tensor, answers: Mapping[str, torch.Tensor], path: Path
+    traced: TracedComponent, example: torch.Tensor, outputs: Mapping[str, torch.Tensor], path: Path
 ) -> None:
-    """Keep an input and what PyTorch computes from it."""
+    """Write an input and PyTorch's outputs for it to a file."""
     import torch
     from safetensors.torch import save as to_bytes
 
-    kept = {traced.given.name: example, **answers}
+    tensors = {traced.input.name: example, **outputs}
     path.write_bytes(
-        to_bytes({name: value.clone(memory_format=torch.contiguous_format) for name, value in kept.items()})
+        to_bytes({name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()})
     )

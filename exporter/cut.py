@@ -1,12 +1,12 @@
-"""The cut: one UNet graph becomes a full graph and a shallow one, joined by the cached features.
+"""The cut on ONNX: one UNet graph becomes a full graph and a shallow graph that share cached features.
 
-In a UNet's decoder every skip connection is joined by a two-input ``Concat(hidden, skip)`` on the channel axis.
-``hidden`` comes from the deeper layers and changes little from one denoising step to the next: it is what DeepCache
-(arXiv 2312.00858, section 3.2) keeps. The full graph hands ``hidden`` out as one more output; the shallow graph
-takes it as an input, and all that fed it is dropped.
+In a UNet's decoder a two-input ``Concat(hidden, skip)`` on the channel axis joins each skip connection. ``hidden``
+comes from the deeper layers and changes little from one denoising step to the next; DeepCache (arXiv 2312.00858,
+section 3.2) caches it. The full graph has ``hidden`` as a further output. The shallow graph has it as an input, without
+the nodes that computed it.
 
-The joins are found by topology alone: one input of the concat was computed from a strict subset of the other's
-convolutions. So the cut works on any exporter's UNet, whatever its nodes are called.
+Joins are found by topology alone: one input of the concat was computed from a strict subset of the convolutions behind
+the other. So the cut works on the UNets of every exporter, whatever the names of their nodes.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ CONVENTIONS = "deepcache:K, paper:K (= deepcache:K+1) or mlperf"
 
 @dataclass(frozen=True)
 class CachedTensor:
-    """A tensor that the full graph hands out and a shallow graph takes.
+    """A tensor that is an output of the full graph and an input of a shallow graph.
 
     Attributes:
-        value: its name in the graph that was cut.
-        spec: its name in both graphs of the pair, dtype and shape, ``[batch, channels, height/d, width/d]``; of a video
-            ``batch*frames`` in place of ``batch``.
+        value: the tensor's name in the uncut graph.
+        spec: its name in both graphs of the pair, its dtype and its shape, ``[batch, channels, height/d, width/d]``.
+            Videos have ``batch*frames`` in place of ``batch``.
     """
 
     value: str
@@ -54,9 +54,9 @@ class Cut:
     """A place to cut.
 
     Attributes:
-        name: ``deepcache:k``, k counted from the outermost join; or ``mlperf``.
-        aliases: the same cut in other people's counting.
-        tensors: what is cached.
+        name: ``deepcache:k``, with k counted from the outermost join, or ``mlperf``.
+        aliases: names of the same cut in other conventions.
+        tensors: the tensors that are cached.
     """
 
     name: str
@@ -75,13 +75,13 @@ class Cut:
 
 @dataclass(frozen=True)
 class TwinGraph:
-    """The two graphs of a cut, in one directory with their weights.
+    """The full and the shallow graph of a cut, in one directory with their weights.
 
     Attributes:
-        full: ONNX file; its outputs are ``noise_pred`` and then the cached features.
-        shallow: ONNX file; it takes the cached features under the same names.
-        cut: where it was cut.
-        cached: the features.
+        full: ONNX file with the outputs ``noise_pred`` and then the cached features.
+        shallow: ONNX file with the cached features as inputs of the same names.
+        cut: the cut between them.
+        cached: specs of the cached features.
     """
 
     full: Path
@@ -100,13 +100,13 @@ class Join:
 
 
 def find_cuts(graph: ExportedUNet | UNetGraph | str | Path) -> list[Cut]:
-    """Every cut of a UNet's ONNX graph, outermost first, then ``mlperf``.
+    """Return every cut of a UNet's ONNX graph, outermost first, then ``mlperf``.
 
     Args:
-        graph: what ``export`` gave, or the path of any UNet's ONNX file.
+        graph: result of ``export``, or the path of any UNet's ONNX file.
 
     Raises:
-        CutError: the graph has no skip connection; the message says what was looked for.
+        CutError: the graph has no skip connection; the message says what was searched for.
         ModelError: the file is not a UNet's graph.
     """
     unet = _open(graph)
@@ -129,10 +129,10 @@ def find_cuts(graph: ExportedUNet | UNetGraph | str | Path) -> list[Cut]:
 
 
 def find_cut(cuts: Sequence[Cut], name: str) -> Cut:
-    """The cut of this name, in any of the conventions.
+    """Return the cut with this name or alias.
 
     Raises:
-        CutError: there is none; the message lists those there are.
+        CutError: no cut has this name; the message lists the names.
     """
     canonical = canonical_name(name)
     for cut in cuts:
@@ -143,7 +143,7 @@ def find_cut(cuts: Sequence[Cut], name: str) -> Cut:
 
 
 def canonical_name(name: str) -> str:
-    """offcut's own name for a cut: ``paper:k`` is ``deepcache:k+1``."""
+    """Return offcut's own name for a cut: ``paper:k`` is ``deepcache:k+1``."""
     paper = re.fullmatch(r"paper:(\d+)", name)
     return f"deepcache:{int(paper[1]) + 1}" if paper else name
 
@@ -151,15 +151,15 @@ def canonical_name(name: str) -> str:
 def split(
     graph: ExportedUNet | UNetGraph | str | Path, cut: Cut | str = "deepcache:0", out: str | Path | None = None
 ) -> TwinGraph:
-    """Write the full and the shallow graph of one cut beside the weights.
+    """Write the full and the shallow graph of one cut next to the weights.
 
     Args:
-        graph: what ``export`` gave, or the path of any UNet's ONNX file.
-        cut: from ``find_cuts``, or a name.
-        out: the directory; the graph's own by default. Weights are copied into another one.
+        graph: result of ``export``, or the path of any UNet's ONNX file.
+        cut: one of ``find_cuts``, or its name.
+        out: output directory, by default the graph's own; the weights are copied into any other directory.
 
     Raises:
-        CutError, ModelError: as ``find_cuts``.
+        CutError, ModelError: as in ``find_cuts``.
     """
     return split_all(graph, [cut], out)[0]
 
@@ -171,39 +171,39 @@ def split_all(
     suffix: str = "",
     link: bool = False,
 ) -> list[TwinGraph]:
-    """As ``split``, for several cuts: one full graph that hands out every cut's features, and a shallow graph each.
+    """Write one full graph with the features of all the cuts, and a shallow graph for each cut; see ``split``.
 
     Args:
-        suffix: added to the files' names, as in ``full-1a2b.onnx``, for several cuttings in one directory.
-        link: links weights into another directory where the file system can, in place of copying them. For a directory
-            that does not stay: the ``onnx`` package refuses weights with a second hard link.
+        suffix: appended to the names of the files, as in ``full-1a2b.onnx``, so that several sets fit in one directory.
+        link: whether to link the weights into ``out`` where the file system can, instead of copying them. Only for
+            temporary directories: the ``onnx`` package refuses weights with a second hard link.
     """
     unet = _open(graph)
     known = find_cuts(unet)
-    chosen = list(dict.fromkeys(find_cut(known, cut if isinstance(cut, str) else cut.name) for cut in cuts))
-    if not chosen:
+    selected = list(dict.fromkeys(find_cut(known, cut if isinstance(cut, str) else cut.name) for cut in cuts))
+    if not selected:
         raise CutError(f"no cut was named: write {CONVENTIONS}")
     folder = Path(out) if out is not None else unet.path.parent
     folder.mkdir(parents=True, exist_ok=True)
     full = folder / f"full{suffix}.onnx"
     if full.exists() and full.samefile(unet.path):
         raise ModelError(f"{full} would be overwritten by its own full graph: give another directory")
-    _write_full(unet, chosen, full, link)
+    _write_full(unet, selected, full, link)
     return [
         TwinGraph(full, _write_shallow(full, cut, folder / f"shallow-{cut.slug}{suffix}.onnx"), cut, cut.cached)
-        for cut in chosen
+        for cut in selected
     ]
 
 
 def find_joins(model: ir.Model) -> list[Join]:
-    """The skip connections' concats, outermost first.
+    """Return the concats of the skip connections, outermost first.
 
     Raises:
-        CutError: there is none.
+        CutError: the graph has no skip connection.
     """
-    convolutions: dict[ir.Value, int] = {}  # value -> the convolutions it was computed from, as bits
+    convolutions: dict[ir.Value, int] = {}  # value -> set of the convolutions behind it, as bits
     count = 0
-    found: list[tuple[int, Join]] = []
+    joins: list[tuple[int, Join]] = []  # number of convolutions behind a join, join
     for node in model.graph:
         behind = 0
         for value in node.inputs:
@@ -221,31 +221,31 @@ def find_joins(model: ir.Model) -> list[Join]:
         assert second is not None
         a, b = convolutions.get(first, 0), convolutions.get(second, 0)
         if b and a != b and a & b == b:
-            found.append((behind.bit_count(), Join(node, first, second)))
+            joins.append((behind.bit_count(), Join(node, first, second)))
         elif a and a != b and a & b == a:
-            found.append((behind.bit_count(), Join(node, second, first)))
-    if not found:
+            joins.append((behind.bit_count(), Join(node, second, first)))
+    if not joins:
         raise CutError(
             "no skip connection found: looked for a two-input Concat on axis 1, one input computed from a strict "
             f"subset of the other's convolutions, among {len(model.graph)} nodes with {count} convolutions; "
             "is this a UNet?"
         )
     # The more convolutions lie behind a join, the further out it is.
-    found.sort(key=lambda pair: -pair[0])
-    return [join for _, join in found]
+    joins.sort(key=lambda pair: -pair[0])
+    return [join for _, join in joins]
 
 
 def needed_nodes(model: ir.Model, cached: set[str]) -> set[ir.Node]:
-    """The nodes that still run for ``noise_pred`` when these tensors are given."""
-    kept: set[ir.Node] = set()
+    """Return the nodes that ``noise_pred`` still needs when these tensors are inputs."""
+    needed: set[ir.Node] = set()
     pending = [model.graph.outputs[0].producer()]  # a graph that was cut before has features among its outputs
     while pending:
         node = pending.pop()
-        if node is None or node in kept:
+        if node is None or node in needed:
             continue
-        kept.add(node)
+        needed.add(node)
         pending += [value.producer() for value in node.inputs if value is not None and value.name not in cached]
-    return kept
+    return needed
 
 
 def _open(graph: ExportedUNet | UNetGraph | str | Path) -> UNetGraph:
@@ -255,9 +255,9 @@ def _open(graph: ExportedUNet | UNetGraph | str | Path) -> UNetGraph:
 
 
 def _deduce_from_skips(joins: Sequence[Join], shapes: dict[str, Shape]) -> None:
-    """Where inference lost the decoder's shapes: a join's two inputs agree in all but channels.
+    """Fill in shapes of ``hidden`` that shape inference lost: the inputs of a join differ in their channels only.
 
-    The channels of ``hidden`` are what the convolution or normalisation after the join expects, less the skip's.
+    The channels of ``hidden`` are those that the convolution after the join expects, less the channels of the skip.
     """
     for join in joins:
         hidden, skip = str(join.hidden.name), str(join.skip.name)
@@ -291,7 +291,7 @@ def _cached(name: str, value: ir.Value, unet: UNetGraph, shapes: dict[str, Shape
 
 
 def _leading(sample: TensorSpec, size: int) -> Dim:
-    """A feature's first dimension: the latent's batch, or of a video all frames of all videos, one after the other."""
+    """Return a feature's first dimension: the batch; in videos, all frames of all videos one after the other."""
     symbols = [symbol for dim in sample.shape[:-2] if isinstance(dim, str) for symbol in factors(dim).symbols]
     number, rest = divmod(size, math.prod(PROBE[symbol] for symbol in symbols))
     if rest:
@@ -300,10 +300,10 @@ def _leading(sample: TensorSpec, size: int) -> Dim:
 
 
 def _mlperf(joins: Sequence[Join], unet: UNetGraph, shapes: dict[str, Shape]) -> Cut | None:
-    """NVIDIA's cut in MLPerf Inference 4.0 (open division): conv_in and the whole last up block run.
+    """Return NVIDIA's cut of MLPerf Inference 4.0 (open division): conv_in and the whole last up block run.
 
-    The block's own joins are those at the latent's resolution. Its first one takes the deep feature; every skip but the
-    outermost, which conv_in makes afresh, is kept and goes stale.
+    The joins of that block are those at the latent's resolution. The first of them reads the deep feature. The block's
+    skips are cached and go stale, except the outermost, which conv_in computes in every call.
     """
     latent = unet.inputs["sample"].resolve(PROBE)[-2:]
     block = [k for k, join in enumerate(joins) if shapes.get(str(join.skip.name), ())[2:] == latent]
@@ -318,7 +318,7 @@ def _mlperf(joins: Sequence[Join], unet: UNetGraph, shapes: dict[str, Shape]) ->
 def _write_full(unet: UNetGraph, cuts: Sequence[Cut], full: Path, link: bool) -> None:
     import onnx_ir as ir
 
-    model = _only_noise(ir.load(unet.path))  # the graph may have been cut before, elsewhere
+    model = _only_noise(ir.load(unet.path))  # the graph may be the full graph of another cut
     values = _values(model)
     model.graph.outputs[0].name = NOISE_PRED
     for tensor in dict.fromkeys(tensor for cut in cuts for tensor in cut.tensors):
@@ -331,15 +331,19 @@ def _write_full(unet: UNetGraph, cuts: Sequence[Cut], full: Path, link: bool) ->
     external = {str(weights.location) for weights in tensors if isinstance(weights, ir.ExternalTensor)}
     if external:
         for location in sorted(external):
-            _bring(_beside(unet.path, location), full.parent / location, link)
+            _transfer(_weights_file(unet.path, location), full.parent / location, link)
         ir.save(model, full)
     else:
         (full.parent / WEIGHTS_FILE).unlink(missing_ok=True)  # it may be a link to another graph's weights
         ir.save(model, full, external_data=WEIGHTS_FILE)
 
 
-def _beside(graph: Path, location: str) -> Path:
-    """A graph's weights file; it must lie in the graph's directory or below, as engines demand too."""
+def _weights_file(graph: Path, location: str) -> Path:
+    """Return the path of a graph's weights file, which must be in the graph's directory or below, as engines require.
+
+    Raises:
+        ModelError: it is elsewhere, or missing.
+    """
     file = graph.parent / location
     if Path(location).is_absolute() or ".." in Path(location).parts:
         raise ModelError(f"{graph} keeps weights outside its directory, in {location}: save it with them beside it")
@@ -348,7 +352,7 @@ def _beside(graph: Path, location: str) -> Path:
     return file
 
 
-def _bring(source: Path, target: Path, link: bool) -> None:
+def _transfer(source: Path, target: Path, link: bool) -> None:
     if target.exists() and target.samefile(source):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -370,18 +374,18 @@ def _write_shallow(full: Path, cut: Cut, shallow: Path) -> Path:
     expected = len(needed_nodes(_only_noise(model), {spec.name for spec in cut.cached}))
     values = _values(model)
     for spec in cut.cached:
-        made = values[spec.name]
-        given = ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=made.type)
-        made.replace_all_uses_with(given)
-        made.name = f"{spec.name}_uncached"
-        graph.inputs.append(given)
+        computed = values[spec.name]
+        cached = ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=computed.type)
+        computed.replace_all_uses_with(cached)
+        computed.name = f"{spec.name}_uncached"
+        graph.inputs.append(cached)
     RemoveUnusedNodesPass()(model)
     for value in [value for value in graph.inputs if not value.uses()]:
         graph.inputs.remove(value)
     if len(graph) != expected:
         raise InternalError(f"the shallow graph of {cut.name} has {len(graph)} nodes, not {expected}")
-    if lost := [spec.name for spec in cut.cached if spec.name not in {value.name for value in graph.inputs}]:
-        raise InternalError(f"the shallow graph of {cut.name} does not read {', '.join(lost)}")
+    if unread := [spec.name for spec in cut.cached if spec.name not in {value.name for value in graph.inputs}]:
+        raise InternalError(f"the shallow graph of {cut.name} does not read {', '.join(unread)}")
     ir.save(model, shallow)
     return shallow
 
@@ -397,5 +401,5 @@ def _values(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def is_cut_name(name: str) -> bool:
-    """Whether this is a cut's name in one of the conventions; says nothing of a graph."""
+    """Return whether this is a valid cut name in one of the conventions, whether or not a graph has such a cut."""
     return name == MLPERF or re.fullmatch(r"(deepcache|paper):\d+", name) is not None

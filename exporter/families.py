@@ -1,7 +1,7 @@
-"""The one table of model families: which UNet classes can be exported, and what their inputs are.
+"""The table of model families: UNet classes that can be exported, and the inputs of their graphs.
 
-A new family is one entry in ``FAMILIES``: the diffusers class, and a function from its config to its inputs. Names
-of inputs are those that diffusers' own ``forward`` and optimum's exporter use.
+A new family is one entry in ``FAMILIES``: the diffusers class, and a function from its config to its inputs. Inputs
+have the names that diffusers' ``forward`` and optimum's exporter use.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ FEWEST_FRAMES = 2  # PyTorch traces a symbolic size as at least 2; OpenVINO 2026
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of UNet.
+    """A class of UNets with the same inputs.
 
     Attributes:
-        name: offcut's own name, written into the manifest.
-        unet_class: the class in diffusers, as ``_class_name`` in its config.
-        inputs: from the UNet's config and the latent's dtype to the graph's inputs, ``sample`` and ``timestep`` first.
-        nested: inputs that ``forward`` takes inside a dict, as name -> the dict's argument.
-        takes_residuals: whether ControlNets and T2I-Adapters exist for it.
-        takes_attention: whether its attention may be of a kind of ``attention.ATTENTION``.
-        output_class: of what ``forward`` returns, in the module of the UNet's class.
-        positions: what ``forward`` calls its third and fourth argument.
-        channels: the axis of the latent that holds them.
-        frames: from the config to the number of frames that the UNet was trained for, and the largest that it takes,
-            None for no limit. None for images.
+        name: offcut's name of the family, written into the manifest.
+        unet_class: class in diffusers, ``_class_name`` in the UNet's config.
+        inputs: function from the UNet's config and the latent's dtype to the graph's inputs, with ``sample`` and
+            ``timestep`` first.
+        nested: inputs that ``forward`` takes inside a dict, each with the name of that dict's argument.
+        takes_residuals: whether ControlNets and T2I-Adapters exist for this family.
+        takes_attention: whether the UNet's attention may be replaced by one of ``attention.ATTENTION``.
+        output_class: class of the result of ``forward``, in the module of the UNet's class.
+        positions: names of the third and fourth argument of ``forward``.
+        channels: channel axis of the latent.
+        frames: function from the config to the number of frames that the UNet was trained for, and the largest number
+            that it supports (None for no limit). None for images.
     """
 
     name: str
@@ -54,19 +55,19 @@ class Family:
     frames: Callable[[Config], tuple[int, int | None]] | None = None
 
     def specs(self, config: Config, dtype: str, adapters: Sequence[str] = ()) -> tuple[TensorSpec, ...]:
-        """The graph's inputs, those of ``ADAPTERS`` behind the UNet's own.
+        """Return the graph's inputs: the UNet's own, then those of the adapters, which are names from ``ADAPTERS``.
 
         Raises:
-            ModelError: an unknown kind of adapter, or one that does not fit this family.
+            ModelError: an adapter is unknown, or does not exist for this family.
         """
         if unknown := [name for name in adapters if name not in ADAPTERS or not self.takes_residuals]:
-            there = ", ".join(ADAPTERS) if self.takes_residuals else "none"
-            raise ModelError(f"a {self.unet_class} takes no adapter called {unknown[0]!r}; it takes {there}")
+            supported = ", ".join(ADAPTERS) if self.takes_residuals else "none"
+            raise ModelError(f"a {self.unet_class} takes no adapter called {unknown[0]!r}; it takes {supported}")
         extra = [spec for name in dict.fromkeys(adapters) for spec in ADAPTERS[name](config, dtype)]
         return (*self.inputs(config, dtype), *extra)
 
     def noise(self, config: Config, dtype: str) -> TensorSpec:
-        """The output: the latent's shape with ``out_channels``."""
+        """Return the spec of the output: the latent's shape with ``out_channels``."""
         shape = list(self.inputs(config, dtype)[0].shape)
         shape[self.channels] = config["out_channels"]
         return TensorSpec(NOISE_PRED, dtype, tuple(shape))
@@ -76,25 +77,25 @@ class Family:
         return self.frames is not None
 
     def trained_frames(self, config: Config) -> int | None:
-        """How many frames a video has that the UNet was trained for; None for images."""
+        """Return the number of frames that the UNet was trained for, or None for images."""
         return self.frames(config)[0] if self.frames else None
 
     def check_limits(self, config: Config, dims: Mapping[str, int]) -> None:
-        """Hold sizes against what the weights and the trace allow.
+        """Check that the weights and the trace allow these sizes.
 
         Raises:
-            ShapeError: a video of too many frames or of one.
+            ShapeError: a video has too many frames, or a single frame.
         """
         if self.frames is None or "frames" not in dims:
             return
-        wanted, most = dims["frames"], self.frames(config)[1]
-        if wanted < FEWEST_FRAMES:
-            raise ShapeError(f"a video has at least {FEWEST_FRAMES} frames, not {wanted}: make more")
-        if most is not None and wanted > most:
-            raise ShapeError(f"this {self.unet_class} knows at most {most} frames, not {wanted}: make fewer")
+        frames, most = dims["frames"], self.frames(config)[1]
+        if frames < FEWEST_FRAMES:
+            raise ShapeError(f"a video has at least {FEWEST_FRAMES} frames, not {frames}: make more")
+        if most is not None and frames > most:
+            raise ShapeError(f"this {self.unet_class} supports at most {most} frames, not {frames}: make fewer")
 
     def arguments(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """The keyword arguments of the UNet's ``forward`` for these graph inputs."""
+        """Return the keyword arguments of the UNet's ``forward`` for these graph inputs."""
         arguments: dict[str, Any] = {}
         for name, tensor in tensors.items():
             if argument_of(name) is not None or ip_adapter.is_embeds(name) or name == ip_adapter.SCALE:
@@ -110,8 +111,8 @@ class Family:
 
 
 def _latent_inputs(config: Config, dtype: str) -> list[TensorSpec]:
-    # The timestep is a vector, so that a batch may hold requests at different steps, and float32, since some
-    # schedulers (Euler with continuous timesteps, flow matching) have fractional ones.
+    # The timestep is a vector, so that a batch may hold requests at different steps. It is float32, because some
+    # schedulers (Euler with continuous timesteps, flow matching) have fractional timesteps.
     return [
         TensorSpec("sample", dtype, ("batch", config["in_channels"], "height", "width")),
         TensorSpec("timestep", "float32", ("batch",)),
@@ -147,7 +148,7 @@ def _conditional(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
 
 
 def _image_to_video(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
-    # The image is in the latent's last channels, and its CLIP embedding is the one token.
+    # The image is in the last channels of the latent, and its CLIP embedding is the only token.
     count = config["projection_class_embeddings_input_dim"] // config["addition_time_embed_dim"]
     return (
         TensorSpec("sample", dtype, ("batch", "frames", config["in_channels"], "height", "width")),
@@ -194,7 +195,7 @@ def _size_conditioning(config: Config, dtype: str) -> list[TensorSpec]:
     if addition is None:
         return []
     if addition != "text_time":
-        raise ModelError(f"addition_embed_type={addition!r} cannot be exported yet; offcut knows 'text_time' (SDXL)")
+        raise ModelError(f"addition_embed_type={addition!r} cannot be exported yet; offcut supports 'text_time' (SDXL)")
     time_ids = _time_ids(config)
     pooled = config["projection_class_embeddings_input_dim"] - time_ids * config["addition_time_embed_dim"]
     return [TensorSpec("text_embeds", dtype, ("batch", pooled)), TensorSpec("time_ids", dtype, ("batch", time_ids))]
@@ -206,10 +207,11 @@ def _guidance_embedding(config: Config, dtype: str) -> list[TensorSpec]:
 
 
 def _time_ids(config: Config) -> int:
-    """SDXL base embeds 6 size and crop numbers; its refiner 5, with an aesthetic score in place of the target size.
+    """Return how many numbers the UNet embeds: 6 sizes and crops in SDXL base, 5 in its refiner.
 
-    The config says only the sum of the pooled text width and the embedded numbers, and the pooled width is 1280 in
-    both."""
+    The refiner has an aesthetic score in place of the target size. The config only holds the sum of the pooled text
+    width and the embedded numbers; the pooled width is 1280 in both models.
+    """
     total, each = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
     return 5 if total == 1280 + 5 * each else 6
 
@@ -265,39 +267,39 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: Config) -> Family:
-    """The family of a UNet by its config.
+    """Return the family of a UNet with this config.
 
     Raises:
-        ModelError: the class is not in the table.
+        ModelError: the UNet's class is not in the table.
     """
     name = config.get("_class_name", "no _class_name")
     if name not in FAMILIES:
         raise ModelError(
-            f"{name} is not a UNet that offcut knows; it exports {', '.join(FAMILIES)} "
+            f"{name} is not a UNet class that offcut supports; it exports {', '.join(FAMILIES)} "
             "(transformer models such as Flux and SD3 have no skip connections to cut)"
         )
     return FAMILIES[name]
 
 
 def downsampling(config: Config) -> int:
-    """What the latent's height and width must be a multiple of."""
+    """Return the number that the latent's height and width must be a multiple of."""
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
-def example_dims(config: Config, pairs: bool = False) -> dict[str, int]:
-    """Small dimensions that every graph of this config accepts; no two alike, so that none is taken for another.
+def example_dims(config: Config, even_batch: bool = False) -> dict[str, int]:
+    """Return small dimensions that every graph of this config accepts. All sizes differ, so that no two are confused.
 
     Args:
-        pairs: whether the batch is of two halves, each of several images.
+        even_batch: whether the batch has two halves, each of several images.
     """
     multiple = downsampling(config)
-    dims = {"batch": 10 if pairs else 2, "height": 2 * multiple, "width": 3 * multiple, "sequence": 7}
+    dims = {"batch": 10 if even_batch else 2, "height": 2 * multiple, "width": 3 * multiple, "sequence": 7}
     frames = family_of(config).frames
     return dims if frames is None else dims | {"frames": min(5, frames(config)[1] or 5)}
 
 
 def example_inputs(specs: tuple[TensorSpec, ...], dims: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random inputs of these shapes: normal noise, timesteps in [0, 1000), class labels 0."""
+    """Return random inputs: normal noise, timesteps from 1 to 999, class labels 0."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Reading an ONNX UNet without reading its weights: inputs, outputs, and every tensor's shape at given dimensions."""
+"""ONNX graphs of UNets, opened without their weights: inputs, outputs, and tensor shapes at given dimensions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .specs import Dim, Shape, TensorSpec, is_dim, symbols
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# Dimensions to infer concrete shapes with: no two alike, spatial ones divisible by any UNet's downsampling.
+# Dimensions to infer concrete shapes with: all different, spatial ones divisible by the downsampling of every UNet.
 PROBE = {"batch": 3, "frames": 5, "height": 64, "width": 192, "sequence": 7}
 
 _SAMPLE_DIMS: tuple[Dim, ...] = ("batch", "channels", "height", "width")
-# Symbols of the inputs by name and axis; whatever a foreign exporter called them. An input of another name keeps its
-# own.
+# Symbols of the inputs by name and axis, in place of those of a foreign exporter. Inputs of other names keep their own
+# symbols.
 _INPUT_DIMS: dict[str, tuple[Dim, ...]] = {
     "sample": _SAMPLE_DIMS,
     "timestep": ("batch",),
@@ -30,19 +30,19 @@ _INPUT_DIMS: dict[str, tuple[Dim, ...]] = {
 }
 
 
-# ONNX infers these through their function bodies and loses the shape there; they keep their input's, as Sigmoid does.
-_BY_FUNCTION_BODY = {"GroupNormalization", "Gelu"}
+# ONNX infers these operators from their function bodies, and loses the shape. It is their input's, as of Sigmoid.
+_SHAPE_PRESERVING_OPS = {"GroupNormalization", "Gelu"}
 
 
 @dataclass(frozen=True)
 class UNetGraph:
-    """A UNet's ONNX graph, its weights left on disk.
+    """A UNet's ONNX graph. The weights stay on disk.
 
     Attributes:
-        path: the file.
-        model: the graph; weights are references into the data file.
-        inputs: by name, in order.
-        output: ``noise_pred``, whatever the file calls it.
+        path: the ONNX file.
+        model: the graph, with references into the weights file.
+        inputs: specs by name, in the graph's order.
+        output: the noise prediction, under its name in the file.
     """
 
     path: Path
@@ -52,10 +52,10 @@ class UNetGraph:
 
 
 def read(path: str | Path) -> UNetGraph:
-    """Open a UNet's ONNX file, whoever exported it.
+    """Open the ONNX file of a UNet from any exporter.
 
     Raises:
-        ModelError: not an ONNX file, or not one of a UNet.
+        ModelError: the file is not an ONNX file, or not a UNet.
     """
     import onnx_ir as ir
 
@@ -64,7 +64,7 @@ def read(path: str | Path) -> UNetGraph:
         raise ModelError(f"{path} is not there; give the ONNX file of a UNet")
     try:
         model = ir.load(path)
-    except Exception as error:  # protobuf, onnx and onnx_ir each raise their own
+    except Exception as error:  # protobuf, onnx and onnx_ir each raise exceptions of their own
         raise ModelError(f"{path} is not a readable ONNX file") from error
     names = [str(value.name) for value in model.graph.inputs]
     if not {"sample", "timestep"} <= set(names):
@@ -77,7 +77,7 @@ def read(path: str | Path) -> UNetGraph:
 
 
 def contract(path: str | Path) -> dict[str, dict[str, TensorSpec]]:
-    """The inputs and outputs of any graph of a pair, as its file declares them."""
+    """Return the inputs and outputs of a graph of a pair, as the file declares them."""
     import onnx_ir as ir
 
     graph = ir.load(path).graph
@@ -88,20 +88,20 @@ def contract(path: str | Path) -> dict[str, dict[str, TensorSpec]]:
 
 
 def infer_shapes(graph: UNetGraph, dims: Mapping[str, int] = PROBE) -> dict[str, Shape]:
-    """Every tensor's shape at these dimensions, by name; those that cannot be told are left out.
+    """Return the shapes of all tensors at these dimensions by name; tensors of unknown shape are left out.
 
-    The inputs are fixed to these dimensions and the graph's shape arithmetic is folded; no weight is read.
+    The inputs get these dimensions, and the graph's shape arithmetic is folded. No weight is read.
 
     Raises:
-        ModelError: an input has another dimension that is not fixed.
+        ModelError: an input has a symbolic dimension that is not in ``dims``.
     """
     import onnx_ir as ir
     from onnxscript.optimizer import fold_constants
 
     for name, spec in graph.inputs.items():
-        if strange := [dim for dim in symbols([spec]) if dim not in dims]:
+        if unknown := [dim for dim in symbols([spec]) if dim not in dims]:
             raise ModelError(
-                f"the input {name} of {graph.path} has the dimension {', '.join(strange)}, which no UNet of diffusers "
+                f"the input {name} of {graph.path} has the dimension {', '.join(unknown)}, which no UNet of diffusers "
                 "has; export it with that dimension fixed"
             )
     model = ir.load(graph.path)
@@ -109,7 +109,7 @@ def infer_shapes(graph: UNetGraph, dims: Mapping[str, int] = PROBE) -> dict[str,
         if str(value.name) in graph.inputs:
             value.shape = ir.Shape(graph.inputs[str(value.name)].resolve(dims))
     for node in model.graph:
-        if node.op_type in _BY_FUNCTION_BODY:
+        if node.op_type in _SHAPE_PRESERVING_OPS:
             node.op_type = "Sigmoid"
             node.resize_inputs(1)
             node.attributes.clear()
@@ -137,7 +137,7 @@ def _input_spec(value: ir.Value) -> TensorSpec:
     name = str(value.name)
     symbols = _INPUT_DIMS.get(name, ())
     shape: list[Dim] = []
-    is_video = len(value.shape or ()) == 5  # only offcut exports those, and names their dimensions as here
+    is_video = len(value.shape or ()) == 5  # only offcut exports videos, with the names of dimensions used here
     for axis, dim in enumerate(value.shape or ()):
         if isinstance(dim, int):
             shape.append(dim)
@@ -172,7 +172,7 @@ def _dtype(value: ir.Value) -> str:
 
 
 def _channels_of_consumer(value: ir.Value) -> int:
-    """The size of a channel axis that a foreign exporter left symbolic, read off the weight that consumes it."""
+    """Return the size of a channel axis that a foreign exporter left symbolic, from the weight that reads the input."""
     for use in value.uses():
         for weight in use.node.inputs[1:2]:
             if weight is None or weight.shape is None or not weight.is_initializer():

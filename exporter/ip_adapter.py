@@ -1,12 +1,12 @@
-"""IP-Adapters: images as prompts, as further inputs of a UNet's graph.
+"""IP-Adapters: image prompts, as further inputs of a UNet's graph.
 
-An IP-Adapter (arXiv 2308.06721) adds to each cross-attention layer an attention over an image's tokens, times a scale.
-Its weights become part of the graph, loaded as diffusers loads them. What changes from image to image are inputs:
+An IP-Adapter (arXiv 2308.06721) adds to each cross-attention layer a scaled attention over the tokens of an image. Its
+weights become part of the graph; diffusers loads them. Values that differ between images are inputs:
 
     image_embeds_0     [batch, images, width], or [batch, images, tokens, width] where an adapter reads every token
-    ip_adapter_scale   [cross-attention layers, adapters], what ``pipe.set_ip_adapter_scale`` sets
+    ip_adapter_scale   [cross-attention layers, adapters], set by ``pipe.set_ip_adapter_scale``
 
-A UNet with IP-Adapters is another model than the same without: its config says which it has.
+A UNet with IP-Adapters is another model than the same UNet without them. Its config lists its IP-Adapters.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class IPAdapter:
     """An IP-Adapter to build into a UNet.
 
     Attributes:
-        path: its weights, one safetensors file as published (``ip-adapter_sd15.safetensors``).
-        scale: how strong it is until ``pipe.set_ip_adapter_scale`` says otherwise.
-        images: how many images it takes at once.
-        tokens: of an image, for an adapter that reads them all (Plus); None for those of the pipeline's own image
-            encoder, or of CLIP ViT-H where it has none.
+        path: weights, one safetensors file as published (``ip-adapter_sd15.safetensors``).
+        scale: strength of the adapter until ``pipe.set_ip_adapter_scale`` changes it.
+        images: number of images at once.
+        tokens: number of tokens of an image, for adapters that read all of them (Plus). None for the number of the
+            pipeline's own image encoder, or of CLIP ViT-H if the pipeline has none.
 
     Raises:
-        ModelError: a number is out of its range.
+        ModelError: a number is out of range.
     """
 
     path: Path
@@ -64,10 +64,10 @@ class IPAdapter:
 
     @classmethod
     def parse(cls, text: str) -> IPAdapter:
-        """``FILE``, ``FILE:SCALE`` or ``FILE:SCALE:IMAGES``.
+        """Return the IP-Adapter that a text ``FILE``, ``FILE:SCALE`` or ``FILE:SCALE:IMAGES`` describes.
 
         Raises:
-            ModelError: a number is out of its range.
+            ModelError: a number is out of range.
         """
         path, numbers = text, list[float]()
         while len(numbers) < 2 and not Path(path).exists() and ":" in path:
@@ -83,33 +83,37 @@ class IPAdapter:
         return cls(Path(path), scale, int(images))
 
     def weights(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The tensors of the image projection and of the attention layers, as diffusers takes them.
+        """Read the tensors of the image projection and of the attention layers, in diffusers' form.
 
         Raises:
-            ModelError: the file is no IP-Adapter's, or of a kind that cannot be built in.
+            ModelError: the file is not readable, or not an IP-Adapter.
         """
         from safetensors import SafetensorError, safe_open
 
-        found: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+        groups: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
         try:
             with safe_open(self.path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - it is no dict
+                for name in file.keys():  # noqa: SIM118 - not a dict
                     group, _, rest = name.partition(".")
-                    if group in found:
-                        found[group][rest] = file.get_tensor(name)
+                    if group in groups:
+                        groups[group][rest] = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise ModelError(
                 f"the IP-Adapter {self.path} cannot be read: give its safetensors file, downloaded whole"
             ) from error
-        if not found["image_proj"] or not found["ip_adapter"]:
-            raise ModelError(f"{self.path} is no IP-Adapter: its tensors are not named image_proj and ip_adapter")
-        return found
+        if not groups["image_proj"] or not groups["ip_adapter"]:
+            raise ModelError(f"{self.path} is not an IP-Adapter: its tensors are not named image_proj and ip_adapter")
+        return groups
 
     def record(self, weights: Mapping[str, Mapping[str, torch.Tensor]], tokens: int) -> dict[str, Any]:
-        """What the UNet's config says of it; ``tokens`` are the pipeline's of an image.
+        """Return the adapter's entry in the UNet's config.
+
+        Args:
+            weights: result of ``weights``.
+            tokens: number of tokens of an image from the pipeline's image encoder.
 
         Raises:
-            ModelError: a kind that cannot be built in.
+            ModelError: the kind of IP-Adapter cannot be built in.
         """
         projection = weights["image_proj"]
         if any("lora" in name for name in weights["ip_adapter"]) or "perceiver_resampler.proj_in.weight" in projection:
@@ -126,7 +130,7 @@ class IPAdapter:
         elif "latents" in projection and "proj_in.weight" in projection:
             shape = [self.tokens or tokens, projection["proj_in.weight"].shape[1]]
         else:
-            raise ModelError(f"{self.path} is of a kind of IP-Adapter that offcut does not know")
+            raise ModelError(f"{self.path} is of a kind of IP-Adapter that offcut does not support")
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {
@@ -138,14 +142,14 @@ class IPAdapter:
 
 
 def with_adapters(config: Config, adapters: Sequence[IPAdapter], root: Path) -> dict[str, Any]:
-    """The config of a UNet with these IP-Adapters built in.
+    """Return the config of a UNet with these IP-Adapters built in.
 
     Args:
-        config: of the UNet without.
-        root: of its pipeline, which may have an image encoder.
+        config: config of the UNet without IP-Adapters.
+        root: directory of the pipeline, which may have an image encoder.
 
     Raises:
-        ModelError: the UNet takes none, or a file is of no kind that can be built in.
+        ModelError: the UNet does not support IP-Adapters, or a file cannot be built in.
     """
     if not adapters:
         return dict(config)
@@ -158,7 +162,7 @@ def with_adapters(config: Config, adapters: Sequence[IPAdapter], root: Path) -> 
 
 
 def specs(config: Config, dtype: str) -> list[TensorSpec]:
-    """The inputs that the UNet's IP-Adapters add."""
+    """Return the inputs that the UNet's IP-Adapters add."""
     adapters = config.get(CONFIG_KEY) or []
     if not adapters:
         return []
@@ -170,7 +174,7 @@ def specs(config: Config, dtype: str) -> list[TensorSpec]:
 
 
 def load_into(unet: torch.nn.Module, adapters: Sequence[IPAdapter]) -> None:
-    """Give a UNet in memory its IP-Adapters, and ``forward`` the argument ``ip_adapter_scale``.
+    """Load IP-Adapters into a UNet in memory, and add the argument ``ip_adapter_scale`` to its ``forward``.
 
     Raises:
         ModelError: the weights do not fit the UNet.
@@ -179,7 +183,7 @@ def load_into(unet: torch.nn.Module, adapters: Sequence[IPAdapter]) -> None:
     weights = [adapter.weights() for adapter in adapters]
     logger = logging.getLogger("diffusers.models.modeling_utils")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of a cast to the dtype that the UNet has anyway
+    logger.setLevel(logging.ERROR)  # it warns about a cast to the dtype that the UNet already has
     try:
         unet._load_ip_adapter_weights(weights)  # type: ignore[operator]  # diffusers' own
     except (KeyError, RuntimeError, ValueError) as error:
@@ -191,29 +195,29 @@ def load_into(unet: torch.nn.Module, adapters: Sequence[IPAdapter]) -> None:
         logger.setLevel(level)
     scales: list[torch.Tensor] = []
 
-    def take(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def take_scales(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         scales[:] = [kwargs.pop(SCALE)]
         return args, kwargs
 
-    def joined(module: torch.nn.Module, args: Any, projected: list[torch.Tensor]) -> list[torch.Tensor]:
-        # [batch, images, tokens, width]: without masks, attention is over the tokens of all images. Keys and values
-        # then have three dimensions like the text's, which fused attention expects.
+    def join_images(module: torch.nn.Module, args: Any, projected: list[torch.Tensor]) -> list[torch.Tensor]:
+        # projected: [batch, images, tokens, width]. Without masks, attention is over the tokens of all images. Keys and
+        # values then have three dimensions like those of the text, as fused attention expects.
         return [tokens.flatten(1, 2) for tokens in projected]
 
-    def scaled(layer: int, adapter: int) -> Any:
-        # Diffusers multiplies the attention's result by a Python number; scaled values give that product too.
+    def scale_values(layer: int, adapter: int) -> Any:
+        # diffusers multiplies the result of the attention by a Python number. Scaling the values is equivalent.
         return lambda module, args, value: value * scales[0][layer, adapter]
 
-    unet.encoder_hid_proj.register_forward_hook(joined)  # type: ignore[union-attr]
+    unet.encoder_hid_proj.register_forward_hook(join_images)  # type: ignore[union-attr]
     processors: Mapping[str, Any] = unet.attn_processors  # type: ignore[assignment]
     for layer, name in enumerate(_image_layers(processors)):
         for adapter, to_value in enumerate(processors[name].to_v_ip):
-            to_value.register_forward_hook(scaled(layer, adapter))
-    unet.register_forward_pre_hook(take, with_kwargs=True)
+            to_value.register_forward_hook(scale_values(layer, adapter))
+    unet.register_forward_pre_hook(take_scales, with_kwargs=True)
 
 
 def nest(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """``forward``'s arguments for those of these inputs that IP-Adapters read."""
+    """Return the arguments of ``forward`` for the graph inputs that IP-Adapters read."""
     embeds = [tensor for name, tensor in tensors.items() if is_embeds(name)]
     if not embeds:
         return {}
@@ -221,12 +225,12 @@ def nest(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_embeds(name: str) -> bool:
-    """Whether this input is an adapter's images."""
+    """Return whether an input holds the image embeddings of an adapter."""
     return name.startswith(f"{IMAGE_EMBEDS}_")
 
 
 def _tokens(root: Path) -> int:
-    """Of an image, as the pipeline's image encoder gives them: one for each patch, and one for the whole."""
+    """Return the tokens of an image from the pipeline's image encoder: one for each patch, and one for the image."""
     file = root / "image_encoder" / "config.json"
     if not file.is_file():
         return _CLIP_TOKENS
@@ -235,7 +239,7 @@ def _tokens(root: Path) -> int:
 
 
 def _layers(config: Config) -> list[str]:
-    """The names of the UNet's cross-attention processors, in diffusers' order."""
+    """Return the names of the UNet's cross-attention processors in diffusers' order."""
     import diffusers
     import torch
 
@@ -245,5 +249,5 @@ def _layers(config: Config) -> list[str]:
 
 
 def _image_layers(processors: Mapping[str, Any]) -> list[str]:
-    """Those with attention over text; the resampler of a Plus adapter has processors of its own."""
+    """Return the names of the processors with attention over text, without those of a Plus adapter's resampler."""
     return [name for name in processors if not name.startswith("encoder_hid_proj") and "attn1" not in name]

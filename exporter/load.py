@@ -1,4 +1,4 @@
-"""From a hub id or a local directory to a UNet in memory: safetensors only, remote code never."""
+"""Loading of models from the hub or a local directory. Only safetensors are read, and no remote code runs."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 INDEX_FILE = "model_index.json"
 
 PROMPTS_FILE = "prompts.txt"
-"""Beside the index, where a model has it: prompts like those that it knows, one a line."""
+"""Optional file next to the index: prompts that suit the model, one a line."""
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model was found, on disk.
+    """A model on disk, and what to change in its UNet when the UNet is loaded.
 
     Attributes:
-        name: what the user gave: a hub id or a path.
-        root: the pipeline's directory, or the UNet's own for a bare UNet.
-        subfolder: of the UNet under ``root``; empty for a bare UNet.
-        revision: the hub's commit, or None for a local directory.
-        variant: of the weight files, as in ``model.fp16.safetensors``.
-        config: the UNet's config.
-        loras: to be fused into the UNet when it is loaded.
-        parts: components of the pipeline that lie elsewhere, by name.
-        ip_adapters: to build into the UNet; its config says so.
-        attention: of ``attention.ATTENTION``, in place of the UNet's own; None for that.
-        onnx: whether the UNet is an ONNX file foreign, without weights for PyTorch.
+        name: hub id or path, as the user gave it.
+        root: directory of the pipeline, or of a bare UNet.
+        subfolder: folder of the UNet in ``root``; empty for a bare UNet.
+        revision: commit on the hub, or None for a local directory.
+        variant: variant of the weight files, such as ``fp16`` in ``model.fp16.safetensors``.
+        config: config of the UNet, with its IP-Adapters.
+        loras: LoRAs to fuse into the UNet.
+        components: directories of components that are not in ``root``, by name.
+        ip_adapters: IP-Adapters to build into the UNet.
+        attention: name from ``attention.ATTENTION``, or None for the UNet's own attention.
+        onnx: whether the UNet is foreign ONNX, without weights for PyTorch.
     """
 
     name: str
@@ -66,11 +66,11 @@ class ModelSource:
 
     @property
     def folder(self) -> Path:
-        """The directory with the UNet's config and weights."""
+        """Directory with the UNet's config and weights."""
         return self.root / self.subfolder
 
     def component(self, name: str) -> Path:
-        """The directory of one of the pipeline's components."""
+        """Return the directory of one of the pipeline's components."""
         return self.components.get(name, self.root / name)
 
 
@@ -84,20 +84,19 @@ def locate(
     ip_adapters: Sequence[IPAdapter] = (),
     attention: str | None = None,
 ) -> ModelSource:
-    """Find a model, fetching it from the hub if ``model`` is no local directory.
+    """Find a model, and download it from the hub if ``model`` is not a local directory.
 
     Args:
-        model: a hub id, a diffusers pipeline directory, the directory of a bare UNet, or one with ONNX files that
-            optimum wrote.
-        revision: a branch, tag or commit of the hub's repository.
-        variant: of the weight files, e.g. ``"fp16"``.
-        subfolder: of the UNet; ``"unet"`` in a pipeline.
-        loras: files of LoRAs to be fused into the UNet.
-        ip_adapters: to build into the UNet.
-        attention: ``"cross-frame"``, or None for what the model's own pipeline uses.
+        model: hub id, or a directory with a diffusers pipeline, a bare UNet, or ONNX files from optimum.
+        revision: branch, tag or commit on the hub.
+        variant: variant of the weight files, e.g. ``"fp16"``.
+        subfolder: folder of the UNet; by default ``"unet"`` in a pipeline.
+        loras: LoRAs to fuse into the UNet.
+        ip_adapters: IP-Adapters to build into the UNet.
+        attention: ``"cross-frame"``, or None for the attention of the model's own pipeline.
 
     Raises:
-        ModelError: nothing there that can be exported, or an unknown kind of attention.
+        ModelError: there is no UNet that can be exported, or the kind of attention is unknown.
     """
     root = Path(model).expanduser()
     commit = None
@@ -134,17 +133,17 @@ def locate(
     return replace(source, attention=_attention(source, attention))
 
 
-def _attention(source: ModelSource, asked: str | None) -> str | None:
-    if asked is None:
+def _attention(source: ModelSource, requested: str | None) -> str | None:
+    if requested is None:
         return PIPELINES.get(str(read_index(source.root)["_class_name"])) if source.is_pipeline else None
-    if asked not in ATTENTION or not source.family.takes_attention:
-        there = ", ".join(ATTENTION) if source.family.takes_attention else "none but its own"
-        raise ModelError(f"a {source.family.unet_class} takes no attention called {asked!r}; it takes {there}")
-    return asked
+    if requested not in ATTENTION or not source.family.takes_attention:
+        supported = ", ".join(ATTENTION) if source.family.takes_attention else "none but its own"
+        raise ModelError(f"a {source.family.unet_class} takes no attention called {requested!r}; it takes {supported}")
+    return requested
 
 
 def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
-    """The UNet in evaluation mode on the CPU, its weights in this precision, its LoRAs fused.
+    """Load a UNet on the CPU, in evaluation mode and in this precision, with the changes that ``source`` lists.
 
     Raises:
         ModelError: the weights are missing, not safetensors, truncated, or do not fit the config.
@@ -165,7 +164,7 @@ def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
             "offcut loads no pickled weights: convert them with diffusers' save_pretrained"
         )
     try:
-        unet, found = unet_class.from_pretrained(
+        unet, loading_info = unet_class.from_pretrained(
             source.folder,
             torch_dtype=getattr(torch, PRECISIONS[precision]),
             use_safetensors=True,
@@ -177,12 +176,12 @@ def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
         raise ModelError(
             f"the UNet of {source.name} cannot be loaded: {_first_sentence(error)}; download or save it again"
         ) from error
-    if missing := found["missing_keys"]:  # diffusers fills them with random numbers
+    if missing_keys := loading_info["missing_keys"]:  # diffusers fills them with random numbers
         raise ModelError(
-            f"the weights of {source.name} lack {len(missing)} parameters, {sorted(missing)[0]} among them; "
+            f"the weights of {source.name} lack {len(missing_keys)} parameters, {sorted(missing_keys)[0]} among them; "
             "download or save the model again"
         )
-    if any(".to_k_ip." in name for name in found["unexpected_keys"]):  # which diffusers would leave out
+    if any(".to_k_ip." in name for name in loading_info["unexpected_keys"]):  # diffusers would ignore them
         raise ModelError(
             f"{source.name} was saved with an IP-Adapter in its UNet, which cannot be loaded: save it without "
             "(pipe.unload_ip_adapter()), and build with --ip-adapter FILE"
@@ -197,10 +196,10 @@ def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
 
 
 def read_index(root: Path) -> dict[str, Any]:
-    """What a pipeline's directory says of its class and components.
+    """Read a pipeline's ``model_index.json``: its class and its components.
 
     Raises:
-        ModelError: its ``model_index.json`` is damaged or names no pipeline.
+        ModelError: the file is damaged, or names no pipeline class.
     """
     file = root / INDEX_FILE
     try:
@@ -213,14 +212,14 @@ def read_index(root: Path) -> dict[str, Any]:
 
 
 def _fetch(model: str, revision: str | None, variant: str | None) -> tuple[Path, str]:
-    """Download a pipeline's configs and safetensors; give its directory and commit."""
+    """Download a pipeline's configs and safetensors, and return its directory and commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     weights = [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"] if variant else ["*.safetensors"]
-    # Without a variant the other variants' files are left where they are: SD 1.5 on the hub has four of each weight.
+    # Without a variant the files of other variants are not downloaded: SD 1.5 on the hub has four of each.
     others = [] if variant else ["*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors"]
-    # Single-file checkpoints lie at a repository's top level beside the diffusers folders.
+    # Single-file checkpoints are at the top level of a repository, next to the diffusers folders.
     others += [] if "/" not in model else ["*pruned*.safetensors", "*emaonly*.safetensors"]
     try:
         root = snapshot_download(
@@ -229,13 +228,15 @@ def _fetch(model: str, revision: str | None, variant: str | None) -> tuple[Path,
     except HFValidationError as error:
         raise ModelError(f"{model} is neither a directory here nor a valid hub id") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"{model} is no directory here and could not be fetched: {_first_sentence(error)}") from error
+        raise ModelError(
+            f"{model} is not a local directory and could not be downloaded: {_first_sentence(error)}"
+        ) from error
     # snapshot_download's path ends in snapshots/<commit>.
     return Path(root), Path(root).name
 
 
 def _transformer_of(root: Path) -> str | None:
-    """The class of a pipeline's transformer; None for one without, or where there is no pipeline."""
+    """Return the class of a pipeline's transformer, or None without a transformer or a pipeline."""
     try:
         parts = json.loads((root / INDEX_FILE).read_text(encoding="utf-8"))
         library, name = parts["transformer"]
@@ -250,7 +251,7 @@ def _is_unet(folder: Path) -> bool:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """The config with diffusers' defaults for what an older file leaves out."""
+    """Read a UNet's config, with diffusers' defaults for keys that an older file lacks."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

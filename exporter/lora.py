@@ -1,12 +1,13 @@
-"""LoRA files, and the weights that they make of a UNet's own.
+"""LoRA files, and their addition to a UNet's weights.
 
-A LoRA is a low-rank product for some of a model's layers, to be added to their weights. Files of kohya, of diffusers
-and of PEFT are read; diffusers' own converter brings kohya's names into its form.
+A LoRA holds low-rank products that are added to the weights of some layers. Files from kohya, diffusers and PEFT are
+supported; diffusers' converter translates the names in kohya's files.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ Config = Mapping[str, Any]
 
 _IN_A_DIRECTORY = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _PEFT_CONFIG = "adapter_config.json"
-_METADATA = "lora_adapter_metadata"  # where diffusers keeps what PEFT keeps in its adapter_config.json
-# By a part of their keys: products of other kinds, which are no sum of a weight and a low-rank product.
+_METADATA = "lora_adapter_metadata"  # diffusers' key for the content of PEFT's adapter_config.json
+# Kinds of adapters that do not add a low-rank product to a weight, by a part of their keys.
 _OTHER_KINDS = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
@@ -46,12 +47,12 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 @dataclass(frozen=True)
 class LowRank:
-    """What a LoRA adds to one weight.
+    """A low-rank product that a LoRA adds to one weight.
 
     Attributes:
         down: fp32 [rank, in], or [rank, in, kernel, kernel] of a convolution.
         up: fp32 [out, rank], or [out, rank, 1, 1].
-        factor: that the product is multiplied by: alpha over rank, or over its root.
+        factor: scale of the product: alpha divided by the rank or by its square root.
     """
 
     down: torch.Tensor
@@ -60,23 +61,23 @@ class LowRank:
 
     @property
     def elements(self) -> int:
-        """Of the weight that it is added to."""
+        """Number of elements of the weight."""
         return int(self.up.shape[0] * self.down.numel() // self.down.shape[0])
 
     def product(self, shape: Sequence[int]) -> torch.Tensor:
-        """fp32, in the weight's shape."""
+        """Return the scaled product, fp32 in the weight's shape."""
         return (self.up.flatten(1) @ self.down.flatten(1) * self.factor).reshape(tuple(shape))
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA as it was read.
+    """A LoRA in memory.
 
     Attributes:
-        name: of the file, without folder and suffix.
-        layers: by the parameter's name in the UNet, e.g. ``mid_block.attentions.0.proj_in.weight``.
-        text_layers: those of the pipeline's text encoders, by the encoder's name and then by the layer's as diffusers
-            has it in LoRAs, e.g. ``text_model.encoder.layers.0.self_attn.to_q``.
+        name: name of the file, without folder and suffix.
+        layers: products by the parameter's name in the UNet, e.g. ``mid_block.attentions.0.proj_in.weight``.
+        text_layers: products for the pipeline's text encoders, by the encoder's name and then by diffusers' name of the
+            layer in LoRAs, e.g. ``text_model.encoder.layers.0.self_attn.to_q``.
     """
 
     name: str
@@ -85,23 +86,23 @@ class Lora:
 
     @property
     def text_encoder(self) -> int:
-        """How many layers of the pipeline's text encoders it has too."""
+        """Number of products for layers of the pipeline's text encoders."""
         return sum(len(layers) for layers in self.text_layers.values())
 
 
 @dataclass(frozen=True)
 class ScaledLora:
-    """A LoRA file and how much of it is wanted."""
+    """A LoRA file and the scale to apply it with."""
 
     path: Path
     scale: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> ScaledLora:
-        """``style.safetensors``, or ``style.safetensors:0.8``.
+        """Return the LoRA that a text such as ``style.safetensors`` or ``style.safetensors:0.8`` describes.
 
         Raises:
-            ModelError: the scale is no number.
+            ModelError: the scale is not a number.
         """
         name, colon, scale = text.rpartition(":")
         if not colon or "/" in scale or "\\" in scale or Path(text).exists():
@@ -109,17 +110,17 @@ class ScaledLora:
         try:
             return cls(Path(name), float(scale))
         except ValueError as error:
-            raise ModelError(f"{scale!r} is no scale of a LoRA: write FILE:0.8") from error
+            raise ModelError(f"{scale!r} is not a scale of a LoRA: write FILE:0.8") from error
 
 
 def read(path: str | Path, config: Config) -> Lora:
     """Read a LoRA from a safetensors file, or from a directory that PEFT or diffusers wrote.
 
     Args:
-        config: of the UNet that it is for.
+        config: config of the UNet that the LoRA is for.
 
     Raises:
-        ModelError: it is missing, damaged, pickled, or of a kind that is no sum of low-rank products.
+        ModelError: the file is missing, damaged, pickled, or holds another kind of adapter.
     """
     file = find(Path(path))
     tensors, header = _tensors(file)
@@ -136,14 +137,14 @@ def read(path: str | Path, config: Config) -> Lora:
 
 
 def from_tensors(name: str, tensors: Tensors, alphas: Mapping[str, float], metadata: Mapping[str, Any]) -> Lora:
-    """A LoRA of what diffusers' ``lora_state_dict`` gives.
+    """Return a LoRA from the results of diffusers' ``lora_state_dict``.
 
     Args:
         tensors, alphas: under diffusers' names.
-        metadata: PEFT's settings, each name behind ``unet.`` or the text encoder's name.
+        metadata: PEFT's settings, each with the prefix ``unet.`` or the text encoder's name.
 
     Raises:
-        ModelError: they are no low-rank products for a UNet.
+        ModelError: the tensors are not low-rank products for a UNet.
     """
     try:
         return _lora(name, tensors, _by_layer(alphas), _settings_by_part(metadata))
@@ -171,14 +172,14 @@ def _lora(name: str, tensors: Tensors, alphas: Mapping[str, float], settings: Ma
 
 
 def check(lora: Lora, shapes: Mapping[str, Sequence[int]], model: str = "this UNet") -> None:
-    """Hold a LoRA's ``layers`` against the weights of a model.
+    """Check that a LoRA's ``layers`` fit the weights of a model.
 
     Args:
-        shapes: of the model's parameters by name.
-        model: what to call it.
+        shapes: shapes of the model's parameters by name.
+        model: name of the model in the message.
 
     Raises:
-        ModelError: it was made for another model.
+        ModelError: the LoRA was made for another model.
     """
     for name, low_rank in lora.layers.items():
         shape = shapes.get(name)
@@ -186,10 +187,7 @@ def check(lora: Lora, shapes: Mapping[str, Sequence[int]], model: str = "this UN
             raise ModelError(
                 f"the LoRA {lora.name} is for another model: {model} has no {name.removesuffix('.weight')}"
             )
-        size = 1
-        for dim in shape:
-            size *= dim
-        if low_rank.elements != size or low_rank.up.shape[0] != shape[0]:
+        if low_rank.elements != math.prod(shape) or low_rank.up.shape[0] != shape[0]:
             raise ModelError(
                 f"the LoRA {lora.name} is for another model: its {name.removesuffix('.weight')} is "
                 f"{low_rank.up.shape[0]} x {low_rank.elements // low_rank.up.shape[0]}, {model}'s {list(shape)}"
@@ -197,7 +195,7 @@ def check(lora: Lora, shapes: Mapping[str, Sequence[int]], model: str = "this UN
 
 
 def merged(weight: torch.Tensor, terms: Iterable[tuple[LowRank, float]]) -> torch.Tensor:
-    """A weight with scaled low-rank products added in fp32, in its own dtype: one rounding, whatever their number."""
+    """Return a weight plus scaled low-rank products, added in fp32 and rounded once to the weight's dtype."""
     total = weight.float()
     for low_rank, scale in terms:
         total = total + low_rank.product(weight.shape).to(total.device) * scale
@@ -205,39 +203,39 @@ def merged(weight: torch.Tensor, terms: Iterable[tuple[LowRank, float]]) -> torc
 
 
 def fuse(unet: torch.nn.Module, loras: Sequence[ScaledLora], config: Config) -> None:
-    """Add LoRAs to a UNet's weights.
+    """Add LoRAs to the weights of a UNet in memory.
 
     Raises:
-        ModelError: one cannot be read, or is for another model.
+        ModelError: a LoRA cannot be read, or is for another model.
     """
     import torch
 
     parameters = dict(unet.named_parameters())
-    read_ones = [(read(each.path, config), each.scale) for each in loras]
-    for lora, _ in read_ones:
+    scaled = [(read(lora.path, config), lora.scale) for lora in loras]
+    for lora, _ in scaled:
         check(lora, {name: tuple(value.shape) for name, value in parameters.items()})
     with torch.no_grad():
-        for name in dict.fromkeys(name for lora, _ in read_ones for name in lora.layers):
-            terms = [(lora.layers[name], scale) for lora, scale in read_ones if name in lora.layers]
+        for name in dict.fromkeys(name for lora, _ in scaled for name in lora.layers):
+            terms = [(lora.layers[name], scale) for lora, scale in scaled if name in lora.layers]
             parameters[name].copy_(merged(parameters[name], terms))
 
 
 def find(path: Path) -> Path:
-    """The safetensors file of a LoRA, which a directory may hold.
+    """Return the safetensors file of a LoRA from its path or its directory.
 
     Raises:
-        ModelError: there is none.
+        ModelError: the path has no such file.
     """
     path = path.expanduser()
     if path.is_dir():
-        found = [path / name for name in _IN_A_DIRECTORY if (path / name).is_file()]
-        if not found:
+        files = [path / name for name in _IN_A_DIRECTORY if (path / name).is_file()]
+        if not files:
             raise ModelError(f"{path} holds no LoRA: it has neither {' nor '.join(_IN_A_DIRECTORY)}")
-        return found[0]
+        return files[0]
     if not path.is_file():
         raise ModelError(f"{path} is not there: give the safetensors file of a LoRA")
     if path.suffix != ".safetensors":
-        raise ModelError(f"{path} is no safetensors file, and offcut loads no pickled weights: convert it")
+        raise ModelError(f"{path} is not a safetensors file, and offcut loads no pickled weights: convert it")
     return path
 
 
@@ -248,11 +246,11 @@ def _tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is no readable safetensors file: download or save it again") from error
+        raise ModelError(f"{file} is not a readable safetensors file: download or save it again") from error
 
 
 def _diffusers_names(tensors: Tensors, config: Config) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The tensors under diffusers' names, and the alphas by layer."""
+    """Return the tensors under diffusers' names, and the alphas by layer."""
     from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 
     alphas = {
@@ -260,28 +258,28 @@ def _diffusers_names(tensors: Tensors, config: Config) -> tuple[dict[str, torch.
         for name, value in tensors.items()
         if name.endswith(".alpha") and not name.startswith("lora_")
     }
-    plain = {name: value for name, value in tensors.items() if name not in alphas}
+    factors = {name: value for name, value in tensors.items() if name not in alphas}
     unet = SimpleNamespace(layers_per_block=config.get("layers_per_block", 2))
     try:
-        named, of_kohya = StableDiffusionXLLoraLoaderMixin.lora_state_dict(plain, unet_config=unet)
+        named, kohya_alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(factors, unet_config=unet)
     except (ValueError, KeyError) as error:
         raise ModelError(f"has names that no LoRA of Stable Diffusion has: {str(error).split(':')[0]}") from error
-    return named, _by_layer({**alphas, **(of_kohya or {})})
+    return named, _by_layer({**alphas, **(kohya_alphas or {})})
 
 
 def _by_layer(alphas: Mapping[str, float]) -> dict[str, float]:
-    """Each is called after its layer, or after one of the layer's tensors."""
+    """Return alphas by layer; the keys are names of a layer or of one of its tensors."""
     layers = {name.removesuffix(".alpha"): float(alpha) for name, alpha in alphas.items()}
     return {match["layer"] if (match := _FACTOR.fullmatch(name)) else name: alpha for name, alpha in layers.items()}
 
 
 def _pairs(tensors: Tensors) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Each layer's name with its two factors."""
+    """Yield the name of each layer with its factors down and up."""
     halves: dict[str, dict[bool, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         match = _FACTOR.fullmatch(name)
         if match is None:
-            raise ModelError(f"has a tensor {name}, which is no part of a LoRA")
+            raise ModelError(f"has a tensor {name}, which is not part of a LoRA")
         halves.setdefault(match["layer"], {})[match["factor"] in _DOWN] = tensor
     for layer, both in halves.items():
         if len(both) < 2:
@@ -292,39 +290,39 @@ def _pairs(tensors: Tensors) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]
 
 
 def _settings(file: Path, header: Mapping[str, str]) -> dict[str, _Settings]:
-    """What stands beside a file, or in it, by the part of the pipeline."""
+    """Return PEFT's settings from the file's header or a config next to the file, by the pipeline's component."""
     beside = file.parent / _PEFT_CONFIG
     try:
         if file.name == _IN_A_DIRECTORY[0] and beside.is_file():
             return {UNET: _Settings.of(json.loads(beside.read_text(encoding="utf-8")))}
         return _settings_by_part(json.loads(header.get(_METADATA, "{}")))
     except (ValueError, AttributeError) as error:
-        raise ModelError(f"what {file} says of its LoRA is no JSON object: download or save it again") from error
+        raise ModelError(f"the LoRA settings of {file} are not a JSON object: download or save it again") from error
 
 
 def _settings_by_part(metadata: Mapping[str, Any]) -> dict[str, _Settings]:
-    """From names that begin with that of the part."""
+    """Return PEFT's settings by component, from names that start with the component's name."""
     parts: dict[str, dict[str, Any]] = {}
     for name, value in metadata.items():
         part, _, setting = name.partition(".")
         parts.setdefault(part, {})[setting] = value
-    return {part: _Settings.of(said) for part, said in parts.items()}
+    return {part: _Settings.of(values) for part, values in parts.items()}
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """What PEFT says of a LoRA beside its tensors."""
+    """PEFT's settings of a LoRA."""
 
     alpha: float | None
     alpha_pattern: Mapping[str, float]
     root: bool
 
     @classmethod
-    def of(cls, said: Mapping[str, Any]) -> _Settings:
-        return cls(said.get("lora_alpha"), said.get("alpha_pattern") or {}, bool(said.get("use_rslora")))
+    def of(cls, values: Mapping[str, Any]) -> _Settings:
+        return cls(values.get("lora_alpha"), values.get("alpha_pattern") or {}, bool(values.get("use_rslora")))
 
     def factor(self, layer: str, rank: int, alpha: float | None) -> float:
-        """Of the product, for a layer whose own alpha may be in the file; without one it is the rank."""
+        """Return the scale of a layer's product. ``alpha`` is the layer's own, if the file has it."""
         if alpha is None:
             ends = (value for name, value in self.alpha_pattern.items() if f".{layer}".endswith(f".{name}"))
             alpha = next(ends, self.alpha)

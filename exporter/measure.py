@@ -1,4 +1,4 @@
-"""What a cut costs and saves, counted from the graph: parameters, FLOPs, bytes of cache, predicted speed-up."""
+"""Costs of cuts, counted from the graph: parameters, FLOPs, bytes of cached features, and the predicted speed-up."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class CutCost:
-    """A cut in figures.
+    """Costs of one cut.
 
     Attributes:
-        cut: which.
-        nodes: of the shallow graph.
-        parameters: that the shallow graph reads, as a share of the UNet's.
-        flops: of a shallow step, as a share of a full step's. Counted for convolutions, matrix products and attention.
-        cache_bytes: of the cached features at the dimensions that were counted with.
-        speed_up: interval N -> the speed-up of the denoising loop that the FLOPs predict. Engines differ.
+        cut: the cut.
+        nodes: number of nodes of the shallow graph.
+        parameters: share of the UNet's parameters that the shallow graph reads.
+        flops: FLOPs of a shallow step as a share of those of a full step; convolutions, matrix products and attention.
+        cache_bytes: size of the cached features in bytes.
+        speed_up: speed-up of the denoising loop that the FLOPs predict, by interval N. Engines differ from it.
     """
 
     cut: Cut
@@ -44,26 +44,26 @@ class CutCost:
 def measure_cuts(
     graph: ExportedUNet | UNetGraph | str | Path, dims: Mapping[str, int], intervals: Sequence[int] = INTERVALS
 ) -> list[CutCost]:
-    """Count every cut of a UNet's graph.
+    """Compute the costs of every cut of a UNet's graph.
 
     Args:
-        graph: what ``export`` gave, or the path of any UNet's ONNX file.
-        dims: ``batch``, ``height``, ``width`` (of the latent), ``sequence`` and, of a video, ``frames`` to count at.
-        intervals: to predict speed-ups for.
+        graph: result of ``export``, or the path of any UNet's ONNX file.
+        dims: sizes to count at: ``batch``, the latent's ``height`` and ``width``, ``sequence``, for videos ``frames``.
+        intervals: intervals to predict speed-ups for.
     """
     unet = graph if isinstance(graph, UNetGraph) else read(graph.path if isinstance(graph, ExportedUNet) else graph)
     shapes = infer_shapes(unet, dims)
-    everything = needed_nodes(unet.model, set())
-    all_flops, all_parameters = _flops(everything, shapes), _parameters(everything)
+    all_nodes = needed_nodes(unet.model, set())
+    all_flops, all_parameters = _flops(all_nodes, shapes), _parameters(all_nodes)
     costs = []
     for cut in find_cuts(unet):
-        kept = needed_nodes(unet.model, {tensor.value for tensor in cut.tensors})
-        flops = _flops(kept, shapes) / all_flops
+        nodes = needed_nodes(unet.model, {tensor.value for tensor in cut.tensors})
+        flops = _flops(nodes, shapes) / all_flops
         costs.append(
             CutCost(
                 cut=cut,
-                nodes=len(kept),
-                parameters=_parameters(kept) / all_parameters,
+                nodes=len(nodes),
+                parameters=_parameters(nodes) / all_parameters,
                 flops=flops,
                 cache_bytes=sum(math.prod(spec.resolve(dims)) * _BYTES[spec.dtype] for spec in cut.cached),
                 speed_up={interval: predicted_speed_up(flops, interval) for interval in intervals},
@@ -73,12 +73,12 @@ def measure_cuts(
 
 
 def count_flops(graph: UNetGraph | str | Path, dims: Mapping[str, int], cut: str) -> tuple[int, int]:
-    """What a full and a shallow step have to compute, two for each multiply-add; counted as ``CutCost.flops``.
+    """Return the FLOPs of a full and of a shallow step, two for each multiply-add, counted as in ``CutCost.flops``.
 
     Args:
-        graph: of a UNet, or its ONNX file.
+        graph: a UNet's graph, or the path of its ONNX file.
         dims: as in ``measure_cuts``.
-        cut: one of the graph's, by any of its names.
+        cut: name or alias of one of the graph's cuts.
 
     Raises:
         CutError: the graph has no such cut.
@@ -91,7 +91,7 @@ def count_flops(graph: UNetGraph | str | Path, dims: Mapping[str, int], cut: str
 
 
 def predicted_speed_up(shallow: float, interval: int) -> float:
-    """Of a loop with one full step in ``interval``, where a shallow step costs this share of a full one."""
+    """Return the speed-up with one full step in ``interval``; ``shallow`` is the relative cost of a shallow step."""
     return interval / (1 + (interval - 1) * shallow)
 
 
@@ -105,7 +105,7 @@ def _flops(nodes: set[ir.Node], shapes: Mapping[str, Shape]) -> int:
 
 
 def _node_flops(node: ir.Node, shapes: Mapping[str, Shape]) -> int:
-    """Two for each multiply-add."""
+    """Return the FLOPs of a node, two for each multiply-add."""
 
     def shape(index: int) -> Shape:
         value = node.inputs[index]

@@ -1,7 +1,7 @@
 """The cut on a PyTorch program, for engines that compile without ONNX.
 
-The same joins as in ``cut``, found by the same rule on the graph that ``torch.export`` gives, so that ``deepcache:k``
-and the cached tensors' names mean the same in both.
+The rule of ``cut`` finds the same joins in the graph that ``torch.export`` returns. So ``deepcache:k`` and the names of
+the cached tensors mean the same in both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .families import NOISE_PRED, example_dims, example_inputs
 from .load import ModelSource, load_unet
 from .specs import TensorSpec
 from .trace.convert import quiet
-from .trace.export import dim_symbols, export_program
+from .trace.program import dim_symbols, export_program
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +35,12 @@ class ProgramJoin:
 
 @dataclass(frozen=True)
 class TwinProgram:
-    """A graph that writes its results into buffers which its caller passes.
+    """A program that writes its results into buffers that its caller passes.
 
     Attributes:
-        program: takes two lists of tensors, ``inputs`` and ``outputs``, and returns nothing.
-        inputs: the names of the first list.
-        outputs: the names of the second.
+        program: takes two lists of tensors, inputs and output buffers, and returns nothing.
+        inputs: names of the tensors in the first list.
+        outputs: names of the tensors in the second list.
     """
 
     program: torch.export.ExportedProgram
@@ -49,14 +49,14 @@ class TwinProgram:
 
 
 def component_program(traced: TracedComponent) -> TwinProgram:
-    """A network around the UNet as a program that writes into its caller's buffers."""
-    specs = ([traced.given], list(traced.outputs))
+    """Trace a network around the UNet to a program that writes into its caller's buffers."""
+    specs = ([traced.input], list(traced.outputs))
     example = traced.example()
-    examples = ([example], [value.clone() for value in traced.answers(example).values()])
+    examples = ([example], [value.clone() for value in traced.compute(example).values()])
     symbols = traced.symbols()
     dynamic = tuple([symbols(spec) for spec in each] for each in specs)
     program = _writing(traced.module, examples, dynamic)
-    return TwinProgram(program, (traced.given.name,), tuple(spec.name for spec in traced.outputs))
+    return TwinProgram(program, (traced.input.name,), tuple(spec.name for spec in traced.outputs))
 
 
 class UNetProgram:
@@ -64,7 +64,7 @@ class UNetProgram:
 
     Attributes:
         module: the whole UNet as PyTorch traced it.
-        features: every tensor that a cut may cache, by its name.
+        features: specs of all tensors that a cut may cache, by name.
     """
 
     def __init__(
@@ -76,23 +76,23 @@ class UNetProgram:
         fixed: Mapping[str, int],
         multiple: int,
     ) -> None:
-        """Load and trace.
+        """Load a UNet and trace it.
 
         Args:
             source: the model.
-            precision: of weights and computation.
+            precision: precision of weights and computation.
             specs: the inputs by name, ``sample`` and ``timestep`` first.
-            features: every tensor that a cut may cache, by its name, e.g. ``deep_feature_0``.
-            fixed: the dimensions that do not stay symbolic.
-            multiple: height and width are multiples of it.
+            features: specs of all tensors that a cut may cache, by name, e.g. ``deep_feature_0``.
+            fixed: dimensions that stay static, with their sizes.
+            multiple: number that height and width are a multiple of.
         """
         unet = load_unet(source, precision)
-        pairs = source.attention is not None
+        even_batch = source.attention is not None
         self._specs, self.features = specs, features
-        self._dims = {**example_dims(source.config, pairs), **fixed}
-        self._symbols = dim_symbols(multiple, moving=source.family.is_video, pairs=pairs)
+        self._dims = {**example_dims(source.config, even_batch), **fixed}
+        self._symbols = dim_symbols(multiple, is_video=source.family.is_video, even_batch=even_batch)
         self._noise = source.family.noise(source.config, specs["sample"].dtype).fixed(fixed)
-        program = export_program(unet, source.family, tuple(specs.values()), self._dims, fixed, multiple, pairs)
+        program = export_program(unet, source.family, tuple(specs.values()), self._dims, fixed, multiple, even_batch)
         self.module = module = program.module(check_guards=False)
         self._joins = find_program_joins(module)
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -100,19 +100,19 @@ class UNetProgram:
         (self._noise_pred,) = module.graph.output_node().all_input_nodes
 
     def full(self) -> TwinProgram:
-        """Every input to ``noise_pred`` and every feature."""
+        """Return the program from all inputs to ``noise_pred`` and all features."""
         return self._twin((), tuple(self.features))
 
     def shallow(self, cached: Sequence[str]) -> TwinProgram:
-        """From these features, and the inputs that are still read, to ``noise_pred``."""
+        """Return the program from these features, and the inputs that are still read, to ``noise_pred``."""
         return self._twin(tuple(cached), ())
 
-    def _twin(self, taken: tuple[str, ...], given: tuple[str, ...]) -> TwinProgram:
-        """The part of the UNet between some features that are given to it and some that it gives."""
+    def _twin(self, features_in: tuple[str, ...], features_out: tuple[str, ...]) -> TwinProgram:
+        """Return the part of the UNet that reads ``features_in`` and computes ``noise_pred`` and ``features_out``."""
         import torch
 
-        results = [self._noise_pred, *(self._node(name) for name in given)]
-        replaced = {self._node(name): name for name in taken}
+        results = [self._noise_pred, *(self._node(name) for name in features_out)]
+        replaced = {self._node(name): name for name in features_in}
         needed = _needed(results, replaced)
         graph, values = torch.fx.Graph(), {}
         names = {node: name for node, name in self._inputs.items() if node in needed} | replaced
@@ -124,8 +124,10 @@ class UNetProgram:
         graph.output(tuple(values[node] for node in results))
         if unread := [name for node, name in replaced.items() if not values[node].users]:
             raise InternalError(f"the shallow program does not read {', '.join(unread)}")
-        # A module takes over no more weights than its graph reads.
-        return self._export(torch.fx.GraphModule(self.module, graph), tuple(names.values()), (NOISE_PRED, *given))
+        # A GraphModule takes over only the weights that its graph reads.
+        return self._export(
+            torch.fx.GraphModule(self.module, graph), tuple(names.values()), (NOISE_PRED, *features_out)
+        )
 
     def _node(self, feature: str) -> Node:
         kind, _, index = feature.rpartition("_")
@@ -133,7 +135,7 @@ class UNetProgram:
         return {"deep_feature": join.hidden, "skip_feature": join.skip}[kind]
 
     def _export(self, module: GraphModule, read: tuple[str, ...], written: tuple[str, ...]) -> TwinProgram:
-        """Trace the module again with a copy into the caller's buffers at its end."""
+        """Trace the module again, with a copy into the caller's buffers at its end."""
         known = {**self._specs, **self.features, NOISE_PRED: self._noise}
         lists = [[known[name] for name in names] for names in (read, written)]
         examples = tuple(list(example_inputs(tuple(specs), self._dims).values()) for specs in lists)
@@ -178,7 +180,7 @@ def find_program_joins(module: GraphModule) -> list[ProgramJoin]:
 
     behind: dict[Node, int] = {}
     count = 0
-    found: list[tuple[int, ProgramJoin]] = []
+    joins: list[tuple[int, ProgramJoin]] = []
     for node in module.graph.nodes:
         bits = 0
         for value in node.all_input_nodes:
@@ -200,25 +202,25 @@ def find_program_joins(module: GraphModule) -> list[ProgramJoin]:
         first, second = node.args[0]
         a, b = behind[first], behind[second]
         if b and a != b and a & b == b:
-            found.append((bits.bit_count(), ProgramJoin(node, first, second)))
+            joins.append((bits.bit_count(), ProgramJoin(node, first, second)))
         elif a and a != b and a & b == a:
-            found.append((bits.bit_count(), ProgramJoin(node, second, first)))
-    if not found:
+            joins.append((bits.bit_count(), ProgramJoin(node, second, first)))
+    if not joins:
         raise CutError(
             f"no skip connection found: looked for a cat of two tensors on axis 1 among {count} convolutions; "
             "is this a UNet?"
         )
-    found.sort(key=lambda pair: -pair[0])
-    return [join for _, join in found]
+    joins.sort(key=lambda pair: -pair[0])
+    return [join for _, join in joins]
 
 
-def _needed(results: Sequence[Node], given: Mapping[Node, str]) -> set[Node]:
-    """The nodes that must run for these results when some nodes' values are given."""
+def _needed(results: Sequence[Node], inputs: Mapping[Node, str]) -> set[Node]:
+    """Return the nodes that must run for these results when the values of some nodes are inputs."""
     needed: set[Node] = set()
     pending = list(results)
     while pending:
         node = pending.pop()
-        if node not in needed and node not in given:
+        if node not in needed and node not in inputs:
             needed.add(node)
             pending += node.all_input_nodes
     return needed

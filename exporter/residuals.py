@@ -1,7 +1,8 @@
-"""What ControlNets and T2I-Adapters add to a UNet, as inputs of its graph: feature maps for the skip connections.
+"""Residuals: the feature maps that ControlNets and T2I-Adapters add to a UNet's skip connections, as graph inputs.
 
-diffusers passes them to ``forward`` as a tuple and a tensor; a graph has one input for each. They are optional where
-the graph runs: one that is not passed is zero, so that one bundle serves a pipeline with a ControlNet and without.
+diffusers passes the residuals to ``forward`` as a tuple and a tensor; a graph has one input for each feature map. The
+inputs are optional at run time: a residual that is not passed is zero. So one bundle works with a ControlNet and
+without.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ _NUMBERED = re.compile(r"(.+)_(\d+)")
 
 
 def argument_of(name: str) -> str | None:
-    """``forward``'s argument that this input is a part of, or None for one that is no residual."""
+    """Return the argument of ``forward`` that contains this input, or None if the input is not a residual."""
     numbered = _NUMBERED.fullmatch(name)
     return _TUPLES.get(numbered[1]) if numbered else _SINGLE.get(name)
 
 
 def flatten(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """``forward``'s residual arguments as inputs by name; those that are None are left out."""
+    """Return the residual arguments of ``forward`` as graph inputs by name; arguments that are None are left out."""
     flat: dict[str, Any] = {}
     for prefix, argument in _TUPLES.items():
         if arguments.get(argument) is not None:
@@ -41,24 +42,24 @@ def flatten(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nest(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The way back: inputs by name, in order, as ``forward``'s residual arguments."""
+    """Return the residual arguments of ``forward`` for graph inputs by name, in order; the reverse of ``flatten``."""
     arguments: dict[str, Any] = {}
     for name, tensor in tensors.items():
         argument = argument_of(name)
         if argument is None:
             continue
         if argument in _TUPLES.values():
-            arguments.setdefault(argument, []).append(tensor)  # a list: the UNet takes T2I-Adapters' maps off it
+            arguments.setdefault(argument, []).append(tensor)  # a list, because the UNet pops the maps of T2I-Adapters
         else:
             arguments[argument] = tensor
     return arguments
 
 
 def controlnet(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
-    """A feature map for each skip connection, and one for the mid block.
+    """Return the inputs that a ControlNet fills: a feature map for each skip connection, and one for the mid block.
 
-    In Stable Diffusion 1.5 ``down_block_residual_0`` to ``_11``, from 320 channels at the latent's size to 1280 at an
-    eighth of it.
+    Stable Diffusion 1.5 has ``down_block_residual_0`` to ``_11``, from 320 channels at the latent's size to 1280
+    channels at an eighth of it.
     """
     channels, layers = _blocks(config)
     maps = [(channels[0], 1)]
@@ -71,9 +72,9 @@ def controlnet(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
 
 
 def t2i_adapter(config: Config, dtype: str) -> tuple[TensorSpec, ...]:
-    """A feature map for each level of the encoder; in Stable Diffusion XL one for the mid block too.
+    """Return the inputs that a T2I-Adapter fills: a feature map for each level, in SDXL also one for the mid block.
 
-    A level with attention adds it before its downsampling, one without adds it behind.
+    A level with attention adds its map before downsampling; a level without attention adds it after downsampling.
     """
     channels, _ = _blocks(config)
     last = len(channels) - 1
@@ -88,7 +89,7 @@ ADAPTERS: Mapping[str, Callable[[Config, str], tuple[TensorSpec, ...]]] = {
     "controlnet": controlnet,
     "t2i-adapter": t2i_adapter,
 }
-"""From the name of a kind of adapter to the inputs that it needs, given the UNet's config and the latent's dtype."""
+"""Functions from the UNet's config and the latent's dtype to an adapter's inputs, by the adapter's kind."""
 
 
 def _blocks(config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""What a graph's inputs and outputs look like: names, dtypes and symbolic shapes."""
+"""Specs of a graph's inputs and outputs: names, dtypes and symbolic shapes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Shape = tuple[int, ...]
 
 DTYPES = ("float32", "float16", "bfloat16", "int64")
 SYMBOLS = ("batch", "frames", "sequence", "height", "width")
-"""Every dimension that a UNet of diffusers leaves open; height and width are the latent's."""
+"""All dimensions that diffusers' UNets leave open; height and width are those of the latent."""
 
 DIM_PATTERN = r"^(?:[1-9][0-9]*\*)?(?:{0})(?:\*(?:{0}))*(?:/[1-9][0-9]*)?$".format("|".join(SYMBOLS))
-"""How a dimension that is not fixed is written: ``height``, ``height/4``, ``batch*frames``, ``2*frames``."""
+"""Pattern of a symbolic dimension: ``height``, ``height/4``, ``batch*frames``, ``2*frames``."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class TensorSpec:
     Attributes:
         name: the tensor's name in the ONNX file.
         dtype: one of ``DTYPES``, named as in PyTorch.
-        shape: an int for a fixed dimension, or a symbol of ``SYMBOLS``, or a spatial one divided, ``"height/4"``, or a
-            product: the frames of several videos are one after the other in ``"batch*frames"``.
+        shape: an int for each fixed dimension. A symbolic dimension is one of ``SYMBOLS``, a fraction of height or
+            width (``"height/4"``), or a product: ``"batch*frames"`` are the frames of several videos in sequence.
     """
 
     name: str
@@ -40,11 +40,11 @@ class TensorSpec:
     shape: tuple[Dim, ...]
 
     def resolve(self, dims: Mapping[str, int]) -> Shape:
-        """The concrete shape for these dimensions, e.g. ``{"batch": 2, "height": 64, "width": 64}``."""
+        """Return the concrete shape at these dimensions, e.g. ``{"batch": 2, "height": 64, "width": 64}``."""
         return tuple(_value(dim, dims) for dim in self.shape)
 
     def fixed(self, dims: Mapping[str, int]) -> TensorSpec:
-        """The same with these dimensions no longer free; others stay symbols."""
+        """Return a copy with these dimensions fixed; all others stay symbolic."""
         return TensorSpec(self.name, self.dtype, tuple(_fixed(dim, dims) for dim in self.shape))
 
     def torch_dtype(self) -> torch.dtype:
@@ -59,7 +59,7 @@ class TensorSpec:
 
 
 def symbols(specs: Iterable[TensorSpec]) -> tuple[str, ...]:
-    """The free symbols of these specs, in order of first use, divided ones left out."""
+    """Return the free symbols of these specs in order of first use."""
     seen: dict[str, None] = {}
     for spec in specs:
         for dim in spec.shape:
@@ -70,7 +70,7 @@ def symbols(specs: Iterable[TensorSpec]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Factors:
-    """What a symbolic dimension is made of: ``number * symbols[0] * symbols[1] ... / divisor``."""
+    """Factors of a symbolic dimension: ``number * symbols[0] * symbols[1] ... / divisor``."""
 
     number: int
     symbols: tuple[str, ...]
@@ -82,7 +82,7 @@ class Factors:
 
 
 def factors(dim: str) -> Factors:
-    """``"2*frames"``, ``"height/4"`` and the like, taken apart."""
+    """Return the factors of a symbolic dimension such as ``"2*frames"`` or ``"height/4"``."""
     product, _, divisor = dim.partition("/")
     parts = product.split("*")
     numbers = [int(part) for part in parts if part.isdigit()]
@@ -90,17 +90,17 @@ def factors(dim: str) -> Factors:
 
 
 def is_dim(text: str) -> bool:
-    """Whether this is how offcut itself would write a dimension."""
+    """Return whether a text is a symbolic dimension as offcut writes it."""
     return re.fullmatch(DIM_PATTERN, text) is not None
 
 
 def solve(specs: Mapping[str, TensorSpec], shapes: Mapping[str, Shape], multiple: int = 1) -> dict[str, int]:
-    """The dimensions that these concrete input shapes stand for.
+    """Return the sizes of the symbolic dimensions for concrete input shapes.
 
     Args:
         specs: the graph's inputs by name.
-        shapes: a concrete shape for each of them (more names are an error, fewer too).
-        multiple: height and width must be multiples of this (the UNet's total downsampling).
+        shapes: a concrete shape for each input; missing and unknown names are errors.
+        multiple: number that height and width must be a multiple of: the UNet's total downsampling.
 
     Raises:
         ShapeError: a name is missing or unknown, a fixed dimension differs, two tensors disagree on a symbol, or a
@@ -115,12 +115,12 @@ def solve(specs: Mapping[str, TensorSpec], shapes: Mapping[str, Shape], multiple
         shape = shapes[name]
         if len(shape) != len(spec.shape):
             raise ShapeError(f"{name} has shape {list(shape)}, but the engine takes {list(spec.shape)}")
-        for got, want in zip(shape, spec.shape, strict=True):
-            expected = want if isinstance(want, int) else _expected(want, got, dims)
-            if got != expected:
+        for size, dim in zip(shape, spec.shape, strict=True):
+            expected = dim if isinstance(dim, int) else _expected(dim, size, dims)
+            if size != expected:
                 raise ShapeError(
                     f"{name} has shape {list(shape)}, but the engine takes {list(spec.shape)}"
-                    + (f" with {want} = {expected}" if isinstance(want, str) else "")
+                    + (f" with {dim} = {expected}" if isinstance(dim, str) else "")
                 )
     if empty := [dim for dim, size in dims.items() if size < 1]:
         raise ShapeError(f"the {' and '.join(empty)} of the inputs is empty; give at least 1")
@@ -134,20 +134,23 @@ def solve(specs: Mapping[str, TensorSpec], shapes: Mapping[str, Shape], multiple
     return dims
 
 
-def _expected(want: str, got: int, dims: dict[str, int]) -> int:
-    """What this symbol stands for; on its first use what was given. Parts and products come after the whole ones."""
-    return _value(want, dims) if "/" in want or "*" in want else dims.setdefault(want, got)
+def _expected(dim: str, size: int, dims: dict[str, int]) -> int:
+    """Return the expected size of a dimension. A symbol gets this size in ``dims`` when it is used first.
+
+    Fractions and products of symbols are always used after the symbols themselves.
+    """
+    return _value(dim, dims) if "/" in dim or "*" in dim else dims.setdefault(dim, size)
 
 
 def _fixed(dim: Dim, dims: Mapping[str, int]) -> Dim:
     if isinstance(dim, int):
         return dim
     parts = factors(dim)
-    open_ones = tuple(symbol for symbol in parts.symbols if symbol not in dims)
-    if not open_ones:
+    free = tuple(symbol for symbol in parts.symbols if symbol not in dims)
+    if not free:
         return _value(dim, dims)
     number = parts.number * math.prod(dims[symbol] for symbol in parts.symbols if symbol in dims)
-    return str(Factors(number, open_ones, parts.divisor))
+    return str(Factors(number, free, parts.divisor))
 
 
 def _value(dim: Dim, dims: Mapping[str, int]) -> int:

@@ -209,6 +209,6 @@ def _reference_writer(plan: BuildPlan, entry: ComponentEntry) -> WriteReference:
         networks = trace_component(component, precision=precision, variant=plan.source.variant)
         (network,) = (network for network in networks if network.name == entry.name)
         example = network.example(profile.min)
-        write_component_reference(network, example, network.answers(example), path)
+        write_component_reference(network, example, network.compute(example), path)
 
     return write

@@ -21,10 +21,10 @@ from ...exporter.graph import infer_shapes, read
 from ...exporter.load import ModelSource, load_unet
 from ...exporter.quantize.histogram import Histogram, Range
 from ...exporter.quantize.observe import stride
-from ...exporter.quantize.qdq import Layer, Scheme, find_layers, high_precision_layers, quantize, shadow
+from ...exporter.quantize.qdq import Layer, Scheme, find_layers, high_precision_layers, quantize
 from ...exporter.trace.convert import WEIGHTS_FILE
 from ...exporter.trace.export import GRAPH_FILE, PARAMETERS_FILE, ExportedUNet
-from ...exporter.trace.reference import write_answer
+from ...exporter.trace.reference import write_reference
 from ..base import Progress
 from ..bundle.manifest import Quantization
 from ..onnxruntime.observer import ObservingPair, session
@@ -82,7 +82,7 @@ def quantized(
     quantize(exported.path, out / GRAPH_FILE, scheme, ranges, chosen - sensitive)
     _write_parameters(exported, out, chosen - sensitive)
     unet = load_unet(source, exported.precision).float()  # weights are rounded to the precision all the same
-    write_answer(unet, source.family, call_samples[len(call_samples) // 2], out / exported.reference.name)
+    write_reference(unet, source.family, call_samples[len(call_samples) // 2], out / exported.reference.name)
     record = Quantization(
         scheme=scheme.label,
         base=scheme.base,
@@ -120,7 +120,7 @@ def _ratios(
 ) -> dict[str, float]:
     """Each layer's signal to noise in dB where it alone is rounded, weight and input."""
     twins = graph.with_name(f"twins-{graph.name}")
-    order = shadow(graph, twins, scheme, ranges, names)
+    order = write_error_graph(graph, twins, scheme, ranges, names)
     opened = session(twins, optimize=False)
     signal, noise = dict.fromkeys(order, 0.0), dict.fromkeys(order, 0.0)
     for inputs in call_samples:

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ...exporter.families import example_inputs
 from ...exporter.foreign.unet import write_foreign_reference
 from ...exporter.load import load_unet
 from ...exporter.trace.reference import write_reference
@@ -83,7 +84,8 @@ def _reference_writer(plan: BuildPlan, graphs: Graphs, progress: Progress) -> Wr
             progress("compute the foreign graph's outputs at the sizes of the profiles")
             write_foreign_reference(plan.source, profile.min, path)
         else:
-            write_reference(unet(), plan.source.family, tuple(graphs.inputs.values()), profile.min, path)
+            inputs = example_inputs(tuple(graphs.inputs.values()), profile.min)
+            write_reference(unet(), plan.source.family, inputs, path)
 
     return write
 

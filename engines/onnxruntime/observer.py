@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import EngineError, MissingExtraError, ModelError
 from ...exporter.cut import TwinGraph
 from ...exporter.quantize.histogram import Histogram
-from ...exporter.quantize.observe import observe
+from ...exporter.quantize.observe import write_observed_graph
 from ...exporter.specs import Shape, TensorSpec
 from ..base import Graphs
 from ..buffers import allocate_pair
@@ -140,7 +140,7 @@ class _ObservedGraph:
 
     def __init__(self, graph: Path, strides: Mapping[str, int]) -> None:
         observed = graph.with_name(f"observed-{graph.name}")
-        self.tensors = observe(graph, observed, strides)
+        self.tensors = write_observed_graph(graph, observed, strides)
         self._session = session(observed)
         self.inputs = [argument.name for argument in self._session.get_inputs()]
         self._outputs = [argument.name for argument in self._session.get_outputs()]

@@ -1,0 +1,1 @@
+"""ONNX graphs from other exporters, converted to offcut's contract."""

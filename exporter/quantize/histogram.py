@@ -1,4 +1,4 @@
-"""How a tensor's values are distributed over many calls, in constant memory, and the range to round them in."""
+"""Histograms of a tensor's values over many calls, in constant memory, and the range to quantize the tensor in."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 METHODS = ("minmax", "percentile", "mse")
 BINS = 4096
 _PERCENTILE = 99.99
-# Shares of the whole range that are tried in search of the least error.
+# Shares of the whole range to try for the least error.
 _SHARES = tuple(share / 40 for share in range(40, 7, -1))
 
 
 @dataclass(frozen=True)
 class Range:
-    """The values between which a tensor is rounded; those outside are clipped. ``low <= 0 <= high``."""
+    """Range that a tensor is quantized in; values outside are clipped. ``low <= 0 <= high``."""
 
     low: float
     high: float
@@ -29,12 +29,12 @@ class Range:
 
 
 class Histogram:
-    """Counts of values in equal bins over ``[-limit, limit]``; the limit doubles when a value lies outside.
+    """Counts of values in equal bins over ``[-limit, limit]``. The limit doubles when a value is outside.
 
-    Bins merge in pairs then, so the counts are those that the wider bins would have had from the start.
+    Bins then merge in pairs, so the counts are the same as if the bins had had this width from the start.
 
     Attributes:
-        low, high: the least and the largest value seen, exactly.
+        low, high: smallest and largest value so far, exactly.
     """
 
     def __init__(self) -> None:
@@ -48,8 +48,8 @@ class Histogram:
         """Count a call's values.
 
         Args:
-            values: of any shape; a sample of the tensor will do.
-            low, high: the whole tensor's extremes.
+            values: values of the tensor or a sample of them, in any shape.
+            low, high: minimum and maximum of the whole tensor.
 
         Raises:
             ValueError: a value is not finite.
@@ -65,23 +65,24 @@ class Histogram:
         self._counts += np.bincount(np.clip(bins, 0, BINS - 1), minlength=BINS)
 
     def range(self, method: str, levels: int = 256, symmetric: bool = False) -> Range:
-        """The range to round in.
+        """Return the range to quantize in.
 
         Args:
-            method: ``minmax``, all that was seen; ``percentile``, the middle 99.99 %; ``mse``, that with the least
-                mean squared error of rounding and clipping together.
-            levels, symmetric: of the integers that ``mse`` rounds to.
+            method: ``minmax``, all values; ``percentile``, the middle 99.99 %; ``mse``, the range with the least mean
+                squared error of rounding and clipping together.
+            levels: number of quantized levels, for ``mse``.
+            symmetric: whether the quantized range is symmetric around zero, for ``mse``.
         """
         whole = Range(min(self.low, 0.0), max(self.high, 0.0))
         if method == "minmax" or not self._counts.any():
             return whole
         if method == "percentile":
             return self._percentile(whole)
-        tried = [Range(whole.low * share, whole.high * share) for share in _SHARES]
-        return min(tried, key=lambda candidate: self.error(candidate, levels, symmetric))
+        candidates = [Range(whole.low * share, whole.high * share) for share in _SHARES]
+        return min(candidates, key=lambda candidate: self.error(candidate, levels, symmetric))
 
     def error(self, within: Range, levels: int = 256, symmetric: bool = False) -> float:
-        """The mean squared error of rounding to this many levels in this range."""
+        """Return the mean squared error of quantization to this many levels in this range."""
         import numpy as np
 
         low, high = (-within.largest, within.largest) if symmetric else (within.low, within.high)

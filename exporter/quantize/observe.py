@@ -1,4 +1,4 @@
-"""A graph that also says how its tensors are distributed, without handing them out."""
+"""Observed graphs: ONNX graphs with further outputs that describe the distributions of inner tensors."""
 
 from __future__ import annotations
 
@@ -9,38 +9,40 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# Steps between the values that are looked at: prime, so that no axis of the tensor is always met at the same places.
+# Steps between sampled values: prime, so that samples do not always fall on the same positions of an axis.
 _STRIDES = (1, 7, 31, 127, 509, 2039, 8191)
 _SAMPLE = 1 << 16
 KINDS = ("low", "high", "sample")
 
 
 def stride(size: int) -> int:
-    """Between the values of a tensor of this size that are looked at."""
+    """Return the step between sampled values for a tensor of this size."""
     return next((step for step in _STRIDES if size // step <= _SAMPLE), _STRIDES[-1])
 
 
-def observe(graph: Path, out: Path, strides: Mapping[str, int]) -> list[str]:
-    """Write the graph with outputs that describe some of its tensors.
+def write_observed_graph(graph: Path, out: Path, strides: Mapping[str, int]) -> list[str]:
+    """Write a copy of the graph with outputs that describe some of its tensors.
+
+    Each tensor gets the float32 outputs ``name/low`` and ``name/high``, its minimum and maximum, and ``name/sample``,
+    one of every ``stride`` values.
 
     Args:
-        out: an ONNX file in the graph's directory: it uses the same weights.
-        strides: of the tensors by name; those that the graph does not have are left out.
+        out: ONNX file to write, in the graph's directory, because it refers to the same weights.
+        strides: steps between sampled values, by the tensor's name; names that the graph does not have are ignored.
 
     Returns:
-        The names of the tensors that are described. For each there are outputs ``name/low`` and ``name/high``, its
-        extremes, and ``name/sample``, every so-manieth of its values; all float32.
+        The names of the tensors that are described.
     """
     import onnx_ir as ir
 
     model = ir.load(graph)
     values = {str(value.name): value for value in model.graph.inputs}
     values |= {str(value.name): value for node in model.graph for value in node.outputs}
-    seen = [name for name in strides if name in values]
-    for name in seen:
+    observed = [name for name in strides if name in values]
+    for name in observed:
         _describe(model.graph, values[name], strides[name])
     ir.save(model, out)
-    return seen
+    return observed
 
 
 def _describe(graph: ir.Graph, value: ir.Value, step: int) -> None:
@@ -51,9 +53,9 @@ def _describe(graph: ir.Graph, value: ir.Value, step: int) -> None:
 
     def constant(label: str, number: int) -> ir.Value:
         tensor = ir.tensor(np.array([number], np.int64), name=f"{name}/{label}")
-        made = ir.Value(name=tensor.name, shape=ir.Shape([1]), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        graph.register_initializer(made)
-        return made
+        value = ir.Value(name=tensor.name, shape=ir.Shape([1]), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.register_initializer(value)
+        return value
 
     whole = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
     exact = whole.outputs[0]

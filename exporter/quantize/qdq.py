@@ -1,11 +1,11 @@
-"""Low precision: convolutions and linear layers of an exported graph between QuantizeLinear and DequantizeLinear.
+"""Quantization of an exported graph: its convolutions and linear layers read their inputs through Q/DQ pairs.
 
-Only what such a layer reads is rounded: one pair for each tensor, shared by the layers that read it, and nothing else
-of the graph sees the rounded value. So the residual stream and the cached features keep the graph's own precision, and
-the cut finds every join as before. ONNX Runtime's own quantizer rounds a tensor for all that read it, the skip
-connections among them, or repeats the pair for each reader; and it holds the whole model in memory twice.
+A pair is a ``QuantizeLinear`` and a ``DequantizeLinear``. Each tensor that such layers read has one pair, which these
+layers share; no other node reads the quantized value. So the residual stream and the cached features keep the graph's
+precision, and the cut finds the same joins. ONNX Runtime's quantizer quantizes a tensor for all its readers, including
+skip connections, or repeats the pair for each reader; it also holds the whole model in memory twice.
 
-Weights are stored rounded, symmetric and per output channel: a quarter of the bytes of fp32.
+Weights are stored quantized, symmetric and per output channel, in a quarter of the bytes of fp32.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 _LARGEST_FP8 = 448.0  # of float8e4m3fn
 
-# What reads the latent and writes the noise prediction, and what all layers take from the timestep and the size: small,
-# and a fault in it is a fault everywhere.
+# Layers that read the latent or write the noise prediction, and the embeddings of timestep and size, which all layers
+# read. They are small, and their errors spread through the whole UNet.
 ALWAYS_HIGH_PRECISION = ("conv_in", "conv_out", "time_*", "*time_emb_proj*", "class_embedding*", "add_embedding*")
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a graph is rounded.
+    """Quantization scheme of a graph.
 
     Attributes:
-        name: as ``--precision`` takes it.
-        base: precision of the graph around the rounded layers.
-        activations: ``uint8`` with a zero point, ``int8`` without, or ``float8e4m3fn``.
-        outputs: whether what a convolution writes is rounded too.
+        name: its value for ``--precision``.
+        base: precision of the graph around the quantized layers.
+        activations: ``uint8`` with a zero point, ``int8`` without a zero point, or ``float8e4m3fn``.
+        outputs: whether the outputs of convolutions are quantized too.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Scheme:
 
     @property
     def label(self) -> str:
-        """Tells the graphs of different schemes apart."""
+        """Name that differs between schemes, for file names."""
         return self.name + ("" if self.base == "fp32" else f"-{self.base}") + ("-outputs" if self.outputs else "")
 
     @property
@@ -66,9 +66,9 @@ class Layer:
     """A convolution or linear layer.
 
     Attributes:
-        name: of the module in PyTorch.
-        weight: initializer.
-        input, output: the tensors that it reads and writes.
+        name: name of the module in PyTorch.
+        weight: name of the initializer with its weight.
+        input, output: names of the tensors that it reads and writes.
     """
 
     name: str
@@ -78,15 +78,15 @@ class Layer:
 
 
 def find_layers(model: ir.Model) -> list[Layer]:
-    """Every layer with a weight of its own, in the graph's order."""
+    """Return all layers with a weight of their own, in the graph's order."""
     return [_layer(node) for node in model.graph if _is_layer(node)]
 
 
 def high_precision_layers(layers: Iterable[Layer], patterns: Sequence[str] = ()) -> set[str]:
-    """The names of the layers to keep higher: those that always are, and those that the patterns match.
+    """Return the names of the layers to leave unquantized: ``ALWAYS_HIGH_PRECISION``, and those that patterns match.
 
     Args:
-        patterns: as in file names, e.g. ``"mid_block*"``.
+        patterns: patterns as for file names, e.g. ``"mid_block*"``.
 
     Raises:
         ModelError: a pattern matches no layer.
@@ -99,45 +99,49 @@ def high_precision_layers(layers: Iterable[Layer], patterns: Sequence[str] = ())
 
 
 def quantize(graph: Path, out: Path, scheme: Scheme, ranges: Mapping[str, Range], names: Collection[str]) -> None:
-    """Write the graph with these layers rounded, and its weights beside it.
+    """Write a copy of the graph with these layers quantized, and its weights file.
 
     Args:
         graph: ONNX file of the export.
-        out: the ONNX file to write, in another directory.
-        ranges: of the tensors that these layers read, and write if the scheme rounds outputs.
-        names: of the layers to round.
+        out: ONNX file to write, in another directory.
+        ranges: ranges of the tensors that these layers read, and that they write if the scheme quantizes outputs.
+        names: names of the layers to quantize.
     """
     import onnx_ir as ir
 
     from ..trace.convert import WEIGHTS_FILE
 
     model = ir.load(graph)
-    _Rewriter(model, scheme, ranges).rewrite(names)
+    _QdqRewriter(model, scheme, ranges).rewrite(names)
     out.parent.mkdir(parents=True, exist_ok=True)
     ir.save(model, out, external_data=WEIGHTS_FILE)
 
 
-def shadow(graph: Path, out: Path, scheme: Scheme, ranges: Mapping[str, Range], names: Collection[str]) -> list[str]:
-    """Write the graph with a rounded twin beside each of these layers, which nothing else reads.
+def write_error_graph(
+    graph: Path, out: Path, scheme: Scheme, ranges: Mapping[str, Range], names: Collection[str]
+) -> list[str]:
+    """Write a copy of the graph that measures the error of each quantized layer.
+
+    Each of these layers gets a quantized copy, whose output only the measurement reads. The outputs of the graph are,
+    for each layer, the sum of squares of the layer's output and the sum of squares of the copy's difference from it.
 
     Args:
-        out: an ONNX file in the graph's directory: it uses the same weights.
+        out: ONNX file to write, in the graph's directory, because it refers to the same weights.
 
     Returns:
-        Names of the layers in the order of the file's outputs: for each the sum of squares of what it computes, then
-        that of the twin's difference from it.
+        The names of the layers in the order of the outputs.
     """
     import onnx_ir as ir
 
     model = ir.load(graph)
     while model.graph.outputs:
         model.graph.outputs.pop()
-    order = _Rewriter(model, scheme, ranges).add_twins(names)
+    order = _QdqRewriter(model, scheme, ranges).add_quantized_copies(names)
     ir.save(model, out)
     return order
 
 
-class _Rewriter:
+class _QdqRewriter:
     """Adds Q/DQ pairs to a model."""
 
     def __init__(self, model: ir.Model, scheme: Scheme, ranges: Mapping[str, Range]) -> None:
@@ -160,7 +164,7 @@ class _Rewriter:
             if not value.uses():
                 self._graph.initializers.pop(str(value.name))
 
-    def add_twins(self, names: Collection[str]) -> list[str]:
+    def add_quantized_copies(self, names: Collection[str]) -> list[str]:
         import onnx_ir as ir
 
         order = []
@@ -168,7 +172,7 @@ class _Rewriter:
             exact = node.outputs[0]
             weight = node.inputs[1]
             assert weight is not None
-            inputs = [self._activation(node.inputs[0]), self._rounded_at_run_time(node, weight), *node.inputs[2:]]
+            inputs = [self._activation(node.inputs[0]), self._weight_at_run_time(node, weight), *node.inputs[2:]]
             twin = ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=1)
             difference = ir.node("Sub", [exact, twin.outputs[0]])
             nodes = [twin, difference]
@@ -190,12 +194,12 @@ class _Rewriter:
     def _replace_output(self, value: ir.Value) -> None:
         uses = list(value.uses())
         rounded = self._activation(value)
-        self._activations[rounded] = rounded  # a layer that reads it needs no other pair
+        self._activations[rounded] = rounded  # layers that read the rounded value need no further pair
         for use in uses:
             use.node.replace_input_with(use.idx, rounded)
 
     def _activation(self, value: ir.Value | None) -> ir.Value:
-        """The tensor after its pair, which stands right behind what computes it."""
+        """Return a tensor behind its pair, which is inserted directly after the tensor's producer."""
         import numpy as np
 
         assert value is not None
@@ -215,7 +219,7 @@ class _Rewriter:
         return pair[1].outputs[0]
 
     def _weight(self, node: ir.Node, weight: ir.Value) -> ir.Value:
-        """The stored weight, rounded, behind its DequantizeLinear."""
+        """Store a quantized weight, and return the output of its ``DequantizeLinear``."""
         import numpy as np
         import onnx_ir as ir
 
@@ -236,8 +240,8 @@ class _Rewriter:
         self._weights[weight] = back.outputs[0]
         return back.outputs[0]
 
-    def _rounded_at_run_time(self, node: ir.Node, weight: ir.Value) -> ir.Value:
-        """The same of the weight as it is, so that no other is stored."""
+    def _weight_at_run_time(self, node: ir.Node, weight: ir.Value) -> ir.Value:
+        """Return a weight behind a pair that quantizes it at run time, so that no second copy is stored."""
         import numpy as np
 
         if weight in self._weights:
@@ -307,14 +311,14 @@ def _layer(node: ir.Node) -> Layer:
 
 
 def _channels(node: ir.Node, dims: int) -> int:
-    """The weight's axis of output channels."""
+    """Return the axis of output channels of a layer's weight."""
     if node.op_type == "Conv" or (node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1):
         return 0
     return dims - 1
 
 
 def _encode(within: Range, scheme: Scheme) -> tuple[float, int]:
-    """A tensor's step and zero point."""
+    """Return step and zero point of a tensor with this range."""
     if scheme.floating:
         return max(within.largest, 1e-6) / _LARGEST_FP8, 0
     if scheme.symmetric:
@@ -324,7 +328,7 @@ def _encode(within: Range, scheme: Scheme) -> tuple[float, int]:
 
 
 def _up(exact: Any, dtype: str) -> Any:
-    """Rounded up to the dtype, so that the largest value is not clipped."""
+    """Round a scale up to the dtype, so that the largest value is not clipped."""
     import numpy as np
 
     exact = np.asarray(exact, np.float64)

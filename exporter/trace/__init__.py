@@ -1,0 +1,1 @@
+"""Tracing of PyTorch networks and their conversion to ONNX."""

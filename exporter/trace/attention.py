@@ -1,6 +1,6 @@
-"""Attention of another kind than the UNet's own: set before the trace, since nobody can change an engine's layers.
+"""Kinds of attention that replace the UNet's own. They are set before the trace, as engines have fixed layers.
 
-A new kind is one class, made when a UNet is loaded, and one line in ``ATTENTION``.
+A new kind is one function that returns a processor, and one line in ``ATTENTION``.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ CROSS_FRAME = "cross-frame"
 
 
 def cross_frame() -> Any:
-    """Each frame attends to the first one, as in Text2Video-Zero (arXiv 2303.13439, section 3.2).
+    """Return a processor with which each frame attends to the first, as in Text2Video-Zero (arXiv 2303.13439, 3.2).
 
-    The batch is [2 * frames]: the frames without the prompt, then those with it. The same as diffusers'
-    ``CrossFrameAttnProcessor2_0(batch_size=2)``, for a number of frames that is known only when it runs.
+    The batch is [2 * frames]: the frames without the prompt, then the frames with the prompt. It computes the same as
+    diffusers' ``CrossFrameAttnProcessor2_0(batch_size=2)``, and the number of frames may stay symbolic.
     """
     from diffusers.models.attention_processor import AttnProcessor2_0
 
@@ -34,12 +34,12 @@ def cross_frame() -> Any:
 
 
 ATTENTION: Mapping[str, Callable[[], Any]] = {CROSS_FRAME: cross_frame}
-"""From the name of a kind to what makes its processor."""
+"""Factories of attention processors by the name of their kind."""
 
 PIPELINES: Mapping[str, str] = {"TextToVideoZeroPipeline": CROSS_FRAME}
-"""diffusers' pipelines that set a kind on their UNet when they are called."""
+"""diffusers' pipelines that set a kind of attention on their UNet when they are called."""
 
 PROCESSORS: Mapping[str, frozenset[str]] = {
     CROSS_FRAME: frozenset({"CrossFrameAttnProcessor", "CrossFrameAttnProcessor2_0"})
 }
-"""diffusers' own classes of each kind."""
+"""diffusers' own processor classes by kind."""

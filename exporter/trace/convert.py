@@ -1,6 +1,6 @@
-"""From a PyTorch program to an ONNX model whose weights keep their parameters' names.
+"""Conversion of a PyTorch program to an ONNX model whose initializers are named after PyTorch's parameters.
 
-A linear layer's weight is stored as ``MatMul`` wants it, transposed; the parameter map keeps the way back.
+The weight of a linear layer is stored transposed, as ``MatMul`` reads it; the parameter map records that.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ WEIGHTS_FILE = "weights.data"
 def to_onnx(
     program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], opset: int, prefix: str
 ) -> tuple[ir.Model, dict[str, Parameter]]:
-    """The program as an ONNX model, and where its parameters went.
+    """Convert a program to an ONNX model, and return the model with its parameter map.
 
     Args:
-        inputs, outputs: names for them.
-        prefix: of the parameters' names, which is left out.
+        program: changed in place; not usable afterwards.
+        inputs, outputs: names for the model's inputs and outputs.
+        opset: version of the default ONNX domain.
+        prefix: prefix to remove from the names of parameters.
     """
     import torch
 
@@ -48,27 +50,27 @@ def to_onnx(
         )
     assert onnx_program is not None
     model = onnx_program.model
-    _promote_joined(model)
+    _promote_concats(model)
     parameters = _lay_out_weights(model, prefix)
-    with _weights_aside(model, parameters), quiet():
+    with _hidden_weights(model, parameters), quiet():
         simplify(model)
     used = {name: parameter for name, parameter in parameters.items() if name in model.graph.initializers}
     return model, used
 
 
 def save(model: ir.Model, path: Path, name: str) -> None:
-    """Write a model with its weights beside it, and nothing of the machine that made it."""
+    """Write a model and its weights file, without any trace of the exporting machine."""
     import onnx_ir as ir
 
     model.producer_name = "offcut"
     model.graph.name = name
-    # Stack traces and scopes of the tracer: they hold paths of the exporting machine.
+    # Stack traces and scopes from the tracer contain paths of the exporting machine.
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
     for value in [*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs]:
         value.metadata_props.clear()
-    for owner in (model, model.graph):  # the program as text, in an order that changes from run to run
+    for owner in (model, model.graph):  # the program as text, whose order changes from run to run
         owner.metadata_props.clear()
     (path.parent / WEIGHTS_FILE).unlink(missing_ok=True)
     ir.save(model, path, external_data=WEIGHTS_FILE)
@@ -76,7 +78,7 @@ def save(model: ir.Model, path: Path, name: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporter's notes about its own internals from the user."""
+    """Suppress warnings and log messages about the internals of PyTorch's exporter."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -88,32 +90,32 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _promote_joined(model: ir.Model) -> None:
-    """Cast what a ``Concat`` joins to one dtype. PyTorch promotes it; its ONNX exporter (2.13) leaves that out.
+def _promote_concats(model: ir.Model) -> None:
+    """Cast the inputs of each ``Concat`` to one dtype: PyTorch promotes them, its ONNX exporter (2.13) does not.
 
-    In SDXL the pooled text embedding, of the UNet's precision, is joined with embedded sizes in float32.
+    SDXL concatenates the pooled text embedding, which has the UNet's precision, with embedded sizes in float32.
     """
     import onnx_ir as ir
 
     for node in list(model.graph):
-        joined = node.outputs[0].dtype
-        if node.op_type != "Concat" or joined is None:
+        dtype = node.outputs[0].dtype
+        if node.op_type != "Concat" or dtype is None:
             continue
         for index, value in enumerate(node.inputs):
-            if value is None or value.dtype in (None, joined):
+            if value is None or value.dtype in (None, dtype):
                 continue
-            cast = ir.Node("", "Cast", [value], attributes={"to": ir.AttrInt64("to", joined)})
+            cast = ir.Node("", "Cast", [value], attributes={"to": ir.AttrInt64("to", dtype)})
             cast.outputs[0].name = f"{node.outputs[0].name}_input_{index}"
-            cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(joined)
+            cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(dtype)
             model.graph.insert_before(node, cast)
             node.replace_input_with(index, cast.outputs[0])
 
 
 def _lay_out_weights(model: ir.Model, prefix: str) -> dict[str, Parameter]:
-    """Store each weight as its consumer reads it, under the parameter's own name, and keep the map back.
+    """Store each weight as its consumers read it, under the parameter's name, and return the parameter map.
 
-    A weight that is only ever read through a transposition is stored transposed. The copy is made while it is
-    written, one weight at a time, so that exporting takes little more memory than the weights.
+    A weight whose only consumers are transpositions is stored transposed. The transposed copy is made when the file is
+    written, one weight at a time, so that an export needs little more memory than the weights.
     """
     import onnx_ir as ir
 
@@ -122,7 +124,7 @@ def _lay_out_weights(model: ir.Model, prefix: str) -> dict[str, Parameter]:
     for value in list(graph.initializers.values()):
         name = str(value.name)
         if not name.startswith(prefix):
-            continue  # a constant that the exporter made
+            continue  # a constant from the exporter
         bare = name.removeprefix(prefix)
         nodes = [use.node for use in value.uses()]
         transposed = bool(nodes) and all(_swaps_last_two(node) for node in nodes)
@@ -163,8 +165,8 @@ def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
 
 
 @contextmanager
-def _weights_aside(model: ir.Model, names: Iterable[str]) -> Iterator[None]:
-    """Hide the weights from ``simplify``, which would otherwise fold and merge them out of the parameter map."""
+def _hidden_weights(model: ir.Model, names: Iterable[str]) -> Iterator[None]:
+    """Turn weights into inputs meanwhile, because ``simplify`` would fold or merge initializers."""
     graph = model.graph
     weights = {name: graph.initializers[name] for name in names}
     constants = {name: value.const_value for name, value in weights.items()}

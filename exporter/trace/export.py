@@ -1,8 +1,8 @@
-"""From a UNet in memory to one ONNX file with its weights beside it.
+"""Export of a UNet from PyTorch to one ONNX file and one weights file in the same directory.
 
-The UNet is exported once, with ``torch.export`` and PyTorch's ONNX exporter, and its weights are written once. A
-linear layer's weight is stored as ``MatMul`` wants it, transposed; the parameter map keeps the way back, for swapping
-LoRA weights and for refitting engines.
+The UNet is exported once, with ``torch.export`` and PyTorch's ONNX exporter. The weight of a linear layer is stored
+transposed, as ``MatMul`` reads it. The parameter map records the transpositions, because swapping LoRA weights and
+refitting engines start from PyTorch's layout.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ..families import NOISE_PRED, Family, downsampling, example_dims, example_i
 from ..ip_adapter import IPAdapter
 from ..load import PRECISIONS, ModelSource, load_unet, locate
 from ..specs import Factors, TensorSpec, factors, symbols
-from . import video
-from .convert import WEIGHTS_FILE, quiet, save, to_onnx
+from .convert import WEIGHTS_FILE, save, to_onnx
 from .parameters import Parameter, read_parameters
+from .program import export_program
 from .reference import REFERENCE_FILE, write_reference
 
 if TYPE_CHECKING:
@@ -34,26 +34,23 @@ GRAPH_FILE = "unet.onnx"
 PARAMETERS_FILE = "parameters.json"
 SAMPLE = "sample"
 
-# diffusers calls .contiguous() from batch 64 on, which torch.export takes for another program. The graph is the same.
-_LARGEST_TRACED_BATCH = 63
-
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class ExportedUNet:
-    """A UNet as an ONNX file.
+    """A UNet exported to an ONNX file.
 
     Attributes:
         path: the ONNX file.
-        weights: the file with its weights, in the same directory.
-        inputs: by name, in the graph's order.
-        outputs: ``noise_pred``.
-        parameters: PyTorch parameter name -> initializer.
-        reference: the file with inputs and what eager PyTorch made of them.
+        weights: the weights file, in the same directory.
+        inputs: specs by name, in the graph's order.
+        outputs: the spec of ``noise_pred``.
+        parameters: where each PyTorch parameter is stored, by its name.
+        reference: file with example inputs and the output of eager PyTorch for them.
         precision: ``fp32``, ``fp16`` or ``bf16``.
-        opset: of the default ONNX domain.
-        multiple: the latent's height and width must be multiples of it.
+        opset: version of the default ONNX domain.
+        multiple: number that the latent's height and width must be a multiple of.
     """
 
     path: Path
@@ -82,19 +79,20 @@ def export(
     attention: str | None = None,
     progress: Progress = lambda step: None,
 ) -> ExportedUNet:
-    """Export a model's UNet into a directory: ``unet.onnx``, ``weights.data``, ``parameters.json``,
-    ``reference.safetensors``.
+    """Export a model's UNet to ONNX.
+
+    The files are ``unet.onnx``, ``weights.data``, ``parameters.json`` and ``reference.safetensors``.
 
     Args:
-        model: a hub id, a diffusers directory, or what ``locate`` gave.
-        out: the directory; made if it is not there.
-        precision: of weights and computation. fp16 and bf16 can cost image quality.
-        opset: of the ONNX file.
-        dims: fixes dimensions (``{"batch": 2, "height": 64}``); those left out stay dynamic.
-        adapters: of ``residuals.ADAPTERS``; gives the graph the inputs that a ControlNet or T2I-Adapter fills.
-        ip_adapters: to build into the UNet.
+        model: a hub id, a diffusers directory, or the result of ``locate``.
+        out: output directory, created if it does not exist.
+        precision: precision of weights and computation. fp16 and bf16 can cost image quality.
+        opset: version of the default ONNX domain.
+        dims: dimensions to fix, e.g. ``{"batch": 2, "height": 64}``; all others stay dynamic.
+        adapters: names from ``residuals.ADAPTERS``; adds the inputs that a ControlNet or T2I-Adapter fills.
+        ip_adapters: IP-Adapters to build into the UNet.
         revision, variant, subfolder: as in diffusers.
-        attention: ``"cross-frame"`` for Text2Video-Zero; None for what the model's own pipeline uses.
+        attention: ``"cross-frame"`` for Text2Video-Zero; None for the attention of the model's own pipeline.
         progress: called with the name of each stage as it begins.
 
     Raises:
@@ -125,7 +123,7 @@ def export(
         opset=opset,
         dims=dims,
         adapters=adapters,
-        pairs=source.attention is not None,
+        even_batch=source.attention is not None,
         progress=progress,
     )
 
@@ -140,39 +138,39 @@ def trace(
     opset: int = DEFAULT_OPSET,
     dims: Mapping[str, int] | None = None,
     adapters: Sequence[str] = (),
-    pairs: bool = False,
+    even_batch: bool = False,
     progress: Progress = lambda step: None,
 ) -> ExportedUNet:
-    """Export this UNet; see ``export``. Its weights must already have the precision.
+    """Export a UNet in memory, whose weights already have the precision; see ``export``.
 
     Args:
-        pairs: whether the batch is even, as attention between the images of each half needs it.
+        even_batch: whether the batch is always even, as attention between the images of each half requires.
     """
     if opset not in OPSETS:
         raise ModelError(f"opset {opset} is not supported; choose {OPSETS.start} to {OPSETS.stop - 1}")
     fixed = dict(dims or {})
     specs = family.specs(config, PRECISIONS[precision], adapters)
-    if pairs and fixed.get("batch", 2) % 2:
+    if even_batch and fixed.get("batch", 2) % 2:
         raise ModelError(f"cross-frame attention needs two halves of a batch, not {fixed['batch']}: fix an even one")
-    if wrong := sorted(name for name, size in fixed.items() if name not in symbols(specs) or size < 1):
+    if invalid := sorted(name for name, size in fixed.items() if name not in symbols(specs) or size < 1):
         known = ", ".join(symbols(specs))
-        raise ModelError(f"dims: {', '.join(wrong)} cannot be fixed; give a size of at least 1 for any of {known}")
+        raise ModelError(f"dims: {', '.join(invalid)} cannot be fixed; give a size of at least 1 for any of {known}")
     multiple = downsampling(config)
     for side in ("height", "width"):
         if fixed.get(side, 0) % multiple:
             raise ModelError(f"the latent's {side} cannot be {fixed[side]}: this UNet needs a multiple of {multiple}")
     family.check_limits(config, fixed)
     out.mkdir(parents=True, exist_ok=True)
-    examples = {**example_dims(config, pairs), **fixed}
+    examples = {**example_dims(config, even_batch), **fixed}
 
     progress("trace")
-    write_reference(unet, family, specs, examples, out / REFERENCE_FILE)
-    program = export_program(unet, family, specs, examples, fixed, multiple, pairs)
+    write_reference(unet, family, example_inputs(specs, examples), out / REFERENCE_FILE)
+    program = export_program(unet, family, specs, examples, fixed, multiple, even_batch)
     progress("convert")
     noise = family.noise(config, specs[0].dtype).fixed(fixed)
     model, parameters = to_onnx(program, [spec.name for spec in specs], [NOISE_PRED], opset, "unet.")
     del program
-    _measure_the_sample(model, specs)
+    _read_sizes_from_sample(model, specs)
     _name_dims(model, specs, noise, fixed)
     progress("save")
     save(model, out / GRAPH_FILE, "unet")
@@ -230,85 +228,11 @@ def _described(
     )
 
 
-def export_program(
-    unet: torch.nn.Module,
-    family: Family,
-    specs: tuple[TensorSpec, ...],
-    dims: Mapping[str, int],
-    fixed: Mapping[str, int],
-    multiple: int,
-    pairs: bool = False,
-) -> torch.export.ExportedProgram:
-    """The UNet as a PyTorch program with flat inputs and symbolic shapes.
+def _read_sizes_from_sample(model: ir.Model, specs: tuple[TensorSpec, ...]) -> None:
+    """Make the graph read sizes from the sample where PyTorch's exporter reads them from another input.
 
-    Args:
-        dims: of the example inputs that the UNet is traced with.
-        fixed: the dimensions to leave static.
-        multiple: that symbolic height and width are a multiple of.
-        pairs: whether the batch is even.
-    """
-    import torch
-
-    names = [spec.name for spec in specs]
-    left_open = [spec.fixed(fixed) for spec in specs]
-    moving = family.is_video
-
-    class Flat(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.unet = unet
-
-        def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-            arguments = family.arguments(dict(zip(names, tensors, strict=True))) | {"return_dict": False}
-            output = (video.call(self.unet, left_open, tensors, **arguments) if moving else self.unet(**arguments))[0]
-            assert isinstance(output, torch.Tensor)
-            return output
-
-    symbol = dim_symbols(multiple, largest_batch=_LARGEST_TRACED_BATCH, moving=moving, pairs=pairs)
-    dynamic = tuple(
-        {axis: symbol(dim) for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in left_open
-    )
-    examples = tuple(example_inputs(specs, dims).values())
-    with torch.no_grad(), quiet():
-        return torch.export.export(Flat().eval(), examples, dynamic_shapes=(dynamic,), strict=False)
-
-
-def dim_symbols(
-    multiple: int, largest_batch: int | None = None, moving: bool = False, pairs: bool = False
-) -> Callable[[str], Any]:
-    """From a dimension of a ``TensorSpec``, ``"height"`` or ``"height/4"``, to PyTorch's symbol for it.
-
-    Args:
-        multiple: that height and width are a multiple of; no divisor is larger.
-        largest_batch: None for no limit.
-        moving: of a video UNet, whose batch and frames PyTorch relates by itself: its named symbols know no products.
-        pairs: whether the batch is even.
-    """
-    import torch
-
-    units = {side: torch.export.Dim(f"_{side}") for side in ("height", "width")}
-    batch = torch.export.Dim("batch", max=largest_batch)
-    if pairs:
-        batch = 2 * torch.export.Dim("_pairs", max=largest_batch and largest_batch // 2)
-    whole = {"batch": batch, "sequence": torch.export.Dim("sequence")}
-
-    def symbol(dim: str) -> Any:
-        parts = factors(dim)
-        name = parts.symbols[0]
-        if name == "frames" or len(parts.symbols) > 1 or (moving and name == "batch"):
-            return torch.export.Dim.DYNAMIC
-        if name in whole:
-            return whole[name]
-        factor = multiple // parts.divisor
-        return units[name] if factor == 1 else factor * units[name]
-
-    return symbol
-
-
-def _measure_the_sample(model: ir.Model, specs: tuple[TensorSpec, ...]) -> None:
-    """Read sizes off the sample, where the exporter took another input for its size, such as a residual.
-
-    It takes any input that has the size; a shallow graph would then need that input for its shape alone.
+    The exporter reads a size from any input that has it, such as a residual. A shallow graph would then need that input
+    for its shape alone.
     """
     import onnx_ir as ir
 
@@ -316,7 +240,7 @@ def _measure_the_sample(model: ir.Model, specs: tuple[TensorSpec, ...]) -> None:
     axes = {dim: axis for axis, dim in enumerate(specs[0].shape) if isinstance(dim, str)}
     shapes = {spec.name: spec.shape for spec in specs[1:]}
 
-    def made(before: ir.Node, kind: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
+    def computed(before: ir.Node, kind: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
         node = ir.node(kind, inputs, attributes)
         node.outputs[0].name = f"{before.outputs[0].name}_{len(model.graph)}"
         model.graph.insert_before(before, node)
@@ -326,29 +250,31 @@ def _measure_the_sample(model: ir.Model, specs: tuple[TensorSpec, ...]) -> None:
         value = node.inputs[0] if node.op_type == "Shape" else None
         if value is None or value.name not in shapes or not value.is_graph_input():
             continue
-        measured = shapes[value.name]
+        shape = shapes[value.name]
         bounds = [node.attributes[name].as_int() if name in node.attributes else None for name in ("start", "end")]
-        dims = measured[slice(*bounds)]
-        taken = [Factors(dim, (), 1) if isinstance(dim, int) else factors(dim) for dim in dims]
-        if not all(symbol in axes for part in taken for symbol in part.symbols):
-            continue  # the text's length
-        parts = []
-        for each in taken:
-            sizes = [made(node, "Shape", [sample], start=axes[name], end=axes[name] + 1) for name in each.symbols]
-            if each.number != 1 or not sizes:
-                sizes.append(made(node, "Constant", [], value_ints=[each.number]))
+        dims = shape[slice(*bounds)]
+        dim_factors = [Factors(dim, (), 1) if isinstance(dim, int) else factors(dim) for dim in dims]
+        if not all(symbol in axes for part in dim_factors for symbol in part.symbols):
+            continue  # the sample does not have this size, e.g. the length of the text
+        sizes_by_dim = []
+        for part in dim_factors:
+            sizes = [computed(node, "Shape", [sample], start=axes[name], end=axes[name] + 1) for name in part.symbols]
+            if part.number != 1 or not sizes:
+                sizes.append(computed(node, "Constant", [], value_ints=[part.number]))
             size = sizes[0]
             for other in sizes[1:]:
-                size = made(node, "Mul", [size, other])
-            if each.divisor != 1:
-                size = made(node, "Div", [size, made(node, "Constant", [], value_ints=[each.divisor])])
-            parts.append(size)
-        node.outputs[0].replace_all_uses_with(parts[0] if len(parts) == 1 else made(node, "Concat", parts, axis=0))
+                size = computed(node, "Mul", [size, other])
+            if part.divisor != 1:
+                size = computed(node, "Div", [size, computed(node, "Constant", [], value_ints=[part.divisor])])
+            sizes_by_dim.append(size)
+        node.outputs[0].replace_all_uses_with(
+            sizes_by_dim[0] if len(sizes_by_dim) == 1 else computed(node, "Concat", sizes_by_dim, axis=0)
+        )
         model.graph.remove(node, safe=True)
 
 
 def _name_dims(model: ir.Model, specs: tuple[TensorSpec, ...], noise: TensorSpec, fixed: Mapping[str, int]) -> None:
-    """Call the inputs' and the output's symbolic dimensions batch, frames, height, width and sequence."""
+    """Name the symbolic dimensions of the inputs and the output batch, frames, height, width and sequence."""
     import onnx_ir as ir
 
     shapes = {spec.name: spec.fixed(fixed).shape for spec in specs}
@@ -357,7 +283,7 @@ def _name_dims(model: ir.Model, specs: tuple[TensorSpec, ...], noise: TensorSpec
         value.shape = ir.Shape(dims)
     output = model.graph.outputs[0]
     output.shape = ir.Shape(noise.shape)
-    # Inner shapes hold the tracer's own symbols (8*s16), which no longer agree with those names.
+    # Shapes of inner values hold the tracer's own symbols (8*s16), which do not match these names.
     for node in model.graph:
         for value in node.outputs:
             if value is not output and value.shape is not None and not value.shape.is_static():

@@ -1,4 +1,4 @@
-"""Where a UNet's parameters went in its export, and the way back: from the files to PyTorch's parameters."""
+"""The parameter map of an export: which initializer holds each PyTorch parameter, and how to read it back."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ _DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Parameter:
-    """Where a PyTorch parameter went: the initializer's name, and whether it is stored transposed."""
+    """Where a PyTorch parameter is stored: the initializer's name, and whether its matrix is transposed."""
 
     initializer: str
     transposed: bool
 
 
 def read_parameters(path: Path) -> dict[str, Parameter]:
-    """The parameter map of an export, from its file."""
-    listed = json.loads(path.read_text(encoding="utf-8"))
-    return {name: Parameter(**place) for name, place in listed.items()}
+    """Read the parameter map of an export from its file."""
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    return {name: Parameter(**entry) for name, entry in entries.items()}
 
 
 class StoredWeights:
-    """An export's weights by the names of PyTorch's parameters. One at a time is read; the file stays where it is.
+    """An export's weights by the names of PyTorch's parameters, read from disk one at a time.
 
     Attributes:
-        shapes: of PyTorch's parameters by name.
+        shapes: shapes of PyTorch's parameters by name.
     """
 
     def __init__(self, graph: Path, parameters: Path) -> None:
         """
         Args:
-            graph: the full graph's ONNX file, its weights beside it.
-            parameters: the file with the parameter map of its export.
+            graph: ONNX file of the full graph, with its weights in the same directory.
+            parameters: file with the parameter map of its export.
         """
         import onnx_ir as ir
 
@@ -54,10 +54,10 @@ class StoredWeights:
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """A parameter as PyTorch has it, in the export's dtype, in memory of its own.
+        """Return a copy of a parameter in PyTorch's layout and the export's dtype.
 
         Raises:
-            ModelError: it is stored in another form, as rounded weights are.
+            ModelError: the parameter is stored quantized.
         """
         import torch
 

@@ -1,6 +1,7 @@
-"""What eager PyTorch computes for a few inputs, kept beside the export: any engine can be held against it, anywhere.
+"""Reference outputs: what the model computes for a few inputs, stored next to an export to verify engines against.
 
-Of ONNX that was made elsewhere it is what ONNX Runtime computes with the untouched file.
+The reference of an export from PyTorch is eager PyTorch's output; that of foreign ONNX is ONNX Runtime's output of the
+unchanged file.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..families import Family, example_inputs
-from ..specs import TensorSpec
+from ..families import Family
 
 if TYPE_CHECKING:
     import torch
@@ -22,44 +22,37 @@ _OUTPUT = "noise_pred"
 
 @dataclass(frozen=True)
 class Reference:
-    """Inputs of the UNet by name, and ``noise_pred`` as the model computed it in the export's precision."""
+    """A UNet's inputs by name, and the ``noise_pred`` that the model computes for them in the export's precision."""
 
     inputs: Mapping[str, torch.Tensor]
     noise_pred: torch.Tensor
 
 
-def write_reference(
-    unet: torch.nn.Module, family: Family, specs: tuple[TensorSpec, ...], dims: Mapping[str, int], path: Path
-) -> None:
-    """Run the UNet once at these dimensions, where it is and in its own precision, and keep inputs and output."""
-    write_answer(unet, family, example_inputs(specs, dims), path)
-
-
-def write_answer(unet: torch.nn.Module, family: Family, inputs: Mapping[str, torch.Tensor], path: Path) -> None:
-    """The same for inputs that are there."""
+def write_reference(unet: torch.nn.Module, family: Family, inputs: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Run a UNet once, on its device and in its precision, and write the inputs and the output to a file."""
     import torch
 
     weight = next(unet.parameters())
     halves = (torch.float16, torch.bfloat16)
-    given = {
+    converted = {
         name: tensor.to(weight.device, weight.dtype if tensor.dtype in halves else tensor.dtype)
         for name, tensor in inputs.items()
     }
     with torch.no_grad():
-        noise_pred = unet(**family.arguments(given), return_dict=False)[0].cpu()
+        noise_pred = unet(**family.arguments(converted), return_dict=False)[0].cpu()
     save_reference(inputs, noise_pred, path)
 
 
 def save_reference(inputs: Mapping[str, torch.Tensor], noise_pred: torch.Tensor, path: Path) -> None:
-    """Write inputs and output to a file."""
+    """Write a UNet's inputs and its output to a file."""
     from safetensors.torch import save
 
-    # save_file would hide a full disk in an error of its own, and keep other users from reading.
+    # save_file would raise an error of its own for a full disk, and write a file that other users cannot read.
     path.write_bytes(save({**inputs, _OUTPUT: noise_pred.contiguous()}))
 
 
 def read_reference(path: Path) -> Reference:
-    """What ``write_reference`` kept."""
+    """Read the file that ``write_reference`` wrote."""
     from safetensors.torch import load_file
 
     tensors = load_file(path)

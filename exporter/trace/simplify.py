@@ -1,4 +1,4 @@
-"""An exported ONNX graph made simpler: constants computed, what does nothing or stands twice left out."""
+"""Simplification of exported ONNX graphs: constants are folded, and no-ops and duplicates are removed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 _ROUNDS = 2
 
-# Of onnxscript's rules those that it applies by default, but for those on integer convolutions, of which an export has
-# none, and for ``slice_split_rule``: that has two results, for which onnxscript goes through the whole graph at each
-# node. It took a third of the time of exporting SDXL, and a UNet has nothing that it fits.
+# The rules that onnxscript applies by default, with two exceptions. Exports have no integer convolutions, so the rules
+# for these are left out. ``slice_split_rule`` has two outputs, for which onnxscript searches the whole graph at each
+# node: it took a third of the time of exporting SDXL, and never applies to a UNet.
 _COMMUTING = ("mul_by_1", "add_0")
 _RULES = (
     *("sub_0", "div_by_1", "dropout_zero", "dropout_inference"),
@@ -32,7 +32,7 @@ _RULES = (
 
 
 def simplify(model: ir.Model) -> None:
-    """As ``onnxscript.optimizer.optimize_ir`` does, in place and in time that grows with the graph, not its square."""
+    """Do what ``onnxscript.optimizer.optimize_ir`` does, in place, in time linear in the size of the graph."""
     import onnx_ir as ir
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants_ir

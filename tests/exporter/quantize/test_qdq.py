@@ -13,7 +13,7 @@ from support.unets import largest_difference, random_inputs, run
 from offcut.errors import ModelError
 from offcut.exporter.cut import find_cuts, split
 from offcut.exporter.quantize.histogram import Range
-from offcut.exporter.quantize.qdq import Layer, Scheme, find_layers, high_precision_layers, quantize, shadow
+from offcut.exporter.quantize.qdq import Layer, Scheme, find_layers, high_precision_layers, quantize
 from offcut.exporter.trace.export import ExportedUNet
 
 from ..conftest import Family
@@ -141,7 +141,9 @@ def test_twins_measure_what_rounding_a_layer_costs(
     noise: dict[float, list[float]] = {}
     for width in (8.0, 64.0):
         graph = tmp_path / f"twins-{width}.onnx"
-        order = shadow(tmp_path / made.path.name, graph, INT8, everywhere(layers, Range(-width, width)), names)
+        order = write_error_graph(
+            tmp_path / made.path.name, graph, INT8, everywhere(layers, Range(-width, width)), names
+        )
         assert set(order) == names
         sums = run("onnxruntime", graph, inputs)
         noise[width] = [float(sums[f"{name}/error"] / sums[f"{name}/signal"]) for name in order]
