@@ -1,4 +1,4 @@
-"""Commands on graphs: export, split, cuts."""
+"""The commands on graphs: export, split, cuts."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def export(
 
 
 def split(
-    graph: Annotated[Path, typer.Argument(help="A UNet's ONNX file, whoever exported it.")],
+    graph: Annotated[Path, typer.Argument(help="ONNX file of a UNet from any exporter.")],
     cut: Annotated[str, typer.Option(help="deepcache:K, paper:K or mlperf.")] = "deepcache:0",
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Directory; the graph's own by default.")
+        Path | None, typer.Option("-o", "--output", help="Output directory; by default that of the graph.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -87,15 +87,15 @@ def split(
 
 
 def cuts(
-    model: Annotated[Path, typer.Argument(help="A UNet's ONNX file, a directory of offcut export, or a bundle.")],
-    batch: Annotated[int, typer.Option(help="Twice the images with guidance.")] = 2,
-    height: Annotated[int, typer.Option(help="Of the latent: the image's / 8 for Stable Diffusion.")] = 64,
-    width: Annotated[int, typer.Option(help="Of the latent.")] = 64,
-    sequence: Annotated[int, typer.Option(help="Text tokens.")] = 77,
-    frames: Annotated[int, typer.Option(help="Of a video.")] = 16,
+    model: Annotated[Path, typer.Argument(help="ONNX file of a UNet, output directory of offcut export, or bundle.")],
+    batch: Annotated[int, typer.Option(help="Batch of the UNet: twice the number of images with guidance.")] = 2,
+    height: Annotated[int, typer.Option(help="Height of the latent: the image's / 8 for Stable Diffusion.")] = 64,
+    width: Annotated[int, typer.Option(help="Width of the latent.")] = 64,
+    sequence: Annotated[int, typer.Option(help="Number of text tokens.")] = 77,
+    frames: Annotated[int, typer.Option(help="Number of frames of a video.")] = 16,
     as_json: Json = False,
 ) -> None:
-    """List a UNet's cuts: what each caches, what its shallow graph costs, and the speed-up to expect."""
+    """List a UNet's cuts with their cached features, the cost of a shallow step, and the expected speed-up."""
     from dataclasses import asdict
 
     from ..engines.bundle.bundle import onnx_of
@@ -122,12 +122,13 @@ def cuts(
         )
     out.print(table)
     out.print(
-        "params and FLOPs: of a shallow step, beside a full one's; N: speed-up of the loop if time follows FLOPs."
+        "params and FLOPs: share of a full step that a shallow step needs. "
+        "N: speed-up at this interval if time follows FLOPs."
     )
 
 
 def _feature(spec: TensorSpec) -> str:
-    """``320 x h/2 x w/2``: channels, height and width, of the latent's."""
+    """Return the shape of a feature relative to the latent, e.g. ``320 x h/2 x w/2``."""
     return " x ".join(str(dim).replace("height", "h").replace("width", "w") for dim in spec.shape[1:])
 
 

@@ -21,7 +21,7 @@ from ...exporter.graph import infer_shapes, read
 from ...exporter.load import ModelSource, load_unet
 from ...exporter.quantize.histogram import Histogram, Range
 from ...exporter.quantize.observe import stride
-from ...exporter.quantize.qdq import Layer, Scheme, find_layers, high_precision_layers, quantize
+from ...exporter.quantize.qdq import Layer, Scheme, find_layers, high_precision_layers, quantize, write_error_graph
 from ...exporter.trace.convert import WEIGHTS_FILE
 from ...exporter.trace.export import GRAPH_FILE, PARAMETERS_FILE, ExportedUNet
 from ...exporter.trace.reference import write_reference

@@ -65,7 +65,7 @@ class ObservingPair:
         Args:
             twins: the pair of graphs of each cut.
             strides: sampling stride of each tensor to observe, by its name in the graph before the cut; see
-                ``exporter.quantize.observe``.
+                ``exporter.quantize.observe.stride``.
         """
         import torch
 

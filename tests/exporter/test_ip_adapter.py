@@ -131,7 +131,7 @@ def test_errors(model: Path, tmp_path: Path, tiny_unet_dir: Path) -> None:
     for name, message in (
         ("missing.safetensors", "cannot be read"),
         ("no.safetensors", "cannot be read"),
-        ("other.safetensors", "is no IP-Adapter"),
+        ("other.safetensors", "is not an IP-Adapter"),
         ("face.safetensors", "FaceID"),
     ):
         with pytest.raises(ModelError, match=message):

@@ -259,7 +259,7 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(offline: tuple[Path, d
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("someone/not-there", "is no directory here and could not be fetched"),
+        ("someone/not-there", "is not a local directory and could not be downloaded"),
         ("no such/hub id", "is neither a directory here nor a valid hub id"),
         ("./not/here", "is neither a directory here nor a valid hub id"),
     ],

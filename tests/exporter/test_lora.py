@@ -115,7 +115,7 @@ def test_a_lora_of_another_model_is_refused_and_nothing_changed(tiny_pipeline_di
         ({"text_encoder.a.lora_A.weight": (2, 4), "text_encoder.a.lora_B.weight": (4, 2)}, "no layers of a UNet"),
         ({"unet.conv_in.lora_A.weight": (2, 4)}, "half of a product"),
         ({"unet.conv_in.lora_A.weight": (2, 4), "unet.conv_in.lora_B.weight": (4, 3)}, "two ranks"),
-        ({"unet.conv_in.weight": (2, 4)}, "no part of a LoRA"),
+        ({"unet.conv_in.weight": (2, 4)}, "not part of a LoRA"),
     ],
 )
 def test_a_damaged_file_is_refused(
@@ -134,8 +134,8 @@ def test_a_path_that_holds_none_is_refused(tiny_pipeline_dir: Path, tmp_path: Pa
     for path, said in (
         (tmp_path / "none.safetensors", "not there"),
         (tmp_path, "holds no LoRA"),
-        (tmp_path / "lora.bin", "no safetensors file"),
-        (tmp_path / "short.safetensors", "no readable safetensors"),
+        (tmp_path / "lora.bin", "not a safetensors file"),
+        (tmp_path / "short.safetensors", "not a readable safetensors"),
     ):
         with pytest.raises(ModelError, match=said):
             read(path, config)
@@ -145,5 +145,5 @@ def test_a_scale_is_written_behind_the_file(tmp_path: Path) -> None:
     assert ScaledLora.parse("a/b.safetensors") == ScaledLora(Path("a/b.safetensors"), 1.0)
     assert ScaledLora.parse("a/b.safetensors:0.5") == ScaledLora(Path("a/b.safetensors"), 0.5)
     assert ScaledLora.parse("C:/b.safetensors") == ScaledLora(Path("C:/b.safetensors"))
-    with pytest.raises(ModelError, match="no scale"):
+    with pytest.raises(ModelError, match="not a scale"):
         ScaledLora.parse("b.safetensors:half")

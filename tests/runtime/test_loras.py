@@ -145,7 +145,7 @@ def test_a_lora_that_cannot_be_loaded_leaves_the_weights_unchanged(
     unet.load_lora(files["a"])
     before = answers(unet)
     (tmp_path / "none.safetensors").write_bytes(b"none")
-    with pytest.raises(ModelError, match="no readable safetensors"):
+    with pytest.raises(ModelError, match="not a readable safetensors"):
         unet.load_lora(tmp_path / "none.safetensors")
     with pytest.raises(UserError, match="no LoRA 'b': it has kohya"):
         unet.unload_lora("b")

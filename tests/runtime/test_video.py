@@ -152,7 +152,7 @@ def test_the_unet_has_the_signature_and_output_of_diffusers_own(name: str, cache
 
 
 @pytest.mark.parametrize(
-    ("count", "sentence"), [(9, "knows at most 8 frames, not 9: make fewer"), (1, "a video has at least 2 frames")]
+    ("count", "sentence"), [(9, "supports at most 8 frames, not 9: make fewer"), (1, "a video has at least 2 frames")]
 )
 def test_an_impossible_length_is_refused(count: int, sentence: str, loaded: Callable[[str, str], Any]) -> None:
     with pytest.raises(ShapeError, match=sentence):

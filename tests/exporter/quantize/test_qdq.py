@@ -13,7 +13,7 @@ from support.unets import largest_difference, random_inputs, run
 from offcut.errors import ModelError
 from offcut.exporter.cut import find_cuts, split
 from offcut.exporter.quantize.histogram import Range
-from offcut.exporter.quantize.qdq import Layer, Scheme, find_layers, high_precision_layers, quantize
+from offcut.exporter.quantize.qdq import Layer, Scheme, find_layers, high_precision_layers, quantize, write_error_graph
 from offcut.exporter.trace.export import ExportedUNet
 
 from ..conftest import Family

@@ -61,7 +61,7 @@ def test_more_frames_than_a_motion_module_knows_are_refused() -> None:
     config = {"_class_name": "UNetMotionModel", "motion_max_seq_length": 8}
     family = family_of(config)
     family.check_limits(config, {"frames": 8})
-    with pytest.raises(ShapeError, match="UNetMotionModel knows at most 8 frames, not 9: make fewer"):
+    with pytest.raises(ShapeError, match="UNetMotionModel supports at most 8 frames, not 9: make fewer"):
         family.check_limits(config, {"frames": 9})
 
 
