@@ -1,4 +1,4 @@
-"""The cut, on graphs of every family and on those that others wrote. Its first invariant is equality bit for bit."""
+"""The cut, on graphs of every family and on foreign graphs. Its first invariant is equality bit for bit."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def names_of(graph: object) -> list[str]:
 
 
 def assert_exact(twin: TwinGraph, inputs: dict[str, torch.Tensor], engine: str) -> torch.Tensor:
-    """Given the full graph's fresh features, the shallow graph gives the full graph's answer, bit for bit."""
+    """With the full graph's fresh features, the shallow graph computes the full graph's output bit for bit."""
     full = run(engine, twin.full, inputs)
     noise_pred = full.pop("noise_pred")
-    answer = run(engine, twin.shallow, {**inputs, **full})
-    assert list(answer) == ["noise_pred"]
+    result = run(engine, twin.shallow, {**inputs, **full})
+    assert list(result) == ["noise_pred"]
     assert torch.isfinite(noise_pred).all()
-    assert torch.equal(answer["noise_pred"], noise_pred), twin.cut.name
+    assert torch.equal(result["noise_pred"], noise_pred), twin.cut.name
     for spec in twin.cached:
         stale = {**inputs, **full, spec.name: torch.zeros_like(full[spec.name])}
         without = run(engine, twin.shallow, stale)["noise_pred"]
@@ -112,14 +112,14 @@ def test_names_of_every_convention_lead_to_one_cut(plain: Family) -> None:
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", ["deepcache:4", "paper:3", "deepcache", "deepcache:-1", "", "up_blocks.3"])
-def test_a_cut_that_is_not_there_is_refused_with_those_that_are(name: str, plain: Family) -> None:
+def test_an_unknown_cut_is_refused_with_the_names_of_all_cuts(name: str, plain: Family) -> None:
     with pytest.raises(CutError) as caught:
         split(plain.graph, name)
     assert f"no cut {name!r}" in str(caught.value)
     assert "deepcache:0, deepcache:1, deepcache:2, deepcache:3, mlperf" in str(caught.value)
 
 
-def test_no_cut_at_all_is_refused(plain: Family, tmp_path: Path) -> None:
+def test_an_empty_list_of_cuts_is_refused(plain: Family, tmp_path: Path) -> None:
     with pytest.raises(CutError, match="no cut was named: write deepcache:K, paper:K"):
         split_all(plain.graph, [], tmp_path)
 
@@ -135,7 +135,7 @@ def test_no_cut_at_all_is_refused(plain: Family, tmp_path: Path) -> None:
         ("", False),
     ],
 )
-def test_a_name_can_be_judged_before_there_is_a_graph(name: str, valid: bool) -> None:
+def test_cut_names_are_checked_without_a_graph(name: str, valid: bool) -> None:
     assert is_cut_name(name) is valid
 
 
@@ -176,7 +176,7 @@ def test_the_equality_holds_at_every_shape(
 def test_the_features_are_those_of_the_decoder_in_pytorch(
     plain: Family, twins: Callable[[str], list[TwinGraph]]
 ) -> None:
-    """What is handed out is the tensor that the up block's layer is given, before the skip is joined to it."""
+    """A cached feature is the tensor that the up block's layer receives, before the skip is joined to it."""
     from diffusers import UNet2DConditionModel
 
     inputs = random_inputs(plain.model, **SHAPE)
@@ -193,7 +193,7 @@ def test_the_features_are_those_of_the_decoder_in_pytorch(
         assert largest_difference(feature, tensor[:, : feature.shape[1]]) <= 1e-4
 
 
-def test_the_contract_is_what_the_files_say(twins: Callable[[str], list[TwinGraph]]) -> None:
+def test_the_files_declare_the_contract(twins: Callable[[str], list[TwinGraph]]) -> None:
     for twin in twins("plain"):
         full, shallow = ir.load(twin.full).graph, ir.load(twin.shallow).graph
         assert full.outputs[0].name == "noise_pred"
@@ -272,7 +272,7 @@ def test_weights_behind_a_link_are_linked_themselves(plain: Family, tmp_path: Pa
     assert_exact(twin, random_inputs(plain.model, **SHAPE), "onnxruntime")
 
 
-def test_cutting_beside_the_export_leaves_the_export_as_it_was(plain: Family, tmp_path: Path) -> None:
+def test_a_cut_in_the_exports_directory_leaves_the_export_unchanged(plain: Family, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(plain.graph.path.parent, tmp_path / "export"))
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     first, second = split(folder / "unet.onnx"), split(folder / "unet.onnx", "mlperf")
@@ -281,7 +281,7 @@ def test_cutting_beside_the_export_leaves_the_export_as_it_was(plain: Family, tm
 
 
 def test_a_full_graph_can_be_cut_again(plain: Family, twins: Callable[[str], list[TwinGraph]], tmp_path: Path) -> None:
-    """And gives the graphs that a first cut of the export gives."""
+    """The result is the same as that of a first cut of the export."""
     fresh = split_all(plain.graph, ["mlperf", "deepcache:2"], tmp_path / "fresh")
     again = split_all(twins("plain")[0].full, ["mlperf", "deepcache:2"], tmp_path / "again")
     for one, other in zip(fresh, again, strict=True):
@@ -323,7 +323,7 @@ def rewritten(graph: Path, folder: Path, change: Callable[[ir.Model], None]) -> 
 
 
 def forget_names(model: ir.Model) -> None:
-    """No name, no inferred shape and no metadata is left but those of the inputs."""
+    """Remove all names, inferred shapes and metadata except those of the inputs."""
     for index, node in enumerate(model.graph):
         node.name = f"n{index}"
         node.metadata_props.clear()
@@ -341,7 +341,7 @@ def forget_names(model: ir.Model) -> None:
 
 
 def swap_joins(model: ir.Model) -> None:
-    """The skip first. This is another function (the weights behind expect the other order), but as good a graph."""
+    """Put the skip first. The graph then computes another function, as its weights expect the other order."""
     for node in model.graph:
         if node.op_type == "Concat" and node.attributes["axis"].as_int() == 1 and len(node.inputs) == 2:
             first, second = node.inputs
@@ -393,7 +393,7 @@ def test_weights_inside_the_onnx_file_are_written_out_once(elsewhere: bool, plai
         assert_exact(twin, inputs, "onnxruntime")
 
 
-def test_writing_out_weights_does_not_write_into_other_peoples(plain: Family, tmp_path: Path) -> None:
+def test_written_weights_do_not_overwrite_a_linked_file(plain: Family, tmp_path: Path) -> None:
     """A directory whose ``weights.data`` is a link to another graph's, as an earlier split leaves it."""
     kept = tmp_path / "kept.data"
     shutil.copyfile(plain.graph.weights, kept)
@@ -433,7 +433,7 @@ def test_weights_in_a_folder_of_their_own_stay_there(plain: Family, tmp_path: Pa
 
 @pytest.mark.parametrize("location", ["../secret.bin", "/secret.bin", "data/../../secret.bin"])
 def test_weights_outside_the_graphs_directory_are_refused(location: str, plain: Family, tmp_path: Path) -> None:
-    """Splitting somebody's graph must not bring a file of this machine into the directory that is given away."""
+    """Splitting a foreign graph must not copy another file of this machine into the output directory."""
     folder = tmp_path / "foreign"
     folder.mkdir()
     secret = tmp_path / "secret.bin"
@@ -473,7 +473,7 @@ def convolutions(path: Path, joined: bool) -> Path:
 
 
 @pytest.mark.parametrize("joined", [True, False])
-def test_a_graph_without_skip_connections_is_refused_with_what_was_looked_for(joined: bool, tmp_path: Path) -> None:
+def test_a_graph_without_skip_connections_is_refused_with_the_search_rule(joined: bool, tmp_path: Path) -> None:
     with pytest.raises(CutError) as caught:
         find_cuts(convolutions(tmp_path / "model.onnx", joined))
     message = str(caught.value)
@@ -522,7 +522,7 @@ def torchscript(plain: Family, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_torchscript_export_is_cut_alike(engine: str, torchscript: Path, plain: Family, tmp_path: Path) -> None:
+def test_a_torchscript_export_has_the_same_cuts(engine: str, torchscript: Path, plain: Family, tmp_path: Path) -> None:
     cuts = find_cuts(torchscript)
     assert [(cut.name, cut.cached) for cut in cuts] == [(cut.name, cut.cached) for cut in find_cuts(plain.graph)]
     inputs = random_inputs(plain.model, **SHAPE)
@@ -544,7 +544,7 @@ def optimum(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.slow
 @pytest.mark.smoke
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_optimum_export_is_cut_alike(engine: str, optimum: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_optimum_export_has_the_same_cuts(engine: str, optimum: tuple[Path, Path], tmp_path: Path) -> None:
     """Where optimum is installed, which is on the older stack; its UNet calls the output ``out_sample``."""
     model, graph = optimum
     cuts = find_cuts(graph)
@@ -565,7 +565,7 @@ def one_timestep(graph: Path) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_static_graphs_are_cut_alike(static: Family, tmp_path: Path) -> None:
+def test_static_graphs_have_the_same_cuts(static: Family, tmp_path: Path) -> None:
     inputs = random_inputs(static.model, batch=2, height=6, width=12)
     twins = split_all(static.graph, find_cuts(static.graph), tmp_path)
     assert [twin.cut.name for twin in twins] == ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]

@@ -82,7 +82,7 @@ def test_a_guidance_embedding_is_an_input() -> None:
         ({"unet_class": "UNet2DModel", "class_embed_type": "identity"}, "class_embed_type='identity'"),
     ],
 )
-def test_what_is_not_known_is_refused_by_name(settings: dict[str, Any], what: str) -> None:
+def test_unsupported_settings_are_refused_by_name(settings: dict[str, Any], what: str) -> None:
     config = config_of(**settings)
     with pytest.raises(ModelError, match=what):
         family_of(config).inputs(config, "float32")
@@ -93,7 +93,7 @@ def test_a_transformer_is_refused_with_the_reason() -> None:
         family_of({"_class_name": "FluxTransformer2DModel"})
 
 
-def test_families_have_names_of_their_own_and_their_class_exists() -> None:
+def test_family_names_are_unique_and_their_classes_exist() -> None:
     import diffusers
 
     assert len({family.name for family in FAMILIES.values()}) == len(FAMILIES)
@@ -101,8 +101,8 @@ def test_families_have_names_of_their_own_and_their_class_exists() -> None:
 
 
 @pytest.mark.parametrize("name", SKIPS)
-def test_the_inputs_are_those_that_the_unet_itself_takes(name: str, tmp_path: Path) -> None:
-    """The same names and shapes as a pipeline's, and the same answer when they are passed by the family's rule."""
+def test_the_inputs_are_those_of_the_unets_forward(name: str, tmp_path: Path) -> None:
+    """The names and shapes are those of a pipeline, and the family's arguments give the same output."""
     folder = save_family(name, tmp_path / name)
     source = locate(folder)
     specs = source.family.inputs(source.config, "float32")
@@ -114,8 +114,8 @@ def test_the_inputs_are_those_that_the_unet_itself_takes(name: str, tmp_path: Pa
 
     unet = getattr(diffusers, source.family.unet_class).from_pretrained(folder).eval()
     with torch.no_grad():
-        answer = unet(**source.family.arguments(inputs), return_dict=False)[0]
-    assert torch.equal(answer, eager(folder, inputs))
+        output = unet(**source.family.arguments(inputs), return_dict=False)[0]
+    assert torch.equal(output, eager(folder, inputs))
 
 
 @pytest.mark.parametrize("name", SKIPS)

@@ -23,7 +23,7 @@ def foreign(
     dtype: int = TensorProto.FLOAT,
     extra: list[onnx.ValueInfoProto] | None = None,
 ) -> Path:
-    """A little ONNX file with a UNet's inputs and the dimensions as somebody else left them."""
+    """Write a small ONNX file with a UNet's inputs and the dimensions of a foreign exporter."""
     value, node = helper.make_tensor_value_info, helper.make_node
     weights = [
         helper.make_tensor("conv", TensorProto.FLOAT, [4, 4, 1, 1], [0.5] * 16),
@@ -56,7 +56,7 @@ def foreign(
     return path
 
 
-def test_an_offcut_export_reads_as_it_was_written(plain: Family) -> None:
+def test_specs_read_from_an_export_are_those_of_the_export(plain: Family) -> None:
     graph = read(plain.graph.path)
     assert graph.inputs == plain.graph.inputs
     assert graph.output == plain.graph.outputs["noise_pred"]
@@ -110,7 +110,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"not ONNX at all", b'{"json": 1}'])
-def test_a_file_that_is_no_onnx_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_onnx_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(content)
     with pytest.raises(ModelError):
         read(tmp_path / "model.onnx")
@@ -123,7 +123,7 @@ def test_a_truncated_onnx_file_is_refused(keep: int, plain: Family, tmp_path: Pa
         find_cuts(tmp_path / "model.onnx")
 
 
-def test_an_onnx_file_of_something_else_is_refused_by_its_inputs(tmp_path: Path) -> None:
+def test_an_onnx_file_of_another_network_is_refused_by_its_inputs(tmp_path: Path) -> None:
     value = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, [1, 3, 8, 8])
     out = helper.make_tensor_value_info("out", TensorProto.FLOAT, [1, 3, 8, 8])
     graph = helper.make_graph([helper.make_node("Relu", ["pixels"], ["out"])], "vae", [value], [out])
@@ -159,7 +159,7 @@ def _channels_from_nowhere(model: onnx.ModelProto) -> None:
         (_channels_from_nowhere, "cannot tell how many channels encoder_hidden_states has; export it"),
     ],
 )
-def test_a_graph_that_is_not_a_unets_is_refused_with_the_reason(
+def test_a_graph_that_is_not_a_unet_is_refused_with_the_reason(
     damage: Callable[[onnx.ModelProto], None], sentence: str, tmp_path: Path
 ) -> None:
     path = foreign(tmp_path / "model.onnx", ["b", "c", "h", "w"], ["b", "s", "d"])
@@ -171,7 +171,7 @@ def test_a_graph_that_is_not_a_unets_is_refused_with_the_reason(
 
 
 def test_an_input_with_a_dimension_of_its_own_is_refused_where_its_size_matters(tmp_path: Path) -> None:
-    """A user's file, so a user's error: not an internal one."""
+    """The file is the user's, so the error is a user error, not an internal one."""
     residual = helper.make_tensor_value_info("residual", TensorProto.FLOAT, ["b", 4, "odd_height", "odd_width"])
     path = foreign(tmp_path / "model.onnx", ["b", 4, "h", "w"], ["b", "s", 6], extra=[residual])
     with pytest.raises(ModelError, match=r"the input residual .* has the dimension b, odd_height, odd_width"):

@@ -59,7 +59,7 @@ def test_the_inputs_follow_the_files(model: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_a_graph_is_diffusers_and_its_shallow_graphs_are_it_too(
+def test_full_and_shallow_graphs_compute_what_diffusers_does(
     model: Path, exported: ExportedUNet, engine: str, tmp_path: Path
 ) -> None:
     inputs = random_inputs(model / "unet", batch=3, height=8, width=12)
@@ -108,18 +108,18 @@ def test_a_graph_is_diffusers_and_its_shallow_graphs_are_it_too(
         ("c:/a.safetensors:2", ("c:/a.safetensors", 2.0, 1)),
     ],
 )
-def test_how_one_is_written(text: str, expected: tuple[str, float, int]) -> None:
+def test_the_syntax_of_an_ip_adapter_option(text: str, expected: tuple[str, float, int]) -> None:
     adapter = IPAdapter.parse(text)
     assert (adapter.path.as_posix(), adapter.scale, adapter.images) == expected
 
 
-def test_a_file_that_is_there_is_meant(tmp_path: Path) -> None:
+def test_an_existing_file_wins_over_the_syntax(tmp_path: Path) -> None:
     odd = tmp_path / "a:1"
     odd.touch()
     assert IPAdapter.parse(str(odd)) == IPAdapter(odd)
 
 
-def test_errors(model: Path, tmp_path: Path, tiny_unet_dir: Path) -> None:
+def test_invalid_ip_adapters_are_refused(model: Path, tmp_path: Path, tiny_unet_dir: Path) -> None:
     for text, message in (("a:1:1.5", "whole number of images"), ("a:1:0", "at least one image")):
         with pytest.raises(ModelError, match=message):
             IPAdapter.parse(text)
@@ -141,7 +141,7 @@ def test_errors(model: Path, tmp_path: Path, tiny_unet_dir: Path) -> None:
         load_unet(other)
 
 
-def test_a_unet_without_attention_to_text_takes_none(model: Path, tmp_path: Path) -> None:
+def test_a_unet_without_attention_to_text_supports_no_ip_adapter(model: Path, tmp_path: Path) -> None:
     folder = save_family("unconditional", tmp_path / "unet")
     with pytest.raises(ModelError, match="UNet2DModel takes no IP-Adapter"):
         locate(folder, ip_adapters=adapters(model))

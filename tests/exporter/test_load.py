@@ -32,7 +32,7 @@ def pipeline(tiny_pipeline_dir: Path, tmp_path: Path) -> Path:
 
 
 def refusal(action: Callable[[], object]) -> str:
-    """The message of the ModelError that this must raise: one sentence on one line."""
+    """Return the message of the ModelError that a call must raise: one sentence on one line."""
     with pytest.raises(ModelError) as caught:
         action()
     message = str(caught.value)
@@ -50,7 +50,7 @@ def test_a_pipeline_is_found_with_its_unet(tiny_pipeline_dir: Path) -> None:
     assert source.revision is None
 
 
-def test_a_bare_unet_is_no_pipeline(tiny_unet_dir: Path) -> None:
+def test_a_bare_unet_is_not_a_pipeline(tiny_unet_dir: Path) -> None:
     source = locate(str(tiny_unet_dir))
     assert not source.is_pipeline
     assert source.folder == tiny_unet_dir
@@ -126,7 +126,7 @@ def test_a_pipeline_without_its_unet_is_refused(pipeline: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "\0", '{"_class_name": "UNet2DConditionModel"', "[]", "3", '"UNet2DModel"'])
-def test_a_config_that_is_no_json_object_is_refused(text: str, unet: Path) -> None:
+def test_a_config_that_is_not_a_json_object_is_refused(text: str, unet: Path) -> None:
     (unet / "config.json").write_text(text, encoding="utf-8")
     assert "config.json" in refusal(lambda: locate(unet))
 
@@ -153,7 +153,7 @@ def test_a_pipeline_of_a_transformer_is_refused(name: str, tmp_path: Path) -> No
         assert "no skip connections to cut" in refusal(lambda: locate(tmp_path))
 
 
-def test_a_transformers_pipeline_is_refused_with_the_reason_and_what_is_taken(tmp_path: Path) -> None:
+def test_a_transformer_pipeline_is_refused_with_the_reason_and_the_supported_unets(tmp_path: Path) -> None:
     index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     (tmp_path / "transformer").mkdir()
@@ -194,7 +194,7 @@ def test_truncated_weights_are_refused(keep: int, unet: Path) -> None:
 
 
 def test_weights_that_lack_a_parameter_are_refused(unet: Path) -> None:
-    """diffusers fills what is missing with random numbers."""
+    """diffusers fills missing parameters with random numbers."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(unet / WEIGHTS)
@@ -216,15 +216,15 @@ import json, sys
 from offcut.errors import ModelError
 from offcut.exporter.load import load_unet, locate
 
-answers = {}
+results = {}
 for name in sys.argv[1:]:
     try:
         source = locate(name)
         load_unet(source)
-        answers[name] = [str(source.root), source.revision, source.is_pipeline]
+        results[name] = [str(source.root), source.revision, source.is_pipeline]
     except ModelError as error:
-        answers[name] = str(error)
-print(json.dumps(answers))
+        results[name] = str(error)
+print(json.dumps(results))
 """
 
 
@@ -244,16 +244,16 @@ def offline(
     done = subprocess.run(
         [sys.executable, "-c", HUB, *names], env=environment, capture_output=True, text=True, check=True, timeout=120
     )
-    answers = json.loads(done.stdout.splitlines()[-1])
-    assert isinstance(answers, dict)
-    return cache, answers
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert isinstance(results, dict)
+    return cache, results
 
 
 def test_a_hub_id_is_found_in_the_cache_without_a_network(offline: tuple[Path, dict[str, object]]) -> None:
-    cache, answers = offline
+    cache, results = offline
     for name, is_pipeline in {"tiny-sd": True, "tiny-unet": False}.items():
         root = cache / f"models--someone--{name}" / "snapshots" / COMMIT
-        assert answers[f"someone/{name}"] == [str(root), COMMIT, is_pipeline]
+        assert results[f"someone/{name}"] == [str(root), COMMIT, is_pipeline]
 
 
 @pytest.mark.parametrize(
@@ -264,16 +264,14 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(offline: tuple[Path, d
         ("./not/here", "is neither a directory here nor a valid hub id"),
     ],
 )
-def test_a_hub_id_that_leads_nowhere_is_refused(
-    name: str, sentence: str, offline: tuple[Path, dict[str, object]]
-) -> None:
+def test_an_unknown_hub_id_is_refused(name: str, sentence: str, offline: tuple[Path, dict[str, object]]) -> None:
     message = offline[1][name]
     assert isinstance(message, str)
     assert message.startswith(f"{name} {sentence}")
     assert "\n" not in message
 
 
-def test_a_source_knows_its_folder(tmp_path: Path) -> None:
+def test_the_folder_of_a_source(tmp_path: Path) -> None:
     source = ModelSource("model", tmp_path, "unet", None, None, {"_class_name": "UNet2DModel"})
     assert source.folder == tmp_path / "unet"
     assert not source.is_pipeline

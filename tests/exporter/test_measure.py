@@ -37,7 +37,7 @@ def test_flops_and_parameters_of_the_whole_graph_are_pytorchs(plain: Family) -> 
     assert parameters <= _parameters(nodes) <= parameters + 200
 
 
-def test_the_deeper_the_cut_the_dearer_the_shallow_step(plain: Family) -> None:
+def test_deeper_cuts_have_costlier_shallow_steps(plain: Family) -> None:
     costs = measure_cuts(plain.graph, DIMS)
     assert [cost.cut.name for cost in costs] == ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]
     for of in ("nodes", "parameters", "flops"):
@@ -48,7 +48,7 @@ def test_the_deeper_the_cut_the_dearer_the_shallow_step(plain: Family) -> None:
         assert 0 < cost.parameters < 1
 
 
-def test_the_cache_is_as_large_as_the_features_are(plain: Family, tmp_path: Path) -> None:
+def test_cache_bytes_are_those_of_the_features(plain: Family, tmp_path: Path) -> None:
     inputs = random_inputs(plain.model, **DIMS)
     for cost in measure_cuts(plain.graph, DIMS):
         (twin,) = split_all(plain.graph, [cost.cut], tmp_path / cost.cut.slug)

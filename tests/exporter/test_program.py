@@ -51,14 +51,14 @@ def programs(family: Callable[[str], Family]) -> Callable[[str], Programs]:
 
 
 def run(twin: TwinProgram, tensors: dict[str, torch.Tensor]) -> None:
-    """Call it as an engine does; its results are in the tensors afterwards."""
+    """Call a program as an engine does; the results are in the output tensors afterwards."""
     twin.program.module()([tensors[name] for name in twin.inputs], [tensors[name] for name in twin.outputs])
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name == "sdxl" else ()) for name in SKIPS]
 )
-def test_every_cut_gives_what_eager_pytorch_gives(
+def test_every_cut_computes_the_same_as_pytorch(
     name: str, family: Callable[[str], Family], programs: Callable[[str], Programs]
 ) -> None:
     made = family(name)

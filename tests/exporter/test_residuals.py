@@ -110,7 +110,7 @@ def residual_inputs(unet: ExportedUNet, dims: dict[str, int], seed: int = 3) -> 
 
 
 def eager(folder: Path, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """diffusers' own answer, with these residuals."""
+    """diffusers' own output, with these residuals."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(folder).eval()

@@ -67,7 +67,7 @@ def imported(folder: Path, out: Path, **settings: Any) -> ExportedUNet:
 def test_every_image_has_a_timestep_of_its_own(
     timestep: str, saved: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    """Fractional too, whatever the file took, as the UNet embeds it in float32."""
+    """Timesteps may be fractional whatever the file's dtype, because the UNet embeds them in float32."""
     model, folder = saved(timestep=timestep)
     graph = imported(folder, tmp_path)
     assert str(graph.inputs["timestep"]) == "timestep: float32[batch]"
@@ -96,7 +96,7 @@ def test_it_is_cut_bit_for_bit(name: str, engine: str, saved: Callable[..., tupl
         assert not torch.equal(run(engine, twin.shallow, stale)["noise_pred"], noise_pred)
 
 
-def test_the_reference_is_what_the_untouched_file_gives(
+def test_the_reference_is_the_output_of_the_unchanged_file(
     saved: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     _, folder = saved()
@@ -145,7 +145,7 @@ def test_equal_weights_are_kept_apart(tmp_path: Path) -> None:
         assert torch.equal(stored.read(name), resnets[0].conv1.weight)
 
 
-def test_unless_every_layer_is_named_none_is(damaged: Path, tmp_path: Path) -> None:
+def test_no_layer_is_mapped_unless_all_are_found(damaged: Path, tmp_path: Path) -> None:
     model = onnx.load(damaged / "model.onnx")
     for node in model.graph.node:
         node.name = ""
@@ -187,8 +187,8 @@ def test_a_file_of_one_size_keeps_it(saved: Callable[..., tuple[Path, Path]], tm
         assert torch.equal(run("onnxruntime", twin.shallow, {**inputs, **full})["noise_pred"], noise_pred)
 
 
-def test_an_older_opset_is_taken_too(saved: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
-    """14, optimum's default for years, which knows no LayerNormalization."""
+def test_an_older_opset_is_supported(saved: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    """Opset 14, long optimum's default, has no LayerNormalization."""
     model, folder = saved(opset=14)
     graph = imported(folder, tmp_path)
     assert graph.opset == 14
@@ -200,7 +200,7 @@ def test_an_older_opset_is_taken_too(saved: Callable[..., tuple[Path, Path]], tm
 # ---- what is no such directory
 
 
-def test_weights_of_pytorch_come_first(saved: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+def test_safetensors_win_over_foreign_onnx(saved: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     model, folder = saved()
     assert locate(folder).onnx
     both = Path(shutil.copytree(model, tmp_path / "both"))
@@ -301,7 +301,7 @@ def test_a_bad_file_is_one_sentence(
         imported(damaged, tmp_path / "out")
 
 
-def test_weights_beside_the_graph_are_taken(damaged: Path, tmp_path: Path) -> None:
+def test_weights_in_separate_files_are_copied(damaged: Path, tmp_path: Path) -> None:
     """As those of a large model are stored; the copy is one file."""
     _externalise(damaged)
     assert [file.name for file in open_foreign(damaged).files] == ["model.onnx", "model.data"]

@@ -1,4 +1,4 @@
-"""Histograms in constant memory, and the ranges that are read off them."""
+"""Histograms in constant memory, and the ranges that they give."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def seen(*calls: npt.NDArray[np.float32]) -> Histogram:
 
 
 @given(st.lists(values, min_size=1, max_size=4))
-def test_the_calls_order_and_division_make_no_difference(calls: list[npt.NDArray[np.float32]]) -> None:
+def test_order_and_division_into_calls_make_no_difference(calls: list[npt.NDArray[np.float32]]) -> None:
     together, reversed_ = seen(np.concatenate(calls)), seen(*reversed(calls))
     assert np.array_equal(together._counts, reversed_._counts)
     assert together._counts.sum() == sum(call.size for call in calls)
@@ -30,7 +30,7 @@ def test_the_calls_order_and_division_make_no_difference(calls: list[npt.NDArray
 
 
 @given(values, st.sampled_from(METHODS))
-def test_a_range_holds_zero_and_lies_within_what_was_seen(call: npt.NDArray[np.float32], method: str) -> None:
+def test_a_range_contains_zero_and_lies_within_the_values(call: npt.NDArray[np.float32], method: str) -> None:
     histogram = seen(call)
     found = histogram.range(method)
     assert min(0.0, float(call.min())) <= found.low <= 0 <= found.high <= max(0.0, float(call.max()))
@@ -60,7 +60,7 @@ def test_outliers_are_clipped_by_the_methods_that_clip() -> None:
     assert histogram.error(least) < histogram.error(histogram.range("minmax"))
 
 
-def test_what_is_not_finite_is_refused() -> None:
+def test_values_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="not finite"):
         Histogram().add(np.zeros(1, np.float32), 0.0, float("inf"))
 

@@ -1,4 +1,4 @@
-"""Rounded graphs: what is rounded and what is not, how it is stored, and that the cut still finds every join."""
+"""Quantized graphs: which tensors are quantized, how weights are stored, and that the cut still finds every join."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_layers_are_named_as_in_pytorch(layers: list[Layer]) -> None:
     assert len(set(names)) == len(names)
 
 
-def test_some_layers_are_always_kept_and_others_by_pattern(layers: list[Layer]) -> None:
+def test_layers_of_high_precision_are_fixed_or_match_a_pattern(layers: list[Layer]) -> None:
     always = high_precision_layers(layers)
     assert {"conv_in", "conv_out", "time_embedding.linear_1", "mid_block.resnets.0.time_emb_proj"} <= always
     assert "mid_block.resnets.0.conv1" not in always
@@ -64,7 +64,7 @@ def test_some_layers_are_always_kept_and_others_by_pattern(layers: list[Layer]) 
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.label}-{scheme.activations}")
-def test_layers_read_rounded_tensors_and_nothing_else_does(
+def test_only_quantized_layers_read_quantized_tensors(
     scheme: Scheme, made: ExportedUNet, layers: list[Layer], tmp_path: Path
 ) -> None:
     path, names = rounded(made, layers, scheme, tmp_path)
@@ -105,7 +105,9 @@ def test_the_cut_finds_every_join_and_is_exact(
         assert largest_difference(again["noise_pred"], whole["noise_pred"]) < 0.02 * scale
 
 
-def test_weights_are_a_quarter_and_near(made: ExportedUNet, layers: list[Layer], tmp_path: Path) -> None:
+def test_quantized_weights_take_a_quarter_and_are_near_the_exact_ones(
+    made: ExportedUNet, layers: list[Layer], tmp_path: Path
+) -> None:
     path, names = rounded(made, layers, INT8, tmp_path)
     exact, model = ir.load(made.path).graph.initializers, ir.load(path).graph.initializers
     for layer in layers:
@@ -129,7 +131,7 @@ def test_the_same_input_gives_the_same_bytes(made: ExportedUNet, layers: list[La
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
 
 
-def test_twins_measure_what_rounding_a_layer_costs(
+def test_the_error_graph_measures_the_error_of_each_layer(
     made: ExportedUNet, layers: list[Layer], plain: Family, tmp_path: Path
 ) -> None:
     import shutil

@@ -48,8 +48,8 @@ def test_one_graph_serves_every_shape(name: str, family: Callable[[str], Family]
     model, graph = family(name).model, family(name).graph
     for batch, height, width, sequence in SHAPES:
         inputs = random_inputs(model, batch=batch, height=height, width=width, sequence=sequence)
-        answer = run("onnxruntime", graph.path, inputs)["noise_pred"]
-        assert largest_difference(answer, eager(model, inputs)) <= 1e-4, (batch, height, width, sequence)
+        result = run("onnxruntime", graph.path, inputs)["noise_pred"]
+        assert largest_difference(result, eager(model, inputs)) <= 1e-4, (batch, height, width, sequence)
 
 
 @pytest.mark.smoke
@@ -63,21 +63,21 @@ def test_the_exported_graph_computes_what_pytorch_computes(plain: Family) -> Non
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_input_is_read(name: str, family: Callable[[str], Family]) -> None:
-    """Another value of any input gives another answer, in each row of the batch for itself."""
+    """A changed value in one row of any input changes the output of that row only."""
     model, graph = family(name).model, family(name).graph
     inputs = random_inputs(model, batch=2, height=8, width=8)
-    answer = run("onnxruntime", graph.path, inputs)["noise_pred"]
+    result = run("onnxruntime", graph.path, inputs)["noise_pred"]
     assert set(inputs) == set(graph.inputs)
     for key, value in inputs.items():
         other = value.clone()
         other[1] = other[1] + 1
         changed = run("onnxruntime", graph.path, {**inputs, key: other})["noise_pred"]
-        assert not torch.equal(changed[1], answer[1]), key
-        assert torch.allclose(changed[0], answer[0], atol=1e-5), key
+        assert not torch.equal(changed[1], result[1]), key
+        assert torch.allclose(changed[0], result[0], atol=1e-5), key
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_parameter_is_found_again_in_the_weights(name: str, family: Callable[[str], Family]) -> None:
+def test_the_parameter_map_finds_every_parameter_in_the_weights(name: str, family: Callable[[str], Family]) -> None:
     model, graph = family(name).model, family(name).graph
     found = parameters_from_weights(graph)
     expected = dict(load_unet(locate(model)).named_parameters())
@@ -91,7 +91,7 @@ def test_every_parameter_is_found_again_in_the_weights(name: str, family: Callab
     assert any(p.transposed for p in graph.parameters.values())
 
 
-def test_the_contract_names_what_the_graph_takes_and_gives(plain: Family) -> None:
+def test_the_contract_names_the_graphs_inputs_and_outputs(plain: Family) -> None:
     model = onnx.load(str(plain.graph.path), load_external_data=False)
 
     def shape(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
@@ -162,7 +162,7 @@ def test_the_reference_is_what_pytorch_computes(plain: Family) -> None:
 
 
 def test_the_stages_are_announced_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first is announced before anything is read."""
+    """The first stage is announced before anything is read."""
     import offcut.exporter.trace.export as module
 
     stages: list[str] = []
@@ -177,7 +177,7 @@ def test_the_stages_are_announced_in_order(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 @pytest.mark.smoke
-def test_opset_20_gives_the_same_answers(plain: Family, tmp_path: Path) -> None:
+def test_opset_20_gives_the_same_outputs(plain: Family, tmp_path: Path) -> None:
     graph = export(plain.model, tmp_path / "export", opset=20)
     assert graph.opset == 20
     model = ir.load(graph.path)
@@ -208,9 +208,7 @@ def graph_modules(folder: Path) -> list[str]:
     ("precision", "dtype", "stored"),
     [("fp16", "float16", ir.DataType.FLOAT16), ("bf16", "bfloat16", ir.DataType.BFLOAT16)],
 )
-def test_the_precision_is_that_of_the_whole_graph(
-    precision: str, dtype: str, stored: ir.DataType, tmp_path: Path
-) -> None:
+def test_the_whole_graph_has_the_precision(precision: str, dtype: str, stored: ir.DataType, tmp_path: Path) -> None:
     """With SDXL's added conditioning, where PyTorch joins tensors of two precisions."""
     model_dir = save_unet(tmp_path / "model", **ADDED)
     graph = export(model_dir, tmp_path / "export", precision=precision)
@@ -238,10 +236,10 @@ def test_the_precision_is_that_of_the_whole_graph(
     inputs = random_inputs(model_dir, batch=2, height=8, width=8)
     if engine == "onnxruntime":
         given = {k: v if k == "timestep" else v.to(torch.float16) for k, v in inputs.items()}
-        answer = run(engine, graph.path, given)["noise_pred"]
-        assert answer.dtype == torch.float16
+        result = run(engine, graph.path, given)["noise_pred"]
+        assert result.dtype == torch.float16
         exact = eager(model_dir, inputs)
-        assert largest_difference(answer, exact) <= 1e-2 * float(exact.abs().max())
+        assert largest_difference(result, exact) <= 1e-2 * float(exact.abs().max())
     else:
         import openvino
 
@@ -255,8 +253,8 @@ def test_dimensions_are_static_on_request(static: Family) -> None:
     assert graph.inputs["timestep"].shape == (2,)
     assert graph.inputs["encoder_hidden_states"].shape == (2, 7, 16)
     inputs = random_inputs(static.model, batch=2, height=6, width=12)
-    answer = run("onnxruntime", graph.path, inputs)["noise_pred"]
-    assert largest_difference(answer, eager(static.model, inputs)) <= 1e-4
+    result = run("onnxruntime", graph.path, inputs)["noise_pred"]
+    assert largest_difference(result, eager(static.model, inputs)) <= 1e-4
     with pytest.raises(Exception, match="Got invalid dimensions"):
         run("onnxruntime", graph.path, random_inputs(static.model, batch=2, height=8, width=12))
 
@@ -273,8 +271,8 @@ def test_a_unet_of_one_level_is_exported(tmp_path: Path) -> None:
     graph = export(model, tmp_path / "export")
     assert graph.multiple == 1
     inputs = random_inputs(model, batch=3, height=5, width=7)
-    answer = run("onnxruntime", graph.path, inputs)["noise_pred"]
-    assert largest_difference(answer, eager(model, inputs)) <= 1e-4
+    result = run("onnxruntime", graph.path, inputs)["noise_pred"]
+    assert largest_difference(result, eager(model, inputs)) <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -288,7 +286,7 @@ def test_a_unet_of_one_level_is_exported(tmp_path: Path) -> None:
         ({"dims": {"batch": 0}}, "batch cannot be fixed; give a size of at least 1"),
     ],
 )
-def test_what_cannot_be_exported_is_refused_before_it_is_tried(
+def test_invalid_options_are_refused_before_the_trace(
     arguments: dict[str, object], sentence: str, tiny_unet_dir: Path, tmp_path: Path
 ) -> None:
     stages: list[str] = []

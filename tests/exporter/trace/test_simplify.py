@@ -1,4 +1,4 @@
-"""Simpler graphs, in less time than onnxscript's optimizer takes."""
+"""Simplified graphs equal those of onnxscript's optimizer, which takes longer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from offcut.exporter.trace.export import ExportedUNet
 
 
 @pytest.mark.slow
-def test_the_graph_is_the_one_that_onnxscripts_optimizer_makes(
+def test_the_graph_equals_that_of_onnxscripts_optimizer(
     unet_export: Callable[[str], tuple[Path, ExportedUNet]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from onnxscript.optimizer import optimize_ir

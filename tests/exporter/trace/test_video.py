@@ -53,11 +53,11 @@ def test_the_inputs_are_what_the_pipeline_passes(family: str, tmp_path: Path) ->
     given = random_inputs(family, **{key: size for key, size in dims.items() if key != "sequence"})
     assert {spec.name: spec.resolve(dims) for spec in specs} == {key: tuple(t.shape) for key, t in given.items()}
     with torch.no_grad():
-        answer = new_unet(family)(**given).sample
-    assert source.family.noise(source.config, "float32").resolve(dims) == tuple(answer.shape)
+        output = new_unet(family)(**given).sample
+    assert source.family.noise(source.config, "float32").resolve(dims) == tuple(output.shape)
 
 
-def test_more_frames_than_a_motion_module_knows_are_refused() -> None:
+def test_more_frames_than_a_motion_module_supports_are_refused() -> None:
     config = {"_class_name": "UNetMotionModel", "motion_max_seq_length": 8}
     family = family_of(config)
     family.check_limits(config, {"frames": 8})
@@ -79,9 +79,7 @@ def test_a_single_frame_is_refused(family: str, tmp_path: Path) -> None:
         ("UNetMotionModel", {"addition_embed_type": "text"}, "'text' cannot be exported yet"),
     ],
 )
-def test_what_cannot_be_exported_is_said_in_a_sentence(
-    unet_class: str, settings: dict[str, Any], sentence: str
-) -> None:
+def test_unsupported_video_unets_are_refused(unet_class: str, settings: dict[str, Any], sentence: str) -> None:
     import diffusers
 
     config = {**getattr(diffusers, unet_class)(block_out_channels=(32, 64, 64, 64)).config, **settings}
@@ -90,7 +88,7 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(
         family_of(config).specs(config, "float32")
 
 
-def test_a_video_unet_takes_no_adapter() -> None:
+def test_a_video_unet_supports_no_adapter() -> None:
     config = {"_class_name": "UNetMotionModel"}
     with pytest.raises(ModelError, match="takes no adapter called 'controlnet'; it takes none"):
         family_of(config).specs(config, "float32", ["controlnet"])
@@ -113,7 +111,7 @@ def test_every_skip_connection_is_a_cut_whose_features_are_all_frames_of_all_vid
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_shallow_given_fresh_features_is_full_bit_for_bit_at_every_size(
+def test_shallow_with_fresh_features_equals_full_bit_for_bit_at_every_size(
     engine: str, name: str, twins: list[TwinGraph]
 ) -> None:
     unet = new_unet(name)
@@ -134,8 +132,8 @@ def test_shallow_given_fresh_features_is_full_bit_for_bit_at_every_size(
 
 
 @pytest.mark.slow
-def test_the_shallow_graph_reads_the_number_of_frames_off_the_latent(twins: list[TwinGraph]) -> None:
-    """Else it would need the text, whose layers are not in it, for its shape alone."""
+def test_the_shallow_graph_reads_the_number_of_frames_from_the_latent(twins: list[TwinGraph]) -> None:
+    """Otherwise it would need the text for its shape alone, although it has no layers that read the text."""
     inputs = contract(twins[-1].shallow)["inputs"]
     assert "frames" in inputs["sample"].shape
     assert inputs["deep_feature_1"].shape[0] == "batch*frames"
