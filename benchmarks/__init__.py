@@ -1,0 +1,1 @@
+"""Benchmarks: measurements, their results and reports; nothing else in the package imports them."""

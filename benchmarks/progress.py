@@ -1,4 +1,4 @@
-"""What long runs say of their stages."""
+"""Progress messages of nested stages."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from collections.abc import Callable
 
 
 def indented(progress: Callable[[str], None]) -> Callable[[str], None]:
-    """Tells the stages of a part as details of the present one: ``cli.shell.stages`` lets them come and go."""
+    """Return a callback whose stages are shown as details of the current stage; see ``cli.shell.stages``."""
     return lambda sentence: progress(f"  {sentence.strip()}")

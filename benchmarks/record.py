@@ -25,13 +25,13 @@ from .schema.serving import ServingLoad
 from .swap import Swap
 
 SCHEMA: Literal[1] = 1
-"""Of ``result.json``; a reader refuses a later one."""
+"""Version of ``result.json``; later versions are refused."""
 
 NAME = "result.json"
 
 
 class Environment(BaseModel):
-    """The machine and what was installed on it."""
+    """The machine and its installed packages."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -41,7 +41,9 @@ class Environment(BaseModel):
     system: str
     python: str
     gpu: str | None = None
-    packages: dict[str, str] = Field(description="distribution name: version, of those that matter to the figures")
+    packages: dict[str, str] = Field(
+        description="version by distribution name, of the packages that matter to the figures"
+    )
     load: float | None = Field(None, description="the system's 1-minute load average when the run began")
 
 
@@ -52,7 +54,7 @@ class Result(BaseModel):
 
     schema_version: Literal[1] = SCHEMA
     title: str
-    command: str = Field(description="the command line that made it")
+    command: str = Field(description="command line of the run")
     started: datetime
     seconds: float = Field(ge=0, description="of the whole run")
     environment: Environment
@@ -67,15 +69,15 @@ class Result(BaseModel):
     precision: Precision | None = None
 
     def save(self, folder: Path) -> Path:
-        """Writes ``result.json`` into a folder, over an older one only when it is whole. Returns its path."""
+        """Write ``result.json`` into a folder, replacing an older one atomically; return its path."""
         return write_whole(folder / NAME, self.model_dump_json(indent=1) + "\n")
 
 
 def write_whole(path: Path, text: str) -> Path:
-    """Writes a file, its folder too, over an older one only when it is whole. Returns its path.
+    """Write a file and its folder, replacing an older file atomically; return its path.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -90,10 +92,10 @@ def write_whole(path: Path, text: str) -> Path:
 
 
 def read(path: Path) -> Result:
-    """Reads a ``result.json``, or that of a folder.
+    """Read a ``result.json``, or the one in a folder.
 
     Raises:
-        UserError: there is none, or it is not one that this version of offcut reads.
+        UserError: the file is missing, or this version of offcut cannot read it.
     """
     file = path / NAME if path.is_dir() else path
     try:
@@ -106,18 +108,18 @@ def read(path: Path) -> Result:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of ``result.json``."""
+    """Return the JSON schema of ``result.json``."""
     return Result.model_json_schema()
 
 
 def command_line(arguments: Sequence[str] | None = None) -> str:
-    """The command as a user would type it; ``sys.argv`` without the path to its program."""
+    """Return the command as a user types it: ``sys.argv`` without the path to its program."""
     given = list(sys.argv if arguments is None else arguments)
     return shlex.join([Path(given[0]).name, *given[1:]])
 
 
 def now() -> datetime:
-    """The present moment, in UTC, to the second."""
+    """Return the current time in UTC, to the second."""
     return datetime.now(UTC).replace(microsecond=0)
 
 
@@ -152,7 +154,7 @@ def installed_versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def _cpu() -> str:
-    """The processor's name, with those of its matrix and vector extensions that decide figures here."""
+    """Return the processor's name, with the matrix and vector extensions that matter to figures."""
     import platform
 
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""

@@ -63,7 +63,7 @@ class DriftRequest:
 
 
 def drift(
-    pipe: Any, bundle: Bundle, precision: str, wanted: DriftRequest, folder: Path, stage: Callable[[str], None]
+    pipe: Any, bundle: Bundle, precision: str, request: DriftRequest, folder: Path, stage: Callable[[str], None]
 ) -> Drift:
     """Measure a pipeline of ``offcut.load`` with its present scheduler.
 
@@ -79,18 +79,18 @@ def drift(
     if not is_text_to_image(pipe.__call__):
         raise UserError(f"{type(pipe).__name__} takes more than a prompt; give a text-to-image bundle")
     unet = pipe.unet
-    unet.set_schedule(wanted.schedule, wanted.cut, wanted.forecast)
+    unet.set_schedule(request.schedule, request.cut, request.forecast)
     cut, names = unet.cut, unet.scheduled_features
     by_cut = {each: unet.cut_features.get(each, ()) for each in unet.scheduled_cuts}
     if not names:
         raise UserError("no call of this schedule reads cached features: give a schedule with shallow calls")
-    pipeline = TuningPipeline(pipe, wanted.steps, wanted.size, {cut: unet.cut_features[cut]} | by_cut)
+    pipeline = TuningPipeline(pipe, request.steps, request.size, {cut: unet.cut_features[cut]} | by_cut)
     images = [
-        TuningImage(wanted.prompts[index % len(wanted.prompts)], wanted.seed + index, wanted.guidance)
-        for index in range(wanted.images)
+        TuningImage(request.prompts[index % len(request.prompts)], request.seed + index, request.guidance)
+        for index in range(request.images)
     ]
     with _quietly(pipe):
-        recorder = FeatureRecorder(unet, names, wanted.positions, wanted.seed, reads=True)
+        recorder = FeatureRecorder(unet, names, request.positions, request.seed, reads=True)
         moments: dict[str, FeatureMoments] = {}
         whole = []
         stage("generate uncached images")
@@ -103,7 +103,7 @@ def drift(
         errors, cached = _Errors(by_cut), []
         for image in images:
             with recorder.watch():
-                cached.append(pipeline.generate(image, wanted.schedule, wanted.forecast, cut=cut))
+                cached.append(pipeline.generate(image, request.schedule, request.forecast, cut=cut))
             errors.add(recorder, pipeline.run)
     samples, name, most = _save(folder, images, whole, cached)
     return Drift(
@@ -111,10 +111,10 @@ def drift(
         engine=unet.engine,
         precision=precision,
         scheduler=type(pipe.scheduler).__name__,
-        steps=wanted.steps,
-        guidance=wanted.guidance,
-        schedule=str(wanted.schedule) if wanted.schedule.kind != "tuned" else "tuned",
-        forecast=None if wanted.forecast is None else str(wanted.forecast),
+        steps=request.steps,
+        guidance=request.guidance,
+        schedule=str(request.schedule) if request.schedule.kind != "tuned" else "tuned",
+        forecast=None if request.forecast is None else str(request.forecast),
         features=list(names),
         images=len(images),
         distances=_distances(moments),

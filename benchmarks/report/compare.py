@@ -1,4 +1,4 @@
-"""What changed between two results, beyond what noise explains."""
+"""Comparison of two results: changes beyond noise."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Verdict = Literal["worse", "better", "small", "noise", "unknown", "appeared", "v
 
 @dataclass(frozen=True)
 class FigureChange:
-    """One figure of one row.
+    """Change of one figure of one row.
 
     Attributes:
         section: ``latency`` or ``quality``.
         row: the row's name.
-        figure: which of its figures, with the unit that ``old`` and ``new`` are in.
-        old, new: the figure; None where it was not measured.
-        percent: the change, signed so that more is worse, in percent or percentage points (see ``compare``).
-        low, high: where ``percent`` lies by the noise estimate; None where there is none.
+        figure: name of the figure, with the unit of ``old`` and ``new``.
+        old, new: values of the figure; None where it was not measured.
+        percent: the change in percent or percentage points, positive if worse (see ``compare``).
+        low, high: interval of ``percent``; None without an estimate of the noise.
         verdict: ``worse`` or ``better``: beyond noise and threshold; ``small``: beyond noise only; ``noise``;
-            ``unknown``: nothing tells the noise; ``appeared``, ``vanished``: only one result measured it.
-        note: more about it, or nothing.
+            ``unknown``: the noise is not known; ``appeared``, ``vanished``: only one result has the figure.
+        note: a reason, or empty.
     """
 
     section: str
@@ -48,19 +48,19 @@ class FigureChange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of it; ``warnings`` are sentences on why the figures may not be of the same thing."""
+    """Changes of all figures; ``warnings`` say why the results may not be comparable."""
 
     changes: tuple[FigureChange, ...]
     warnings: tuple[str, ...]
 
     def worse(self, *, allow_missing: bool = False) -> tuple[FigureChange, ...]:
-        """What a user's CI should stop at: worse figures, and rows that are no longer measured."""
+        """Return what should fail a user's CI: worse figures, and rows that are no longer measured."""
         bad = ("worse",) if allow_missing else ("worse", "vanished")
         return tuple(change for change in self.changes if change.verdict in bad)
 
 
 def compare(old: Result, new: Result, threshold: float = 0.05, confidence: float = 0.99) -> Comparison:
-    """Rows matched by name.
+    """Compare rows of the same name.
 
     A change counts as ``worse`` or ``better`` where its interval excludes no change and the change itself exceeds the
     threshold: of seconds relative; of PSNR relative, as root mean square error; of the perceptual distance relative; of
@@ -101,7 +101,7 @@ def compare(old: Result, new: Result, threshold: float = 0.05, confidence: float
 
 
 def other_machine(old: Environment, new: Environment) -> bool:
-    """Whether seconds do not transfer."""
+    """Return whether the machines differ, so that seconds do not transfer."""
     return (old.cpu, old.cores, old.gpu) != (new.cpu, new.cores, new.gpu)
 
 
@@ -231,14 +231,14 @@ def _quality(old: Quality, new: Quality, threshold: float) -> Iterator[FigureCha
 
 
 def _calls(name: str, first: QualityRow, second: QualityRow, threshold: float) -> FigureChange:
-    """A count has no noise."""
+    """Return the change of a row's cost, a count without noise."""
     percent = 100 * (second.cost / first.cost - 1)
     exact = _interval(percent, percent, percent)
     return _judged("quality", name, "cost, full calls", first.cost, second.cost, exact, threshold)
 
 
 def _loss(metric: str, old: Estimate, new: Estimate) -> Estimate:
-    """The change in percent or points, of which more is worse."""
+    """Return the change in percent or percentage points, positive if worse."""
     apart = difference(old, new)
     if metric == "distance":
         scale = 100 / old.mean if old.mean else math.inf

@@ -1,0 +1,1 @@
+"""Training of the shapes model, its ControlNet and the judge network; not in the wheel."""
