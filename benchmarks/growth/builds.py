@@ -14,7 +14,7 @@ from pathlib import Path
 from ...errors import OffcutError, UserError
 from ...exporter.load import locate
 from ..architectures import UNETS
-from ..latency.model import parameters
+from ..latency.resolve import parameters
 from ..schema.growth import Fit, Made
 from ..shapes.model import model_path
 from .fit import power_law

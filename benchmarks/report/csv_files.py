@@ -67,7 +67,7 @@ def _latency_lines(result: Result) -> list[Mapping[str, Any]]:
 
 def _quality_lines(result: Result) -> list[Mapping[str, Any]]:
     rows = result.quality.rows if result.quality else []
-    lines = []
+    lines: list[Mapping[str, Any]] = []
     for row in rows:
         line: dict[str, Any] = {"run": result.title, "started": result.started.isoformat()}
         for name, value in row.model_dump(exclude={"samples"}).items():

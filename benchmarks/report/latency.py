@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from ..schema.latency import Contestant, Latency
 from .blocks import NONE, Block, Cell, Column, Facts, Group, Note, Pair, Plot, Section, Table
@@ -96,7 +97,7 @@ def _loops(latency: Latency, rows: Sequence[Contestant], percents: Sequence[floa
         caption += f" Percentiles of {count(few, 'round')} say little: p90 and p99 lie between the slowest two."
     columns = [
         Column("contestant", lambda row: Pair(row.name, f"caching: {row.caching}") if row.caching else row.name),
-        *(Column(f"p{rank:g}", lambda row, rank=rank: seconds(row.percentiles((rank,))[rank])) for rank in percents),
+        *(Column(f"p{rank:g}", partial(_percentile, rank)) for rank in percents),
         Column("vs base", over(lambda row: base, named=False), "times as fast: median of the ratios within a round"),
         Column("vs uncached", over(lambda row: uncached_twin(latency, row) if row.caching else None, named=False),
                "times as fast as the same engine and precision without caching"),
@@ -115,6 +116,10 @@ def _loops(latency: Latency, rows: Sequence[Contestant], percents: Sequence[floa
         Column("size", lambda row: size(row.size_bytes), "of the files read", terminal=False),
     ]  # fmt: skip
     return Table(caption, columns, rows, ours=lambda row: row.family == OURS)
+
+
+def _percentile(rank: float, row: Contestant) -> str:
+    return seconds(row.percentiles((rank,))[rank])
 
 
 def _calls(latency: Latency, rows: Sequence[Contestant]) -> Block:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -56,7 +56,7 @@ def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
     ]
     days = dict.fromkeys(f"{result.started:%d %B %Y, %H:%M} UTC".lstrip("0") for result in results)
     machines = dict.fromkeys(result.environment.gpu or result.environment.cpu for result in results)
-    return _template().render(
+    html: str = _template().render(
         title=" · ".join(dict.fromkeys(result.title for result in results)),
         when=f"{listed(list(days))} · {listed(list(machines))}",
         warnings=list(dict.fromkeys(_warnings(results))),
@@ -65,11 +65,12 @@ def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
         limits=list(_limits(results)),
         svg=_Plots(),
     )
+    return html
 
 
 def sections_of(result: Result, folder: Path) -> list[Section]:
     """Return the report sections of a result, in the page's order; ``folder`` holds its images."""
-    made = {
+    made: dict[str, Callable[[Any], Section]] = {
         "latency": latency.section,
         "quality": lambda measured: quality.section(measured, folder),
         "drift": lambda measured: drift.section(measured, folder),

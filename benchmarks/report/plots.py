@@ -27,7 +27,7 @@ COLOURS = {
 }
 """Placeholders that `to_svg` replaces with the page's CSS variables of these names."""
 
-_STYLE: Mapping[str, Any] = {
+_STYLE: Any = {  # matplotlib's names of settings
     "axes.edgecolor": COLOURS["muted"],
     "axes.facecolor": "none",
     "axes.labelcolor": COLOURS["muted"],
@@ -234,7 +234,8 @@ def to_svg(figure: Figure, title: str) -> str:
 
     stream = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        FigureCanvasSVG(figure).print_svg(stream, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(stream, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]
     head, _, body = svg.partition(">")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..schema.controlnet import ControlNetReuse
 from ..schema.growth import Fit, Growth, Sweep
@@ -262,7 +262,7 @@ def serving(measured: ServingLoad) -> Section:
 
 def _serving_tables(measured: ServingLoad) -> Iterator[Block]:
     way = Column("batching", lambda row: BATCHING[row.way], numeric=False)
-    ends = [Column(rank, lambda row, rank=rank: _rank(rank, row.latency)) for rank in ("p50", "p99")]
+    ends = [Column(rank, partial(_rank, rank)) for rank in ("p50", "p99")]
     goals = [
         Column("goal", lambda goal: goal.name),
         Column("target", lambda goal: goal.wanted),
@@ -289,31 +289,36 @@ def _serving_tables(measured: ServingLoad) -> Iterator[Block]:
         yield Table("Open loops: requests come at random moments", columns, loads)
     if (overload := measured.overload) is not None:
         overloads = [
-            ("every place taken", overload.capacity, overload.at_capacity),
-            ("overload", overload.throughput, overload.accepted),
-            ("refusals", None, overload.refusals),
+            OverloadRow("every place taken", overload.capacity, overload.at_capacity),
+            OverloadRow("overload", overload.throughput, overload.accepted),
+            OverloadRow("refusals", None, overload.refusals),
         ]
-        columns = [Column("", lambda row: row[0]), Column("images a second", lambda row: fixed(row[1], 2))]
-        columns += [
-            Column(rank, lambda row, rank=rank: seconds(getattr(row[2], rank, None))) for rank in ("p50", "p99")
-        ]
+        columns = [Column("", lambda row: row.name), Column("images a second", lambda row: fixed(row.rate, 2)), *ends]
         yield Table(f"Overload: {overload.title}", columns, overloads)
     soaks = [("offcut", measured.soak), ("with a leak on purpose", measured.control)]
     if soaks := [(name, soak) for name, soak in soaks if soak is not None]:
-        figures: dict[str, Callable[[Any], str]] = {
-            "time": lambda soak: seconds(soak.seconds),
-            "requests": lambda soak: str(soak.requests),
-            "clients gone": lambda soak: str(soak.left),
-            "after warm-up": lambda soak: size(soak.first_bytes),
-            "at the end": lambda soak: size(soak.last_bytes),
-        }
-        columns = [Column("", lambda row: row[0])]
-        columns += [Column(name, lambda row, value=value: value(row[1])) for name, value in figures.items()]
+        columns = [
+            Column("", lambda row: row[0]),
+            Column("time", lambda row: seconds(row[1].seconds)),
+            Column("requests", lambda row: str(row[1].requests)),
+            Column("clients gone", lambda row: str(row[1].left)),
+            Column("after warm-up", lambda row: size(row[1].first_bytes)),
+            Column("at the end", lambda row: size(row[1].last_bytes)),
+            Column("growth", lambda row: f"{row[1].growth / 1e6:+.1f} MB"),
+        ]
         yield Table("Soak: resident memory", columns, soaks)
 
 
-def _rank(rank: str, latency: Percentiles | None) -> str:
-    return seconds(getattr(latency, rank, None))
+class OverloadRow(NamedTuple):
+    """Throughput and latency of one phase of an overload."""
+
+    name: str
+    rate: float | None
+    latency: Percentiles | None
+
+
+def _rank(rank: str, row: Any) -> str:
+    return seconds(getattr(row.latency, rank, None))
 
 
 def _per_request(name: str, row: Any) -> str:
