@@ -1,0 +1,1 @@
+"""The build of a bundle: one request in, one bundle out."""

@@ -1,0 +1,1 @@
+"""A bundle on disk: its manifest, opening and checking, committing and pruning."""

@@ -1,0 +1,1 @@
+"""ONNX Runtime: the pair of engines, its execution providers, and the passes over its graphs."""
