@@ -31,7 +31,8 @@ def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
             calls = [node for node in self.graph.nodes if node.op == "call_function"]
             if decomp_table is not None and not any(_needs_trace(node, decomp_table) for node in calls):
                 return self
-            return super().run_decompositions(decomp_table, decompose_custom_triton_ops)  # type: ignore[arg-type]
+            result: torch.export.ExportedProgram = super().run_decompositions(decomp_table, decompose_custom_triton_ops)
+            return result
 
     graph = program.graph
     for node in list(graph.nodes):
@@ -62,7 +63,8 @@ def _replace(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     import torch
 
     aten = torch.ops.aten
-    match node.target, node.args:
+    arguments: Any = node.args
+    match node.target, arguments:
         case aten.dropout.default, (source, _, False):
             _drop(graph, node, source)
         case aten.contiguous.default, (source,):
@@ -80,8 +82,8 @@ def _replace(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
             sizes = zip(shape, node.meta["val"].shape, strict=True)
             shape = [known if dim == -1 and isinstance(known, int) else dim for dim, known in sizes]
             node.target, node.args = aten.view.default, (copy, shape)
-        case aten.chunk.default, (source, count, *axis):
-            axis = axis[0] if axis else 0
+        case aten.chunk.default, (source, count, *options):
+            axis = options[0] if options else 0
             size = source.meta["val"].shape[axis]
             if isinstance(size, int):
                 node.target, node.args = aten.split.Tensor, (source, -(-size // count), axis)
