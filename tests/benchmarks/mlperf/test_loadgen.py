@@ -1,4 +1,4 @@
-"""LoadGen itself judges small systems: its verdicts are read as it printed them, and a failure has no figures."""
+"""LoadGen judges small systems: its verdicts are parsed as it prints them, and a failure has no figures."""
 
 import time
 from collections.abc import Sequence
@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 
 from offcut.benchmarks.mlperf import loadgen
-from offcut.benchmarks.mlperf.loadgen import Shortened
-from offcut.benchmarks.mlperf.system import Picture
+from offcut.benchmarks.mlperf.loadgen import Pixels, ShortenedRules
 from offcut.benchmarks.schema.mlperf import Scenario
 from offcut.errors import UserError
 
 pytest.importorskip("mlperf_loadgen")
-BRIEF = Shortened(seconds=0.5, queries=20, rate=40.0, latency=1.0)
+BRIEF = ShortenedRules(seconds=0.5, queries=20, rate=40.0, latency=1.0)
 
 
-def draw(indices: Sequence[int]) -> list[Picture]:
+def generate(indices: Sequence[int]) -> list[Pixels]:
     time.sleep(0.005)
     return [np.full((2, 2, 3), index, np.uint8) for index in indices]
 
@@ -31,7 +30,7 @@ def draw(indices: Sequence[int]) -> list[Picture]:
     ],
 )
 def test_each_scenario_ends_with_loadgens_own_verdict(scenario: Scenario, metric: str, tmp_path: Path) -> None:
-    verdict, batches = loadgen.performance(scenario, draw, 8, BRIEF, 4, tmp_path)
+    verdict, batches = loadgen.performance(scenario, generate, 8, BRIEF, 4, tmp_path)
     text = (tmp_path / "mlperf_log_summary.txt").read_text(encoding="utf-8")
     assert verdict.valid == ("Result is : VALID" in text)
     assert verdict.metric == metric
@@ -44,18 +43,18 @@ def test_each_scenario_ends_with_loadgens_own_verdict(scenario: Scenario, metric
 
 def test_too_few_queries_are_not_valid_and_loadgen_says_why(tmp_path: Path) -> None:
     # Ten samples in all: offline wants at least its rate times its duration.
-    verdict, _ = loadgen.performance("Offline", draw, 8, Shortened(seconds=2, queries=10, rate=1), 8, tmp_path)
+    verdict, _ = loadgen.performance("Offline", generate, 8, ShortenedRules(seconds=2, queries=10, rate=1), 8, tmp_path)
     assert not verdict.valid
     assert any("expected QPS" in reason for reason in verdict.reasons)
 
 
 def test_the_accuracy_run_gives_every_picture_back(tmp_path: Path) -> None:
-    pictures = loadgen.accuracy("Offline", draw, 5, BRIEF, 2, tmp_path, (2, 2, 3))
+    pictures = loadgen.accuracy("Offline", generate, 5, BRIEF, 2, tmp_path, (2, 2, 3))
     assert {index: int(drawn[1, 1, 2]) for index, drawn in pictures.items()} == {n: n for n in range(5)}
 
 
 def test_a_failing_system_ends_the_test_with_its_error(tmp_path: Path) -> None:
-    def broken(indices: Sequence[int]) -> list[Picture]:
+    def broken(indices: Sequence[int]) -> list[Pixels]:
         raise RuntimeError("the engine broke")
 
     with pytest.raises(RuntimeError, match="the engine broke"):
@@ -64,4 +63,4 @@ def test_a_failing_system_ends_the_test_with_its_error(tmp_path: Path) -> None:
 
 def test_logs_without_a_verdict_are_refused() -> None:
     with pytest.raises(UserError, match="left no verdict"):
-        loadgen.summary("Scenario : Offline\n")
+        loadgen.summarize("Scenario : Offline\n")

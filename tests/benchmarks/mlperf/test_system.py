@@ -1,4 +1,4 @@
-"""The system under test answers every sample once, batches what waits, and comes to an end when drawing fails."""
+"""The system under test completes every sample once, batches waiting samples, and ends when generation fails."""
 
 import threading
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offcut.benchmarks.mlperf.system import Picture, System
+from offcut.benchmarks.mlperf.loadgen import Pixels, SystemUnderTest
 
 
 @dataclass(frozen=True)
@@ -18,46 +18,46 @@ class Sample:
     index: int
 
 
-def picture(index: int) -> Picture:
+def picture(index: int) -> Pixels:
     return np.full((2, 2, 3), index, np.uint8)
 
 
-class Answers:
+class Completions:
     def __init__(self) -> None:
-        self.given: dict[int, Picture | None] = {}
+        self.images: dict[int, Pixels | None] = {}
 
-    def __call__(self, pairs: Sequence[tuple[int, Picture | None]]) -> None:
+    def __call__(self, pairs: Sequence[tuple[int, Pixels | None]]) -> None:
         for name, drawn in pairs:
-            assert name not in self.given
-            self.given[name] = drawn
+            assert name not in self.images
+            self.images[name] = drawn
 
 
 @settings(deadline=None, max_examples=30)
 @given(queries=st.lists(st.lists(st.integers(0, 255), max_size=9), max_size=8), batch=st.integers(1, 5))
-def test_every_sample_is_answered_once_with_its_own_picture(queries: list[list[int]], batch: int) -> None:
-    answers = Answers()
-    system = System(lambda indices: [picture(index) for index in indices], answers, batch)
+def test_every_sample_is_completed_once_with_its_own_image(queries: list[list[int]], batch: int) -> None:
+    completions = Completions()
+    system = SystemUnderTest(lambda indices: [picture(index) for index in indices], completions, batch)
     wanted = {}
     for query in queries:
         samples = [Sample(len(wanted) + place, index) for place, index in enumerate(query)]
         wanted |= {sample.id: sample.index for sample in samples}
         system.issue(samples)
     system.close()
-    given_back = {name: int(drawn[0, 0, 0]) for name, drawn in answers.given.items() if drawn is not None}
+    given_back = {name: int(drawn[0, 0, 0]) for name, drawn in completions.images.items() if drawn is not None}
     assert given_back == wanted
     assert sum(system.batches) == len(wanted)
     assert all(1 <= size <= batch for size in system.batches)
 
 
-def test_what_waits_when_the_worker_gets_free_is_drawn_together() -> None:
+def test_samples_that_wait_for_the_thread_are_generated_together() -> None:
     begun, go_on = threading.Event(), threading.Event()
 
-    def draw(indices: Sequence[int]) -> list[Picture]:
+    def generate(indices: Sequence[int]) -> list[Pixels]:
         begun.set()
         go_on.wait(10)
         return [picture(index) for index in indices]
 
-    system = System(draw, Answers(), 4)
+    system = SystemUnderTest(generate, Completions(), 4)
     system.issue([Sample(0, 0)])
     begun.wait(10)
     system.issue([Sample(name, name) for name in range(1, 7)])
@@ -66,16 +66,16 @@ def test_what_waits_when_the_worker_gets_free_is_drawn_together() -> None:
     assert system.batches == [1, 4, 2]
 
 
-def test_a_failure_is_raised_at_the_end_and_nobody_waits_for_ever() -> None:
-    answers = Answers()
+def test_a_failure_is_raised_at_the_end_and_every_sample_is_completed() -> None:
+    completions = Completions()
 
-    def draw(indices: Sequence[int]) -> list[Picture]:
+    def generate(indices: Sequence[int]) -> list[Pixels]:
         if 3 in indices:
             raise RuntimeError("the engine broke")
         return [picture(index) for index in indices]
 
-    system = System(draw, answers, 1)
+    system = SystemUnderTest(generate, completions, 1)
     system.issue([Sample(name, name) for name in range(6)])
     with pytest.raises(RuntimeError, match="the engine broke"):
         system.close()
-    assert {name for name, drawn in answers.given.items() if drawn is None} == {3, 4, 5}
+    assert {name for name, drawn in completions.images.items() if drawn is None} == {3, 4, 5}
