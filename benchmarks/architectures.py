@@ -1,4 +1,4 @@
-"""Published architectures with random weights, as diffusers saves them: for latency and parity, not for pictures.
+"""Published architectures with random weights, as diffusers saves them, for latency and parity.
 
 python -m offcut.benchmarks.architectures sd15 sd15-random
 python -m offcut.benchmarks.architectures sdxl sdxl-random --dtype float16
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# The UNets' configs where they differ from the defaults of their class in diffusers.
+# Configs of the UNets, as far as they differ from the defaults of their class in diffusers.
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": {
         "sample_size": 64,
@@ -36,17 +36,17 @@ UNETS: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
-    # stable-video-diffusion-img2vid; its XT has the default of 25 frames.
+    # stable-video-diffusion-img2vid; its XT variant has the default of 25 frames.
     "svd": {"_class_name": "UNetSpatioTemporalConditionModel", "sample_size": 96, "num_frames": 14},
 }
 
 
 def random_unet(name: str, dtype: torch.dtype | None = None, seed: int = 0) -> torch.nn.Module:
-    """The UNet of this architecture with random weights.
+    """Return the UNet of an architecture with random weights.
 
     Args:
         name: one of ``UNETS``.
-        dtype: of the weights, which are made in it, so that memory never holds more; float32 by default.
+        dtype: of the weights, which are made in this dtype to save memory; float32 by default.
     """
     import diffusers
     import torch
@@ -67,8 +67,8 @@ def random_unet(name: str, dtype: torch.dtype | None = None, seed: int = 0) -> t
 def save(name: str, path: Path, dtype: torch.dtype | None = None) -> Path:
     """Save an architecture: ``sd15`` as a whole pipeline, the others as a bare UNet.
 
-    The pipeline's text encoder and VAE have Stable Diffusion 1.5's sizes; its tokenizer is that of the shapes model,
-    since a vocabulary has no random stand-in.
+    The pipeline's text encoder and VAE have Stable Diffusion 1.5's sizes. Its tokenizer is that of the shapes model,
+    because a vocabulary cannot be random.
     """
     unet: Any = random_unet(name, dtype)
     if name != "sd15":

@@ -1,4 +1,4 @@
-"""How long a LoRA takes to go onto an open bundle, and off again, beside a rebuild of the bundle with it fused."""
+"""Seconds to load a LoRA into open engines and to unload it, compared with a rebuild of the bundle."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,51 +21,75 @@ if TYPE_CHECKING:
     from ..engines.bundle.bundle import Bundle
     from ..engines.bundle.manifest import EngineEntry
 
-Progress = Callable[[str], None]
-
 _ATTENTION = (".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight")
 
 
 class SwapRow(BaseModel):
-    """One engine; seconds, a figure a round where there are several."""
+    """One engine; durations in seconds, lists have one for each round."""
 
     model_config = ConfigDict(extra="forbid")
 
     engine: str
-    precision: str = Field(description="as it computes")
+    precision: str = Field(description="of the computation")
     opened: float = Field(description="from a closed bundle to an open UNet, its files' digests checked")
     loaded: list[float] = Field(description="unet.load_lora: the file read, the weights exchanged in all graphs")
     rescaled: list[float] = Field(description="unet.set_loras with another scale")
     unloaded: list[float] = Field(description="unet.unload_lora")
     first_calls: list[float] = Field(description="a full and a shallow call right after a load, buffers made anew")
-    later_calls: list[float] = Field(default_factory=list, description="the same calls once more, the LoRA still on")
-    calls: float = Field(description="the same two calls before any LoRA was loaded, the median of as many rounds")
-    restored: bool = Field(description="A, off, A again: the built answers and A's came back bit for bit")
-    rebuilt: float | None = Field(default=None, description="offcut build of the model with the LoRA fused, verified")
-    rebuilt_opened: float | None = Field(default=None, description="that bundle opened")
+    later_calls: list[float] = Field(default_factory=list, description="the same calls once more, with the LoRA")
+    calls: float = Field(description="the same two calls before any LoRA was loaded, median over the rounds")
+    restored: bool = Field(
+        description="outputs without and with the LoRA were the same, bit for bit, after each unload and load"
+    )
+    rebuilt: float | None = Field(
+        default=None, description="offcut build of the model with the LoRA fused, verification included"
+    )
+    rebuilt_opened: float | None = Field(default=None, description="to open that bundle")
 
     @property
     def swap(self) -> float:
-        """The median of loading."""
+        """Median seconds of loading."""
         return statistics.median(self.loaded)
 
 
 class Swap(BaseModel):
-    """The rows on one model."""
+    """The engines of one bundle."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str
-    lora: str = Field(description="the file, or what random one was made")
-    layers: int = Field(description="of the UNet that it changes")
+    lora: str = Field(description="name of the file, or description of the random LoRA")
+    layers: int = Field(description="number of the UNet's layers that it changes")
     cut: str
     sizes: dict[str, int] = Field(description="of the calls; height and width are the latent's")
     rounds: int
     rows: list[SwapRow]
 
 
+@dataclass(frozen=True)
+class SwapRequest:
+    """The exchanges to measure.
+
+    Attributes:
+        engines: of the bundle; all by default.
+        model: the model that the bundle was built from, to time a rebuild; None omits the rebuild.
+        lora: a file; None makes a random one of this rank for all attention layers.
+        size: side in pixels of the square image that the calls are for; a tiny one by default.
+        rounds: number of exchanges.
+    """
+
+    engines: tuple[str, ...] = ()
+    model: Path | None = None
+    lora: Path | None = None
+    rank: int = 16
+    size: int | None = None
+    rounds: int = 3
+    threads: int | None = None
+    device: str = "cpu"
+
+
 def random_lora(bundle: Bundle, entry: EngineEntry, rank: int, path: Path) -> Path:
-    """A LoRA with small random weights for every attention layer of a bundle's UNet, as PEFT names them."""
+    """Write a LoRA with small random weights for every attention layer of a bundle's UNet, with PEFT's names."""
     import torch
     from safetensors.torch import save_file
 
@@ -82,92 +107,62 @@ def random_lora(bundle: Bundle, entry: EngineEntry, rank: int, path: Path) -> Pa
     return path
 
 
-def measure(
-    bundle: Bundle,
-    *,
-    engines: Sequence[str] = (),
-    model: Path | None = None,
-    lora: Path | None = None,
-    rank: int = 16,
-    size: int | None = None,
-    rounds: int = 3,
-    threads: int | None = None,
-    device: str = "cpu",
-    progress: Progress = lambda step: None,
-) -> Swap:
-    """Exchange the weights of each engine's build and time it.
-
-    Args:
-        engines: of the bundle; all by default.
-        model: what the bundle was built from, to time rebuilding it; None leaves that out.
-        lora: the file; by default a random one of this rank for all attention layers.
-        size: side of the square image that the calls are for, in pixels; by default what the model was trained on.
-        rounds: how often each exchange is made.
+def measure(bundle: Bundle, request: SwapRequest, progress: Callable[[str], None] = lambda step: None) -> Swap:
+    """Exchange the weights of each engine's build, and measure it.
 
     Raises:
-        UserError: an engine or its weights are not there, or the LoRA is for another model.
+        UserError: an engine or its weights are missing, or the LoRA is for another model.
     """
     from ..exporter.lora import read
     from .latency.loop import call_dims
 
-    names = list(engines) or bundle.engines
-    entries = [bundle.find(name, device=device) for name in names]
-    dims = call_dims(bundle, size)
+    entries = [bundle.find(name, device=request.device) for name in list(request.engines) or bundle.engines]
+    dims, lora = call_dims(bundle, request.size), request.lora
     with tempfile.TemporaryDirectory() as folder:
-        file = lora or random_lora(bundle, entries[0], rank, Path(folder) / "random.safetensors")
-        said = lora.name if lora else f"random, rank {rank}, every attention layer"
+        file = lora or random_lora(bundle, entries[0], request.rank, Path(folder) / "random.safetensors")
         rows = []
         for entry in entries:
             progress(f"exchange the weights of {entry.key}")
-            row = _exchange(bundle, entry, file, dims, rounds, threads, device)
-            if model is not None:
+            row = _exchange(bundle, entry, file, dims, request)
+            if request.model is not None:
                 progress(f"rebuild {entry.key} with the LoRA fused")
-                row = _rebuild(row, bundle, entry, model, file, Path(folder) / entry.engine, device)
+                row = _rebuild(row, bundle, entry, request, file, Path(folder) / entry.engine)
             rows.append(row)
         return Swap(
             model=bundle.manifest.source.model,
-            lora=said,
+            lora=lora.name if lora else f"random, rank {request.rank}, every attention layer",
             layers=len(read(file, bundle.unet_config).layers),
             cut=entries[0].cuts[0],
             sizes=dims,
-            rounds=rounds,
+            rounds=request.rounds,
             rows=rows,
         )
 
 
-def _exchange(
-    bundle: Bundle,
-    entry: EngineEntry,
-    file: Path,
-    dims: Mapping[str, int],
-    rounds: int,
-    threads: int | None,
-    device: str,
-) -> SwapRow:
-
+def _exchange(bundle: Bundle, entry: EngineEntry, file: Path, dims: Mapping[str, int], request: SwapRequest) -> SwapRow:
     from ..runtime.unet import UNet
 
     began = time.perf_counter()
-    pair = bundle.pair(entry, device=device, threads=threads)
+    pair = bundle.pair(entry, device=request.device, threads=request.threads)
     unet = UNet(pair, bundle.unet_config, stored=lambda: bundle.weights(entry))
     opened = time.perf_counter() - began
     _calls(pair, entry.cuts[0], dims)
-    usual, built = zip(*(_calls(pair, entry.cuts[0], dims) for _ in range(rounds)), strict=True)
+    usual, built = zip(*(_calls(pair, entry.cuts[0], dims) for _ in range(request.rounds)), strict=True)
     loaded, rescaled, unloaded, first, later = [], [], [], [], []
-    worn: list[list[torch.Tensor]] = []
+    with_lora: list[list[torch.Tensor]] = []
     try:
-        for _ in range(rounds):
+        for _ in range(request.rounds):
             loaded.append(_timed(lambda: unet.load_lora(file, 0.8, name="a")))
-            seconds, answers = _calls(pair, entry.cuts[0], dims)
+            seconds, outputs = _calls(pair, entry.cuts[0], dims)
             first.append(seconds)
-            worn.append(answers)
+            with_lora.append(outputs)
             later.append(_calls(pair, entry.cuts[0], dims)[0])
             rescaled.append(_timed(lambda: unet.set_loras({"a": 0.5})))
             unloaded.append(_timed(unet.unload_lora))
         after = _calls(pair, entry.cuts[0], dims)[1]
     finally:
         unet.close()
-    returned = [_same(after, built[0]), *(_same(each, worn[0]) for each in worn)]
+    same = [_same(after, built[0]), *(_same(each, with_lora[0]) for each in with_lora)]
     variant = bundle.manifest.variants[entry.variant]
     return SwapRow(
         engine=entry.engine,
@@ -179,19 +174,18 @@ def _exchange(
         first_calls=first,
         later_calls=later,
         calls=statistics.median(usual),
-        restored=all(returned) and not _same(worn[0], built[0]),
+        restored=all(same) and not _same(with_lora[0], built[0]),
     )
 
 
-def _rebuild(
-    row: SwapRow, bundle: Bundle, entry: EngineEntry, model: Path, file: Path, out: Path, device: str
-) -> SwapRow:
+def _rebuild(row: SwapRow, bundle: Bundle, entry: EngineEntry, request: SwapRequest, file: Path, out: Path) -> SwapRow:
     from ..engines.builder.build import build
 
+    assert request.model is not None
     variant = bundle.manifest.variants[entry.variant]
     began = time.perf_counter()
     rebuilt = build(
-        model,
+        request.model,
         out,
         cuts=entry.cuts,
         engine=entry.engine,
@@ -199,31 +193,31 @@ def _rebuild(
         inference_precision=entry.inference_precision,
         opset=variant.opset,
         dims=variant.fixed,
-        device=device,
+        device=request.device,
         loras={file: 0.8},
     )
     built = time.perf_counter()
-    rebuilt.open_pair(entry.engine, device=device).close()
+    rebuilt.open_pair(entry.engine, device=request.device).close()
     opened = time.perf_counter() - built
     return row.model_copy(update={"rebuilt": built - began, "rebuilt_opened": opened})
 
 
 def _calls(pair: EnginePair, cut: str, dims: Mapping[str, int]) -> tuple[float, list[torch.Tensor]]:
-    """Seconds of a full and a shallow call in fresh buffers, and their answers."""
+    """Return the seconds of a full and a shallow call in new buffers, and their outputs."""
     from ..exporter.families import example_inputs
 
-    given = example_inputs(tuple(pair.inputs.values()), dims)
+    inputs = example_inputs(tuple(pair.inputs.values()), dims)
     began = time.perf_counter()
-    bound = pair.prepare({name: tuple(value.shape) for name, value in given.items()})
-    for name, value in given.items():
+    bound = pair.prepare({name: tuple(value.shape) for name, value in inputs.items()})
+    for name, value in inputs.items():
         bound.buffers[name].copy_(value)
     bound.full()
-    answers = [bound.buffers["noise_pred"].cpu().clone()]
+    outputs = [bound.buffers["noise_pred"].cpu().clone()]
     bound.shallow(cut)
-    answers.append(bound.buffers["noise_pred"].cpu().clone())
+    outputs.append(bound.buffers["noise_pred"].cpu().clone())
     seconds = time.perf_counter() - began
     bound.close()
-    return seconds, answers
+    return seconds, outputs
 
 
 def _timed(act: Callable[[], object]) -> float:

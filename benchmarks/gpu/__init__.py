@@ -1,1 +1,1 @@
-"""The checks of ``python -m offcut.benchmarks.gpu_check``, a room for each subject."""
+"""The checks of ``python -m offcut.benchmarks.gpu_check``."""

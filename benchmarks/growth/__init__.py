@@ -1,1 +1,1 @@
-"""How latency and memory grow with the work, and exports and builds with the model: measured, with fitted exponents."""
+"""Growth of latency and memory with the work, and of exports and builds with the model, with fitted exponents."""

@@ -1,4 +1,4 @@
-"""``offcut export`` and ``offcut build`` on models of growing size: seconds and memory of whole commands."""
+"""Seconds and memory of ``offcut export`` and ``offcut build`` on models of growing size."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from ..architectures import UNETS
 from ..latency.resolve import parameters
 from ..schema.growth import Fit, Made
 from ..shapes.model import model_path
-from .fit import power_law
+from .sweeps import power_law
 
 SHAPES = "shapes"
-"""The bundled model's name here, beside those of ``architectures.UNETS``, which are made with random weights."""
+"""Name of the bundled model. Those of ``architectures.UNETS`` are made with random weights."""
 
 
 def build_all(
     models: Sequence[str], engine: str, precision: str, log: Path, progress: Callable[[str], None]
 ) -> tuple[list[Made], dict[str, str]]:
-    """Export and build each model, in processes of their own, and throw the results away.
+    """Export and build each model in processes of their own; the exports and bundles are deleted.
 
     Args:
         models: diffusers directories, ``shapes``, or names of ``architectures.UNETS``.
-        engine, precision: as ``offcut build`` takes them.
-        log: what the commands print is added to it.
+        engine, precision: options of ``offcut build``.
+        log: file to which the commands' output is appended.
 
     Returns:
-        What was made, and for models that could not be, the reason.
+        The measurements, and the reason for each model that could not be built.
     """
     made: list[Made] = []
     failed: dict[str, str] = {}
     for name in models:
         with tempfile.TemporaryDirectory(prefix="offcut-growth-") as scratch:
             try:
-                made += _both(name, engine, precision, Path(scratch), log, progress)
+                made += _export_and_build(name, engine, precision, Path(scratch), log, progress)
             except OffcutError as error:
                 failed[_label(name)] = str(error)
     return made, failed
 
 
 def laws(made: Sequence[Made]) -> list[Fit]:
-    """How seconds and memory of each command grow with the model's parameters."""
-    found = []
+    """Fit how seconds and memory of each command grow with the model's parameters."""
+    fits = []
     for command in ("export", "build"):
         rows = [row for row in made if row.command == command]
         sizes = [row.parameters for row in rows]
@@ -57,15 +57,15 @@ def laws(made: Sequence[Made]) -> list[Fit]:
             (f"{command}, seconds", [row.seconds for row in rows]),
             (f"{command}, memory", [float(row.host_peak_bytes) for row in rows]),
         ):
-            found.append(power_law(of, sizes, values))
-    return [law for law in found if law is not None]
+            fits.append(power_law(of, sizes, values))
+    return [fit for fit in fits if fit is not None]
 
 
 def _label(name: str) -> str:
     return Path(name).name if Path(name).is_dir() else name
 
 
-def _both(
+def _export_and_build(
     name: str, engine: str, precision: str, scratch: Path, log: Path, progress: Callable[[str], None]
 ) -> list[Made]:
     folder = _model(name, scratch, log, progress)
@@ -98,7 +98,7 @@ def _model(name: str, scratch: Path, log: Path, progress: Callable[[str], None])
         return model_path()
     if name not in UNETS:
         known = ", ".join([SHAPES, *UNETS])
-        raise UserError(f"{name} is no directory: give a diffusers directory, or one of {known}")
+        raise UserError(f"{name} is not a directory: give a diffusers directory, or one of {known}")
     progress(f"make {name} with random weights")
     folder = scratch / name
     _run(["-m", "offcut.benchmarks.architectures", name, str(folder)], log)
@@ -106,10 +106,10 @@ def _model(name: str, scratch: Path, log: Path, progress: Callable[[str], None])
 
 
 def _run(arguments: Sequence[str], log: Path) -> tuple[float, int]:
-    """Seconds and largest resident memory of a Python process.
+    """Run a Python process; return its seconds and its peak resident memory in bytes.
 
     Raises:
-        UserError: it failed; its last line says why.
+        UserError: the process failed; the message has its last line.
     """
     with log.open("ab") as messages:
         offset = messages.tell()

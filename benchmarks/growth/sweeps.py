@@ -1,4 +1,4 @@
-"""One quantity at a time: the same measured loop as ``offcut bench latency``, each setting in a process of its own."""
+"""Sweeps of one quantity at a time: the loop of ``offcut bench latency``, each setting in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from ..latency.resolve import model_name, resolve
 from ..latency.rounds import RoundOptions, measure
 from ..schema.growth import Axis, Fit, Growth, Point, Sweep
 from ..schema.latency import Contestant, Latency
-from .fit import power_law
 
 
 @dataclass(frozen=True)
-class Axes:
-    """The values to run; the base's own is added to each. Empty leaves an axis out.
+class SweepValues:
+    """The values of each sweep, to which the base's own value is added; an empty sweep is left out.
 
     Attributes:
         steps: of the scheduler. Multiples of the interval keep the share of full calls.
@@ -37,7 +36,7 @@ class Axes:
 
 
 def grow(
-    bundle: Bundle, base: LatencyRequest, axes: Axes, options: RoundOptions, precision: str | None = None
+    bundle: Bundle, base: LatencyRequest, axes: SweepValues, options: RoundOptions, precision: str | None = None
 ) -> Growth:
     """Measure the base, every axis, and the base again.
 
@@ -47,7 +46,7 @@ def grow(
         precision: of the engine's builds in the bundle; None takes the first.
 
     Raises:
-        UserError: something of it cannot be, or a setting could not be measured.
+        UserError: the base is invalid, or a setting could not be measured.
     """
     schedule = parse(base.schedule)
     if not isinstance(schedule, Uniform):
@@ -59,7 +58,7 @@ def grow(
     sweeps = []
     for axis, own, others in settings:
         points = {own: first.point(own)}
-        points |= {value: run.at(wanted, uncached=uncached).point(value) for value, wanted, uncached in others}
+        points |= {value: run.at(request, uncached=uncached).point(value) for value, request, uncached in others}
         sweeps.append(_sweep(axis, [points[value] for value in sorted(points)]))
     again = run.at(base)
     return Growth(
@@ -87,8 +86,10 @@ def grow(
 _Others = list[tuple[int, LatencyRequest, bool]]
 
 
-def _settings(base: LatencyRequest, axes: Axes, interval: int, pixels: int) -> Iterator[tuple[Axis, int, _Others]]:
-    """Each axis with the base's own value, and the other values with their settings and whether those are uncached."""
+def _settings(
+    base: LatencyRequest, axes: SweepValues, interval: int, pixels: int
+) -> Iterator[tuple[Axis, int, _Others]]:
+    """Yield each axis with the base's value, and its other values: request, and whether it is uncached."""
     if axes.steps:
         yield "steps", base.steps, [(n, replace(base, steps=n), False) for n in _others(axes.steps, base.steps)]
     if axes.images:
@@ -113,14 +114,13 @@ def _others(values: Sequence[int], own: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _SettingRun:
     latency: Latency
     row: Contestant
 
     def point(self, value: int) -> Point:
-        kept = {name: getattr(self.row, name) for name in ("loops", "full", "shallow")}
-        memory = {name: getattr(self.row, name) for name in ("host_peak_bytes", "device_peak_bytes")}
-        return Point(value=value, **kept, **memory)
+        names = ("loops", "full", "shallow", "host_peak_bytes", "device_peak_bytes")
+        return Point(value=value, **{name: getattr(self.row, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -129,28 +129,28 @@ class _Runs:
     precision: str | None
     options: RoundOptions
 
-    def at(self, wanted: LatencyRequest, *, uncached: bool = False) -> _Measured:
-        """One setting's run, of one contestant."""
+    def at(self, request: LatencyRequest, *, uncached: bool = False) -> _SettingRun:
+        """Measure one contestant with one setting."""
         with tempfile.TemporaryDirectory(prefix="offcut-growth-") as folder:
-            case, entrants = resolve(self.bundle, replace(wanted, peers=("engine",)), Path(folder))
+            case, entrants = resolve(self.bundle, replace(request, peers=("engine",)), Path(folder))
             ours = [entrant for entrant in entrants if self.precision in (None, entrant.precision)]
             entrant = next((each for each in ours if each.cached != uncached), None)
             if entrant is None:
-                there = ", ".join(dict.fromkeys(each.precision for each in entrants))
-                raise UserError(f"{self.bundle.path} has no {self.precision} build of this engine; it has {there}")
+                available = ", ".join(dict.fromkeys(each.precision for each in entrants))
+                raise UserError(f"{self.bundle.path} has no {self.precision} build of this engine; it has {available}")
             if entrant.not_run is not None:
                 raise UserError(f"{entrant.name} cannot be measured: {entrant.not_run}")
-            what = f"{case.steps} steps, {case.images} image(s), {case.height}x{case.width}"
-            what += ", uncached" if uncached else f", {case.schedule}"
-            latency = measure(case, [entrant], replace(self.options, progress=self._naming(what)), "")
+            setting = f"{case.steps} steps, {case.images} image(s), {case.height}x{case.width}"
+            setting += ", uncached" if uncached else f", {case.schedule}"
+            latency = measure(case, [entrant], replace(self.options, progress=self._details_of(setting)), "")
         (row,) = latency.contestants
         if row.not_run is not None:
-            raise UserError(f"{entrant.name} failed at {what}: {row.not_run}; see {self.options.log}")
-        return _Measured(latency, row)
+            raise UserError(f"{entrant.name} failed at {setting}: {row.not_run}; see {self.options.log}")
+        return _SettingRun(latency, row)
 
-    def _naming(self, what: str) -> Callable[[str], None]:
-        """Only a setting's first sentence is a stage of its own."""
-        self.options.progress(what)
+    def _details_of(self, setting: str) -> Callable[[str], None]:
+        """Show the setting as one stage, and what happens in it as details."""
+        self.options.progress(setting)
         return lambda sentence: self.options.progress(f"  {sentence}")
 
 
@@ -167,3 +167,21 @@ def _sweep(axis: Axis, points: list[Point]) -> Sweep:
 
 def _law(of: str, points: Sequence[Point], values: Sequence[float]) -> Fit | None:
     return power_law(of, [point.value for point in points], values)
+
+
+def power_law(of: str, x: Sequence[float], y: Sequence[float]) -> Fit | None:
+    """Return the exponent of ``y = c * x ** exponent``, by least squares; None with fewer than two different ``x``.
+
+    Args:
+        of: what grows.
+        x, y: positive.
+    """
+    if len(set(x)) < 2:
+        return None
+    import numpy as np
+
+    logarithms = np.log(x), np.log(y)
+    if len(x) == 2:
+        return Fit(of=of, exponent=float(np.polyfit(*logarithms, 1)[0]), error=None, points=2)
+    (exponent, _), covariance = np.polyfit(*logarithms, 1, cov=True)
+    return Fit(of=of, exponent=float(exponent), error=float(np.sqrt(covariance[0, 0])), points=len(x))

@@ -1,1 +1,1 @@
-"""``offcut bench latency``: contestants in turn, one process each, and the ratios between them."""
+"""Latency of engines and peers on one denoising loop, measured in turns."""

@@ -1,1 +1,1 @@
-"""MLPerf's load generator on offcut: SingleStream, Offline and Server in the shape of its text-to-image benchmark."""
+"""MLPerf's load generator on offcut: SingleStream, Offline and Server, like its text-to-image benchmark."""

@@ -1,1 +1,1 @@
-"""Capacity: a simulator of the worker's batching with measured times, and the questions that it answers."""
+"""Capacity planning by simulation with measured times."""

@@ -1,4 +1,4 @@
-"""``offcut bench``: its commands, one line each in the table below."""
+"""``offcut bench``: its commands, one entry each in the table below."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import compare, controlnet, drift, growth, latency, mlperf, plan, precisi
 
 app = typer.Typer(
     name="bench",
-    help="Measure: speed beside peers, what caching costs in quality, load, capacity, reports and their comparison.",
+    help="Measure speed against peers, image quality, serving and capacity; write reports and compare them.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )

@@ -1,57 +1,51 @@
-"""``offcut bench swap``: what a LoRA takes to go onto an open bundle, beside a rebuild."""
+"""``offcut bench swap``: seconds to load and unload a LoRA on open engines, compared with a rebuild."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..options import BundleArgument, Device, Json, Threads
+from ...benchmarks.swap import SwapRequest
+from ..options import BundleArgument, Device, Json, Threads, unpack
 from ..shell import quiet_libraries, stages
 from .outcome import BenchRun
 
 _PACKAGES = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "offcut")
+_OPTIONS = {
+    "model": typer.Option(help="The model that the bundle was built from, to time a rebuild with the LoRA fused."),
+    "lora": typer.Option(help="A LoRA file; by default a random one is made."),
+    "rank": typer.Option(help="Rank of the random LoRA, which has every attention layer.", min=1),
+    "engines": typer.Option("--engine", help="Engine of the bundle; repeatable, all by default."),
+    "size": typer.Option(help="Side in pixels of the image that the calls are for; a tiny one by default."),
+    "rounds": typer.Option("--iterations", help="Rounds of load, rescale and unload.", min=1),
+}
 
 
+@unpack
 def swap(
     bundle: BundleArgument,
+    request: Annotated[SwapRequest, _OPTIONS],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the result and its page.")] = Path(
         "bench-swap"
     ),
-    model: Annotated[
-        Path | None, typer.Option(help="What the bundle was built from, to time a rebuild with the LoRA fused.")
-    ] = None,
-    lora: Annotated[Path | None, typer.Option(help="A LoRA file; by default a random one is made.")] = None,
-    rank: Annotated[int, typer.Option(help="Of the random one, for every attention layer.", min=1)] = 16,
-    engine: Annotated[list[str] | None, typer.Option(help="Of the bundle; all by default. Again for several.")] = None,
-    size: Annotated[
-        int | None, typer.Option(help="Side of the image that the calls are for, in pixels; a tiny one by default.")
-    ] = None,
-    iterations: Annotated[int, typer.Option(help="Rounds of load, rescale and unload.", min=1)] = 3,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Time a LoRA's way onto open engines and off again, beside a rebuild; exit 1 if the weights did not come back."""
+    """Time loading a LoRA into open engines and unloading it, compared with a rebuild.
+
+    Exit code 1 if the weights did not come back bit for bit.
+    """
     from ...benchmarks.swap import measure
     from ...engines.bundle.bundle import Bundle
 
-    outcome = BenchRun(_PACKAGES)
+    bench = BenchRun(_PACKAGES)
     quiet_libraries()
     with stages() as stage:
-        measured = measure(
-            Bundle.open(bundle),
-            engines=engine or (),
-            model=model,
-            lora=lora,
-            rank=rank,
-            size=size,
-            rounds=iterations,
-            threads=threads,
-            device=device,
-            progress=stage,
-        )
-    outcome.finish(output, f"LoRAs on {bundle.name}", as_json, swap=measured)
+        measured = measure(Bundle.open(bundle), replace(request, device=device, threads=threads), stage)
+    bench.finish(output, f"LoRAs on {bundle.name}", as_json, swap=measured)
     if not all(row.restored for row in measured.rows):
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""``offcut bench swap`` for real, on a small UNet: weights go out and come back, and a rebuild is timed."""
+"""``offcut bench swap`` on a small UNet: LoRAs are loaded and unloaded, and a rebuild is timed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from support.results import machine, result
 import offcut
 from offcut.benchmarks import record
 from offcut.benchmarks.report.page import write_report
-from offcut.benchmarks.swap import Swap, measure
+from offcut.benchmarks.swap import Swap, SwapRequest, measure
 from offcut.errors import ModelError, UserError
 
 
 @pytest.fixture(scope="module")
 def measured(unet_bundle: Path) -> Swap:
-    return measure(offcut.Bundle.open(unet_bundle), rounds=2, rank=4, threads=1, size=128)
+    return measure(offcut.Bundle.open(unet_bundle), SwapRequest(rounds=2, rank=4, threads=1, size=128))
 
 
 def test_each_engine_takes_the_weights_and_gives_them_back(measured: Swap) -> None:
@@ -49,9 +49,9 @@ def test_the_page_shows_every_row(measured: Swap, tmp_path: Path) -> None:
 def test_what_is_not_there_is_said(unet_bundle: Path, tmp_path: Path) -> None:
     bundle = offcut.Bundle.open(unet_bundle)
     with pytest.raises(ModelError, match="is not there: give the safetensors file"):
-        measure(bundle, lora=tmp_path / "none.safetensors", engines=["onnxruntime"])
+        measure(bundle, SwapRequest(lora=tmp_path / "none.safetensors", engines=("onnxruntime",)))
     with pytest.raises(UserError, match="not inductor: add it with"):
-        measure(bundle, engines=["inductor"])
+        measure(bundle, SwapRequest(engines=("inductor",)))
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offcut.benchmarks.growth.fit import power_law
+from offcut.benchmarks.growth.sweeps import power_law
 
 values = st.lists(st.integers(1, 10**6), min_size=2, max_size=8, unique=True)
 

@@ -36,7 +36,7 @@ def measured(tiny_bundle: Path, tiny_unet_dir: Path, once: Once) -> Growth:
         )  # fmt: skip
         assert result.exit_code == 1, result.output  # for the model that is not there
         said = " ".join(result.stderr.split())
-        assert "no-such-model was not built: no-such-model is no directory" in said
+        assert "no-such-model was not built: no-such-model is not a directory" in said
         assert json.loads(result.stdout) == json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
     found = record.read(once("bench-growth", run)).growth
