@@ -1,1 +1,1 @@
-"""A load generator for ``offcut serve``: closed and open loops, overload and soak, compared with two other ways to batch."""
+"""A load test of ``offcut serve``: closed and open loops, overload, soak, and two other ways to batch."""
