@@ -103,7 +103,7 @@ def test_a_wrong_shallow_call_fails_parity_and_trajectory(
 def test_an_engine_that_never_caches_fails_the_trajectory(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     from offcut.runtime.unet import UNet
 
-    monkeypatch.setattr(UNet, "_enqueue", lambda self, bound, *the_rest: bound.full())
+    monkeypatch.setattr(UNet, "_enqueue", lambda self, generation, bound, *rest: bound.full())
     failed = broken(correctness.trajectory(bench, "onnxruntime", "fp32"))
     assert failed == ["cached trajectory, PSNR to eager PyTorch cached alike, dB"]
 
