@@ -20,12 +20,14 @@ _STYLES = {"worse": "bold red", "vanished": "bold red", "better": "green", "smal
 
 
 def compare(
-    old: Annotated[Path, typer.Argument(metavar="OLD", help="What offcut bench wrote: its directory or result.json.")],
-    new: Annotated[Path, typer.Argument(metavar="NEW", help="The same of the newer run.")],
-    threshold: Annotated[str, typer.Option(help="A change beyond noise up to this is tolerated.")] = "5%",
-    confidence: Annotated[str, typer.Option(help="Of the intervals that say what noise explains.")] = "99%",
+    old: Annotated[
+        Path, typer.Argument(metavar="OLD", help="Older result of offcut bench: its directory or result.json.")
+    ],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="Newer result: its directory or result.json.")],
+    threshold: Annotated[str, typer.Option(help="Largest change beyond noise that is tolerated.")] = "5%",
+    confidence: Annotated[str, typer.Option(help="Confidence of the intervals that estimate the noise.")] = "99%",
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Rows that are no longer measured are no failure.")
+        bool, typer.Option("--allow-missing", help="Do not fail for rows that are no longer measured.")
     ] = False,
     show_all: Annotated[bool, typer.Option("--all", help="Also list what did not change.")] = False,
     as_json: Json = False,

@@ -1,4 +1,4 @@
-"""``offcut bench controlnet``: what ``attach(..., reuse_controlnet=True)`` costs and saves, on the shapes model."""
+"""``offcut bench controlnet``: cost and gain of ``attach(..., reuse_controlnet=True)``, on the shapes model."""
 
 from __future__ import annotations
 
@@ -19,29 +19,35 @@ _PACKAGES = ("offcut", "torch", "diffusers", "transformers", "onnxruntime", "ope
 
 def controlnet(
     bundle: Annotated[
-        Path, typer.Argument(metavar="[BUNDLE]", help="The shapes model's, with --adapter controlnet; built if absent.")
+        Path,
+        typer.Argument(
+            metavar="[BUNDLE]", help="Bundle of the shapes model with --adapter controlnet; built if absent."
+        ),
     ] = Path("shapes-controlnet.offcut"),
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Directory of result.json; a run that was cut off goes on there.")
+        Path, typer.Option("-o", "--output", help="Directory of result.json; an interrupted run continues there.")
     ] = Path("bench-controlnet"),
     controlnet: Annotated[
-        Path | None, typer.Option(help="Directory of a ControlNet for silhouettes; the shapes model's own.")
+        Path | None, typer.Option(help="Directory of a ControlNet for silhouettes; by default the shapes model's.")
     ] = None,
-    images: Annotated[int, typer.Option(help="Scenes, each drawn in every way.", min=2)] = 240,
-    steps: Annotated[int, typer.Option(help="Of DDIM.", min=2)] = 50,
-    interval: Annotated[list[int] | None, typer.Option(help="3 and 5 by default. Again for several.", min=2)] = None,
-    warmup: Annotated[int, typer.Option(help="First calls that are full.", min=0)] = 2,
+    images: Annotated[int, typer.Option(help="Number of scenes, each generated with every setting.", min=2)] = 240,
+    steps: Annotated[int, typer.Option(help="Steps of DDIM.", min=2)] = 50,
+    interval: Annotated[
+        list[int] | None,
+        typer.Option(help="Full UNet every N calls; 3 and 5 by default; repeatable. Costs quality.", min=2),
+    ] = None,
+    warmup: Annotated[int, typer.Option(help="Number of first calls that are full.", min=0)] = 2,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.")] = 3.0,
-    seed: Annotated[int, typer.Option(help="Of the scenes, and of the first image's noise.", min=0)] = 0,
-    batch: Annotated[int, typer.Option(help="Images of a pipeline call.", min=1)] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes and of the first image's noise.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Images of one pipeline call.", min=1)] = 8,
     rounds: Annotated[
-        int, typer.Option(help="Of the times, taken after the images; 0 leaves them to a later run.", min=0)
+        int, typer.Option(help="Rounds of timing after the images are generated; 0 takes no times.", min=0)
     ] = 7,
     engine: EngineName = "onnxruntime",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Draw scenes under a ControlNet that runs at every call, and under one that rests on shallow calls."""
+    """Generate scenes under a ControlNet that runs at every call, and under one that is skipped on shallow calls."""
     from ...benchmarks.controlnet import pipelines, settings
     from ...benchmarks.controlnet.evaluate import evaluate
     from ...benchmarks.shapes.model import control_path, model_path
@@ -84,5 +90,5 @@ def controlnet(
             )
     finally:
         unet.close()
-    title = "What a ControlNet that rests on shallow calls costs, on the shapes model"
+    title = "ControlNet skipped on shallow calls, on the shapes model"
     outcome.finish(output, title, as_json, controlnet=measured)

@@ -20,21 +20,23 @@ def drift(
         "bench-drift"
     ),
     schedule: Annotated[
-        str, typer.Option(help="As offcut run takes it, e.g. uniform:5:warmup=2, auto or tuned:NAME.")
+        str, typer.Option(help="Schedule as in offcut run, e.g. uniform:5:warmup=2, auto or tuned:NAME. Costs quality.")
     ] = "uniform:5:warmup=2",
     forecast: Annotated[
         float | None, typer.Option(metavar="DAMPING", help="Extrapolate the cached features: 0 is reuse, 1 undamped.")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="The scheduler's class in diffusers; the bundle's own.")] = None,
-    steps: Annotated[int, typer.Option(help="Of the scheduler.", min=2)] = 50,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.")] = 7.5,
-    cut: Annotated[str | None, typer.Option(help="One of the bundle's; its first by default.")] = None,
-    images: Annotated[int, typer.Option(help="From which drift and errors are.", min=1)] = 8,
-    prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompts, one a line; those of the model, or some.")
+    sampler: Annotated[
+        str | None, typer.Option(help="Class name of a diffusers scheduler; the bundle's own by default.")
     ] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the images in pixels; the model's own.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the first image.")] = 0,
+    steps: Annotated[int, typer.Option(help="Steps of the scheduler.", min=2)] = 50,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.")] = 7.5,
+    cut: Annotated[str | None, typer.Option(help="Cut of the shallow calls; the bundle's first by default.")] = None,
+    images: Annotated[int, typer.Option(help="Number of images to measure.", min=1)] = 8,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts, one a line; by default the model's own.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Image size in pixels; the model's own by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
     engine: EngineName = "auto",
     device: Device = "cpu",
     threads: Threads = None,
@@ -42,7 +44,7 @@ def drift(
 ) -> None:
     """Measure the drift of the cached features with a schedule drawn on it, each call's error, and where images change.
 
-    Images are drawn uncached and with the schedule, from the same seeds; report.html shows all of it.
+    Images are generated uncached and with the schedule, from the same seeds. The page shows all figures.
     """
     from ...benchmarks.drift.run import DriftRequest
     from ...benchmarks.drift.run import drift as run

@@ -1,4 +1,4 @@
-"""``offcut bench precision``: what low precision saves and costs, alone and with caching, on the shapes model."""
+"""``offcut bench precision``: cost and gain of low precision, alone and with caching, on the shapes model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OWN = Path("shapes-precision.offcut")
 
 
 class PrecisionPart(StrEnum):
-    """What can be measured by itself."""
+    """Parts of the benchmark."""
 
     CALLS = "calls"
     IMAGES = "images"
@@ -36,37 +36,44 @@ def precision(
     bundle: Annotated[
         Path | None,
         typer.Argument(
-            help="The shapes model's, which gets the builds that it lacks (shapes-precision.offcut); with --part calls "
-            "any, as it is."
+            help="Bundle of the shapes model, to which missing builds are added (shapes-precision.offcut); with "
+            "--part calls any bundle, unchanged."
         ),
     ] = None,
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", help="Directory of result.json; images that lie there are kept."),
+        typer.Option("-o", "--output", help="Directory of result.json; images in it are reused."),
     ] = Path("bench-precision"),
     part: Annotated[
         list[PrecisionPart] | None,
-        typer.Option(help="Times of calls, images of each build, caching and int8 jointly. Again for several."),
+        typer.Option(help="Times of calls, images of each build, or caching and int8 together; repeatable."),
     ] = None,
     engine: Annotated[
-        list[str] | None, typer.Option(help="onnxruntime and openvino; the joint part has the first. Again for both.")
+        list[str] | None, typer.Option(help="onnxruntime or openvino; repeatable; the joint part uses the first.")
     ] = None,
     precision: Annotated[
-        list[str] | None, typer.Option(help="bf16 (OpenVINO's hint) and int8, beside fp32. Again for both.")
+        list[str] | None, typer.Option(help="bf16 (OpenVINO's hint) or int8, compared with fp32; repeatable.")
     ] = None,
-    interval: Annotated[list[int] | None, typer.Option(help="3 and 5; the joint part has the largest.", min=2)] = None,
-    steps: Annotated[int, typer.Option(help="Of DDIM.", min=4)] = 30,
+    interval: Annotated[
+        list[int] | None,
+        typer.Option(help="3 and 5 by default; repeatable; the joint part uses the largest. Costs quality.", min=2),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of DDIM.", min=4)] = 30,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.")] = 3.0,
-    images: Annotated[int, typer.Option(help="Of each row.", min=2)] = 96,
-    samples: Annotated[int, typer.Option(help="Images that a schedule of the joint part is tuned with.", min=4)] = 32,
-    size: Annotated[int | None, typer.Option(help="Side of the image that calls are for; the model's own.")] = None,
-    rounds: Annotated[int, typer.Option(help="Of the calls, in turns.", min=1)] = 7,
-    seed: Annotated[int, typer.Option(help="Of the prompts, and of the first image's noise.", min=0)] = 0,
-    batch: Annotated[int, typer.Option(help="Images of a pipeline call.", min=1)] = 16,
+    images: Annotated[int, typer.Option(help="Images of each row.", min=2)] = 96,
+    samples: Annotated[
+        int, typer.Option(help="Number of images that a schedule of the joint part is tuned with.", min=4)
+    ] = 32,
+    size: Annotated[
+        int | None, typer.Option(help="Image size in pixels for the timed calls; the model's own by default.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of timing, calls in turns.", min=1)] = 7,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts and of the first image's noise.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Images of one pipeline call.", min=1)] = 16,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Time every build's calls, draw with them, and put caching and int8 together as CacheQuant's ablation does."""
+    """Time every build's calls, compare their images, and combine caching and int8 as CacheQuant's ablation does."""
     from ...benchmarks.precision import images as images_of
     from ...benchmarks.precision import joint
     from ...benchmarks.precision.builds import builds_of, make

@@ -1,4 +1,4 @@
-"""``offcut bench quality``: what caching costs in quality, beside what fewer steps cost."""
+"""``offcut bench quality``: the quality that caching costs, compared with fewer steps."""
 
 from __future__ import annotations
 
@@ -38,58 +38,66 @@ class ScheduleKind(StrEnum):
 
 def quality(
     bundle: Annotated[
-        Path, typer.Argument(metavar="[BUNDLE]", help="The shapes model's bundle; built there if absent.")
+        Path, typer.Argument(metavar="[BUNDLE]", help="Bundle of the shapes model; built if absent.")
     ] = Path("shapes-quality.offcut"),
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Directory of result.json; a run that was cut off goes on there.")
+        Path, typer.Option("-o", "--output", help="Directory of result.json; an interrupted run continues there.")
     ] = Path("bench-quality"),
     plan: Annotated[
         PlanName | None,
         typer.Option(
-            help="quick (the default); full: interval, cut, schedule, warm-up, forecast and sampler vary; front: "
-            "tuned schedules beside others as fast, at four speeds."
+            help="quick (the default); full: varies interval, cut, schedule, warm-up, forecast and sampler; front: "
+            "compares tuned schedules with others at the same cost, at four speeds."
         ),
     ] = None,
     images: Annotated[
-        int | None, typer.Option(help="Of each setting; 32, 1000 in the full plan, 512 in front.", min=2)
+        int | None,
+        typer.Option(help="Images of each setting; 32 by default, 1000 in the full plan, 512 in front.", min=2),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Of DDIM; the plans give other samplers half of them.", min=8)] = 50,
+    steps: Annotated[
+        int, typer.Option(help="Steps of DDIM; in the plans other samplers have half as many.", min=8)
+    ] = 50,
     interval: Annotated[
         list[int] | None,
-        typer.Option(help="Instead of a plan: every combination of these. Again for several.", min=1),
+        typer.Option(help="Full UNet every N calls: every combination instead of a plan; repeatable.", min=1),
     ] = None,
     sampler: Annotated[
         list[str] | None,
-        typer.Option(help="Of a combination or of a plan: ddim, dpm++ 2m, euler ancestral. Again for several."),
+        typer.Option(help="Sampler of the combinations or of a plan: ddim, dpm++ 2m, euler ancestral; repeatable."),
     ] = None,
     cut: Annotated[
-        list[str] | None, typer.Option(help="Of a combination, e.g. deepcache:1. Again for several.")
+        list[str] | None, typer.Option(help="Cut of the combinations, e.g. deepcache:1; repeatable.")
     ] = None,
     warmup: Annotated[
-        list[int] | None, typer.Option(help="Of a combination: first calls that are full. Again for several.", min=0)
+        list[int] | None, typer.Option(help="First full calls of the combinations; repeatable.", min=0)
     ] = None,
-    schedule: Annotated[list[ScheduleKind] | None, typer.Option(help="Of a combination. Again for both.")] = None,
-    samples: Annotated[int, typer.Option(help="Images that a schedule of --plan front is tuned with.", min=4)] = 64,
+    schedule: Annotated[
+        list[ScheduleKind] | None, typer.Option(help="Schedule of the combinations; repeatable.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(help="Number of images that a schedule of --plan front is tuned with.", min=4)
+    ] = 64,
     forecast: Annotated[
         list[float] | None,
         typer.Option(
-            metavar="DAMPING", help="Of a combination: 1 extrapolates the features, below 0 reuses. Again for several."
+            metavar="DAMPING",
+            help="Forecast of the combinations: 1 extrapolates the features, below 0 reuses; repeatable.",
         ),
     ] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.")] = 3.0,
-    seed: Annotated[int, typer.Option(help="Of the prompts, and of the first image's noise.", min=0)] = 0,
-    batch: Annotated[int, typer.Option(help="Images of a pipeline call.", min=1)] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts and of the first image's noise.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Images of one pipeline call.", min=1)] = 16,
     engine: EngineName = "auto",
     threads: Threads = None,
     workers: Annotated[
-        int, typer.Option(help="Processes that make and judge the pictures, the cores divided.", min=1)
+        int, typer.Option(help="Processes that generate and judge the images; they share the cores.", min=1)
     ] = 1,
     shallow_ratio: Annotated[
         list[str] | None,
         typer.Option(metavar="CUT=RATIO", help="A shallow call's time over a full one's, for equal latency."),
     ] = None,
     latency: Annotated[
-        Path | None, typer.Option(help="Take these ratios from what offcut bench latency wrote on Stable Diffusion.")
+        Path | None, typer.Option(help="Take these ratios from a result of offcut bench latency on Stable Diffusion.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the settings and the time they take.")] = False,
     as_json: Json = False,
@@ -114,7 +122,7 @@ def quality(
     quiet_libraries()
     pipe = load(opened, engine=choice.name, threads=threads)
     if plan == PlanName.FRONT and dry_run:
-        err.print("beside these a schedule is tuned for each plainly uniform one, and CacheQuant's is made")
+        err.print("one schedule is tuned for each uniform one without warm-up, and CacheQuant's is added")
     elif plan == PlanName.FRONT:
         with stages() as stage:
             asked = front_plan(pipe, opened, asked, guidance, ratios, samples, stage)

@@ -1,4 +1,4 @@
-"""``offcut bench report`` and ``offcut bench schema``: results as a page, and what a result holds."""
+"""``offcut bench report`` and ``offcut bench schema``: results as a page, and the schema of a result."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from ..shell import out, print_json
 
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="What offcut bench wrote; several: one page.")
+        list[Path],
+        typer.Argument(
+            metavar="DIR...", help="Directories or result.json files of offcut bench; several give one page."
+        ),
     ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Directory to write to; the first DIR by default.")
+        Path | None, typer.Option("-o", "--output", help="Output directory; the first DIR by default.")
     ] = None,
 ) -> None:
-    """Write report.html, which needs nothing beside it, with latency.csv and quality.csv."""
+    """Write report.html, a self-contained page, with latency.csv and quality.csv."""
     from ...benchmarks import record
     from ...benchmarks.report.page import write_report
 
