@@ -33,7 +33,8 @@ def drift(
     cut: Annotated[str | None, typer.Option(help="Cut of the shallow calls; the bundle's first by default.")] = None,
     images: Annotated[int, typer.Option(help="Number of images to measure.", min=1)] = 8,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompts, one a line; by default the model's own.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts, one a line; by default the model's own or built-in ones."),
     ] = None,
     size: Annotated[int | None, typer.Option(help="Image size in pixels; the model's own by default.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
