@@ -1,6 +1,6 @@
-"""From an export to the same in low precision: watch it on cached trajectories, choose ranges and layers, round.
+"""Rounding of an export to low precision: observe cached trajectories, choose ranges and layers, round.
 
-The trajectories are run from above, by a ``Calibrator``: the pipeline and the schedule are none of this floor's.
+A ``Calibrator`` of ``runtime`` runs the trajectories, because pipelines and schedules are not known here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def quantized(
+def quantize_export(
     exported: ExportedUNet,
     out: Path,
     source: ModelSource,
@@ -43,7 +43,11 @@ def quantized(
     calibrator: Calibrator,
     progress: Progress,
 ) -> tuple[ExportedUNet, Quantization]:
-    """The export in low precision, in a directory of its own; its reference is a call of the calibration.
+    """Round an export to low precision, into a new directory; its reference is a call of the calibration.
+
+    Args:
+        out: the new directory, which exists and is empty.
+        cuts: cuts through which the calibration runs.
 
     Raises:
         ModelError: a pattern matches no layer, or a tensor overflows.
@@ -51,12 +55,12 @@ def quantized(
     """
     graph = read(exported.path)
     layers = find_layers(graph.model)
-    kept = high_precision_layers(layers, calibrator.keep)
-    chosen = {layer.name for layer in layers} - kept
+    excluded = high_precision_layers(layers, calibrator.keep)
+    candidates = {layer.name for layer in layers} - excluded
     folder = exported.path.parent / "calibration"
-    progress(f"calibrate on cached trajectories: {len(chosen)} layers")
+    progress(f"calibrate on cached trajectories: {len(candidates)} layers")
     shapes = infer_shapes(graph)
-    tensors = {name for layer in layers if layer.name in chosen for name in (layer.input, layer.output)}
+    tensors = {name for layer in layers if layer.name in candidates for name in (layer.input, layer.output)}
     strides = {name: stride(math.prod(shapes.get(name, (1 << 20,)))) for name in sorted(tensors)}
     twins = split_all(graph, cuts, folder, link=True)
     pair = ObservingPair(twins, exported.inputs, exported.outputs, exported.multiple, exported.precision, strides)
@@ -64,24 +68,25 @@ def quantized(
         calibrator.run(pair, source, progress)
     finally:
         pair.close()
-        shutil.rmtree(folder)  # its link to the weights, too: onnx_ir reads none that have two
+        shutil.rmtree(folder)  # with its link to the weights: onnx_ir does not read a file that has two links
     call_samples, histograms = pair.call_samples.chosen(), pair.histograms
     del pair, graph
-    gc.collect()  # the pipeline lies in cycles, with the weights of its other parts
+    gc.collect()  # reference cycles hold the pipeline and the weights of its components
     if not call_samples:
         raise ModelError("the calibration made no call of the UNet: give it at least one sample and one step")
     ranges = _ranges(histograms, scheme, calibrator.method)
 
-    progress("measure what rounding costs each layer")
-    ratios = _ratios(exported.path, scheme, ranges, layers, chosen, call_samples)
+    progress("measure the error that rounding adds to each layer")
+    ratios = _ratios(exported.path, scheme, ranges, layers, candidates, call_samples)
     least = median(ratios.values()) - calibrator.sensitive if ratios else 0.0
     sensitive = {name for name, ratio in ratios.items() if ratio < least}
-    kept |= sensitive
-    worst = f", {len(sensitive)} of them as they would be below {least:.0f} dB" if sensitive else ""
-    progress(f"round {len(layers) - len(kept)} layers to {scheme.name}; {len(kept)} stay in {scheme.base}{worst}")
-    quantize(exported.path, out / GRAPH_FILE, scheme, ranges, chosen - sensitive)
-    _write_parameters(exported, out, chosen - sensitive)
-    unet = load_unet(source, exported.precision).float()  # weights are rounded to the precision all the same
+    excluded |= sensitive
+    reason = f", {len(sensitive)} of them because rounding would leave less than {least:.0f} dB" if sensitive else ""
+    rounded = len(layers) - len(excluded)
+    progress(f"round {rounded} layers to {scheme.name}; {len(excluded)} stay in {scheme.base}{reason}")
+    quantize(exported.path, out / GRAPH_FILE, scheme, ranges, candidates - sensitive)
+    _write_parameters(exported, out, candidates - sensitive)
+    unet = load_unet(source, exported.precision).float()  # its weights are rounded to the precision already
     write_reference(unet, source.family, call_samples[len(call_samples) // 2], out / exported.reference.name)
     record = Quantization(
         scheme=scheme.label,
@@ -89,25 +94,29 @@ def quantized(
         method=calibrator.method,
         sensitive=calibrator.sensitive,
         calibration=calibrator.record(source),
-        kept=tuple(layer.name for layer in layers if layer.name in kept),
-        rounded=len(layers) - len(kept),
+        kept=tuple(layer.name for layer in layers if layer.name in excluded),
+        rounded=rounded,
     )
-    made = replace(exported, path=out / GRAPH_FILE, weights=out / WEIGHTS_FILE, reference=out / exported.reference.name)
-    return made, record
+    quantized = replace(
+        exported, path=out / GRAPH_FILE, weights=out / WEIGHTS_FILE, reference=out / exported.reference.name
+    )
+    return quantized, record
 
 
 def _write_parameters(exported: ExportedUNet, out: Path, rounded: set[str]) -> None:
-    """The map of parameters without the weights that are no longer there as they were."""
+    """Write the map of parameters without the weights that were rounded."""
     names = json.loads((exported.path.parent / PARAMETERS_FILE).read_text(encoding="utf-8"))
-    left = {key: value for key, value in names.items() if value["initializer"].removesuffix(".weight") not in rounded}
-    (out / PARAMETERS_FILE).write_text(json.dumps(left, indent=1), encoding="utf-8")
+    unrounded = {
+        key: value for key, value in names.items() if value["initializer"].removesuffix(".weight") not in rounded
+    }
+    (out / PARAMETERS_FILE).write_text(json.dumps(unrounded, indent=1), encoding="utf-8")
 
 
 def _ranges(histograms: Mapping[str, Histogram], scheme: Scheme, method: str) -> dict[str, Range]:
-    # Floating-point formats have their own way with large values: nothing is clipped.
+    # Floating-point formats represent large values, so nothing is clipped.
     method = "minmax" if scheme.floating else method
     levels = 255 if scheme.symmetric else 256
-    return {name: seen.range(method, levels, scheme.symmetric) for name, seen in histograms.items()}
+    return {name: histogram.range(method, levels, scheme.symmetric) for name, histogram in histograms.items()}
 
 
 def _ratios(
@@ -118,14 +127,14 @@ def _ratios(
     names: set[str],
     call_samples: Sequence[Mapping[str, torch.Tensor]],
 ) -> dict[str, float]:
-    """Each layer's signal to noise in dB where it alone is rounded, weight and input."""
+    """Return each layer's signal-to-noise ratio in dB if only its own weight and input are rounded."""
     twins = graph.with_name(f"twins-{graph.name}")
     order = write_error_graph(graph, twins, scheme, ranges, names)
     opened = session(twins, optimize=False)
     signal, noise = dict.fromkeys(order, 0.0), dict.fromkeys(order, 0.0)
     for inputs in call_samples:
-        given = {argument.name: inputs[argument.name].numpy() for argument in opened.get_inputs()}
-        sums = iter(opened.run(None, given))
+        arrays = {argument.name: inputs[argument.name].numpy() for argument in opened.get_inputs()}
+        sums = iter(opened.run(None, arrays))
         for name in order:
             signal[name] += float(next(sums))
             noise[name] += float(next(sums))

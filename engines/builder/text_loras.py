@@ -1,6 +1,6 @@
-"""A LoRA's layers for text encoders, fused by diffusers into copies of the encoders, which a bundle then carries.
+"""Fusion of a LoRA's text encoder layers into copies of the text encoders, by diffusers, for a bundle to carry.
 
-The UNet's layers are ``exporter.lora``'s. Only the weights that a LoRA changes are others in the copies.
+``exporter.lora`` fuses the UNet's layers. A copy differs from its text encoder only in the weights that a LoRA changes.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from ..bundle.pipeline_files import small_files, weight_files
 if TYPE_CHECKING:
     import torch
 
-Wanted = Sequence[tuple[Lora, float]]
+ScaledLoras = Sequence[tuple[Lora, float]]
 
-# What diffusers calls the attention layers of text encoders in LoRAs of kohya and in those from before it took PEFT.
+# Names of attention layers that diffusers uses for text encoders in kohya's LoRAs, and in LoRAs from before PEFT.
 _FORMER_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-_ROOT = "text_model."  # of all of CLIP's layers in files and in transformers 4
+_ROOT = "text_model."  # prefix of CLIP's layers in files and in transformers 4
 
 
 def fused_text_encoders(source: ModelSource, out: Path, progress: Callable[[str], None]) -> ModelSource:
-    """The same model with text encoders that its LoRAs are fused into, each with its scale.
+    """Return the same model with its LoRAs fused into its text encoders, each with its scale.
 
     Args:
         source: a pipeline.
-        out: each text encoder that a LoRA has layers for becomes a directory in it.
+        out: directory for the fused text encoders, a subdirectory each.
 
     Raises:
         ModelError: a LoRA cannot be read or is for another text encoder, or peft is missing, which diffusers needs.
     """
-    loras = [(read(each.path, source.config), each.scale) for each in source.loras]
-    parts = {}
+    loras = [(read(lora.path, source.config), lora.scale) for lora in source.loras]
+    fused = {}
     for name in TEXT_ENCODERS:
-        wanted = [(lora, scale) for lora, scale in loras if name in lora.text_layers]
-        if wanted:
-            progress(f"fuse {', '.join(lora.name for lora, _ in wanted)} into {name}")
-            parts[name] = _fused(source, name, wanted, out / name)
-    return replace(source, components={**source.components, **parts})
+        matching = [(lora, scale) for lora, scale in loras if name in lora.text_layers]
+        if matching:
+            progress(f"fuse {', '.join(lora.name for lora, _ in matching)} into {name}")
+            fused[name] = _fused(source, name, matching, out / name)
+    return replace(source, components={**source.components, **fused})
 
 
-def _fused(source: ModelSource, name: str, wanted: Wanted, out: Path) -> Path:
-    first = wanted[0][0].name
+def _fused(source: ModelSource, name: str, loras: ScaledLoras, out: Path) -> Path:
+    first = loras[0][0].name
     library, kind = read_index(source.root).get(name) or (None, None)
     if library != "transformers" or kind is None:
         raise ModelError(f"the LoRA {first} is for another model: this pipeline has no {name} of transformers")
@@ -64,10 +64,10 @@ def _fused(source: ModelSource, name: str, wanted: Wanted, out: Path) -> Path:
     folder = source.component(name)
     model = load_component(transformers, folder, kind, "fp32", source.variant)
     shapes = {parameter.removeprefix(_ROOT): tuple(value.shape) for parameter, value in model.named_parameters()}
-    for lora, _ in wanted:
+    for lora, _ in loras:
         layers = {f"{_module(layer)}.weight": low_rank for layer, low_rank in lora.text_layers[name].items()}
         check(replace(lora, layers=layers), shapes, "this text encoder")
-    _fuse(model, name, wanted)
+    _fuse(model, name, loras)
     changed = {
         parameter.removeprefix(_ROOT).replace(".base_layer", ""): value
         for parameter, value in model.state_dict().items()
@@ -78,18 +78,18 @@ def _fused(source: ModelSource, name: str, wanted: Wanted, out: Path) -> Path:
 
 
 def _module(layer: str) -> str:
-    """What a layer of a LoRA is called in the text encoder."""
+    """Return the name in the text encoder of a LoRA's layer."""
     head, _, last = layer.removeprefix(_ROOT).rpartition(".")
     return f"{head}.{_FORMER_NAMES.get(last, last)}"
 
 
-def _fuse(model: Any, name: str, wanted: Wanted) -> None:
+def _fuse(model: Any, name: str, loras: ScaledLoras) -> None:
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
     from diffusers.loaders.lora_base import fuse_text_encoder_lora
 
-    adapters = [f"lora_{index}" for index in range(len(wanted))]
+    adapters = [f"lora_{index}" for index in range(len(loras))]
     with _quiet():
-        for adapter, (lora, scale) in zip(adapters, wanted, strict=True):
+        for adapter, (lora, scale) in zip(adapters, loras, strict=True):
             tensors = _tensors(lora.text_layers[name], scale, name)
             StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(
                 tensors, None, model, prefix=name, adapter_name=adapter
@@ -98,19 +98,19 @@ def _fuse(model: Any, name: str, wanted: Wanted) -> None:
 
 
 def _tensors(layers: Mapping[str, LowRank], scale: float, name: str) -> dict[str, torch.Tensor]:
-    """For diffusers: all of one rank, and alpha and scale in the tensors already.
+    """Return the tensors that diffusers loads, padded to one rank, with alpha and scale multiplied in.
 
-    diffusers looks for the layers whose rank or alpha differs from most others' under the names that they had in
-    transformers 4, and does not find them in transformers 5.
+    diffusers looks up layers with another rank or alpha than most by their names in transformers 4, and does not find
+    them in transformers 5.
     """
     import torch
 
     rank = max(low_rank.down.shape[0] for low_rank in layers.values())
     tensors: dict[str, torch.Tensor] = {}
     for layer, low_rank in layers.items():
-        missing = rank - low_rank.down.shape[0]
-        down = torch.nn.functional.pad(low_rank.down, (0, 0, 0, missing))
-        up = torch.nn.functional.pad(low_rank.up, (0, missing)) * (low_rank.factor * scale)
+        padding = rank - low_rank.down.shape[0]
+        down = torch.nn.functional.pad(low_rank.down, (0, 0, 0, padding))
+        up = torch.nn.functional.pad(low_rank.up, (0, padding)) * (low_rank.factor * scale)
         head, _, last = layer.rpartition(".")
         stem = f"{name}.{head}.{_FORMER_NAMES.get(last, last)}.lora_linear_layer"
         tensors |= {f"{stem}.down.weight": down, f"{stem}.up.weight": up}
@@ -118,7 +118,7 @@ def _tensors(layers: Mapping[str, LowRank], scale: float, name: str) -> dict[str
 
 
 def _write(folder: Path, variant: str | None, changed: Mapping[str, torch.Tensor], out: Path) -> None:
-    """The text encoder's files with these weights in place of its own."""
+    """Write the text encoder's files with these weights in place of its own."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -131,24 +131,24 @@ def _write(folder: Path, variant: str | None, changed: Mapping[str, torch.Tensor
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             header = opened.metadata()
         for key, value in tensors.items():
-            if (bare := key.removeprefix(_ROOT)) in changed:
-                tensors[key] = changed[bare].to(value.dtype).contiguous()
-                written.add(bare)
+            if (name := key.removeprefix(_ROOT)) in changed:
+                tensors[key] = changed[name].to(value.dtype).contiguous()
+                written.add(name)
         save_file(tensors, out / file.name, header)
-    if lost := changed.keys() - written:
-        raise InternalError(f"the files of {folder.name} have no {sorted(lost)[0]}, which a LoRA changed")
+    if missing := changed.keys() - written:
+        raise InternalError(f"the files of {folder.name} have no {sorted(missing)[0]}, which a LoRA changed")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep both libraries from telling that an adapter's tensors are not a whole model's."""
+    """Silence warnings of both libraries that an adapter's tensors are not those of a whole model."""
     import diffusers
     import transformers
 
     with ExitStack() as undo, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for library in (diffusers, transformers):
-            said = library.utils.logging
-            undo.callback(said.set_verbosity, said.get_verbosity())
-            said.set_verbosity_error()
+            log = library.utils.logging
+            undo.callback(log.set_verbosity, log.get_verbosity())
+            log.set_verbosity_error()
         yield

@@ -1,11 +1,11 @@
-"""A Triton model repository of a bundle: one model for the full graph, and one for each shallow one.
+"""A Triton model repository of a bundle: one model for the full graph and one for each shallow graph.
 
     <model>_full/config.pbtxt                 inputs and outputs of the graph, in Triton's ModelConfig
     <model>_full/1/model.onnx/                the graph with its weights, or for TensorRT model.plan
-    <model>_shallow_deepcache_0/...           takes what the full model gives as deep_feature_0
+    <model>_shallow_deepcache_0/...           takes the full model's output deep_feature_0
 
-Triton runs the graphs; whoever asks it runs the schedule, and hands the cached features from one model to the other.
-The layout is that of Triton's documentation, "Model Repository", where ONNX with external data is a directory.
+Triton runs the graphs. Its client runs the schedule, and passes the cached features from one model to the other.
+The layout follows "Model Repository" in Triton's documentation, where ONNX with external data is a directory.
 """
 
 from __future__ import annotations
@@ -23,47 +23,47 @@ from ..bundle.bundle import Bundle, engine_files
 from ..bundle.manifest import EngineEntry
 
 BACKENDS = {"onnxruntime": ("onnxruntime", "model.onnx"), "tensorrt": ("tensorrt", "model.plan")}
-"""Triton's name of the backend, and of the file that it opens, by engine."""
+"""Triton's name of the backend, and the name of the file that it opens, by engine."""
 
 _TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "int64": "TYPE_INT64"}
 _VERSION = "1"
 
 
 def write_repository(bundle: Bundle, folder: Path, *, name: str, engine: str, device: str = "cpu") -> tuple[Path, ...]:
-    """Write the models of one of the bundle's engines; weights are linked where the disk allows it, and not copied.
+    """Write the models of one of the bundle's engines. Weights are linked, or copied where the disk cannot link.
 
     Args:
         folder: Triton's ``--model-repository``; other models in it are left alone.
-        name: that the models' names begin with.
+        name: prefix of the models' names.
         engine: one of ``BACKENDS``.
-        device: ``cpu`` or ``cuda``, on which Triton is to run them.
+        device: device that Triton runs the models on, ``cpu`` or ``cuda``.
 
     Returns:
-        The models' directories, the full one first.
+        The models' directories, that of the full graph first.
 
     Raises:
-        EngineError: Triton has no backend for this engine, or the bundle has no such engine.
-        UserError: a model of this name is there already, or the graphs, which say what they take, were left out.
+        EngineError: Triton has no backend for this engine, or the bundle does not hold the engine.
+        UserError: a model of this name exists already, or the bundle has no ONNX graphs to read the inputs from.
     """
     if engine not in BACKENDS:
         raise EngineError(f"Triton has no backend for {engine}: build for {' or '.join(BACKENDS)}")
     entry = bundle.entry(engine)
     variant = bundle.manifest.variants[entry.variant]
     if variant.graphs is None:
-        raise UserError("the bundle was built for deployment, and its graphs are gone: build it without --deploy")
+        raise UserError("the bundle was built for deployment and holds no ONNX graphs: build it without --deploy")
     bundle.verify_files({*engine_files(entry, variant), *variant.graphs.files})
-    contract = bundle.graphs(entry)
+    graphs = bundle.graphs(entry)
     onnx: dict[str | None, Path] = {None: bundle.path / variant.graphs.full}
     onnx |= {cut: bundle.path / variant.graphs.shallow[cut] for cut in entry.shallow}
     written = []
     for cut, graph in onnx.items():
         model = folder / _model_name(name, cut)
         if model.exists():
-            raise UserError(f"{model} is there already: give another directory, or remove it")
-        inputs, outputs = _named(graph)
-        specs = {**contract.inputs, **contract.outputs}
+            raise UserError(f"{model} exists already: give another directory, or remove it")
+        inputs, outputs = _names(graph)
+        specs = {**graphs.inputs, **graphs.outputs}
         config = config_text(
-            model.name, engine, device, [specs[each] for each in inputs], [specs[each] for each in outputs]
+            model.name, engine, device, [specs[name] for name in inputs], [specs[name] for name in outputs]
         )
         model.mkdir(parents=True)
         _place(bundle, entry, cut, variant.graphs.weights, model / _VERSION)
@@ -75,7 +75,7 @@ def write_repository(bundle: Bundle, folder: Path, *, name: str, engine: str, de
 def config_text(
     name: str, engine: str, device: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]
 ) -> str:
-    """A ``ModelConfig`` in protobuf's text format. The batch is a dimension like the others: -1 where it is free."""
+    """Return a ``ModelConfig`` in protobuf's text format. The batch is an ordinary dimension; dynamic ones are -1."""
     kind = "KIND_GPU" if device.startswith("cuda") else "KIND_CPU"
     return "\n".join(
         (
@@ -101,12 +101,12 @@ def _model_name(name: str, cut: str | None) -> str:
     return re.sub(r"[^0-9A-Za-z_-]+", "_", f"{name}_{graph}")
 
 
-def _named(graph: Path) -> tuple[list[str], list[str]]:
-    """The inputs and outputs that a graph has: a shallow one takes fewer than the full one."""
+def _names(graph: Path) -> tuple[list[str], list[str]]:
+    """Return the names of a graph's inputs and outputs; a shallow graph has fewer inputs than the full graph."""
     import onnx
 
-    found = onnx.load(graph, load_external_data=False).graph
-    return [value.name for value in found.input], [value.name for value in found.output]
+    loaded = onnx.load(graph, load_external_data=False).graph
+    return [value.name for value in loaded.input], [value.name for value in loaded.output]
 
 
 def _place(bundle: Bundle, entry: EngineEntry, cut: str | None, weights: str, version: Path) -> None:
@@ -122,7 +122,7 @@ def _place(bundle: Bundle, entry: EngineEntry, cut: str | None, weights: str, ve
 
 
 def _link(source: Path, target: Path) -> None:
-    """Files of a bundle never change, so a link is as good as a copy."""
+    """Link a file, or copy it where the disk cannot link. Files of a bundle never change."""
     with suppress(OSError):
         os.link(source, target)
         return

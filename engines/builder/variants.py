@@ -1,4 +1,4 @@
-"""A variant in the making: the export of one precision and opset, and all its cuts, laid out as in the bundle."""
+"""A variant of a build: the export in one precision and opset, and its cuts, laid out as in the bundle."""
 
 from __future__ import annotations
 
@@ -18,38 +18,44 @@ from ...exporter.trace.reference import REFERENCE_FILE
 from ..base import Progress
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import CutEntry, GraphFiles, Quantization, TensorEntry, Variant
-from .quantize import quantized
+from .quantize import quantize_export
 from .resolve import BuildPlan
 
 UNET_CONFIG = "unet/config.json"
 
 
 def make_variant(plan: BuildPlan, existing: Bundle | None, out: Path, staged: Path, progress: Progress) -> Variant:
-    """The export with all the cuts: the bundle's own where it has them, recut where it has others, or a new one."""
-    held = existing.manifest.variants.get(plan.variant) if existing else None
-    there = [cut.name for cut in held.cuts] if held else []
-    if held is None or existing is None or held.graphs is None:
-        return _export(plan, existing is None, there, staged, progress)
-    _check_calibration(plan, held)
-    existing.verify_files([*held.graphs.files, held.reference])
-    known = find_cuts(out / held.graphs.full)
-    wanted = [find_cut(known, name).name for name in plan.cuts]
-    if set(wanted) <= set(there):
+    """Return the plan's variant with all its cuts.
+
+    It is the bundle's own if that has the cuts, the bundle's export cut again if that lacks some, or a new export.
+    """
+    variant = existing.manifest.variants.get(plan.variant) if existing else None
+    existing_cuts = [cut.name for cut in variant.cuts] if variant else []
+    if variant is None or existing is None or variant.graphs is None:
+        return _export(plan, existing is None, existing_cuts, staged, progress)
+    _check_calibration(plan, variant)
+    existing.verify_files([*variant.graphs.files, variant.reference])
+    possible_cuts = find_cuts(out / variant.graphs.full)
+    plan_cuts = [find_cut(possible_cuts, name).name for name in plan.cuts]
+    if set(plan_cuts) <= set(existing_cuts):
         progress(f"reuse the export {plan.variant} and its graphs")
-        return held
+        return variant
     progress(f"reuse the export {plan.variant}, cut it again")
-    graphs, cuts = _cut(plan, staged, out / held.graphs.full, [*there, *wanted])
-    return held.model_copy(update={"graphs": graphs, "cuts": cuts})
+    graphs, cuts = _cut(plan, staged, out / variant.graphs.full, [*existing_cuts, *plan_cuts])
+    return variant.model_copy(update={"graphs": graphs, "cuts": cuts})
 
 
-def _export(plan: BuildPlan, first: bool, there: Sequence[str], staged: Path, progress: Progress) -> Variant:
+def _export(
+    plan: BuildPlan, is_new_bundle: bool, existing_cuts: Sequence[str], staged: Path, progress: Progress
+) -> Variant:
     folder = staged / "unet" / plan.variant
-    exported, quantization = _exported(plan, folder, [*there, *plan.cuts], progress)
-    if first:
+    cut_names = [*existing_cuts, *plan.cuts]
+    exported, quantization = _exported(plan, folder, cut_names, progress)
+    if is_new_bundle:
         config = json.dumps(plan.source.config, indent=2, default=str)
         (staged / UNET_CONFIG).write_text(config + "\n", encoding="utf-8")
     progress("cut")
-    graphs, cuts = _cut(plan, staged, exported.path, [*there, *plan.cuts])
+    graphs, cuts = _cut(plan, staged, exported.path, cut_names)
     exported.path.unlink()
     return Variant(
         name=plan.variant,
@@ -69,7 +75,7 @@ def _export(plan: BuildPlan, first: bool, there: Sequence[str], staged: Path, pr
 def _exported(
     plan: BuildPlan, folder: Path, cuts: Sequence[str], progress: Progress
 ) -> tuple[ExportedUNet, Quantization | None]:
-    """The export in the plan's precision; one in low precision is made from a full one, aside."""
+    """Export in the plan's precision. A low precision is rounded from an export in the base precision."""
     if plan.source.onnx:
         return export_foreign_unet(
             plan.source, folder, precision=plan.precision, dims=plan.fixed, progress=progress
@@ -91,34 +97,34 @@ def _exported(
     if plan.scheme is None:
         return export(folder, plan.precision), None
     assert plan.calibrator is not None
-    aside = folder.with_name(f"{folder.name}-base")
-    base = export(aside, plan.scheme.base)
+    base_folder = folder.with_name(f"{folder.name}-base")
+    base = export(base_folder, plan.scheme.base)
     folder.mkdir(parents=True)
     try:
-        return quantized(base, folder, plan.source, plan.scheme, cuts, plan.calibrator, progress)
+        return quantize_export(base, folder, plan.source, plan.scheme, cuts, plan.calibrator, progress)
     finally:
-        shutil.rmtree(aside)
+        shutil.rmtree(base_folder)
 
 
-def _check_calibration(plan: BuildPlan, held: Variant) -> None:
-    """Refuse to add to a variant that was calibrated in another way than is asked for now."""
-    if plan.calibrator is None or held.quantization is None:
+def _check_calibration(plan: BuildPlan, variant: Variant) -> None:
+    """Refuse to add to a variant that was calibrated in another way than the plan says."""
+    if plan.calibrator is None or variant.quantization is None:
         return
-    was = held.quantization
-    asked = (plan.calibrator.record(plan.source), plan.calibrator.method, plan.calibrator.sensitive)
-    if (was.calibration, was.method, was.sensitive) != asked:
+    recorded = variant.quantization
+    requested = (plan.calibrator.record(plan.source), plan.calibrator.method, plan.calibrator.sensitive)
+    if (recorded.calibration, recorded.method, recorded.sensitive) != requested:
         raise BundleError(
-            f"this bundle's {held.name} was calibrated in another way: give the same calibration as then, "
+            f"this bundle's {variant.name} was calibrated in another way: give the same calibration again, "
             "or build into another directory"
         )
 
 
 def _cut(plan: BuildPlan, staged: Path, graph: Path, names: Sequence[str]) -> tuple[GraphFiles, tuple[CutEntry, ...]]:
-    """Cut a graph, whose weights are linked beside the result, and describe it."""
+    """Cut a graph into the staging directory, with a link to its weights, and return its files and cuts."""
     folder = staged / "unet" / plan.variant
-    recut = graph.parent != folder
-    # The bundle's files never change, so graphs of another choice of cuts have names of their own.
-    suffix = "-" + hashlib.sha256(" ".join(names).encode()).hexdigest()[:8] if recut else ""
+    is_recut = graph.parent != folder
+    # Files of a bundle never change, so the graphs of another set of cuts get other names.
+    suffix = "-" + hashlib.sha256(" ".join(names).encode()).hexdigest()[:8] if is_recut else ""
     twins = split_all(graph, names, folder, suffix, link=True)
     base = f"unet/{plan.variant}"
     graphs = GraphFiles(

@@ -1,7 +1,7 @@
 """The bundle: a directory that ``build`` writes and everything else reads.
 
-Nothing in it is deserialised before its digest is checked. That proves that it is whole, not who made it: give
-``expect_digest`` to pin its origin.
+No file in it is deserialised before its digest is checked. The digests prove that the bundle is whole, not who made it;
+``expect_digest`` pins its origin.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .manifest import MANIFEST_FILE, SCHEMA_VERSION, EngineEntry, Manifest, Vari
 
 
 class Bundle:
-    """An opened bundle, its manifest verified. Open one with ``Bundle.open``.
+    """An opened bundle, whose manifest was checked. Open one with ``Bundle.open``.
 
     Attributes:
-        path: the directory.
-        manifest: what it says of itself.
-        digest: SHA-256 of the manifest, which holds every other file's.
+        path: directory of the bundle.
+        manifest: the content of ``offcut.json``.
+        digest: SHA-256 of the manifest, which holds the digests of all other files.
     """
 
     def __init__(self, path: Path, manifest: Manifest, digest: str) -> None:
@@ -42,8 +42,8 @@ class Bundle:
         """Read and check a bundle's manifest. Files are checked when they are used; ``verify_files`` checks all.
 
         Raises:
-            BundleError: it is not a bundle, is damaged or altered, names files outside itself, has another digest than
-                ``expect_digest``, or was written by a newer offcut.
+            BundleError: the directory is not a bundle, is damaged or altered, names files outside itself, has another
+                digest than ``expect_digest``, or was written by a newer offcut.
         """
         path = Path(path)
         file = path / MANIFEST_FILE
@@ -57,26 +57,26 @@ class Bundle:
 
     @property
     def built_digest(self) -> str:
-        """The digest that it has without its schedules, on which no engine's answer depends."""
+        """Digest of the bundle without its schedules, on which no engine's output depends."""
         schedules = self.manifest.schedules.values()
-        own = {name for entry in schedules for name in entry.files}
-        files = {name: entry for name, entry in self.manifest.files.items() if name not in own}
-        bare = self.manifest.model_copy(update={"schedules": {}, "files": files})
-        return hashlib.sha256(bare.to_json().encode()).hexdigest()
+        schedule_files = {name for entry in schedules for name in entry.files}
+        files = {name: entry for name, entry in self.manifest.files.items() if name not in schedule_files}
+        without_schedules = self.manifest.model_copy(update={"schedules": {}, "files": files})
+        return hashlib.sha256(without_schedules.to_json().encode()).hexdigest()
 
     @property
     def engines(self) -> list[str]:
-        """The engines that were built into it, by name."""
+        """Names of the engines that were built into the bundle."""
         return list(dict.fromkeys(entry.engine for entry in self.manifest.engines.values()))
 
     @property
     def cuts(self) -> list[str]:
-        """The cuts that some engine of it can run."""
+        """Names of the cuts that at least one engine can run."""
         return list(dict.fromkeys(cut for entry in self.manifest.engines.values() for cut in entry.cuts))
 
     @property
     def unet_config(self) -> dict[str, Any]:
-        """The UNet's config, as diffusers wrote it."""
+        """Config of the UNet, as diffusers wrote it."""
         name = self.manifest.unet_config
         self.verify_files([name])
         config = json.loads((self.path / name).read_text(encoding="utf-8"))
@@ -84,10 +84,10 @@ class Bundle:
         return config
 
     def verify_files(self, names: Iterable[str] | None = None) -> None:
-        """Check size and SHA-256 of these files, or of all.
+        """Check the size and SHA-256 of these files, or of all.
 
         Raises:
-            BundleError: one is missing, truncated, altered, or a link that leaves the bundle.
+            BundleError: a file is missing, truncated, altered, or a link that leaves the bundle.
         """
         for name in self.manifest.files if names is None else names:
             entry = self.manifest.files.get(name)
@@ -107,10 +107,10 @@ class Bundle:
                 )
 
     def choose_engine(self, name: str = "auto", device: str = "cpu") -> Choice:
-        """The engine to open: the one named, or the best of those in the bundle, and why.
+        """Choose the engine to open: the named one, or the best one of the bundle, with the reason.
 
         Raises:
-            EngineError: it is not in the bundle or cannot run here.
+            EngineError: the engine is not in the bundle, or cannot run here.
         """
         if name == "auto":
             return choose(device, self.engines)
@@ -120,36 +120,36 @@ class Bundle:
                 f"{self.path} holds {', '.join(self.engines)}, not {name}: add it with offcut build --engine {name}"
             )
         probe = engine(name).probe()
-        if device.partition(":")[0] not in probe.devices:  # "cuda:1" is one of cuda's
+        if device.partition(":")[0] not in probe.devices:  # "cuda:1" is a device of the kind "cuda"
             raise EngineError(f"{name} cannot run on {device} here: {probe.reason}")
-        return Choice(name, "asked for")
+        return Choice(name, "requested")
 
     def entry(
         self, name: str, *, precision: str | None = None, inference_precision: str | None = None, cut: str | None = None
     ) -> EngineEntry:
-        """The newest build of this engine that has these properties.
+        """Return the newest build of this engine with these properties.
 
         Raises:
-            EngineError: there is none; the message says what there is.
-            CutError: none of them has the cut.
+            EngineError: no build has them; the message lists the builds.
+            CutError: no such build has the cut.
         """
-        found = [
+        entries = [
             entry
             for entry in self.manifest.engines.values()
             if entry.engine == name
             and (precision is None or self.manifest.variants[entry.variant].precision == precision)
             and (inference_precision is None or self.precision_of(entry) == inference_precision)
         ]
-        if not found:
-            there = ", ".join(self.manifest.engines) or "nothing"
-            raise EngineError(f"{self.path} holds no such build of {name}; it holds {there}")
-        with_cut = [entry for entry in found if cut is None or cut in entry.cuts]
+        if not entries:
+            builds = ", ".join(self.manifest.engines) or "nothing"
+            raise EngineError(f"{self.path} holds no such build of {name}; it holds {builds}")
+        with_cut = [entry for entry in entries if cut is None or cut in entry.cuts]
         if not with_cut:
             raise CutError(f"{self.path} was not built with the cut {cut}; it has {', '.join(self.cuts)}")
         return with_cut[-1]
 
     def precision_of(self, entry: EngineEntry) -> str:
-        """In which a build computes."""
+        """Return the precision that a build computes in."""
         return entry.inference_precision or self.manifest.variants[entry.variant].precision
 
     def open_pair(
@@ -164,10 +164,10 @@ class Bundle:
         """Open the full graph and its shallow graphs on a device.
 
         Args:
-            engine: a name, or ``"auto"`` for the best one here.
-            device: as PyTorch spells it.
-            precision, inference_precision: choose among several builds of the engine; the newest by default.
-                ``inference_precision="fp32"`` is the one without a hint.
+            engine: a name, or ``"auto"`` for the best engine here.
+            device: device to open on, as PyTorch spells it.
+            precision, inference_precision: choose among several builds of the engine; by default the newest.
+                ``inference_precision="fp32"`` chooses the build without a hint.
             options: ``threads``, ``cuda_graphs``, ``weight_budget``, ``runtime_cache``, ``provider``: see
                 ``EngineOptions``.
 
@@ -186,12 +186,12 @@ class Bundle:
         precision: str | None = None,
         inference_precision: str | None = None,
     ) -> EngineEntry:
-        """The build that ``open_pair`` opens for these arguments; raises what it raises."""
+        """Return the build that ``open_pair`` opens for these arguments; the same errors are raised."""
         name = self.choose_engine(engine, device).name
         return self.entry(name, precision=precision, inference_precision=inference_precision)
 
     def pair(self, entry: EngineEntry, *, device: str = "cpu", **options: Unpack[OpenOptions]) -> EnginePair:
-        """A build, opened; ``open_pair`` says with which options, and what it raises."""
+        """Open a build; options and errors are those of ``open_pair``."""
         if not entry.verified:
             warnings.warn(
                 f"{entry.key} could not be run where it was built: check it once here with offcut verify {self.path}",
@@ -200,11 +200,11 @@ class Bundle:
         return open_entry(self, entry, EngineOptions(device, inference_precision=entry.inference_precision, **options))
 
     def weights(self, entry: EngineEntry) -> StoredWeights:
-        """The weights that an engine was built with.
+        """Return the weights that an engine was built with.
 
         Raises:
-            BundleError: they were left out of a bundle for deployment, or a file is damaged.
-            EngineError: they are rounded to low precision.
+            BundleError: the bundle was built for deployment and holds no weights, or a file is damaged.
+            EngineError: the weights are rounded to low precision.
         """
         variant = self.manifest.variants[entry.variant]
         if variant.graphs is None:
@@ -218,13 +218,14 @@ class Bundle:
         return StoredWeights(self.path / variant.graphs.full, self.path / variant.graphs.parameters)
 
     def graphs(self, entry: EngineEntry) -> Graphs:
-        """The files of an engine and their contract."""
+        """Return the graphs of an engine, with their inputs and outputs."""
         variant = self.manifest.variants[entry.variant]
         cuts = {cut.name: cut for cut in variant.cuts if cut.name in entry.cuts}
         outputs = [variant.noise_pred, *(tensor for cut in cuts.values() for tensor in cut.cached)]
-        # An engine that opens the ONNX graphs takes every size; what compiles them for it should know the bundle's.
+        # An engine that opens the ONNX graphs takes every size. ONNX Runtime's TensorRT providers, which compile the
+        # graphs when they open them, compile for the sizes of the bundle's other engines.
         others = [other for other in self.manifest.engines.values() if other.variant == entry.variant]
-        profiles = entry.profiles if entry.compiled else [each for other in others for each in other.profiles]
+        profiles = entry.profiles if entry.compiled else [profile for other in others for profile in other.profiles]
         return Graphs(
             full=self.path / entry.full,
             shallow={cut: self.path / file for cut, file in entry.shallow.items()},
@@ -247,10 +248,10 @@ class Bundle:
 
 
 def onnx_of(path: str | Path) -> Path:
-    """The UNet's ONNX graph in a bundle, in a directory that ``export`` made, or the file itself.
+    """Return the UNet's ONNX graph: of a bundle, of a directory that ``export`` wrote, or the given file.
 
     Raises:
-        BundleError: there is none.
+        BundleError: the directory has no ONNX graph.
     """
     path = Path(path)
     if path.is_file():
@@ -266,19 +267,21 @@ def onnx_of(path: str | Path) -> Path:
 
 
 def open_entry(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> EnginePair:
-    """Check that a built engine fits this machine and its files are whole, and open it."""
+    """Open a built engine, after checking that it fits this machine and that its files are whole."""
     if options.provider is not None and entry.engine != "onnxruntime":
-        raise EngineError(f"{entry.engine} has no providers, onnxruntime has: open that, or leave provider out")
+        raise EngineError(
+            f"only onnxruntime has providers, {entry.engine} has none: open onnxruntime, or leave provider out"
+        )
     check_fits(entry, options.device)
     bundle.verify_files(engine_files(entry, bundle.manifest.variants[entry.variant]))
     return engine(entry.engine).open(bundle.graphs(entry), options)
 
 
 def check_fits(entry: EngineEntry, device: str) -> None:
-    """Check that a built engine is for this machine and the library that is here.
+    """Check that a built engine fits this machine and the installed version of its library.
 
     Raises:
-        EngineError: it is for another; the message says what to do.
+        EngineError: it does not fit; the message says what to do.
     """
     probe = engine(entry.engine).probe()
     if missing := set(entry.requires) - probe.features:
@@ -290,28 +293,28 @@ def check_fits(entry: EngineEntry, device: str) -> None:
     if entry.targets and here not in entry.targets:
         raise EngineError(
             f"{entry.key} was compiled for {', '.join(entry.targets)}, and this machine's {device} is "
-            f"{here or 'none of them'}: build it again here"
+            f"{here or 'another'}: build it again here"
         )
     if entry.compiled and not entry.later_versions and probe.version not in (None, entry.version):
         raise EngineError(
-            f"{entry.key} was compiled with {entry.engine} {entry.version} and runs with no other, here is "
-            f"{probe.version}: build it again here"
+            f"{entry.key} was compiled with {entry.engine} {entry.version} and runs with that version only, but "
+            f"{probe.version} is installed: build it again here"
         )
     if probe.version is not None and _release(probe.version) < _release(entry.version):
         raise EngineError(
-            f"{entry.key} was built and verified with {entry.engine} {entry.version}, here is {probe.version}: "
-            "upgrade it, or build again here"
+            f"{entry.key} was built and verified with {entry.engine} {entry.version}, but the installed version is "
+            f"{probe.version}: upgrade it, or build again here"
         )
 
 
 def devices_of(entry: EngineEntry) -> list[str]:
-    """The kinds of device here that can run a built engine."""
+    """Return the kinds of device on this machine that can run a built engine."""
     probe = engine(entry.engine).probe()
     return [kind for kind in probe.devices if not entry.targets or probe.targets.get(kind) in entry.targets]
 
 
 def engine_files(entry: EngineEntry, variant: Variant) -> list[str]:
-    """Every file that opening this engine reads."""
+    """Return the names of all files that opening this engine reads."""
     if entry.compiled:
         return list(entry.files)
     assert variant.graphs is not None
@@ -319,7 +322,7 @@ def engine_files(entry: EngineEntry, variant: Variant) -> list[str]:
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -329,11 +332,11 @@ def _parse(text: bytes, path: Path) -> Manifest:
         raw = json.loads(text)
     except ValueError as error:
         raise BundleError(
-            f"{path / MANIFEST_FILE} is damaged: it is no JSON; copy or build the bundle again"
+            f"{path / MANIFEST_FILE} is damaged: it is not JSON; copy or build the bundle again"
         ) from error
     version = schema_of(raw)
     if version is None:
-        raise BundleError(f"{path / MANIFEST_FILE} is no manifest of a bundle: it has no schema_version")
+        raise BundleError(f"{path / MANIFEST_FILE} is not the manifest of a bundle: it has no schema_version")
     if version > SCHEMA_VERSION:
         raise BundleError(
             f"{path} was written by a newer offcut (schema {version}, this one reads {SCHEMA_VERSION}): upgrade offcut"
@@ -347,29 +350,35 @@ def _parse(text: bytes, path: Path) -> Manifest:
     for key, entry in manifest.engines.items():
         variant = manifest.variants.get(entry.variant)
         if variant is None:
-            raise BundleError(f"{path}: the engine {key} names the variant {entry.variant}, which is not there")
+            raise BundleError(
+                f"{path}: the engine {key} names the variant {entry.variant}, which the bundle does not have"
+            )
         if not set(entry.cuts) <= {cut.name for cut in variant.cuts} or set(entry.cuts) != set(entry.shallow):
             raise BundleError(f"{path}: the graphs of the engine {key} do not belong together; build it again")
         if entry.compiled:
-            theirs = f"engines/{entry.key}"
-        else:  # graphs of an earlier choice of cuts lie beside the variant's
-            theirs = str(PurePosixPath(variant.graphs.weights).parent) if variant.graphs else ""
-        if {str(PurePosixPath(file).parent) for file in (entry.full, *entry.shallow.values())} != {theirs}:
-            raise BundleError(f"{path}: the engine {key} has graphs of another variant than {variant.name}: rebuild")
+            folder = f"engines/{entry.key}"
+        else:  # graphs of an earlier set of cuts are in the same directory as the variant's
+            folder = str(PurePosixPath(variant.graphs.weights).parent) if variant.graphs else ""
+        if {str(PurePosixPath(file).parent) for file in (entry.full, *entry.shallow.values())} != {folder}:
+            raise BundleError(
+                f"{path}: the engine {key} has graphs of another variant than {variant.name}; build it again"
+            )
     for component in manifest.components:
         if strays := [entry.key for entry in component.engines if entry.full not in entry.files]:
-            raise BundleError(f"{path}: the engine {strays[0]} of {component.name} names a file of another: rebuild")
+            raise BundleError(
+                f"{path}: the engine {strays[0]} of {component.name} names a file of another engine; build it again"
+            )
     for name in manifest.files:
         _inside(path, name)
     return manifest
 
 
 def _inside(root: Path, name: str) -> Path:
-    """The file, if no link on the way to it leaves the bundle."""
+    """Return the path of a file, after checking that no link on the way to it leaves the bundle."""
     file = root / name
     try:
         inside = file.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError):  # links that lead in a circle
+    except (OSError, RuntimeError):  # circular links
         inside = False
     if not inside:
         raise BundleError(f"{root}: {name} is a link that leaves the bundle; copy the bundle with its links resolved")
@@ -377,7 +386,7 @@ def _inside(root: Path, name: str) -> Path:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """``"1.31.1"`` as (1, 31, 1); what follows the numbers is left out."""
+    """``"1.31.1"`` as (1, 31, 1); suffixes are ignored."""
     numbers = []
     for part in version.split("+")[0].split("."):
         if not part.isdigit():

@@ -1,4 +1,4 @@
-"""``offcut.json``: what a bundle says of itself. Read with pydantic, so that a damaged file is one clear error."""
+"""The manifest ``offcut.json``: the models of its entries. Pydantic turns a damaged file into one clear error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MANIFEST_FILE = "offcut.json"
 
 
 def _inside(path: str) -> str:
-    """A relative POSIX path that names a file below the bundle, legal on Windows too."""
+    """Require a relative POSIX path of a file inside the bundle that is legal on Windows too."""
     pure = PurePosixPath(path)
     if not path or pure.is_absolute() or ".." in pure.parts or any(char in path for char in '\\:*?"<>|\0'):
         raise ValueError(f"{path!r} is not a path inside the bundle")
@@ -30,23 +30,26 @@ class _Model(BaseModel):
 
 
 class FileEntry(_Model):
-    """A file's size in bytes and its SHA-256."""
+    """Size in bytes and SHA-256 of a file."""
 
     size: Annotated[int, Field(ge=0)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class FusedLora(_Model):
-    """A LoRA that is part of the UNet's weights; their digest holds that of its file."""
+    """A LoRA that was fused into the UNet; its file's digest is part of the weights digest."""
 
     name: str
     scale: float
 
 
 class Source(_Model):
-    """Where the model came from; ``weights_digest`` is that of the UNet's weights as the user gave them, ``attention``
-    the kind that it was exported with, None for its own. ``onnx`` is for foreign ONNX: the
-    answers that engines are held against are ONNX Runtime's, of these graphs, not PyTorch's."""
+    """The model that a bundle was built from.
+
+    ``weights_digest`` is the digest of the UNet's weights as the user gave them. ``attention`` is the kind that the
+    UNet was exported with; None for its own. ``onnx`` is True for foreign ONNX: engines are then compared with ONNX
+    Runtime's outputs of the original graphs, not with PyTorch's.
+    """
 
     model: str
     revision: str | None
@@ -58,12 +61,12 @@ class Source(_Model):
 
     @property
     def reference(self) -> str:
-        """Whose answers are kept in the bundle."""
+        """Name of what computed the bundle's references."""
         return "the original ONNX" if self.onnx else "PyTorch"
 
 
 class TensorEntry(_Model):
-    """A ``TensorSpec`` on disk."""
+    """A ``TensorSpec`` in the manifest."""
 
     name: str
     dtype: Literal["float32", "float16", "bfloat16", "int64"]
@@ -78,7 +81,7 @@ class TensorEntry(_Model):
 
 
 class CutEntry(_Model):
-    """A cut's names and what it caches."""
+    """Names of a cut, and the tensors that it caches."""
 
     name: str
     aliases: tuple[str, ...]
@@ -86,7 +89,7 @@ class CutEntry(_Model):
 
 
 class GraphFiles(_Model):
-    """The files of an export: its graphs, one weights file for all of them, and the map of their parameters."""
+    """Files of an export: the graphs, one weights file for all of them, and the map of their parameters."""
 
     full: InsidePath
     shallow: dict[str, InsidePath]
@@ -99,11 +102,11 @@ class GraphFiles(_Model):
 
 
 class Quantization(_Model):
-    """How a variant was rounded to a low precision.
+    """The rounding of a variant to low precision.
 
-    ``scheme`` names what is rounded and ``base`` the precision of the rest. ``calibration`` is all that decided the
-    ranges, ``method`` how they were chosen. ``kept`` are the layers that were not rounded, those among them whose own
-    signal-to-noise ratio would have been more than ``sensitive`` dB below the median layer's.
+    ``scheme`` names what is rounded, and ``base`` the precision of the rest. ``calibration`` holds everything that
+    decided the ranges, and ``method`` how they were chosen. ``kept`` are the layers that were not rounded; among them
+    are layers whose signal-to-noise ratio would have been more than ``sensitive`` dB below the median layer's.
     """
 
     scheme: str
@@ -116,9 +119,9 @@ class Quantization(_Model):
 
 
 class Variant(_Model):
-    """An export: a precision, an opset, and dimensions that may be fixed.
+    """An export in one precision and opset, with some dimensions fixed.
 
-    ``graphs`` is None in a bundle that was built for deployment, whose engines are compiled and need none.
+    ``graphs`` is None in a bundle for deployment, whose engines are compiled and do not need them.
     """
 
     name: str
@@ -135,16 +138,19 @@ class Variant(_Model):
 
     @property
     def base(self) -> str:
-        """Precision of what goes in and out: the graphs' own, or what surrounds the rounded layers."""
+        """Precision of the graphs' inputs and outputs: the graphs' own, or that around the rounded layers."""
         return self.quantization.base if self.quantization else self.precision
 
     @model_validator(mode="after")
-    def _has_the_latents_shape(self) -> Self:
-        """The noise is laid out as the latent is, but for its channels, and so are the cached features, but for their
-        scale and that a video's frames are one after the other in them."""
+    def _check_layouts(self) -> Self:
+        """Check that the outputs have the latent's layout.
+
+        The noise prediction may differ in channels, the cached features also in scale. A video's frames are part of the
+        batch in the cached features.
+        """
         sample = next((tensor for tensor in self.inputs if tensor.name == "sample"), None)
         if sample is None:
-            raise ValueError("no input is called sample")
+            raise ValueError("it has no input called sample")
         latents = [_symbols_in(dim) for dim in sample.shape]
         features = [sum(latents[:-2], ()), (), *latents[-2:]]
         for tensor in (self.noise_pred, *(tensor for cut in self.cuts for tensor in cut.cached)):
@@ -159,7 +165,7 @@ def _symbols_in(dim: Dim) -> tuple[str, ...]:
 
 
 class ProfileEntry(_Model):
-    """A ``Profile`` on disk."""
+    """A ``Profile`` in the manifest."""
 
     min: dict[str, int]
     opt: dict[str, int]
@@ -176,11 +182,11 @@ class ProfileEntry(_Model):
 class EngineEntry(_Model):
     """A built engine.
 
-    ``version`` is the engine's own, at the build. ``requires`` names what the machine must have, ``targets`` the kinds
-    of machine that can run it, any of them. A compiled engine lies in ``files``, its log among them, and runs with
-    ``version`` only, unless it was built for ``later_versions`` too; one that is not opens the variant's graphs.
-    ``references`` are PyTorch's answers at sizes that its profiles cover, in place of the variant's. ``verified`` is
-    False where the machine that built it could not run it.
+    ``version`` is the version of the engine's library at the build. ``requires`` names features that the machine must
+    have, and ``targets`` the kinds of machine of which each can run the engine. A compiled engine consists of ``files``
+    (its log included) and runs with ``version`` only, or with ``later_versions`` too; an engine that is not compiled
+    opens the variant's graphs. ``references`` are PyTorch's outputs at sizes that its profiles cover, and replace the
+    variant's reference. ``verified`` is False if the machine that built the engine could not run it.
     """
 
     key: str
@@ -206,11 +212,11 @@ class EngineEntry(_Model):
 
 
 class ComponentEntry(_Model):
-    """A network around the UNet as an ONNX graph: a text encoder, or half of an autoencoder.
+    """A network around the UNet: a text encoder, or half of an autoencoder.
 
-    ``label`` is the precision and opset that the build asked for, ``precision`` the graph's own.
-    ``norm`` holds a text encoder's final norm apart, which pipelines apply that skip CLIP's last layers. ``engines``
-    are those that were compiled from it; ``graph`` and its ``weights`` are None where only they were kept.
+    ``label`` is the precision and opset of the build, and ``precision`` the graph's own. ``norm`` is a file with a text
+    encoder's final norm, for pipelines that skip CLIP's last layers and apply it themselves. ``engines`` are those
+    compiled from the graph; ``graph`` and ``weights`` are None if only these engines were kept.
     """
 
     name: str
@@ -231,18 +237,18 @@ class ComponentEntry(_Model):
         return (*(file for file in (self.graph, self.weights, self.reference, self.norm) if file), *compiled)
 
     def compiled_by(self, engine: str) -> EngineEntry | None:
-        """The newest build of this engine."""
+        """Return the newest build of this engine; None if there is none."""
         return next((entry for entry in reversed(self.engines) if entry.engine == engine), None)
 
     def joined(self, other: ComponentEntry) -> ComponentEntry:
-        """This with what another build of the same network adds."""
+        """Return this entry with the engines and files that another build of the same network adds."""
         engines = {entry.key: entry for entry in (*self.engines, *other.engines)}
-        kept = {"graph": other.graph or self.graph, "weights": other.weights or self.weights}
-        return other.model_copy(update={**kept, "engines": tuple(engines.values())})
+        files = {"graph": other.graph or self.graph, "weights": other.weights or self.weights}
+        return other.model_copy(update={**files, "engines": tuple(engines.values())})
 
 
 class ScheduleEntry(_Model):
-    """A schedule that was tuned for the model, and the coefficients of its predictions; see ``runtime.tuning``."""
+    """Files of a tuned schedule: its document, and the coefficients of its predictions; see ``runtime.tuning``."""
 
     document: InsidePath
     coefficients: InsidePath
@@ -253,7 +259,7 @@ class ScheduleEntry(_Model):
 
 
 class Manifest(_Model):
-    """The whole of ``offcut.json``."""
+    """The content of ``offcut.json``."""
 
     schema_version: int
     offcut_version: str
@@ -273,6 +279,6 @@ class Manifest(_Model):
 
 
 def schema_of(raw: Any) -> int | None:
-    """The schema version of parsed JSON, before the rest of it is looked at."""
+    """Return the schema version of parsed JSON, before the rest is validated; None if it has none."""
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     return version if isinstance(version, int) else None

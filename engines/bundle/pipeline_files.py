@@ -1,4 +1,4 @@
-"""The rest of a pipeline, which a bundle carries as diffusers lays it out: scheduler, tokenizer, text encoder, VAE."""
+"""The pipeline files of a bundle, in diffusers' layout: scheduler, tokenizer, text encoder, VAE."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _INDEX_OF_WEIGHTS = ".safetensors.index.json"
 
 
 def pipeline_class(source: ModelSource) -> str | None:
-    """The pipeline's class in diffusers; None for a bare UNet."""
+    """Return the name of the pipeline's class in diffusers; None for a bare UNet."""
     if not source.is_pipeline:
         return None
     return str(pipeline_index(source)["_class_name"])
 
 
 def copy_pipeline_files(source: ModelSource, out: Path, without_weights: Container[str] = ()) -> list[str]:
-    """Copy every component but the UNet, safetensors only, and the model's prompts; give the copies' names.
+    """Copy every component but the UNet, and the model's prompts; return the names of the copies.
 
     Args:
-        without_weights: components of which only the configs are copied, as their networks are in graphs.
+        without_weights: components whose weights are left out, because their networks are exported to graphs.
 
     Raises:
         ModelError: a component has no safetensors of the chosen variant.
@@ -37,7 +37,7 @@ def copy_pipeline_files(source: ModelSource, out: Path, without_weights: Contain
     copies: dict[str, Path] = {}
     for component, location in index.items():
         if not component.isidentifier():
-            raise ModelError(f"{source.name} has a component {component!r}, which is no name of a folder in it")
+            raise ModelError(f"{source.name} has a component {component!r}, which is not a valid folder name")
         folder = config_folder(source, component)
         if (
             component.startswith("_")
@@ -69,7 +69,7 @@ def copy_pipeline_files(source: ModelSource, out: Path, without_weights: Contain
 
 
 def _files(folder: Path, variant: str | None) -> list[Path]:
-    """A component's configs, and its weights of this variant or, where it has none of it, of no variant."""
+    """Return a component's configs and weights; none if its weights are pickled only."""
     if not folder.is_dir():
         return []
     chosen = weight_files(folder, variant)
@@ -80,12 +80,12 @@ def _files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def small_files(folder: Path) -> list[Path]:
-    """A component's configs and vocabularies."""
+    """Return a component's configs and vocabularies."""
     return [file for file in folder.iterdir() if file.suffix in _SMALL and file.is_file()]
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """The safetensors of this variant or, where there are none of it, of no variant."""
+    """Return the safetensors of this variant, else those that belong to no variant."""
     weights = sorted(folder.glob("*.safetensors"))
     return [file for file in weights if _variant_of(file) == variant] or [
         file for file in weights if _variant_of(file) is None
@@ -93,6 +93,6 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def _variant_of(file: Path) -> str | None:
-    """``model.fp16.safetensors`` and ``model.fp16-00001-of-00002.safetensors`` are of the variant fp16."""
+    """Return ``fp16`` for ``model.fp16.safetensors`` and ``model.fp16-00001-of-00002.safetensors``."""
     middle = file.name.removesuffix(".safetensors").partition(".")[2]
     return middle.partition("-")[0] or None

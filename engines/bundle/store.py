@@ -1,7 +1,7 @@
-"""Writing a bundle: files are made aside, then moved in, and one replacement of the manifest makes them count.
+"""Commits to a bundle: files are staged and moved in, then the manifest is replaced in one step.
 
-Files never change once they are in place. Whatever stops a build half-way, the bundle stays as it was; two builds at
-once both get in, one after the other.
+Files in a bundle never change. If a build stops half-way, the bundle stays as it was. Two builds at once both commit,
+one after the other.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def staging(bundle: Path) -> Iterator[Path]:
-    """A directory inside the bundle to build in; it is removed at the end, whatever happens.
+    """Yield a directory inside the bundle to build in; it is always removed at the end.
 
     Raises:
-        BundleError: the disk is full or the directory cannot be written.
+        BundleError: the disk is full, or the directory cannot be written.
     """
     try:
         bundle.mkdir(parents=True, exist_ok=True)
@@ -41,9 +41,9 @@ def staging(bundle: Path) -> Iterator[Path]:
     try:
         yield folder
     except OSError as error:
-        # NumPy, which writes the weights, tells of a full disk without a number.
-        cut_short = error.errno is None and "requested and" in str(error)
-        if cut_short or error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # NumPy, which writes the weights, reports a full disk without an error number.
+        short_write = error.errno is None and "requested and" in str(error)
+        if short_write or error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BundleError(
                 f"the disk of {bundle} is full; what was in the bundle is unchanged: free some space and build again"
             ) from error
@@ -51,7 +51,7 @@ def staging(bundle: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):
-            bundle.rmdir()  # a build that failed leaves no empty bundle; another one's files keep it
+            bundle.rmdir()  # removes the empty directory of a failed build
 
 
 def commit(bundle: Path, staged: Path, update: Callable[[Manifest | None, dict[str, FileEntry]], Manifest]) -> Manifest:
@@ -60,11 +60,11 @@ def commit(bundle: Path, staged: Path, update: Callable[[Manifest | None, dict[s
     Args:
         bundle: the bundle's directory.
         staged: a directory laid out as the bundle is.
-        update: from the manifest that is there now (None for a new bundle) and the entries of the staged files to
-            the new manifest. Called under the bundle's lock.
+        update: returns the new manifest, given the current one (None for a new bundle) and the entries of the staged
+            files. Called under the bundle's lock.
 
     Raises:
-        BundleError: a staged file has the name of another one that is there already.
+        BundleError: the bundle has another file with the name of a staged one.
     """
     entries = {}
     for file in sorted(path for path in staged.rglob("*") if path.is_file()):
@@ -72,51 +72,52 @@ def commit(bundle: Path, staged: Path, update: Callable[[Manifest | None, dict[s
     with FileLock(bundle / LOCK_FILE):
         current = Bundle.open(bundle).manifest if (bundle / MANIFEST_FILE).exists() else None
         manifest = update(current, entries)
-        kept = set(current.files) if current else set()
+        existing = set(current.files) if current else set()
         moved: list[Path] = []
         try:
             for name, entry in entries.items():
-                if name in kept:
+                if name in existing:
                     _check_same(bundle / name, name, entry)
                     continue
-                # What lies there and is in no manifest, a build left behind that was killed here.
+                # A file there that no manifest names is a leftover of a build that was killed while it moved files.
                 (bundle / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(staged / name, bundle / name)
                 moved.append(bundle / name)
             _replace(bundle / MANIFEST_FILE, manifest.to_json())
         except BaseException:
-            _take_back(moved, bundle)
+            _remove(moved, bundle)
             raise
     return manifest
 
 
 @dataclass(frozen=True)
-class Pruned:
-    """What was removed: files by name, and their bytes in all."""
+class PrunedFiles:
+    """The removed files: their names, and their total size in bytes."""
 
     files: tuple[str, ...]
     bytes: int
 
 
-def prune(bundle: Path, dry_run: bool = False) -> Pruned:
+def prune(bundle: Path, dry_run: bool = False) -> PrunedFiles:
     """Remove the files that the manifest does not name: graphs of earlier builds, and leftovers of a killed build.
 
     Do not prune while a build is running into the same bundle: its unfinished files would be removed too.
 
     Raises:
-        BundleError: it is not a bundle; nothing is touched.
+        BundleError: the directory is not a bundle; nothing was removed.
     """
-    Bundle.open(bundle)  # before the lock, which would make a file in any directory
+    Bundle.open(bundle)  # before the lock, which creates a file
     with FileLock(bundle / LOCK_FILE):
         opened = Bundle.open(bundle)
         named = {*opened.manifest.files, MANIFEST_FILE, LOCK_FILE}
         files = sorted(path for path in opened.path.rglob("*") if path.is_file() or path.is_symlink())
-        loose = [path for path in files if path.relative_to(bundle).as_posix() not in named]
-        removed = Pruned(
-            tuple(path.relative_to(bundle).as_posix() for path in loose), sum(path.lstat().st_size for path in loose)
+        unnamed = [path for path in files if path.relative_to(bundle).as_posix() not in named]
+        removed = PrunedFiles(
+            tuple(path.relative_to(bundle).as_posix() for path in unnamed),
+            sum(path.lstat().st_size for path in unnamed),
         )
         if not dry_run:
-            for path in loose:
+            for path in unnamed:
                 path.unlink()
             for folder in sorted((path for path in bundle.rglob("*") if path.is_dir()), reverse=True):
                 if not any(folder.iterdir()):
@@ -126,10 +127,10 @@ def prune(bundle: Path, dry_run: bool = False) -> Pruned:
 
 def _check_same(target: Path, name: str, entry: FileEntry) -> None:
     if not target.is_file() or target.stat().st_size != entry.size or digest_file(target) != entry.sha256:
-        raise BundleError(f"{target.parent} holds another {name}; build into another directory")
+        raise BundleError(f"{target.parent} holds another file {name}; build into another directory")
 
 
-def _take_back(files: list[Path], bundle: Path) -> None:
+def _remove(files: list[Path], bundle: Path) -> None:
     for file in files:
         file.unlink(missing_ok=True)
         for folder in file.parents:
@@ -139,13 +140,13 @@ def _take_back(files: list[Path], bundle: Path) -> None:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new, never a part."""
-    fresh = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
+    """Replace a file, so that a reader sees the old text or the new text, never a part."""
+    temporary = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
     try:
-        with fresh.open("w", encoding="utf-8", newline="\n") as out:
+        with temporary.open("w", encoding="utf-8", newline="\n") as out:
             out.write(text)
             out.flush()
             os.fsync(out.fileno())
-        os.replace(fresh, file)
+        os.replace(temporary, file)
     finally:
-        fresh.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

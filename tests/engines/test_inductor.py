@@ -182,7 +182,10 @@ def test_an_engine_that_opens_the_graphs_brings_them_back(
             EngineProbe(torch.__version__, ("cpu",), "", targets={"cpu": "other"}),
             "was compiled for .*, and this machine",
         ),
-        (EngineProbe("9.9.9", ("cpu",), "", targets=inductor.probe().targets), "runs with no other, here is 9.9.9"),
+        (
+            EngineProbe("9.9.9", ("cpu",), "", targets=inductor.probe().targets),
+            "runs with that version only, but 9.9.9",
+        ),
         (EngineProbe(torch.__version__, (), "no C++ compiler found"), "cannot run on cpu here: no C"),
     ],
     ids=["another CPU", "another PyTorch", "nothing"],

@@ -283,7 +283,7 @@ def test_a_damaged_bundle_is_not_built_into(unet_bundle: Path, copied: Copy, tin
     bundle = copied(unet_bundle)
     (bundle / "offcut.json").write_text("{", encoding="utf-8")
     before = contents(bundle)
-    with pytest.raises(BundleError, match="it is no JSON"):
+    with pytest.raises(BundleError, match="it is not JSON"):
         build(tiny_unet_dir, bundle)
     assert contents(bundle) == before
 

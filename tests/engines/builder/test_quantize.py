@@ -10,7 +10,7 @@ import torch
 from support.exports import copy_export
 
 import offcut
-from offcut.engines.builder.quantize import quantized
+from offcut.engines.builder.quantize import quantize_export
 from offcut.engines.onnxruntime.observer import CallSamples, ObservingPair
 from offcut.engines.precision import SCHEMES
 from offcut.errors import BundleError, EngineError, ModelError
@@ -107,7 +107,7 @@ def test_sensitive_layers_are_kept(made: ExportedUNet, tiny_unet_dir: Path, tmp_
         out = tmp_path / f"out-{margin}"
         out.mkdir()
         source = locate(tiny_unet_dir)
-        _, record = quantized(base, out, source, scheme, ["deepcache:0"], calibration, lambda step: None)
+        _, record = quantize_export(base, out, source, scheme, ["deepcache:0"], calibration, lambda step: None)
         kept[margin] = set(record.kept)
         assert record.rounded + len(record.kept) == len(find_layers(read(base.path).model))
         rounded[margin] = record.rounded
@@ -160,7 +160,7 @@ def test_nothing_is_left_of_a_calibration(made: ExportedUNet, tiny_unet_dir: Pat
     out = tmp_path / "out"
     out.mkdir()
     scheme = SCHEMES["openvino", "int8"]
-    quantized(base, out, locate(tiny_unet_dir), scheme, ["deepcache:0"], CALIBRATION, lambda step: None)
+    quantize_export(base, out, locate(tiny_unet_dir), scheme, ["deepcache:0"], CALIBRATION, lambda step: None)
     shutil.rmtree(base.path.parent)
     assert sorted(path.name for path in out.iterdir()) == [
         "parameters.json", "reference.safetensors", "unet.onnx", "weights.data",

@@ -131,7 +131,7 @@ def test_what_cannot_be_written_is_refused(repository: tuple[Path, ...], unet_bu
         write_repository(bundle, tmp_path, name="tiny", engine="openvino")
     with pytest.raises(EngineError):
         write_repository(bundle, tmp_path, name="tiny", engine="tensorrt")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         write_repository(bundle, repository[0].parent, name="tiny", engine="onnxruntime")
 
 

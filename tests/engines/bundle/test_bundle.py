@@ -218,7 +218,7 @@ def test_another_cuts_shallow_graph_is_found(engine: str, every_cut: Path, copie
 
 def test_an_engine_of_a_variant_that_is_not_there_is_refused(unet_bundle: Path, copied: Copy) -> None:
     bundle = edit(copied(unet_bundle), lambda raw: entry_of(raw).update(variant="fp16-opset23"))
-    assert "names the variant fp16-opset23, which is not there" in refusal(lambda: offcut.Bundle.open(bundle))
+    assert "names the variant fp16-opset23, which the bundle does not" in refusal(lambda: offcut.Bundle.open(bundle))
 
 
 def test_an_engine_of_another_variant_is_refused(unet_bundle: Path, copied: Copy) -> None:

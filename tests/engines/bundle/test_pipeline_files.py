@@ -88,7 +88,7 @@ def test_a_component_outside_the_pipeline_is_refused(name: str, pipeline: Path, 
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "config.json").write_text("{}", encoding="utf-8")
     (pipeline / "model_index.json").write_text(json.dumps({**index, name: ["diffusers", "X"]}), encoding="utf-8")
-    with pytest.raises(ModelError, match="is no name of a folder in it"):
+    with pytest.raises(ModelError, match="is not a valid folder name"):
         copy_pipeline_files(locate(pipeline), tmp_path / "out" / "bundle")
 
 

@@ -162,7 +162,7 @@ def test_a_plan_that_streams_its_weights_allocates_by_itself(job: Job, onnx_grap
         ({"refittable": True, "compute_capabilities": ("89", "120")}, "is for one kind of GPU: name one"),
         pytest.param({"refittable": True}, "is built on a machine with a GPU, not here", marks=without_gpu),
         pytest.param({"strip_plan": True}, "is built on a machine with a GPU, not here", marks=without_gpu),
-        pytest.param({"compute_capabilities": ()}, "here is none: name the GPUs to build for", marks=without_gpu),
+        pytest.param({"compute_capabilities": ()}, "which has none: name the GPUs to build for", marks=without_gpu),
     ],
 )
 def test_a_setting_that_cannot_be_met_is_refused_before_anything_is_built(

@@ -147,7 +147,11 @@ def test_a_plugin_that_cannot_be_loaded_is_told_in_its_own_words(
 @pytest.mark.parametrize(
     ("engine", "provider", "sentence"),
     [
-        ("openvino", "tensorrt", "openvino has no providers, onnxruntime has: open that, or leave provider out"),
+        (
+            "openvino",
+            "tensorrt",
+            "only onnxruntime has providers, openvino has none: open onnxruntime",
+        ),
         ("onnxruntime", "tensorrt", "the provider tensorrt runs on cuda, not on cpu"),
         ("onnxruntime", "hailo", "no provider 'hailo'"),
     ],
