@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,169 +11,153 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from .options import (
-    Adapters,
-    Attention,
-    BundleArgument,
-    Cuts,
-    Device,
-    Fix,
-    IPAdapters,
-    Json,
-    Loras,
-    Model,
-    Opset,
-    Revision,
-    Subfolder,
-    Variant,
-)
-from .shell import bar, dims_of, loras_of, out, print_contract, print_json, quiet_libraries, settings_of, stages
+from ..engines.builder.request import BuildRequest, Sizes
+from .options import Adapters, BundleArgument, Fix, IPAdapters, Json, Loras, unpack
+from .shell import bar, dims_of, out, print_contract, print_json, quiet_libraries, settings_of, stages
 
 if TYPE_CHECKING:
     from ..engines.bundle.bundle import Bundle
+    from ..runtime.calibration import Calibration
 
 
 def _in(panel: str) -> dict[str, Any]:
     return {"rich_help_panel": panel}
 
 
-_SHAPES = "Shapes of compiled engines (TensorRT)"
-_COMPILE = "Compiled engines"
-_LOW = "Low precision (int8, fp8)"
 _TIME = "Where the time goes"
 
+_REQUEST = {
+    "model": typer.Argument(help="Hub id, directory of a diffusers pipeline, or directory of a bare UNet."),
+    "cuts": typer.Option("--cut", help="deepcache:K, paper:K or mlperf; repeatable."),
+    "engines": typer.Option("--engine", help="auto, or a name that offcut doctor lists; repeatable."),
+    "precision": typer.Option(help="fp32, fp16, bf16, int8, or fp8 (TensorRT). All but fp32 can cost image quality."),
+    "inference_precision": typer.Option(help="OpenVINO: compute fp32 graphs in bf16. Can cost image quality."),
+    "device": typer.Option(help="Device: cpu, or cuda as PyTorch spells it."),
+    "opset": typer.Option(help="ONNX opset; by default the one that suits the engine best."),
+    "deploy": typer.Option("--deploy", help="Leave the ONNX graphs out; every engine must be a compiled one."),
+    "compile_all": typer.Option(
+        "--compile-all", help="Build the text encoders and the autoencoder too, without PyTorch weights."
+    ),
+    "attention": typer.Option(
+        help="cross-frame, for Text2Video-Zero: each frame attends to the first. "
+        "By default a bundle has what the model's own pipeline uses."
+    ),
+    "revision": typer.Option(help="Branch, tag or commit on the hub."),
+    "variant": typer.Option(help="Variant of the weight files, e.g. fp16."),
+    "subfolder": typer.Option(help="Subfolder of the UNet inside the model; 'unet' in a pipeline."),
+}
+_SIZES = {
+    "static": typer.Option(metavar="WxH", help="Image size in pixels; repeatable."),
+    "dynamic": typer.Option(metavar="MIN..MAX", help="Range of an image's sides in pixels, 256..1024."),
+    "max_batch": typer.Option(help="Images per call."),
+    "min_shapes": typer.Option(metavar="NAME:AxB,...", help="Smallest input shapes in trtexec's spelling."),
+    "opt_shapes": typer.Option(metavar="NAME:AxB,...", help="Input shapes to tune for."),
+    "max_shapes": typer.Option(metavar="NAME:AxB,...", help="Largest input shapes."),
+}
 
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Calibration for low precision; None stands for the default of ``offcut.Calibration``."""
+
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Calibration prompts, one per line; by default the model's own, or some."),
+    ] = None
+    calibration_samples: Annotated[int | None, typer.Option(help="Number of calibration images.")] = None
+    calibration_steps: Annotated[int | None, typer.Option(help="Scheduler steps of each calibration image.")] = None
+    calibration_interval: Annotated[int | None, typer.Option(help="Full UNet every N calls while calibrating.")] = None
+    calibration_size: Annotated[int | None, typer.Option(help="Side of the calibration images in pixels.")] = None
+    keep: Annotated[
+        tuple[str, ...],
+        typer.Option(metavar="PATTERN", help="Layers not to round, e.g. 'mid_block*'; repeatable."),
+    ] = ()
+    sensitive: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DB",
+            help="Do not round layers whose signal-to-noise ratio is this far below the median layer's; default 8.",
+        ),
+    ] = None
+
+
+@unpack
 def build(
-    model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The bundle's directory; added to if it is one.")],
-    cut: Cuts = None,
-    engine: Annotated[list[str] | None, typer.Option(help="auto, or a name; again for several.")] = None,
-    precision: Annotated[
-        str, typer.Option(help="fp32, fp16, bf16, int8 or fp8 (TensorRT). All but fp32 can cost image quality.")
-    ] = "fp32",
-    inference_precision: Annotated[
-        str | None, typer.Option(help="OpenVINO: compute fp32 graphs in bf16. Can cost image quality.")
-    ] = None,
-    device: Device = "cpu",
-    opset: Opset = None,
+    request: Annotated[BuildRequest, _REQUEST],
+    sizes: Annotated[Sizes, _SIZES, "Shape profiles"],
+    low_precision: Annotated[CalibrationOptions, "Low precision (int8, fp8)"],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Bundle directory; an existing bundle is added to.")],
     fix: Fix = None,
-    deploy: Annotated[
-        bool, typer.Option("--deploy", help="Leave the ONNX graphs out; every engine must be a compiled one.")
-    ] = False,
     triton: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write the graphs as models of Triton too, for onnxruntime or tensorrt."),
+        typer.Option(metavar="DIR", help="Also write the graphs as Triton models, for onnxruntime or tensorrt."),
     ] = None,
-    compile_all: Annotated[
-        bool, typer.Option("--compile-all", help="Text encoders and autoencoder too; a bundle without PyTorch weights.")
-    ] = False,
-    static: Annotated[
-        list[str] | None, typer.Option(metavar="WxH", help="Image size in pixels; again for several.", **_in(_SHAPES))
-    ] = None,
-    dynamic: Annotated[
-        str | None, typer.Option(metavar="MIN..MAX", help="Sides of an image in pixels, 256..1024.", **_in(_SHAPES))
-    ] = None,
-    max_batch: Annotated[int | None, typer.Option(help="Images a call.", **_in(_SHAPES))] = None,
-    min_shapes: Annotated[
-        str | None, typer.Option(metavar="NAME:AxB,...", help="As trtexec takes them.", **_in(_SHAPES))
-    ] = None,
-    opt_shapes: Annotated[str | None, typer.Option(metavar="NAME:AxB,...", **_in(_SHAPES))] = None,
-    max_shapes: Annotated[str | None, typer.Option(metavar="NAME:AxB,...", **_in(_SHAPES))] = None,
     compute_capability: Annotated[
-        list[str] | None, typer.Option(help="TensorRT-RTX: GPUs to build for, as 89 or 120.", **_in(_COMPILE))
+        list[str] | None,
+        typer.Option(help="TensorRT-RTX: GPU to build for, e.g. 89 or 120; repeatable.", **_in("Compiled engines")),
     ] = None,
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="See offcut doctor --settings.", **_in(_COMPILE)),
-    ] = None,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Prompts to calibrate on, one a line; by default the model's, or some.", **_in(_LOW)
-        ),
-    ] = None,
-    calibration_samples: Annotated[int | None, typer.Option(help="Images to denoise.", **_in(_LOW))] = None,
-    calibration_steps: Annotated[int | None, typer.Option(help="Of each image.", **_in(_LOW))] = None,
-    calibration_interval: Annotated[
-        int | None, typer.Option(help="Of the cached schedule that is calibrated on.", **_in(_LOW))
-    ] = None,
-    calibration_size: Annotated[int | None, typer.Option(help="Side of the images in pixels.", **_in(_LOW))] = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Layers not to round, as 'mid_block*'; again for more.", **_in(_LOW)),
-    ] = None,
-    sensitive: Annotated[
-        float | None,
-        typer.Option(metavar="DB", help="Nor layers so much noisier than the median one; 8 by default.", **_in(_LOW)),
+        typer.Option("--set", metavar="NAME=VALUE", help="See offcut doctor --settings.", **_in("Compiled engines")),
     ] = None,
     adapter: Adapters = None,
     lora: Loras = None,
     ip_adapter: IPAdapters = None,
-    attention: Attention = None,
-    revision: Revision = None,
-    variant: Variant = None,
-    subfolder: Subfolder = None,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Export again, even if the user's cache directory has the same export.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Build a bundle: export, cut, compile, verify each engine against PyTorch, or against the ONNX that is given."""
-    from ..engines.builder.build import build as run_build
-    from ..engines.builder.request import Sizes
+    """Build a bundle: export, cut, compile, and verify each engine against PyTorch or the foreign ONNX."""
+    from ..engines.builder.build import build_bundle
+    from ..exporter.ip_adapter import IPAdapter
+    from ..exporter.lora import Scaled
+
+    settings = settings_of(setting or [], list(request.engines))
+    if compute_capability:
+        settings.setdefault("tensorrt-rtx", {})["compute_capabilities"] = tuple(compute_capability)
+    request = replace(
+        request,
+        dims=dims_of(fix),
+        profiles=sizes,
+        settings=settings,
+        loras=tuple(map(Scaled.parse, lora or ())),
+        ip_adapters=tuple(map(IPAdapter.parse, ip_adapter or ())),
+        adapters=tuple(adapter) if adapter else None,
+        calibration=_calibration(request.precision, low_precision),
+        cache=not no_cache,
+    )
+    with stages() as stage:
+        bundle = build_bundle(request, output, stage)
+        if triton is not None:
+            stage("write the models for Triton")
+            _write_triton(bundle, triton, output, request.device)
+    _print_bundle(bundle, as_json)
+
+
+def _calibration(precision: str, options: CalibrationOptions) -> Calibration | None:
+    """Return the calibration of a low precision; None for the other precisions, which take no calibration options."""
     from ..engines.precision import LOW_PRECISIONS
     from ..runtime.calibration import Calibration
     from ..runtime.prompts import read_prompts
 
-    wanted: dict[str, Any] = {
-        "prompts": read_prompts(calibrate) if calibrate else None,
-        "samples": calibration_samples,
-        "steps": calibration_steps,
-        "interval": calibration_interval,
-        "size": calibration_size,
-        "keep": tuple(keep) if keep else None,
-        "sensitive": sensitive,
+    fields: dict[str, Any] = {
+        "prompts": read_prompts(options.calibrate) if options.calibrate else None,
+        "samples": options.calibration_samples,
+        "steps": options.calibration_steps,
+        "interval": options.calibration_interval,
+        "size": options.calibration_size,
+        "keep": options.keep or None,
+        "sensitive": options.sensitive,
     }
-    given = {name: value for name, value in wanted.items() if value is not None}
-    if given and precision not in LOW_PRECISIONS:
-        raise typer.BadParameter(f"{precision} is not calibrated: leave the calibration out, or write int8")
-    if given.get("prompts"):
-        given.setdefault("samples", len(given["prompts"]))
-
-    names = engine or ["auto"]
-    settings = settings_of(setting or [], names)
-    if compute_capability:
-        settings.setdefault("tensorrt-rtx", {})["compute_capabilities"] = tuple(compute_capability)
-    with stages() as stage:
-        bundle = run_build(
-            model,
-            output,
-            cuts=cut or ["deepcache:0"],
-            engine=names,
-            precision=precision,
-            inference_precision=inference_precision,
-            opset=opset,
-            dims=dims_of(fix),
-            profiles=Sizes(tuple(static or ()), dynamic, max_batch, min_shapes, opt_shapes, max_shapes),
-            settings=settings,
-            deploy=deploy,
-            compile_all=compile_all,
-            device=device,
-            adapters=adapter,
-            loras=loras_of(lora),
-            ip_adapters=ip_adapter or (),
-            attention=attention,
-            revision=revision,
-            variant=variant,
-            subfolder=subfolder,
-            calibration=Calibration(**given) if precision in LOW_PRECISIONS else None,
-            cache=not no_cache,
-            progress=stage,
-        )
-        if triton is not None:
-            stage("write the models for Triton")
-            _write_triton(bundle, triton, output, device)
-    _print_bundle(bundle, as_json)
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if precision not in LOW_PRECISIONS:
+        if fields:
+            raise typer.BadParameter(f"{precision} is not calibrated: leave the calibration out, or write int8")
+        return None
+    if fields.get("prompts"):
+        fields.setdefault("samples", len(fields["prompts"]))
+    return Calibration(**fields)
 
 
 def _write_triton(bundle: Bundle, folder: Path, output: Path, device: str) -> None:
@@ -191,18 +176,18 @@ def inspect(
     bundle: BundleArgument,
     timed: Annotated[
         bool,
-        typer.Option("--time", help="Draw an image, and show which part of the pipeline takes how long.", **_in(_TIME)),
+        typer.Option("--time", help="Generate an image, and show the time of each component.", **_in(_TIME)),
     ] = False,
-    engine: Annotated[str, typer.Option(help="auto, or one of the bundle's.", **_in(_TIME))] = "auto",
-    device: Annotated[str, typer.Option(help="cpu or cuda.", **_in(_TIME))] = "cpu",
-    prompt: Annotated[str, typer.Option(help="What to draw.", **_in(_TIME))] = "a lighthouse in a storm",
-    steps: Annotated[int, typer.Option(help="Of the scheduler.", min=1, **_in(_TIME))] = 20,
+    engine: Annotated[str, typer.Option(help="Engine: auto, or one of the bundle's.", **_in(_TIME))] = "auto",
+    device: Annotated[str, typer.Option(help="Device: cpu or cuda.", **_in(_TIME))] = "cpu",
+    prompt: Annotated[str, typer.Option(help="Prompt of the image.", **_in(_TIME))] = "a lighthouse in a storm",
+    steps: Annotated[int, typer.Option(help="Number of scheduler steps.", min=1, **_in(_TIME))] = 20,
     interval: Annotated[int, typer.Option(help="Full UNet every N calls; 1 is uncached.", min=1, **_in(_TIME))] = 5,
-    height: Annotated[int | None, typer.Option(help="Of the image, in pixels.", **_in(_TIME))] = None,
-    width: Annotated[int | None, typer.Option(help="Of the image, in pixels.", **_in(_TIME))] = None,
+    height: Annotated[int | None, typer.Option(help="Height of the image in pixels.", **_in(_TIME))] = None,
+    width: Annotated[int | None, typer.Option(help="Width of the image in pixels.", **_in(_TIME))] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a bundle holds: model, engines, cuts, inputs and outputs, digest; with --time, where the time goes."""
+    """Show a bundle's model, engines, cuts, inputs, outputs and digest; with --time the time of each component."""
     from ..engines.bundle.bundle import Bundle
 
     opened = Bundle.open(bundle)
@@ -237,10 +222,10 @@ def inspect(
 def verify(
     bundle: BundleArgument,
     expect_digest: Annotated[str | None, typer.Option(help="Fail unless the bundle has this digest.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; each engine's own by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device: cpu or cuda; by default each engine's own.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check every file's digest, and every engine against its model and across its cuts; exit 1 if one fails."""
+    """Check all digests, and compare each engine with its model and across its cuts; exit 1 if a check fails."""
     from ..engines.builder.verify import verify_bundle
     from ..engines.bundle.bundle import Bundle
 
@@ -268,10 +253,10 @@ def verify(
 
 def prune(
     bundle: BundleArgument,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove what the manifest no longer names, and what a killed build left behind."""
+    """Remove files that the manifest does not name, e.g. leftovers of a killed build."""
     from ..engines.bundle.store import prune as run_prune
 
     pruned = run_prune(bundle, dry_run)
@@ -284,10 +269,10 @@ def prune(
 
 
 def doctor(
-    settings: Annotated[bool, typer.Option("--settings", help="Also list what --set takes, for each engine.")] = False,
+    settings: Annotated[bool, typer.Option("--settings", help="Also list each engine's settings for --set.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say which engines can be used on this machine, and why not."""
+    """Show which engines work on this machine, and why others do not."""
     from ..engines.registry import compiler, machine, probe_all
 
     with stages() as stage:
