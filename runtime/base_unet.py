@@ -21,7 +21,7 @@ from ..exporter.residuals import flatten
 from ..exporter.specs import Shape, TensorSpec, solve
 from ..exporter.trace.export import SAMPLE
 from .bound import Shapes
-from .generation.advice import against_caching
+from .generation.advice import caching_advice
 from .generation.forecast import Forecast
 from .generation.schedule import SKIP, Schedule
 from .generation.state import Calls, GenerationState, Guided, Run
@@ -268,7 +268,7 @@ class BaseUNet(EngineModel):
 
     def _advice(self, calls: int, scheduler: object) -> str | None:
         """Return advice for a generation with this number of calls; None where there is none."""
-        return against_caching(self._caching.schedule, calls, self.config, scheduler)
+        return caching_advice(self._caching.schedule, calls, self.config, scheduler)
 
     def reset(self) -> None:
         """Make the next call full; an unannounced generation ends, and the next call begins a new one."""

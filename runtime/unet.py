@@ -19,7 +19,7 @@ from ..exporter.specs import TensorSpec, solve
 from ..exporter.trace.export import SAMPLE
 from .base_unet import IN_USE, BaseUNet
 from .bound import BoundPairs
-from .generation.advice import beyond_tuning
+from .generation.advice import lora_advice
 from .generation.feature_drift import FeatureDriftEstimator
 from .generation.forecast import FeatureHistory
 from .generation.guidance import GuidanceReuse
@@ -148,7 +148,7 @@ class UNet(LoraMethods, BaseUNet):
         if generation.completed == 0:
             self._prepare(generation, tensors[SAMPLE])
         guidance = generation.guidance
-        if guidance is not None and guidance.rows != tensors[SAMPLE].shape[0]:
+        if guidance is not None and guidance.batch_size != tensors[SAMPLE].shape[0]:
             guidance = None  # the pipeline no longer guides
         half = None
         if guidance is not None and not full:
@@ -241,7 +241,7 @@ class UNet(LoraMethods, BaseUNet):
         self._ranges.end()
 
     def _advice(self, calls: int, scheduler: object) -> str | None:
-        return beyond_tuning(self.schedule, self._loras) or super()._advice(calls, scheduler)
+        return lora_advice(self.schedule, self._loras) or super()._advice(calls, scheduler)
 
     # The engines
 

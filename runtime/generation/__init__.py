@@ -1,1 +1,1 @@
-"""State of one generation: schedule, calls, cached features, their prediction, and correction of the outputs."""
+"""State of one generation: schedule, calls, cached features, feature predictions and output corrections."""

@@ -1,4 +1,4 @@
-"""Advice where caching is unlikely to pay (few calls, models made for few steps) or where a tuning does not apply."""
+"""Advice where caching is unlikely to pay (few calls, few-step models) or where a schedule was tuned without LoRAs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from .schedule import Schedule
 
 FEW_CALLS = 15
-"""Number of UNet calls below which fewer uncached steps make the better image in the same time."""
+"""Number of UNet calls below which fewer steps without caching make a better image in the same time."""
 
 _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
-_TUNED = "tuned"  # schedules of this kind were compared with fewer steps when they were made
+_TUNED = "tuned"  # kind of tuned schedules, which `offcut tune` has compared with fewer steps
 
 
-def against_caching(schedule: Schedule | None, calls: int, config: Mapping[str, Any], scheduler: object) -> str | None:
-    """Return advice for a generation that is unlikely to gain by its schedule; None for any other.
+def caching_advice(schedule: Schedule | None, calls: int, config: Mapping[str, Any], scheduler: object) -> str | None:
+    """Return advice against caching for a generation where it is unlikely to pay; None for other generations.
 
     Args:
         schedule: the generation's schedule.
@@ -25,11 +25,11 @@ def against_caching(schedule: Schedule | None, calls: int, config: Mapping[str, 
         scheduler: the pipeline's scheduler, or None.
     """
     if type(scheduler).__name__ in _FEW_STEP_SCHEDULERS:
-        why = f"{type(scheduler).__name__} makes images in few, large steps"
+        reason = f"{type(scheduler).__name__} makes images in few, large steps"
     elif config.get("time_cond_proj_dim") is not None:
-        why = "this UNet was distilled for few, large steps"
+        reason = "this UNet was distilled for few, large steps"
     elif calls < FEW_CALLS:
-        why = f"this generation has {calls} UNet calls, fewer than {FEW_CALLS}"
+        reason = f"this generation has {calls} UNet calls, fewer than {FEW_CALLS}"
     else:
         return None
     if calls < 1 or schedule is None or schedule.kind == _TUNED:
@@ -37,16 +37,16 @@ def against_caching(schedule: Schedule | None, calls: int, config: Mapping[str, 
     if not schedule.adaptive and len(schedule.full_calls(calls)) == calls:
         return None
     return (
-        f"caching is unlikely to pay here: {why}, and the cached features change much from one to the next; to save "
-        "time, use fewer steps without caching (unet.set_schedule(None), offcut run --interval 1)"
+        f"caching is unlikely to pay here: {reason}, and the cached features change much from one call to the next; "
+        "to save time, use fewer steps without caching (unet.set_schedule(None), offcut run --interval 1)"
     )
 
 
-def beyond_tuning(schedule: Schedule | None, loras: Collection[str]) -> str | None:
-    """Return advice for a schedule that was tuned without the LoRAs that are loaded; None for any other."""
+def lora_advice(schedule: Schedule | None, loras: Collection[str]) -> str | None:
+    """Return advice for a tuned schedule if LoRAs are loaded, which its tuning did not include; otherwise None."""
     if not loras or schedule is None or schedule.kind != _TUNED:
         return None
     return (
-        f"this schedule was tuned without the LoRA {', '.join(loras)}: how near its images come to uncached ones was "
-        "not measured; offcut build --lora and offcut tune measure it"
+        f"this schedule was tuned without the LoRA {', '.join(loras)}: its image quality with LoRA was not measured; "
+        "offcut build --lora and then offcut tune measure it"
     )

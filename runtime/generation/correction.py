@@ -1,10 +1,10 @@
 """Correction of the UNet's outputs in a cached generation, by small convolutions that were fitted beforehand.
 
-The error of caching is not all noise. Much of it follows from known tensors: the sample and output of this call and of
-the last two full calls, the difference that the prompt made to each output, and the output of the call before. A
-convolution over these few channels of the latent's size removes that part of the error, in little time compared with a
-call of the UNet. ``tuning.lockstep`` fits the convolution so that the sampler returns to where it would be without
-caching. The engines are not involved.
+Much of the error of caching can be predicted from known tensors: the samples and outputs of this call and of the last
+two full calls, the difference that the prompt made to each output, and the output of the previous call. A convolution
+over these few channels of the latent's size removes the predictable part of the error. It takes little time compared
+with a call of the UNet. ``tuning.lockstep`` fits the convolution so that the next latent is as close as possible to the
+uncached one. Graphs and engines stay as they are.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch
 
 @dataclass(frozen=True)
 class Kernel:
-    """Convolution for one call.
+    """Convolution that computes the correction of one call's output.
 
     Attributes:
-        weight: [channels, inputs, size, size], fp32, size odd; the inputs as ``CorrectionState.inputs`` stacks them.
+        weight: [channels, inputs, size, size], fp32, with an odd size. ``CorrectionState.inputs`` gives the order of
+            the inputs.
         bias: [channels].
     """
 
@@ -29,7 +30,7 @@ class Kernel:
     bias: torch.Tensor
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return what to add to the output: [batch, channels, height, width] for [batch, inputs, height, width]."""
+        """Return the change to add to the output, [batch, channels, ...], for inputs [batch, inputs, ...]."""
         weight, bias = (tensor.to(inputs.device, inputs.dtype) for tensor in (self.weight, self.bias))
         return torch.nn.functional.conv2d(inputs, weight, bias, padding=weight.shape[-1] // 2)
 
@@ -48,9 +49,8 @@ class Convolutions(Correction):
 
     Attributes:
         kernels: convolutions by call; the outputs of other calls are not corrected.
-        full: the schedule's full calls, which the kernels rely on.
-        guidance: scale that combines the halves of a guided batch into one output; None where the pipeline does not
-            guide.
+        full: full calls of the schedule that the kernels were fitted for.
+        guidance: guidance scale that combines the halves of a guided batch into one output; None without guidance.
     """
 
     kernels: Mapping[int, Kernel] = field(repr=False)
@@ -62,26 +62,26 @@ class Convolutions(Correction):
 
 
 class CorrectionState:
-    """Samples and outputs of the calls of one generation, as far as later corrections need them.
+    """Samples and outputs of one generation that later corrections need.
 
     Args:
         full, guidance, kernels: as in ``Convolutions``.
     """
 
     def __init__(self, full: Sequence[int], guidance: float | None, kernels: Mapping[int, Kernel]) -> None:
-        self._planned, self._guidance, self._kernels = full, guidance, kernels
+        self._planned_full, self._guidance, self._kernels = full, guidance, kernels
         self._calls = 0
-        self._rows: int | None = None
+        self._batch_size: int | None = None
         # Output, sample and guidance difference of the last two full calls; see `record`.
-        self._full: list[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]] = []
-        self._previous: torch.Tensor | None = None
+        self._full_calls: list[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]] = []
+        self._previous_output: torch.Tensor | None = None
         self._left_schedule = False
 
     def correct(self, full: bool, sample: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
         """Return the output of the next call, corrected.
 
-        A generation that leaves the schedule (an unplanned full call, another batch size) is not corrected from then
-        on.
+        Corrections stop for the rest of the generation once it leaves the schedule, by an unplanned full call or
+        another batch size.
 
         Args:
             full: whether the full graph ran.
@@ -100,42 +100,52 @@ class CorrectionState:
         return noise_pred + change.to(noise_pred.dtype).repeat(halves, 1, 1, 1)
 
     def inputs(self, full: bool, sample: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor | None:
-        """Return the inputs of the next call's kernel, [images, inputs, height, width] in fp32; ``record`` must follow.
+        """Return the inputs of the next call's kernel: [images, inputs, height, width], fp32.
 
-        In this order: the output, the sample, and under guidance the difference between both halves of the output; of
-        the last full call, then of the full call before it, the output, the movement of the sample since then, and that
-        call's difference; the output of the previous call if it was shallow. None once the schedule was left.
+        The caller must call ``record`` afterwards. The inputs are, in this order:
+
+        1. This call's output, sample and guidance difference (between both halves of the output; only with guidance).
+        2. For the last full call, then for the full call before: its output, the change of the sample since then, and
+           its guidance difference.
+        3. The previous call's output, if that call was shallow.
+
+        Returns:
+            The inputs; None once the generation has left the schedule.
         """
-        self._rows = self._rows or len(noise_pred)
-        planned = self._calls in self._planned
-        halved = self._guidance is not None and len(noise_pred) % 2
-        self._left_schedule = self._left_schedule or full != planned or len(noise_pred) != self._rows or bool(halved)
+        batch_size = len(noise_pred)
+        self._batch_size = self._batch_size or batch_size
+        planned = self._calls in self._planned_full
+        odd_batch = self._guidance is not None and batch_size % 2 == 1
+        self._left_schedule = self._left_schedule or full != planned or batch_size != self._batch_size or odd_batch
         if self._left_schedule:
             return None
         self._is_full = full
-        self._sample, _ = self._combined(sample.float(), 1.0)
-        self._output, self._difference = self._combined(noise_pred.float(), self._guidance)
+        self._sample, _ = self._combine_halves(sample.float(), 1.0)  # both halves hold the same latents
+        self._output, self._difference = self._combine_halves(noise_pred.float(), self._guidance)
         channels = [self._output, self._sample, *self._difference]
-        for output, at, difference in reversed(self._full):
-            channels += [output, self._sample - at, *difference]
-        if self._previous is not None:
-            channels.append(self._previous)
+        for full_output, full_sample, full_difference in reversed(self._full_calls):
+            channels += [full_output, self._sample - full_sample, *full_difference]
+        if self._previous_output is not None:
+            channels.append(self._previous_output)
         return torch.cat(channels, 1)
 
     def record(self, change: torch.Tensor | None) -> None:
-        """Record that the call is over.
+        """Record the output of the call whose inputs were returned last.
 
         Args:
-            change: correction of the call's output; None for none.
+            change: correction of the output; None if the output is not corrected.
         """
         output = self._output if change is None else self._output + change
-        self._previous = None if self._is_full else output
+        self._previous_output = None if self._is_full else output
         if self._is_full:
-            self._full = [*self._full[-1:], (output, self._sample, self._difference)]
+            self._full_calls = [*self._full_calls[-1:], (output, self._sample, self._difference)]
         self._calls += 1
 
-    def _combined(self, tensor: torch.Tensor, guidance: float | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the guided combination of a batch's two halves (without and with the prompt), and their difference."""
+    def _combine_halves(self, tensor: torch.Tensor, guidance: float | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return a batch's two halves (without and with the prompt) combined at a guidance scale, and their difference.
+
+        Without guidance, return a copy of the batch and no difference.
+        """
         if self._guidance is None or guidance is None:
             return tensor.clone(), []
         without, with_prompt = tensor.chunk(2)

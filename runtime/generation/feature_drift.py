@@ -1,14 +1,14 @@
-"""An estimate of the error of reusing cached features, from data that the engines' buffers hold anyway.
+"""Estimate of the error of reusing cached features, from data that the engines' buffers already hold.
 
-Two numbers are known when a full call replaces the features of the one before: how far the features moved, and how far
-the latents moved that the UNet was given. From then on only the latents are seen, and the features are taken to go on
-moving with them:
+Each full call gives two measurements: the change of the features and the change of the UNet's latents since the full
+call before. Until the next full call only the latents are known. The estimate assumes that the features keep changing
+in proportion to the latents:
 
-    error(call) = moved(features) * moved(latents since the full call) / moved(latents between the full calls)
+    error(call) = change(features) * change(latents since the full call) / change(latents between the full calls)
 
-where ``moved`` is the norm of a difference relative to the norm. No further output of the engines is needed. The
-features' own last movement makes the estimate hold for any sampler: with deterministic samplers the latents move little
-at first while the features move most, and with ancestral samplers noise moves both.
+``change`` is the norm of a difference relative to the norm of the tensor. The engines need no further output. The
+proportion is measured in each generation, because it depends on the sampler. With deterministic samplers the latents
+change little at first while the features change most; with ancestral samplers noise changes both.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from ...engines.base import BoundPair
 
 COMPARED_VALUES = 1 << 16
-"""Number of a feature's values that are compared, evenly spaced: 0.3 MB to keep, whatever the feature's size."""
+"""Number of evenly spaced values of a feature that are compared; their copies take 0.3 MB for a feature of any size."""
 
 
 class FeatureDriftEstimator:
-    """Movement of features and latents in one generation.
+    """Estimator of the change of the features in one generation.
 
-    All figures stay on the device, and are read one call later: see ``predicted_error``.
+    The estimate of a call stays on the device until the next call reads it: see ``predicted_error``.
 
     Args:
         features: names of the features that shallow calls read.
@@ -46,26 +46,26 @@ class FeatureDriftEstimator:
 
     def record_full(self, bound: BoundPair) -> None:
         """Record the features and latents of a full call that was enqueued."""
-        feature = torch.cat([_sampled(bound.buffers[name]) for name in self._features])
+        feature = torch.cat([_sample_values(bound.buffers[name]) for name in self._features])
         latent = bound.buffers[SAMPLE].float()
         latent = latent.clone() if latent is bound.buffers[SAMPLE] else latent
         self._feature_per_latent, self._error = None, None
         if bound is self._bound and self._feature is not None and self._latent is not None:
-            self._feature_per_latent = _moved(feature, self._feature) / _moved(latent, self._latent)
+            self._feature_per_latent = _relative_change(feature, self._feature) / _relative_change(latent, self._latent)
         self._bound, self._feature, self._latent = bound, feature, latent
 
     def record_shallow(self, bound: BoundPair, call: int) -> None:
         """Estimate the error of a shallow call that is about to be enqueued."""
         if self._feature_per_latent is None or self._latent is None:
             return
-        moved = _moved(bound.buffers[SAMPLE].float(), self._latent)
-        self._error = _AsyncScalar(self._feature_per_latent * moved, call)
+        latent_change = _relative_change(bound.buffers[SAMPLE].float(), self._latent)
+        self._error = _AsyncScalar(self._feature_per_latent * latent_change, call)
 
     def predicted_error(self, call: int, last: int) -> float | None:
-        """Return the error of reuse at a call, relative to the feature's norm; None while it is unknown.
+        """Return the estimated error of reuse at a call, relative to the feature's norm; None while it is unknown.
 
-        The error is that of the call before, extrapolated by one call: the estimate was computed on the device before
-        that call's engine ran, so reading it now does not wait for the engine.
+        The result is the estimate of the previous call, extrapolated by one call. That estimate was computed on the
+        device before the previous call's engine ran, so reading it does not wait for the engine.
 
         Args:
             call: the next call.
@@ -99,14 +99,14 @@ class _AsyncScalar:
         return float(self._host)
 
 
-def _moved(now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
+def _relative_change(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """Return the norm of a tensor's change, relative to the tensor's norm: []."""
-    moved: torch.Tensor = torch.linalg.vector_norm(now - then) / torch.linalg.vector_norm(now)
-    return moved
+    change: torch.Tensor = torch.linalg.vector_norm(now - before) / torch.linalg.vector_norm(now)
+    return change
 
 
-def _sampled(feature: torch.Tensor) -> torch.Tensor:
-    """Return about ``COMPARED_VALUES`` values of a feature, fp32, in memory of their own.
+def _sample_values(feature: torch.Tensor) -> torch.Tensor:
+    """Return a copy of about ``COMPARED_VALUES`` values of a feature, fp32.
 
     The stride is odd, so that the values come from all columns.
     """

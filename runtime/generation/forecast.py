@@ -3,11 +3,11 @@
     feature = scale * latest + slope * (latest - before) + shift
 
 ``latest`` and ``before`` are the features of the last two full calls. Scale 1, slope 0 and shift 0 are plain reuse.
-Affine corrections (scale, shift) are those of CacheQuant (CVPR 2025); a slope that follows the distance between the
-calls is an extrapolation of order 1.
+Scale and shift are the affine correction of CacheQuant (CVPR 2025). A slope proportional to the distance between the
+calls is a linear extrapolation.
 
-The prediction is written where the shallow graph reads the feature, on the device, before the graph is run. So every
-engine and every bundle supports it, and other coefficients need no build.
+Before a shallow call the prediction is written, on the device, into the buffer from which the shallow graph reads the
+feature. So every engine and every bundle supports it, and other coefficients need no rebuild.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Forecast(ABC):
             feature: the feature's name in the graphs.
             call: the shallow call, counted from 0.
             last: the last full call.
-            before: the full call before the last; None where there was none, so that no slope is known.
+            before: the full call before the last; None after a single full call, where no slope is known.
         """
 
 
@@ -67,7 +67,7 @@ class Extrapolate(Forecast):
     """Linear extrapolation from the last two full calls, damped.
 
     Extrapolation needs no calibration. On deterministic samplers it is much better than reuse, above all after two or
-    more warm-up calls; where a sampler injects noise (Euler ancestral) it is worse.
+    more warm-up calls. On samplers that inject noise (Euler ancestral) it is worse than reuse.
 
     Attributes:
         damping: 1 extrapolates fully, 0 is reuse.
@@ -94,10 +94,10 @@ class Extrapolate(Forecast):
 class FeatureHistory:
     """Features of the last two full calls of a generation.
 
-    Each full call costs one copy of its features, into the older of two buffers beside the engines' own.
+    Each full call costs one copy of its features, into the older of two buffers that the history owns.
 
     Args:
-        forecast: gives the coefficients.
+        forecast: forecast that gives the coefficients.
         features: names of the features that shallow calls read.
     """
 
@@ -133,13 +133,13 @@ class FeatureHistory:
                 earlier = self._before[name] if before is not None else self._latest[name]
                 write(bound.buffers[name], self._latest[name], earlier, coefficients)
                 self._predicted.add(name)
-            elif name in self._predicted:  # an earlier shallow call has overwritten the feature that this one reuses
+            elif name in self._predicted:  # an earlier shallow call overwrote the feature
                 bound.buffers[name].copy_(self._latest[name])
                 self._predicted.discard(name)
 
 
 def write(out: torch.Tensor, latest: torch.Tensor, before: torch.Tensor, coefficients: Coefficients) -> None:
-    """Write the prediction into ``out``; all three tensors are [batch, channels, height, width]."""
+    """Write the prediction into ``out``; the three tensors have the same shape [batch, channels, height, width]."""
     if coefficients.plain:
         slope = coefficients.slope
         assert isinstance(slope, float)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from ...errors import ScheduleError
 
 SKIP = "skip"
-"""Cut of a skipped call, which runs no engine: its output is that of the call before, corrected by the forecast.
+"""Cut of a skipped call. It runs no engine: its output is the previous call's output, corrected by the forecast.
 
 A skipped call costs no time and has the largest error. ``offcut tune`` fits a correction of that error.
 """
@@ -29,12 +29,12 @@ A skipped call costs no time and has the largest error. ``offcut tune`` fits a c
 class Schedule(ABC):
     """Base class of schedules: a grid of full calls, and three modifiers that add full calls.
 
-    Every shallow call costs some image quality; each modifier recovers some of it.
+    Every shallow call costs some image quality. Each modifier recovers some of it at the cost of more full calls.
 
     Attributes:
         warmup: number of first calls that are full.
-        cooldown: number of last calls that are full. It requires that the number of calls is known.
-        max_shallow: largest number of consecutive shallow calls, after which one is full; the grid does not move.
+        cooldown: number of last calls that are full; above 0, the number of calls must be known.
+        max_shallow: largest number of consecutive shallow calls; the call after them is full, and the grid stays.
     """
 
     warmup: int = 0
@@ -44,7 +44,7 @@ class Schedule(ABC):
     kind: ClassVar[str]
     """First word of the text form, e.g. ``"uniform"``."""
     adaptive: ClassVar[bool] = False
-    """Whether full calls are chosen during the generation, so that they are unknown before."""
+    """Whether full calls are chosen during the generation, and so unknown before it."""
 
     def __post_init__(self) -> None:
         self._check("warmup", least=0)
@@ -85,9 +85,9 @@ class Schedule(ABC):
         Raises:
             ScheduleError: the schedule needs ``calls``.
         """
-        at_an_end = self._at_an_end(call, calls)
-        last_on_grid = self._last_on_grid(call, calls)  # evaluated first, so that a misfit fails at the first call
-        if at_an_end:
+        warmup_or_cooldown = self._in_warmup_or_cooldown(call, calls)
+        last_on_grid = self._last_on_grid(call, calls)  # first, since it raises if the schedule does not fit
+        if warmup_or_cooldown:
             return True
         since = call - max(last_on_grid, self.warmup - 1)
         return since == 0 or (self.max_shallow is not None and since % (self.max_shallow + 1) == 0)
@@ -96,7 +96,7 @@ class Schedule(ABC):
     def _last_on_grid(self, call: int, calls: int | None) -> int:
         """Return the last call of the schedule's own grid up to and including this one."""
 
-    def _at_an_end(self, call: int, calls: int | None) -> bool:
+    def _in_warmup_or_cooldown(self, call: int, calls: int | None) -> bool:
         """Return whether a call belongs to the warm-up or the cooldown.
 
         Raises:
@@ -113,7 +113,7 @@ class Schedule(ABC):
         object.__setattr__(self, name, _integer(name, getattr(self, name), least))
 
     def _arguments(self) -> tuple[Any, dict[str, Any]]:
-        """Return the first argument, and by name the others that are not defaults; modifiers come last."""
+        """Return the first argument, and the other arguments by name except defaults; modifiers come last."""
         first, *others = sorted(fields(self), key=lambda item: item.kw_only is True)
         values = {item.name: getattr(self, item.name) for item in others}
         changed = {item.name: values[item.name] for item in others if values[item.name] != item.default}
@@ -133,15 +133,19 @@ class Schedule(ABC):
 
 @dataclass(frozen=True, repr=False)
 class Uniform(Schedule):
-    """Schedule whose every ``interval``-th call is full: DeepCache's plug-in schedule (arXiv 2312.00858, section 3.2).
+    """Schedule that makes every ``interval``-th call full, as DeepCache does (arXiv 2312.00858, section 3.2).
 
-    Without warm-up the full calls are DeepCache's multiples of the interval. A warm-up moves the grid: the last warm-up
-    call is full anyway, so the next full call comes ``interval`` calls later, not right after the warm-up.
+    Without warm-up the full calls are the multiples of the interval. A warm-up moves the grid: the next full call comes
+    ``interval`` calls after the last warm-up call.
 
-    >>> Uniform(5).full_calls(20)
-    (0, 5, 10, 15)
-    >>> Uniform(5, warmup=3).full_calls(20)
-    (0, 1, 2, 7, 12, 17)
+    Attributes:
+        interval: number of calls from one full call to the next.
+
+    Examples:
+        >>> Uniform(5).full_calls(20)
+        (0, 5, 10, 15)
+        >>> Uniform(5, warmup=3).full_calls(20)
+        (0, 1, 2, 7, 12, 17)
     """
 
     interval: int
@@ -157,22 +161,23 @@ class Uniform(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class Quad(Schedule):
-    """The paper's non-uniform schedule: full calls are dense around one call and get sparser away from it by a power.
+    """DeepCache's non-uniform schedule: full calls are dense around one call and sparser further away from it.
 
-    The number of full calls is that of ``Uniform(interval)``, ceil(calls / interval). They lie on a straight line
-    through ``x ** (1 / power)`` (arXiv 2312.00858, section 3.3 and the code released with it). Where two of them
-    coincide, the power is lowered by 0.02 until none do; this ends at the latest with evenly spaced calls, the limit
-    for power 1.
-
-    >>> Quad(5).full_calls(50)
-    (0, 5, 9, 13, 17, 21, 26, 31, 37, 43)
+    The number of full calls is that of ``Uniform(interval)``, ceil(calls / interval). With ``x`` the distance from the
+    centre, full calls are evenly spaced in ``x ** (1 / power)`` (arXiv 2312.00858, section 3.3, and its released code).
+    If two full calls coincide, the power is lowered in steps of 0.02 until all differ. For power 1, the limit, calls
+    are evenly spaced.
 
     Attributes:
         interval: calls per full call, on average.
-        center: call around which full calls are densest; None for the paper's form without a centre (its LDM
-            experiments), which is densest at the start. 15 is the paper's choice for 50 steps.
-        power: exponent above 1, larger for sparser calls far from the centre; None for the paper's 1.4, or 1.5 without
-            a centre.
+        center: call around which full calls are densest. 15 is the paper's choice for 50 steps. With None they are
+            densest at the start, as in the paper's LDM experiments.
+        power: exponent above 1; a larger one makes full calls sparser far from the centre. None for the paper's 1.4, or
+            1.5 without a centre.
+
+    Examples:
+        >>> Quad(5).full_calls(50)
+        (0, 5, 9, 13, 17, 21, 26, 31, 37, 43)
     """
 
     interval: int
@@ -206,10 +211,14 @@ class Quad(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class Steps(Schedule):
-    """Schedule with explicit indices of full calls; 0 is always added, indices beyond the last call have no effect.
+    """Schedule with explicit indices of full calls.
 
-    >>> Steps([3, 9]).full_calls(8)
-    (0, 3)
+    Attributes:
+        calls: indices of the full calls. 0 is always added; indices beyond the last call have no effect.
+
+    Examples:
+        >>> Steps([3, 9]).full_calls(8)
+        (0, 3)
     """
 
     calls: Sequence[int]
@@ -228,19 +237,20 @@ class Steps(Schedule):
 class Adaptive(Schedule):
     """Schedule that makes a call full where the estimated error of reusing the features exceeds a bound.
 
-    ``feature_drift`` describes the estimate. The number of full calls that a bound leads to depends on the sampler and
-    the number of steps: with an ancestral sampler the features move several times as far from one call to the next.
-    Where sampler and steps are known beforehand, a schedule of ``offcut tune`` is better.
-
-    >>> Adaptive(0.3, max_shallow=6)
-    Adaptive(0.3, max_shallow=6)
+    ``feature_drift`` describes the estimate. The number of full calls at a given bound depends on the sampler and the
+    number of steps: with an ancestral sampler the features change several times as much from one call to the next. If
+    sampler and steps are known beforehand, a schedule of ``offcut tune`` is better.
 
     Attributes:
-        bound: bound of the error, relative to the features' norm; the larger, the fewer full calls.
-        least: number of calls after each full call that are always shallow, at least 1: there is no estimate for the
-            first.
+        bound: bound of the error, relative to the features' norm; a larger bound makes fewer full calls.
+        least: number of calls after each full call that are always shallow. At least 1, since the first one has no
+            estimate.
         warmup: number of first calls that are full; the estimate needs two full calls.
         max_shallow: largest number of consecutive shallow calls, whatever the estimate.
+
+    Examples:
+        >>> Adaptive(0.3, max_shallow=6)
+        Adaptive(0.3, max_shallow=6)
     """
 
     bound: float
@@ -256,7 +266,7 @@ class Adaptive(Schedule):
         if isinstance(self.bound, bool) or not isinstance(self.bound, int | float) or not 0 < self.bound < math.inf:
             raise ScheduleError(f"bound is {self.bound!r}, but Adaptive needs one above 0, e.g. 0.2")
         if self.max_shallow is not None and self.max_shallow < self.least:
-            raise ScheduleError(f"max_shallow is {self.max_shallow}, below least, {self.least}: give at least that")
+            raise ScheduleError(f"max_shallow is {self.max_shallow}, but must be at least least, which is {self.least}")
 
     def decide(self, call: int, calls: int | None, last: int | None, error: Callable[[], float | None]) -> bool:
         """Return whether this call is full.
@@ -264,13 +274,14 @@ class Adaptive(Schedule):
         Args:
             call: the call's index.
             calls: number of calls; None where it is unknown.
-            last: the last full call; None where there was none.
-            error: returns the estimated error of a shallow call, None where it is unknown; called only where needed.
+            last: the last full call; None before the first full call.
+            error: function that returns the estimated error of a shallow call, None where it is unknown. It is called
+                only where the decision depends on it.
 
         Raises:
             ScheduleError: the schedule needs the number of calls, which is unknown.
         """
-        if self._at_an_end(call, calls) or last is None:
+        if self._in_warmup_or_cooldown(call, calls) or last is None:
             return True
         shallow = call - last - 1
         if self.max_shallow is not None and shallow >= self.max_shallow:
@@ -292,8 +303,9 @@ def parse(text: str, **modifiers: int | None) -> Schedule:
     """Return the schedule of a text such as ``"uniform:5"``, ``"quad:5:center=12"`` or ``"steps:0,3:warmup=2"``.
 
     Args:
-        text: the kind, its first parameter, and others by name, separated by colons: the form of ``str(schedule)``.
-        modifiers: ``warmup``, ``cooldown``, ``max_shallow``, which override the text; None leaves the text's value.
+        text: the form of ``str(schedule)``: the kind, its first parameter, and other parameters by name, separated by
+            colons.
+        modifiers: ``warmup``, ``cooldown`` and ``max_shallow`` that override the text; None keeps the text's value.
 
     Raises:
         ScheduleError: the text is not a schedule; the message shows the valid forms.
@@ -357,7 +369,7 @@ def _integer(name: str, value: Any, least: int) -> int:
 
 @lru_cache(maxsize=64)
 def _quad_grid(calls: int, count: int, center: int, power: float) -> tuple[int, ...]:
-    """Return ``count`` distinct calls below ``calls``, 0 among them: see ``Quad``."""
+    """Return ``count`` distinct calls below ``calls``, of which 0 is the first: see ``Quad``."""
     for step in itertools.count():
         lowered = power - 0.02 * step
         if lowered < 1 + 1e-6:
@@ -369,10 +381,10 @@ def _quad_grid(calls: int, count: int, center: int, power: float) -> tuple[int, 
 
 
 def _quad_points(calls: int, count: int, center: int, power: float) -> tuple[int, ...]:
-    """Return the paper's points for one power, some of which may coincide.
+    """Return the full calls for one power; some of them may coincide.
 
-    Left of the centre the base is negative, so its fractional power is complex. The released code takes a straight line
-    through the complex plane, raises it to the power again, and keeps the real part; this function does the same.
+    Left of the centre the base is negative, so its fractional power is complex. As in the paper's released code, the
+    points lie on a straight line in the complex plane, are raised to the power, and their real part counts.
     """
     start = complex(-center) ** (1 / power)
     stop = complex(calls - center) ** (1 / power)
@@ -381,6 +393,6 @@ def _quad_points(calls: int, count: int, center: int, power: float) -> tuple[int
 
 
 def _truncate(value: float) -> int:
-    """Round towards zero; a value within rounding error of an integer becomes that one, so that all platforms agree."""
+    """Round towards zero, or to an integer within rounding error, so that all platforms agree."""
     nearest = round(value)
     return nearest if abs(value - nearest) < 1e-9 else int(value)

@@ -1,4 +1,4 @@
-"""The state of one generation: the UNet calls that make one batch of images, and what later calls read of earlier ones.
+"""State of one generation: the UNet calls for one batch of images, and the data that later calls read.
 
 Each generation starts with a new ``GenerationState``, whose tensors are released at the end of the generation.
 """
@@ -34,10 +34,10 @@ class Run:
 
     Attributes:
         full: for each call, whether the full graph ran.
-        seconds: for each call the engine's own time, where ``unet.record_times`` was set; otherwise empty.
-        schedule: None where every call is full.
-        cut: cut of the shallow calls to which the schedule gives none of their own.
-        calls: number of calls that was announced; None where none was.
+        seconds: for each call the engine's own time if ``unet.record_times`` was set; otherwise empty.
+        schedule: schedule of the generation; None if every call is full.
+        cut: cut of the shallow calls for which the schedule has no cut.
+        calls: announced number of calls; None if it was not announced.
         cuts: for each call the cut of the shallow graph that ran; None for a full call, ``SKIP`` for a skipped one.
     """
 
@@ -61,32 +61,31 @@ class Run:
 
 
 class GenerationState:
-    """Calls of one generation: which of them are full, and what the others need of those before.
+    """Decides which calls of one generation are full, and holds the data of earlier calls that later calls need.
 
-    A shallow call is allowed only where a full call of the same generation and shapes has completed. So the cached
-    features of another image, of other shapes, or of a failed call are never read:
+    A shallow call is allowed only after a completed full call of the same generation and shapes. So the cached features
+    of another image, of other shapes, or of a failed call are never read:
 
-        begin(shapes) -> True     a full call follows
+        begin(shapes) -> True     a full call begins
         end(True)                 the call completed: its features may be read
-        begin(shapes) -> False    as the schedule says
-        ...                       no end: the call failed
-        begin(shapes) -> True     whatever the schedule says
+        begin(shapes) -> False    a shallow call begins, as the schedule says
+        ...                       the call failed, so end is not called
+        begin(shapes) -> True     a full call begins, whatever the schedule says
 
-    The UNet that makes the calls sets the attributes below at the first call; each is None where no call needs it.
+    The UNet sets the attributes below at the first call; each is None if no call needs it.
 
     Attributes:
         history: features of the last two full calls, from which a forecast predicts.
         guidance: difference of the two halves of a guided batch, which shallow calls reuse.
-        drift: estimate of how far the features have moved, from which an adaptive schedule decides.
+        drift: estimate of the change of the features, from which an adaptive schedule decides.
         correction: inputs and outputs of earlier calls, from which outputs are corrected.
-        last_output: noise prediction of the last call before correction, which a skipped call repeats; in memory of
-            its own.
+        last_output: copy of the last call's noise prediction before correction, which a skipped call repeats.
 
     Args:
         schedule: None makes every call full.
-        cut: cut of the shallow calls to which the schedule gives none of their own.
+        cut: cut of the shallow calls for which the schedule has no cut.
         calls: number of calls. A function is called at the first call, because a pipeline knows the number only then.
-        guided: whether each call is made with classifier-free guidance; a function likewise.
+        guided: whether calls are made with classifier-free guidance. A function is called at the first call.
 
     Raises:
         ScheduleError: the schedule needs to know the number of calls.
@@ -105,25 +104,27 @@ class GenerationState:
         self._calls = calls
         self._guided = guided
         self._shapes: Hashable = None
-        self._readable = False
+        self._features_valid = False
         self._timesteps: deque[float] = deque(maxlen=2)
         self._full: list[bool] = []
         self._seconds: list[float] = []
         self._plan: tuple[bool, ...] | None = None
         self._last_full: int | None = None
-        self._decision: tuple[int, bool] | None = None  # of an adaptive schedule: the call, and whether it is full
+        self._decision: tuple[int, bool] | None = None  # by an adaptive schedule: the call, and whether it is full
         if schedule is not None and calls is None:
             self._is_full(schedule, 0, None)  # raises where the schedule needs the number of calls
 
     @property
     def next_is_full(self) -> bool:
-        """Whether the next call is full, given that its shapes are those of the last call.
+        """Whether the next call is full if it has the shapes of the last call.
 
         Raises:
             ScheduleError: as ``begin``.
         """
         calls = self._resolve_calls()
-        return self._schedule is None or self._is_full(self._schedule, self.completed, calls) or not self._readable
+        return (
+            self._schedule is None or self._is_full(self._schedule, self.completed, calls) or not self._features_valid
+        )
 
     @property
     def guided(self) -> bool:
@@ -144,7 +145,7 @@ class GenerationState:
 
     @property
     def plan(self) -> tuple[bool, ...] | None:
-        """For each call whether the schedule makes it full; None where the number of calls or the choice is unknown.
+        """For each call whether the schedule makes it full; None if the number of calls or the choice is unknown.
 
         Raises:
             ScheduleError: as ``begin``.
@@ -156,34 +157,34 @@ class GenerationState:
         return self._plan
 
     def cut_of(self, call: int) -> str | None:
-        """Return the cut that a call has if it is shallow."""
+        """Return the cut of a call, if the call is shallow."""
         cut = None if self._schedule is None else self._schedule.cut_of(call)
         return self._cut if cut is None else cut
 
     def skips(self, call: int) -> bool:
-        """Return whether a call runs no engine if it is not full."""
+        """Return whether a call is skipped (runs no engine), if it is not full."""
         return self.cut_of(call) == SKIP
 
     def begin(self, shapes: Hashable, timestep: float | None = None) -> bool:
         """Begin a call, and return whether it is full.
 
         Args:
-            shapes: a value that differs between different input shapes, and so between buffers.
-            timestep: only for ``continues``; None where the generation was announced.
+            shapes: value that identifies the input shapes, and so the buffers.
+            timestep: timestep of the call, for ``continues``; None if the generation was announced.
 
         Raises:
             ScheduleError: the schedule does not fit the number of calls, or the number of calls is below 1.
         """
         full = self.next_is_full or shapes != self._shapes
-        self._readable = False  # until this call has completed
+        self._features_valid = False  # until this call has completed
         self._shapes = shapes
         if timestep is not None:
             self._timesteps.append(timestep)
         return full
 
     def end(self, full: bool, seconds: float | None = None) -> None:
-        """Record that the call which began has completed."""
-        self._readable = True
+        """Record that the current call has completed."""
+        self._features_valid = True
         if full:
             self._last_full = len(self._full)
         self._full.append(full)
@@ -192,7 +193,7 @@ class GenerationState:
 
     def invalidate(self) -> None:
         """Make the next call full."""
-        self._readable = False
+        self._features_valid = False
 
     def release(self) -> None:
         """Drop all tensors, and make the next call full; the record of the calls stays."""
@@ -200,18 +201,19 @@ class GenerationState:
         self.history = self.guidance = self.drift = self.correction = self.last_output = None
 
     def continues(self, shapes: Hashable, timestep: float) -> bool:
-        """Return whether an unannounced call belongs to this generation, judging by its shapes and timestep.
+        """Return whether an unannounced call belongs to this generation, from its shapes and timestep.
 
-        Timesteps fall through a generation. They repeat in Heun and PNDM, and in KDPM2 a midpoint may lie a fraction
-        below the rounded step that follows it. So only a rise by 1 or more begins a new generation, or a rise above
-        the timestep before the last one too (which also finds it where timesteps are not 0 to 1000, as in EDM).
+        Timesteps fall during a generation, with two exceptions: they repeat in Heun and PNDM, and in KDPM2 a midpoint
+        may be slightly below the rounded step that follows it. So a new generation begins if the timestep rises by 1 or
+        more. It also begins if the timestep rises above both of the last two; this rule serves schedulers whose
+        timesteps are not 0 to 1000, such as EDM.
 
-        This errs towards new generations, that is towards full calls: with inverse schedulers, whose timesteps rise
-        all the time, and at RePaint's jumps back. One case goes unnoticed: after an exception outside the UNet, a
-        generation that begins at or below the timestep where the last one broke off. ``unet.reset()`` or an announced
-        generation settles it.
+        Some calls of one generation are taken for new generations, which only costs full calls: with inverse
+        schedulers, whose timesteps rise, and at RePaint's jumps back. One new generation is missed: if an exception
+        outside the UNet ended the last one, and the new one begins at or below the last timestep. ``unet.reset()`` or
+        an announced generation avoids that.
         """
-        if not self._readable or shapes != self._shapes:
+        if not self._features_valid or shapes != self._shapes:
             return False
         before, last = self._timesteps[0], self._timesteps[-1]
         return timestep <= last or (timestep < last + 1 and timestep <= before)

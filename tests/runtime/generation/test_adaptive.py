@@ -76,7 +76,7 @@ def test_what_cannot_be_says_so() -> None:
             Adaptive(bound)  # type: ignore[arg-type]
     with pytest.raises(ScheduleError, match="least is 0"):
         Adaptive(0.2, 0)
-    with pytest.raises(ScheduleError, match="max_shallow is 2, below least, 3"):
+    with pytest.raises(ScheduleError, match="max_shallow is 2, but must be at least least, which is 3"):
         Adaptive(0.2, 3, max_shallow=2)
     with pytest.raises(ScheduleError, match="unknown before it"):
         Adaptive(0.2).full_calls(20)

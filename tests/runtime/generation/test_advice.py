@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 from PIL import Image
 from test_cli import process as command
 
-from offcut.runtime.generation.advice import against_caching, beyond_tuning
+from offcut.runtime.generation.advice import caching_advice, lora_advice
 from offcut.runtime.generation.schedule import Quad, Schedule, Steps, Uniform
 from offcut.runtime.tuning.steps import TunedSteps
 
@@ -43,7 +43,7 @@ PHRASE = "caching is unlikely to pay"
 def test_which_generations_get_advice(
     schedule: Schedule | None, calls: int, scheduler: Any, config: dict[str, Any], reason: str | None
 ) -> None:
-    advice = against_caching(schedule, calls, config, scheduler)
+    advice = caching_advice(schedule, calls, config, scheduler)
     if reason is None:
         assert advice is None
     else:
@@ -55,8 +55,8 @@ def test_which_generations_get_advice(
 
 def test_a_tuned_schedule_does_not_know_of_loras() -> None:
     tuned = TunedSteps((0, 4), 8)
-    assert "tuned without the LoRA style, ink:" in (beyond_tuning(tuned, ["style", "ink"]) or "")
-    assert beyond_tuning(tuned, []) is beyond_tuning(Uniform(3), ["style"]) is beyond_tuning(None, ["style"]) is None
+    assert "tuned without the LoRA style, ink:" in (lora_advice(tuned, ["style", "ink"]) or "")
+    assert lora_advice(tuned, []) is lora_advice(Uniform(3), ["style"]) is lora_advice(None, ["style"]) is None
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime"])
