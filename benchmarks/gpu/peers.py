@@ -71,7 +71,7 @@ def decibels(latents: torch.Tensor, reference: torch.Tensor) -> float:
     return math.inf if error == 0 else 20 * math.log10(span / error)
 
 
-class Denoiser(LoopRunner):
+class LoopDenoiser(LoopRunner):
     """A model that predicts noise in a ``DenoisingLoop``.
 
     Args:
@@ -97,7 +97,7 @@ class Denoiser(LoopRunner):
             return self.loop()
 
 
-class EngineDenoiser(Denoiser):
+class EngineDenoiser(LoopDenoiser):
     """offcut: a pair of engines in its UNet.
 
     Args:
@@ -127,7 +127,7 @@ class EngineDenoiser(Denoiser):
         return noise_pred
 
 
-class HelperDenoiser(Denoiser):
+class HelperDenoiser(LoopDenoiser):
     """DeepCache's own helper (PyPI ``DeepCache``) around an eager UNet, with branch 0."""
 
     def __init__(self, trajectory: DenoisingLoop, unet: Any, conditioning: Conditioning, interval: int) -> None:
@@ -238,7 +238,7 @@ def _text(block: Any, text: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
 
 
-class CachedDenoiser(Denoiser):
+class CachedDenoiser(LoopDenoiser):
     """A ``CachedUNet`` that follows a schedule, eagerly or with both halves compiled.
 
     Args:

@@ -23,10 +23,10 @@ from .peers import (
     CachedDenoiser,
     CachedUNet,
     Conditioning,
-    Denoiser,
     DenoisingLoop,
     EngineDenoiser,
     HelperDenoiser,
+    LoopDenoiser,
     max_autotune,
 )
 from .workbench import CUT, Workbench
@@ -273,7 +273,7 @@ def _median(loops: list[LoopTimes]) -> float:
     return statistics.median(each.seconds for each in loops)
 
 
-def _duel(bench: Workbench, contest: Contest, other: Denoiser) -> tuple[float, float]:
+def _duel(bench: Workbench, contest: Contest, other: LoopDenoiser) -> tuple[float, float]:
     """Return the median seconds of the engine's cached loop and of the other's."""
     with contest.open(bench) as (unet, _):
         ours = EngineDenoiser(other.trajectory, unet, other.conditioning, Uniform(bench.options.interval), CUT)

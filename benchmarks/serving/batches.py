@@ -9,7 +9,7 @@ from typing import Any
 from ..schema.serving import BatchRow
 from ..shapes.model import PROMPTS
 from .goals import AT_LOAD
-from .settings import ServerSetting
+from .load_plan import ServerSetting
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from ...errors import InternalError, UserError
 from ..worker_process import Channel, RequestFailed, WorkerProcess, describe_error
-from .settings import ServerSetting, Way
+from .load_plan import ServerSetting, Way
 
 if TYPE_CHECKING:
     from ...runtime.batching import Worker

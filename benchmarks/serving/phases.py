@@ -20,8 +20,8 @@ from . import monitor
 from .batches import measure_batches
 from .client import LEFT, Body, Client, Leaving, Reply, Window, closed_loop, open_loop
 from .goals import goals
+from .load_plan import LoadPlan, ServerSetting, Way
 from .measured_server import MeasuredServer
-from .settings import LoadPlan, ServerSetting, Way
 
 Stage = Callable[[str], None]
 

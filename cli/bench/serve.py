@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ...benchmarks.serving.settings import PARTS, LoadPlan, ServerSetting
+from ...benchmarks.serving.load_plan import PARTS, LoadPlan, ServerSetting
 from ..options import BundleArgument, Device, EngineName, Json, Threads, unpack
 from ..shell import err, stages
 from .outcome import BenchRun

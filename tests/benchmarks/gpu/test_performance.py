@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from offcut.benchmarks.gpu import performance
-from offcut.benchmarks.gpu.peers import Denoiser, DenoisingLoop
+from offcut.benchmarks.gpu.peers import DenoisingLoop, LoopDenoiser
 from offcut.benchmarks.gpu.performance import Contest
 from offcut.benchmarks.gpu.workbench import Workbench
 from offcut.benchmarks.turns import in_turns
@@ -20,7 +20,7 @@ from offcut.benchmarks.turns import in_turns
 CONTEST = Contest("small", "onnxruntime", "fp32", 1)
 
 
-class _SleepingDenoiser(Denoiser):
+class _SleepingDenoiser(LoopDenoiser):
     """A denoiser whose calls take a number of seconds; it notes its turns."""
 
     def __init__(self, name: str, seconds: float, order: list[str]) -> None:

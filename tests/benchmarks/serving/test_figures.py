@@ -12,8 +12,8 @@ from offcut.benchmarks.report.sections import serving
 from offcut.benchmarks.schema.serving import BatchRow, ClosedRow, OpenRow, Overload, Percentiles, ServingLoad, Soak
 from offcut.benchmarks.serving.client import Reply, Window
 from offcut.benchmarks.serving.goals import goals
+from offcut.benchmarks.serving.load_plan import LoadPlan
 from offcut.benchmarks.serving.monitor import MemorySample, gauges, growth
-from offcut.benchmarks.serving.settings import LoadPlan
 
 
 def replies(*spans: tuple[float, float], status: int = 200) -> tuple[Reply, ...]:

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import offcut
 from offcut.benchmarks import record
+from offcut.benchmarks.serving.load_plan import LoadPlan, ServerSetting
 from offcut.benchmarks.serving.measured_server import MeasuredServer
 from offcut.benchmarks.serving.phases import run
-from offcut.benchmarks.serving.settings import LoadPlan, ServerSetting
 from offcut.benchmarks.serving.whole_requests import WholeRequests
 from offcut.cli import app
 from offcut.errors import QueueFullError, RequestCancelledError, UserError, WorkerClosedError
