@@ -86,7 +86,7 @@ def test_what_cannot_be_rounded_is_refused_before_the_export(
     tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]
 ) -> None:
     out = tmp_path / "b"
-    with pytest.raises(EngineError, match=r"int8 needs to know .*offcut\.Calibration\(\)"):
+    with pytest.raises(EngineError, match=r"int8 needs calibration: .*offcut\.Calibration\(\)"):
         offcut.build(tiny_unet_dir, out, engine="openvino", precision="int8")
     with pytest.raises(EngineError, match="openvino and onnxruntime take int8 graphs of different kinds"):
         offcut.build(tiny_unet_dir, out, engine=["openvino", "onnxruntime"], precision="int8", calibration=CALIBRATION)
