@@ -25,7 +25,9 @@ class RayOptions:
     ] = False
     replicas: Annotated[
         str,
-        typer.Option(metavar="N or LOW..HIGH", help="Number of replicas; of a range, as many as the queue needs."),
+        typer.Option(
+            metavar="N or LOW..HIGH", help="Number of replicas; with a range, Ray starts as many as the queue needs."
+        ),
     ] = "1"
     replica_cpus: Annotated[
         float | None, typer.Option(help="CPUs that Ray reserves for a replica; by default --threads, else 1.", min=0)
@@ -39,8 +41,8 @@ class RayOptions:
     surge: Annotated[
         int,
         typer.Option(
-            help="Percent of the replicas that an update may start in addition to the old ones; 0 stops old ones "
-            "first.",
+            help="Additional replicas that an update may start before old ones stop, in percent of the replicas; with "
+            "0 an old one stops first.",
             min=0,
             max=100,
         ),
@@ -69,7 +71,7 @@ class RayOptions:
 def serve_on_cluster(
     workers: Mapping[str, WorkerConfig], settings: ServeSettings, options: RayOptions, host: str, port: int
 ) -> None:
-    """Print a manifest, deploy to a cluster, or serve on a cluster of this machine's own until a signal.
+    """Print a manifest, deploy to a cluster, or start a cluster on this machine and serve until a signal.
 
     Args:
         workers: worker configuration of each model by its name.
@@ -115,18 +117,18 @@ def serve_on_cluster(
 
 
 def print_address(host: str, port: int, settings: ServeSettings, names: str) -> None:
-    """Print the server's URL in one unwrapped line that scripts can parse, and a warning if everybody may use it."""
+    """Print the server's URL in one unwrapped line that scripts can parse, and a warning if anyone may use it."""
     url_host = f"[{host}]" if ":" in host else host
     err.print(f"{names} on http://{url_host}:{port}", highlight=False, markup=False, soft_wrap=True)
     if settings.api_key is None and settings.hosts is None:
-        err.print("everybody who reaches this machine may use the server: consider --api-key", style="yellow")
+        err.print("anyone who reaches this machine may use the server: consider --api-key", style="yellow")
 
 
 def _plan(workers: Mapping[str, WorkerConfig], settings: ServeSettings, options: RayOptions) -> ClusterPlan:
     from ..runtime.server.cluster.cluster_plan import ClusterPlan, ReplicaScale
 
     config = next(iter(workers.values()))
-    least, most = _range(options.replicas)
+    least, most = _replica_range(options.replicas)
     on_gpu = config.device.startswith("cuda")
     scale = ReplicaScale(
         least=least,
@@ -138,7 +140,7 @@ def _plan(workers: Mapping[str, WorkerConfig], settings: ServeSettings, options:
     return ClusterPlan(workers, settings, scale, config.max_queue, options.loaded or len(workers))
 
 
-def _range(text: str) -> tuple[int, int]:
+def _replica_range(text: str) -> tuple[int, int]:
     from ..errors import UserError
 
     low, dots, high = text.partition("..")

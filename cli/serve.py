@@ -103,7 +103,7 @@ class ConcurrencyOptions:
 
     max_in_flight: Annotated[int, typer.Option(help="Requests that run at once.", min=1)] = WorkerConfig.max_in_flight
     max_queue: Annotated[int, typer.Option(help="Further requests that may wait.", min=0)] = WorkerConfig.max_queue
-    max_batch: Annotated[int, typer.Option(help="Upper limit of the rows of an engine call.", min=1)] = (
+    max_batch: Annotated[int, typer.Option(help="Largest batch size of an engine call, in rows.", min=1)] = (
         WorkerConfig.max_batch
     )
     cache_mib: Annotated[int, typer.Option(help="Memory for cached features, in MiB.", min=1)] = (
@@ -155,7 +155,7 @@ def serve(
 
         if len(bundles) > 1 or ray.update or ray.kuberay:
             raise UserError("several bundles, --update and --kuberay need Ray: add --ray")
-        bundle = Bundle.open(bundles[0])  # before what takes seconds to import
+        bundle = Bundle.open(bundles[0])  # before imports that take seconds
     settings = ServeSettings(
         api_key=access.api_key,
         hosts=allowed_hosts("0.0.0.0" if ray.kuberay else access.host, access.allow_host),
@@ -174,15 +174,15 @@ def serve(
         max_batch=concurrency.max_batch,
         cache_bytes=concurrency.cache_mib * 2**20,
     )
-    workers = _by_name([replace(config, bundle=str(path.resolve())) for path in bundles], access.name)
+    workers = _workers_by_name([replace(config, bundle=str(path.resolve())) for path in bundles], access.name)
     if bundle is None:
         serve_on_cluster(workers, settings, ray, access.host, access.port)
         return
     ((name, config),) = workers.items()
-    _serve_here(bundle, config, settings, name, access)
+    _serve_in_process(bundle, config, settings, name, access)
 
 
-def _by_name(configs: Sequence[WorkerConfig], names: Sequence[str]) -> dict[str, WorkerConfig]:
+def _workers_by_name(configs: Sequence[WorkerConfig], names: Sequence[str]) -> dict[str, WorkerConfig]:
     from ..errors import UserError
 
     workers = dict(zip(names or [config.default_name for config in configs], configs, strict=False))
@@ -191,17 +191,17 @@ def _by_name(configs: Sequence[WorkerConfig], names: Sequence[str]) -> dict[str,
     return workers
 
 
-def _serve_here(
+def _serve_in_process(
     bundle: Bundle, config: WorkerConfig, settings: ServeSettings, name: str, access: AccessOptions
 ) -> None:
     from ..runtime.server.run import listen
     from ..runtime.server.run import serve as run
     from ..runtime.server.service import open_service
 
-    address = listen(access.host, access.port)
+    listener = listen(access.host, access.port)
     choice = bundle.choose_engine(config.engine, config.device)
     err.print(f"engine {choice.name}: {choice.reason}", highlight=False)
     quiet_libraries()
     with stages() as stage:
         service = open_service(config, settings, name, bundle, stage)
-    run(service, address, lambda port: print_address(access.host, port, settings, name))
+    run(service, listener, lambda port: print_address(access.host, port, settings, name))

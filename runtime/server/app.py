@@ -50,7 +50,7 @@ def create_app(service: ImageService) -> ASGIApp:
             return service.problem(error).response()
         if body.stream:
             return EventStream(job, service.problem)
-        return await _whole_reply(job, service, request)
+        return await _images_reply(job, service, request)
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
@@ -60,7 +60,7 @@ def create_app(service: ImageService) -> ASGIApp:
     return RequestGuard(app, service.settings, service.count_problem)
 
 
-async def _whole_reply(job: ImageJob, service: ImageService, request: Request) -> Response:
+async def _images_reply(job: ImageJob, service: ImageService, request: Request) -> Response:
     """Wait for the images and return them together; a client that disconnects first cancels the job."""
     with job:
         result = asyncio.ensure_future(job.result())
@@ -68,7 +68,7 @@ async def _whole_reply(job: ImageJob, service: ImageService, request: Request) -
         try:
             await asyncio.wait({result, disconnect}, return_when=asyncio.FIRST_COMPLETED)
             if not result.done():
-                return Response(status_code=499)  # nobody reads it
+                return Response(status_code=499)  # the client has disconnected
             images = result.result()
         except Exception as error:
             return service.problem(error).response()
@@ -82,7 +82,7 @@ def _add_health(app: FastAPI, service: ImageService) -> None:
 
     @app.get("/v2/health/live", response_model=None)
     async def live() -> Response:
-        """Return whether the engines work; if not, the process is about to end."""
+        """Return whether the engines work. If they do not, the process ends soon."""
         works = service.fault is None
         return json_response({"live": works}, 200 if works else 503)
 
@@ -185,11 +185,12 @@ def _http_problem(status: int) -> Problem:
     if status == 404:
         return Problem(404, "this path does not exist: see /v1/models and /v1/images/generations", INVALID, "not_found")
     if status == 405:
-        return Problem(405, "this path does not take this method", INVALID, "method_not_allowed")
+        return Problem(405, "this path does not support this method", INVALID, "method_not_allowed")
     return Problem(400, "the body is not valid JSON", INVALID, "invalid_json")
 
 
 def _unknown_model(service: ImageService) -> Problem:
     names = [repr(name) for name in service.models]
-    models = f"one model, {names[0]}: ask for it" if len(names) == 1 else f"{', '.join(names)}: ask for one of these"
-    return Problem(404, f"this server has {models}, or leave model out", INVALID, "model_not_found", "model")
+    models = f"one model, {names[0]}" if len(names) == 1 else f"the models {', '.join(names)}"
+    message = f"there is no such model: this server has {models}; name one, or leave model out"
+    return Problem(404, message, INVALID, "model_not_found", "model")

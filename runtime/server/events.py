@@ -17,7 +17,7 @@ from .jobs import Event, ImageJob, ImageResult, Preview
 from .params import ImageParams
 
 _KEEP_ALIVE = 15.0
-"""Seconds without an event after which a comment is sent, so that no proxy takes the connection for dead."""
+"""Seconds without an event after which a comment is sent, so that proxies keep the connection open."""
 
 _HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", "x-accel-buffering": "no"}
 
@@ -39,8 +39,8 @@ class EventStream(Response):
     """Reply to a request with ``stream``. A client that stops reading cancels the job.
 
     Args:
-        job: job to report on; closed at the end.
-        problem: function that turns an error into what the client sees.
+        job: job whose events are sent; it is closed at the end.
+        problem: function that converts an error to the problem that the client gets.
     """
 
     def __init__(self, job: ImageJob, problem: Callable[[BaseException], Problem]) -> None:
@@ -50,14 +50,14 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._job:
-            sending = asyncio.ensure_future(self._send(send))
+            send_task = asyncio.ensure_future(self._send(send))
             disconnect = asyncio.ensure_future(wait_for_disconnect(receive))
             try:
-                await asyncio.wait({sending, disconnect}, return_when=asyncio.FIRST_COMPLETED)
-                if sending.done():
-                    sending.result()
+                await asyncio.wait({send_task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+                if send_task.done():
+                    send_task.result()
             finally:
-                await cancel(sending, disconnect)
+                await cancel(send_task, disconnect)
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -70,7 +70,7 @@ class EventStream(Response):
             try:
                 event = await asyncio.wait_for(self._job.events.get(), _KEEP_ALIVE)
             except TimeoutError:
-                yield b": still at it\n\n"
+                yield b": keep-alive\n\n"
                 continue
             if event is None:
                 break

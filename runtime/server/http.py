@@ -43,7 +43,7 @@ class Problem:
         type, code, param: as in OpenAI's API; the code is also the label of the metric.
         retry_after: seconds after which another try may succeed; None if it would not.
         close: whether to close the connection, because the request was not read to its end.
-        challenge: whether to ask for a key.
+        challenge: whether the reply asks for a key (``WWW-Authenticate``).
     """
 
     status: int
@@ -111,24 +111,25 @@ CODES = (
 )
 """Every error code of a reply."""
 
-DRAINING = Problem(503, "this server is shutting down: send the request to another one", SERVER, "draining", None, 5)
-FAULT = Problem(503, "the engine failed, and the server restarts: try again", SERVER, "engine_fault", None, 10)
+DRAINING = Problem(
+    503, "this server is shutting down: send the request to another one", SERVER, "draining", retry_after=5
+)
+FAULT = Problem(503, "the engine failed, and the server restarts: try again", SERVER, "engine_fault", retry_after=10)
 LOST = Problem(
     503,
     "the replicas that worked on this request were lost: send it again with the same seed",
     SERVER,
     "replica_lost",
-    None,
-    5,
+    retry_after=5,
 )
 INTERNAL = Problem(500, "the server failed on this request; its log has the reason", SERVER, "internal_error")
 
 
 def problem_of(error: BaseException, statistics: Statistics) -> Problem:
-    """Return what the client sees of an error. Messages that may hold paths stay in the log.
+    """Return the problem that the client gets for an error. Messages that may contain paths stay in the log.
 
     Args:
-        statistics: load of the server, for the time after which to try again.
+        statistics: load of the server, from which ``retry_after`` is computed.
     """
     if isinstance(error, EngineFaultError):
         return FAULT
@@ -148,7 +149,7 @@ def invalid_body(errors: Sequence[Mapping[str, Any]]) -> Problem:
     """Return the problem for a body that pydantic refused.
 
     Args:
-        errors: pydantic's errors. The first is reported; of what the client sent, only a field's name is repeated.
+        errors: pydantic's errors. Only the first is reported. The message repeats the name of a field, never a value.
     """
     first = errors[0]
     path = [str(part)[:64] for part in first["loc"] if part != "body"]
@@ -164,17 +165,17 @@ def invalid_body(errors: Sequence[Mapping[str, Any]]) -> Problem:
 
 
 def retry_after(statistics: Statistics) -> int:
-    """Return the seconds, from 1 to 600, after which work on half of the queued requests should have begun."""
+    """Return the seconds, from 1 to 600, until half of the queued requests should have started."""
     done = statistics.requests.get("done")
     if done is None or not done.count:
         return 5
-    work = max(done.mean - statistics.queue_waits.mean, 0.0)  # seconds of a request, once its work has begun
-    places = max(statistics.in_flight, 1)
-    return min(max(math.ceil(work * statistics.queued / 2 / places), 1), 600)
+    run_seconds = max(done.mean - statistics.queue_waits.mean, 0.0)  # of one request, without its time in the queue
+    in_flight = max(statistics.in_flight, 1)
+    return min(max(math.ceil(run_seconds * statistics.queued / 2 / in_flight), 1), 600)
 
 
 PUBLIC_PATHS = frozenset({"/", "/page.js", "/page.css", "/v2/health/live", "/v2/health/ready"})
-"""Paths that need no key: health checks, and the page, which asks its reader for a key."""
+"""Paths that need no key: the health checks, and the page, which has a field for the key."""
 
 _CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -192,7 +193,7 @@ _READ_METHODS = ("GET", "HEAD")
 
 
 class _Disconnected(Exception):
-    """The client left before its body had arrived."""
+    """The client disconnected before its whole body had arrived."""
 
 
 class RequestGuard:
@@ -251,7 +252,7 @@ class RequestGuard:
         if self._hosts is not None and _host_name(headers.get(b"host", b"")) not in self._hosts:
             return Problem(
                 421,
-                "this server does not answer to that host name: start it with --allow-host",
+                "this host name is not allowed: start the server with --allow-host NAME",
                 INVALID,
                 "unknown_host",
             )
@@ -269,7 +270,7 @@ class RequestGuard:
         )
 
     async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | Problem:
-        """Return the body, or the problem for which it was not read to its end."""
+        """Return the body, or a problem if it is too large or too slow."""
         limit, seconds = self._limits.body_bytes, self._limits.body_seconds
         too_large = Problem(
             422, f"the body is larger than the {limit} bytes that this server reads", INVALID, "body_too_large"
@@ -297,7 +298,7 @@ class RequestGuard:
 
 def _check_content(headers: dict[bytes, bytes]) -> Problem | None:
     if headers.get(b"sec-fetch-site", b"same-origin") not in (b"same-origin", b"none"):
-        return Problem(403, "this server takes no requests from the page of another site", INVALID, "cross_site")
+        return Problem(403, "this server refuses requests from pages of other sites", INVALID, "cross_site")
     content_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
     if content_type != b"application/json":
         return Problem(415, "the body must have the content type application/json", INVALID, "unsupported_media_type")

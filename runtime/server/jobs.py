@@ -93,17 +93,17 @@ class ImageJob(ABC):
     def __init__(self, params: ImageParams, on_close: Callable[[Any], None]) -> None:
         self.params = params
         self.events: asyncio.Queue[Event | None] = asyncio.Queue()
-        """Events as they happen if the client streams, else all at the end; None after the last event."""
-        self._ended: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        """Events: one by one if the client reads a stream, otherwise all at the end. None follows the last event."""
+        self._completion: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._on_close = on_close
         self._closed = False
 
     @property
     def outcome(self) -> str:
         """``done``, ``failed``, ``cancelled``, ``expired`` or ``fault``."""
-        if not self._ended.done():
+        if not self._completion.done():
             return "cancelled"
-        return outcome_of(self._ended.exception())
+        return outcome_of(self._completion.exception())
 
     @abstractmethod
     async def result(self) -> ImageResult:
@@ -122,14 +122,14 @@ class ImageJob(ABC):
         self._stop()
         self._end(error)
 
-    def _end(self, outcome: object) -> None:
-        """End the job with a result or an exception; later outcomes are ignored."""
-        if self._ended.done() or self._closed:
+    def _end(self, result: object) -> None:
+        """End the job with a result or an exception. Later calls have no effect."""
+        if self._completion.done() or self._closed:
             return
-        if isinstance(outcome, BaseException):
-            self._ended.set_exception(outcome)
+        if isinstance(result, BaseException):
+            self._completion.set_exception(result)
         else:
-            self._ended.set_result(outcome)
+            self._completion.set_result(result)
         self.events.put_nowait(None)
 
     def __enter__(self) -> Self:
@@ -137,8 +137,8 @@ class ImageJob(ABC):
 
     def __exit__(self, *_: object) -> None:
         self._stop()
-        if self._ended.done() and not self._ended.cancelled():
-            self._ended.exception()  # else asyncio logs it as never retrieved, if the client has left
+        if self._completion.done() and not self._completion.cancelled():
+            self._completion.exception()  # asyncio logs exceptions that nobody retrieves
         self._closed = True
         self._on_close(self)
 
@@ -168,7 +168,7 @@ class WorkerJob(ImageJob):
         self._metrics = metrics
         self._timeline: list[str] = []
         self._unsent: list[Progress] = []
-        self._submitted = self._last_step = time.monotonic()
+        self._submitted = self._last_call_time = time.monotonic()
         arguments = params.pipeline_arguments()
         if params.previews:
             arguments["callback_on_step_end"] = self._on_step_end
@@ -183,13 +183,13 @@ class WorkerJob(ImageJob):
             on_step=self._on_call,
         )
         self._has_ticket.set()
-        self._ticket.future.add_done_callback(lambda future: self._in_loop(self._finish))
+        self._ticket.future.add_done_callback(lambda future: self._call_in_loop(self._finish))
 
     async def result(self) -> ImageResult:
-        output = await asyncio.shield(self._ended)
+        output = await asyncio.shield(self._completion)
         ended = time.monotonic()
         if any(getattr(output, "nsfw_content_detected", None) or ()):  # the pipeline has blackened the image
-            raise LimitError("prompt", "the model's safety checker held the image back: try another prompt or seed")
+            raise LimitError("prompt", "the model's safety checker blocked the image: try another prompt or seed")
         started = self._ticket.started
         if started is None:
             raise InternalError("a request ended before its work began")
@@ -222,15 +222,15 @@ class WorkerJob(ImageJob):
         self._has_ticket.wait()  # the first call may complete before `submit` has returned
         now = time.monotonic()
         started = self._ticket.started if step.call == 0 else None
-        seconds = now - (self._last_step if started is None else started)
-        self._last_step = now
+        seconds = now - (self._last_call_time if started is None else started)
+        self._last_call_time = now
         kind, mark = ("full", "#") if step.full else ("shallow", ".") if step.rows else (SKIPPED, "_")
         self._timeline.append(mark)
         self._metrics.step_seconds.labels(kind).observe(seconds)
         event = Progress(step.call + 1, step.calls, kind, seconds, step.rows)
         if self.params.stream:
-            self._in_loop(lambda: self.events.put_nowait(event))
-        else:  # nobody reads it yet, so the event loop need not wake
+            self._call_in_loop(lambda: self.events.put_nowait(event))
+        else:  # nobody reads the event yet, so it does not wake the event loop
             self._unsent.append(event)
 
     def _on_step_end(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -239,13 +239,13 @@ class WorkerJob(ImageJob):
             image = decode_preview(pipe, tensors["latents"], timestep)
             event = Preview(self._preview_count, step + 1, image.size, encode_png(image))
             self._preview_count += 1
-            self._in_loop(lambda: self.events.put_nowait(event))
+            self._call_in_loop(lambda: self.events.put_nowait(event))
             seconds = time.monotonic() - began
             self._preview_seconds += seconds
-            self._last_step += seconds
+            self._last_call_time += seconds
         return tensors
 
-    def _in_loop(self, function: Callable[[], None]) -> None:
+    def _call_in_loop(self, function: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop is closed: the server has stopped
             self._loop.call_soon_threadsafe(function)
 
@@ -263,12 +263,14 @@ def preview_steps(steps: int, count: int) -> frozenset[int]:
 def decode_preview(pipe: Any, latents: torch.Tensor, timestep: Any) -> Image:
     """Decode the first latent of a batch at half its width and height.
 
-    The mean of each 2x2 latents has half the noise, and costs the autoencoder a quarter of the final image.
+    Each 2x2 block of latents is averaged, which halves the noise. Decoding takes a quarter of the time of the final
+    image.
 
     Args:
         pipe: pipeline whose autoencoder decodes; called from its step callback.
         latents: [batch, channels, height, width] after the step.
-        timestep: timestep of the step. Schedulers that keep latents at the noise's scale (Euler) use it to scale them.
+        timestep: timestep of the step. Schedulers whose latents have the scale of the noise (Euler) need it to
+            rescale them.
     """
     import torch
 

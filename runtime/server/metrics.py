@@ -12,9 +12,10 @@ from prometheus_client.registry import Collector
 from ..batching import Statistics
 from .http import CODES
 
-REQUEST_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)
-STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+REQUEST_SECONDS_BOUNDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)
+STEP_SECONDS_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+ROWS_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Upper bounds of the histograms' buckets."""
 
 OUTCOMES = ("done", "failed", "cancelled", "expired", "fault")
 KINDS = ("full", "shallow")
@@ -29,12 +30,12 @@ class ServerMetrics:
 
     Args:
         statistics: called at each scrape for the statistics of every worker.
-        labels: names of the labels that tell workers apart; empty for a single worker.
+        labels: names of the labels that identify a worker; empty for a single worker.
 
     Attributes:
         registry: the registry, to which further metrics may be added.
         queue_seconds: time from a request's arrival until work on it began.
-        step_seconds: time of a UNet call as its request sees it, by kind, with the wait for requests that share it.
+        step_seconds: time of a UNet call by kind, including the wait for the shared engine call.
         request_seconds: time from a request's arrival to its end, by outcome.
         rejections: requests that were answered with an error, by error code.
     """
@@ -46,21 +47,21 @@ class ServerMetrics:
         self.queue_seconds = Histogram(
             "offcut_queue_seconds",
             "Time from a request's arrival until work on it began.",
-            buckets=(0.001, 0.01, *REQUEST_SECONDS),
+            buckets=(0.001, 0.01, *REQUEST_SECONDS_BOUNDS),
             registry=self.registry,
         )
         self.step_seconds = Histogram(
             "offcut_step_seconds",
-            "Time of a UNet call as its request sees it.",
+            "Time of a UNet call, including the wait for the shared engine call.",
             ["kind"],
-            buckets=STEP_SECONDS,
+            buckets=STEP_SECONDS_BOUNDS,
             registry=self.registry,
         )
         self.request_seconds = Histogram(
             "offcut_request_seconds",
             "Time from a request's arrival to its end.",
             ["outcome"],
-            buckets=REQUEST_SECONDS,
+            buckets=REQUEST_SECONDS_BOUNDS,
             registry=self.registry,
         )
         self.rejections = Counter(
@@ -98,17 +99,17 @@ class ClusterMetrics(ServerMetrics):
 
 
 class _WorkerCollector(Collector):
-    """Statistics of workers as metrics, read at each scrape."""
+    """Converts the statistics of the workers to metrics at each scrape."""
 
     def __init__(self, statistics: Callable[[], WorkerStatistics], labels: tuple[str, ...]) -> None:
         self._statistics, self._labels = statistics, labels
 
     def collect(self) -> Iterator[Metric]:
         labels, workers = self._labels, self._statistics()
-        for name, text, value in _GAUGES:
-            gauge = GaugeMetricFamily(name, text, labels=labels)
+        for name, help_text, value_of in _GAUGES:
+            gauge = GaugeMetricFamily(name, help_text, labels=labels)
             for worker, statistics in workers.items():
-                gauge.add_metric(worker, float(value(statistics)))
+                gauge.add_metric(worker, float(value_of(statistics)))
             yield gauge
         requests = CounterMetricFamily("offcut_requests", "Requests that ended.", labels=(*labels, "outcome"))
         gathers = CounterMetricFamily(
@@ -130,11 +131,11 @@ class _WorkerCollector(Collector):
             gathers.add_metric((*worker, "yes"), statistics.gathers)
             gathers.add_metric((*worker, "no"), statistics.gathers_skipped)
             for kind in KINDS:
-                ticks = {size: total for (name, size), total in statistics.ticks.items() if name == kind}
-                counts = {size: total.count for size, total in ticks.items()}
+                calls = {size: total for (name, size), total in statistics.ticks.items() if name == kind}
+                counts = {size: total.count for size, total in calls.items()}
                 all_rows = sum(size * count for size, count in counts.items())
                 rows.add_metric((*worker, kind), list(_buckets(counts)), all_rows)
-                seconds.add_metric((*worker, kind), sum(total.seconds for total in ticks.values()))
+                seconds.add_metric((*worker, kind), sum(total.seconds for total in calls.values()))
             overhead.add_metric(worker, statistics.overhead.seconds)
         yield from (requests, gathers, rows, seconds, overhead)
 
@@ -154,12 +155,16 @@ _GAUGES: tuple[tuple[str, str, Callable[[Statistics], float]], ...] = (
 
 
 def _buckets(counts: dict[int, int]) -> Iterable[tuple[str, int]]:
-    """Return the upper bounds and cumulative counts of a histogram over rows."""
-    upper = [*ROWS, float("inf")]
-    lower = [0, *ROWS]
+    """Return the upper bounds and cumulative counts of the histogram of batch rows.
+
+    Args:
+        counts: number of engine calls by number of rows.
+    """
+    upper = [*ROWS_BOUNDS, float("inf")]
+    lower = [0, *ROWS_BOUNDS]
     in_bucket = [
         sum(count for size, count in counts.items() if low < size <= high)
         for low, high in zip(lower, upper, strict=True)
     ]
-    names = [*(f"{bound:.1f}" for bound in ROWS), "+Inf"]
+    names = [*(f"{bound:.1f}" for bound in ROWS_BOUNDS), "+Inf"]
     return zip(names, accumulate(in_bucket), strict=True)

@@ -1,4 +1,4 @@
-"""Models of a server: the facts that check a request without engines, and the pipeline with its engines."""
+"""Models of a server: ``ModelInfo`` checks requests without engines, ``ServedModel`` adds the pipeline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PIPELINE_MULTIPLE = 8
 
 @dataclass(eq=False)
 class ModelInfo:
-    """Facts about one model on its engines, and the checks of a request that follow from them.
+    """Properties of a model and its engines, and the checks of a request against them.
 
     The object can be pickled, so that a process without engines can check requests.
 
@@ -49,7 +49,7 @@ class ModelInfo:
         outputs: outputs of the full graph, by name.
         features: names of the outputs that each cut caches, by cut.
         sample: shape of the engines' latent input, [batch, channels, height, width].
-        weights_digest: digest of the UNet's weights; None if requests may name no tuned schedule.
+        weights_digest: digest of the UNet's weights; None if requests cannot name tuned schedules.
         schedules: tuned schedules by name.
     """
 
@@ -91,7 +91,7 @@ class ModelInfo:
         """Check that the engines can generate an image of this size in pixels.
 
         Raises:
-            ShapeError: the size is no valid multiple, or no engine profile covers it.
+            ShapeError: a side is not a valid multiple, or no engine profile covers the size.
         """
         for side, pixels in (("width", width), ("height", height)):
             if pixels % self.multiple:
@@ -104,7 +104,7 @@ class ModelInfo:
         for side, fixed in zip(("height", "width"), self.sample[-2:], strict=True):
             if isinstance(fixed, int) and fixed != latent[side]:
                 raise ShapeError(
-                    f"these engines generate images of one {side}, {fixed * self.scale} pixels: ask for that {side}"
+                    f"these engines support one {side} only, {fixed * self.scale} pixels: ask for that {side}"
                 )
         if self.profiles and not any(_covers(profile, latent) for profile in self.profiles):
             raise ShapeError(f"no profile of these engines covers {width}x{height}: ask for another size")
@@ -131,7 +131,7 @@ class ModelInfo:
             name: name of the schedule; None for the best of those that fit.
 
         Raises:
-            ScheduleError: no such schedule, or none fits. The message has the reason and no path.
+            ScheduleError: there is no such schedule, or none fits the request. The message contains no path.
         """
         key = (name, steps, max(guidance, 1.0))
         if key not in self._tuned:
@@ -160,7 +160,7 @@ class ModelInfo:
         """Return the device memory, in bytes, for the features that a request caches between its steps.
 
         Args:
-            cut: cut of the shallow calls for which the schedule names none; None for the default.
+            cut: cut of the shallow calls for which the schedule sets no cut; None for the model's first cut.
             rows: rows of the UNet's batch.
             width, height: image size in pixels.
             schedule: None if all shallow calls use ``cut``.
@@ -168,8 +168,8 @@ class ModelInfo:
         """
         if not self.cuts:
             return 0
-        default = self.cuts[0] if cut is None else canonical_name(cut)
-        cuts = [name or default for name in (schedule.cuts if schedule is not None else (None,))]
+        default_cut = self.cuts[0] if cut is None else canonical_name(cut)
+        cuts = [name or default_cut for name in (schedule.cuts if schedule is not None else (None,))]
         features = dict.fromkeys(feature for name in cuts if name != SKIP for feature in self.features[name])
         dims = {"batch": rows, "height": height // self.scale, "width": width // self.scale, "sequence": 1, "frames": 1}
         specs = [self.outputs[feature] for feature in features]
@@ -177,14 +177,14 @@ class ModelInfo:
 
 
 class ServedModel(ModelInfo):
-    """A model together with its pipeline, before a worker takes the pipeline over.
+    """A model together with its pipeline, which a worker then takes over.
 
     Args:
         pipe: a pipeline of ``offcut.load`` or ``offcut.attach``.
         name: model name for clients.
         multiple: the UNet needs a latent height and width that are multiples of this number.
         profiles: shape profiles of the engines; empty if the engines take any size.
-        bundle: bundle whose tuned schedules requests may name; None for none.
+        bundle: bundle whose tuned schedules requests may name; with None they cannot name any.
 
     Raises:
         UserError: the pipeline needs more than a prompt, generates videos, or has no ``offcut.UNet``.
@@ -237,18 +237,18 @@ class ServedModel(ModelInfo):
         return cls(pipe, name, multiple=multiple, profiles=profiles, bundle=bundle)
 
     def info(self) -> ModelInfo:
-        """Return the same facts without the pipeline, for another process."""
-        return ModelInfo(**{each.name: getattr(self, each.name) for each in fields(ModelInfo) if each.init})
+        """Return the model without its pipeline, for another process."""
+        return ModelInfo(**{info.name: getattr(self, info.name) for info in fields(ModelInfo) if info.init})
 
     def warm_up(self, guidance: float) -> None:
         """Generate one image with a full and a shallow call, so that engines prepare their kernels and faults show.
 
         Raises:
-            Exception: whatever the pipeline raises.
+            Exception: any exception that the pipeline raises.
         """
         width, height = self.size
         self.pipe.set_progress_bar_config(disable=True)
-        advise, self.pipe.unet.advise = self.pipe.unet.advise, False  # nobody chose these two steps
+        advise, self.pipe.unet.advise = self.pipe.unet.advise, False  # the user did not choose this schedule
         self.pipe.unet.set_schedule(Steps([0]) if self.cuts else None)
         arguments = {"num_inference_steps": 2, "guidance_scale": guidance, "width": width, "height": height}
         try:

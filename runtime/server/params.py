@@ -1,4 +1,4 @@
-"""Resolution of a request body: defaults filled in, limits checked. No tensor is touched."""
+"""Parameters of a request: the body with defaults filled in and limits checked. No engine or tensor is needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CachingParams:
     Attributes:
         schedule: None if every UNet call is full.
         schedule_name: the schedule as text, for the reply.
-        cut: cut of the shallow calls for which the schedule names none; None for the model's first cut.
+        cut: cut of the shallow calls for which the schedule sets no cut; None for the model's first cut.
         forecast: None reuses cached features unchanged.
     """
 
@@ -86,20 +86,20 @@ def resolve_request(
     except ShapeError as error:
         raise LimitError("size", str(error)) from error
     if body.negative_prompt is not None and "negative_prompt" not in model.arguments:
-        raise LimitError("negative_prompt", "this model takes no negative prompt: leave it out")
+        raise LimitError("negative_prompt", "this model does not support a negative prompt: leave it out")
     if body.partial_images and not model.previews:
-        raise LimitError("partial_images", "this model gives no previews: leave partial_images out")
+        raise LimitError("partial_images", "this model does not support previews: leave partial_images out")
 
     caching = resolve_caching(body, model, settings, steps, guidance)
     if caching.schedule is not None:
         rows = images * (2 if guidance > 1 else 1)
-        needed = model.feature_bytes(
+        feature_bytes = model.feature_bytes(
             caching.cut, rows, width, height, schedule=caching.schedule, forecast=caching.forecast is not None
         )
-        if needed > cache_limit:
+        if feature_bytes > cache_limit:
             reason = CapacityError(
-                f"this request caches {needed / 2**20:.1f} MiB of features between its steps, "
-                f"of {cache_limit / 2**20:.1f} MiB that the server has"
+                f"this request caches {feature_bytes / 2**20:.1f} MiB of features between its steps, "
+                f"and the server has {cache_limit / 2**20:.1f} MiB for them"
             )
             raise LimitError("size", f"{reason}: ask for fewer or smaller images") from reason
     arguments = {
@@ -152,14 +152,14 @@ def resolve_caching(
         calls = model.calls(steps)
     except UserError as error:
         raise LimitError("num_inference_steps", str(error)) from error
-    text = body.schedule
-    if text is None and body.interval is None and model.cuts:
-        text = settings.schedule
-    if text is not None and (name := tuned_name(text)) is not None:
+    schedule_text = body.schedule
+    if schedule_text is None and body.interval is None and model.cuts:
+        schedule_text = settings.schedule
+    if schedule_text is not None and (name := tuned_name(schedule_text)) is not None:
         return _tuned_caching(body, model, name, steps, guidance)
-    field = "schedule" if text is not None else "interval"
+    field = "schedule" if schedule_text is not None else "interval"
     try:
-        schedule = _schedule(body, model, settings, text)
+        schedule = _parse_schedule(body, model, settings, schedule_text)
         if schedule is not None:
             schedule.full_calls(calls)  # raises if the schedule does not fit this number of calls
     except ScheduleError as error:
@@ -178,7 +178,9 @@ def resolve_caching(
     return CachingParams(schedule, str(schedule), body.cut, Extrapolate(damping) if damping else None)
 
 
-def _schedule(body: GenerationRequest, model: ModelInfo, settings: ServeSettings, text: str | None) -> Schedule | None:
+def _parse_schedule(
+    body: GenerationRequest, model: ModelInfo, settings: ServeSettings, text: str | None
+) -> Schedule | None:
     if text is not None:
         return parse(text, warmup=body.warmup)
     interval = body.interval or (settings.interval if model.cuts else 1)

@@ -18,11 +18,11 @@ _SHUTDOWN_SECONDS = 10
 """Time for clients to read their replies after the last job has ended."""
 
 _MAX_CONNECTIONS = 1024
-"""Simultaneous connections: more than the worker's queue has places, fewer than a process may open files."""
+"""Limit of simultaneous connections: above the size of the worker's queue, below the usual limit of open files."""
 
 
 class ImageServer(uvicorn.Server):
-    """uvicorn around a service. A signal first stops new requests, then ends the process when the others are done.
+    """uvicorn around a service. After a signal it refuses new requests, and ends when the others are done.
 
     Args:
         service: the service.
@@ -59,14 +59,14 @@ class ImageServer(uvicorn.Server):
 
     async def _watch(self) -> None:
         try:
-            await self._service.watch(self._leave)
+            await self._service.watch(self._request_exit)
         except Exception:
             log.exception("the task that watches the worker failed, so the server ends")
             self._service.stopping = True
-            self._leave()
+            self._request_exit()
             raise
 
-    def _leave(self) -> None:
+    def _request_exit(self) -> None:
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -83,37 +83,37 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a socket that is bound to an address and accepts no connections yet.
 
     Raises:
-        UserError: the address cannot be bound.
+        UserError: the address cannot be listener.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Connections inherit the protocol. asyncio sets TCP_NODELAY only if the protocol is TCP; without it a reply's body
     # would wait 40 ms for the client to acknowledge the headers.
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
     except OSError as error:
-        bound.close()
+        listener.close()
         raise UserError(
             f"cannot listen on {host} port {port} ({error.strerror or error}): give another --host or --port"
         ) from error
-    return bound
+    return listener
 
 
 def serve(
-    service: WorkerService, address: socket.socket, on_listening: Callable[[int], None] = lambda port: None
+    service: WorkerService, listener: socket.socket, on_listening: Callable[[int], None] = lambda port: None
 ) -> None:
     """Serve until a signal or an engine failure, then close the worker.
 
     Args:
-        address: a socket of ``listen``.
+        listener: socket from ``listen``.
         on_listening: called with the port once requests are accepted.
 
     Raises:
         EngineFaultError: the engines failed. A process manager should start the server again.
     """
     server = ImageServer(service, on_listening)
-    server.run(sockets=[address])
+    server.run(sockets=[listener])
     if service.fault is not None:
         # The worker is not closed: that would wait for a thread that may never return.
         raise EngineFaultError(f"the server ended because its engine failed: {service.fault}")

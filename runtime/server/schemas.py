@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", re.ASCII)
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class GenerationRequest(BaseModel):
@@ -51,14 +51,14 @@ class GenerationRequest(BaseModel):
 
     negative_prompt: Annotated[str, Field(max_length=32_000)] | None = None
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
-    guidance_scale: Annotated[Number, Field(ge=0, le=100)] | None = None
+    guidance_scale: Annotated[FiniteFloat, Field(ge=0, le=100)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     interval: Annotated[int, Field(ge=1, le=1000)] | None = None
     warmup: Annotated[int, Field(ge=0, le=1000)] | None = None
     schedule: Annotated[str, Field(min_length=1, max_length=2000)] | None = None
-    forecast: Annotated[Number, Field(ge=0, le=1)] | None = None
+    forecast: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
     cut: Annotated[str, Field(max_length=64)] | None = None
-    timeout: Annotated[Number, Field(gt=0)] | None = None
+    timeout: Annotated[FiniteFloat, Field(gt=0)] | None = None
 
     @field_validator("size")
     @classmethod
@@ -81,7 +81,7 @@ class GenerationRequest(BaseModel):
         if self.schedule is not None and self.interval is not None:
             raise ValueError("give interval or schedule, not both")
         if self.stream and (self.n or 1) > 1:
-            raise ValueError("a stream has one image: leave n out, or stream")
+            raise ValueError("a stream has one image: leave out n or stream")
         if self.partial_images and not self.stream:
             raise ValueError("partial_images come in a stream: add stream=true")
         return self

@@ -24,11 +24,11 @@ from .settings import ServeSettings, WorkerConfig
 
 log = logging.getLogger("offcut.server")
 
-_POLL = 0.1
+_POLL_SECONDS = 0.1
 """Seconds between two checks of the worker."""
 
-_DELIVERY = 5.0
-"""Seconds for clients to read an error before the server ends."""
+_DELIVERY_SECONDS = 5.0
+"""Longest time for clients to read an error before the server ends."""
 
 
 class ImageService(ABC):
@@ -36,7 +36,7 @@ class ImageService(ABC):
 
     Args:
         settings: settings of the server.
-        metrics: metrics that the server shows.
+        metrics: metrics for ``/metrics``.
     """
 
     def __init__(self, settings: ServeSettings, metrics: ServerMetrics) -> None:
@@ -75,7 +75,7 @@ class ImageService(ABC):
         """
 
     def problem(self, error: BaseException) -> Problem:
-        """Return what the client sees of an error. Count the error, and log it if it is the server's fault."""
+        """Return the problem that the client gets for an error. Count it, and log it if it is the server's fault."""
         problem = problem_of(error, self.statistics())
         if problem is INTERNAL:
             log.error("a request failed", exc_info=error)
@@ -117,9 +117,9 @@ class WorkerService(ImageService):
         self.worker, self.model = worker, model
         self._cache_limit = worker.statistics().cache_limit
         self._jobs: set[WorkerJob] = set()
-        self._stall: str | None = None
+        self._stall_fault: str | None = None
         self._progress: tuple[int, ...] = ()
-        self._last_progress = time.monotonic()
+        self._last_progress_time = time.monotonic()
 
     @property
     def models(self) -> Mapping[str, ModelInfo]:
@@ -127,7 +127,7 @@ class WorkerService(ImageService):
 
     @property
     def fault(self) -> str | None:
-        return self._stall or self.worker.fault
+        return self._stall_fault or self.worker.fault
 
     @property
     def open_jobs(self) -> int:
@@ -138,8 +138,8 @@ class WorkerService(ImageService):
         return self.worker.statistics()
 
     def submit(self, body: GenerationRequest) -> WorkerJob:
-        if self._stall is not None:
-            raise EngineFaultError(self._stall)
+        if self._stall_fault is not None:
+            raise EngineFaultError(self._stall_fault)
         if self.stopping:
             raise WorkerClosedError("the server is shutting down")
         self.worker.expect_room()
@@ -154,14 +154,15 @@ class WorkerService(ImageService):
         self._jobs.add(job)
         return job
 
-    async def watch(self, leave: Callable[[], None]) -> None:
-        """Watch the worker until the server should end, then call ``leave`` once.
+    async def watch(self, request_exit: Callable[[], None]) -> None:
+        """Watch the worker until the server should end, then call ``request_exit`` once.
 
-        After a signal, requests in flight may finish. After a fault they fail, and readiness reports 503 for a while.
+        After a signal, requests in flight may finish. After a fault they fail, and readiness reports 503 for
+        ``ServeSettings.linger`` seconds.
         """
         stopped: float | None = None
         while True:
-            await asyncio.sleep(_POLL)
+            await asyncio.sleep(_POLL_SECONDS)
             now = time.monotonic()
             self._check_progress(now)
             if self.fault is not None:
@@ -180,13 +181,13 @@ class WorkerService(ImageService):
                 log.warning("requests in flight were given up %g s after the signal", self.settings.drain)
                 await self._wait_for_delivery()
                 break
-        leave()
+        request_exit()
 
     async def _wait_for_delivery(self) -> None:
-        """Wait until every client has its answer, but not longer than ``_DELIVERY``."""
-        deadline = time.monotonic() + _DELIVERY
+        """Wait until every client has its reply, but not longer than ``_DELIVERY_SECONDS``."""
+        deadline = time.monotonic() + _DELIVERY_SECONDS
         while self._jobs and time.monotonic() < deadline:
-            await asyncio.sleep(_POLL)
+            await asyncio.sleep(_POLL_SECONDS)
 
     def _idle(self) -> bool:
         statistics = self.worker.statistics()
@@ -197,13 +198,13 @@ class WorkerService(ImageService):
             job.fail(type(error)(str(error)))
 
     def _check_progress(self, now: float) -> None:
-        """Set a fault if requests in flight have made no progress for too long: a hanging engine reports none."""
+        """Set a fault if requests in flight make no progress for too long: an engine that hangs raises no error."""
         statistics = self.worker.statistics()
-        progress = _progress(statistics)
+        progress = _progress_counts(statistics)
         if progress != self._progress or not statistics.in_flight:
-            self._progress, self._last_progress = progress, now
-        elif now - self._last_progress > self.settings.stall and self._stall is None:
-            self._stall = f"nothing has moved for {self.settings.stall:g} s although requests are in flight"
+            self._progress, self._last_progress_time = progress, now
+        elif now - self._last_progress_time > self.settings.stall and self._stall_fault is None:
+            self._stall_fault = f"no progress for {self.settings.stall:g} s although requests are in flight"
 
 
 def open_service(
@@ -217,19 +218,20 @@ def open_service(
 
     Args:
         name: model name for clients.
-        bundle: the config's bundle, if it is open already.
+        bundle: the bundle of ``config`` if it is open already; None opens it.
         on_stage: called with the name of each stage as it begins.
 
     Raises:
-        UserError: the bundle, an option or the settings do not fit.
+        UserError: the bundle does not open, or an option or a setting does not fit it.
     """
-    opened = Bundle.open(config.bundle) if bundle is None else bundle
-    engine = opened.choose_engine(config.engine, config.device).name
+    if bundle is None:
+        bundle = Bundle.open(config.bundle)
+    engine = bundle.choose_engine(config.engine, config.device).name
     on_stage("load the bundle")
-    pipe = load(opened, engine, device=config.device, provider=config.provider, threads=config.threads)
+    pipe = load(bundle, engine, device=config.device, provider=config.provider, threads=config.threads)
     if config.sampler is not None:
         pipe.scheduler = scheduler_named(pipe.scheduler, config.sampler)
-    model = ServedModel.from_bundle(pipe, opened, engine, config.device, name)
+    model = ServedModel.from_bundle(pipe, bundle, engine, config.device, name)
     for path, scale in config.loras:
         on_stage(f"load the LoRA {Path(path).name} at {scale:g}")
         pipe.unet.load_lora(path, scale)
@@ -245,6 +247,6 @@ def open_service(
     return WorkerService(worker, model, settings)
 
 
-def _progress(statistics: Statistics) -> tuple[int, ...]:
+def _progress_counts(statistics: Statistics) -> tuple[int, ...]:
     calls = sum(total.count for total in statistics.ticks.values())
     return calls, statistics.queue_waits.count, sum(total.count for total in statistics.requests.values())

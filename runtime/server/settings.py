@@ -132,7 +132,7 @@ class WorkerConfig:
 
     @property
     def default_name(self) -> str:
-        """Model name for clients, where the user gives none: the bundle's, without ``.offcut``."""
+        """Default model name for clients: the bundle's file name without ``.offcut``."""
         return Path(self.bundle).resolve().name.removesuffix(".offcut")
 
 
@@ -144,7 +144,8 @@ def allowed_hosts(address: str, names: Iterable[str]) -> tuple[str, ...] | None:
         names: further host names that the user allows.
 
     Returns:
-        Names in lower case: on a loopback address its own names and ``names``; elsewhere ``names``, or None for any.
+        Host names in lower case. For a loopback address: the loopback names and ``names``. For other addresses:
+        ``names``, or None (any host) if there are none.
     """
     lowered = tuple(name.lower() for name in names)
     if address in LOOPBACK:

@@ -20,7 +20,7 @@ INGRESS, REPLICA = "Ingress", "Replica"
 """Names of the application's deployments."""
 
 _IMPORT_PATH = "offcut.runtime.server.cluster.deploy:application"
-"""Import path of the application in config files. Users have it in manifests, so it stays."""
+"""Import path of the application in config files. It must not change: the manifests of users contain it."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ class ReplicaScale:
     """Number of replicas, and the resources of each.
 
     Attributes:
-        least, most: bounds on the number of replicas; between the two, the queue decides.
-        up_seconds, down_seconds: time for which demand must be higher, or lower, before the number changes.
+        least, most: bounds of the number of replicas; Ray scales between them with the length of the queue.
+        up_seconds, down_seconds: time for which demand must be higher, or lower, before replicas start, or stop.
         cpus, gpus: CPUs and GPUs that Ray reserves for a replica.
-        surge: percent of the replicas that an update may start in addition to the old ones; 0 stops old ones first.
+        surge: number of additional replicas that an update may start before old ones stop, in percent of the
+            replicas; with 0 an old replica stops before its successor starts.
 
     Raises:
         UserError: a value is out of range.
@@ -97,7 +98,7 @@ class ClusterPlan:
         return max(config.max_in_flight for config in self.workers.values())
 
     def document(self) -> dict[str, Any]:
-        """Return the plan as JSON or YAML can hold it, without the API key."""
+        """Return the plan as a document of plain values for JSON or YAML, without the API key."""
         document: dict[str, Any] = asdict(replace(self, settings=replace(self.settings, api_key=None)))
         return document
 
@@ -105,7 +106,7 @@ class ClusterPlan:
     def from_document(cls, document: Mapping[str, Any]) -> ClusterPlan:
         """Return the plan of a document that ``document`` returned.
 
-        Older documents call the workers ``recipes`` and name a batching policy, of which there is only one now.
+        Older documents call the workers ``recipes`` and name a batching policy; the name is ignored.
 
         Raises:
             UserError: the document is not valid; the message names the field.
@@ -124,11 +125,11 @@ class ClusterPlan:
         except ValidationError as error:
             first = error.errors()[0]
             path = ".".join(map(str, first["loc"]))
-            raise UserError(f"the deployment's {path} is wrong: {first['msg']}") from error
+            raise UserError(f"the deployment's {path} is not valid: {first['msg']}") from error
 
 
 def kuberay_manifest(plan: ClusterPlan) -> str:
-    """Return a RayService for KubeRay, as YAML for the user to adapt: image, volume and sizes are the cluster's own.
+    """Return the manifest of a RayService for KubeRay as YAML. Users adapt its image, volume and sizes.
 
     The API key is not part of the manifest: the ingress reads it from a secret.
     """

@@ -26,21 +26,21 @@ log = logging.getLogger("offcut.server")
 _SHUTDOWN_MARGIN = 5.0
 """Seconds that a replica has to end after its last request's deadline."""
 
-_POLL = 0.2
+_POLL_SECONDS = 0.2
 """Seconds between two checks for unfinished requests and signals."""
 
 _NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 _LOCAL_ONLY = {
-    # The switch is named after the systems where it is off. All processes of a node then listen on 127.0.0.1 alone,
-    # and not on every address of the machine.
+    # With 0, all processes of a node listen on 127.0.0.1 only, instead of on every address of the machine. Ray names
+    # the variable after the systems where 0 is the default.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "token",  # Ray's own token, in ~/.ray
 }
 _LOOPBACK_PREFIX = "127.0.0.1:"
 
 _OBJECT_STORE_BYTES = 2**28
-"""Memory for what processes send to one another: images and requests."""
+"""Shared memory for the objects that processes send to one another: images and requests."""
 
 
 def application(document: Mapping[str, Any]) -> Application:
@@ -56,7 +56,7 @@ def bind(plan: ClusterPlan) -> Application:
     from .replica import Replica
 
     version, scale = secrets.token_hex(8), plan.scale
-    # A job in flight ends by its own deadline; only then may a replica that leaves be killed.
+    # Ray may kill a replica that shuts down only after the deadlines of its jobs.
     shutdown = {
         "graceful_shutdown_timeout_s": plan.settings.timeout + _SHUTDOWN_MARGIN,
         "graceful_shutdown_wait_loop_s": 0.5,
@@ -92,7 +92,7 @@ def _replica_count(scale: ReplicaScale, requests_per_replica: int) -> dict[str, 
         "autoscaling_config": {
             "min_replicas": scale.least,
             "max_replicas": scale.most,
-            "target_ongoing_requests": requests_per_replica,  # more than these wait, so they call for another replica
+            "target_ongoing_requests": requests_per_replica,  # further requests wait until Ray adds a replica
             "upscale_delay_s": scale.up_seconds,
             "downscale_delay_s": scale.down_seconds,
         }
@@ -100,10 +100,10 @@ def _replica_count(scale: ReplicaScale, requests_per_replica: int) -> dict[str, 
 
 
 def deploy(plan: ClusterPlan) -> None:
-    """Deploy a plan on the connected cluster in place of what runs there; return when it is up.
+    """Deploy a plan on the connected cluster, replacing what runs there, and return when it is up.
 
     Raises:
-        EngineError: no replica started. The previous deployment goes on where it still can.
+        EngineError: no replica started. Replicas of the previous deployment that still run go on.
     """
     from ray import serve
 
@@ -138,7 +138,7 @@ def connected(address: str | None, *, cpus: float = 0, gpus: float = 0) -> Itera
     Args:
         address: address of a cluster as Ray takes it, or ``auto`` for the one on this machine. None starts a cluster
             that ends with this process and that only this machine reaches.
-        cpus, gpus: least number of CPUs and GPUs of a cluster that is started; it has this machine's if those are more.
+        cpus, gpus: minimum number of CPUs and GPUs of a cluster that is started; it has at least those of this machine.
 
     Raises:
         UserError: there is no cluster at the address.
@@ -188,7 +188,7 @@ def start_proxies(host: str, port: int, *, everywhere: bool) -> None:
 
 
 def run_foreground(plan: ClusterPlan, host: str, port: int, on_listening: Callable[[int, str], None]) -> None:
-    """Serve on a cluster of this machine's own until a signal.
+    """Start a cluster on this machine, and serve on it until a signal.
 
     Requests in flight may finish after the first signal; a second signal ends them.
 
@@ -198,8 +198,9 @@ def run_foreground(plan: ClusterPlan, host: str, port: int, on_listening: Callab
     Raises:
         UserError: the address cannot be bound, or the plan does not fit.
     """
-    with listen(host, port) as free:  # Ray's proxy reports neither the port that it chose nor that it found none
-        free_port = free.getsockname()[1]
+    # Ray's proxy does not report the port that it chose, nor that the port is in use.
+    with listen(host, port) as listener:
+        free_port = listener.getsockname()[1]
     scale = plan.scale
     replicas = scale.most * (1 + scale.surge / 100)
     with connected(None, cpus=replicas * scale.cpus, gpus=scale.most * scale.gpus):
@@ -216,7 +217,7 @@ def run_foreground(plan: ClusterPlan, host: str, port: int, on_listening: Callab
 
 
 def _drain(seconds: float, signals: threading.Semaphore) -> bool:
-    """Refuse new requests, and return whether the others end within these seconds and before the next signal."""
+    """Refuse new requests. Return whether the others end within this time and before the next signal."""
     from ray import serve
 
     ingress, deadline = serve.get_app_handle(APP), time.monotonic() + seconds
@@ -224,20 +225,20 @@ def _drain(seconds: float, signals: threading.Semaphore) -> bool:
         if time.monotonic() > deadline:
             log.warning("requests in flight were given up %g s after the signal", seconds)
             return False
-        if signals.acquire(timeout=_POLL):
+        if signals.acquire(timeout=_POLL_SECONDS):
             return False
     return True
 
 
 @contextmanager
 def _count_signals() -> Iterator[threading.Semaphore]:
-    """Release a semaphore for each SIGTERM or SIGINT, in place of what the signals do otherwise."""
+    """Return a context in which each SIGTERM or SIGINT only releases a semaphore."""
     received = threading.Semaphore(0)
 
-    def count(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         received.release()
 
-    previous = {number: signal.signal(number, count) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:
@@ -256,7 +257,9 @@ def _local_cluster_address() -> str:
             addresses |= {word.partition("=")[2] for word in words if word.startswith("--gcs-address=")}
     if len(addresses) != 1:
         clusters = f"{len(addresses)} ({', '.join(sorted(addresses))})" if addresses else "none"
-        raise UserError(f"this machine should be in one Ray cluster, but is in {clusters}: name it with --ray-address")
+        raise UserError(
+            f"this machine must be in exactly one Ray cluster, but is in {clusters}: give an address (--ray-address)"
+        )
     return addresses.pop()
 
 

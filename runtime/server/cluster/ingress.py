@@ -49,7 +49,7 @@ class ClusterService(ImageService):
         self._replicas, self._plan, self._models = replicas, plan, models
         self._statuses: dict[str, tuple[float, ReplicaStatus]] = {}
         self._jobs: set[RemoteJob] = set()
-        self._queue_waits, self._ended = Total(), dict[str, Total]()
+        self._queue_waits, self._finished = Total(), dict[str, Total]()
 
     @property
     def models(self) -> Mapping[str, ModelInfo]:
@@ -75,7 +75,7 @@ class ClusterService(ImageService):
             queued=len(self._jobs) - in_flight,
             in_flight=in_flight,
             queue_waits=self._queue_waits,
-            requests=dict(self._ended),
+            requests=dict(self._finished),
         )
 
     def submit(self, body: GenerationRequest) -> RemoteJob:
@@ -84,7 +84,7 @@ class ClusterService(ImageService):
         places = len(self._live_replicas()) * self._plan.requests_per_replica
         if len(self._jobs) >= places + self._plan.max_queue:
             raise QueueFullError(
-                f"{len(self._jobs)} requests are here already, and replicas work on {places} at once: try again later"
+                f"the server has {len(self._jobs)} requests, and its replicas work on {places} at once: try again later"
             )
         name = body.model or self._plan.default_model
         params = resolve_request(body, self._models[name], self.settings, self._plan.workers[name].cache_bytes)
@@ -94,7 +94,7 @@ class ClusterService(ImageService):
             self._jobs.discard(job)
             ended = time.monotonic()
             self.metrics.request_seconds.labels(job.outcome).observe(ended - began)
-            self._ended[job.outcome] = self._ended.get(job.outcome, Total()).plus(ended - began)
+            self._finished[job.outcome] = self._finished.get(job.outcome, Total()).plus(ended - began)
             if job.started is not None:
                 self._queue_waits = self._queue_waits.plus(job.started - began)
 
@@ -126,7 +126,7 @@ class ClusterService(ImageService):
 
 
 class Ingress:
-    """A Ray Serve deployment around ``server.app``. It is up when a replica of its own version is.
+    """A Ray Serve deployment around ``server.app``. It starts when a replica of its own version has started.
 
     Args:
         replicas: handle of the replicas.
@@ -154,12 +154,12 @@ class Ingress:
         return self._service.open_jobs
 
     async def _describe(self, replicas: Any, version: str) -> ReplicaDescription:
-        """Return the description of the first replica of this version; replicas of other versions answer None."""
+        """Return the description of the first replica of this version; replicas of other versions return None."""
         while True:
             try:
                 description = await replicas.describe.remote(version)
             except (RayError, RayServeException) as error:
-                log.info("no replica describes itself: %s", error)
+                log.info("no replica has returned its description yet: %s", error)
             else:
                 if isinstance(description, ReplicaDescription):
                     return description

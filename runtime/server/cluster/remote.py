@@ -51,24 +51,27 @@ class JobFailed:
 
 
 Message = JobStarted | tuple[Progress, ...] | Preview | ImageResult | JobFailed
-"""Messages of one job, in this order. Steps come one by one only for clients that read a stream."""
+"""Messages of one job: first its start, then events, and last its result or failure.
+
+The events of UNet calls come one by one if the client reads a stream, otherwise all together.
+"""
 
 SendJob = Callable[[Mapping[str, Any]], AsyncGenerator[Message]]
 """Sends a request body to one replica; closing the generator cancels the work there."""
 
 
 class _ReplicaLost(Exception):
-    """The replica stopped answering. Another try with the same seed gives the same image."""
+    """The replica has stopped responding. Another try with the same seed gives the same image."""
 
 
 class RemoteJob(ImageJob):
     """An image request in the replicas of a cluster.
 
-    Ray calls an actor at most once, so each try is a new call. A client that reads a stream gets the event of each
-    step once, however many replicas the job takes.
+    Ray does not repeat a failed call, so each try is a new call. A client that reads a stream gets the event of each
+    step once, even if the job needs several tries.
 
     Args:
-        send: makes one try.
+        send: sends the job to one replica; called for each try.
         body: body of the request.
         params: parameters that were resolved from the body.
         metrics: metrics that record steps, queue time and tries.
@@ -92,7 +95,7 @@ class RemoteJob(ImageJob):
         self._task = asyncio.create_task(self._run())
 
     async def result(self) -> ImageResult:
-        result: ImageResult = await asyncio.shield(self._ended)
+        result: ImageResult = await asyncio.shield(self._completion)
         return result
 
     def _stop(self) -> None:
@@ -128,13 +131,13 @@ class RemoteJob(ImageJob):
                 task = asyncio.current_task()
                 if task is None or task.cancelling():
                     raise
-                reason = "its call was cancelled"  # by a replica that ends
+                reason = "its call was cancelled"  # by a replica that shuts down
             except RayTaskError:
                 raise  # a bug in the replica
             except (RayError, RayServeException, EngineFaultError, WorkerClosedError, _ReplicaLost) as error:
                 reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             losses += accepted
-            log.warning("a request goes to another replica after %d losses: %s", losses, reason)
+            log.warning("a request is sent to another replica after %d lost replicas: %s", losses, reason)
             if losses >= MAX_LOSSES:
                 raise ReplicaLostError(f"{losses} replicas were lost while they worked on the request")
             self._metrics.resends.inc()
@@ -142,7 +145,7 @@ class RemoteJob(ImageJob):
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _try_body(self) -> dict[str, Any]:
-        """Return the body with the resolved seed, so that tries agree, and with the seconds that are left."""
+        """Return the body with the resolved seed, so that every try gives the same image, and with the time left."""
         seconds = max(self.params.timeout - (time.monotonic() - self._submitted), 0.001)
         body = self._body.model_copy(update={"seed": self.params.seed, "timeout": seconds})
         return body.model_dump(exclude_none=True)
@@ -153,7 +156,7 @@ class RemoteJob(ImageJob):
             self._metrics.queue_seconds.observe(self.started - self._submitted)
 
     def _pass_on(self, message: tuple[Progress, ...] | Preview) -> None:
-        """Pass events on to the client, without those that an earlier try has passed on."""
+        """Pass events on to the client, except for those that an earlier try has passed on."""
         if isinstance(message, Preview):
             if message.index >= self._previews:
                 self._previews = message.index + 1

@@ -89,7 +89,7 @@ class Replica:
 
     Args:
         plan: plan of the deployment.
-        version: version of the deployment, by which the ingress tells these replicas from those of the previous one.
+        version: version of the deployment; the ingress waits for a replica of its own version.
     """
 
     async def __init__(self, plan: ClusterPlan, version: str) -> None:  # type: ignore[misc]  # Ray awaits it
@@ -106,7 +106,8 @@ class Replica:
             return model
 
         self._load = serve.multiplexed(max_num_models_per_replica=plan.loaded)(load)
-        for name in reversed(list(plan.workers)):  # opens every model once, to show faults; the first ones stay open
+        # Every model is opened once, so that faults show now. The first models are opened last, and stay open.
+        for name in reversed(list(plan.workers)):
             await self._load(name)
         self._report_task = asyncio.create_task(self._report())
 
@@ -119,7 +120,7 @@ class Replica:
             each_step: whether to send each UNet call as it completes, instead of all together at the end.
         """
         if name is not None and name not in self._plan.workers:
-            # The ingress is of an older version and about to leave; the next one knows the present models.
+            # An ingress of the previous version sent this request. It sends the request again until it is replaced.
             yield JobFailed(ReplicaLostError("the model was replaced"))
             return
         try:

@@ -1,7 +1,7 @@
 "use strict";
 
 const byId = (id) => document.getElementById(id);
-const KEY = "offcut-api-key";
+const API_KEY_ITEM = "offcut-api-key"; // in the session storage
 let running = null; // AbortController of the generation in progress
 
 // Returns the server's reply. Throws an Error with the server's message if the reply is not a success.
@@ -70,12 +70,12 @@ function showCall(figure, event) {
   steps.setAttribute("aria-label", text);
 }
 
-// Generates one image into a figure. Returns the seconds that the server worked on it.
+// Generates one image and shows it in a figure. Returns the time that the server took, in seconds.
 async function generate(figure, body, alt, signal) {
   const reply = await call("v1/images/generations", body, signal);
   const began = performance.now();
   const seconds = figure.querySelector(".seconds");
-  let took = null;
+  let serverSeconds = null;
   for await (const event of readEvents(reply)) {
     if (event.error) throw new Error(event.error.message);
     if (event.type === "image_generation.progress") {
@@ -85,12 +85,12 @@ async function generate(figure, body, alt, signal) {
       showImage(figure, event.b64_json, `${alt}, preview`, true);
     } else if (event.type === "image_generation.completed") {
       showImage(figure, event.b64_json, alt, false);
-      took = event.offcut.seconds;
-      seconds.textContent = `${took.toFixed(2)} s`;
+      serverSeconds = event.offcut.seconds;
+      seconds.textContent = `${serverSeconds.toFixed(2)} s`;
     }
   }
-  if (took === null) throw new Error("the server closed the connection before the image was done");
-  return took;
+  if (serverSeconds === null) throw new Error("the server closed the connection before the image was done");
+  return serverSeconds;
 }
 
 function requestBody() {
@@ -123,7 +123,7 @@ function isTuned(schedule) {
 
 async function submit() {
   if (running) return;
-  const stop = (running = new AbortController());
+  const controller = (running = new AbortController());
   byId("error").hidden = true;
   byId("generate").disabled = true;
   byId("stop").disabled = false;
@@ -133,18 +133,18 @@ async function submit() {
   if (matchMedia("(max-width: 60rem)").matches) byId("results").scrollIntoView(); // the results are below the form
   try {
     setStatus("Generating with caching");
-    const cached = await generate(byId("cached"), { ...body, ...cachingFields() }, body.prompt, stop.signal);
+    const cached = await generate(byId("cached"), { ...body, ...cachingFields() }, body.prompt, controller.signal);
     if (!byId("compare").checked) {
       setStatus(`${cached.toFixed(2)} s with caching`);
     } else {
       setStatus("Generating without caching");
       const alt = `${body.prompt}, without caching`;
-      const uncached = await generate(byId("uncached"), { ...body, interval: 1 }, alt, stop.signal);
+      const uncached = await generate(byId("uncached"), { ...body, interval: 1 }, alt, controller.signal);
       const ratio = (uncached / cached).toFixed(2);
       setStatus(`${ratio} times as fast: ${cached.toFixed(2)} s with caching, ${uncached.toFixed(2)} s without`);
     }
   } catch (error) {
-    if (stop.signal.aborted) setStatus("Stopped");
+    if (controller.signal.aborted) setStatus("Stopped");
     else showError(error);
   } finally {
     running = null;
@@ -231,9 +231,9 @@ byId("random-seed").addEventListener("click", () => {
 });
 byId("interval").addEventListener("input", updateCaching);
 byId("schedule").addEventListener("change", updateCaching);
-byId("key").value = sessionStorage.getItem(KEY) ?? "";
+byId("key").value = sessionStorage.getItem(API_KEY_ITEM) ?? "";
 byId("key").addEventListener("change", () => {
-  sessionStorage.setItem(KEY, byId("key").value);
+  sessionStorage.setItem(API_KEY_ITEM, byId("key").value);
   byId("error").hidden = true;
   loadModel().catch(showError);
 });

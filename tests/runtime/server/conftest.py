@@ -22,7 +22,7 @@ from offcut.runtime.server.run import listen, serve
 from offcut.runtime.server.service import WorkerService
 from offcut.runtime.server.settings import ServeSettings
 
-BRIEF = ServeSettings(steps=6, interval=3, warmup=0, guidance=5.0)
+FEW_STEPS = ServeSettings(steps=6, interval=3, warmup=0, guidance=5.0)
 
 
 @dataclass
@@ -51,7 +51,10 @@ Start = Callable[..., Any]
 
 
 @contextmanager
-def start(pipe: Any, settings: ServeSettings = BRIEF, bundle: Any = None, **options: Any) -> Iterator[RunningServer]:
+def run_server(
+    pipe: Any, settings: ServeSettings = FEW_STEPS, bundle: Any = None, **options: Any
+) -> Iterator[RunningServer]:
+    """Run a server in a thread until the end of the context."""
     model = ServedModel(pipe, "tiny", multiple=8, bundle=bundle)
     worker = Worker(pipe, **{"max_in_flight": 4, **options})
     service = WorkerService(worker, model, settings)
@@ -72,7 +75,7 @@ def start(pipe: Any, settings: ServeSettings = BRIEF, bundle: Any = None, **opti
     finally:
         service.stopping = True
         running.thread.join(60)
-        worker.close()  # a fault leaves the worker open; elsewhere this closes it a second time
+        worker.close()  # after a fault the worker is still open; otherwise this has no effect
         assert not running.thread.is_alive()
 
 
@@ -86,20 +89,20 @@ def pipe(tiny_bundle: Path) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="package")
-def begin(pipe: Any) -> Start:
+def start_server(pipe: Any) -> Start:
     """Function that starts a server with settings and worker options; one at a time."""
-    return lambda *settings, **options: start(pipe, *settings, **options)
+    return lambda *settings, **options: run_server(pipe, *settings, **options)
 
 
 @pytest.fixture(scope="module")
-def server(begin: Start) -> Iterator[RunningServer]:
+def server(start_server: Start) -> Iterator[RunningServer]:
     """One server for all tests of a module that leave it unchanged."""
-    with begin() as running:
+    with start_server() as running:
         yield running
 
 
 class Gate:
-    """A gate before every engine call. A closed gate holds the engines, and sets ``reached`` when it does."""
+    """A gate before every engine call. A closed gate blocks the next call, and then sets ``reached``."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -140,7 +143,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 
 @pytest.fixture
-def until() -> Callable[[Callable[[], bool]], None]:
+def wait_until() -> Callable[[Callable[[], bool]], None]:
     """Function that waits until a condition holds."""
 
     def wait(condition: Callable[[], bool], seconds: float = 60) -> None:

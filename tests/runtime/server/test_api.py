@@ -91,7 +91,7 @@ def test_an_image_equals_that_of_the_plain_pipeline(client: openai.OpenAI, plain
 
 
 def test_each_image_of_a_request_has_its_own_seed(client: openai.OpenAI, plain_pipe: Any) -> None:
-    """With the server's default schedule and size."""
+    """The request uses the server's default schedule and size."""
     reply = client.images.generate(prompt="a", n=2, extra_body={"seed": 8})
     expected = generate(plain_pipe, [8, 9], Uniform(3), prompt="a", num_inference_steps=6, guidance_scale=5.0)
     assert [
@@ -139,7 +139,7 @@ def test_a_stream_has_every_step_and_previews(client: openai.OpenAI, plain_pipe:
     assert 0 < sum(event.seconds for event in steps) <= events[-1].offcut["seconds"] + 1e-3
 
 
-def test_the_frames_of_a_stream(server: Any) -> None:
+def test_a_stream_has_one_frame_for_each_event(server: Any) -> None:
     import httpx
 
     body = {"prompt": "a", "stream": True, "num_inference_steps": 3}

@@ -20,7 +20,7 @@ from offcut.runtime.server.service import WorkerService
 from offcut.runtime.server.settings import RequestLimits, ServeSettings, allowed_hosts
 
 ROOT = Path(offcut.__file__).parent
-SMALL = ServeSettings(
+LOW_LIMITS = ServeSettings(
     steps=2,
     interval=3,
     warmup=0,
@@ -37,8 +37,8 @@ SMALL = ServeSettings(
 
 
 @pytest.fixture(scope="module")
-def small(begin: Any) -> Iterator[Any]:
-    with begin(SMALL, cache_bytes=3 * 16 * 16 * 16 * 4) as running:
+def limited_server(start_server: Any) -> Iterator[Any]:
+    with start_server(LOW_LIMITS, cache_bytes=3 * 16 * 16 * 16 * 4) as running:
         yield running
 
 
@@ -93,14 +93,14 @@ def leaks(text: str) -> bool:
         ("num_steps", 5, "no such field"),
     ],
 )
-def test_a_field_out_of_range_is_refused(field: str, value: object, message: str, small: Any) -> None:
-    before = small.service.worker.statistics()
-    reply = small.post({"prompt": "a", field: value})
+def test_a_field_out_of_range_is_refused(field: str, value: object, message: str, limited_server: Any) -> None:
+    before = limited_server.service.worker.statistics()
+    reply = limited_server.post({"prompt": "a", field: value})
     assert reply.status_code == 422
     error = error_of(reply)
     assert message in error["message"]
     assert error["type"] == "invalid_request_error"
-    after = small.service.worker.statistics()
+    after = limited_server.service.worker.statistics()
     assert (after.ticks, after.queue_waits, after.in_flight) == (before.ticks, before.queue_waits, 0)
 
 
@@ -114,12 +114,12 @@ def test_a_field_out_of_range_is_refused(field: str, value: object, message: str
         ({"schedule": "quad:2"}, "centred on call 15"),
     ],
 )
-def test_a_combination_of_fields_is_refused(body: dict[str, Any], message: str, small: Any) -> None:
-    before = small.service.worker.statistics().ticks
-    reply = small.post({"prompt": "a", **body})
+def test_a_combination_of_fields_is_refused(body: dict[str, Any], message: str, limited_server: Any) -> None:
+    before = limited_server.service.worker.statistics().ticks
+    reply = limited_server.post({"prompt": "a", **body})
     assert reply.status_code == 422
     assert message in error_of(reply)["message"]
-    assert small.service.worker.statistics().ticks == before
+    assert limited_server.service.worker.statistics().ticks == before
 
 
 @pytest.mark.parametrize(
@@ -137,17 +137,17 @@ def test_a_combination_of_fields_is_refused(body: dict[str, Any], message: str, 
         (b"null", 422, "invalid_request"),
     ],
 )
-def test_an_invalid_body_is_refused(content: bytes, status: int, code: str, small: Any) -> None:
-    reply = small.post(content=content, headers={"content-type": "application/json"})
+def test_an_invalid_body_is_refused(content: bytes, status: int, code: str, limited_server: Any) -> None:
+    reply = limited_server.post(content=content, headers={"content-type": "application/json"})
     assert (reply.status_code, error_of(reply)["code"]) == (status, code)
 
 
-def test_a_body_that_declares_too_many_bytes_is_refused_unread(small: Any) -> None:
-    reply = small.post({"prompt": "x" * 5000})
+def test_a_body_that_declares_too_many_bytes_is_refused_unread(limited_server: Any) -> None:
+    reply = limited_server.post({"prompt": "x" * 5000})
     assert (reply.status_code, error_of(reply)["code"]) == (422, "body_too_large")
 
 
-def raw(server: Any, head: str, *parts: bytes, pause: float = 0.0) -> str:
+def send_raw(server: Any, head: str, *parts: bytes, pause: float = 0.0) -> str:
     """Send bytes and return the reply; the server should close the connection."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
@@ -164,41 +164,41 @@ def raw(server: Any, head: str, *parts: bytes, pause: float = 0.0) -> str:
     return reply.decode()
 
 
-def test_a_body_of_unknown_size_is_cut_off_at_the_limit(small: Any) -> None:
+def test_a_body_of_unknown_size_is_cut_off_at_the_limit(limited_server: Any) -> None:
     chunk = b"400\r\n" + b" " * 0x400 + b"\r\n"  # without a last chunk
-    reply = raw(small, "Transfer-Encoding: chunked", *[chunk] * 5)
+    reply = send_raw(limited_server, "Transfer-Encoding: chunked", *[chunk] * 5)
     assert reply.startswith("HTTP/1.1 422")
     assert "connection: close" in reply.lower()
     assert json.loads(reply.partition("\r\n\r\n")[2])["error"]["code"] == "body_too_large"
 
 
-def test_a_body_that_does_not_arrive_is_given_up(small: Any) -> None:
-    reply = raw(small, "Content-Length: 100", b'{"prompt":')
+def test_a_body_that_does_not_arrive_is_given_up(limited_server: Any) -> None:
+    reply = send_raw(limited_server, "Content-Length: 100", b'{"prompt":')
     assert reply.startswith("HTTP/1.1 408")
     assert json.loads(reply.partition("\r\n\r\n")[2])["error"]["code"] == "body_too_slow"
 
 
-def test_pages_of_other_sites_are_refused(small: Any) -> None:
-    """Without a preflight a browser sends only text or forms. It tells the server if the page is of another site."""
+def test_pages_of_other_sites_are_refused(limited_server: Any) -> None:
+    """Without a preflight, browsers send text and forms only; ``Sec-Fetch-Site`` marks requests of other sites."""
     body = json.dumps({"prompt": "a"})
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
-        reply = small.post(content=body, headers={"content-type": kind})
+        reply = limited_server.post(content=body, headers={"content-type": kind})
         assert (reply.status_code, error_of(reply)["code"]) == (415, "unsupported_media_type")
-    assert small.post(content=body).status_code == 415
+    assert limited_server.post(content=body).status_code == 415
     for site in ("cross-site", "same-site"):
-        reply = small.post({"prompt": "a"}, headers={"sec-fetch-site": site})
+        reply = limited_server.post({"prompt": "a"}, headers={"sec-fetch-site": site})
         assert (reply.status_code, error_of(reply)["code"]) == (403, "cross_site")
-    preflight = httpx.options(f"{small.url}/v1/images/generations", headers={"origin": "http://evil.example"})
+    preflight = httpx.options(f"{limited_server.url}/v1/images/generations", headers={"origin": "http://evil.example"})
     assert preflight.status_code == 415
     assert not [name for name in preflight.headers if name.startswith("access-control")]
 
 
-def test_unknown_host_names_are_refused(small: Any) -> None:
+def test_unknown_host_names_are_refused(limited_server: Any) -> None:
     for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
-        reply = small.get("/", headers={"host": host})
+        reply = limited_server.get("/", headers={"host": host})
         assert (reply.status_code, error_of(reply)["code"]) == (421, "unknown_host")
     for host in ("localhost", "LOCALHOST:8000", "127.0.0.1", "[::1]:8000"):
-        assert small.get("/", headers={"host": host}).status_code == 200
+        assert limited_server.get("/", headers={"host": host}).status_code == 200
 
 
 def test_allowed_hosts_depend_on_the_address() -> None:
@@ -207,20 +207,20 @@ def test_allowed_hosts_depend_on_the_address() -> None:
     assert allowed_hosts("0.0.0.0", ["a"]) == ("a",)
 
 
-def test_every_reply_has_the_security_headers(small: Any) -> None:
+def test_every_reply_has_the_security_headers(limited_server: Any) -> None:
     for path in ("/", "/page.js", "/v1/models", "/nothing", "/v2/health/live"):
-        headers = small.get(path).headers
+        headers = limited_server.get(path).headers
         assert "default-src 'none'" in headers["content-security-policy"]
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cache-control"] == "no-store"
         assert "server" not in headers
 
 
-def test_unknown_paths_and_methods_are_refused(small: Any) -> None:
+def test_unknown_paths_and_methods_are_refused(limited_server: Any) -> None:
     for path in ("/nothing", "/docs", "/page/../app.py", "/..%2fapp.py", "/v1/images/generations/"):
-        reply = small.get(path)
+        reply = limited_server.get(path)
         assert (reply.status_code, error_of(reply)["code"]) == (404, "not_found")
-    assert error_of(small.get("/v1/images/generations"))["code"] == "method_not_allowed"
+    assert error_of(limited_server.get("/v1/images/generations"))["code"] == "method_not_allowed"
 
 
 FIELDS = ["prompt", "model", "n", "size", "stream", "seed", "interval", "schedule", "num_inference_steps", "timeout"]
@@ -234,18 +234,18 @@ BODIES = st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), JSON, ma
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=BODIES.map(json.dumps).map(str.encode) | st.binary(max_size=60))
-def test_no_body_makes_the_server_fail(body: bytes, small: Any) -> None:
-    reply = small.post(content=body, headers={"content-type": "application/json"})
+def test_no_body_makes_the_server_fail(body: bytes, limited_server: Any) -> None:
+    reply = limited_server.post(content=body, headers={"content-type": "application/json"})
     assert reply.status_code in (200, 400, 404, 422, 504), reply.text  # 504: the deadline was too short
     if reply.status_code != 200:
         error_of(reply)
-    assert small.service.worker.statistics().in_flight == 0
+    assert limited_server.service.worker.statistics().in_flight == 0
 
 
-def test_limits_must_allow_the_default_size(small: Any) -> None:
+def test_limits_must_allow_the_default_size(limited_server: Any) -> None:
     for limits in (RequestLimits(pixels=64 * 63), RequestLimits(pixel_steps=64 * 64 * 29)):
         with pytest.raises(UserError, match="no image of this model's default size, 64x64 in 30 steps"):
-            WorkerService(small.service.worker, small.service.model, ServeSettings(limits=limits))
+            WorkerService(limited_server.service.worker, limited_server.service.model, ServeSettings(limits=limits))
 
 
 def test_settings_out_of_range_are_refused() -> None:

@@ -25,7 +25,7 @@ from offcut.runtime.server.settings import ServeSettings
 LONG = {"prompt": "a", "num_inference_steps": 40, "interval": 4, "seed": 1}
 QUICK = ServeSettings(steps=6, interval=3, warmup=0, linger=1.0)
 
-Until = Callable[..., None]
+WaitUntil = Callable[..., None]
 
 
 @pytest.fixture
@@ -35,15 +35,15 @@ def clients() -> Iterator[ThreadPoolExecutor]:
 
 
 def test_a_full_queue_replies_with_retry_after(
-    begin: Any, gate: Any, clients: ThreadPoolExecutor, until: Until
+    start_server: Any, gate: Any, clients: ThreadPoolExecutor, wait_until: WaitUntil
 ) -> None:
-    with begin(QUICK, max_in_flight=1, max_queue=1) as server:
+    with start_server(QUICK, max_in_flight=1, max_queue=1) as server:
         gate.close()
         worker = server.service.worker
         first = clients.submit(server.post, {"prompt": "a", "seed": 1})
         assert gate.reached.wait(60)
         second = clients.submit(server.post, {"prompt": "a", "seed": 2})
-        until(lambda: worker.statistics().queued == 1)
+        wait_until(lambda: worker.statistics().queued == 1)
         refused = server.post({"prompt": "a"})
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "queue_full"
@@ -55,22 +55,22 @@ def test_a_full_queue_replies_with_retry_after(
 
 
 def test_connections_have_tcp_nodelay() -> None:
-    """Nagle's algorithm would delay the body of every reply but a connection's first by 40 ms."""
+    """Otherwise Nagle's algorithm delays every reply of a connection, except for the first, by 40 ms."""
 
-    async def accepted() -> int:
+    async def nodelay_of_a_connection() -> int:
         option: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
-        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             option.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
         address = listen("127.0.0.1", 0)
-        async with await asyncio.start_server(connected, sock=address):
+        async with await asyncio.start_server(on_connection, sock=address):
             _, writer = await asyncio.open_connection(*address.getsockname())
             writer.close()
             return await option
 
-    assert asyncio.run(accepted())
+    assert asyncio.run(nodelay_of_a_connection())
 
 
 def test_retry_after_grows_with_the_load() -> None:
@@ -85,9 +85,9 @@ def test_retry_after_grows_with_the_load() -> None:
 
 
 def test_a_client_may_shorten_the_deadline_but_not_lengthen_it(
-    begin: Any, gate: Any, clients: ThreadPoolExecutor
+    start_server: Any, gate: Any, clients: ThreadPoolExecutor
 ) -> None:
-    with begin(replace(QUICK, timeout=2.0)) as server:
+    with start_server(replace(QUICK, timeout=2.0)) as server:
         gate.close()
         short = clients.submit(server.post, {"prompt": "a", "timeout": 0.2})
         long = clients.submit(server.post, {"prompt": "a", "timeout": 500})
@@ -103,9 +103,9 @@ def test_a_client_may_shorten_the_deadline_but_not_lengthen_it(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_disconnects_frees_its_place_within_a_step(
-    stream: bool, begin: Any, gate: Any, clients: ThreadPoolExecutor, until: Until
+    stream: bool, start_server: Any, gate: Any, clients: ThreadPoolExecutor, wait_until: WaitUntil
 ) -> None:
-    with begin(QUICK) as server:
+    with start_server(QUICK) as server:
         worker = server.service.worker
         with httpx.Client() as client:
             request = client.build_request(
@@ -124,11 +124,11 @@ def test_a_client_that_disconnects_frees_its_place_within_a_step(
                 with pytest.raises(httpx.ReadTimeout):
                     client.send(request)
                 assert gate.reached.wait(60)
-        until(lambda: not server.service.open_jobs)  # the server has noticed
+        wait_until(lambda: not server.service.open_jobs)  # the server has noticed
         assert worker.statistics().in_flight == 1  # in an engine call
         calls = gate.calls
         gate.open.set()
-        until(lambda: worker.statistics().in_flight == 0)
+        wait_until(lambda: worker.statistics().in_flight == 0)
         assert gate.calls <= calls + 1
         assert worker.statistics().slots == 0
         assert worker.statistics().requests["cancelled"].count == 1
@@ -137,13 +137,13 @@ def test_a_client_that_disconnects_frees_its_place_within_a_step(
 
 
 def test_draining_finishes_the_requests_in_flight(
-    begin: Any, gate: Any, clients: ThreadPoolExecutor, until: Until
+    start_server: Any, gate: Any, clients: ThreadPoolExecutor, wait_until: WaitUntil
 ) -> None:
-    with begin(QUICK, max_in_flight=1) as server:
+    with start_server(QUICK, max_in_flight=1) as server:
         gate.close()
         tickets = [clients.submit(server.post, {"prompt": "a", "seed": seed}) for seed in range(2)]
         stream = clients.submit(server.post, {"prompt": "a", "stream": True})
-        until(lambda: server.service.worker.statistics().queued == 2)
+        wait_until(lambda: server.service.worker.statistics().queued == 2)
         assert gate.reached.wait(60)
         server.service.stopping = True
         assert server.get("/v2/health/ready").status_code == 503
@@ -162,12 +162,12 @@ def test_draining_finishes_the_requests_in_flight(
 
 
 def test_a_drain_that_takes_too_long_ends_each_request_with_an_error(
-    begin: Any, gate: Any, clients: ThreadPoolExecutor, until: Until
+    start_server: Any, gate: Any, clients: ThreadPoolExecutor, wait_until: WaitUntil
 ) -> None:
-    with begin(replace(QUICK, drain=0.3)) as server:
+    with start_server(replace(QUICK, drain=0.3)) as server:
         gate.close()
         waiting = [clients.submit(server.post, {"prompt": "a", "stream": stream}) for stream in (False, True)]
-        until(lambda: server.service.worker.statistics().in_flight == 2)
+        wait_until(lambda: server.service.worker.statistics().in_flight == 2)
         assert gate.reached.wait(60)
         server.service.stopping = True
         whole, stream = (one.result() for one in waiting)
@@ -179,13 +179,15 @@ def test_a_drain_that_takes_too_long_ends_each_request_with_an_error(
         assert server.errors == []
 
 
-def test_an_engine_that_fails_ends_the_server(begin: Any, gate: Any, clients: ThreadPoolExecutor, until: Until) -> None:
-    with begin(replace(QUICK, linger=3.0)) as server:
+def test_an_engine_that_fails_ends_the_server(
+    start_server: Any, gate: Any, clients: ThreadPoolExecutor, wait_until: WaitUntil
+) -> None:
+    with start_server(replace(QUICK, linger=3.0)) as server:
         assert server.get("/v2/health/ready").json() == {"ready": True}
         gate.close()
         whole = clients.submit(server.post, LONG)
         stream = clients.submit(server.post, {**LONG, "stream": True})
-        until(lambda: server.service.worker.statistics().in_flight == 2)
+        wait_until(lambda: server.service.worker.statistics().in_flight == 2)
         assert gate.reached.wait(60)
         gate.error = RuntimeError("cannot read /secret/engine.plan")
         gate.open.set()
@@ -193,7 +195,7 @@ def test_an_engine_that_fails_ends_the_server(begin: Any, gate: Any, clients: Th
         lines = stream.result().text.split("\n\n")
         assert lines[-2].startswith("event: error\n")
         assert json.loads(lines[-2].partition("data: ")[2])["error"]["code"] == "engine_fault"
-        until(lambda: server.get("/v2/health/ready").status_code == 503, 2)
+        wait_until(lambda: server.get("/v2/health/ready").status_code == 503, 2)
         assert server.get("/v2/health/live").status_code == 503
         refused = server.post({"prompt": "a"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_fault")
@@ -206,19 +208,19 @@ def test_an_engine_that_fails_ends_the_server(begin: Any, gate: Any, clients: Th
         assert "/secret/engine.plan" in str(error)  # for the log
 
 
-def test_an_engine_that_hangs_ends_the_server(begin: Any, gate: Any, clients: ThreadPoolExecutor) -> None:
-    with begin(replace(QUICK, stall=0.5, linger=3.0)) as server:
+def test_an_engine_that_hangs_ends_the_server(start_server: Any, gate: Any, clients: ThreadPoolExecutor) -> None:
+    with start_server(replace(QUICK, stall=0.5, linger=3.0)) as server:
         gate.close()
         waiting = clients.submit(server.post, LONG)
         assert (waiting.result().status_code, waiting.result().json()["error"]["code"]) == (503, "engine_fault")
         assert server.get("/v2/health/ready").status_code == 503
         server.thread.join(60)
-        assert "nothing has moved for 0.5 s" in str(server.errors[0])
+        assert "no progress for 0.5 s" in str(server.errors[0])
         gate.open.set()
 
 
-def test_an_engine_thread_that_has_ended_ends_the_server(begin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with begin(replace(QUICK, linger=3.0)) as server:
+def test_an_engine_thread_that_has_ended_ends_the_server(start_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start_server(replace(QUICK, linger=3.0)) as server:
         assert server.service.worker.healthy
         thread = threading.Thread(target=lambda: None)
         thread.start()
@@ -230,8 +232,8 @@ def test_an_engine_thread_that_has_ended_ends_the_server(begin: Any, monkeypatch
         monkeypatch.undo()
 
 
-def test_a_bug_in_the_server_shows_no_details(begin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with begin(QUICK) as server:
+def test_a_bug_in_the_server_shows_no_details(start_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start_server(QUICK) as server:
 
         def fail(body: object) -> None:
             raise KeyError("/home/somebody/secret")

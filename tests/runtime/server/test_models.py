@@ -31,7 +31,7 @@ def test_pipelines_that_need_more_than_a_prompt_are_refused(kind: type) -> None:
         ServedModel(kind(), "x")
 
 
-def test_sizes(pipe: Any) -> None:
+def test_sizes_must_fit_the_multiple_and_the_profiles(pipe: Any) -> None:
     model = ServedModel(pipe, "tiny", multiple=8)
     assert (model.size, model.multiple, model.scale) == ((64, 64), 32, 4)
     model.check_size(96, 32)
@@ -45,7 +45,7 @@ def test_sizes(pipe: Any) -> None:
         narrow.check_size(64, 96)
 
 
-def test_cuts(pipe: Any) -> None:
+def test_cuts_must_be_those_of_the_engines(pipe: Any) -> None:
     model = ServedModel(pipe, "tiny")
     model.check_cut("paper:0", shallow=True)
     model.check_cut(None, shallow=True)
@@ -74,10 +74,10 @@ def test_the_warm_up_makes_a_full_and_a_shallow_call(pipe: Any, gate: Any) -> No
     assert pipe.unet.advise
 
 
-def test_feature_bytes_agree_with_the_worker(pipe: Any, begin: Any) -> None:
+def test_feature_bytes_agree_with_the_worker(pipe: Any, start_server: Any) -> None:
     assert ServedModel(pipe, "tiny").feature_bytes(None, 2, 64, 64) == SLOT
-    brief = ServeSettings(steps=3, interval=3, warmup=0)
+    few_steps = ServeSettings(steps=3, interval=3, warmup=0)
     for limit, status in ((SLOT, 200), (SLOT - 1, 422)):
-        with begin(brief, cache_bytes=limit) as server:
+        with start_server(few_steps, cache_bytes=limit) as server:
             assert server.post({"prompt": "a"}).status_code == status
             assert server.post({"prompt": "a", "guidance_scale": 1}).status_code == 200

@@ -56,17 +56,17 @@ class Tab:
         if message.type in ("error", "warning"):
             self.errors.append(f"{message.type}: {message.text}")
 
-    def status(self, text: str) -> None:
+    def wait_for_status(self, text: str) -> None:
         """Wait until the status line contains a text."""
         from playwright.sync_api import expect
 
         expect(self.page.get_by_role("status")).to_contain_text(text, timeout=60_000)
 
-    def steps(self, figure: str) -> str:
+    def timeline(self, figure: str) -> str:
         kinds = self.page.locator(f"#{figure} .steps i").evaluate_all("bars => bars.map(bar => bar.className)")
         return "".join({"full": "#", "shallow": ".", "": "?"}[kind] for kind in kinds)
 
-    def images(self) -> int:
+    def image_count(self) -> int:
         """Return the number of images that are shown."""
         return int(
             self.page.evaluate(
@@ -76,8 +76,8 @@ class Tab:
 
 
 @pytest.fixture(scope="module")
-def server(begin: Any) -> Iterator[Any]:
-    with begin(ServeSettings(steps=8, interval=4, warmup=0)) as running:
+def server(start_server: Any) -> Iterator[Any]:
+    with start_server(ServeSettings(steps=8, interval=4, warmup=0)) as running:
         yield running
 
 
@@ -88,10 +88,10 @@ def test_the_page_generates_with_and_without_caching(width: int, scheme: str, br
     tab.page.get_by_label("Prompt", exact=True).fill("a red square " + "x" * 200)
     tab.page.get_by_text("More settings", exact=True).click()
     tab.page.get_by_role("button", name="Generate").click()
-    tab.status("times as fast")
-    assert tab.images() == 2
-    assert tab.steps("cached") == "#...#..."
-    assert tab.steps("uncached") == "########"
+    tab.wait_for_status("times as fast")
+    assert tab.image_count() == 2
+    assert tab.timeline("cached") == "#...#..."
+    assert tab.timeline("uncached") == "########"
     assert "2 full and 6 shallow of 8 calls" in tab.page.locator("#cached").inner_text()
     assert [" s" in tab.page.locator(f"#{figure} .seconds").inner_text() for figure in ("cached", "uncached")]
     assert tab.errors == []
@@ -125,25 +125,25 @@ def test_the_page_works_by_keyboard(browser: Any, server: Any) -> None:
     assert not tab.page.get_by_label("Also generate without caching").is_checked()
     tab.page.locator("#prompt").focus()
     press("Enter")
-    tab.status(" s")
-    assert tab.steps("cached") == "#.#.#.#."
-    assert tab.steps("uncached") == ""
-    assert tab.images() == 1
+    tab.wait_for_status(" s")
+    assert tab.timeline("cached") == "#.#.#.#."
+    assert tab.timeline("uncached") == ""
+    assert tab.image_count() == 1
     assert tab.errors == []
     tab.page.context.close()
 
 
-def test_stopping_frees_the_worker(browser: Any, server: Any, gate: Any, until: Any) -> None:
+def test_stopping_frees_the_worker(browser: Any, server: Any, gate: Any, wait_until: Any) -> None:
     tab = Tab(browser, server.url)
     tab.page.get_by_label("Prompt", exact=True).fill("a")
     gate.close()
     tab.page.get_by_role("button", name="Generate").click()
     assert gate.reached.wait(60)
     tab.page.keyboard.press("Escape")
-    tab.status("Stopped")
-    until(lambda: not server.service.open_jobs)
+    tab.wait_for_status("Stopped")
+    wait_until(lambda: not server.service.open_jobs)
     gate.open.set()
-    until(lambda: server.service.worker.statistics().in_flight == 0)
+    wait_until(lambda: server.service.worker.statistics().in_flight == 0)
     assert server.service.worker.statistics().requests["cancelled"].count == 1
     assert tab.page.get_by_role("button", name="Generate").is_enabled()
     tab.page.context.close()
@@ -161,11 +161,11 @@ def test_an_error_is_shown(browser: Any, server: Any) -> None:
     tab.page.context.close()
 
 
-def test_the_default_schedule_is_selected(browser: Any, server: Any, begin: Any) -> None:
+def test_the_default_schedule_is_selected(browser: Any, server: Any, start_server: Any) -> None:
     """Ends the module's server, since a pipeline can run in one server only: keep this test and the next one last."""
     server.service.stopping = True
     server.thread.join(60)
-    with begin(ServeSettings(steps=8, interval=4, warmup=0, schedule="steps:0,5", forecast=0.5)) as running:
+    with start_server(ServeSettings(steps=8, interval=4, warmup=0, schedule="steps:0,5", forecast=0.5)) as running:
         tab = Tab(browser, running.url)
         tab.page.get_by_label("Prompt", exact=True).fill("a")
         tab.page.get_by_text("More settings", exact=True).click()
@@ -174,24 +174,24 @@ def test_the_default_schedule_is_selected(browser: Any, server: Any, begin: Any)
         assert tab.page.locator("#interval").is_disabled()
         assert "steps:0,5" in tab.page.locator("#interval-hint").inner_text()
         tab.page.get_by_role("button", name="Generate").click()
-        tab.status("times as fast")
-        assert (tab.steps("cached"), tab.steps("uncached")) == ("#....#..", "########")
+        tab.wait_for_status("times as fast")
+        assert (tab.timeline("cached"), tab.timeline("uncached")) == ("#....#..", "########")
         schedule.select_option("")
         assert tab.page.locator("#interval").is_enabled()
         tab.page.get_by_label("Also generate without caching").uncheck()
         tab.page.get_by_role("button", name="Generate").click()
         tab.page.wait_for_selector("#cached img:not([hidden]):not(.preview)")
-        assert tab.steps("cached") == "#...#..."
+        assert tab.timeline("cached") == "#...#..."
         assert tab.errors == []
         tab.page.context.close()
 
 
-def test_the_page_asks_for_the_api_key(browser: Any, server: Any, begin: Any) -> None:
+def test_the_page_asks_for_the_api_key(browser: Any, server: Any, start_server: Any) -> None:
     from playwright.sync_api import expect
 
     server.service.stopping = True
     server.thread.join(60)
-    with begin(ServeSettings(steps=8, interval=4, warmup=0, api_key=KEY)) as locked:
+    with start_server(ServeSettings(steps=8, interval=4, warmup=0, api_key=KEY)) as locked:
         tab = Tab(browser, locked.url)
         expect(tab.page.get_by_role("alert")).to_contain_text("API key")
         assert tab.page.evaluate("document.activeElement.id") == "key"
@@ -200,8 +200,8 @@ def test_the_page_asks_for_the_api_key(browser: Any, server: Any, begin: Any) ->
         expect(tab.page.locator("#model")).to_contain_text("tiny")
         tab.page.get_by_label("Prompt", exact=True).fill("a")
         tab.page.keyboard.press("Enter")
-        tab.status("times as fast")
-        assert tab.images() == 2
+        tab.wait_for_status("times as fast")
+        assert tab.image_count() == 2
         assert [line for line in tab.errors if "401" not in line] == []
         tab.page.reload()
         expect(tab.page.locator("#model")).to_contain_text("tiny")

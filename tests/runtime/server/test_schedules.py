@@ -25,7 +25,7 @@ from offcut.runtime.tuning.artifact import Tuned, make_key, save
 from offcut.runtime.tuning.document import ReportRow, TunedDocument
 
 STEPS, GUIDANCE = 6, 5.0
-BRIEF = ServeSettings(steps=STEPS, interval=3, warmup=0, guidance=GUIDANCE)
+FEW_STEPS = ServeSettings(steps=STEPS, interval=3, warmup=0, guidance=GUIDANCE)
 CUT = "deepcache:1"
 FULL = (0, 1, 4)
 
@@ -54,8 +54,8 @@ def bundle(tiny_bundle: Path, pipe: Any, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def server(begin: Any, bundle: offcut.Bundle) -> Iterator[Any]:
-    with begin(BRIEF, bundle=bundle) as running:
+def server(start_server: Any, bundle: offcut.Bundle) -> Iterator[Any]:
+    with start_server(FEW_STEPS, bundle=bundle) as running:
         yield running
 
 
@@ -130,8 +130,8 @@ def test_a_schedule_that_does_not_fit_is_refused(fields: dict[str, Any], param: 
     assert server.service.worker.statistics().ticks == before
 
 
-def test_the_default_schedule_applies_to_requests_without_one(begin: Any, bundle: offcut.Bundle) -> None:
-    with begin(replace(BRIEF, schedule="auto", forecast=1.0), bundle=bundle) as server:
+def test_the_default_schedule_applies_to_requests_without_one(start_server: Any, bundle: offcut.Bundle) -> None:
+    with start_server(replace(FEW_STEPS, schedule="auto", forecast=1.0), bundle=bundle) as server:
         model = server.get("/v1/models").json()["data"][0]["offcut"]
         assert (model["tuned"], model["defaults"]["schedule"], model["defaults"]["forecast"]) == (
             ["by-hand"],
@@ -147,8 +147,8 @@ def test_the_default_schedule_applies_to_requests_without_one(begin: Any, bundle
         assert (refused.status_code, "tuned for 6 steps" in refused.text) == (422, True)
 
 
-def test_the_default_schedule_may_be_a_text(begin: Any) -> None:
-    with begin(replace(BRIEF, schedule="steps:0,3")) as server:
+def test_the_default_schedule_may_be_a_list_of_steps(start_server: Any) -> None:
+    with start_server(replace(FEW_STEPS, schedule="steps:0,3")) as server:
         assert server.post({"prompt": "a"}).json()["offcut"]["timeline"] == "#..#.."
         assert server.post({"prompt": "a", "warmup": 2}).json()["offcut"]["timeline"] == "##.#.."
         assert "no tuned schedule" in server.post({"prompt": "a", "schedule": "auto"}).text
@@ -159,14 +159,14 @@ def test_a_default_schedule_that_does_not_fit_is_refused_at_start(pipe: Any, bun
     with Worker(pipe, max_in_flight=1) as worker:
         for wrong in ({"steps": 5}, {"guidance": 9.0}, {"schedule": "tuned:x"}, {"schedule": "quad:2:center=9"}):
             with pytest.raises(UserError, match="the server's default schedule does not fit"):
-                WorkerService(worker, model, replace(BRIEF, **{"schedule": "auto", **wrong}))  # type: ignore[arg-type]
+                WorkerService(worker, model, replace(FEW_STEPS, **{"schedule": "auto", **wrong}))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="damping is 2"):
-        replace(BRIEF, forecast=2.0)
+        replace(FEW_STEPS, forecast=2.0)
     with pytest.raises(ScheduleError, match="no tuned schedule"):
         ServedModel(pipe, "tiny", multiple=8).tuned_for(None, STEPS, GUIDANCE)
 
 
-def test_a_forecast_needs_twice_the_memory(pipe: Any, begin: Any, bundle: offcut.Bundle) -> None:
+def test_a_forecast_needs_twice_the_memory(pipe: Any, start_server: Any, bundle: offcut.Bundle) -> None:
     once = ServedModel(pipe, "tiny").feature_bytes(None, 2, 64, 64)
     assert ServedModel(pipe, "tiny").feature_bytes(None, 2, 64, 64, schedule=Uniform(2), forecast=True) == 2 * once
     mixed = Tuned.load(bundle, "by-hand").document.model_copy(
@@ -174,6 +174,6 @@ def test_a_forecast_needs_twice_the_memory(pipe: Any, begin: Any, bundle: offcut
     )
     both = ServedModel(pipe, "tiny").feature_bytes(CUT, 2, 64, 64, schedule=mixed.schedule)
     assert both == once + ServedModel(pipe, "tiny").feature_bytes(CUT, 2, 64, 64)
-    with begin(BRIEF, cache_bytes=2 * once - 1) as server:
+    with start_server(FEW_STEPS, cache_bytes=2 * once - 1) as server:
         assert server.post({"prompt": "a"}).status_code == 200
         assert server.post({"prompt": "a", "forecast": 0.5}).status_code == 422

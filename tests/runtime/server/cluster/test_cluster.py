@@ -78,8 +78,8 @@ def image(reply: httpx.Response) -> np.ndarray:
     return pixels(reply.json()["data"][0]["b64_json"])
 
 
-def same(one: np.ndarray, other: np.ndarray) -> bool:
-    """Return whether two images agree up to the rounding of a batch that others share."""
+def images_agree(one: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether two images agree up to rounding, which depends on the batch size."""
     return bool(np.abs(one.astype(int) - other.astype(int)).max() <= 2)
 
 
@@ -101,14 +101,14 @@ def test_openais_client_gets_the_images_of_two_bundles(cluster: Cluster, generat
     assert [model.id for model in client.models.list()] == ["one", "other"]
     for name in ("one", "other"):
         reply = client.images.generate(model=name, prompt="a", extra_body={"seed": 5})
-        assert same(pixels((reply.data or [])[0].b64_json), generate(name, 5))
+        assert images_agree(pixels((reply.data or [])[0].b64_json), generate(name, 5))
         assert reply.model_extra["offcut"]["timeline"] == "#..#.."  # type: ignore[index]
-    assert not same(generate("one", 5), generate("other", 5))
+    assert not images_agree(generate("one", 5), generate("other", 5))
     stream: list[Any] = list(client.images.generate(prompt="a", stream=True, partial_images=1, extra_body={"seed": 6}))
     kinds = [event.type.removeprefix("image_generation.") for event in stream]
     assert kinds == [*["progress"] * 3, "partial_image", *["progress"] * 3, "completed"]
     assert [event.step for event in stream if hasattr(event, "kind")] == [1, 2, 3, 4, 5, 6]
-    assert same(pixels(stream[-1].b64_json), generate("one", 6))
+    assert images_agree(pixels(stream[-1].b64_json), generate("one", 6))
     with pytest.raises(openai.NotFoundError, match="'one', 'other'"):
         client.images.generate(model="another", prompt="a")
 
@@ -136,13 +136,13 @@ def test_clients_that_disconnect_free_their_places_and_a_full_queue_refuses(clus
             replies.callback(reply.close)
             assert reply.status_code == 200
         until(lambda: metric(cluster, "offcut_in_flight_requests") == 6)
-        full = cluster.post({"prompt": "a"})
-        assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
-        assert int(full.headers["retry-after"]) >= 1
+        refused = cluster.post({"prompt": "a"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert int(refused.headers["retry-after"]) >= 1
     until(lambda: metric(cluster, "offcut_in_flight_requests") == 0)
     until(lambda: metric(cluster, "offcut_requests_total", outcome="cancelled") >= before + 6)
     reply = cluster.post({"prompt": "a", "seed": 1})
-    assert same(image(reply), generate("one", 1))
+    assert images_agree(image(reply), generate("one", 1))
 
 
 def test_a_replica_that_is_killed_under_load_loses_no_request(cluster: Cluster, generate: Any) -> None:
@@ -167,7 +167,7 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(cluster: Cluster, 
         streams = [reply.result() for reply in replies]
     for body, stream in zip(bodies, streams, strict=True):
         assert stream[-1]["type"] == "image_generation.completed", stream[-1]
-        assert same(pixels(stream[-1]["b64_json"]), generate("one", body["seed"], steps))
+        assert images_agree(pixels(stream[-1]["b64_json"]), generate("one", body["seed"], steps))
         # Each step once, as if no replica had been lost.
         assert [event["step"] for event in stream[:-1]] == list(range(1, steps + 1))
     assert metric(cluster, "offcut_resends_total") > before
@@ -204,14 +204,16 @@ def test_an_update_under_load_loses_no_request(
         finally:
             done.set()
     assert updated.returncode == 0, updated.stderr
-    for seed, answer in zip((1, 2), requests, strict=True):
-        images = [image(reply) for reply in answer.result()]
-        of_old, of_new = ([same(each, generate(name, seed)) for each in images] for name in ("one", "other"))
-        assert all(one != other for one, other in zip(of_old, of_new, strict=True))
-        assert of_old[0]
+    for seed, replies in zip((1, 2), requests, strict=True):
+        images = [image(reply) for reply in replies.result()]
+        from_old, from_new = (
+            [images_agree(each, generate(name, seed)) for each in images] for name in ("one", "other")
+        )
+        assert all(one != other for one, other in zip(from_old, from_new, strict=True))
+        assert from_old[0]
     for name, bundle in [("one", "other"), ("other", "one")] * 2:  # replicas open models on demand
         reply = cluster.post({"model": name, "prompt": "a", "seed": 4})
-        assert same(image(reply), generate(bundle, 4))
+        assert images_agree(image(reply), generate(bundle, 4))
     until(lambda: len(cluster.replicas()) == 2 and not cluster.replicas().keys() & old)
 
 

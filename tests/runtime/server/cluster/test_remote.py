@@ -39,7 +39,7 @@ STEPS = [(Progress(step, 3, "full", 0.1, 1),) for step in (1, 2, 3)]
 
 
 class ScriptedReplicas:
-    """Replicas that answer each try by the next script; the last script repeats."""
+    """Replicas that send the messages of the next script at each try; the last script repeats."""
 
     def __init__(self, *tries: Script) -> None:
         self.tries = list(tries)
@@ -65,7 +65,7 @@ def params(seconds: float = 60.0) -> ImageParams:
     return ImageParams({}, CachingParams(), seed=7, images=1, size=(64, 64), timeout=seconds, stream=True)
 
 
-async def outcome(
+async def run_job(
     replicas: ScriptedReplicas, seconds: float = 60.0, stream: bool = True
 ) -> tuple[Any, list[Any], ClusterMetrics]:
     """Return a job's result or exception, its events, and the metrics."""
@@ -103,7 +103,7 @@ def test_a_job_of_a_lost_replica_is_sent_to_another_with_the_same_seed(loss: Cal
     replicas = ScriptedReplicas(
         [STARTED, *STEPS[:2], preview, loss()], [JobStarted("two"), *STEPS[:2], preview, STEPS[2], RESULT]
     )
-    result, events, metrics = asyncio.run(outcome(replicas))
+    result, events, metrics = asyncio.run(run_job(replicas))
     assert result.images == RESULT.images
     assert [body["seed"] for body in replicas.bodies] == [7, 7]
     assert [event.step for event in events if isinstance(event, Progress)] == [1, 2, 3]
@@ -113,13 +113,13 @@ def test_a_job_of_a_lost_replica_is_sent_to_another_with_the_same_seed(loss: Cal
 
 
 def test_messages_that_end_too_early_are_a_loss() -> None:
-    result, _, _ = asyncio.run(outcome(ScriptedReplicas([STARTED, STEPS[0]], [STARTED, RESULT])))
+    result, _, _ = asyncio.run(run_job(ScriptedReplicas([STARTED, STEPS[0]], [STARTED, RESULT])))
     assert result.images == RESULT.images
 
 
 def test_a_job_that_loses_too_many_replicas_is_given_up() -> None:
     replicas = ScriptedReplicas([STARTED, actor_died()])
-    result, _, _ = asyncio.run(outcome(replicas))
+    result, _, _ = asyncio.run(run_job(replicas))
     assert isinstance(result, ReplicaLostError)
     assert len(replicas.bodies) == MAX_LOSSES
     problem = problem_of(result, Statistics())
@@ -131,16 +131,16 @@ def test_a_job_that_no_replica_accepts_waits_until_its_deadline() -> None:
     """A replica that refuses a job is not lost, so the number of tries is not limited."""
     refusal = [JobFailed(WorkerClosedError("it ends"))]
     refusals = [refusal] * (MAX_LOSSES + 1)
-    result, _, metrics = asyncio.run(outcome(ScriptedReplicas(*refusals, [STARTED, RESULT])))
+    result, _, metrics = asyncio.run(run_job(ScriptedReplicas(*refusals, [STARTED, RESULT])))
     assert result.images == RESULT.images
     assert resends(metrics) == MAX_LOSSES + 1
-    result, _, _ = asyncio.run(outcome(ScriptedReplicas(refusal), seconds=0.3))
+    result, _, _ = asyncio.run(run_job(ScriptedReplicas(refusal), seconds=0.3))
     assert isinstance(result, DeadlineError)
 
 
 def test_a_deadline_holds_while_no_message_arrives() -> None:
     replicas = ScriptedReplicas([STARTED, ...])
-    result, _, _ = asyncio.run(outcome(replicas, seconds=0.2))
+    result, _, _ = asyncio.run(run_job(replicas, seconds=0.2))
     assert isinstance(result, DeadlineError)
     assert replicas.closed == 1
 
@@ -148,14 +148,14 @@ def test_a_deadline_holds_while_no_message_arrives() -> None:
 def test_a_job_that_a_replica_refuses_is_not_sent_again() -> None:
     for error in (LimitError("size", "too large"), QueueFullError("full"), ScheduleError("no")):
         replicas = ScriptedReplicas([JobFailed(error)])
-        result, _, _ = asyncio.run(outcome(replicas))
+        result, _, _ = asyncio.run(run_job(replicas))
         assert result is error
         assert len(replicas.bodies) == 1
 
 
 def test_a_job_that_meets_a_bug_is_not_sent_again() -> None:
-    replicas = ScriptedReplicas([STARTED, RayTaskError("draw", "a traceback", KeyError("x"))])
-    result, _, _ = asyncio.run(outcome(replicas))
+    replicas = ScriptedReplicas([STARTED, RayTaskError("generate", "a traceback", KeyError("x"))])
+    result, _, _ = asyncio.run(run_job(replicas))
     assert isinstance(result, RayTaskError)
     assert problem_of(result, Statistics()).code == "internal_error"
     assert len(replicas.bodies) == 1
@@ -176,13 +176,13 @@ def test_a_client_that_disconnects_stops_the_try() -> None:
 
 
 def test_a_call_that_the_replica_cancelled_is_a_loss() -> None:
-    result, _, _ = asyncio.run(outcome(ScriptedReplicas([STARTED, asyncio.CancelledError()], [STARTED, RESULT])))
+    result, _, _ = asyncio.run(run_job(ScriptedReplicas([STARTED, asyncio.CancelledError()], [STARTED, RESULT])))
     assert result.images == RESULT.images
 
 
 def test_steps_are_sent_to_streams_only_and_always_measured() -> None:
     result, events, metrics = asyncio.run(
-        outcome(ScriptedReplicas([STARTED, tuple(one for (one,) in STEPS), RESULT]), stream=False)
+        run_job(ScriptedReplicas([STARTED, tuple(one for (one,) in STEPS), RESULT]), stream=False)
     )
     assert result.images == RESULT.images
     assert events == []

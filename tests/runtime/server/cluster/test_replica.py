@@ -37,8 +37,8 @@ async def messages(replica: Replica, name: str | None = None) -> list[Any]:
     return [message async for message in replica.generate(name, {"prompt": "a"}, True)]
 
 
-def test_a_failed_engine_fails_the_health_check(begin: Any, gate: Any) -> None:
-    with begin(QUICK) as server:
+def test_a_failed_engine_fails_the_health_check(start_server: Any, gate: Any) -> None:
+    with start_server(QUICK) as server:
         replica = replica_of(server.service)
         replica.check_health()
         gate.error = RuntimeError("cannot read /secret/engine.plan")
@@ -52,8 +52,8 @@ def test_a_failed_engine_fails_the_health_check(begin: Any, gate: Any) -> None:
         server.thread.join(60)
 
 
-def test_a_job_for_a_replaced_model_is_sent_back(begin: Any) -> None:
-    with begin(QUICK) as server:
+def test_a_job_for_a_replaced_model_is_sent_back(start_server: Any) -> None:
+    with start_server(QUICK) as server:
         replica = replica_of(server.service)
         (message,) = asyncio.run(messages(replica, "older"))
         assert isinstance(message, JobFailed)
