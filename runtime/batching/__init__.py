@@ -1,4 +1,4 @@
-"""Serving of many requests on one pair of engines, which share engine calls although they are at different steps.
+"""A worker that serves many requests on one pair of engines. Requests at different steps share engine calls.
 
 ``Worker`` is the entry point; ``policy`` chooses the requests that share a call; ``batcher`` makes the calls. The names
 below are imported on first use: the simulator and the cluster need some of them without PyTorch.

@@ -1,9 +1,9 @@
-"""The engine thread: it waits until the requests in flight wait at the UNet, and makes one engine call after another.
+"""The engine thread: when every request in flight waits for a call, it makes one call for several of them.
 
 Threads take turns: either one request's own code runs (tokenizer, scheduler) or the engines do. Python runs one thread
 at a time anyway, and on a CPU the engines have all cores to themselves. The engines' turn comes when every request in
-flight waits at the UNet, or at a text encoder or autoencoder, whose calls the engine thread makes too. So each call has
-as many members as it can have.
+flight waits for a UNet call, or for a call of a text encoder or autoencoder, which the engine thread makes too. So each
+call serves as many requests as possible. One turn of the engine thread is a tick; it makes at most one call.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Batcher:
     """Runs the engines for all requests of a worker.
 
     Args:
-        pair: the engines; nobody else may use them.
+        pair: the engines; only this batcher may use them.
         lanes: groups of requests that can share calls.
         pool: memory for cached features.
         policy: chooses the requests that share the next call.
-        patience: seconds that the engines wait for a request that is neither at the UNet nor running, e.g. in a
-            callback that blocks.
+        patience: seconds that the engines wait for a request that neither waits for a call nor computes, e.g. because
+            its callback blocks.
         on_tick: called in the engine thread after each tick.
         on_fault: called once, with the error, after the engines failed.
     """
@@ -64,11 +64,11 @@ class Batcher:
         self._on_tick, self._on_fault = on_tick, on_fault
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._waiting: dict[int, UNetCall] = {}
-        self._at_modules: dict[int, ModuleCall] = {}
-        self._running = 0  # requests in flight that wait at neither
+        self._waiting_unet_calls: dict[int, UNetCall] = {}
+        self._waiting_module_calls: dict[int, ModuleCall] = {}
+        self._running = 0  # number of requests in flight that wait for no call
         self._closing = False
-        self._thread = threading.Thread(target=self._work, name="offcut-engines", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="offcut-engines", daemon=True)
         self._thread.start()
 
     @property
@@ -93,7 +93,7 @@ class Batcher:
             self._changed.notify()
 
     def execute(self, call: UNetCall | ModuleCall) -> Any:
-        """Wait until the engine thread has made a call, and return its result. Other requests have the turn meanwhile.
+        """Wait until the engine thread has made a call, and return its result. Meanwhile other requests have the turn.
 
         Returns:
             The output of the module; for a UNet call the noise prediction for the call's rows, a new tensor in the
@@ -109,11 +109,11 @@ class Batcher:
             error = self.fault or call.request.stop_error
             if error is None:
                 if isinstance(call, UNetCall):
-                    self._waiting[call.request.key] = call
+                    self._waiting_unet_calls[call.request.key] = call
                 else:
-                    self._at_modules[call.request.key] = call
+                    self._waiting_module_calls[call.request.key] = call
                 self._running -= 1
-                if not self._running or len(self._waiting) + len(self._at_modules) == 1:
+                if not self._running or len(self._waiting_unet_calls) + len(self._waiting_module_calls) == 1:
                     self._changed.notify()
         if error is not None:
             raise copy_of(error)
@@ -129,10 +129,10 @@ class Batcher:
         return _WithoutTurn(self.turn)
 
     def stop(self, request: WorkerRequest, error: RequestError) -> None:
-        """Stop a request from any thread: at once if it waits at the UNet or a module, otherwise at its next call."""
+        """Stop a request, from any thread: at once if it waits for a call, otherwise at its next call."""
         with self._changed:
             request.stop_error = request.stop_error or error
-            call = self._waiting.pop(request.key, None) or self._at_modules.pop(request.key, None)
+            call = self._waiting_unet_calls.pop(request.key, None) or self._waiting_module_calls.pop(request.key, None)
             if call is not None:
                 self._finish(call, copy_of(request.stop_error))
             self._changed.notify()
@@ -147,7 +147,7 @@ class Batcher:
 
     # The engine thread
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         device = self._pair.device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), torch.no_grad():
             while self._wait_for_requests():
@@ -163,27 +163,27 @@ class Batcher:
                         self._changed.wait(self._patience)
 
     def _wait_for_requests(self) -> bool:
-        """Wait until all requests in flight wait at the UNet or a module; return whether there is more to do."""
+        """Wait until all requests in flight wait for a call. Return whether there is more to do."""
         with self._changed:
-            while not self._waiting and not self._at_modules and not self._closing:
+            while not self._waiting_unet_calls and not self._waiting_module_calls and not self._closing:
                 self._changed.wait()
             while self._running and not self._closing:
                 notified = self._changed.wait(self._patience)
                 if not notified and not self.turn.locked():
                     break  # the other requests are not computing either
-            return bool(self._waiting or self._at_modules) or not self._closing
+            return bool(self._waiting_unet_calls or self._waiting_module_calls) or not self._closing
 
     def _tick(self) -> bool:
-        """Make one call if possible; return False if every waiting request waits for memory."""
-        if self._at_modules:
+        """Make one call if possible. Return False if every waiting request waits for memory."""
+        if self._waiting_module_calls:
             self._run_module()
             return True
         begin = time.perf_counter()
         with self._changed:
             ready = self._ready_calls(time.monotonic())
             if not ready:
-                return not self._waiting
-            limits = {call.lane.number: 0 if call.lane.exclusive else call.lane.limit for call in ready.values()}
+                return not self._waiting_unet_calls
+            limits = {call.lane.number: 0 if call.lane.exclusive else call.lane.max_rows for call in ready.values()}
             waiting = [_waiting_call(call) for call in ready.values()]
         pick = self._policy.choose(waiting, limits)
         calls = [ready[key] for key in pick.members]
@@ -192,7 +192,7 @@ class Batcher:
             bound, size = self.lanes.bind(lane, rows)
         except ShapeError as error:
             if len(calls) > 1:
-                lane.limit = rows - 1  # the next choice is a smaller call
+                lane.max_rows = rows - 1  # the next choice is a smaller call
                 return True
             with self._changed:
                 self._withdraw(calls)
@@ -201,7 +201,7 @@ class Batcher:
         with self._changed:
             calls = self._withdraw(calls)
             if len(calls) < len(pick.members):  # one was cancelled just now: choose again
-                self._waiting |= {call.request.key: call for call in calls}
+                self._waiting_unet_calls |= {call.request.key: call for call in calls}
                 return True
             for call in ready.values():
                 call.passed_over += 1
@@ -210,9 +210,9 @@ class Batcher:
 
     def _run_module(self) -> None:
         with self._changed:
-            calls = self._modules.choose(self._at_modules.values()) if self._at_modules else []
+            calls = self._modules.choose(self._waiting_module_calls.values()) if self._waiting_module_calls else []
             for call in calls:
-                del self._at_modules[call.request.key]
+                del self._waiting_module_calls[call.request.key]
         results = self._modules.run(calls) if calls else []
         with self._changed:
             for call, result in zip(calls, results, strict=True):
@@ -224,7 +224,7 @@ class Batcher:
             results = self._engines.run(pick.cut, calls, bound, size)
         except BaseException:
             with self._changed:  # `_fail` gives the error to all waiting calls
-                self._waiting |= {call.request.key: call for call in calls}
+                self._waiting_unet_calls |= {call.request.key: call for call in calls}
             raise
         for call in calls:
             if call.last:
@@ -233,39 +233,39 @@ class Batcher:
             for call, result in zip(calls, results, strict=True):
                 stop_error = call.request.stop_error
                 self._finish(call, result if stop_error is None else copy_of(stop_error))
-        self.log.add_tick(time.perf_counter() - begin, [now - call.arrived for call in calls])
+        self.log.add_call(time.perf_counter() - begin, [now - call.arrived for call in calls])
 
     def _ready_calls(self, now: float) -> dict[int, UNetCall]:
-        """Return the calls that can be made now, by request; expired requests end, others wait for memory."""
-        for call in list(self._waiting.values()):
+        """Return the calls that can be made now, by request. End expired requests; those without memory wait."""
+        for call in list(self._waiting_unet_calls.values()):
             expires = call.request.expires
             if expires is not None and now > expires:
                 call.request.stop_error = DeadlineError(
                     f"the request was not done by its deadline, at step {call.number}: allow more time, or send fewer "
                     "requests at once"
                 )
-                self._finish(self._waiting.pop(call.request.key), copy_of(call.request.stop_error))
-        room = True
+                self._finish(self._waiting_unet_calls.pop(call.request.key), copy_of(call.request.stop_error))
+        has_room = True
         ready = {}
-        for call in sorted(self._waiting.values(), key=lambda call: (call.request.due, call.request.key)):
+        for call in sorted(self._waiting_unet_calls.values(), key=lambda call: (call.request.due, call.request.key)):
             if call.layout:
                 slot = call.request.slot
                 if slot is None or not slot.fits(call.layout):
                     self._release_slot(call.request)
                     try:
-                        call.request.slot = self.pool.take(call.layout) if room else None
+                        call.request.slot = self.pool.take(call.layout) if has_room else None
                     except RequestError as error:
-                        self._finish(self._waiting.pop(call.request.key), error)
+                        self._finish(self._waiting_unet_calls.pop(call.request.key), error)
                         continue
                 if call.request.slot is None:
-                    room = False  # later requests take no slot before this one, or a large request might never get one
+                    has_room = False  # no slot for later requests, or a large request might never get one
                     continue
             ready[call.request.key] = call
         return ready
 
     def _withdraw(self, calls: Sequence[UNetCall]) -> list[UNetCall]:
-        """Take calls out of the waiting ones; return those that were still waiting."""
-        return [call for call in calls if self._waiting.pop(call.request.key, None) is not None]
+        """Remove calls from the waiting calls, and return those that were still waiting."""
+        return [call for call in calls if self._waiting_unet_calls.pop(call.request.key, None) is not None]
 
     def _finish(self, call: UNetCall | ModuleCall, result: Any) -> None:
         self._running += 1
@@ -281,14 +281,14 @@ class Batcher:
         self.fault = EngineFaultError(f"the {self._pair.name} engine failed: {type(error).__name__}: {error}")
         self.fault.__cause__ = error
         with self._changed:
-            for calls in (self._waiting, self._at_modules):
+            for calls in (self._waiting_unet_calls, self._waiting_module_calls):
                 while calls:
                     self._finish(calls.popitem()[1], copy_of(self.fault))
         self._on_fault(self.fault)
 
 
 class _WithoutTurn:
-    """Context that gives the turn away and takes it back."""
+    """Context without the turn: it releases the turn, and takes the turn again at the end."""
 
     def __init__(self, turn: threading.Lock) -> None:
         self._turn = turn

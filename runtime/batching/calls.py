@@ -1,4 +1,4 @@
-"""One engine call for several requests: their rows go in, the engines run, their rows come out, all on the device."""
+"""One engine call for several requests: copies rows into the buffers, runs the engines, and copies the output rows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .request import UNetCall
 from .statistics import CallLog
 
 _Stamp = tuple[int, int, int]
-"""Origin of some rows of a feature buffer: key of the request, index of its full call, number of rows."""
+"""Origin of the rows of one request in a feature buffer: the request's key, index of its full call, number of rows."""
 
 _Predictions = Mapping[str, Coefficients]
-"""Coefficients by which a shallow call predicts its features; features that it reuses are missing."""
+"""Coefficients by which a shallow call predicts features, by feature; features that the call reuses are missing."""
 
 
 class EngineCalls:
-    """Makes the calls of a pair of engines. One thread at a time.
+    """Makes the calls of a pair of engines; only one thread at a time may use it.
 
     Args:
         pair: the engines.
@@ -42,7 +42,7 @@ class EngineCalls:
         """Make one engine call.
 
         Args:
-            cut: cut of a shallow call; None for a full call, after which the slot of each request has its features.
+            cut: cut of a shallow call; None for a full call, which also copies each request's features into its slot.
             calls: members of the call, all of one lane, in the order of their rows.
             bound: the engines with buffers of the lane's shapes.
             size: rows of the buffers; rows beyond those of the members are padding.
@@ -57,17 +57,17 @@ class EngineCalls:
         if cut is not None:
             names = self._cuts[cut]
             predictions = [_predictions(call, names) for call in calls]
-            needed = tuple(
+            needed_stamps = tuple(
                 # A prediction belongs to one call; negative numbers keep it apart from the index of a full call.
                 (call.request.key, -1 - call.number if predicted else call.request.last_full, call.rows)
                 for call, predicted in zip(calls, predictions, strict=True)
             )
-            gathered = any(stamps.get(name) != needed for name in names)
+            gathered = any(stamps.get(name) != needed_stamps for name in names)
             if gathered:  # otherwise the last call of the same requests left the features in place
                 parts = {name: _split_rows(bound.buffers[name], calls, size) for name in names}
                 _gather(parts, calls)
                 _predict(parts, calls, predictions)
-                stamps |= dict.fromkeys(names, needed)
+                stamps |= dict.fromkeys(names, needed_stamps)
         with self._ranges.call(cut is None, more=False), self._log.engine_call(cut, rows, gathered):
             if cut is None:
                 bound.full()
@@ -79,8 +79,8 @@ class EngineCalls:
                 request = call.request
                 request.earlier_full = request.last_full if request.last_full >= 0 else None
                 request.last_full = call.number
-            written = tuple((call.request.key, call.number, call.rows) for call in calls)
-            stamps |= {name: written for names in self._cuts.values() for name in names}
+            new_stamps = tuple((call.request.key, call.number, call.rows) for call in calls)
+            stamps |= {name: new_stamps for names in self._cuts.values() for name in names}
         noise_pred = bound.buffers[self._noise_pred]
         for call in calls:
             call.shared_rows = rows
@@ -114,22 +114,22 @@ def _write_inputs(calls: Sequence[UNetCall], bound: BoundPair, size: int) -> Non
 
 
 def _scatter(calls: Sequence[UNetCall], bound: BoundPair, size: int) -> None:
-    """Copy the features of a full call into the slots; a slot with a forecast keeps the ones before them as well."""
-    fresh = [
+    """Copy the features of a full call into the slots. With a forecast, slots also keep those of the call before."""
+    new_features = [
         (_slot(call).features, name, part)
         for name in dict.fromkeys(name for call in calls for name in call.layout or () if name in bound.buffers)
         for call, part in zip(calls, _split_rows(bound.buffers[name], calls, size), strict=True)
         if call.layout and name in call.layout
     ]
-    older = [(slot[earlier_name(name)], slot[name]) for slot, name, _ in fresh if earlier_name(name) in slot]
-    _copy([target for target, _ in older], [source for _, source in older])
-    _copy([slot[name] for slot, name, _ in fresh], [part for _, _, part in fresh])
+    earlier = [(slot[earlier_name(name)], slot[name]) for slot, name, _ in new_features if earlier_name(name) in slot]
+    _copy([target for target, _ in earlier], [source for _, source in earlier])
+    _copy([slot[name] for slot, name, _ in new_features], [part for _, _, part in new_features])
 
 
 def _gather(parts: Mapping[str, Sequence[torch.Tensor]], calls: Sequence[UNetCall]) -> None:
-    """Copy the features of these requests from their slots into the buffers of a shallow call."""
+    """Copy the features of the requests from their slots into the buffers of a shallow call."""
     _copy(
-        [part for of_feature in parts.values() for part in of_feature],
+        [part for feature_parts in parts.values() for part in feature_parts],
         [_slot(call).features[name] for name in parts for call in calls],
     )
 
@@ -137,12 +137,12 @@ def _gather(parts: Mapping[str, Sequence[torch.Tensor]], calls: Sequence[UNetCal
 def _predict(
     parts: Mapping[str, Sequence[torch.Tensor]], calls: Sequence[UNetCall], predictions: Sequence[_Predictions]
 ) -> None:
-    """Overwrite the features of requests with a forecast by their predictions."""
-    for place, (call, by_name) in enumerate(zip(calls, predictions, strict=True)):
+    """Replace the gathered features by predictions, for the requests that have a forecast."""
+    for index, (call, by_name) in enumerate(zip(calls, predictions, strict=True)):
         for name, coefficients in by_name.items():
             slot = _slot(call).features
-            before = slot[name] if call.request.earlier_full is None else slot[earlier_name(name)]
-            write(parts[name][place], slot[name], before, coefficients)
+            earlier = slot[name] if call.request.earlier_full is None else slot[earlier_name(name)]
+            write(parts[name][index], slot[name], earlier, coefficients)
 
 
 def _slot(call: UNetCall) -> Slot:
@@ -159,6 +159,6 @@ def _split_rows(buffer: torch.Tensor, calls: Sequence[UNetCall], size: int) -> S
 
 
 def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy tensors into tensors; on a GPU in one kernel, or a few, for all."""
+    """Copy each source into its target; on a GPU one kernel, or a few, make all copies."""
     if targets:
         torch._foreach_copy_(list(targets), list(sources))

@@ -17,8 +17,8 @@ from ..bound import BoundPairs
 from ..inputs import timestep_shape
 from .pool import FeatureSpec, Layout, earlier_name
 
-_PADDING = 32
-"""Number of rows by which a call is padded at most, where the engines take certain batch sizes only."""
+_MAX_PADDING = 32
+"""Largest number of padding rows of a call; engines that take certain batch sizes only need padding."""
 
 
 @dataclass(eq=False)
@@ -27,13 +27,13 @@ class Lane:
 
     Attributes:
         number: identifies the lane for policies.
-        exclusive: whether a call serves one request only: its rows depend on one another, or share an input such as a
-            single timestep.
+        exclusive: whether a call serves one request only, because its rows depend on one another or share an input
+            such as the timestep.
         per_row: for each input, the number of entries of its first dimension that belong to a row; inputs that all rows
             share are missing.
-        rest: for each input, its shape behind the first dimension; the whole shape if all rows share the input.
-        fixed: the only batch size that the engines take; None if they take several.
-        limit: largest known batch size of a call; a request with more rows runs alone.
+        rest: for each input, its shape after the first dimension; the whole shape if all rows share the input.
+        fixed_batch: the only batch size that the engines take; None if they take several.
+        max_rows: largest number of rows of a call, as far as is known; a request with more rows runs alone.
         refused: batch sizes that the engines do not take, with the reason.
     """
 
@@ -41,8 +41,8 @@ class Lane:
     exclusive: bool
     per_row: Mapping[str, int]
     rest: Mapping[str, Shape]
-    fixed: int | None
-    limit: int
+    fixed_batch: int | None
+    max_rows: int
     refused: dict[int, ShapeError] = field(default_factory=dict)
 
     def shapes(self, rows: int) -> dict[str, Shape]:
@@ -61,7 +61,7 @@ class Lanes:
         exclusive: whether every request needs calls of its own, because its rows depend on one another.
         max_batch: largest batch size of an engine call; the batch sizes that the engines take are found by trying.
         batch_sizes: batch sizes to pad calls to; None for any.
-        max_bound: number of sets of shapes for which buffers are kept.
+        max_bound: largest number of sets of input shapes for which buffers are kept.
     """
 
     def __init__(
@@ -76,22 +76,22 @@ class Lanes:
         self._pair = pair
         self._exclusive = exclusive
         self._max_batch = max_batch
-        self._sizes = tuple(sorted(batch_sizes)) if batch_sizes else None
+        self._batch_sizes = tuple(sorted(batch_sizes)) if batch_sizes else None
         self._lanes: dict[Hashable, Lane] = {}
         self._numbers = itertools.count()
         self._bound = BoundPairs(max_bound)
         batch = pair.inputs[SAMPLE].shape[0]
-        self._symbol = batch if isinstance(batch, str) else None
-        self._fixed = batch if isinstance(batch, int) else None
+        self._batch_symbol = batch if isinstance(batch, str) else None
+        self._fixed_batch = batch if isinstance(batch, int) else None
 
     def lane_for(self, tensors: Mapping[str, torch.Tensor]) -> Lane:
-        """Return the lane of a request with these inputs, which leave out the timestep.
+        """Return the lane of a request with these inputs (without the timestep).
 
         Raises:
             ShapeError: the engines do not take these shapes.
         """
         rows = tensors[SAMPLE].shape[0]
-        size = self._fixed or rows
+        size = self._fixed_batch or rows
         specs = self._pair.inputs
         sample = (size, *tensors[SAMPLE].shape[1:])
         per_row, rest = {}, {}
@@ -100,7 +100,7 @@ class Lanes:
                 shape, batch = tuple(tensors[name].shape), rows
             elif name == "timestep":
                 shape, batch = timestep_shape(specs, size), size
-            else:  # residuals that the pipeline did not pass
+            else:  # residuals of an adapter that the pipeline did not pass
                 shape, batch = spec.resolve(solve({SAMPLE: specs[SAMPLE]}, {SAMPLE: sample})), size
             if self._has_rows(spec):
                 per_row[name], rest[name] = shape[0] // batch, shape[1:]
@@ -114,28 +114,28 @@ class Lanes:
             exclusive = (
                 self._exclusive or "timestep" not in per_row or not all(self._has_rows(spec) for spec in outputs)
             )
-            limit = self._fixed or self._max_batch
-            lane = Lane(next(self._numbers), exclusive, per_row, rest, self._fixed, limit)
+            max_rows = self._fixed_batch or self._max_batch
+            lane = Lane(next(self._numbers), exclusive, per_row, rest, self._fixed_batch, max_rows)
             solve(specs, lane.shapes(size))
             self._lanes[key] = lane
         return self._lanes[key]
 
-    def layout(self, lane: Lane, features: Sequence[str], rows: int, *, twice: bool = False) -> Layout:
+    def layout(self, lane: Lane, features: Sequence[str], rows: int, *, keep_earlier: bool = False) -> Layout:
         """Return the features that a request keeps for its shallow calls.
 
         Args:
             features: names of the features that the shallow calls read.
             rows: number of rows of the request.
-            twice: keep the features of the last two full calls, for a forecast.
+            keep_earlier: keep the features of the last two full calls, as a forecast needs, not only of the last one.
         """
-        size = self._fixed or rows
+        size = self._fixed_batch or rows
         dims = solve(self._pair.inputs, lane.shapes(size))
         layout = {}
         for name in features:
             spec = self._pair.outputs[name]
             first, *others = spec.resolve(dims)
             layout[name] = FeatureSpec((first // size * rows, *others), spec.torch_dtype())
-        return layout | {earlier_name(name): spec for name, spec in layout.items()} if twice else layout
+        return layout | {earlier_name(name): spec for name, spec in layout.items()} if keep_earlier else layout
 
     def bind(self, lane: Lane, rows: int) -> tuple[BoundPair, int]:
         """Return engines bound to buffers for at least this number of rows, and the number of rows of the buffers.
@@ -157,22 +157,24 @@ class Lanes:
         self._bound.close()
 
     def _sizes_to_try(self, lane: Lane, rows: int) -> Iterator[int]:
-        if lane.fixed is not None:
-            if rows > lane.fixed:
-                lane.refused[rows] = ShapeError(f"these engines take {lane.fixed} rows a call, and this one has {rows}")
+        if lane.fixed_batch is not None:
+            if rows > lane.fixed_batch:
+                lane.refused[rows] = ShapeError(
+                    f"these engines take {lane.fixed_batch} rows a call, and this call has {rows}"
+                )
             else:
-                yield lane.fixed
+                yield lane.fixed_batch
             return
-        sizes = [size for size in self._sizes or () if size >= rows]
+        sizes = [size for size in self._batch_sizes or () if size >= rows]
         yield from sizes or [rows]
-        yield from range(rows, min(self._max_batch, rows + _PADDING) + 1)
+        yield from range(rows, min(self._max_batch, rows + _MAX_PADDING) + 1)
 
     def _has_rows(self, spec: TensorSpec) -> bool:
         """Return whether each row of a batch has its own part of this tensor."""
         if not spec.shape or spec.name == SCALE:
             return False
         first = spec.shape[0]
-        if self._symbol is not None:
-            return isinstance(first, str) and self._symbol in factors(first).symbols
-        assert self._fixed is not None
-        return isinstance(first, int) and first % self._fixed == 0
+        if self._batch_symbol is not None:
+            return isinstance(first, str) and self._batch_symbol in factors(first).symbols
+        assert self._fixed_batch is not None
+        return isinstance(first, int) and first % self._fixed_batch == 0

@@ -1,4 +1,4 @@
-"""Calls of text encoders and the autoencoder, shared like those of the engines: calls that wait together become one."""
+"""Shared calls of text encoders and the autoencoder: calls that wait at the same time become one call."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .request import WorkerRequest
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
-POSITIONS = 2 * 64 * 64
-"""Limit of latent positions, or tokens, in one call: two images of 512x512, which bounds the memory of decoding."""
+MAX_POSITIONS = 2 * 64 * 64
+"""Most latent positions, or tokens, of a shared call: two images of 512x512. This bounds the memory of decoding."""
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
 @dataclass(eq=False)
 class ModuleCall:
-    """A call of a module by a request, which waits to be made.
+    """A request's call of a module, which waits for the engine thread.
 
     Attributes:
-        key: calls with the same key can be made as one.
-        forward: function that takes the tensors by name, and the options.
+        key: calls with the same key can share a call.
+        forward: function that makes the call; it takes the tensors by name, and the options.
         tensors: arguments to concatenate, each [rows, ...].
         options: the other arguments.
         rows: batch size.
@@ -53,17 +53,17 @@ class ModuleCalls:
         self._not_shareable: set[Hashable] = set()  # keys of calls that failed together
 
     def choose(self, waiting: Iterable[ModuleCall]) -> list[ModuleCall]:
-        """Return the calls to make next: the one that is due first, and calls with the same key while there is room."""
+        """Return the calls to make next: the one that is due first, and others with its key while there is room."""
         first, *others = sorted(waiting, key=lambda call: (call.request.due, call.request.key))
         chosen, positions = [first], first.positions
         for call in others if first.key not in self._not_shareable else ():
-            if call.key == first.key and positions + call.positions <= POSITIONS:
+            if call.key == first.key and positions + call.positions <= MAX_POSITIONS:
                 chosen.append(call)
                 positions += call.positions
         return chosen
 
     def run(self, calls: Sequence[ModuleCall]) -> list[Any]:
-        """Make the calls as one, or one by one where that fails.
+        """Make the calls as one shared call, or one by one if the shared call fails.
 
         Returns:
             For each call its output, or the exception that it raised.
@@ -72,7 +72,7 @@ class ModuleCalls:
             tensors = {name: torch.cat([call.tensors[name] for call in calls]) for name in calls[0].tensors}
             try:
                 return _split(calls[0].forward(**tensors, **calls[0].options), [call.rows for call in calls])
-            except Exception:  # of one call, whose sender gets it, or of all together, e.g. a batch beyond a profile
+            except Exception:  # one call is wrong, or the batch is too large
                 results = [result for call in calls for result in self.run([call])]
                 if not any(isinstance(result, Exception) for result in results):
                     self._not_shareable.add(calls[0].key)
@@ -99,9 +99,9 @@ class SharedModules:
         """Replace the text encoders and the autoencoder of a pipeline by shared copies with the same layers."""
         for name in TEXT_ENCODERS:
             if isinstance(module := getattr(pipe, name, None), torch.nn.Module):
-                setattr(pipe, name, self._shared(module, _SharedTextEncoder, "forward"))
+                setattr(pipe, name, self._shared_copy(module, _SharedTextEncoder, "forward"))
         if isinstance(vae := getattr(pipe, "vae", None), AutoencoderKL | AutoencoderTiny):
-            pipe.vae = self._shared(vae, _SharedDecoder, "decode")
+            pipe.vae = self._shared_copy(vae, _SharedDecoder, "decode")
 
     def call(
         self, module: object, forward: Callable[..., Any], tensors: Mapping[str, torch.Tensor], options: dict[str, Any]
@@ -118,13 +118,13 @@ class SharedModules:
             tensors=tensors,
             options=options,
             rows=len(first),
-            # The channels of an image do not count.
+            # Channels of latents do not count.
             positions=len(first) * first[0].numel() // (first.shape[1] if first.dim() == 4 else 1),
         )
         return self._execute(call)
 
-    def _shared(self, module: _Module, mixin: type, method: str) -> _Module:
-        shared = copy.copy(module)  # with the same layers
+    def _shared_copy(self, module: _Module, mixin: type, method: str) -> _Module:
+        shared = copy.copy(module)  # it has the same layers
         shared.__class__ = override_method(type(module), mixin, method, "shared_call")  # type: ignore[arg-type]  # types are hashable
         shared.__dict__["_offcut_shared"] = self, module
         return shared
@@ -165,7 +165,7 @@ class _SharedDecoder:
 
 
 def _split(output: Any, rows: Sequence[int]) -> list[Any]:
-    """Return each call's part of the output for all calls.
+    """Split the output of a shared call into the outputs of its calls.
 
     Raises:
         TypeError: some part of the output is neither a tensor with all rows nor a container of such tensors.
@@ -176,7 +176,7 @@ def _split(output: Any, rows: Sequence[int]) -> list[Any]:
         return [part.clone() for part in torch.split(output, list(rows))]  # a view would keep the memory of all rows
     if isinstance(output, Mapping):  # an output class of transformers or diffusers
         parts = {name: _split(value, rows) for name, value in output.items()}
-        return [type(output)(**{name: part[place] for name, part in parts.items()}) for place in range(len(rows))]
+        return [type(output)(**{name: part[index] for name, part in parts.items()}) for index in range(len(rows))]
     if isinstance(output, tuple | list):
         return [type(output)(part) for part in zip(*(_split(value, rows) for value in output), strict=True)]
     raise TypeError(f"{type(output).__name__} has no rows to split")

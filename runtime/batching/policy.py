@@ -24,7 +24,7 @@ class WaitingCall:
         lane: number of the lane; calls of one lane have inputs of the same shapes and can share an engine call.
         cut: cut of a shallow call; None for a full call.
         rows: batch size of the inputs; with guidance, two rows for each image.
-        due: time at which the request is due, in seconds; any clock will do if all calls use the same one.
+        due: time at which the request is due, in seconds, on a clock that all calls share.
         passed_over: number of engine calls made while this call waited.
     """
 
@@ -82,13 +82,13 @@ class Policy:
             leader = min(waiting, key=lambda call: (call.due, call.key))
         candidates = [call for call in waiting if (call.lane, call.cut) == (leader.lane, leader.cut)]
         members, rows = [leader.key], leader.rows
-        for call in sorted((call for call in candidates if call is not leader), key=self._order):
+        for call in sorted((call for call in candidates if call is not leader), key=self._join_order):
             if rows + call.rows <= limits[leader.lane]:
                 members.append(call.key)
                 rows += call.rows
-        # Sorted by key, so that the same members find their features where the last call left them.
+        # Sorted by key: if the members stay the same, their features stay in place in the buffers.
         return Pick(leader.lane, leader.cut, tuple(sorted(members)))
 
-    def _order(self, call: WaitingCall) -> tuple[int, float, int]:
+    def _join_order(self, call: WaitingCall) -> tuple[int, float, int]:
         """Sort key of the calls that may join: starved ones first, then by deadline."""
         return (-call.passed_over if call.passed_over >= self.bound else 0, call.due, call.key)

@@ -32,7 +32,7 @@ Layout = Mapping[str, FeatureSpec]
 
 
 def earlier_name(feature: str) -> str:
-    """Return the name, in a slot, of the feature as the full call before the last one left it."""
+    """Return the name under which a slot keeps this feature of the full call before the last one."""
     return f"{feature}, before"
 
 

@@ -87,7 +87,7 @@ class UNetCall:
         cut: cut of a shallow call; None for a full call.
         number: index of the call in its request, from 0.
         layout: features to keep after a full call; None for a shallow call, or if no shallow call follows.
-        last: whether no call follows.
+        last: whether the request makes no engine call after this one.
         arrived: time at which the call began to wait, on ``time.monotonic``.
         passed_over: number of engine calls made while this call waited.
     """
@@ -104,7 +104,7 @@ class UNetCall:
     arrived: float
     passed_over: int = 0
     shared_rows: int = 0
-    """Number of rows of the engine call that this call was part of, once it was made."""
+    """Number of rows of the shared engine call, once it was made."""
     result: torch.Tensor | Exception | None = None
     done: threading.Event = field(default_factory=threading.Event)
 

@@ -1,4 +1,4 @@
-"""A request runner: it runs one pipeline call after another in its thread."""
+"""A request runner, which runs one pipeline call after another in its thread."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from .shared_unet import SharedUNet
 
 
 class RequestRunner:
-    """Pipelines that share all modules of the worker's pipeline but have a scheduler and a ``SharedUNet`` of their own.
+    """Runs pipeline calls with copies of the worker's pipeline.
+
+    The copies share all modules except for the scheduler and the UNet, which is a ``SharedUNet``.
 
     Args:
         pipe: the worker's pipeline.

@@ -42,7 +42,7 @@ class SharedUNet(BaseUNet):
         self._request: WorkerRequest | None = None
 
     def set_request(self, request: WorkerRequest | None) -> None:
-        """Make the calls from now on belong to this request; None between requests.
+        """Set the request to which the following calls belong; None between requests.
 
         Raises:
             CutError: the engines do not have the request's cut.
@@ -71,10 +71,10 @@ class SharedUNet(BaseUNet):
         if not full and generation.skips(number):
             if request.stop_error is not None:
                 raise copy_of(request.stop_error)
-            repeated = self._skipped(generation)
+            prediction = self._skipped(generation)
             self._end_call(generation, full, rows=0)
-            return repeated
-        later_full = None  # of the later calls that run an engine, whether each is full
+            return prediction
+        later_full = None  # for each later call that runs an engine: whether the call is full
         if plan is not None:
             later = range(number + 1, len(plan))
             later_full = tuple(plan[call] for call in later if plan[call] or not generation.skips(call))
@@ -106,8 +106,8 @@ class SharedUNet(BaseUNet):
                 self._request.on_step(Step(number, None if plan is None else len(plan), full, rows))
 
     def _layout(self, lane: Lane, rows: int) -> Layout:
-        """Return the layout of the slot.
+        """Return the layout of the request's slot.
 
-        It is the same at all full calls of a request: another slot would lack the features of the full call before.
+        All full calls of a request have the same layout: a new slot would lose the features of the full call before.
         """
-        return self._batcher.lanes.layout(lane, self.scheduled_features, rows, twice=self.forecast is not None)
+        return self._batcher.lanes.layout(lane, self.scheduled_features, rows, keep_earlier=self.forecast is not None)

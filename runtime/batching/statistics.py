@@ -38,12 +38,12 @@ class Statistics:
         healthy: whether the engines work; ``fault`` says why they do not.
         queued, in_flight: current number of requests.
         slots, cache_bytes, cache_limit: current use of the memory for cached features.
-        ticks: engine calls by kind and number of rows (without padding), with the engines' own seconds.
-        overhead: ticks, with the seconds that each took in addition to its engine call.
-        gathers, gathers_skipped: shallow calls whose features were copied in, or were already in place.
-        queue_waits: requests, with the seconds from submission until work began.
-        step_waits: UNet calls, with the seconds until their engine call began.
-        requests: finished requests by outcome (done, failed, cancelled, expired, fault), with the seconds from
+        ticks: engine calls by kind and number of rows (without padding), with the time inside the engines.
+        overhead: engine calls, with the time that the engine thread spent on each outside the engines.
+        gathers, gathers_skipped: shallow calls whose features were copied into the buffers, or were already there.
+        queue_waits: started requests, with the time from submission to start.
+        step_waits: UNet calls, with the time that each waited for its engine call.
+        requests: finished requests by outcome (done, failed, cancelled, expired, fault), with the time from
             submission to end.
         rejected: requests that were refused on submission.
     """
@@ -74,7 +74,7 @@ class Statistics:
 class CallLog:
     """Counts and times of engine calls. The engine thread writes them; any thread may read them.
 
-    On a GPU the time of a call is read from events after the device has passed them, so that no thread waits.
+    On a GPU, events measure the time. They are read when the device has passed them, so no thread waits for it.
 
     Args:
         cuda: whether the engines run on a GPU.
@@ -82,7 +82,9 @@ class CallLog:
 
     def __init__(self, cuda: bool) -> None:
         self._cuda = cuda
-        self._pending: deque[tuple[Any, Any, Callable[[float], None]]] = deque()  # begin, end, what to do with the time
+        self._pending: deque[tuple[Any, Any, Callable[[float], None]]] = (
+            deque()
+        )  # begin, end, function that takes the seconds
         self._lock = threading.Lock()
         self._ticks: dict[tuple[CallKind, int], Total] = {}
         self._overhead = Total()
@@ -99,29 +101,29 @@ class CallLog:
             rows: number of rows without padding.
             gathered: whether the features had to be copied in; None for a full call.
         """
-        begin, host_begin = self._mark(), time.perf_counter()
+        begin, host_begin = self._now(), time.perf_counter()
         yield
-        end = self._mark()
+        end = self._now()
         self._engine_seconds = time.perf_counter() - host_begin
         with self._lock:
             self._gathers += gathered is True
             self._gathers_skipped += gathered is False
 
-        def add(seconds: float) -> None:
+        def add_seconds(seconds: float) -> None:
             kind: CallKind = "full" if cut is None else "shallow"
             with self._lock:
                 self._ticks[kind, rows] = self._ticks.get((kind, rows), Total()).plus(seconds)
 
         if self._cuda:
-            self._pending.append((begin, end, add))
+            self._pending.append((begin, end, add_seconds))
             while self._pending and self._pending[0][1].query():
-                first, last, add_passed = self._pending.popleft()
-                add_passed(first.elapsed_time(last) / 1000)
+                earlier_begin, earlier_end, add_earlier = self._pending.popleft()
+                add_earlier(earlier_begin.elapsed_time(earlier_end) / 1000)
         else:
-            add(end - begin)
+            add_seconds(end - begin)
 
-    def add_tick(self, seconds: float, waits: Sequence[float]) -> None:
-        """Add a finished tick: its seconds on the host, and how long each of its members had waited."""
+    def add_call(self, seconds: float, waits: Sequence[float]) -> None:
+        """Add a finished engine call: its time on the host, and the time that each of its members had waited."""
         with self._lock:
             self._overhead = self._overhead.plus(seconds - self._engine_seconds)
             for wait in waits:
@@ -139,7 +141,7 @@ class CallLog:
                 step_waits=self._step_waits,
             )
 
-    def _mark(self) -> Any:
+    def _now(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
         import torch

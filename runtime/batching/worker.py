@@ -1,4 +1,4 @@
-"""``Worker``: runs many requests at once on one pair of engines, whose calls they share step by step."""
+"""``Worker``: runs many requests at once on one pair of engines. The requests share engine calls step by step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .runner import RequestRunner
 from .statistics import Statistics, Total
 
 HORIZON = 60.0
-"""Seconds from submission after which a request without a deadline counts as due."""
+"""Time from submission to the due time of a request without a deadline, in seconds."""
 
 
 class Worker:
@@ -95,8 +95,8 @@ class Worker:
         ):
             if value < minimum:
                 raise UserError(f"a worker's {name} is at least {minimum}, not {value}")
-        self._owns = not hasattr(pipe, "unet")
-        self._pipe: Any = load(pipe, **options) if self._owns else pipe
+        self._owns_pipe = not hasattr(pipe, "unet")
+        self._pipe: Any = load(pipe, **options) if self._owns_pipe else pipe
         unet = self._pipe.unet
         if not isinstance(unet, UNet):
             raise UserError(
@@ -213,12 +213,12 @@ class Worker:
 
     def _admit(self, deadline: float | None = None) -> None:
         try:
-            self._check(deadline)
+            self._check_admission(deadline)
         except (RequestError, EngineFaultError):
             self._rejected += 1
             raise
 
-    def _check(self, deadline: float | None) -> None:
+    def _check_admission(self, deadline: float | None) -> None:
         if self._fault is not None:
             raise copy_of(self._fault)
         if self._draining or self._closed:
@@ -280,7 +280,7 @@ class Worker:
         return self._batcher.log.fill(statistics)
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests, and wait for the present ones; return whether all finished within the timeout."""
+        """Refuse new requests, and wait for the present ones. Return whether all finished within the timeout."""
         with self._changed:
             self._draining = True
             return self._changed.wait_for(lambda: not self._queue and not self._in_flight, timeout)
@@ -306,7 +306,7 @@ class Worker:
             thread.join()
         self._batcher.close()
         self.unet.take_back()
-        if self._owns:
+        if self._owns_pipe:
             self.unet.close()
 
     def __enter__(self) -> Worker:
@@ -318,15 +318,15 @@ class Worker:
     # The threads of the request runners
 
     def _serve(self, runner: RequestRunner) -> None:
-        while (request := self._next()) is not None:
+        while (request := self._next_request()) is not None:
             output, error = None, None
             try:
                 output = runner.run(request)
-            except BaseException as raised:  # concerns this request only; its sender gets it
+            except BaseException as raised:  # only the sender of this request gets it
                 error = raised
             self._finish(request, output, error)
 
-    def _next(self) -> WorkerRequest | None:
+    def _next_request(self) -> WorkerRequest | None:
         with self._changed:
             while True:
                 while not self._queue and not self._closed:
@@ -352,7 +352,7 @@ class Worker:
             request.future.set_exception(error)
 
     def _end_queued(self, request: WorkerRequest, error: Exception) -> None:
-        """End a request that was taken out of the queue."""
+        """End a request that was removed from the queue."""
         if request.future.set_running_or_notify_cancel():
             with self._changed:
                 self._count(request, error)
@@ -364,7 +364,7 @@ class Worker:
         self._finished[outcome] = self._finished.get(outcome, Total()).plus(time.monotonic() - request.submitted)
 
     def _withdraw(self, matches: Callable[[WorkerRequest], bool]) -> list[WorkerRequest]:
-        """Take matching requests out of the queue, and return them."""
+        """Remove matching requests from the queue, and return them."""
         withdrawn = [request for _, _, request in self._queue if matches(request)]
         if withdrawn:
             self._queue = [entry for entry in self._queue if not matches(entry[2])]

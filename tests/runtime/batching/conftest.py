@@ -17,8 +17,8 @@ RequestArguments = dict[str, Any]
 
 
 @pytest.fixture(scope="package")
-def shared(tiny_bundle: Path) -> Iterator[Any]:
-    """Pipeline that no worker uses between tests."""
+def shared_pipe(tiny_bundle: Path) -> Iterator[Any]:
+    """Pipeline for the workers of all tests; between tests no worker uses it."""
     pipe: Any = offcut.load(tiny_bundle, "onnxruntime", threads=1)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.advise = False
@@ -27,10 +27,10 @@ def shared(tiny_bundle: Path) -> Iterator[Any]:
 
 
 @pytest.fixture
-def alone(shared: Any) -> Callable[..., torch.Tensor]:
+def latents_alone(shared_pipe: Any) -> Callable[..., torch.Tensor]:
     """Function that returns the latents of a request without a worker."""
 
-    def run(request: RequestArguments, pipe: Any = shared) -> torch.Tensor:
+    def run(request: RequestArguments, pipe: Any = shared_pipe) -> torch.Tensor:
         before = pipe.scheduler
         pipe.scheduler = request.get("scheduler") or before
         pipe.unet.set_schedule(request.get("schedule"), request.get("cut"), request.get("forecast"))
@@ -47,8 +47,10 @@ def alone(shared: Any) -> Callable[..., torch.Tensor]:
 
 @pytest.fixture
 def send() -> Callable[..., Ticket]:
-    def submit(worker: Worker, request: RequestArguments, **more: Any) -> Ticket:
-        return worker.submit(**{**request, "arguments": _arguments(request), **more})
+    """Function that submits a request to a worker."""
+
+    def submit(worker: Worker, request: RequestArguments, **overrides: Any) -> Ticket:
+        return worker.submit(**{**request, "arguments": _arguments(request), **overrides})
 
     return submit
 

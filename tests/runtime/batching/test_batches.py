@@ -31,7 +31,7 @@ from offcut.runtime.generation.schedule import Quad, Uniform
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' use of NumPy
 
-Alone = Callable[..., torch.Tensor]
+LatentsAlone = Callable[..., torch.Tensor]
 Send = Callable[..., Ticket]
 
 SCHEDULERS = [
@@ -64,7 +64,7 @@ class Alternating(Uniform):
         return self.cuts[call % 2]
 
 
-BOUND = 1e-5
+TOLERANCE = 1e-5
 """Largest difference of latents, relative to the largest latent: ONNX Runtime rounds a single row differently."""
 
 
@@ -76,23 +76,23 @@ XL_EMBEDS = {
 }
 
 
-def mix(pipe: Any, seed: int, count: int) -> list[dict[str, Any]]:
+def random_requests(pipe: Any, seed: int, count: int) -> list[dict[str, Any]]:
     """Return requests that differ in everything that may differ between the members of a call."""
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     return [
         {
             "arguments": {
-                "prompt": [" ".join(draw.choices("abcdefgh", k=draw.randint(1, 6)))] * draw.choice([1, 1, 1, 2]),
+                "prompt": [" ".join(rng.choices("abcdefgh", k=rng.randint(1, 6)))] * rng.choice([1, 1, 1, 2]),
                 "negative_prompt": None,
-                "num_inference_steps": draw.randint(2, 9),
-                "guidance_scale": draw.choice([1.0, 3.0, 7.5]),
-                "seed": draw.randrange(1000),
-                **draw.choice([{}, {}, {"height": 32, "width": 96}]),
+                "num_inference_steps": rng.randint(2, 9),
+                "guidance_scale": rng.choice([1.0, 3.0, 7.5]),
+                "seed": rng.randrange(1000),
+                **rng.choice([{}, {}, {"height": 32, "width": 96}]),
             },
-            "schedule": draw.choice([None, Uniform(2), Uniform(3, warmup=2), Quad(2, center=1), Uniform(5)]),
-            "cut": draw.choice(["deepcache:0", "deepcache:1"]),
-            "forecast": draw.choice([None, Extrapolate(0.5), Extrapolate(1.0), Corrected()]),
-            "scheduler": draw.choice(SCHEDULERS).from_config(pipe.scheduler.config, skip_prk_steps=True),
+            "schedule": rng.choice([None, Uniform(2), Uniform(3, warmup=2), Quad(2, center=1), Uniform(5)]),
+            "cut": rng.choice(["deepcache:0", "deepcache:1"]),
+            "forecast": rng.choice([None, Extrapolate(0.5), Extrapolate(1.0), Corrected()]),
+            "scheduler": rng.choice(SCHEDULERS).from_config(pipe.scheduler.config, skip_prk_steps=True),
         }
         for _ in range(count)
     ]
@@ -107,20 +107,22 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max())
 
 
-def test_each_request_of_a_random_mix_gives_the_same_image_as_alone(shared: Any, alone: Alone, send: Send) -> None:
+def test_each_of_several_random_requests_gives_the_same_image_as_alone(
+    shared_pipe: Any, latents_alone: LatentsAlone, send: Send
+) -> None:
     for seed in range(3):
-        own_cuts = [
+        alternating = [
             {"arguments": {"seed": number}, "schedule": Alternating(4), "cut": "deepcache:1", "forecast": forecast}
             for number, forecast in enumerate([None, Corrected()])
         ]
-        requests = [*mix(shared, seed, 9), *own_cuts]
-        expected = [alone(request) for request in requests]
-        with Worker(shared, max_in_flight=6, policy=Policy(bound=4), max_batch=8) as worker:
+        requests = [*random_requests(shared_pipe, seed, 9), *alternating]
+        expected = [latents_alone(request) for request in requests]
+        with Worker(shared_pipe, max_in_flight=6, policy=Policy(bound=4), max_batch=8) as worker:
             tickets = [send(worker, request) for request in requests]
             images = [ticket.future.result().images for ticket in tickets]
             statistics = worker.statistics()
         worst = max(difference(*pair) for pair in zip(images, expected, strict=True))
-        assert worst <= BOUND
+        assert worst <= TOLERANCE
         assert statistics.mean_rows > 2.5  # a request alone has 1, 2 or 4
         assert max(rows for _, rows in statistics.ticks) <= 8
         assert {kind for kind, _ in statistics.ticks} == {"full", "shallow"}
@@ -128,11 +130,13 @@ def test_each_request_of_a_random_mix_gives_the_same_image_as_alone(shared: Any,
         assert statistics.requests["done"].count == len(requests)
 
 
-def test_equal_requests_give_the_same_images_as_alone_bit_for_bit(shared: Any, alone: Alone, send: Send) -> None:
+def test_equal_requests_give_the_same_images_as_alone_bit_for_bit(
+    shared_pipe: Any, latents_alone: LatentsAlone, send: Send
+) -> None:
     """With two rows or more, ONNX Runtime's rounding does not depend on the number of rows."""
     requests = [{"arguments": {"seed": seed}, "schedule": Uniform(3)} for seed in range(5)]
-    expected = [alone(request) for request in requests]
-    with Worker(shared) as worker:
+    expected = [latents_alone(request) for request in requests]
+    with Worker(shared_pipe) as worker:
         tickets = [send(worker, request) for request in requests]
         for ticket, latents in zip(tickets, expected, strict=True):
             assert torch.equal(ticket.future.result().images, latents)
@@ -141,15 +145,17 @@ def test_equal_requests_give_the_same_images_as_alone_bit_for_bit(shared: Any, a
     assert statistics.gathers_skipped > 0
 
 
-def test_a_forecast_keeps_the_features_of_two_full_steps(shared: Any, alone: Alone, send: Send) -> None:
+def test_a_forecast_keeps_the_features_of_two_full_calls(
+    shared_pipe: Any, latents_alone: LatentsAlone, send: Send
+) -> None:
     """The slot is twice as large, and the image is that of the request alone, bit for bit."""
     plain = {"arguments": {"seed": 1}, "schedule": Uniform(3)}
-    predicted = {**plain, "forecast": Extrapolate(1.0)}
-    expected = [alone(plain), alone(predicted)]
+    with_forecast = {**plain, "forecast": Extrapolate(1.0)}
+    expected = [latents_alone(plain), latents_alone(with_forecast)]
     assert not torch.equal(*expected)
     sizes = []
-    with Worker(shared) as worker:
-        requests = (plain, predicted)
+    with Worker(shared_pipe) as worker:
+        requests = (plain, with_forecast)
         tickets = [
             send(worker, request, on_step=lambda _: sizes.append(worker.statistics().cache_bytes))
             for request in requests
@@ -160,7 +166,9 @@ def test_a_forecast_keeps_the_features_of_two_full_steps(shared: Any, alone: Alo
 
 
 @pytest.mark.parametrize("forecast", [None, Extrapolate(1.0), Corrected()], ids=str)
-def test_calls_have_cuts_of_their_own(forecast: Forecast | None, shared: Any, alone: Alone, send: Send) -> None:
+def test_calls_have_cuts_of_their_own(
+    forecast: Forecast | None, shared_pipe: Any, latents_alone: LatentsAlone, send: Send
+) -> None:
     """A slot has the features of all cuts of its request, each once, and calls at the same cut are shared."""
     requests = [
         {
@@ -171,27 +179,27 @@ def test_calls_have_cuts_of_their_own(forecast: Forecast | None, shared: Any, al
         }
         for seed, cut in enumerate(["mlperf", "deepcache:2", "mlperf"])
     ]
-    expected = [alone(request) for request in requests]
-    buffers = shared.unet.bound.buffers
-    names = [shared.unet.cut_features[cut] for cut in ("deepcache:0", "mlperf")]
+    expected = [latents_alone(request) for request in requests]
+    buffers = shared_pipe.unet.bound.buffers
+    names = [shared_pipe.unet.cut_features[cut] for cut in ("deepcache:0", "mlperf")]
     slot_bytes = sum(buffers[name].nbytes for name in {name for features in names for name in features})
     sizes = []
-    with Worker(shared) as worker:
+    with Worker(shared_pipe) as worker:
         tickets = [send(worker, request) for request in requests]
         for ticket, latents in zip(tickets, expected, strict=True):
-            assert difference(ticket.future.result().images, latents) <= BOUND
+            assert difference(ticket.future.result().images, latents) <= TOLERANCE
         assert max(rows for _, rows in worker.statistics().ticks) > 2
         assert worker.statistics().cache_bytes == 0
         send(worker, requests[0], on_step=lambda _: sizes.append(worker.statistics().cache_bytes)).future.result()
     assert max(sizes) == slot_bytes * (1 if forecast is None else 2)
 
 
-def test_openvino_keeps_requests_apart(tiny_bundle: Path, alone: Alone, send: Send) -> None:
+def test_openvino_keeps_requests_apart(tiny_bundle: Path, latents_alone: LatentsAlone, send: Send) -> None:
     pipe: Any = offcut.load(tiny_bundle, "openvino", threads=1)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.advise = False
-    requests = mix(pipe, 7, 5)
-    expected = [alone(request, pipe) for request in requests]
+    requests = random_requests(pipe, 7, 5)
+    expected = [latents_alone(request, pipe) for request in requests]
     with Worker(pipe) as worker:
         tickets = [send(worker, request) for request in requests]
         worst = max(
@@ -204,49 +212,53 @@ def test_openvino_keeps_requests_apart(tiny_bundle: Path, alone: Alone, send: Se
 
 @pytest.mark.parametrize("sizes", [(8,), (4, 16)])
 def test_padding_changes_nothing(
-    sizes: tuple[int, ...], shared: Any, alone: Alone, send: Send, monkeypatch: pytest.MonkeyPatch
+    sizes: tuple[int, ...], shared_pipe: Any, latents_alone: LatentsAlone, send: Send, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made_sizes, run = set(), EngineCalls.run
+    called_sizes, run = set(), EngineCalls.run
 
     def recording(self: EngineCalls, cut: str | None, calls: Any, bound: Any, size: int) -> list[torch.Tensor]:
-        made_sizes.add(size)
+        called_sizes.add(size)
         return run(self, cut, calls, bound, size)
 
     monkeypatch.setattr(EngineCalls, "run", recording)
     requests = [{"arguments": {"seed": seed}, "schedule": Uniform(2)} for seed in range(3)]
-    expected = [alone(request) for request in requests]
-    with Worker(shared, batch_sizes=sizes) as worker:
+    expected = [latents_alone(request) for request in requests]
+    with Worker(shared_pipe, batch_sizes=sizes) as worker:
         tickets = [send(worker, request) for request in requests]
         assert all(
-            difference(ticket.future.result().images, latents) <= BOUND
+            difference(ticket.future.result().images, latents) <= TOLERANCE
             for ticket, latents in zip(tickets, expected, strict=True)
         )
-    assert made_sizes
-    assert made_sizes <= set(sizes)
+    assert called_sizes
+    assert called_sizes <= set(sizes)
 
 
-@pytest.mark.parametrize("taken", [{2}, {4}, {2, 4}, {1, 2, 3, 4, 5, 6}])
-def test_engines_that_take_some_batch_sizes_only(
-    taken: set[int], shared: Any, alone: Alone, send: Send, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("supported_sizes", [{2}, {4}, {2, 4}, {1, 2, 3, 4, 5, 6}])
+def test_engines_that_support_certain_batch_sizes_only(
+    supported_sizes: set[int],
+    shared_pipe: Any,
+    latents_alone: LatentsAlone,
+    send: Send,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Calls are made smaller or padded to a batch size that the engines take, as with static profiles."""
+    """Calls are split, or padded, to batch sizes that the engines support, as with static profiles."""
     requests = [{"arguments": {"seed": seed}, "schedule": Uniform(2)} for seed in range(4)]
-    expected = [alone(request) for request in requests]
-    prepare = shared.unet._pair.prepare
+    expected = [latents_alone(request) for request in requests]
+    prepare = shared_pipe.unet._pair.prepare
 
-    def prepare_some(shapes: Any) -> Any:
-        if shapes["sample"][0] not in taken:
+    def prepare_supported(shapes: Any) -> Any:
+        if shapes["sample"][0] not in supported_sizes:
             raise ShapeError("no profile of this engine covers this batch")
         return prepare(shapes)
 
-    monkeypatch.setattr(shared.unet._pair, "prepare", prepare_some)
-    with Worker(shared) as worker:
+    monkeypatch.setattr(shared_pipe.unet._pair, "prepare", prepare_supported)
+    with Worker(shared_pipe) as worker:
         tickets = [send(worker, request) for request in requests]
         assert all(
-            difference(ticket.future.result().images, latents) <= BOUND
+            difference(ticket.future.result().images, latents) <= TOLERANCE
             for ticket, latents in zip(tickets, expected, strict=True)
         )
-        assert max(rows for _, rows in worker.statistics().ticks) == max(taken)
+        assert max(rows for _, rows in worker.statistics().ticks) == max(supported_sizes)
         too_many = send(worker, {"arguments": {"num_images_per_prompt": 4}})
         with pytest.raises(ShapeError, match="no profile"):
             too_many.future.result()
@@ -254,13 +266,13 @@ def test_engines_that_take_some_batch_sizes_only(
 
 
 @pytest.mark.slow
-def test_an_export_of_one_batch_size_is_padded(tiny_unet_dir: Path, once: Any, shared: Any, send: Send) -> None:
+def test_an_export_of_one_batch_size_is_padded(tiny_unet_dir: Path, once: Any, shared_pipe: Any, send: Send) -> None:
     bundle = once(
         "fixed-batch.offcut",
         lambda path: offcut.build(tiny_unet_dir, path, engine="onnxruntime", dims={"batch": 6}),
     )
     unet = offcut.UNet.load(bundle, "onnxruntime", threads=1)
-    components = {**shared.components, "unet": unet, "text_encoder": None, "tokenizer": None}
+    components = {**shared_pipe.components, "unet": unet, "text_encoder": None, "tokenizer": None}
     pipe: Any = StableDiffusionPipeline(**components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     offcut.attach(pipe, unet)
@@ -285,23 +297,23 @@ def test_an_export_of_one_batch_size_is_padded(tiny_unet_dir: Path, once: Any, s
     with Worker(pipe) as worker:
         tickets = [send(worker, request) for request in requests]
         for ticket, latents in zip(tickets, expected, strict=True):
-            assert difference(ticket.future.result().images[0], latents) <= BOUND
+            assert difference(ticket.future.result().images[0], latents) <= TOLERANCE
     unet.close()
 
 
-def test_other_pipelines_of_the_same_modules_share_calls(shared: Any, send: Send) -> None:
+def test_other_pipelines_of_the_same_modules_share_calls(shared_pipe: Any, send: Send) -> None:
     picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(4))
-    repaint = {
+    img2img = {
         "arguments": {"image": picture, "strength": 0.5, "num_inference_steps": 8},
         "schedule": Uniform(2),
         "pipeline": StableDiffusionImg2ImgPipeline,
     }
-    with Worker(shared) as worker:
-        alone = send(worker, repaint).future.result().images
-        tickets = [send(worker, repaint), send(worker, {"arguments": {}, "schedule": Uniform(2)})]
+    with Worker(shared_pipe) as worker:
+        images_alone = send(worker, img2img).future.result().images
+        tickets = [send(worker, img2img), send(worker, {"arguments": {}, "schedule": Uniform(2)})]
         together = [ticket.future.result().images for ticket in tickets]
         statistics = worker.statistics()
-    assert difference(together[0], alone) <= BOUND
+    assert difference(together[0], images_alone) <= TOLERANCE
     assert ("full", 4) in statistics.ticks
 
 
@@ -323,12 +335,11 @@ def test_stable_diffusion_xl(unet_export: Any, parts: dict[str, Any], send: Send
         }
         for seed, size in enumerate([(64, 64), (128, 96), (640, 640)])
     ]
-    alone = []
     with Worker(pipe, max_in_flight=1) as worker:
-        alone = [send(worker, request).future.result().images for request in requests]
+        images_alone = [send(worker, request).future.result().images for request in requests]
     with Worker(pipe) as worker:
         tickets = [send(worker, request) for request in requests]
-        for ticket, latents in zip(tickets, alone, strict=True):
-            assert difference(ticket.future.result().images, latents) <= BOUND
+        for ticket, latents in zip(tickets, images_alone, strict=True):
+            assert difference(ticket.future.result().images, latents) <= TOLERANCE
         assert ("full", 6) in worker.statistics().ticks
     unet.close()

@@ -15,15 +15,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from offcut.errors import RequestCancelledError
 from offcut.runtime.batching import Step, Ticket, Worker
-from offcut.runtime.batching.modules import POSITIONS, ModuleCall, ModuleCalls
+from offcut.runtime.batching.modules import MAX_POSITIONS, ModuleCall, ModuleCalls
 from offcut.runtime.generation.schedule import Uniform
 
 Send = Callable[..., Ticket]
 
 
 @contextmanager
-def held(worker: Worker, send: Send) -> Iterator[None]:
-    """Run a request that all others wait for until the block ends."""
+def blocked(worker: Worker, send: Send) -> Iterator[None]:
+    """Block the engines until the end of the context: one request holds all others up."""
     reached, released = threading.Event(), threading.Event()
 
     def hold(step: Step) -> None:
@@ -38,46 +38,46 @@ def held(worker: Worker, send: Send) -> Iterator[None]:
     ticket.cancel()
 
 
-def wait_for(count: int, worker: Worker) -> None:
-    """Wait until this number of requests waits at a module."""
+def wait_for_module_calls(count: int, worker: Worker) -> None:
+    """Wait until this number of module calls waits."""
     until = time.monotonic() + 60
-    while len(worker._batcher._at_modules) < count:
+    while len(worker._batcher._waiting_module_calls) < count:
         assert time.monotonic() < until
         time.sleep(0.01)
 
 
 def test_requests_share_calls_and_images_stay_the_same(
-    shared: Any, send: Send, monkeypatch: pytest.MonkeyPatch
+    shared_pipe: Any, send: Send, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, run = [], ModuleCalls.run
+    made_calls, run = [], ModuleCalls.run
 
     def recording(self: ModuleCalls, calls: list[ModuleCall]) -> list[Any]:
-        made.append((tuple(calls[0].tensors), sum(call.rows for call in calls)))
+        made_calls.append((tuple(calls[0].tensors), sum(call.rows for call in calls)))
         return run(self, calls)
 
     monkeypatch.setattr(ModuleCalls, "run", recording)
     requests = [
         {"arguments": {"seed": seed, "prompt": "a red square " * (1 + seed), "output_type": "pt"}} for seed in range(4)
     ]
-    with Worker(shared, max_in_flight=1) as worker:
-        alone = [send(worker, request).future.result().images for request in requests]
-    assert [rows for _, rows in made] == [1] * 12
-    made.clear()
-    with Worker(shared, max_in_flight=5, patience=60) as worker:
-        with held(worker, send):
+    with Worker(shared_pipe, max_in_flight=1) as worker:
+        images_alone = [send(worker, request).future.result().images for request in requests]
+    assert [rows for _, rows in made_calls] == [1] * 12
+    made_calls.clear()
+    with Worker(shared_pipe, max_in_flight=5, patience=60) as worker:
+        with blocked(worker, send):
             tickets = [send(worker, request, schedule=Uniform(1)) for request in requests]
-            wait_for(4, worker)
-            made.clear()
+            wait_for_module_calls(4, worker)
+            made_calls.clear()
         images = [ticket.future.result().images for ticket in tickets]
-    assert made == [(("input_ids",), 4), (("input_ids",), 4), (("latents",), 4)]
-    for one, other in zip(images, alone, strict=True):
+    assert made_calls == [(("input_ids",), 4), (("input_ids",), 4), (("latents",), 4)]
+    for one, other in zip(images, images_alone, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
-def test_a_request_that_waits_at_a_module_is_cancelled(shared: Any, send: Send) -> None:
-    with Worker(shared, patience=60) as worker, held(worker, send):
+def test_a_request_that_waits_for_a_module_call_is_cancelled(shared_pipe: Any, send: Send) -> None:
+    with Worker(shared_pipe, patience=60) as worker, blocked(worker, send):
         waiting = send(worker, {"arguments": {}})
-        wait_for(1, worker)
+        wait_for_module_calls(1, worker)
         waiting.cancel()
         with pytest.raises(RequestCancelledError):
             waiting.future.result(60)
@@ -122,11 +122,11 @@ def test_calls_that_cannot_be_shared_run_alone_from_then_on(forward: Callable[..
 
 
 def test_calls_with_the_same_key_go_together_while_there_is_room() -> None:
-    third = POSITIONS // 3
+    third = MAX_POSITIONS // 3
     late, first, other, same_key, full = (
         call(1, outputs, key, due, third)
         for key, due in (("same", 4), ("same", 0), ("other", 1), ("same", 2), ("same", 3))
     )
     assert ModuleCalls().choose([late, first, other, same_key, full]) == [first, same_key, full]
-    large = call(1, outputs, positions=2 * POSITIONS)
+    large = call(1, outputs, positions=2 * MAX_POSITIONS)
     assert ModuleCalls().choose([large]) == [large]

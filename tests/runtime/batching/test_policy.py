@@ -91,7 +91,7 @@ def test_the_longest_waiting_call_beyond_the_bound_goes_next(policy: Policy, wai
 def test_no_request_starves(
     policy: Policy, waiting: Calls, limits: Limits, following: list[tuple[str | None, float]]
 ) -> None:
-    """A served request returns at once, at some step and with some deadline; the bound of the module holds."""
+    """Each served request makes its next call at once. No call is passed over more than ``bound + n - 1`` times."""
     calls = {call.key: replace(call, passed_over=0) for call in waiting}
     allowed = policy.bound + len(calls) - 1
     served: Counter[int] = Counter()

@@ -28,11 +28,11 @@ from offcut.runtime.batching import Step, Ticket, Worker
 from offcut.runtime.batching.pool import SlotPool
 from offcut.runtime.generation.schedule import Adaptive, Uniform
 
-Alone = Callable[..., torch.Tensor]
+LatentsAlone = Callable[..., torch.Tensor]
 Send = Callable[..., Ticket]
 
 LONG: dict[str, Any] = {"arguments": {"num_inference_steps": 40}, "schedule": Uniform(4)}
-SLOT = 2 * 16 * 16 * 16 * 4
+SLOT_BYTES = 2 * 16 * 16 * 16 * 4
 """Bytes of the slot of a guided request with deepcache:0 of ``tiny_pipeline_dir``: [2, 16, 16, 16] in fp32."""
 
 
@@ -55,43 +55,45 @@ class Gate:
             assert self.open.wait(60)
 
 
-def test_steps_are_reported_as_they_complete(shared: Any, send: Send) -> None:
+def test_steps_are_reported_as_they_complete(shared_pipe: Any, send: Send) -> None:
     gate = Gate()
-    with Worker(shared) as worker:
+    with Worker(shared_pipe) as worker:
         send(worker, request_with(0), on_step=gate).future.result()
     assert [step.call for step in gate.steps] == list(range(6))
     assert [step.full for step in gate.steps] == [True, False, False, True, False, False]
     assert {(step.calls, step.rows) for step in gate.steps} == {(6, 2)}
 
 
-def test_a_cancelled_request_frees_its_slot_within_a_step(shared: Any, alone: Alone, send: Send) -> None:
+def test_a_cancelled_request_frees_its_slot_within_a_step(
+    shared_pipe: Any, latents_alone: LatentsAlone, send: Send
+) -> None:
     gate = Gate(at=5)
-    with Worker(shared, cache_bytes=SLOT) as worker:
+    with Worker(shared_pipe, cache_bytes=SLOT_BYTES) as worker:
         first = send(worker, LONG, on_step=gate)
         assert gate.reached.wait(60)
-        assert (worker.statistics().slots, worker.statistics().cache_bytes) == (1, SLOT)
+        assert (worker.statistics().slots, worker.statistics().cache_bytes) == (1, SLOT_BYTES)
         second = send(worker, request_with(1))  # finds no room until the first is gone
         first.cancel()
         gate.open.set()
         with pytest.raises(RequestCancelledError, match="cancelled"):
             first.future.result()
-        assert torch.equal(second.future.result().images, alone_with(worker, alone, request_with(1)))
+        assert torch.equal(second.future.result().images, latents_after_close(worker, latents_alone, request_with(1)))
     assert gate.steps[-1].call == 5
 
 
-def alone_with(worker: Worker, alone: Alone, request: dict[str, Any]) -> torch.Tensor:
-    """Return what ``alone`` does, after the worker gave the engines back."""
+def latents_after_close(worker: Worker, latents_alone: LatentsAlone, request: dict[str, Any]) -> torch.Tensor:
+    """Close the worker, so that the pipeline has its engines back, and return the latents of the request."""
     worker.close()
-    return alone(request)
+    return latents_alone(request)
 
 
-def test_a_request_that_waits_at_the_unet_is_cancelled_at_once(shared: Any, send: Send) -> None:
+def test_a_request_that_waits_at_the_unet_is_cancelled_at_once(shared_pipe: Any, send: Send) -> None:
     gate = Gate(at=0)
-    with Worker(shared, patience=60) as worker:
+    with Worker(shared_pipe, patience=60) as worker:
         held, waiting = send(worker, LONG, on_step=gate), send(worker, request_with(1))
         assert gate.reached.wait(60)
         deadline = time.monotonic() + 60
-        while not worker._batcher._waiting and time.monotonic() < deadline:
+        while not worker._batcher._waiting_unet_calls and time.monotonic() < deadline:
             time.sleep(0.01)
         waiting.cancel()  # the engines wait for the first request, so no step of the second can follow
         with pytest.raises(RequestCancelledError):
@@ -101,9 +103,9 @@ def test_a_request_that_waits_at_the_unet_is_cancelled_at_once(shared: Any, send
     assert held.future.exception() is not None
 
 
-def test_queued_requests_can_be_cancelled(shared: Any, send: Send) -> None:
+def test_queued_requests_can_be_cancelled(shared_pipe: Any, send: Send) -> None:
     gate = Gate(at=0)
-    with Worker(shared, max_in_flight=1) as worker:
+    with Worker(shared_pipe, max_in_flight=1) as worker:
         running = send(worker, request_with(0), on_step=gate)
         assert gate.reached.wait(60)
         one, other = send(worker, request_with(1)), send(worker, request_with(2))
@@ -121,69 +123,71 @@ def test_queued_requests_can_be_cancelled(shared: Any, send: Send) -> None:
 
 
 def test_features_never_pass_from_one_request_to_another(
-    shared: Any, alone: Alone, send: Send, monkeypatch: pytest.MonkeyPatch
+    shared_pipe: Any, latents_alone: LatentsAlone, send: Send, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests use the same few slots one after another; the slots hold NaN before the first step."""
-    expected = [alone(request_with(seed)) for seed in range(6)]
+    expected = [latents_alone(request_with(seed)) for seed in range(6)]
     take = SlotPool.take
 
-    def take_dirty(self: SlotPool, layout: Any) -> Any:
+    def take_with_nan(self: SlotPool, layout: Any) -> Any:
         slot = take(self, layout)
         for feature in slot.features.values() if slot else ():
             feature.fill_(torch.nan)
         return slot
 
-    monkeypatch.setattr(SlotPool, "take", take_dirty)
-    with Worker(shared, cache_bytes=2 * SLOT) as worker:
+    monkeypatch.setattr(SlotPool, "take", take_with_nan)
+    with Worker(shared_pipe, cache_bytes=2 * SLOT_BYTES) as worker:
         gates = [Gate(at=2), Gate(at=3)]
-        doomed = [send(worker, LONG, on_step=gate) for gate in gates]
+        cancelled = [send(worker, LONG, on_step=gate) for gate in gates]
         assert all(gate.reached.wait(60) for gate in gates)
         tickets = [send(worker, request_with(seed)) for seed in range(6)]
-        for ticket, gate in zip(doomed, gates, strict=True):
+        for ticket, gate in zip(cancelled, gates, strict=True):
             ticket.cancel()
             gate.open.set()
         for ticket, latents in zip(tickets, expected, strict=True):
             assert torch.equal(ticket.future.result().images, latents)
 
 
-def test_the_pool_is_never_larger_than_its_limit(shared: Any, alone: Alone, send: Send) -> None:
-    expected = [alone(request_with(seed)) for seed in range(5)]
+def test_the_pool_is_never_larger_than_its_limit(shared_pipe: Any, latents_alone: LatentsAlone, send: Send) -> None:
+    expected = [latents_alone(request_with(seed)) for seed in range(5)]
     used: list[int] = []
-    with Worker(shared, cache_bytes=2 * SLOT + 1) as worker:
+    with Worker(shared_pipe, cache_bytes=2 * SLOT_BYTES + 1) as worker:
 
-        def look(step: Step) -> None:
+        def record_cache_bytes(step: Step) -> None:
             used.append(worker.statistics().cache_bytes)
 
-        tickets = [send(worker, request_with(seed), on_step=look) for seed in range(5)]
-        tickets.append(send(worker, {"arguments": {"seed": 9}}))  # keeps no features, and waits for no slot
+        tickets = [send(worker, request_with(seed), on_step=record_cache_bytes) for seed in range(5)]
+        tickets.append(send(worker, {"arguments": {"seed": 9}}))  # caches no features, so it needs no slot
         images = [ticket.future.result().images for ticket in tickets]
-    assert max(used) == 2 * SLOT
+    assert max(used) == 2 * SLOT_BYTES
     assert all(torch.equal(*pair) for pair in zip(images, expected, strict=False))
 
 
-def test_a_request_that_never_fits_is_refused_and_others_go_on(shared: Any, send: Send) -> None:
-    with Worker(shared, cache_bytes=SLOT) as worker:
+def test_a_request_that_never_fits_is_refused_and_others_go_on(shared_pipe: Any, send: Send) -> None:
+    with Worker(shared_pipe, cache_bytes=SLOT_BYTES) as worker:
         large, small = send(worker, request_with(0, num_images_per_prompt=2)), send(worker, request_with(1))
         with pytest.raises(CapacityError, match="larger cache_bytes"):
             large.future.result()
         small.future.result()
 
 
-def test_an_error_ends_its_own_request_only(shared: Any, alone: Alone, send: Send) -> None:
+def test_an_error_ends_its_own_request_only(shared_pipe: Any, latents_alone: LatentsAlone, send: Send) -> None:
     def fail(step: Step) -> None:
-        raise RuntimeError("a callback's own")
+        raise RuntimeError("the callback failed")
 
-    expected = alone(request_with(4))
-    with Worker(shared) as worker:
+    expected = latents_alone(request_with(4))
+    with Worker(shared_pipe) as worker:
         wrong = [
             send(worker, request_with(0, height=13, width=13)),
-            send(worker, request_with(1, height=72, width=64)),  # no multiple of what the UNet needs
+            send(worker, request_with(1, height=72, width=64)),  # not a multiple of what the UNet needs
             send(worker, {**request_with(2), "cut": "deepcache:9"}),
             send(worker, request_with(3), on_step=fail),
         ]
         right = send(worker, request_with(4))
-        kinds = [(ValueError, "divisible by 8"), (UserError, "multiple of"), (CutError, "deepcache:9")]
-        for ticket, (kind, message) in zip(wrong, [*kinds, (RuntimeError, "a callback's own")], strict=True):
+        expected_errors = [(ValueError, "divisible by 8"), (UserError, "multiple of"), (CutError, "deepcache:9")]
+        for ticket, (kind, message) in zip(
+            wrong, [*expected_errors, (RuntimeError, "the callback failed")], strict=True
+        ):
             with pytest.raises(kind, match=message):
                 ticket.future.result()
         assert torch.equal(right.future.result().images, expected)
@@ -192,9 +196,9 @@ def test_an_error_ends_its_own_request_only(shared: Any, alone: Alone, send: Sen
         assert worker.statistics().slots == 0
 
 
-def test_deadlines(shared: Any, send: Send) -> None:
+def test_requests_end_at_their_deadlines(shared_pipe: Any, send: Send) -> None:
     gate = Gate(at=1)
-    with Worker(shared, max_in_flight=1) as worker:
+    with Worker(shared_pipe, max_in_flight=1) as worker:
         with pytest.raises(DeadlineError, match="cannot be met"):
             send(worker, request_with(0), deadline=0)
         running = send(worker, LONG, on_step=gate, deadline=0.3)
@@ -212,15 +216,15 @@ def test_deadlines(shared: Any, send: Send) -> None:
         assert worker.statistics().rejected == 1
 
 
-def test_requests_start_in_the_order_of_their_deadlines(shared: Any, send: Send) -> None:
+def test_requests_start_in_the_order_of_their_deadlines(shared_pipe: Any, send: Send) -> None:
     gate, started = Gate(at=0), []
-    with Worker(shared, max_in_flight=1) as worker:
+    with Worker(shared_pipe, max_in_flight=1) as worker:
         send(worker, request_with(0), on_step=gate)
         assert gate.reached.wait(60)
-        order = {"none": None, "late": 50.0, "soon": 20.0}
+        deadlines = {"none": None, "late": 50.0, "soon": 20.0}
         tickets = [
             send(worker, request_with(1), deadline=deadline, on_step=lambda step, name=name: started.append(name))
-            for name, deadline in order.items()
+            for name, deadline in deadlines.items()
         ]
         gate.open.set()
         for ticket in tickets:
@@ -228,9 +232,9 @@ def test_requests_start_in_the_order_of_their_deadlines(shared: Any, send: Send)
     assert list(dict.fromkeys(started)) == ["soon", "late", "none"]
 
 
-def test_a_full_queue_refuses_requests(shared: Any, send: Send) -> None:
+def test_a_full_queue_refuses_requests(shared_pipe: Any, send: Send) -> None:
     gate = Gate(at=0)
-    with Worker(shared, max_in_flight=1, max_queue=1) as worker:
+    with Worker(shared_pipe, max_in_flight=1, max_queue=1) as worker:
         running = send(worker, request_with(0), on_step=gate)
         assert gate.reached.wait(60)
         queued = send(worker, request_with(1))
@@ -248,11 +252,11 @@ def test_a_full_queue_refuses_requests(shared: Any, send: Send) -> None:
 
 @pytest.mark.parametrize("kind", ["full", "shallow"])
 def test_an_engine_failure_ends_all_requests(
-    kind: str, shared: Any, alone: Alone, send: Send, monkeypatch: pytest.MonkeyPatch
+    kind: str, shared_pipe: Any, latents_alone: LatentsAlone, send: Send, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = alone(request_with(0))
+    expected = latents_alone(request_with(0))
     gate = Gate(at=1)
-    with Worker(shared, max_in_flight=2) as worker:
+    with Worker(shared_pipe, max_in_flight=2) as worker:
         held = send(worker, LONG, on_step=gate)
         assert gate.reached.wait(60)
         with monkeypatch.context() as patch:
@@ -273,11 +277,11 @@ def test_an_engine_failure_ends_all_requests(
         with pytest.raises(EngineFaultError, match="fell off the bus"):
             send(worker, request_with(0))
         assert worker.drain(60)
-    assert torch.equal(alone(request_with(0)), expected)
+    assert torch.equal(latents_alone(request_with(0)), expected)
 
 
-def test_draining_finishes_the_present_requests(shared: Any, send: Send) -> None:
-    with Worker(shared, max_in_flight=2) as worker:
+def test_draining_finishes_the_present_requests(shared_pipe: Any, send: Send) -> None:
+    with Worker(shared_pipe, max_in_flight=2) as worker:
         tickets = [send(worker, request_with(seed)) for seed in range(5)]
         assert not worker.drain(0)
         with pytest.raises(WorkerClosedError, match="takes no more"):
@@ -286,15 +290,17 @@ def test_draining_finishes_the_present_requests(shared: Any, send: Send) -> None
         assert all(ticket.future.done() and ticket.future.exception() is None for ticket in tickets)
 
 
-def test_closing_cancels_all_requests_and_gives_the_engines_back(shared: Any, alone: Alone, send: Send) -> None:
+def test_closing_cancels_all_requests_and_gives_the_engines_back(
+    shared_pipe: Any, latents_alone: LatentsAlone, send: Send
+) -> None:
     gate = Gate(at=2)
-    worker = Worker(shared, max_in_flight=1)
+    worker = Worker(shared_pipe, max_in_flight=1)
     tickets = [send(worker, LONG, on_step=gate), send(worker, request_with(1))]
     assert gate.reached.wait(60)
     with pytest.raises(UserError, match="a worker runs this UNet's engines"):
-        alone(request_with(0))
+        latents_alone(request_with(0))
     with pytest.raises(UserError, match="a worker runs this UNet's engines"):
-        Worker(shared)
+        Worker(shared_pipe)
     closing = threading.Thread(target=worker.close)
     closing.start()
     gate.open.set()
@@ -303,12 +309,12 @@ def test_closing_cancels_all_requests_and_gives_the_engines_back(shared: Any, al
         with pytest.raises(WorkerClosedError, match="was closed before"):
             ticket.future.result(0)
     worker.close()
-    alone(request_with(0))
+    latents_alone(request_with(0))
 
 
-def test_requests_without_a_generator_give_different_images(shared: Any) -> None:
+def test_requests_without_a_generator_give_different_images(shared_pipe: Any) -> None:
     arguments = {"prompt": "a", "num_inference_steps": 2, "output_type": "latent"}
-    with Worker(shared) as worker:
+    with Worker(shared_pipe) as worker:
         tickets = [worker.submit(arguments) for _ in range(2)]
         one, other = (ticket.future.result().images for ticket in tickets)
     assert not torch.equal(one, other)
@@ -321,10 +327,10 @@ def test_a_worker_of_a_bundle_owns_its_engines(tiny_bundle: Any, send: Send) -> 
         worker.unet._open_pair()
 
 
-def test_wrong_arguments_are_refused(shared: Any, eager: Any) -> None:
+def test_wrong_arguments_are_refused(shared_pipe: Any, eager: Any) -> None:
     with pytest.raises(UserError, match=r"needs a StableDiffusionPipeline with an offcut\.UNet"):
         Worker(eager)
     with pytest.raises(UserError, match="max_in_flight is at least 1, not 0"):
-        Worker(shared, max_in_flight=0)
-    with Worker(shared) as worker, pytest.raises(ScheduleError, match="requests that share calls have to know"):
+        Worker(shared_pipe, max_in_flight=0)
+    with Worker(shared_pipe) as worker, pytest.raises(ScheduleError, match="requests that share calls have to know"):
         worker.submit({"prompt": "a"}, schedule=Adaptive(0.2))
