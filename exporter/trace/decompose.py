@@ -51,11 +51,19 @@ def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
 
 
 def _needs_trace(node: torch.fx.Node, table: Mapping[Any, Any]) -> bool:
-    """Return whether an operator is in the table, writes to its input, or is neither an ATen nor a Python operator."""
-    namespace, _, name = str(node.target).partition(".")
+    """Return whether PyTorch's own decomposition would replace the node's operator.
+
+    PyTorch replaces the operators of the table, operators that write to their input, composite operators whose result
+    may be a view (no table lists them), and operators that are neither ATen's nor Python's.
+    """
+    from torch._C import DispatchKey
+
+    target: Any = node.target
+    namespace, _, name = str(target).partition(".")
     if namespace != "aten":
-        return not isbuiltin(node.target)
-    return node.target in table or name.partition(".")[0].endswith("_")
+        return not isbuiltin(target)
+    composite = target.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
+    return target in table or name.partition(".")[0].endswith("_") or (target.is_view and composite)
 
 
 def _replace(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
@@ -69,7 +77,7 @@ def _replace(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
             _drop(graph, node, source)
         case aten.contiguous.default, (source,):
             node.target, node.kwargs = aten.clone.default, {"memory_format": torch.contiguous_format}
-        case aten.to.dtype, (source, dtype) if not node.kwargs:
+        case (aten.to.dtype, (source, dtype)) | (aten.to.device, (source, _, dtype)) if not node.kwargs:
             if source.meta["val"].dtype == dtype:
                 _drop(graph, node, source)
             else:

@@ -24,12 +24,20 @@ class Trivial(torch.nn.Module):
         first, second = sample.chunk(2, dim=1)
         first = torch.nn.functional.dropout(first.permute(0, 2, 3, 1), training=False)
         second = second.transpose(2, 3).contiguous().to(torch.float64).to(torch.float64)
+        second = second.to("cpu", torch.float64)
         return torch.cat([first.reshape(first.shape[0], -1).double(), second.reshape(second.shape[0], -1)], 1)
 
 
 class Reversed(torch.nn.Module):
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         return torch.rsub(sample.reshape(-1), 1.0)
+
+
+class Flattened(torch.nn.Module):
+    """A composite operator whose result is a view, which no table of decompositions lists."""
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        return sample.flatten(1) + 1
 
 
 def traced(module: torch.nn.Module, sample: torch.Tensor) -> torch.export.ExportedProgram:
@@ -44,7 +52,14 @@ def test_trivial_operators_are_replaced_without_a_second_trace() -> None:
     sample = torch.randn(2, 6, 4, 8)
     program = traced(Trivial(), sample)
     aten = torch.ops.aten
-    trivial = (aten.dropout.default, aten.contiguous.default, aten.reshape.default, aten.to.dtype, aten.chunk.default)
+    trivial = (
+        aten.dropout.default,
+        aten.contiguous.default,
+        aten.reshape.default,
+        aten.to.dtype,
+        aten.to.device,
+        aten.chunk.default,
+    )
     table: dict[Any, Callable[..., Any]] = dict.fromkeys(trivial, lambda *_: None)
     assert operators(program) >= table.keys()
     result = decomposed(program)
@@ -53,6 +68,15 @@ def test_trivial_operators_are_replaced_without_a_second_trace() -> None:
     for batch in (2, 3):
         sample = torch.randn(batch, 6, 4, 8)
         assert torch.equal(result.module()(sample), Trivial()(sample))
+
+
+def test_a_composite_operator_that_returns_a_view_is_left_to_pytorch() -> None:
+    sample = torch.randn(2, 3, 4)
+    program = traced(Flattened(), sample)
+    assert torch.ops.aten.flatten.using_ints in operators(program)
+    result = decomposed(program).run_decompositions({})
+    assert torch.ops.aten.flatten.using_ints not in operators(result)
+    assert torch.equal(result.module()(sample), Flattened()(sample))
 
 
 def test_other_operators_are_left_to_pytorch() -> None:
