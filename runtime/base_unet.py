@@ -1,4 +1,7 @@
-"""``BaseUNet``: arguments, schedule and generations of a UNet replacement; its subclasses run the engines."""
+"""``BaseUNet``: base class of the UNet replacements.
+
+It checks arguments, holds the schedule and follows the generations; its subclasses run the engines.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +39,14 @@ IN_USE = "two threads use this UNet at once: open one for each with offcut.UNet.
 
 @dataclass(frozen=True)
 class CachingSettings:
-    """Settings that ``BaseUNet.set_schedule`` chose; by default every call is full.
+    """Caching settings of a UNet, resolved by ``BaseUNet.set_schedule``; by default every call is full.
 
     Attributes:
         schedule: schedule of the full calls; None makes every call full.
-        cut: cut of the shallow calls to which the schedule gives none of their own.
-        cuts: cuts of the schedule's shallow calls, each once; ``SKIP`` among them if calls may run no engine.
-        features: names of the cached features that shallow calls read, each once.
-        forecast: prediction of the features; None reuses them.
+        cut: cut of the shallow calls for which the schedule names no cut.
+        cuts: distinct cuts of the shallow calls; with ``SKIP`` if some calls run no engine.
+        features: distinct names of the cached features that shallow calls read.
+        forecast: prediction of the features; None reuses the features.
         reuse_guidance: whether shallow calls compute half of a guided batch.
     """
 
@@ -58,12 +61,12 @@ class CachingSettings:
 class BaseUNet(EngineModel):
     """Replacement for a diffusers UNet of ``exporter.families.FAMILIES`` in any pipeline.
 
-    A subclass runs the engines: ``UNet`` runs its own, ``batching.unet.SharedUNet`` those that many requests share. One
-    thread may use it at a time.
+    Subclasses run the engines: ``UNet`` runs its own engines, and ``batching.shared_unet.SharedUNet`` runs engines
+    that many requests share. Only one thread may use an object at a time.
 
     Attributes:
-        advise: whether to log, once, that caching is unlikely to pay in the generation that was announced.
-        ip_adapters: the IP-Adapters that are built into the engines; None where there are none.
+        advise: whether to log a warning, once, if caching is unlikely to pay off in an announced generation.
+        ip_adapters: the IP-Adapters that are built into the engines; None without any.
 
     Args:
         config: the UNet's config as diffusers wrote it, with ``_class_name``.
@@ -93,7 +96,7 @@ class BaseUNet(EngineModel):
             self.encoder_hid_proj = self.ip_adapters.projections
             self.__dict__.update(self.ip_adapters.blocks(self.config))
         if not {"time_ids", "added_time_ids"}.isdisjoint(inputs):
-            # The pipelines of SDXL and Stable Video Diffusion check the size of their conditioning against this.
+            # The pipelines of SDXL and Stable Video Diffusion check the width of their conditioning here.
             width = self.config["projection_class_embeddings_input_dim"]
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
@@ -124,7 +127,7 @@ class BaseUNet(EngineModel):
 
     @property
     def cut(self) -> str | None:
-        """Cut of the shallow calls to which the schedule gives none of their own; None where every call is full."""
+        """Cut of the shallow calls for which the schedule names no cut; None where every call is full."""
         return self._caching.cut
 
     @property
@@ -149,12 +152,12 @@ class BaseUNet(EngineModel):
 
     @property
     def scheduled_cuts(self) -> tuple[str, ...]:
-        """Cuts of the schedule's shallow calls, each once; ``"skip"`` among them if calls may run no engine."""
+        """Distinct cuts of the shallow calls; with ``"skip"`` if some calls run no engine."""
         return self._caching.cuts
 
     @property
     def scheduled_features(self) -> tuple[str, ...]:
-        """Names of the cached features that the schedule's shallow calls read, each once."""
+        """Distinct names of the cached features that the schedule's shallow calls read."""
         return self._caching.features
 
     @property
@@ -177,20 +180,20 @@ class BaseUNet(EngineModel):
     ) -> None:
         """Choose which calls are shallow, and at which cut, from the next generation on.
 
-        Shallow calls cost image quality: the more of them and the further out the cut, the more.
+        Shallow calls cost image quality. More shallow calls cost more, and so does a cut further out.
 
         Args:
             schedule: schedule of the full calls; None makes every call full, at no loss of quality.
-            cut: one of ``cuts``, in any convention, or ``"skip"`` to run no engine on the calls that are not full; None
-                for the first. A schedule may give calls a cut of their own, which has priority over this one.
+            cut: one of ``cuts``, under any of its names, or ``"skip"`` to run no engine on the calls that are not full;
+                None for the first. A cut that the schedule names for a call takes precedence.
             forecast: prediction of the cached features on shallow calls; None reuses the features.
-            reuse_guidance: on shallow calls compute only the half of the batch with the prompt, and take its difference
-                to the other half from the last full call. Has an effect where the pipeline uses classifier-free
-                guidance and announces its generations.
+            reuse_guidance: on shallow calls, compute only the half of the batch with the prompt, and reuse the
+                difference of the two halves from the last full call. This has an effect if the pipeline uses
+                classifier-free guidance and announces its generations.
 
         Raises:
             CutError: the UNet was not built with this cut, or with a cut that the schedule uses.
-            ScheduleError: a generation is under way; or the schedule is adaptive, and no engine is to run.
+            ScheduleError: a generation is under way; or the schedule is adaptive and the cut is ``"skip"``.
         """
         if self._announced is not None:
             raise ScheduleError("the schedule cannot change during a generation: set it before the pipeline is called")
@@ -223,32 +226,32 @@ class BaseUNet(EngineModel):
     def generation(
         self, calls: Calls = None, scheduler: object = None, guided: Guided = False
     ) -> Iterator[GenerationState]:
-        """Announce that the UNet calls in this block, all from this thread, make one generation.
+        """Announce that the UNet calls in this block, all from this thread, form one generation.
 
         Args:
-            calls: number of calls, or a function that returns it at the first call; None where it is unknown, which
+            calls: number of calls, or a function that returns it at the first call; None if it is unknown, which
                 only some schedules allow. Calls beyond the number are full.
-            scheduler: the pipeline's scheduler; only for advice, see ``generation.advice``.
+            scheduler: the pipeline's scheduler, used only by ``generation.advice``.
             guided: whether each call holds the same latents twice, without the prompt and with it, or a function that
-                returns it at the first call; for ``reuse_guidance``.
+                returns this at the first call. Used by ``reuse_guidance``.
 
         Raises:
             ScheduleError: the schedule needs the number of calls.
             UserError: another generation is under way.
         """
-        begun = GenerationState(self._caching.schedule, self._caching.cut, self._with_advice(calls, scheduler), guided)
+        state = GenerationState(self._caching.schedule, self._caching.cut, self._with_advice(calls, scheduler), guided)
         with self._exclusively():
             if self._announced is not None:
                 raise UserError(
                     "this UNet is already in a generation: make one pipeline call at a time, with no unet.generation() "
                     "around a pipeline of offcut.load or offcut.attach; for another thread, open another UNet"
                 )
-            self._announced, self._announced_by, self._unannounced = begun, threading.get_ident(), None
+            self._announced, self._announced_by, self._unannounced = state, threading.get_ident(), None
         try:
-            yield begun
+            yield state
         finally:
             self._generation_ended()
-            begun.release()
+            state.release()
             self._announced = self._announced_by = None
 
     def _with_advice(self, calls: Calls, scheduler: object) -> Calls:
@@ -280,7 +283,7 @@ class BaseUNet(EngineModel):
 
     @property
     def next_is_full(self) -> bool:
-        """Whether the next call, if its shapes are those of the last one, runs the full graph.
+        """Whether the next call runs the full graph, if its shapes are those of the last call.
 
         For code that computes inputs of the UNet that a shallow call hardly reads; see ``runtime.controlnet``. True
         where no generation was announced.
@@ -315,27 +318,27 @@ class BaseUNet(EngineModel):
         """Call the UNet; the parameters are those of diffusers.
 
         Args:
-            sample: [batch, channels, height, width], the noisy latent. Of a video [batch, channels, frames, height,
-                width], for Stable Video Diffusion [batch, frames, channels, height, width].
+            sample: [batch, channels, height, width], the noisy latent; for a video [batch, channels, frames, height,
+                width], and for Stable Video Diffusion [batch, frames, channels, height, width].
             timestep: a number, or a tensor [], [1] or [batch].
             encoder_hidden_states: [batch, sequence, width]; for AnimateDiff [batch * frames, sequence, width].
             class_labels: [batch].
             timestep_cond: [batch, width].
             added_cond_kwargs: for SDXL ``text_embeds`` [batch, width] and ``time_ids`` [batch, 6]; for IP-Adapters
                 ``image_embeds``, a list with [batch, images, width] for each, or [batch, images, tokens, width].
-            down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals:
-                residuals of a ControlNet or T2I-Adapter, for a bundle that was built with their inputs. None counts as
-                zero.
+            down_block_additional_residuals: a ControlNet's residuals of the down blocks, for a bundle that was built
+                with these inputs. None counts as zero.
+            mid_block_additional_residual: a ControlNet's residual of the mid block, likewise.
+            down_intrablock_additional_residuals: a T2I-Adapter's residuals, likewise.
             return_dict: whether to return diffusers' output object or a tuple.
             added_time_ids: [batch, 3], for Stable Video Diffusion.
 
         Returns:
-            The noise prediction (or whatever the model predicts), in the sample's layout and dtype, in memory of its
-            own.
+            The noise prediction (or whatever the model predicts): a new tensor in the sample's layout and dtype.
 
         Raises:
             ShapeError: the engines were not built for these shapes.
-            UserError: the engines do not have an input that was passed, or only an eager UNet supports it.
+            UserError: the engines have no input for an argument, or only an eager UNet supports it.
         """
         self.check_attention(sample.shape[0])
         refuse_unsupported(
@@ -364,7 +367,7 @@ class BaseUNet(EngineModel):
             noise_pred = self._call(tensors, timestep)
             if SKIP in self._caching.cuts and self._latest is not None:
                 self._latest.last_output = noise_pred.clone()
-            noise_pred = self._corrected(tensors[SAMPLE], noise_pred)
+            noise_pred = self._correct(tensors[SAMPLE], noise_pred)
         return self._output_class(sample=noise_pred) if return_dict else (noise_pred,)
 
     def _shapes(self, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Shape], list[str]]:
@@ -385,21 +388,21 @@ class BaseUNet(EngineModel):
                 raise UserError("another thread is in a generation with this UNet: open another one for each thread")
             self._latest = self._announced
             return self._announced, self._announced.begin(shapes)
-        key = (thread, shapes)  # another thread's features are another image's
+        key = (thread, shapes)  # the features of another thread belong to another image
         value = timestep_value(timestep)
         if self._unannounced is None or not self._unannounced.continues(key, value):
             self._unannounced = GenerationState(self._caching.schedule, self._caching.cut)
         self._latest = self._unannounced
         return self._unannounced, self._unannounced.begin(key, value)
 
-    def _skipped(self, generation: GenerationState) -> torch.Tensor:
-        """Return the output of a skipped call, in memory of its own: the uncorrected output of the call before."""
+    def _repeat_output(self, generation: GenerationState) -> torch.Tensor:
+        """Return the output of a skipped call: a copy of the previous call's output before its correction."""
         if generation.last_output is None:
             raise InternalError("a skipped call has no earlier output of its generation to repeat")
         return generation.last_output.clone()
 
-    def _corrected(self, sample: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
-        """Return a call's output after the forecast's correction, which only announced generations have."""
+    def _correct(self, sample: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
+        """Return a call's output after the forecast's correction; unannounced generations have no correction."""
         generation = self._announced
         correction = None if self._caching.forecast is None else self._caching.forecast.correction
         if generation is None or correction is None:
@@ -410,6 +413,7 @@ class BaseUNet(EngineModel):
 
     @contextmanager
     def _exclusively(self) -> Iterator[None]:
+        """Hold the UNet in this block; raise a ``UserError`` if it is in use."""
         if not self._busy.acquire(blocking=False):
             raise UserError(self._in_use)
         try:
@@ -421,11 +425,11 @@ class BaseUNet(EngineModel):
 
     @property
     def attn_processors(self) -> Mapping[str, Any]:
-        """Attention processors of the IP-Adapters, which hold their scales; no others can be replaced."""
+        """Attention processors, which hold the scales of the IP-Adapters; other processors cannot be replaced."""
         return super().attn_processors if self.ip_adapters is None else self.ip_adapters.processors
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return only the names of layers with IP-Adapters, by which diffusers finds the blocks that get a scale."""
+        """Return empty tensors by the names of layers with IP-Adapters; diffusers finds their blocks by these names."""
         return {name: torch.empty(0) for name in self.attn_processors}
 
     @property

@@ -1,4 +1,4 @@
-"""Pairs of engines that are bound to buffers, by the shapes of their inputs."""
+"""Cache of engine pairs that are bound to buffers, by the shapes of their inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Shapes = tuple[tuple[str, Shape], ...]
 
 
 class BoundPairs(OrderedDict[Hashable, BoundPair]):
-    """Cache of the bound pairs whose shapes were used last.
+    """Cache of bound pairs that discards the least recently used one.
 
     Args:
         keep: number of bound pairs to keep; the least recently used one is closed first.
@@ -25,7 +25,7 @@ class BoundPairs(OrderedDict[Hashable, BoundPair]):
         self._keep = keep
 
     def get_or_bind(self, pair: EnginePair, shapes: Mapping[str, Shape], key: Hashable = None) -> BoundPair:
-        """Return the pair bound to buffers of these shapes: that of an earlier call, or a new one.
+        """Return the pair bound to buffers of these shapes, from the cache or newly bound.
 
         Args:
             key: a further value that must be equal for buffers to be used again.

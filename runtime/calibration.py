@@ -1,7 +1,7 @@
-"""``Calibration``: the images on whose UNet inputs a graph in low precision is calibrated.
+"""``Calibration``: images that are generated to calibrate a graph in low precision.
 
-With caching the shallow graph reads features of an earlier step, and the latents drift from those of an uncached run.
-So the calibration runs the pipeline itself, with the graphs in place of its UNet and a cached schedule.
+With caching, the shallow graph reads features of an earlier step, and the latents drift from those of an uncached run.
+Therefore the calibration runs the pipeline itself, with the graphs in place of its UNet and a cached schedule.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Images to denoise while the UNet's tensors are observed, and the choice of what is rounded from the observations.
+    """Settings of a calibration: the images to denoise, and how the observed tensors decide what is rounded.
 
     Attributes:
         prompts: prompts, used in turn; empty for the model's own, see ``prompts.prompts_for``.
         samples: number of images; each one uses the next cut of the bundle.
         steps: number of scheduler steps for each image.
-        interval, warmup: parameters of the cached schedule, ``Uniform(interval, warmup=warmup)``.
+        interval: interval of the cached schedule, ``Uniform(interval, warmup=warmup)``.
+        warmup: number of first calls that are always full.
         guidance: guidance scale, for pipelines that take one.
         size: the image's height and width in pixels; None is the model's own.
         seed: seed of the first image's noise.
         method: method that chooses the ranges from the observations: ``minmax``, ``percentile`` or ``mse``.
-        keep: patterns of layers that are not rounded, e.g. ``"mid_block*"``, besides those that never are.
-        sensitive: limit in dB; a layer whose signal-to-quantisation-noise ratio is more than this below the median
-            layer's is not rounded either.
+        keep: patterns of layers to leave unrounded, e.g. ``"mid_block*"``; some other layers are never rounded.
+        sensitive: limit in dB; a layer also stays unrounded if its signal-to-quantisation-noise ratio is more than this
+            below the median layer's.
 
     Raises:
         UserError: a number is out of its range, or the method is unknown.
@@ -70,7 +71,7 @@ class Calibration:
             raise UserError(f"there is no method {self.method!r} to choose ranges: choose {', '.join(METHODS)}")
 
     def record(self, source: ModelSource) -> dict[str, str | int | float | bool | tuple[str, ...] | None]:
-        """Return the values that decide which inputs are observed; for the prompts the SHA-256 of their lines."""
+        """Return the values that decide which inputs are observed; the prompts as the SHA-256 of their lines."""
         names = ("samples", "steps", "interval", "warmup", "guidance", "size", "seed", "keep")
         digest = hashlib.sha256("\n".join(self._prompts(source)).encode()).hexdigest()
         return {"prompts_sha256": digest, **{name: getattr(self, name) for name in names}}
@@ -83,7 +84,7 @@ class Calibration:
         unet.advise = False  # caching serves the calibration here, not speed
         pipe = _text_to_image(source, unet)
         if pipe is None:
-            progress("calibrate on latents denoised from noise, with random conditioning, for lack of a pipeline")
+            progress("no text-to-image pipeline: calibrate on latents denoised from noise, with random conditioning")
         prompts = self._prompts(source)
         for sample in range(self.samples):
             cut = unet.cuts[sample % len(unet.cuts)]
@@ -122,7 +123,7 @@ class Calibration:
                 latents = torch.cat([stepped.to(latents.dtype), latents[:, width:]], dim=1)
 
     def _dims(self, source: ModelSource) -> dict[str, int]:
-        """Return the dimensions of two latents of the size that the model was trained on."""
+        """Return the dimensions of a batch of two latents, by default of the size that the model was trained on."""
         from ..engines.profiles import VAE_SCALE, trained_side
 
         multiple = downsampling(source.config)
@@ -144,13 +145,18 @@ def _text_to_image(source: ModelSource, unet: UNet) -> DiffusionPipeline | None:
     if not is_text_to_image(getattr(diffusers, name).__call__):
         return None
     index = read_index(source.root)
-    fused = {
-        part: load_component(transformers, folder, index[part][1], "fp32", source.variant).to(unet.dtype)
-        for part, folder in source.components.items()
+    components = {
+        component: load_component(transformers, folder, index[component][1], "fp32", source.variant).to(unet.dtype)
+        for component, folder in source.components.items()
     }
     with without_type_warnings():
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            source.root, unet=unet, **fused, local_files_only=True, variant=source.variant, **dtype_argument(unet.dtype)
+            source.root,
+            unet=unet,
+            **components,
+            local_files_only=True,
+            variant=source.variant,
+            **dtype_argument(unet.dtype),
         )
     pipe.set_progress_bar_config(disable=True)
     return attach(pipe, unet)

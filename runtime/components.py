@@ -25,10 +25,10 @@ _BOUND_SHAPES = 4  # sets of shapes for which buffers are kept: a whole image, a
 
 
 class Network(torch.nn.Module):
-    """A graph in an engine as a module: takes tensors, and returns new tensors in the dtype of the input.
+    """Module that runs one graph in an engine; its outputs are new tensors in the dtype of the input.
 
     Args:
-        pair: engines opened without shallow graphs; this module closes them.
+        pair: engine pair without shallow graphs; this module closes it.
     """
 
     def __init__(self, pair: EnginePair) -> None:
@@ -175,7 +175,8 @@ def _autoencoder(folder: Path, encoder: Network, decoder: Network) -> torch.nn.M
     return result
 
 
-def _without_layers(kind: Any) -> Any:
-    model = kind.__new__(kind)
+def _without_layers(model_class: Any) -> Any:
+    """Return a module of this class whose own constructor has not run, so that it has no layers."""
+    model = model_class.__new__(model_class)
     torch.nn.Module.__init__(model)
     return model

@@ -1,4 +1,4 @@
-"""Reuse of a ControlNet's feature maps: on a shallow call of the UNet, those of the last full call are returned again.
+"""Reuse of a ControlNet's feature maps: shallow calls of the UNet get the feature maps of the last full call.
 
 A shallow call reads only the outermost of a ControlNet's feature maps, yet the pipeline runs the whole ControlNet for
 it, which takes about half as long as a full UNet. Reusing the feature maps saves that time. The reuse costs image
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def reuse_controlnets(pipe: Any, unet: BaseUNet) -> None:
-    """Let each of a pipeline's ControlNets return its output of the last full call on shallow calls.
+    """Make each ControlNet of a pipeline return its output of the last full call on shallow calls.
 
-    The ControlNets are changed in place: the class of each becomes a subclass. A ControlNet whose scale has changed
-    since (``control_guidance_start`` and ``_end``) is run again.
+    The ControlNets are changed in place: the class of each becomes a subclass. A ControlNet runs
+    again if its scale has changed since (``control_guidance_start`` and ``control_guidance_end``).
 
     Raises:
         UserError: the pipeline has no ControlNet.
@@ -56,7 +56,7 @@ class _ReusingControlNet:
 
 
 def _copy_of(output: Any) -> Any:
-    """Return the output with the mid block's map in memory of its own: several ControlNets make diffusers add to it."""
+    """Return a copy; with several ControlNets, diffusers adds to the mid block's feature map in place."""
     if isinstance(output, tuple):
         down, middle = output
         return list(down), middle.clone()
@@ -64,7 +64,7 @@ def _copy_of(output: Any) -> Any:
 
 
 def _call_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
-    """Return what must be equal for an output to be used again: shapes and plain values, but not the timestep."""
+    """Return the shapes and plain values, but not the timestep; an output is reused only if they are equal."""
     shapes = tuple(tuple(value.shape) for value in (*args, *kwargs.values()) if hasattr(value, "shape"))
     plain = {name: value for name, value in kwargs.items() if isinstance(value, (bool, int, float, str))}
     return (shapes, *sorted(plain.items()))

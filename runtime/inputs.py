@@ -42,7 +42,7 @@ def refuse_unsupported(
 def conditioning_by_name(
     positions: tuple[str, str], third: torch.Tensor | None, fourth: torch.Tensor | None
 ) -> dict[str, Any]:
-    """Return the third and fourth argument of ``forward`` by the names that the UNet's own class gives them."""
+    """Return the third and fourth positional argument of ``forward`` by their names in the UNet's own class."""
     return {name: tensor for name, tensor in zip(positions, (third, fourth), strict=True) if tensor is not None}
 
 
@@ -70,18 +70,18 @@ def engine_inputs(
     optional = {name for name in specs if argument_of(name) is not None}
     if missing := [name for name in specs if name not in tensors and name not in optional | {"timestep"}]:
         raise UserError(
-            f"this UNet also needs {', '.join(missing)}, which was not passed: use the pipeline of its own family"
+            f"this UNet also needs {', '.join(missing)}, which was not passed: use a pipeline for this kind of UNet"
         )
     return {name: tensors[name] for name in specs if name in tensors and name != "timestep"}
 
 
 def same_device(one: torch.device, other: torch.device) -> bool:
-    """Return whether two devices are the same; a device without an index is the first one."""
+    """Return whether two devices are the same; a device without an index counts as index 0."""
     return one.type == other.type and (one.index or 0) == (other.index or 0)
 
 
 def timestep_shape(specs: Mapping[str, TensorSpec], batch: int) -> tuple[int, ...]:
-    """Return the shape of the engine's timestep: [batch] in offcut's own exports, [1] or [] in some others."""
+    """Return the shape of the engine's timestep: [batch] in offcut's own exports, [1] or [] in some foreign ONNX."""
     symbol = specs["sample"].shape[0]
     return tuple(dim if isinstance(dim, int) else batch if dim == symbol else 1 for dim in specs["timestep"].shape)
 
@@ -105,16 +105,16 @@ def write_timestep(buffer: torch.Tensor, timestep: torch.Tensor | float) -> None
         timestep: a number, or a tensor [], [1] or [batch] on any device.
 
     Raises:
-        ShapeError: the number of timesteps is not the engine's.
+        ShapeError: the number of timesteps does not match the buffer.
         UserError: the timestep is fractional, and the engine takes integers.
     """
     if not buffer.is_floating_point() and _is_fractional(timestep):
         raise UserError(
             f"the scheduler has fractional timesteps ({timestep_value(timestep):.3f}), but this engine takes integers: "
-            "choose a scheduler without (DDIM, PNDM), or export the UNet with offcut"
+            "choose a scheduler without them (DDIM, PNDM), or export the UNet with offcut"
         )
     if not isinstance(timestep, torch.Tensor):
-        buffer.fill_(timestep)  # a copy from the host would wait for the device
+        buffer.fill_(timestep)  # copying from the host would wait for the device
         return
     if timestep.numel() == 1:
         timestep = timestep.reshape(())

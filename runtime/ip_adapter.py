@@ -45,29 +45,29 @@ class BuiltInIPAdapters:
         """Return the engines' inputs for a pipeline's ``added_cond_kwargs``, and the scales.
 
         Raises:
-            UserError: there are no images, not one for each IP-Adapter, or scales that differ from image to image.
+            UserError: images are missing, or an IP-Adapter's scale differs from image to image.
         """
         image_embeds = added_cond_kwargs.get(IMAGE_EMBEDS)
         count = len(self.projections.image_projection_layers)
         if image_embeds is None:
             raise UserError(
                 "this UNet has IP-Adapters built in, and the pipeline passes no image: give ip_adapter_image or "
-                "ip_adapter_image_embeds, or use a bundle without"
+                "ip_adapter_image_embeds, or use a bundle without IP-Adapters"
             )
         if not isinstance(image_embeds, (list, tuple)) or len(image_embeds) != count:
             raise UserError(f"this UNet has {count} IP-Adapters: give ip_adapter_image_embeds as a list of {count}")
         embeds = {f"{IMAGE_EMBEDS}_{index}": tensor for index, tensor in enumerate(image_embeds)}
         return {**embeds, SCALE: self._scales()}
 
-    def adopt(self, processors: Mapping[str, Any]) -> None:
+    def copy_scales(self, processors: Mapping[str, Any]) -> None:
         """Copy the scales of the eager UNet that these engines replace."""
         for name, processor in self.processors.items():
-            theirs = getattr(processors.get(name), "scale", None)
-            if isinstance(theirs, list) and len(theirs) == len(processor.scale):
-                processor.scale = list(theirs)
+            scale = getattr(processors.get(name), "scale", None)
+            if isinstance(scale, list) and len(scale) == len(processor.scale):
+                processor.scale = list(scale)
 
     def blocks(self, config: Config) -> dict[str, list[SimpleNamespace]]:
-        """Return the blocks, which have ``attentions`` where they have attention layers; for scales by block."""
+        """Return placeholders for the UNet's blocks; diffusers finds the blocks with attention by ``attentions``."""
         kinds = {"down_blocks": config["down_block_types"], "up_blocks": config["up_block_types"]}
         return {
             side: [SimpleNamespace(attentions=()) if "CrossAttn" in kind else SimpleNamespace() for kind in types]

@@ -36,7 +36,7 @@ class LoraMethods(ABC):
 
     @abstractmethod
     def _refit(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Give all graphs these weights, by PyTorch's parameter name; the other weights are those of the build."""
+        """Give all graphs these weights, by PyTorch's parameter name; all other weights become those of the build."""
 
     @property
     def loras(self) -> dict[str, float]:
@@ -68,8 +68,8 @@ class LoraMethods(ABC):
         name = name or lora.name
         if layers := lora.text_encoder:
             logger.warning(
-                "the LoRA %s has %d layers of a text encoder too, which a UNet leaves out: pipe.load_lora_weights "
-                "takes both kinds, and offcut build --lora fuses both into a bundle",
+                "the LoRA %s has %d layers of a text encoder too, which were left out: pipe.load_lora_weights "
+                "loads both kinds, and offcut build --lora fuses both into a bundle",
                 name,
                 layers,
             )
@@ -77,10 +77,10 @@ class LoraMethods(ABC):
         return name
 
     def set_loras(self, scales: Mapping[str, float]) -> None:
-        """Keep only these loaded LoRAs, with these scales, in one exchange of the weights.
+        """Keep only these of the loaded LoRAs, with these scales; the weights change once.
 
         Raises:
-            UserError: a name is not that of a loaded LoRA.
+            UserError: a name is not the name of a loaded LoRA.
         """
         if unknown := [name for name in scales if name not in self._loras]:
             loaded = ", ".join(self._loras) or "none"
@@ -96,12 +96,12 @@ class LoraMethods(ABC):
         if name is None:
             self.set_loras({})
         elif name not in self._loras:
-            self.set_loras({name: 0})
+            self.set_loras({name: 0})  # raises the error
         else:
             self.set_loras({other: scale for other, scale in self.loras.items() if other != name})
 
     def _apply_loras(self, loras: dict[str, tuple[Lora, float]]) -> None:
-        """Exchange the weights for those with these LoRAs, and remember the LoRAs."""
+        """Replace the engines' weights by the built weights plus these LoRAs, and record the LoRAs."""
         if not loras and not self._loras:
             return
         if self._stored is None:

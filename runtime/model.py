@@ -1,4 +1,4 @@
-"""``EngineModel``: the interface of a diffusers model, for a model whose weights are in engines."""
+"""``EngineModel``: base class of models whose weights are in engines, with the interface of a diffusers model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class EngineModel(UnsupportedMethods, ModelMixin, ConfigMixin):  # type: ignore[
         return self._dtype
 
     def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
-        """Yield one empty parameter on the engines' device, from which model offloading reads a model's device."""
+        """Yield one empty parameter on the engines' device; model offloading reads the device from it."""
         yield torch.nn.Parameter(torch.empty(0, dtype=self._dtype, device=self._device), requires_grad=False)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -64,7 +64,7 @@ class EngineModel(UnsupportedMethods, ModelMixin, ConfigMixin):  # type: ignore[
         Moving to the CPU does nothing: offloading does so between calls, and engines keep their memory until ``close``.
 
         Raises:
-            EngineError: the device or floating-point dtype is another, which takes other engines.
+            EngineError: the engines have another device or another floating-point dtype.
         """
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and device.type != "cpu" and not same_device(device, self._device):
@@ -75,7 +75,7 @@ class EngineModel(UnsupportedMethods, ModelMixin, ConfigMixin):  # type: ignore[
         if dtype is not None and dtype.is_floating_point and dtype != self._dtype:
             raise EngineError(
                 f"this UNet's engines take {self._dtype} and cannot be cast to {dtype}: build a bundle with that "
-                "precision, or give the pipeline's other parts the UNet's dtype"
+                "precision, or give the pipeline's other components the UNet's dtype"
             )
         return self
 

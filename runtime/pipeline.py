@@ -36,13 +36,16 @@ def load(
 ) -> DiffusionPipeline:
     """Open a bundle's pipeline, with the bundle's engines in place of its UNet.
 
-    The pipeline's other components are loaded by diffusers, in the dtype of the UNet's latents and on its device, after
-    the digests of their files were checked.
+    diffusers loads the pipeline's other components, in the dtype of the UNet's latents and on its device. The digests
+    of their files are checked first.
 
     Args:
         bundle: an opened bundle or its directory.
-        engine, device, precision, inference_precision: as in ``UNet.load``.
-        arguments: further arguments of ``UNet.load``, e.g. ``threads=``; the rest is for
+        engine: name of the engine, or ``"auto"``, as in ``UNet.load``.
+        device: device of the engines and the pipeline, as in ``UNet.load``.
+        precision: precision of the graphs, as in ``UNet.load``.
+        inference_precision: precision of the computation, as in ``UNet.load``.
+        arguments: options of ``UNet.load``, e.g. ``threads=``, and arguments of
             ``DiffusionPipeline.from_pretrained``, e.g. ``scheduler=`` or ``safety_checker=None``.
 
     Raises:
@@ -99,7 +102,8 @@ def attach(
     """Replace a pipeline's UNet by a bundle's engines, and make the pipeline announce each generation.
 
     The pipeline is changed in place. Its class becomes a subclass of the same name, because Python looks up
-    ``__call__`` in the class; its scheduler, callbacks and hooks do not change, and ``pipe.unet = another`` undoes it.
+    ``__call__`` in the class; its scheduler, callbacks and hooks do not change. Assigning another UNet to
+    ``pipe.unet`` undoes the replacement.
 
     A second pipeline from the same components (``AutoPipelineForImage2Image.from_pipe``) shares the UNet; it announces
     its own generations after ``offcut.attach(img2img, pipe.unet)``.
@@ -107,8 +111,11 @@ def attach(
     Args:
         pipe: a diffusers pipeline with a ``unet``.
         bundle: an opened bundle, its directory, or an open ``UNet``.
-        engine, precision, inference_precision, options: as in ``UNet.load``.
+        engine: name of the engine, or ``"auto"``, as in ``UNet.load``.
         device: device of the engines; None for the pipeline's own.
+        precision: precision of the graphs, as in ``UNet.load``.
+        inference_precision: precision of the computation, as in ``UNet.load``.
+        options: settings of the engine, as in ``UNet.load``.
         reuse_controlnet: run the pipeline's ControlNets on full calls only. Costs image quality.
 
     Returns:
@@ -119,27 +126,27 @@ def attach(
         BundleError: the bundle is damaged, or was built from another kind of UNet.
         EngineError: the engine is missing or cannot run here.
     """
-    replaced = getattr(pipe, "unet", None)
-    if replaced is None:
-        raise UserError(f"{type(pipe).__name__} has no unet, which offcut would replace: give a pipeline with one")
+    old_unet = getattr(pipe, "unet", None)
+    if old_unet is None:
+        raise UserError(f"{type(pipe).__name__} has no unet for offcut to replace: give a pipeline with one")
     if isinstance(bundle, BaseUNet):
         unet = bundle
     else:
         unet = UNet.load(
             bundle,
             engine,
-            device=device or _spelled(pipe.device),
+            device=device or _device_name(pipe.device),
             precision=precision,
             inference_precision=inference_precision,
             **options,
         )
-    if differing := _differences(replaced, unet):
+    if differing := _differences(old_unet, unet):
         raise BundleError(
             f"the bundle was built from another kind of UNet than this pipeline has ({'; '.join(differing)}): "
-            "build one from the pipeline's own"
+            "build a bundle from the pipeline's own UNet"
         )
-    if unet.ip_adapters is not None and replaced is not unet:
-        unet.ip_adapters.adopt(getattr(replaced, "attn_processors", {}))
+    if unet.ip_adapters is not None and old_unet is not unet:
+        unet.ip_adapters.copy_scales(getattr(old_unet, "attn_processors", {}))
     if reuse_controlnet:
         reuse_controlnets(pipe, unet)
     pipe.unet = unet
@@ -169,8 +176,8 @@ def _is_guided(pipe: Any) -> bool:
 def _unet_calls(pipe: Any) -> int:
     """Return the number of UNet calls of the denoising loop that has just begun.
 
-    Most pipelines set ``num_timesteps`` before the loop, after img2img's trimming; for the others the scheduler has the
-    index where the loop begins.
+    Most pipelines set ``num_timesteps`` before the loop, after img2img's trimming; for the others the scheduler
+    has the index where the loop begins.
     """
     if "_num_timesteps" in pipe.__dict__:
         return int(pipe.num_timesteps)
@@ -181,24 +188,25 @@ def _unet_calls(pipe: Any) -> int:
 _INTERFACE = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "time_cond_proj_dim")
 
 
-def _differences(replaced: Any, unet: BaseUNet) -> list[str]:
-    """Return how two UNets differ in the inputs and outputs that a pipeline uses."""
-    theirs, ours = replaced.config, unet.config
-    kind = type(replaced).__name__
-    if kind in FAMILIES and kind != ours["_class_name"]:
-        return [f"{ours['_class_name']} instead of {kind}"]
+def _differences(old_unet: Any, unet: BaseUNet) -> list[str]:
+    """Return the differences of two UNets in the config entries that a pipeline reads."""
+    old, new = old_unet.config, unet.config
+    class_name = type(old_unet).__name__
+    if class_name in FAMILIES and class_name != new["_class_name"]:
+        return [f"{new['_class_name']} instead of {class_name}"]
     return [
-        f"{key} {ours[key]} instead of {theirs[key]}"
+        f"{key} {new[key]} instead of {old[key]}"
         for key in _INTERFACE
-        if key in theirs and key in ours and _plain(theirs[key]) != _plain(ours[key])
+        if key in old and key in new and _tuple_to_list(old[key]) != _tuple_to_list(new[key])
     ]
 
 
-def _plain(value: Any) -> Any:
+def _tuple_to_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _spelled(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
+    """Return a device as text; ``cuda`` for the first GPU."""
     return device.type if not device.index else str(device)
 
 
@@ -218,14 +226,14 @@ def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 @contextmanager
 def without_type_warnings() -> Iterator[None]:
-    """Suppress diffusers' warning that a component is not of the expected class, as ``UNet`` never is."""
+    """Suppress diffusers' warning that a component is not of the expected class, which ``UNet`` always causes."""
     logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
 
-    def is_other(record: logging.LogRecord) -> bool:
+    def is_not_type_warning(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("Expected types for ")
 
-    logger.addFilter(is_other)
+    logger.addFilter(is_not_type_warning)
     try:
         yield
     finally:
-        logger.removeFilter(is_other)
+        logger.removeFilter(is_not_type_warning)

@@ -30,7 +30,7 @@ class ProfilerRanges:
 
         Args:
             full: whether the full graph runs.
-            more: whether another call may follow; the time until then belongs to the scheduler and the guidance.
+            more: whether another call may follow; if so, the time until that call gets a range of the scheduler.
         """
         self.end()
         close = self._open(FULL if full else SHALLOW)

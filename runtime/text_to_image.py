@@ -55,6 +55,6 @@ def scheduler_named(scheduler: Any, name: str) -> Any:
 
     kind = getattr(diffusers, name, None)
     if not hasattr(kind, "from_config"):
-        raise UserError(f"diffusers has no scheduler {name}: give one by its class, e.g. DDIMScheduler")
+        raise UserError(f"diffusers has no scheduler {name}: give the name of a class, e.g. DDIMScheduler")
     assert kind is not None
     return kind.from_config(scheduler.config)

@@ -40,21 +40,21 @@ class UNet(LoraMethods, BaseUNet):
         pipe.unet.set_schedule(offcut.Uniform(5))
 
     The UNet has no parameters: the weights are in the engines. Pipelines of ``offcut.load`` and ``offcut.attach``
-    announce each generation; ``generation`` does it for a loop of your own. Without an announcement, timesteps and
-    shapes tell where a new generation begins, and the timestep is read on the host at every call.
+    announce each generation; in a loop of your own, use ``generation``. Without an announcement, the UNet detects a
+    new generation by the timesteps and shapes, and reads the timestep on the host at every call.
 
-    One thread may use a UNet at a time; open one UNet for each thread, from the same bundle if you like.
+    Only one thread may use a UNet at a time. For several threads, open one UNet each, from the same bundle or not.
 
     Attributes:
-        record_times: whether ``last_run`` has seconds. On a GPU this waits for the device at every call.
+        record_times: whether ``last_run`` has the seconds of each call; on a GPU, each call then waits for the device.
         precision: precision in which the engines compute; None where it is unknown.
 
     Args:
         pair: the opened engines, which this object then owns and closes.
         config: the UNet's config as diffusers wrote it, with ``_class_name``.
         attention: attention that the UNet was exported with; None for the model's own.
-        bound_shapes: number of sets of input shapes for which buffers are kept; the least recently used goes first.
-        stored: returns the weights that the engines were built with, for LoRAs; None where they are unknown.
+        bound_shapes: number of sets of input shapes for which buffers are kept; the least recently used set goes first.
+        stored: function that returns the weights that the engines were built with, for LoRAs; None if they are unknown.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class UNet(LoraMethods, BaseUNet):
         self.record_times = False
         self.precision: str | None = None
         self._pair: EnginePair | None = pair
-        self._noise_pred = next(iter(pair.outputs))
+        self._output_name = next(iter(pair.outputs))
         self._loras = {}
         self._stored = stored
         self._bound = BoundPairs(bound_shapes)
-        self._residuals: WeakKeyDictionary[BoundPair, set[str]] = WeakKeyDictionary()  # names of those passed last
+        self._residuals: WeakKeyDictionary[BoundPair, set[str]] = WeakKeyDictionary()  # residuals of the last call
         self._ranges = ProfilerRanges(self._device)
 
     @classmethod
@@ -101,10 +101,11 @@ class UNet(LoraMethods, BaseUNet):
             bundle: an opened bundle or its directory.
             engine: a name, or ``"auto"`` for the best of the bundle's engines that runs here.
             device: device as PyTorch spells it.
-            precision, inference_precision: precision of the build, if the bundle has several builds of the engine.
-            options: ``threads`` of a CPU engine; ``cuda_graphs=False``, ``weight_budget`` in bytes and
-                ``runtime_cache``, a directory, of NVIDIA's; ``provider`` of ONNX Runtime's: see
-                ``engines.base.EngineOptions``.
+            precision: precision of the graphs, to choose among several builds of the engine; the newest by default.
+            inference_precision: precision of the computation, to choose among several builds.
+            options: settings of ``engines.base.EngineOptions``: ``threads`` for CPU engines; ``cuda_graphs``,
+                ``weight_budget`` (bytes) and ``runtime_cache`` (a directory) for NVIDIA's engines; ``provider`` for
+                ONNX Runtime.
 
         Raises:
             BundleError: the directory is not a bundle, or is damaged.
@@ -142,7 +143,7 @@ class UNet(LoraMethods, BaseUNet):
 
         generation, full = self._begin(tuple(shapes.items()), timestep)
         if not full and generation.skips(generation.completed):
-            output = self._skipped(generation)
+            output = self._repeat_output(generation)
             generation.end(full, 0.0 if self.record_times else None)
             return output
         if generation.completed == 0:
@@ -161,7 +162,7 @@ class UNet(LoraMethods, BaseUNet):
         if half is not None and guidance is not None:
             return guidance.whole_output(half).to(tensors[SAMPLE].dtype)
         # Copied, because schedulers keep outputs: PNDM without guidance would see its history overwritten.
-        return bound.buffers[self._noise_pred].to(tensors[SAMPLE].dtype, copy=True)
+        return bound.buffers[self._output_name].to(tensors[SAMPLE].dtype, copy=True)
 
     def _zero_residuals(self, bound: BoundPair, passed: Iterable[str], not_passed: Iterable[str]) -> None:
         """Zero the residuals that an earlier call passed and this one does not; new buffers are zero."""
@@ -190,13 +191,13 @@ class UNet(LoraMethods, BaseUNet):
         cut: str | None,
         guidance: GuidanceReuse | None,
     ) -> None:
-        """Enqueue the engines' part of a call, with what precedes and follows it on the device.
+        """Enqueue the device work of a call: the engine, and the features and guidance before and after it.
 
         Args:
             bound: engines bound to the buffers of the whole batch, which hold the inputs.
-            half: engines bound to buffers of half the batch, where a shallow call computes only that.
+            half: engines bound to buffers of half the batch, for a shallow call that reuses the guidance; else None.
             cut: cut of a shallow call; None for a full call.
-            guidance: the generation's, unless this call is not guided.
+            guidance: the generation's guidance state; None for a call without guidance.
         """
         history, drift, call = generation.history, generation.drift, generation.completed
         if cut is None:
@@ -217,13 +218,13 @@ class UNet(LoraMethods, BaseUNet):
         (half or bound).shallow(cut)
 
     def _prepare(self, generation: GenerationState, sample: torch.Tensor) -> None:
-        """Give a generation, at its first call, the state that its shallow calls will need."""
+        """Create the state that a generation's shallow calls will need; runs at the first call."""
         caching = self._caching
-        generation.history = generation.guidance = generation.drift = None  # of a first call that failed
+        generation.history = generation.guidance = generation.drift = None  # a first call that failed may have set them
         if caching.forecast is not None:
             generation.history = FeatureHistory(caching.forecast, caching.features)
         if caching.reuse_guidance and generation.guided:
-            generation.guidance = GuidanceReuse(self._specs, self._noise_pred)
+            generation.guidance = GuidanceReuse(self._specs, self._output_name)
             generation.guidance.check_batch(sample)
         if caching.schedule is not None and caching.schedule.adaptive:
             generation.drift = FeatureDriftEstimator(caching.features)

@@ -72,14 +72,14 @@ class UnsupportedMethods:
 
     @property
     def attn_processors(self) -> Any:
-        """Processors that ``set_attn_processor`` was given, for a caller that restores them; {} at first."""
+        """Last value of ``set_attn_processor``, for a caller that restores it; {} at first."""
         return {} if self._set_attention is None else self._set_attention
 
     def set_attn_processor(self, processor: Any, *args: Any, **kwargs: Any) -> None:
         """Accept the value of ``attn_processors``, and processors of the attention that the engines were built with.
 
         Raises:
-            UserError: the processor is of another kind of attention.
+            UserError: the processor computes another kind of attention.
         """
         kind = _kind_of(processor)
         if processor not in ({}, self.attn_processors) and (kind is None or kind != self._built_attention):
@@ -102,8 +102,8 @@ class UnsupportedMethods:
             return
         if batch % 2:
             raise ShapeError(
-                f"{self._built_attention} attention takes as many frames without the prompt as with it, not {batch}: "
-                "use guidance"
+                f"{self._built_attention} attention needs a batch of two equal halves, without and with the "
+                f"prompt, not {batch} frames: use guidance"
             )
         if self._set_attention is None:
             raise UserError(

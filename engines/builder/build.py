@@ -78,9 +78,11 @@ def build(
         compile_all: export the pipeline's text encoders and autoencoder too, for the same engines. A new bundle then
             holds no PyTorch weights of them.
         device: device that ``auto`` chooses for, and that engines are verified on where they run on it.
-        revision, variant, subfolder: as in diffusers.
-        adapters: ``"controlnet"`` or ``"t2i-adapter"``: gives the graphs the inputs of these adapters. By default
-            those of the model's own pipeline.
+        revision: branch, tag or commit on the hub, as in diffusers.
+        variant: variant of the weight files, as in diffusers.
+        subfolder: folder of the UNet inside the model, as in diffusers.
+        adapters: ``"controlnet"`` or ``"t2i-adapter"``: adds the inputs of these adapters to the graphs. By default
+            the inputs that the model's own pipeline uses.
         loras: LoRA files with their scales, fused into the UNet and into a pipeline's text encoders.
         ip_adapters: weight files of IP-Adapters to build into the UNet, as ``"FILE"``, ``"FILE:SCALE"`` or
             ``"FILE:SCALE:IMAGES"``. The result counts as another model.

@@ -166,8 +166,9 @@ class Bundle:
         Args:
             engine: a name, or ``"auto"`` for the best engine here.
             device: device to open on, as PyTorch spells it.
-            precision, inference_precision: choose among several builds of the engine; by default the newest.
-                ``inference_precision="fp32"`` chooses the build without a hint.
+            precision: precision of the graphs, to choose among several builds of the engine; the newest by default.
+            inference_precision: precision of the computation, to choose among several builds; ``"fp32"`` chooses the
+                build without a hint.
             options: ``threads``, ``cuda_graphs``, ``weight_budget``, ``runtime_cache``, ``provider``: see
                 ``EngineOptions``.
 

@@ -91,7 +91,9 @@ def export(
         dims: dimensions to fix, e.g. ``{"batch": 2, "height": 64}``; all others stay dynamic.
         adapters: names from ``residuals.ADAPTERS``; adds the inputs that a ControlNet or T2I-Adapter fills.
         ip_adapters: IP-Adapters to build into the UNet.
-        revision, variant, subfolder: as in diffusers.
+        revision: branch, tag or commit on the hub, as in diffusers.
+        variant: variant of the weight files, as in diffusers.
+        subfolder: folder of the UNet inside the model, as in diffusers.
         attention: ``"cross-frame"`` for Text2Video-Zero; None for the attention of the model's own pipeline.
         progress: called with the name of each stage as it begins.
 

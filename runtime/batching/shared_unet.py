@@ -71,7 +71,7 @@ class SharedUNet(BaseUNet):
         if not full and generation.skips(number):
             if request.stop_error is not None:
                 raise copy_of(request.stop_error)
-            prediction = self._skipped(generation)
+            prediction = self._repeat_output(generation)
             self._end_call(generation, full, rows=0)
             return prediction
         later_full = None  # for each later call that runs an engine: whether the call is full
