@@ -111,7 +111,7 @@ def build(
     """Build a bundle: export, cut, compile, and verify each engine against PyTorch or the foreign ONNX."""
     from ..engines.builder.build import build_bundle
     from ..exporter.ip_adapter import IPAdapter
-    from ..exporter.lora import Scaled
+    from ..exporter.lora import ScaledLora
 
     settings = settings_of(setting or [], list(request.engines))
     if compute_capability:
@@ -121,7 +121,7 @@ def build(
         dims=dims_of(fix),
         profiles=sizes,
         settings=settings,
-        loras=tuple(map(Scaled.parse, lora or ())),
+        loras=tuple(map(ScaledLora.parse, lora or ())),
         ip_adapters=tuple(map(IPAdapter.parse, ip_adapter or ())),
         adapters=tuple(adapter) if adapter else None,
         calibration=_calibration(request.precision, low_precision),

@@ -72,7 +72,7 @@ class ModuleCalls:
             tensors = {name: torch.cat([call.tensors[name] for call in calls]) for name in calls[0].tensors}
             try:
                 return _split(calls[0].forward(**tensors, **calls[0].options), [call.rows for call in calls])
-            except Exception:  # one call is wrong, or the batch is too large
+            except Exception:  # raised by one of the calls, or because the batch is too large
                 results = [result for call in calls for result in self.run([call])]
                 if not any(isinstance(result, Exception) for result in results):
                     self._not_shareable.add(calls[0].key)

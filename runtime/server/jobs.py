@@ -93,7 +93,7 @@ class ImageJob(ABC):
     def __init__(self, params: ImageParams, on_close: Callable[[Any], None]) -> None:
         self.params = params
         self.events: asyncio.Queue[Event | None] = asyncio.Queue()
-        """Events: one by one if the client reads a stream, otherwise all at the end. None follows the last event."""
+        """Events, one by one if the client reads a stream, otherwise all at the end. None follows the last event."""
         self._completion: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._on_close = on_close
         self._closed = False

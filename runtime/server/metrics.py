@@ -37,7 +37,7 @@ class ServerMetrics:
         queue_seconds: time from a request's arrival until work on it began.
         step_seconds: time of a UNet call by kind, including the wait for the shared engine call.
         request_seconds: time from a request's arrival to its end, by outcome.
-        rejections: requests that were answered with an error, by error code.
+        rejections: requests that ended with an error reply, by error code.
     """
 
     def __init__(self, statistics: Callable[[], WorkerStatistics], labels: Sequence[str] = ()) -> None:

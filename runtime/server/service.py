@@ -131,7 +131,7 @@ class WorkerService(ImageService):
 
     @property
     def open_jobs(self) -> int:
-        """Number of jobs whose client has not been answered yet."""
+        """Number of jobs whose client has no complete reply yet."""
         return len(self._jobs)
 
     def statistics(self) -> Statistics:

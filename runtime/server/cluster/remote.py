@@ -170,7 +170,7 @@ class RemoteJob(ImageJob):
                     self.events.put_nowait(event)
 
     def _with_queue_time(self, result: ImageResult) -> ImageResult:
-        """Return the result with the time before a replica accepted the job added to its queue time."""
+        """Add the time until a replica accepted the job to the queue time of the result."""
         waited = (self.started or self._submitted) - self._submitted
         return replace(result, queue_seconds=waited + result.queue_seconds)
 

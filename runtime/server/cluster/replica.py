@@ -120,7 +120,7 @@ class Replica:
             each_step: whether to send each UNet call as it completes, instead of all together at the end.
         """
         if name is not None and name not in self._plan.workers:
-            # An ingress of the previous version sent this request. It sends the request again until it is replaced.
+            # An ingress of the previous version sent this. The client gets 503; the next ingress knows the new models.
             yield JobFailed(ReplicaLostError("the model was replaced"))
             return
         try:

@@ -123,10 +123,10 @@ def test_calls_that_cannot_be_shared_run_alone_from_then_on(forward: Callable[..
 
 def test_calls_with_the_same_key_go_together_while_there_is_room() -> None:
     third = MAX_POSITIONS // 3
-    late, first, other, same_key, full = (
+    last, first, other_key, second, third_call = (
         call(1, outputs, key, due, third)
         for key, due in (("same", 4), ("same", 0), ("other", 1), ("same", 2), ("same", 3))
     )
-    assert ModuleCalls().choose([late, first, other, same_key, full]) == [first, same_key, full]
+    assert ModuleCalls().choose([last, first, other_key, second, third_call]) == [first, second, third_call]
     large = call(1, outputs, positions=2 * MAX_POSITIONS)
     assert ModuleCalls().choose([large]) == [large]
