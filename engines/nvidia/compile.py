@@ -12,10 +12,10 @@ from ...exporter.specs import TensorSpec
 from ..base import Compiled, CompileJob
 from ..profiles import Profile, check, in_pixels, trained_side
 from .attention import separate_queries
+from .build_settings import config, targets, timing_cache
 from .library import NvidiaLibrary, load, this_gpu
 from .log import ErrorMessages, captured_log
 from .progress import BuildPhases, monitor
-from .settings import config, targets, timing_cache
 
 LOG = "build.log"
 

@@ -16,11 +16,11 @@ from ..base import EngineOptions, Graphs, check_contract
 from ..buffers import allocate
 from ..cuda import CudaGraphs, PairStream
 from ..profiles import select
+from .build_settings import recordable
 from .library import NvidiaLibrary, load
 from .log import captured_log
 from .plan import BoundContext, LoadedPlan, share_budget
 from .refit import refit
-from .settings import recordable
 
 if TYPE_CHECKING:
     import torch

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ..base import Compiled, CompileJob, EngineOptions, EnginePair, EngineProbe, Graphs
-from . import library, settings
+from . import build_settings, library
 
 name = library.TENSORRT.name
 extra = library.TENSORRT.extra
 # Every TensorRT 10 parses this opset; it fuses attention and group normalization by pattern.
 default_opset = 20
-SETTINGS = settings.SETTINGS
-HELPERS = settings.HELPERS
+SETTINGS = build_settings.SETTINGS
+HELPERS = build_settings.HELPERS
 
 
 def probe() -> EngineProbe:

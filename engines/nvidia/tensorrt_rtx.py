@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ..base import Compiled, CompileJob, EngineOptions, EnginePair, EngineProbe, Graphs
-from . import library, settings
+from . import build_settings, library
 
 name = library.TENSORRT_RTX.name
 extra = library.TENSORRT_RTX.extra
 # This opset keeps attention and group normalization whole.
 default_opset = 23
-SETTINGS = settings.SETTINGS_RTX
-HELPERS = settings.HELPERS
+SETTINGS = build_settings.SETTINGS_RTX
+HELPERS = build_settings.HELPERS
 
 
 def probe() -> EngineProbe:

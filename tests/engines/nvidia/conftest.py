@@ -11,8 +11,8 @@ import pytest
 
 import offcut
 from offcut.engines.base import CompileJob, Graphs
+from offcut.engines.nvidia.build_settings import SETTINGS_RTX
 from offcut.engines.nvidia.library import TENSORRT_RTX, load
-from offcut.engines.nvidia.settings import SETTINGS_RTX
 from offcut.engines.profiles import Profile
 from offcut.errors import EngineError
 from offcut.exporter.load import locate

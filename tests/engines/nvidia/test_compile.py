@@ -177,7 +177,7 @@ def test_a_setting_that_cannot_be_met_is_refused_before_anything_is_built(
 
 @pytest.mark.parametrize("spelling", ["89", "8.9", "sm_89", "SM89"])
 def test_a_compute_capability_may_be_spelled_as_others_do(spelling: str, job: Job, trt: Any) -> None:
-    from offcut.engines.nvidia.settings import targets
+    from offcut.engines.nvidia.build_settings import targets
 
     assert targets(TENSORRT_RTX, trt, job(compute_capabilities=(spelling, "89")).settings) == ("sm_89",)
 

@@ -11,10 +11,10 @@ import torch
 
 from offcut.engines.base import EngineProbe
 from offcut.engines.nvidia import tensorrt, tensorrt_rtx
+from offcut.engines.nvidia.build_settings import targets
 from offcut.engines.nvidia.library import TENSORRT, load, probe
 from offcut.engines.nvidia.plan import share_budget
 from offcut.engines.nvidia.progress import BuildPhases
-from offcut.engines.nvidia.settings import targets
 from offcut.engines.onnxruntime import pair as onnxruntime
 from offcut.engines.registry import Choice, choose, compiler
 from offcut.errors import EngineError
