@@ -315,7 +315,7 @@ def _print_schedule(bundle: Bundle, name: str) -> None:
     key, ours = document.key, document.measured[0]
     low, high = key.guidance
     scales = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-    cuts = " and ".join(document.used) or document.cut
+    cuts = " and ".join(document.used_cuts) or document.cut
     out.print(
         f"[bold]schedule {name}[/]: {key.scheduler}, {key.steps} steps, guidance {scales}, {cuts}: "
         f"{ours.full_calls} full calls, UNet {ours.speed_up:.2f}x, {ours.psnr:.1f} dB",

@@ -1,4 +1,4 @@
-"""``offcut tune``: find a schedule for a model, a sampler and a target."""
+"""``offcut tune``: find the schedule for a model, a sampler and a target."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _seconds(text: str) -> float:
     return _number(text.removesuffix("s"), text, "--latency", "2.5s")
 
 
-_REQUEST = {
+_REQUEST_OPTIONS = {
     "speed_up": typer.Option(
         "--budget",
         metavar="TIMESx",
@@ -48,7 +48,7 @@ _REQUEST = {
         "--latency",
         metavar="TIME",
         parser=_seconds,
-        help="Target time of an image on this machine, e.g. 400ms or 2.5s.",
+        help="Target time of a whole image on this machine, e.g. 400ms or 2.5s.",
         **_TARGET,
     ),
     "psnr": typer.Option(
@@ -57,11 +57,11 @@ _REQUEST = {
     "steps": typer.Option(help="Number of scheduler steps.", min=4, **_CONDITIONS),
     "cuts": typer.Option(
         "--cut",
-        help="Cut for shallow calls; by default the bundle's first. Repeat it to choose among several, or give all.",
+        help="Cut of shallow calls; by default the bundle's first. Repeat the option for several cuts, or give all.",
         **_CONDITIONS,
     ),
     "skip": typer.Option(
-        "--skip/--no-skip", help="Whether calls may run no engine where that is better.", **_CONDITIONS
+        "--skip/--no-skip", help="Whether calls may be skipped (run no engine) where that is better.", **_CONDITIONS
     ),
     "samples": typer.Option(
         help="Number of images: half to fit, a quarter to select, a quarter to test.", min=4, **_SEARCH
@@ -74,20 +74,23 @@ _REQUEST = {
 @unpack
 def tune(
     bundle: BundleArgument,
-    request: Annotated[TuningRequest, _REQUEST],
+    request: Annotated[TuningRequest, _REQUEST_OPTIONS],
     sampler: Annotated[
         str | None,
         typer.Option(help="Class name of a diffusers scheduler; by default the bundle's own.", **_CONDITIONS),
     ] = None,
     guidance: Annotated[
-        str, typer.Option(metavar="SCALE or LOW..HIGH", help="Guidance scale, or a range of it.", **_CONDITIONS)
+        str,
+        typer.Option(
+            metavar="SCALE or LOW..HIGH", help="Guidance scale, or a range of guidance scales.", **_CONDITIONS
+        ),
     ] = "7.5",
     ratio: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[CUT=]SHARE",
-            help="Time of a shallow call over a full call to tune for, e.g. 0.1, in place of the measured one; repeat "
-            "it for each cut.",
+            help="Time of a shallow call divided by a full call's, e.g. 0.1, in place of the measured ratio. Repeat "
+            "the option for each cut.",
             **_CONDITIONS,
         ),
     ] = None,
@@ -95,19 +98,20 @@ def tune(
         Path | None,
         typer.Option(
             metavar="BUNDLE",
-            help="Bundle with the same engine in higher precision, may be the same one. Predictions then correct the "
-            "mean error of this engine, and images are compared with the reference's.",
+            help="Bundle with this engine in higher precision; may be the same bundle. Predictions then correct the "
+            "mean error of the lower precision, and images are compared with the reference's.",
             **_CONDITIONS,
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Name of the schedule; by default from sampler, steps and target.", **_CONDITIONS)
+        str | None,
+        typer.Option(help="Name of the schedule; by default made of sampler, steps and target.", **_CONDITIONS),
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="File of prompts like those you will use, one a line; by default the model's own, or general ones.",
+            help="File with one prompt a line, like those you will use; by default the model's or general ones.",
             **_SEARCH,
         ),
     ] = None,
@@ -117,21 +121,21 @@ def tune(
     engine: EngineName = "auto",
     precision: Annotated[
         str | None,
-        typer.Option(help="Precision of the engine's build if the bundle has several; by default the newest."),
+        typer.Option(help="Precision of the engine if the bundle has several builds; by default the newest build's."),
     ] = None,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Find which calls should be full, how the others predict features, and which need no engine.
+    """Find which UNet calls should be full, shallow or skipped, and fit the feature predictions of shallow calls.
 
     The schedule is added to the bundle. Images are generated with the bundle's own pipeline. The report uses prompts
-    and seeds that nothing was fitted to.
+    and seeds that the search did not use.
     """
     from ..engines.bundle.bundle import Bundle
     from ..errors import UserError
 
-    opened = Bundle.open(bundle)  # before what takes seconds to import
+    opened = Bundle.open(bundle)  # a wrong path fails before the imports below, which take seconds
     from ..runtime.pipeline import load
     from ..runtime.prompts import prompts_for
     from ..runtime.text_to_image import scheduler_named
@@ -147,7 +151,9 @@ def tune(
             pipe.scheduler = scheduler_named(pipe.scheduler, sampler)
         name = name or _default_name(pipe.scheduler, request)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise UserError(f"{name!r} cannot name a schedule: use letters, digits, dots, hyphens and underscores")
+            raise UserError(
+                f"{name!r} is not a valid schedule name: use letters, digits, dots, hyphens and underscores"
+            )
         cuts = pipe.unet.cuts if "all" in request.cuts else request.cuts
         request = replace(
             request,
@@ -187,7 +193,7 @@ def _print(tuned: Tuned) -> None:
     from ..runtime.generation.schedule import SKIP
 
     document = tuned.document
-    cuts = [cut for cut in document.used if cut != SKIP]
+    cuts = [cut for cut in document.used_cuts if cut != SKIP]
     marks = dict(zip(cuts, itertools.cycle(_MARKS), strict=False)) | {SKIP: "_"}
     out.print("".join("#" if cut is None else marks[cut] for cut in document.by_call), style="dim", highlight=False)
     kinds = [kind for kind in document.predictors if kind != "full"]
@@ -202,18 +208,18 @@ def _print(tuned: Tuned) -> None:
     if document.pareto:
         out.print(_table(document.pareto))
     ratios = document.ratios or {document.cut: document.shallow_over_full}
-    times = _shares(ratios)
+    times = _format_ratios(ratios)
     basis = f"on {document.engine}, where a shallow call takes {times} of a full call's time"
     if document.measured_ratios:
-        measured = _shares(document.measured_ratios)
+        measured = _format_ratios(document.measured_ratios)
         basis = (
             f"with the given ratio: a shallow call takes {times} of a full call's time. On {document.engine} here it "
             f"takes {measured}"
         )
     images = "the uncached images" if document.reference is None else f"the uncached images in {document.reference}"
     out.print(
-        f"PSNR to {images}, of {document.samples['test']} prompts and seeds that tuning did not use. "
-        f"Speed-up of the UNet's time {basis}."
+        f"PSNR to {images}, over {document.samples['test']} images with prompts and seeds that tuning did not use. "
+        f"Speed-up of the UNet {basis}."
     )
     if (better := document.better_untuned) is not None:
         out.print(
@@ -225,12 +231,12 @@ def _print(tuned: Tuned) -> None:
     out.print(f"[bold]{tuned.name}[/]")
 
 
-def _shares(ratios: Mapping[str, float]) -> str:
+def _format_ratios(ratios: Mapping[str, float]) -> str:
     return ", ".join(f"{ratio:.2f}" + (f" ({cut})" if len(ratios) > 1 else "") for cut, ratio in ratios.items())
 
 
 _MARKS = ".-=+*"
-"""Characters of shallow calls in a timeline, one for each cut."""
+"""Characters for shallow calls in a timeline, one for each cut."""
 
 
 def _table(rows: tuple[ReportRow, ...]) -> Table:
@@ -242,7 +248,7 @@ def _table(rows: tuple[ReportRow, ...]) -> Table:
 
 
 def _ratios(texts: Sequence[str], cuts: Sequence[str]) -> dict[str, float]:
-    """Return ratios by cut, from ``0.1`` for a single cut or ``deepcache:0=0.1`` for each cut."""
+    """Return ratios by cut from texts: ``0.1`` for a single cut, or ``CUT=0.1`` for each cut."""
     ratios = {}
     for text in texts:
         cut, equals, share = text.rpartition("=")
@@ -259,7 +265,7 @@ def _range(text: str) -> tuple[float, float]:
     least = _number(low, text, "--guidance", "7.5 or 5..9")
     most = _number(high, text, "--guidance", "7.5 or 5..9") if dots else least
     if most < least:
-        raise typer.BadParameter(f"{text!r} ends before it begins", param_hint="--guidance")
+        raise typer.BadParameter(f"{text!r} is not a range from low to high", param_hint="--guidance")
     return least, most
 
 

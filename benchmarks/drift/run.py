@@ -90,21 +90,21 @@ def drift(
         for index in range(request.images)
     ]
     with _quietly(pipe):
-        recorder = FeatureRecorder(unet, names, request.positions, request.seed, reads=True)
+        recorder = FeatureRecorder(unet, names, request.positions, request.seed, record_reads=True)
         moments: dict[str, FeatureMoments] = {}
         whole = []
         stage("generate uncached images")
         for image in images:
             with recorder.watch():
                 whole.append(pipeline.generate(image))
-            moments = moments or recorder.empty()
+            moments = moments or recorder.empty_moments()
             recorder.add_to(moments)
         stage("generate images with the schedule")
         errors, cached = _Errors(by_cut), []
         for image in images:
             with recorder.watch():
                 cached.append(pipeline.generate(image, request.schedule, request.forecast, cut=cut))
-            errors.add(recorder, pipeline.run)
+            errors.add(recorder, pipeline.last_run)
     samples, name, most = _save(folder, images, whole, cached)
     return Drift(
         model=model_name(bundle),

@@ -168,7 +168,7 @@ def _of(
             JointRow(
                 precision=precision,
                 way=way,
-                timeline=pipeline.run.timeline,
+                timeline=pipeline.last_run.timeline,
                 psnr=mean_of(near),
                 psnr_worst=float(near.min()),
             )

@@ -197,7 +197,7 @@ def _tuned_caching(body: GenerationRequest, model: ModelInfo, name: str, steps: 
     except ScheduleError as error:
         raise LimitError("schedule", str(error)) from error
     try:
-        for cut in tuned.document.used:
+        for cut in tuned.document.used_cuts:
             model.check_cut(cut, shallow=True)
     except UserError as error:
         raise LimitError("schedule", f"the schedule {tuned.name} does not fit: {error}") from error

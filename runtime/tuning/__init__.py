@@ -1,1 +1,1 @@
-"""``offcut tune``: find which UNet calls are full or skipped, and fit how the shallow ones predict cached features."""
+"""``offcut tune``: choose which UNet calls are full or skipped, and fit the feature predictions of shallow calls."""

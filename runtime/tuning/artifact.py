@@ -1,6 +1,6 @@
-"""A tuned schedule: its files in a bundle, and the choice of one that fits what is about to be run.
+"""A tuned schedule: its files in a bundle, and the choice of a schedule that fits the conditions of a generation.
 
-schedules/<name>.json           the schedule, its key and the measurements
+schedules/<name>.json           the schedule, its tuning key and the measurements
 schedules/<name>.safetensors    <call>.<feature>.scale, .slope and .shift: [channels], or [1] for one value for all;
                                 <call>.correction.weight: [channels, inputs, size, size], .bias: [channels]
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ...engines.bundle.bundle import Bundle
     from ..base_unet import BaseUNet
 
-_OUTDATED = "was tuned by an earlier version of offcut, whose corrections saw less: tune it again"
+_OUTDATED = "was tuned by an earlier version of offcut, whose corrections have fewer inputs: tune it again"
 
 _NAMES = ("scale", "slope", "shift")
 _CORRECTION = "correction"
@@ -42,7 +42,7 @@ class Tuned:
         name: name of the schedule and of its files.
         document: contents of the JSON file.
         coefficients: coefficients of the predictions, by call and feature.
-        correction: correction of the noise predictions; None for none.
+        correction: correction of the noise predictions; None if they are not corrected.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Tuned:
         schedules = opened.manifest.schedules
         if name not in schedules:
             names = ", ".join(schedules) or "none"
-            raise ScheduleError(f"{opened.path} has no schedule {name}; it has {names}: make one with offcut tune")
+            raise ScheduleError(f"{opened.path} has no schedule {name}; it has {names}: add one with offcut tune")
         entry = schedules[name]
         opened.verify_files(entry.files)
         try:
@@ -107,7 +107,7 @@ class Tuned:
 
     @property
     def outdated(self) -> bool:
-        """Whether its correction was fitted to other inputs than corrections have now."""
+        """Whether the correction was fitted by an earlier version, to other inputs than corrections have now."""
         return bool(self.document.corrected) and self.document.version != VERSION
 
     @property
@@ -121,7 +121,7 @@ class Tuned:
         return FittedForecast(self.coefficients, self.document.full, self.correction)
 
     def apply(self, unet: BaseUNet) -> None:
-        """Set the schedule of a UNet from the next generation on; ``set_schedule`` raises further errors.
+        """Set the schedule of a UNet from the next generation on; raises the errors of ``set_schedule``, too.
 
         Raises:
             ScheduleError: an earlier version of offcut fitted the correction to other inputs.
@@ -155,7 +155,7 @@ def save(bundle: Bundle, tuned: Tuned) -> None:
     from ...engines.bundle.store import commit, staging
 
     text, tensors = (tuned.document.model_dump_json(indent=1) + "\n").encode(), to_bytes(tuned.tensors())
-    # Files never change once they are in a bundle, so another schedule of the same name has files of other names.
+    # Files in a bundle never change, so a new schedule of the same name needs new file names.
     digest = hashlib.sha256(text + tensors).hexdigest()[:12]
     entry = ScheduleEntry(
         document=f"schedules/{tuned.name}-{digest}.json", coefficients=f"schedules/{tuned.name}-{digest}.safetensors"
@@ -176,7 +176,7 @@ def save(bundle: Bundle, tuned: Tuned) -> None:
 
 
 def tuned_name(schedule: str | None) -> str | None:
-    """Return the name in ``tuned:NAME``, an empty name for ``auto``, and None for any other schedule."""
+    """Return NAME of the text ``tuned:NAME``, an empty name for ``auto``, and None for other schedules."""
     if schedule == "auto":
         return ""
     return schedule.partition(":")[2] if schedule is not None and schedule.startswith("tuned:") else None
@@ -185,13 +185,13 @@ def tuned_name(schedule: str | None) -> str | None:
 def make_key(
     weights: Bundle | str, scheduler: Any, steps: int, guidance: tuple[float, float], precision: str | None = None
 ) -> TuningKey:
-    """Return the key of what is about to be run.
+    """Return the key of a generation's conditions.
 
     Args:
         weights: the bundle, or the digest of its weights.
-        scheduler: scheduler of the pipeline; its timesteps are set.
+        scheduler: scheduler of the pipeline; this function sets its timesteps.
         steps: number of scheduler steps.
-        guidance: range of guidance scales.
+        guidance: lowest and highest guidance scale.
         precision: precision of the engine, ``UNet.precision``.
     """
     scheduler.set_timesteps(steps)
@@ -209,62 +209,63 @@ def make_key(
 
 
 def mismatch(tuned: Tuned, key: TuningKey, cuts: Sequence[str] | None = None) -> str | None:
-    """Return why a schedule does not fit what is about to be run; None if it does.
+    """Return the reason why a schedule does not fit a generation's conditions; None if it fits.
 
     Args:
         tuned: the schedule.
-        key: key of what is about to be run.
-        cuts: cuts of the engines; None leaves them to ``set_schedule``.
+        key: key of the generation.
+        cuts: cuts of the engines; None leaves the check of cuts to ``set_schedule``.
     """
-    own = tuned.document.key
+    tuned_for = tuned.document.key
     if tuned.outdated:
         return f"it {_OUTDATED}"
-    if own.weights != key.weights:
+    if tuned_for.weights != key.weights:
         return "it was tuned for other weights"
-    if own.precision is not None and own.precision != key.precision:
-        return f"it corrects the error of {own.precision}, and this engine is in {key.precision or 'another'}"
-    if own.scheduler != key.scheduler:
-        return f"it was tuned for {own.scheduler}, not {key.scheduler}"
-    if own.settings != key.settings:
-        return f"it was tuned for another configuration of {own.scheduler}"
-    if (own.steps, own.calls) != (key.steps, key.calls):
-        return f"it was tuned for {own.steps} steps, not {key.steps}"
-    low, high = own.guidance
+    if tuned_for.precision is not None and tuned_for.precision != key.precision:
+        precision = key.precision or "another precision"
+        return f"it corrects the error of {tuned_for.precision}, and this engine is in {precision}"
+    if tuned_for.scheduler != key.scheduler:
+        return f"it was tuned for {tuned_for.scheduler}, not {key.scheduler}"
+    if tuned_for.settings != key.settings:
+        return f"it was tuned for another configuration of {tuned_for.scheduler}"
+    if (tuned_for.steps, tuned_for.calls) != (key.steps, key.calls):
+        return f"it was tuned for {tuned_for.steps} steps, not {key.steps}"
+    low, high = tuned_for.guidance
     if not (low <= key.guidance[0] and key.guidance[1] <= high):
         return f"it was tuned for guidance {low:g} to {high:g}, not {key.guidance[0]:g}"
-    missing = [] if cuts is None else [cut for cut in tuned.document.used if cut not in (SKIP, *cuts)]
+    missing = [] if cuts is None else [cut for cut in tuned.document.used_cuts if cut not in (SKIP, *cuts)]
     if missing:
-        return f"it needs {', '.join(missing)}, and these engines have {', '.join(cuts or ())}"
+        return f"it needs the cuts {', '.join(missing)}, and these engines have {', '.join(cuts or ())}"
     return None
 
 
 def choose(bundle: Bundle, key: TuningKey, name: str | None = None, cuts: Sequence[str] | None = None) -> Tuned:
-    """Return a schedule of a bundle: the named one, or of those that fit the one with the highest PSNR.
+    """Return a schedule of a bundle that fits a generation: the named one, or else the one with the highest PSNR.
 
     Args:
         bundle: the bundle.
-        key: key of what is about to be run.
-        name: name of a schedule; None to choose among all.
+        key: key of the generation.
+        name: name of a schedule; None to choose among all schedules.
         cuts: cuts of the engines, as for ``mismatch``.
 
     Raises:
-        ScheduleError: no schedule fits; the message has the reason for each.
+        ScheduleError: no schedule fits; the message has the reason for each schedule.
     """
     names = list(bundle.manifest.schedules) if name is None else [name]
     return best_match([Tuned.load(bundle, name) for name in names], key, str(bundle.path), cuts)
 
 
 def best_match(tuned: Sequence[Tuned], key: TuningKey, source: str, cuts: Sequence[str] | None = None) -> Tuned:
-    """Return, of the schedules that fit, the one with the highest PSNR.
+    """Return the schedule with the highest PSNR among those that fit a generation.
 
     Args:
         tuned: schedules to choose from.
-        key: key of what is about to be run.
-        source: where the schedules come from, for the message.
+        key: key of the generation.
+        source: name of the place that the schedules come from, for the message.
         cuts: cuts of the engines, as for ``mismatch``.
 
     Raises:
-        ScheduleError: no schedule fits; the message has the reason for each.
+        ScheduleError: no schedule fits; the message has the reason for each schedule.
     """
     reasons = {schedule.name: mismatch(schedule, key, cuts) for schedule in tuned}
     fitting = [schedule for schedule in tuned if reasons[schedule.name] is None]

@@ -1,4 +1,4 @@
-"""Candidate schedules: how they are made from calls and predictions, and which of them gives the best images."""
+"""Candidate schedules: their construction from calls and predictions, and their comparison by image quality."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ PredictorsByCut = Mapping[str, Predictors]
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """Makes the schedules of one search.
+class CandidateFactory:
+    """Makes the candidate schedules of one search.
 
     Attributes:
         name: name of the schedule that is searched.
-        key: conditions of the search.
+        key: conditions that the schedules are tuned for.
         pipeline: pipeline that is tuned.
         costs: durations of the engine's calls.
-        samples: number of images to fit, to select and to test.
-        reference: engine and precision at which predictions aim, if these are not the engine's own.
+        samples: number of images in the fit, selection and test sets.
+        reference: engine and precision of the reference whose features are predicted; None without a reference.
     """
 
     name: str
@@ -47,10 +47,17 @@ class Candidates:
         return self._make(cuts, {call: predictors[cut].best(call, *last_two(full, call)) for call, cut in shallow})
 
     def untuned(self, cut: str, budget: float, warmup: int, damping: float | None) -> Tuned:
-        """Return the densest uniform schedule within a budget, with warm-up calls and reuse or extrapolation."""
+        """Return the uniform schedule with the shortest interval within a budget, without fitted predictions.
+
+        Args:
+            cut: cut of the shallow calls.
+            budget: time of a generation, in units of a full call's time.
+            warmup: number of warm-up calls.
+            damping: damping of the extrapolation; None to reuse features.
+        """
         forecast, calls = None if damping is None else Extrapolate(damping), self.costs.calls
         chains = (Uniform(interval, warmup=warmup).full_calls(calls) for interval in range(2, calls))
-        affordable = (chain for chain in chains if self.costs.of(cuts_with(chain, calls, cut)) <= budget + 1e-9)
+        affordable = (chain for chain in chains if self.costs.cost_of(cuts_with(chain, calls, cut)) <= budget + 1e-9)
         full = next(affordable, (0,))
         predictors = {}
         for call in range(calls):
@@ -91,32 +98,33 @@ class Candidates:
 
 
 class CandidateJudge:
-    """Compares schedules by the PSNR of their images, which it generates once for each schedule.
+    """Compares schedules by the PSNR of their images; each schedule's images are generated once.
 
-    Schedules without a correction are judged on the selection set. Corrections are fitted to the fit and selection
-    sets; each image of both is then judged with kernels that were fitted without it, see ``lockstep``.
+    Schedules without a correction are judged on the selection set. Corrected schedules are judged on the fit and
+    selection sets, each image with kernels that were fitted without it: see ``lockstep``.
 
     Args:
         pipeline: pipeline that is tuned.
-        tap: tap of its scheduler.
-        fit: images that predictions and corrections are fitted to.
-        select: images that corrections are fitted to.
+        tap: tap of the pipeline's scheduler.
+        fit: fit set.
+        select: selection set.
     """
 
     def __init__(self, pipeline: TuningPipeline, tap: SchedulerTap, fit: ImageSet, select: ImageSet) -> None:
         self._pipeline, self._tap, self._fit, self._select = pipeline, tap, fit, select
-        # By identity, which is unique while the schedules are in here; PSNR of the images of select, or of both sets.
+        # By `id`, which is unique while the dictionary holds the schedule: the PSNR of each image of the selection set,
+        # or of both sets.
         self._results: dict[int, tuple[Tuned, tuple[float, ...]]] = {}
 
     def with_correction(self, tuned: Tuned) -> Tuned:
-        """Return the schedule with a correction of its noise predictions, if one is possible and helps."""
+        """Return the schedule with a correction of its noise predictions, or unchanged if no correction helps."""
         corrected, psnrs = lockstep.fit(self._pipeline, self._tap, tuned, self._fit, self._select)
         if psnrs is not None:
             self._results[id(corrected)] = corrected, psnrs
         return corrected
 
     def significantly_better(self, candidate: Tuned, other: Tuned) -> bool:
-        """Return whether a schedule has a higher PSNR than another one by more than chance."""
+        """Return whether a schedule's PSNR is higher than that of another schedule by more than chance."""
         return significantly_better(*self._psnrs(candidate, other))
 
     def best(self, candidates: Sequence[Tuned]) -> Tuned:
@@ -129,13 +137,13 @@ class CandidateJudge:
         return statistics.fmean(self._psnrs(tuned)[0])
 
     def _psnrs(self, *candidates: Tuned) -> list[tuple[float, ...]]:
-        """Return the PSNR in dB of the images that all these schedules were judged on: select, or fit and select."""
+        """Return for each schedule the PSNR in dB of each image on which all these schedules were judged."""
         for tuned in candidates:
             if id(tuned) not in self._results:
                 psnrs = self._pipeline.psnr(self._select, tuned.schedule, tuned.forecast)
                 self._results[id(tuned)] = tuned, psnrs
         results = [self._results[id(tuned)][1] for tuned in candidates]
-        common = min(map(len, results))
+        common = min(map(len, results))  # the selection set comes last
         return [psnrs[-common:] for psnrs in results]
 
 

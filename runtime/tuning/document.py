@@ -1,4 +1,4 @@
-"""The JSON file of a tuned schedule: the schedule, its key, and the measurements."""
+"""JSON file of a tuned schedule: the schedule, the conditions it was tuned for, and the measurements."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from .steps import TunedSteps
 VERSION = 2
 
 _TUNED_ROWS = ("tuned", "one cut only")
-"""Prefixes of the names of rows with a tuned schedule."""
+"""Prefixes of the names of report rows that have a tuned schedule."""
 
-_AS_FAST = 0.98
-"""Share of the speed-up that counts as equal, since a smaller number of steps is a whole number."""
+_EQUAL_SPEED = 0.98
+"""Smallest share of the tuned speed-up that counts as equal. Fewer steps can only match a speed-up approximately."""
 
 
 class TuningKey(BaseModel):
-    """Conditions that a schedule was tuned for; it is refused for others."""
+    """Conditions that a schedule was tuned for; the schedule is refused under other conditions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -24,15 +24,15 @@ class TuningKey(BaseModel):
     scheduler: str = Field(description="class of the scheduler in diffusers")
     settings: str = Field(description="SHA-256 of the scheduler's config")
     steps: int
-    calls: int = Field(description="UNet calls, which are more than the steps with some schedulers")
-    guidance: tuple[float, float] = Field(description="range of guidance scales")
+    calls: int = Field(description="number of UNet calls, which some schedulers make more of than steps")
+    guidance: tuple[float, float] = Field(description="lowest and highest guidance scale")
     precision: str | None = Field(
-        default=None, description="precision of the engine whose own error the predictions correct; None if none do"
+        default=None, description="precision of the engine, if the predictions correct its error towards a reference"
     )
 
 
 class ReportRow(BaseModel):
-    """One schedule in the report: images of prompts and seeds that tuning did not use, compared with uncached ones."""
+    """Row of the report: one schedule's images compared with uncached ones, on prompts and seeds unused by tuning."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,37 +40,35 @@ class ReportRow(BaseModel):
     full_calls: int
     shallow_calls: int
     skipped_calls: int = Field(default=0, description="calls that ran no engine")
-    speed_up: float = Field(description="speed-up of the UNet's time, from the engine's own times")
+    speed_up: float = Field(description="speed-up of the UNet, from the engine's times")
     psnr: float = Field(description="mean PSNR of the images in dB")
-    worst: float = Field(description="lowest PSNR of an image in dB")
+    worst: float = Field(description="lowest PSNR of the images in dB")
     full: tuple[int, ...] = Field(default=(), description="indices of the full calls")
 
 
 class TunedDocument(BaseModel):
-    """Contents of the JSON file."""
+    """Contents of the JSON file of a tuned schedule."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: int = Field(
-        default=VERSION, description="2 since corrections see both halves of a guided noise prediction separately"
-    )
+    version: int = Field(default=VERSION, description="format; in version 1 corrections had fewer inputs")
     key: TuningKey
-    cut: str = Field(description="cut of the shallow calls for which cuts has none")
+    cut: str = Field(description="cut of shallow calls that have no entry in cuts")
     cuts: tuple[str | None, ...] = Field(
-        default=(), description="cut of each call; null if full, skip if no engine runs; empty if all calls have cut"
+        default=(), description="cut of each call: null for a full call, skip for a skipped one; empty if all use cut"
     )
     full: tuple[int, ...] = Field(description="indices of the full calls")
     predictors: tuple[str, ...] = Field(description="prediction of each call: full, reuse, forecast..., fit... or skip")
     corrected: tuple[int, ...] = Field(default=(), description="calls whose noise predictions are corrected")
     correction_guidance: float | None = Field(default=None, description="guidance scale that a correction assumes")
     engine: str = Field(description="engine that was timed")
-    shallow_over_full: float = Field(description="time of a shallow call at cut over a full call")
-    ratios: dict[str, float] = Field(default={}, description="the same for each cut, if several were searched")
+    shallow_over_full: float = Field(description="time of a shallow call at cut, divided by a full call's")
+    ratios: dict[str, float] = Field(default={}, description="shallow_over_full of each cut, if there are several")
     measured_ratios: dict[str, float] = Field(
-        default={}, description="ratios of the engine on the tuning machine, by cut, if the user gave others"
+        default={}, description="ratios measured on the tuning machine, by cut, if the user gave others"
     )
-    reference: str | None = Field(default=None, description="engine and precision at which the predictions aim")
-    samples: dict[str, int] = Field(description="number of images to fit, to select and to test")
+    reference: str | None = Field(default=None, description="engine and precision of the reference")
+    samples: dict[str, int] = Field(description="number of images in the fit, selection and test sets")
     measured: tuple[ReportRow, ...]
     pareto: tuple[ReportRow, ...] = ()
 
@@ -90,16 +88,18 @@ class TunedDocument(BaseModel):
         return tuple(None if call in self.full else schedule.cut_of(call) or self.cut for call in range(self.key.calls))
 
     @property
-    def used(self) -> tuple[str, ...]:
+    def used_cuts(self) -> tuple[str, ...]:
         """Cuts of the shallow calls, without repetition."""
         return tuple(dict.fromkeys(cut for cut in self.by_call if cut is not None))
 
     @property
     def better_untuned(self) -> ReportRow | None:
-        """The best row without tuning that is as fast as the tuned schedule and has a higher PSNR; None if none has."""
+        """Untuned row of the same speed with the highest PSNR, if that exceeds the tuned schedule's; otherwise None."""
         tuned, *rows = self.measured
         rivals = [
-            row for row in rows if not row.name.startswith(_TUNED_ROWS) and row.speed_up >= _AS_FAST * tuned.speed_up
+            row
+            for row in rows
+            if not row.name.startswith(_TUNED_ROWS) and row.speed_up >= _EQUAL_SPEED * tuned.speed_up
         ]
         best = max(rivals, key=lambda row: row.psnr, default=tuned)
         return best if best.psnr > tuned.psnr else None

@@ -1,9 +1,9 @@
 """The images that tuning generates: fit, selection and test sets, and the pipelines that generate them.
 
-A second pipeline may be the reference: another engine of the same model, e.g. in fp32 where the tuned one is in int8.
-Predictions that aim at the reference's features also correct the mean error of the tuned engine, at no cost: both
-corrections are a scale, a slope and a shift for each channel. This is CacheQuant's second correction (CVPR 2025), here
-fitted together with the first one, and with a slope.
+A second pipeline may be the reference: another engine of the same model, e.g. in fp32 if the tuned engine is in int8.
+If predictions are fitted to the reference's features, they also correct the mean error of the tuned engine. This costs
+no time, as one scale, slope and shift for each channel express both. CacheQuant (CVPR 2025) fits the two corrections
+one after the other and without a slope; here they are fitted together.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Pixels = Any
 """Array [height, width, channels] in [0, 1]."""
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
-"""The highest first."""
+"""Precisions of a reference, the highest first."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,11 @@ class TuningImage:
 
 @dataclass
 class ImageSet:
-    """Images of one purpose, with records of their uncached generations.
+    """Fit, selection or test set: images, with records of their uncached generations.
 
     Attributes:
-        uncached: pixels of each image.
+        images: parameters of each image.
+        uncached: pixels of each uncached image.
         latents: for each image the latent after each step of the scheduler, fp32.
         moments: moments of each cached feature.
     """
@@ -64,17 +65,22 @@ def split_images(
 ) -> tuple[ImageSet, ImageSet, ImageSet]:
     """Return the fit, selection and test sets: half, a quarter and a quarter of the images.
 
-    No two images have the same seed. If there are three or more prompts, no two sets have a prompt in common. Each set
-    spans the range of guidance.
+    No two images have the same seed. If there are three or more prompts, no two sets share a prompt. Each set spans the
+    range of guidance.
     """
     select = test = max(1, samples // 4)
     low, high = guidance
     sets = []
     for index, count in enumerate((samples - select - test, select, test)):
-        own = prompts[index::3] if len(prompts) >= 3 else prompts
+        set_prompts = prompts[index::3] if len(prompts) >= 3 else prompts
         scales = [low + (number + 0.5) / count * (high - low) for number in range(count)]
         sets.append(
-            ImageSet([TuningImage(own[number % len(own)], seed + number, scale) for number, scale in enumerate(scales)])
+            ImageSet(
+                [
+                    TuningImage(set_prompts[number % len(set_prompts)], seed + number, scale)
+                    for number, scale in enumerate(scales)
+                ]
+            )
         )
         seed += count
     return sets[0], sets[1], sets[2]
@@ -82,13 +88,13 @@ def split_images(
 
 @dataclass(frozen=True)
 class TuningPipeline:
-    """A pipeline of ``offcut.load`` that generates images with one schedule after another.
+    """A pipeline of ``offcut.load`` that generates images with different schedules.
 
     Attributes:
         pipe: the pipeline, with the scheduler to tune for.
         steps: number of scheduler steps.
         size: height and width of the images in pixels; None for the model's own.
-        cuts: cuts of the shallow calls, with the names of their features.
+        cuts: names of the features of each cut that shallow calls may have.
     """
 
     pipe: Any
@@ -98,7 +104,7 @@ class TuningPipeline:
 
     @property
     def cut(self) -> str:
-        """The first cut: that of shallow calls to which their schedule gives none."""
+        """The first cut, which shallow calls have unless their schedule names another."""
         return next(iter(self.cuts))
 
     @property
@@ -120,10 +126,10 @@ class TuningPipeline:
 
         Args:
             image: parameters of the image.
-            schedule: schedule; None for an uncached image.
+            schedule: schedule of the calls; None for an uncached image.
             forecast: forecast of the cached features.
-            cut: cut in place of the first one.
-            steps: number of steps in place of the pipeline's.
+            cut: cut of the shallow calls; None for the first one.
+            steps: number of steps; None for ``self.steps``.
             output: ``output_type`` of the pipeline.
         """
         self.pipe.unet.set_schedule(schedule, (cut or self.cut) if schedule else None, forecast)
@@ -139,7 +145,7 @@ class TuningPipeline:
         return result.images if output == "latent" else result.images[0]
 
     @property
-    def run(self) -> Run:
+    def last_run(self) -> Run:
         """UNet calls of the last image."""
         run: Run = self.pipe.unet.last_run
         return run
@@ -147,7 +153,7 @@ class TuningPipeline:
     def psnr(
         self, images: ImageSet, schedule: Schedule | None, forecast: Forecast | None = None, *, steps: int | None = None
     ) -> tuple[float, ...]:
-        """Generate the images of a set, and return the PSNR of each to its uncached image in dB."""
+        """Generate the images of a set, and return each image's PSNR to its uncached image in dB."""
         return tuple(
             finite_psnr(self.generate(image, schedule, forecast, steps=steps), uncached, peak=1.0)
             for image, uncached in zip(images.images, images.uncached, strict=True)
@@ -162,7 +168,7 @@ def reference_pipeline(tuned: TuningPipeline, pipe: Any) -> TuningPipeline:
         pipe: the reference's pipeline, from ``offcut.load``; gets a scheduler of the same class and configuration.
 
     Raises:
-        UserError: the reference has other cached features at these cuts.
+        UserError: the cached features of the reference differ at one of the cuts.
     """
     unet = pipe.unet
     for cut, features in tuned.cuts.items():
@@ -175,14 +181,14 @@ def reference_pipeline(tuned: TuningPipeline, pipe: Any) -> TuningPipeline:
 
 
 def load_reference(bundle: Bundle, tuned: Bundle, unet: UNet, *, device: str, threads: int | None) -> Any:
-    """Load the pipeline of a bundle with the engine of the tuned UNet, in the highest precision that the bundle has.
+    """Load a bundle as the reference: with the tuned UNet's engine, in the highest precision that the bundle has.
 
     Args:
-        bundle: bundle of the reference; may be the tuned one.
+        bundle: bundle of the reference; may be the tuned bundle.
         tuned: bundle that is tuned.
         unet: UNet that is tuned.
         device: device of the engine.
-        threads: threads of a CPU engine.
+        threads: number of threads of a CPU engine.
 
     Raises:
         UserError: the bundle has other weights, or no build in higher precision.

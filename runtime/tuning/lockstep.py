@@ -1,12 +1,12 @@
-"""Fit of corrections: all images go through the sampler side by side, and at each call a kernel is fitted to them.
+"""Fit of corrections: all images are generated in step, and a kernel is fitted to them at each call.
 
-Each image has a thread. At every step of the scheduler the threads wait for each other. From their noise predictions
-follows the kernel that brings all images as close as possible to their uncached latents, and with this kernel the
-images go on. So the kernels of later calls account for the corrections at earlier calls.
+Each image has a thread. At every step of the scheduler the threads wait for each other. A kernel is then fitted to
+their noise predictions, so that the next latents are as close as possible to the uncached ones. The images continue
+with the corrected outputs, so the kernels of later calls account for the corrections at earlier calls.
 
-An image that a kernel was fitted to says nothing about other images. So the images are split into folds, and each image
-goes on with a kernel that was fitted without its fold. Its PSNR is then that of a new image, or a little lower, as the
-kernels that are kept were fitted to one more fold.
+On images that a kernel was fitted to, its error is smaller than on new images. So the images are split into folds
+(cross-validation), and each image continues with a kernel that was fitted to the other folds. Its PSNR is that of a new
+image, or slightly lower, since the kernel of the schedule is fitted to all folds.
 """
 
 from __future__ import annotations
@@ -29,17 +29,22 @@ from .images import ImageSet, TuningImage, TuningPipeline
 from .scheduler_tap import SchedulerStep, SchedulerTap
 
 SIZES = (1, 3)
+"""Sizes of kernels to choose from."""
+
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-_GAIN = 0.99
-"""Largest share of the error of left-out images that a useful kernel leaves."""
+"""Strengths of the ridge penalty to choose from."""
+
+_MAX_ERROR_SHARE = 0.99
+"""Largest error on left-out images, as a share of the error without correction, for a kernel to be used."""
 
 _FOLDS = 4
+"""Number of groups of images in the cross-validation."""
 
 _POSITIONS_PER_CALL = 2 * 64 * 64
-"""Limit of latent positions in one engine call: those of a guided image of 512x512. Smaller images share calls."""
+"""Largest number of latent positions in one engine call: one guided image of 512x512, or several smaller images."""
 
 _PATIENCE = 1e-3
-"""Seconds that the engines wait for images that may be on their way; images at the barrier are not."""
+"""Seconds that the engines wait for images that run between UNet calls; they do not wait for images at the barrier."""
 
 
 def fit(
@@ -49,15 +54,15 @@ def fit(
 
     Args:
         pipeline: pipeline that is tuned.
-        tap: tap of its scheduler.
+        tap: tap of the pipeline's scheduler.
         tuned: the schedule.
-        sets: images, with their uncached latents.
+        sets: image sets, with their uncached latents.
 
     Returns:
-        The schedule with the correction, or unchanged if no kernel helps; and the PSNR in dB of each image with kernels
-        that were fitted without it, or None if no correction is possible.
+        The schedule with the correction, or unchanged if no kernel helps. Then the PSNR in dB of each image with
+        kernels that were fitted without it; None if no correction can be fitted.
     """
-    if not possible(tuned.document.key.calls, *sets):
+    if not can_fit(tuned.document.key.calls, *sets):
         return tuned, None
     images = [image for images in sets for image in images.images]
     latents = [latent for images in sets for latent in images.latents]
@@ -97,8 +102,8 @@ def fit(
     return tuned.with_correction(Convolutions(kernels, barrier.full, barrier.guidance)), psnrs
 
 
-def possible(calls: int, *sets: ImageSet) -> bool:
-    """Return whether kernels can be fitted: not if the scheduler's steps differ from the calls, nor for videos."""
+def can_fit(calls: int, *sets: ImageSet) -> bool:
+    """Return whether kernels can be fitted: it needs images, not videos, and one UNet call for each scheduler step."""
     return all(len(latents) == calls and latents[0].dim() == 4 for images in sets for latents in images.latents)
 
 
@@ -116,7 +121,7 @@ def _submit(worker: Worker, pipeline: TuningPipeline, tuned: Tuned, image: Tunin
 
 
 class StepBarrier:
-    """Barrier at which the threads of all images wait at each step, and at which the kernels are fitted.
+    """Barrier where the threads of all images wait at each step while one of them fits the kernels.
 
     Args:
         tuned: the schedule.
@@ -126,7 +131,7 @@ class StepBarrier:
         full: full calls of the schedule.
         guidance: guidance scale that the correction assumes; None without guidance.
         kernels: fitted kernels by call.
-        outside: ``Worker.outside`` of the worker that runs the images.
+        outside: ``Worker.outside`` of the worker that generates the images; set before the first step.
     """
 
     def __init__(self, tuned: Tuned, latents: Sequence[Sequence[torch.Tensor]]) -> None:
@@ -136,40 +141,41 @@ class StepBarrier:
         self.outside: Any = None
         self._tuned, self._latents = tuned, latents
         self._barrier = threading.Barrier(len(latents), self._fit)
-        self._inputs: dict[int, _KernelInputs] = {}  # by thread
-        self._samples: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}  # kernel inputs and targets, by image
+        self._states: dict[int, _ImageState] = {}  # by thread
+        self._samples: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}  # kernel inputs and target, by image
         self._call = 0
 
     def forecast(self, image: int) -> Forecast:
-        """Return the forecast of one image, which lets the barrier see its noise predictions."""
-        return _WithCorrection(self._tuned.forecast, _RecordInputs(self, image))
+        """Return the forecast of one image, which records the image's kernel inputs for this barrier."""
+        return _WithCorrection(self._tuned.forecast, _InputRecorder(self, image))
 
     def abort(self) -> None:
-        """End the waiting of all threads with an error."""
+        """Raise ``BrokenBarrierError`` in all waiting threads."""
         self._barrier.abort()
 
-    def register(self, inputs: _KernelInputs) -> None:
-        """Register the kernel inputs of an image, in its thread, after its UNet was called."""
-        self._inputs[threading.get_ident()] = inputs
+    def register(self, state: _ImageState) -> None:
+        """Register the state of the image whose thread calls this, after its UNet call."""
+        self._states[threading.get_ident()] = state
 
     def step(self, step: SchedulerStep, output: torch.Tensor) -> torch.Tensor:
-        """Return the corrected output, in an image's thread, when its scheduler is about to make a step."""
-        inputs = self._inputs[threading.get_ident()]
+        """Return the corrected output for the image whose thread calls this, before its scheduler makes the step."""
+        state = self._states[threading.get_ident()]
         sample = None
-        if inputs.seen is not None:
-            target = step.output_towards(self._latents[inputs.image][self._call])
-            sample = None if target is None else (inputs.seen, target - output.float())
-        self._samples[inputs.image] = sample
+        if state.kernel_inputs is not None:
+            target = step.output_for(self._latents[state.image][self._call])
+            sample = None if target is None else (state.kernel_inputs, target - output.float())
+        self._samples[state.image] = sample
         with self.outside():
             self._barrier.wait()
         kernels = self.kernels.get(self._call - 1)
-        change = None if kernels is None or inputs.seen is None else kernels.without(inputs.image)(inputs.seen)
-        if inputs.seen is not None:
-            inputs.record(change)
+        change = None
+        if state.kernel_inputs is not None:
+            change = None if kernels is None else kernels.without(state.image)(state.kernel_inputs)
+            state.record(change)
         return output if change is None else output + change.to(output.dtype)
 
     def _fit(self) -> None:
-        """Fit the kernels of this call, in one of the threads while the others wait."""
+        """Fit the kernels of this call; runs in one thread while the others wait."""
         call, self._call = self._call, self._call + 1
         samples = [self._samples[image] for image in range(len(self._latents))]
         known = [sample for sample in samples if sample is not None]
@@ -179,34 +185,34 @@ class StepBarrier:
                 self.kernels[call] = kernels
 
 
-class _KernelInputs(CorrectionState):
-    """Inputs of the kernels for one image, kept from its UNet call until its scheduler makes the step."""
+class _ImageState(CorrectionState):
+    """State of one image: holds the kernel inputs from its UNet call until its scheduler makes the step."""
 
     def __init__(self, barrier: StepBarrier, image: int) -> None:
         super().__init__(barrier.full, barrier.guidance, {})
         self.image, self._barrier = image, barrier
-        self.seen: torch.Tensor | None = None
+        self.kernel_inputs: torch.Tensor | None = None
 
     def correct(self, full: bool, sample: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
-        self.seen = self.inputs(full, sample, noise_pred)
+        self.kernel_inputs = self.inputs(full, sample, noise_pred)
         self._barrier.register(self)
         return noise_pred
 
 
 @dataclass(frozen=True)
-class _RecordInputs(Correction):
+class _InputRecorder(Correction):
     """Correction that changes nothing, and records the kernel inputs of one image."""
 
     barrier: StepBarrier
     image: int
 
     def begin(self) -> CorrectionState:
-        return _KernelInputs(self.barrier, self.image)
+        return _ImageState(self.barrier, self.image)
 
 
 @dataclass(frozen=True)
 class _WithCorrection(Forecast):
-    """Another forecast with this correction."""
+    """Another forecast's coefficients together with a correction."""
 
     other: Forecast | None
     correction: Correction | None
@@ -217,7 +223,7 @@ class _WithCorrection(Forecast):
 
 @dataclass(frozen=True)
 class CallKernels:
-    """Kernels of one call, all of the same size and ridge.
+    """Kernels of one call, all with the same size and ridge penalty.
 
     Attributes:
         kernel: kernel fitted to all images.
@@ -228,29 +234,29 @@ class CallKernels:
     by_fold: tuple[Kernel, ...]
 
     def without(self, image: int) -> Kernel:
-        """Return the kernel that was fitted without an image."""
+        """Return the kernel that was fitted without this image."""
         return self.by_fold[image % len(self.by_fold)]
 
 
 def best_kernels(samples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> CallKernels | None:
-    """Fit kernels of the size and ridge with the smallest error on left-out images.
+    """Fit kernels with the size and ridge penalty that have the smallest error on left-out images.
 
     Args:
-        samples: for each image the inputs of a kernel [1, inputs, height, width] and its target [1, channels, height,
+        samples: for each image the kernel inputs [1, inputs, height, width] and the target [1, channels, height,
             width].
 
     Returns:
-        The kernels; None if no kernel is better than no correction.
+        The kernels; None if no kernel is sufficiently better than no correction.
     """
     channels = samples[0][1].shape[1]
     if len(samples) == 1:
-        return None  # there is no image to judge a kernel on
+        return None  # no image is left out
     folds = [sum(map(_products, samples[first::_FOLDS]), _ZERO) for first in range(min(_FOLDS, len(samples)))]
     total = sum(folds, _ZERO)
     patches = len(total) - channels - 1
-    best, smallest = None, _GAIN * float(total[patches:-1, patches:-1].trace())
+    best, smallest = None, _MAX_ERROR_SHARE * float(total[patches:-1, patches:-1].trace())
     for size in SIZES:
-        # Of the 9 places of a patch, all or the one in the middle; and the rows behind the patches.
+        # Rows of all 9 positions of a patch or of its centre only, and the rows after the patches.
         rows = torch.arange(patches)[:: 1 if size == 3 else 9] + (0 if size == 3 else 4)
         rows = torch.cat([rows, torch.arange(patches, len(total))])
         fold_products = [fold[rows][:, rows] for fold in folds]
@@ -267,7 +273,7 @@ def best_kernels(samples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> CallKe
 
 
 def _kernel(solution: torch.Tensor, size: int) -> Kernel:
-    """Return the kernel of a solution of ``_ridge``."""
+    """Return the kernel with the weights and bias that ``_ridge`` returned."""
     weight = solution[:-1].T.reshape(solution.shape[1], -1, size, size)
     return Kernel(weight.float().contiguous(), solution[-1].float())
 
@@ -276,24 +282,24 @@ _ZERO = torch.zeros((), dtype=torch.float64)
 
 
 def _squared_error(solution: torch.Tensor, products: torch.Tensor) -> float:
-    """Return the sum of squared errors of a solution of ``_ridge`` on the images with these products."""
+    """Return the sum of squared errors of a solution of ``_ridge``, on the images whose products are given."""
     residual = torch.cat([-solution[:-1], torch.eye(solution.shape[1], dtype=torch.float64), -solution[-1:]])
     return float((residual * (products @ residual)).sum())
 
 
 def _ridge(products: torch.Tensor, channels: int, strength: float) -> torch.Tensor:
-    """Return weights and, in the last row, bias [inputs + 1, channels] from ``_products`` of inputs, targets and 1."""
+    """Solve the ridge regression from sums of ``_products``: [inputs + 1, channels], the bias in the last row."""
     count, inputs = products[-1, -1], len(products) - channels - 1
     means = products[-1] / count
     centred = products - count * means[:, None] * means
-    own = centred[:inputs, :inputs]
-    penalty = strength * own.diagonal() + 1e-12 * own.diagonal().max().clamp(min=1e-12)
-    weights = torch.linalg.solve(own + torch.diag(penalty), centred[:inputs, inputs:-1])
+    gram = centred[:inputs, :inputs]
+    penalty = strength * gram.diagonal() + 1e-12 * gram.diagonal().max().clamp(min=1e-12)
+    weights = torch.linalg.solve(gram + torch.diag(penalty), centred[:inputs, inputs:-1])
     return torch.cat([weights, (means[inputs:-1] - means[:inputs] @ weights)[None]])
 
 
 def _products(sample: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Return, for one image, the sums of products of the 3x3 patches of the inputs, the targets, and 1."""
+    """Return one image's Gram matrix; its columns are the inputs' 3x3 patches, the target's channels, and ones."""
     inputs, targets = sample
     patches = torch.nn.functional.unfold(inputs.cpu(), 3, padding=1)[0].T
     columns = torch.cat([patches, targets.cpu().flatten(2)[0].T, torch.ones(len(patches), 1)], 1).double()

@@ -1,4 +1,4 @@
-"""Fits of feature predictions: for every call and pair of full calls before it, the best way to predict a feature.
+"""Fits of feature predictions: the best prediction of a feature for every call and pair of full calls before it.
 
 ``FeatureMoments`` holds sums of products of a feature at all pairs of calls, which is enough for every least-squares
 fit between them. A feature of Stable Diffusion 1.5 at 512x512 is 10 MB a call; its moments over 50 calls are 6 MB,
@@ -15,7 +15,7 @@ import torch
 from ..generation.forecast import Coefficients
 
 _CHANNELS_AT_ONCE = 64
-"""Number of channels whose products are formed at once, which bounds the memory of their double-precision copies."""
+"""Number of channels whose products are computed at once; it limits the memory of their fp64 copies."""
 
 
 class FeatureMoments:
@@ -28,11 +28,11 @@ class FeatureMoments:
 
     def __init__(self, calls: int, channels: int) -> None:
         self.count = 0
-        """Number of positions (pixels of the feature, of all images) that were added."""
+        """Number of positions that were added: pixels of the feature, over all images."""
         self.sums = torch.zeros(channels, calls, dtype=torch.float64)
         self.products = torch.zeros(channels, calls, calls, dtype=torch.float64)
         self.distances = torch.zeros(calls, calls, dtype=torch.float64)
-        """L1 norms of the differences between calls, summed over generations."""
+        """L1 distances of the feature between calls, summed over channels and generations."""
 
     def add(self, values: torch.Tensor) -> None:
         """Add one generation's values [channels, calls, positions].
@@ -56,7 +56,7 @@ class FeatureMoments:
         return moments
 
     def power(self, call: int) -> torch.Tensor:
-        """Return the mean square of each channel [channels]."""
+        """Return the mean square of the feature at a call: [channels]."""
         return self.products[:, call, call] / max(self.count, 1)
 
     def errors(self, calls: range, last: int, before: int, coefficients: Coefficients) -> torch.Tensor:
@@ -64,41 +64,40 @@ class FeatureMoments:
 
         Args:
             calls: calls to predict.
-            last, before: full calls from which they are predicted.
-            coefficients: tensors [channels, calls] with one column for each call, numbers, or tensors [channels] if
-                ``calls`` has one element.
+            last, before: the last two full calls.
+            coefficients: each a number or a tensor [channels, calls]; for a single call also a tensor [channels].
         """
         scale, slope, shift = (
             _columns(value, len(self.sums), len(calls))
             for value in (coefficients.scale, coefficients.slope, coefficients.shift)
         )
-        of_last, of_before = scale + slope, -slope
+        last_factor, before_factor = scale + slope, -slope
         targets = slice(calls.start, calls.stop)
         products, sums = self.products, self.sums
         square = products[:, targets, targets].diagonal(dim1=1, dim2=2)
         error = (
             square
-            + of_last**2 * products[:, last, last, None]
-            + of_before**2 * products[:, before, before, None]
+            + last_factor**2 * products[:, last, last, None]
+            + before_factor**2 * products[:, before, before, None]
             + self.count * shift**2
-            - 2 * of_last * products[:, targets, last]
-            - 2 * of_before * products[:, targets, before]
+            - 2 * last_factor * products[:, targets, last]
+            - 2 * before_factor * products[:, targets, before]
             - 2 * shift * sums[:, targets]
-            + 2 * of_last * of_before * products[:, last, before, None]
-            + 2 * of_last * shift * sums[:, last, None]
-            + 2 * of_before * shift * sums[:, before, None]
+            + 2 * last_factor * before_factor * products[:, last, before, None]
+            + 2 * last_factor * shift * sums[:, last, None]
+            + 2 * before_factor * shift * sums[:, before, None]
         )
         return error.sum(0).clamp(min=0) / max(self.count, 1)
 
 
 @dataclass(frozen=True)
 class Ridge:
-    """Ridge regression of a feature on the last two full calls, which shrinks towards plain reuse.
+    """Ridge regression of a feature on its values at the last two full calls, with a penalty towards plain reuse.
 
     Attributes:
-        strength: penalty as a share of each regressor's own variance; 0 for plain least squares.
-        slopes: whether the difference of the last two full calls is a regressor. Without it, this is CacheQuant's
-            correction.
+        strength: penalty as a share of each regressor's variance; 0 for plain least squares.
+        slopes: whether the difference of the last two full calls is a regressor, too. CacheQuant's correction has
+            none.
     """
 
     strength: float
@@ -117,18 +116,24 @@ class Ridge:
 
         variance = covariance(last, last)
         tiny = 1e-12 * variance + torch.finfo(torch.float64).tiny
-        own = variance * (1 + self.strength) + tiny
-        # The residual of plain reuse, x - latest, is regressed on the latest feature and on the difference.
+        penalized_latest = variance * (1 + self.strength) + tiny
+        # The regression fits the error of reuse, x - latest, from the latest feature and the difference.
         with_latest = covariance(targets, last) - variance  # [channels, calls]
         if self.slopes and before != last:
-            across = variance - covariance(before, last)  # covariance of the latest feature and the difference
-            spread = (variance - 2 * covariance(before, last) + covariance(before, before)).clamp(min=0)
-            own_difference = spread * (1 + self.strength) + tiny
+            cross_covariance = variance - covariance(before, last)  # of the latest feature and the difference
+            difference_variance = (variance - 2 * covariance(before, last) + covariance(before, before)).clamp(min=0)
+            penalized_difference = difference_variance * (1 + self.strength) + tiny
             with_difference = with_latest - (covariance(targets, before) - covariance(before, last))
-            gram = torch.stack([torch.cat([own, across], 1), torch.cat([across, own_difference], 1)], 1)
+            gram = torch.stack(
+                [
+                    torch.cat([penalized_latest, cross_covariance], 1),
+                    torch.cat([cross_covariance, penalized_difference], 1),
+                ],
+                1,
+            )
             scale, slope = torch.linalg.solve(gram, torch.stack([with_latest, with_difference], 1)).unbind(1)
         else:
-            scale, slope = with_latest / own, torch.zeros_like(with_latest)
+            scale, slope = with_latest / penalized_latest, torch.zeros_like(with_latest)
         scale = scale + 1
         shift = mean[:, targets] - scale * mean[:, last, None] - slope * (mean[:, last, None] - mean[:, before, None])
         return Coefficients(scale, slope, shift)
@@ -144,7 +149,7 @@ class Predictor:
 
     Attributes:
         kind: ``reuse``, ``forecast 0.5`` or ``fit ...``.
-        error: mean squared error on the held-out images, relative to the mean square of the feature.
+        error: mean squared error on held-out images, relative to the mean square of the feature.
         coefficients: coefficients by feature; None for reuse.
     """
 
@@ -154,14 +159,14 @@ class Predictor:
 
 
 class Predictors:
-    """Chooses among reuse, damped extrapolation and fitted coefficients, on held-out images.
+    """Predictions of a cut's features: chooses among reuse, extrapolation and fitted coefficients by their error.
 
     Args:
-        fitted: moments by feature, of the images that coefficients are fitted to.
-        held_out: moments by feature, of the images that decide between predictions.
+        fitted: moments by feature of the images that coefficients are fitted to.
+        held_out: moments by feature of the images on which errors are compared.
         kinds: kinds to choose from in addition to reuse: ``forecast`` and ``fit``.
-        reference: whether the moments hold, behind the calls of the engine, those of a reference, which are then the
-            values to predict.
+        reference: whether the moments hold the calls of a reference after the calls of the engine. Predictions then aim
+            at the reference's features.
     """
 
     def __init__(
@@ -185,7 +190,7 @@ class Predictors:
         self._errors: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def errors(self, last: int, before: int | None, until: int) -> torch.Tensor:
-        """Return the smallest error of any prediction at each call after ``last`` and before ``until``."""
+        """Return for each call after ``last`` and before ``until`` the smallest error of any prediction."""
         known = self._errors.get((last, before))
         if known is None or len(known) < until - last - 1:
             candidates = self._candidates(range(last + 1, until), last, before)
@@ -194,7 +199,7 @@ class Predictors:
         return known[: until - last - 1]
 
     def reuse_errors(self, last: int, until: int) -> torch.Tensor:
-        """Return the errors of plain reuse."""
+        """Return for each call after ``last`` and before ``until`` the error of plain reuse."""
         calls = range(last + 1, until)
         targets = self._targets(calls)
         total = sum(
@@ -204,39 +209,39 @@ class Predictors:
         return total / torch.tensor([self._power[call] for call in calls], dtype=torch.float64)
 
     def best(self, call: int, last: int, before: int | None) -> Predictor:
-        """Return the prediction with the smallest error."""
+        """Return the prediction of a call with the smallest error."""
         candidates = self._candidates(range(call, call + 1), last, before)
         kind, errors, by_feature = min(candidates, key=lambda candidate: float(candidate[1][0]))
         coefficients = (
-            None if by_feature is None else {name: _column(several, 0) for name, several in by_feature.items()}
+            None if by_feature is None else {name: _column(by_call, 0) for name, by_call in by_feature.items()}
         )
         return Predictor(kind, float(errors[0]), coefficients)
 
     def _candidates(
         self, calls: range, last: int, before: int | None
     ) -> list[tuple[str, torch.Tensor, dict[str, Coefficients] | None]]:
-        """Return kind, errors [calls] and coefficients by feature of each prediction to choose from."""
-        other, targets = last if before is None else before, self._targets(calls)
+        """Return the predictions to choose from, each with its kind, errors [calls] and coefficients by feature."""
+        earlier, targets = last if before is None else before, self._targets(calls)
         scales = torch.tensor([self._power[call] for call in calls], dtype=torch.float64)
 
         def error_of(by_feature: Mapping[str, Coefficients]) -> torch.Tensor:
             errors = [
-                moments.errors(targets, last, other, by_feature[name]) for name, moments in self._held_out.items()
+                moments.errors(targets, last, earlier, by_feature[name]) for name, moments in self._held_out.items()
             ]
             return torch.stack(errors).sum(0) / scales
 
         reuse = dict.fromkeys(self._held_out, Coefficients())
         candidates: list[tuple[str, torch.Tensor, dict[str, Coefficients] | None]] = [("reuse", error_of(reuse), None)]
         if "forecast" in self._kinds and before is not None:
-            ahead = torch.tensor([(call - last) / (last - before) for call in calls], dtype=torch.float64)
+            distances = torch.tensor([(call - last) / (last - before) for call in calls], dtype=torch.float64)
             for damping in DAMPINGS:
-                forecast = dict.fromkeys(self._held_out, Coefficients(slope=(damping * ahead)[None, :]))
+                forecast = dict.fromkeys(self._held_out, Coefficients(slope=(damping * distances)[None, :]))
                 candidates.append((f"forecast {damping:g}", error_of(forecast), forecast))
         if "fit" in self._kinds:
             for ridge in RIDGES:
                 if ridge.slopes and before is None:
                     continue
-                fitted = {name: ridge.fit(moments, targets, last, other) for name, moments in self._fitted.items()}
+                fitted = {name: ridge.fit(moments, targets, last, earlier) for name, moments in self._fitted.items()}
                 kind = f"fit {ridge.strength:g}" + ("" if ridge.slopes else ", no slope")
                 candidates.append((kind, error_of(fitted), fitted))
         return candidates
@@ -254,7 +259,7 @@ def predictors_by_cut(
     *,
     reference: bool = False,
 ) -> dict[str, Predictors]:
-    """Return for each cut the predictors of its features; the other arguments are those of ``Predictors``.
+    """Return the predictors of each cut's features; the other arguments are those of ``Predictors``.
 
     Args:
         cuts: names of the features of each cut.
@@ -278,12 +283,12 @@ def _columns(value: float | torch.Tensor, channels: int, calls: int) -> torch.Te
 
 
 def _column(coefficients: Coefficients, index: int) -> Coefficients:
-    """Return the coefficients of one call, numbers or tensors [channels], from coefficients of several calls."""
+    """Return the coefficients of one of several calls, as numbers or tensors [channels]."""
 
-    def one(value: float | torch.Tensor) -> float | torch.Tensor:
+    def at_index(value: float | torch.Tensor) -> float | torch.Tensor:
         if not isinstance(value, torch.Tensor):
             return value
         column = value[:, index]
         return float(column[0]) if len(column) == 1 else column.clone()
 
-    return Coefficients(one(coefficients.scale), one(coefficients.slope), one(coefficients.shift))
+    return Coefficients(at_index(coefficients.scale), at_index(coefficients.slope), at_index(coefficients.shift))

@@ -23,15 +23,15 @@ def report_row(
     forecast: Forecast | None,
     images: ImageSet,
 ) -> ReportRow:
-    """Generate the images of a set with a schedule, and return its row."""
+    """Generate the images of a set with a schedule, and return the row of the schedule."""
     psnrs = pipeline.psnr(images, schedule, forecast)
-    run = pipeline.run
+    run = pipeline.last_run
     return ReportRow(
         name=name,
         full_calls=run.timeline.count("#"),
         shallow_calls=run.timeline.count("."),
         skipped_calls=run.timeline.count("_"),
-        speed_up=costs.calls / costs.of(run.cuts),
+        speed_up=costs.calls / costs.cost_of(run.cuts),
         psnr=statistics.fmean(psnrs),
         worst=min(psnrs),
         full=run.full_calls,
@@ -48,27 +48,29 @@ def report_rows(
     *,
     reference: bool = False,
 ) -> list[ReportRow]:
-    """Return the row of the tuned schedule, then those of the schedules it is compared with, all on the test set.
+    """Return the rows of the tuned schedule and of the schedules it is compared with, on the test set.
+
+    The tuned schedule comes first.
 
     Args:
         pipeline: pipeline that is tuned.
         costs: durations of the engine's calls.
         tuned: the tuned schedule.
-        restricted: schedules that tuning finds with less to choose from, by the name of their row.
+        restricted: best schedules of searches with fewer choices, e.g. with one cut only, by the name of their row.
         test: test set.
         fit: fit set, with moments of the features.
-        reference: whether the uncached images come from another engine, so that this engine's own get a row.
+        reference: whether the uncached images come from another engine. Uncached images of this engine then have a row.
     """
     interval = _interval(pipeline.cut, costs, tuned)
     plain, warm = f"every {interval}th call full", Uniform(interval, warmup=2)
     distances = SegmentDistances(fit, pipeline.cuts[pipeline.cut])
-    at = f", {pipeline.cut}" if len(pipeline.cuts) > 1 else ""
+    at_cut = f", {pipeline.cut}" if len(pipeline.cuts) > 1 else ""
     baselines: Sequence[tuple[str, Schedule, Forecast | None]] = (
-        (f"CacheQuant's schedule{at}", Steps(cachequant(costs.calls, interval, distances)), None),
-        (f"{plain}{at}", Uniform(interval), None),
-        (f"{plain}, 2 to warm up{at}", warm, None),
-        (f"{plain}, 2 to warm up, forecast 0.5{at}", warm, Extrapolate(0.5)),
-        (f"{plain}, 2 to warm up, forecast 1{at}", warm, Extrapolate(1.0)),
+        (f"CacheQuant's schedule{at_cut}", Steps(cachequant(costs.calls, interval, distances)), None),
+        (f"{plain}{at_cut}", Uniform(interval), None),
+        (f"{plain}, 2 to warm up{at_cut}", warm, None),
+        (f"{plain}, 2 to warm up, forecast 0.5{at_cut}", warm, Extrapolate(0.5)),
+        (f"{plain}, 2 to warm up, forecast 1{at_cut}", warm, Extrapolate(1.0)),
     )
 
     def row(name: str, schedule: Schedule | None, forecast: Forecast | None) -> ReportRow:
@@ -84,7 +86,7 @@ def report_rows(
         rows.append(row("uncached", None, None))
     steps = max(1, round(pipeline.steps / rows[0].speed_up))
     psnrs = pipeline.psnr(test, None, steps=steps)
-    calls = len(pipeline.run.full)
+    calls = len(pipeline.last_run.full)
     fewer_steps = ReportRow(
         name=f"uncached, {steps} steps",
         full_calls=calls,
@@ -100,32 +102,33 @@ def report_rows(
 def _interval(cut: str, costs: CallCosts, tuned: Tuned) -> int:
     """Return the shortest interval that is as fast as the tuned schedule.
 
-    If shallow calls take too long for any interval to be as fast, the one with as many full calls.
+    If shallow calls take too long for any interval to be as fast, return the interval with as many full calls.
     """
-    budget = costs.of(tuned.document.by_call) + 1e-9
+    budget = costs.cost_of(tuned.document.by_call) + 1e-9
     for interval in range(2, costs.calls):
-        if costs.of(cuts_with(Uniform(interval).full_calls(costs.calls), costs.calls, cut)) <= budget:
+        if costs.cost_of(cuts_with(Uniform(interval).full_calls(costs.calls), costs.calls, cut)) <= budget:
             return interval
     return max(2, math.ceil(costs.calls / len(tuned.document.full)))
 
 
 @dataclass(frozen=True)
 class SegmentDistances:
-    """CacheQuant's D: sum of the L1 distances of the features at ``begin`` to ``end`` - 1 from those at ``begin``."""
+    """CacheQuant's D: sum of L1 distances of the features at the calls before ``end`` from those at ``begin``."""
 
     fit: ImageSet
     features: tuple[str, ...]
 
     def __call__(self, begin: int, end: int) -> float:
         moments = [self.fit.moments[name] for name in self.features]
-        return sum(float(of_feature.distances[begin, begin:end].sum()) for of_feature in moments)
+        return sum(float(feature_moments.distances[begin, begin:end].sum()) for feature_moments in moments)
 
 
 def cachequant(calls: int, interval: int, distances: Callable[[int, int], float]) -> tuple[int, ...]:
     """Return CacheQuant's schedule (CVPR 2025): K = ceil(calls / interval) segments of the smallest total distance.
 
-    ``M(n, k) = min over j of M(j, k - 1) + D(j, n)``, where ``D(s, e)`` sums the distances of the features at the calls
-    from s to e - 1 from those at s, and a segment has ceil(interval / 2) to 2 * interval calls.
+    A segment is a full call and the shallow calls after it, ceil(interval / 2) to 2 * interval calls together.
+    ``D(s, e)`` sums the distances between the features at s and those at the calls up to e - 1. The smallest total
+    distance of k segments up to call n is ``M(n, k) = min over j of M(j, k - 1) + D(j, n)``.
 
     Args:
         calls: number of calls of a generation.
@@ -134,20 +137,20 @@ def cachequant(calls: int, interval: int, distances: Callable[[int, int], float]
     """
     count = math.ceil(calls / interval)
     shortest, longest = math.ceil(interval / 2), 2 * interval
-    least: list[dict[int, tuple[float, int]]] = [{0: (0.0, -1)}]
+    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, -1)}]
     for _ in range(count):
         row: dict[int, tuple[float, int]] = {}
-        for begin, (sum_so_far, _) in least[-1].items():
+        for begin, (sum_so_far, _) in best[-1].items():
             for end in range(begin + shortest, min(begin + longest, calls) + 1):
                 value = sum_so_far + distances(begin, end)
                 if end not in row or value < row[end][0]:
                     row[end] = value, begin
-        least.append(row)
-    if calls not in least[count]:  # the last segment of an odd number of calls may have to be shorter
+        best.append(row)
+    if calls not in best[count]:  # no division into segments of these lengths
         return tuple(range(0, calls, interval))
     chain: list[int] = []
     end = calls
     for number in range(count, 0, -1):
-        end = least[number][end][1]
+        end = best[number][end][1]
         chain.append(end)
     return tuple(reversed(chain))

@@ -1,4 +1,4 @@
-"""A tap on a pipeline's scheduler: it reports each step, and may replace the model output that the step takes."""
+"""A tap on a pipeline's scheduler: it records each step, and can replace the model output that the step uses."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 ReplaceOutput = Callable[["SchedulerStep", torch.Tensor], torch.Tensor]
-"""Function of a scheduler step and the model output that returns the output to take instead."""
+"""Function that takes a scheduler step and the model output, and returns the output to use instead."""
 
-_LINEAR = 1e-3
-"""Share by which the effect of the output on the latent may differ between places of the latent."""
+_LINEARITY_TOLERANCE = 1e-3
+"""Largest relative difference, between positions of the latent, in the effect of the output."""
 
 
 @dataclass(frozen=True)
@@ -36,27 +36,27 @@ class SchedulerStep:
     sample: torch.Tensor
     options: dict[str, Any]
 
-    def after(self, output: torch.Tensor) -> torch.Tensor:
-        """Return the next latent for this model output, fp32; the scheduler does not move."""
+    def next_latent(self, output: torch.Tensor) -> torch.Tensor:
+        """Return the next latent for this model output, fp32, without a change of the scheduler's state."""
         options = dict(self.options)
         if isinstance(options.get("generator"), torch.Generator):
             options["generator"] = options["generator"].clone_state()
         scheduler = copy.deepcopy(self.scheduler)
-        # In fp32 in any pipeline, since `output_towards` depends on small differences.
+        # fp32 in any pipeline, since `output_for` depends on small differences.
         return _latent(self.step(scheduler, output.float(), self.timestep, self.sample.float(), **options)).float()
 
-    def output_towards(self, latent: torch.Tensor) -> torch.Tensor | None:
-        """Return the model output that leads to this latent; None if its effect is zero or not linear."""
-        at_zero = self.after(torch.zeros_like(self.sample, dtype=torch.float32))
-        rates = self.after(torch.ones_like(self.sample, dtype=torch.float32)) - at_zero
+    def output_for(self, latent: torch.Tensor) -> torch.Tensor | None:
+        """Return the model output that leads to this latent; None if the effect of outputs is zero or not linear."""
+        at_zero = self.next_latent(torch.zeros_like(self.sample, dtype=torch.float32))
+        rates = self.next_latent(torch.ones_like(self.sample, dtype=torch.float32)) - at_zero
         rate = rates.mean()
-        if rate.abs() < 1e-6 or (rates - rate).abs().max() > _LINEAR * rate.abs():
+        if rate.abs() < 1e-6 or (rates - rate).abs().max() > _LINEARITY_TOLERANCE * rate.abs():
             return None
         return (latent - at_zero) / rate
 
 
 class SchedulerTap:
-    """Callbacks for each step of a scheduler and of its copies."""
+    """Callbacks of each step of a tapped scheduler and of its copies."""
 
     def __init__(self) -> None:
         self.replace_output: ReplaceOutput | None = None
@@ -65,7 +65,7 @@ class SchedulerTap:
 
     @contextmanager
     def latents(self) -> Iterator[list[torch.Tensor]]:
-        """Record the generation in this block: the list gets the latent after each step, fp32."""
+        """Record the generation in this block; yields the list that gets the latent after each step, fp32."""
         self.recorded = []
         try:
             yield self.recorded
@@ -75,7 +75,7 @@ class SchedulerTap:
 
 @contextmanager
 def tapped(pipe: Any) -> Iterator[SchedulerTap]:
-    """Give the pipeline, within this block, a scheduler of the same class and configuration with a tap."""
+    """Replace the pipeline's scheduler, within this block, by one with the same class and configuration and a tap."""
     original = pipe.scheduler
     tap = SchedulerTap()
     pipe.scheduler = _tapped_class(type(original), tap).from_config(original.config)
@@ -88,7 +88,7 @@ def tapped(pipe: Any) -> Iterator[SchedulerTap]:
 def _tapped_class(scheduler_class: Any, tap: SchedulerTap) -> Any:
     original_step = scheduler_class.step
 
-    @functools.wraps(original_step)  # pipelines look at its parameters
+    @functools.wraps(original_step)  # pipelines inspect its parameters
     def step(
         self: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *rest: Any, **options: Any
     ) -> Any:

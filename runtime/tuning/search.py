@@ -1,12 +1,13 @@
 """Search for the full calls and the cuts of a schedule: dynamic programming over prediction errors and engine times.
 
-A schedule is a chain of full calls. The errors of the calls between two full calls depend on these two and, where
-predictions have a slope, on the full call before: the state is the last two full calls.
+A schedule is a chain of full calls. The errors of the calls between two full calls (a segment) depend on these two and,
+if predictions have a slope, on the full call before them. So the state of the dynamic programming is the last two full
+calls.
 
-With several cuts the search runs once for each of several prices of time. A cut further in has a smaller error and
-costs more. At a price, in error per full call's time, each shallow call takes the cut for which error and price
-together are smallest, independently of the other calls. So the search finds, for every number of full calls, the
-smallest sum of both. The schedules of all prices form a front of error and cost, from which a budget picks one.
+With several cuts, a cut with a smaller error takes more time. The search runs once for each of several prices of time,
+in error per full call's time. At a price each shallow call has the cut with the smallest ``error + price * time``,
+independently of the other calls. For every number of full calls the search finds the schedule with the smallest sum.
+The Pareto front of the schedules of all prices gives the best schedule for a budget.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ...errors import UserError
 from ..generation.schedule import SKIP
 
 PRICES = 12
-"""Number of prices to try in addition to zero; more prices make the front denser."""
+"""Number of prices in addition to zero; more prices give more schedules on the front."""
 
 Array = npt.NDArray[np.float64]
 
@@ -36,13 +37,13 @@ SegmentErrors = Callable[[int, "int | None", int], Array]
 
 @dataclass(frozen=True)
 class ScoredSchedule:
-    """A schedule with its error and its cost.
+    """Full calls and cuts of a schedule, with its error and cost.
 
     Attributes:
         full: indices of the full calls.
-        error: sum of the weighted errors of its calls.
+        error: sum of the weighted errors of the shallow calls.
         cost: time of a generation, in units of a full call's time.
-        cuts: cut of each call, None for a full call; empty if the cut is not specified.
+        cuts: cut of each call, None for a full call; empty where cuts do not matter.
     """
 
     full: tuple[int, ...]
@@ -57,9 +58,9 @@ class CallCosts:
 
     Attributes:
         calls: number of calls of a generation.
-        ratios: time of a shallow call over a full call, by cut.
+        ratios: time of a shallow call divided by a full call's, by cut.
         full_seconds: duration of a full call in seconds.
-        measured: the engine's own ratios if ``ratios`` holds values that the user gave; empty otherwise.
+        measured: measured ratios, if the user gave those in ``ratios``; otherwise empty.
     """
 
     calls: int
@@ -67,12 +68,12 @@ class CallCosts:
     full_seconds: float
     measured: Mapping[str, float] = field(default_factory=dict)
 
-    def of(self, cuts: Sequence[str | None]) -> float:
+    def cost_of(self, cuts: Sequence[str | None]) -> float:
         """Return the cost of a generation with these cuts by call, in units of a full call's time."""
         return cost_in_full_calls(cuts, self.ratios)
 
     def with_ratios(self, ratios: Mapping[str, float]) -> CallCosts:
-        """Return the costs with ratios that the user gave, by cut, in place of the measured ones.
+        """Return the costs with ratios from the user, by cut, in place of the measured ones.
 
         Raises:
             UserError: a cut has no ratio, or a ratio has no cut.
@@ -97,7 +98,7 @@ def full_calls(cuts: CutsByCall) -> tuple[int, ...]:
 
 
 def last_two(full: Sequence[int], call: int) -> tuple[int, int | None]:
-    """Return the last full call before a shallow one, and the full call before that."""
+    """Return the last two full calls before a shallow call, the later one first."""
     earlier = [other for other in full if other < call]
     return earlier[-1], earlier[-2] if len(earlier) > 1 else None
 
@@ -107,7 +108,7 @@ def cost_in_full_calls(cuts: Sequence[str | None], ratios: Mapping[str, float]) 
 
     Args:
         cuts: cut of each call.
-        ratios: time of a shallow call over a full call, by cut.
+        ratios: time of a shallow call divided by a full call's, by cut.
     """
     counts = Counter(cuts)
     del counts[SKIP]
@@ -115,7 +116,7 @@ def cost_in_full_calls(cuts: Sequence[str | None], ratios: Mapping[str, float]) 
 
 
 def evaluate(full: Sequence[int], calls: int, errors: SegmentErrors, shallow_cost: float) -> ScoredSchedule:
-    """Return a schedule with its error and its cost.
+    """Return the schedule with these full calls, with its error and cost.
 
     Args:
         full: indices of the full calls in order, 0 first.
@@ -131,7 +132,7 @@ def evaluate(full: Sequence[int], calls: int, errors: SegmentErrors, shallow_cos
 
 
 def best_by_count(calls: int, errors: SegmentErrors, shallow_cost: float, longest: int) -> list[ScoredSchedule]:
-    """Return, for every number of full calls, the schedule with the smallest error; the fewest full calls first.
+    """Return for every number of full calls the schedule with the smallest error, the fewest full calls first.
 
     Args:
         calls: number of calls of a generation.
@@ -139,8 +140,8 @@ def best_by_count(calls: int, errors: SegmentErrors, shallow_cost: float, longes
         shallow_cost: time of a shallow call, in units of a full call's time.
         longest: largest number of calls from one full call to the next.
     """
-    # By the last two full calls: the smallest error from there on with k more full calls, and the next full call.
-    least: dict[tuple[int, int | None], tuple[Array, npt.NDArray[np.intp]]] = {}
+    # For the last two full calls: the smallest error of the rest with k more full calls, and the next full call.
+    best: dict[tuple[int, int | None], tuple[Array, npt.NDArray[np.intp]]] = {}
     for last in range(calls - 1, -1, -1):
         earlier: list[int | None] = [None] if last == 0 else list(range(max(0, last - longest), last))
         for before in earlier:
@@ -151,22 +152,22 @@ def best_by_count(calls: int, errors: SegmentErrors, shallow_cost: float, longes
                 if until == calls:
                     options[until - last - 1, 0] = cumulative[-1]
                 else:
-                    options[until - last - 1, 1:] = cumulative[until - last - 1] + least[until, last][0][:-1]
-            least[last, before] = options.min(0), options.argmin(0) + last + 1
+                    options[until - last - 1, 1:] = cumulative[until - last - 1] + best[until, last][0][:-1]
+            best[last, before] = options.min(0), options.argmin(0) + last + 1
     schedules = []
-    for more in range(calls):
-        if not np.isfinite(least[0, None][0][more]):
+    for additional in range(calls):
+        if not np.isfinite(best[0, None][0][additional]):
             continue
         chain, last, before = [0], 0, None
-        for left in range(more, 0, -1):
-            last, before = int(least[last, before][1][left]), last
+        for remaining in range(additional, 0, -1):
+            last, before = int(best[last, before][1][remaining]), last
             chain.append(last)
         schedules.append(evaluate(chain, calls, errors, shallow_cost))
     return schedules
 
 
 def best_within(schedules: Sequence[ScoredSchedule], budget: float) -> ScoredSchedule:
-    """Return the schedule with the smallest error whose cost is within a budget; the cheapest one if there is none."""
+    """Return the schedule with the smallest error within a budget; the cheapest schedule if none is within it."""
     affordable = [schedule for schedule in schedules if schedule.cost <= budget + 1e-9]
     if affordable:
         return min(affordable, key=lambda schedule: schedule.error)
@@ -176,15 +177,15 @@ def best_within(schedules: Sequence[ScoredSchedule], budget: float) -> ScoredSch
 def search_schedules(
     calls: int, errors: Mapping[str, SegmentErrors], ratios: Mapping[str, float], longest: int, count: int = PRICES
 ) -> list[ScoredSchedule]:
-    """Return the schedules to choose from, the cheapest first; the last one has no shallow call.
+    """Return the schedules to choose from, the cheapest first; the last one has only full calls.
 
-    With one cut there is one schedule for every number of full calls. With several cuts the schedules are the front of
-    the schedules at all prices and of the best ones with a single cut.
+    With one cut there is one schedule for every number of full calls. With several cuts the schedules are the Pareto
+    front of the best schedules at all prices and the best schedules with a single cut.
 
     Args:
         calls: number of calls of a generation.
         errors: errors of a segment, by cut.
-        ratios: time of a shallow call over a full call, by cut.
+        ratios: time of a shallow call divided by a full call's, by cut.
         longest: largest number of calls from one full call to the next.
         count: number of prices.
     """
@@ -206,7 +207,7 @@ def search_schedules(
 def best_at_price(
     calls: int, errors: Mapping[str, SegmentErrors], ratios: Mapping[str, float], longest: int, price: float
 ) -> list[ScoredSchedule]:
-    """Return, for every number of full calls, the schedule with the smallest ``error + price * cost``.
+    """Return for every number of full calls the schedule with the smallest ``error + price * cost``.
 
     The other arguments are those of ``search_schedules``.
     """
@@ -233,9 +234,9 @@ def best_at_price(
 
 
 def pareto_front(schedules: Iterable[ScoredSchedule]) -> list[ScoredSchedule]:
-    """Return the schedules that no other beats in both error and cost, the cheapest first.
+    """Return the schedules that no other schedule beats in both error and cost, the cheapest first.
 
-    The last one has no shallow call.
+    The schedule with only full calls comes last, even if its error is no smaller.
     """
     front: list[ScoredSchedule] = []
     distinct = {schedule.cuts: schedule for schedule in schedules}
@@ -248,17 +249,19 @@ def pareto_front(schedules: Iterable[ScoredSchedule]) -> list[ScoredSchedule]:
 def _prices(
     calls: int, errors: Mapping[str, SegmentErrors], ratios: Mapping[str, float], longest: int, count: int
 ) -> list[float]:
-    """Return zero, and quantiles of the prices at which a call would change its cut."""
+    """Return zero, and quantiles of the prices at which a call changes from one cut to another."""
     pairs = [
-        (cheap, dear)
-        for cheap, dear in itertools.combinations(_cheapest_first(errors, ratios), 2)
-        if ratios[dear] > ratios[cheap]
+        (cheap, expensive)
+        for cheap, expensive in itertools.combinations(_cheapest_first(errors, ratios), 2)
+        if ratios[expensive] > ratios[cheap]
     ]
     thresholds = [np.empty(0)]
     for last in range(calls):
         before = max(0, last - max(1, longest // 4)) if last else None
         by_cut = {name: segment(last, before, min(calls, last + longest)) for name, segment in errors.items()}
-        thresholds += [(by_cut[cheap] - by_cut[dear]) / (ratios[dear] - ratios[cheap]) for cheap, dear in pairs]
+        thresholds += [
+            (by_cut[cheap] - by_cut[expensive]) / (ratios[expensive] - ratios[cheap]) for cheap, expensive in pairs
+        ]
     positive = np.concatenate(thresholds)
     positive = positive[positive > 0]
     return [0.0, *np.quantile(positive, np.linspace(0, 1, count)).tolist()] if positive.size else [0.0]

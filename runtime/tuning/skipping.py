@@ -1,8 +1,8 @@
-"""Search for schedules in which some calls run no engine: how many calls are full, and where the shallow ones are.
+"""Search for schedules with skipped calls, which run no engine: number and places of full and shallow calls.
 
-The noise predictions of a sampler change smoothly from call to call. If a correction is fitted to continue them
-(``lockstep``), many calls need no engine, and the time goes into full calls that are closer together. No error that is
-known in advance says how good such a schedule is, so the search tries them.
+The noise predictions of a sampler change smoothly from call to call. A fitted correction (``lockstep``) can continue
+them, so that many calls need no engine and the saved time pays for more full calls. The error of such a schedule cannot
+be computed in advance, so the search generates images with each candidate.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .recording import OnStage
 from .search import CallCosts, CutsByCall, ScoredSchedule, cost_in_full_calls, full_calls
 
 _LOWEST_SHARE = 0.6
-"""Smallest number of full calls to try, as a share of the most within a budget. With fewer full calls, additional
-shallow calls have not been seen to make up for them."""
+"""Smallest number of full calls to try, as a share of the largest number within the budget. In experiments, with fewer
+full calls more shallow calls did not make up for them."""
 
 _PATIENCE = 2
-"""Number of full-call counts, one below the other, that may be worse than the best before the search stops."""
+"""Number of consecutive worse results after which the search stops to reduce the number of full calls."""
 
 _MOVES = 16
-"""Number of schedules to try with one full call moved."""
+"""Largest number of schedules to try with one full call moved."""
 
 
 def search_skipping(
@@ -43,9 +43,9 @@ def search_skipping(
         budget: time of a generation, in units of a full call's time.
         costs: durations of the engine's calls.
         judge: compares schedules.
-        make: returns the schedule with these cuts by call, predictions and a correction.
-        schedules: schedules without skipped calls; their full calls are tried, too.
-        on_stage: called with the progress.
+        make: function that returns the schedule with these cuts by call, predictions and a correction.
+        schedules: schedules without skipped calls, whose full calls are tried, too.
+        on_stage: called with lines of progress.
     """
     calls = costs.calls
     made: dict[CutsByCall, Tuned] = {}
@@ -69,10 +69,10 @@ def search_skipping(
     shallow, count = best.document.by_call.count(cut), len(best.document.full)
 
     def with_full(full: tuple[int, ...]) -> Tuned:
-        return make_once(mixed(full, calls, shallow, cut))
+        return make_once(spread_shallow_calls(full, calls, shallow, cut))
 
     placements = [schedule.full for schedule in schedules if len(schedule.full) == count]
-    placements.append(halfway(evenly(calls, count), to_the_end(calls, count)))
+    placements.append(midpoints(evenly_spaced(calls, count), spaced_to_last_call(calls, count)))
     best = judge.best([best, *(with_full(full) for full in placements)])
     return _move_full_calls(best, calls, judge, with_full, on_stage)
 
@@ -80,16 +80,16 @@ def search_skipping(
 def _move_full_calls(
     best: Tuned, calls: int, judge: CandidateJudge, with_full: Callable[[tuple[int, ...]], Tuned], on_stage: OnStage
 ) -> Tuned:
-    """Move one full call after the other, as long as the PSNR becomes significantly better.
+    """Move one full call after another as long as the PSNR becomes significantly better, and return the best schedule.
 
     Args:
-        with_full: returns the schedule with these full calls.
+        with_full: function that returns the schedule with these full calls.
     """
     tried, before = {best.document.full}, None
     while before is not best and len(tried) <= _MOVES:
         before = best
         for place, by in itertools.product(range(1, len(best.document.full)), (-1, 1)):
-            while (full := moved(best.document.full, calls, place, by)) is not None:
+            while (full := with_call_moved(best.document.full, calls, place, by)) is not None:
                 if full in tried or len(tried) > _MOVES:
                     break
                 tried.add(full)
@@ -100,37 +100,37 @@ def _move_full_calls(
     return best
 
 
-def evenly(calls: int, count: int) -> tuple[int, ...]:
-    """Return full calls at equal distances, 0 first; the distance from the last one to the end is the same.
+def evenly_spaced(calls: int, count: int) -> tuple[int, ...]:
+    """Return full calls at equal distances, 0 first; the end has the same distance from the last full call.
 
-    >>> evenly(20, 6)
+    >>> evenly_spaced(20, 6)
     (0, 3, 7, 10, 13, 17)
     """
     return tuple(round(calls * place / count) for place in range(count))
 
 
-def to_the_end(calls: int, count: int) -> tuple[int, ...]:
-    """Return full calls at equal distances from the first call to the last; a single full call is the first.
+def spaced_to_last_call(calls: int, count: int) -> tuple[int, ...]:
+    """Return full calls at equal distances, of which the last call is one; a single full call is call 0.
 
-    >>> to_the_end(20, 6)
+    >>> spaced_to_last_call(20, 6)
     (0, 4, 8, 11, 15, 19)
     """
     return tuple(round((calls - 1) * place / max(1, count - 1)) for place in range(count))
 
 
-def halfway(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
-    """Return full calls halfway between those of two schedules with as many full calls.
+def midpoints(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
+    """Return full calls halfway between those of two schedules with the same number of full calls.
 
-    >>> halfway((0, 5, 10), (0, 6, 12))
+    >>> midpoints((0, 5, 10), (0, 6, 12))
     (0, 6, 11)
     """
     return tuple((first + second + 1) // 2 for first, second in zip(one, other, strict=True))
 
 
-def moved(full: Sequence[int], calls: int, place: int, by: int) -> tuple[int, ...] | None:
-    """Return the full calls with one of them earlier or later; None if another one or an end is in the way.
+def with_call_moved(full: Sequence[int], calls: int, place: int, by: int) -> tuple[int, ...] | None:
+    """Return the full calls with one of them moved by some calls; None if it would meet another one or an end.
 
-    >>> moved((0, 4, 8), 10, 1, -1)
+    >>> with_call_moved((0, 4, 8), 10, 1, -1)
     (0, 3, 8)
     """
     call = full[place] + by
@@ -138,10 +138,10 @@ def moved(full: Sequence[int], calls: int, place: int, by: int) -> tuple[int, ..
     return (*full[:place], call, *full[place + 1 :]) if place > 0 and full[place - 1] < call < after else None
 
 
-def mixed(full: Sequence[int], calls: int, shallow: int, cut: str) -> CutsByCall:
-    """Return cuts by call with a number of shallow calls, spread evenly over the widest gaps; other calls are skipped.
+def spread_shallow_calls(full: Sequence[int], calls: int, shallow: int, cut: str) -> CutsByCall:
+    """Return cuts by call: shallow calls are spread over the widest gaps between full calls; other calls are skipped.
 
-    >>> mixed((0, 4), 8, 3, "deepcache:0")
+    >>> spread_shallow_calls((0, 4), 8, 3, "deepcache:0")
     (None, 'deepcache:0', 'deepcache:0', 'skip', None, 'skip', 'deepcache:0', 'skip')
     """
     gaps = list(itertools.pairwise((*full, calls)))
@@ -163,35 +163,40 @@ def mixed(full: Sequence[int], calls: int, shallow: int, cut: str) -> CutsByCall
 
 
 def within_budget(calls: int, budget: float, ratio: float, cut: str) -> Iterator[tuple[CutsByCall, ...]]:
-    """Yield schedules with evenly spaced full calls, and as many shallow calls as the rest of the budget pays for.
+    """Yield schedules with evenly spaced full calls, and shallow calls for the rest of the budget.
 
-    The number of full calls falls from the largest within the budget.
+    The number of full calls falls from the largest within the budget. For each number there are two schedules, with and
+    without a full call at the end: a full last call may be better than one that depends on the correction.
 
     Yields:
-        For each number of full calls two schedules, or one if both are the same. If the last calls run no engine, they
-        depend on the correction, and a full call at the end may be worth more than closer ones before.
+        Cuts by call of these two schedules; of one if both are the same.
 
     Args:
         calls: number of calls of a generation.
         budget: time of a generation, in units of a full call's time.
-        ratio: time of a shallow call over a full call.
+        ratio: time of a shallow call divided by a full call's.
         cut: cut of the shallow calls.
     """
     most = max(1, min(int(budget + 1e-9), calls))
     for count in range(most, max(1, round(_LOWEST_SHARE * most)) - 1, -1):
         shallow = min(int((budget - count) / ratio + 1e-9), calls - count)
-        yield tuple(dict.fromkeys(mixed(spaced(calls, count), calls, shallow, cut) for spaced in (evenly, to_the_end)))
-        if count + shallow == calls:  # fewer full calls would leave time over
+        yield tuple(
+            dict.fromkeys(
+                spread_shallow_calls(spaced(calls, count), calls, shallow, cut)
+                for spaced in (evenly_spaced, spaced_to_last_call)
+            )
+        )
+        if count + shallow == calls:  # with fewer full calls some budget would be unused
             return
 
 
-def ladder(calls: int, ratio: float, cut: str) -> list[ScoredSchedule]:
-    """Return one schedule for every number of full calls, the cheapest first, with a shallow call amid each gap.
+def skipping_schedules(calls: int, ratio: float, cut: str) -> list[ScoredSchedule]:
+    """Return for every number of full calls a schedule with a shallow call in the middle of each gap.
 
-    The last one has only full calls. Errors are unknown, and set to 0.
+    The cheapest schedule comes first; the last one has only full calls. Errors are unknown and set to 0.
     """
     schedules = []
     for count in range(2, calls + 1):
-        cuts = mixed(evenly(calls, count), calls, count, cut)
+        cuts = spread_shallow_calls(evenly_spaced(calls, count), calls, count, cut)
         schedules.append(ScoredSchedule(full_calls(cuts), 0.0, cost_in_full_calls(cuts, {cut: ratio}), cuts))
     return schedules

@@ -1,4 +1,4 @@
-"""The schedule and the forecast that the runtime gets from a tuned schedule."""
+"""Schedule and forecast that a tuned schedule sets at runtime."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..generation.schedule import Schedule
 
 @dataclass(frozen=True, repr=False)
 class TunedSteps(Schedule):
-    """Full calls and cuts for one number of calls; the schedule is valid for no other number.
+    """Schedule with full calls and cuts for one number of calls; it raises an error for other numbers.
 
     Attributes:
         full: indices of the full calls, 0 first.
         total: number of calls.
-        by_call: for each call its cut if it is shallow; None for the cut that the schedule is set with. Empty if all
-            shallow calls take that cut.
+        by_call: cut of each call if it is shallow; None for the cut given to ``set_schedule``. Empty if all shallow
+            calls have that cut.
 
     Raises:
         ScheduleError: the number of cuts is not the number of calls.
@@ -34,7 +34,7 @@ class TunedSteps(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.by_call and len(self.by_call) != self.total:
-            raise ScheduleError(f"{len(self.by_call)} cuts cannot serve {self.total} UNet calls: give one for each")
+            raise ScheduleError(f"{len(self.by_call)} cuts were given for {self.total} UNet calls: give one for each")
 
     @property
     def needs_calls(self) -> bool:
@@ -50,20 +50,20 @@ class TunedSteps(Schedule):
     def _last_on_grid(self, call: int, calls: int | None) -> int:
         if calls != self.total:
             raise ScheduleError(
-                f"this schedule was tuned for {self.total} UNet calls, and the generation has {calls}: tune for that, "
-                "or set another schedule"
+                f"this schedule was tuned for {self.total} UNet calls, and the generation has {calls}: tune for "
+                "this number, or set another schedule"
             )
         return max(full for full in self.full if full <= call)
 
 
 @dataclass(frozen=True)
 class FittedForecast(Forecast):
-    """Coefficients for each call of one schedule.
+    """Forecast with fitted coefficients for each call of one schedule.
 
     Attributes:
         coefficients: coefficients by call and feature; calls without coefficients reuse the features.
-        full: full calls of the schedule, on which the coefficients rely.
-        correction: correction of the noise predictions.
+        full: full calls of the schedule that the coefficients were fitted for.
+        correction: correction of the noise predictions; None if they are not corrected.
     """
 
     coefficients: Mapping[int, Mapping[str, Coefficients]]
@@ -76,5 +76,5 @@ class FittedForecast(Forecast):
     def at(self, feature: str, call: int, last: int, before: int | None) -> Coefficients | None:
         earlier = [full for full in self.full if full < call]
         if earlier[-1:] != [last] or (len(earlier) > 1 and earlier[-2] != before):
-            return None  # a full call that the schedule did not ask for: other shapes, or features that were dropped
+            return None  # there was an unplanned full call, after other shapes or dropped features
         return self.coefficients.get(call, {}).get(feature)

@@ -45,7 +45,7 @@ def sampled(scheduler: Any, seed: int = 0) -> tuple[torch.Tensor, list[torch.Ten
 
 
 @pytest.mark.parametrize("name", LINEAR)
-def test_the_output_towards_a_latent_leads_to_this_latent(name: str) -> None:
+def test_the_output_for_a_latent_leads_to_this_latent(name: str) -> None:
     kind = getattr(diffusers, name)
     unclipped = {"clip_sample": False} if "clip_sample" in inspect.signature(kind).parameters else {}
     scheduler = kind(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, **unclipped)
@@ -57,10 +57,12 @@ def test_the_output_towards_a_latent_leads_to_this_latent(name: str) -> None:
         def check(step: SchedulerStep, output: torch.Tensor) -> torch.Tensor:
             nonlocal known
             goal = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(known))
-            towards = step.output_towards(goal)
-            if towards is not None:
+            output_for_goal = step.output_for(goal)
+            if output_for_goal is not None:
                 known += 1
-                torch.testing.assert_close(step.after(towards), goal, rtol=1e-3, atol=1e-3 * float(towards.abs().max()))
+                torch.testing.assert_close(
+                    step.next_latent(output_for_goal), goal, rtol=1e-3, atol=1e-3 * float(output_for_goal.abs().max())
+                )
             return output
 
         tap.replace_output = check
@@ -77,7 +79,7 @@ def test_no_output_is_found_where_the_effect_is_clipped() -> None:
         outputs = []
 
         def look(step: SchedulerStep, output: torch.Tensor) -> torch.Tensor:
-            outputs.append(step.output_towards(torch.zeros_like(output)))
+            outputs.append(step.output_for(torch.zeros_like(output)))
             return output
 
         tap.replace_output = look

@@ -215,13 +215,13 @@ def test_only_calls_that_gain_from_an_expensive_cut_get_it() -> None:
     def cheap(last: int, before: int | None, until: int) -> Array:
         return np.asarray(0.1 + gains[last + 1 : until])
 
-    def dear(last: int, before: int | None, until: int) -> Array:
+    def expensive(last: int, before: int | None, until: int) -> Array:
         return np.full(until - last - 1, 0.1)
 
-    ratios = {"cheap": 0.1, "dear": 0.4}
-    schedules = search_schedules(CUT_CALLS, {"cheap": cheap, "dear": dear}, ratios, CUT_CALLS)
+    ratios = {"cheap": 0.1, "expensive": 0.4}
+    schedules = search_schedules(CUT_CALLS, {"cheap": cheap, "expensive": expensive}, ratios, CUT_CALLS)
     chosen = best_within(schedules, 1 + 2 * 0.1 + 3 * 0.4 + 1e-6)
-    assert chosen.cuts == (None, "dear", "cheap", "dear", "cheap", "dear")
+    assert chosen.cuts == (None, "expensive", "cheap", "expensive", "cheap", "expensive")
     assert chosen.error == pytest.approx(0.5)
     alone = best_by_count(CUT_CALLS, cheap, 0.1, CUT_CALLS)
     assert chosen.error < best_within(alone, chosen.cost).error

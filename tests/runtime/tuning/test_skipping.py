@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from offcut.runtime.generation.schedule import SKIP
 from offcut.runtime.tuning.search import cost_in_full_calls, full_calls
-from offcut.runtime.tuning.skipping import evenly, halfway, ladder, mixed, moved, to_the_end, within_budget
+from offcut.runtime.tuning.skipping import (
+    evenly_spaced,
+    midpoints,
+    skipping_schedules,
+    spaced_to_last_call,
+    spread_shallow_calls,
+    with_call_moved,
+    within_budget,
+)
 
 CUT = "deepcache:0"
 
@@ -17,7 +25,7 @@ CUT = "deepcache:0"
 @given(st.integers(2, 60), st.data())
 def test_full_calls_are_evenly_spaced(calls: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, calls))
-    full = evenly(calls, count)
+    full = evenly_spaced(calls, count)
     assert len(set(full)) == count
     assert full[0] == 0
     gaps = [after - before for before, after in itertools.pairwise((*full, calls))]
@@ -27,19 +35,19 @@ def test_full_calls_are_evenly_spaced(calls: int, data: st.DataObject) -> None:
 @given(st.integers(2, 60), st.data())
 def test_the_last_call_of_a_schedule_to_the_end_is_full(calls: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(2, calls))
-    full = to_the_end(calls, count)
+    full = spaced_to_last_call(calls, count)
     assert len(set(full)) == count
     assert (full[0], full[-1]) == (0, calls - 1)
     gaps = [after - before for before, after in itertools.pairwise(full)]
     assert max(gaps) - min(gaps) <= 1
-    assert to_the_end(calls, 1) == (0,)
+    assert spaced_to_last_call(calls, 1) == (0,)
 
 
 @given(st.integers(2, 60), st.data())
 def test_shallow_calls_go_into_the_widest_gaps(calls: int, data: st.DataObject) -> None:
     full = (0, *sorted(data.draw(st.sets(st.integers(1, calls - 1), max_size=calls - 1))))
     shallow = data.draw(st.integers(0, calls))
-    cuts = mixed(full, calls, shallow, CUT)
+    cuts = spread_shallow_calls(full, calls, shallow, CUT)
     assert len(cuts) == calls
     assert full_calls(cuts) == full
     assert cuts.count(CUT) == min(shallow, calls - len(full))
@@ -64,7 +72,7 @@ def test_schedules_stay_within_the_budget_and_use_it(calls: int, budget: float, 
 
 @given(st.integers(2, 60), st.floats(0.01, 1.0))
 def test_the_ladder_ends_with_all_calls_full(calls: int, ratio: float) -> None:
-    schedules = ladder(calls, ratio, CUT)
+    schedules = skipping_schedules(calls, ratio, CUT)
     assert [len(schedule.full) for schedule in schedules] == list(range(2, calls + 1))
     assert set(schedules[-1].cuts) == {None}
     for schedule in schedules:
@@ -75,8 +83,8 @@ def test_the_ladder_ends_with_all_calls_full(calls: int, ratio: float) -> None:
 @given(st.integers(3, 60), st.data())
 def test_as_many_full_calls_lie_halfway_between_two_spacings(calls: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(2, calls))
-    one, other = evenly(calls, count), to_the_end(calls, count)
-    between = halfway(one, other)
+    one, other = evenly_spaced(calls, count), spaced_to_last_call(calls, count)
+    between = midpoints(one, other)
     assert len(set(between)) == count
     assert all(min(pair) <= full <= max(pair) for full, *pair in zip(between, one, other, strict=True))
 
@@ -85,7 +93,7 @@ def test_as_many_full_calls_lie_halfway_between_two_spacings(calls: int, data: s
 def test_a_moved_full_call_stays_between_its_neighbours(calls: int, data: st.DataObject) -> None:
     full = (0, *sorted(data.draw(st.sets(st.integers(1, calls - 1), max_size=calls - 1))))
     place, by = data.draw(st.integers(0, len(full) - 1)), data.draw(st.sampled_from((-1, 1)))
-    result = moved(full, calls, place, by)
+    result = with_call_moved(full, calls, place, by)
     if result is None:
         assert place == 0 or {full[place] + by} <= {*full, calls}
     else:

@@ -31,7 +31,7 @@ from offcut.runtime.tuning.images import TuningPipeline, split_images
 from offcut.runtime.tuning.recording import FeatureRecorder, record
 from offcut.runtime.tuning.scheduler_tap import tapped
 from offcut.runtime.tuning.search import full_calls
-from offcut.runtime.tuning.skipping import evenly, mixed
+from offcut.runtime.tuning.skipping import evenly_spaced, spread_shallow_calls
 from offcut.runtime.tuning.tune import tune
 from offcut.runtime.tuning.tuning_request import TuningRequest
 
@@ -187,7 +187,7 @@ def test_calls_without_an_engine_are_better_than_fewer_steps(pipe: Any, shapes: 
     bundle = offcut.Bundle.open(shapes)
     pipeline = TuningPipeline(pipe, STEPS, None, {"deepcache:0": pipe.unet.cut_features["deepcache:0"]})
     sets = split_images(PROMPTS, 16, (GUIDANCE, GUIDANCE), 0)
-    cuts = mixed(evenly(STEPS, 7), STEPS, 0, "deepcache:0")
+    cuts = spread_shallow_calls(evenly_spaced(STEPS, 7), STEPS, 0, "deepcache:0")
     document = TunedDocument(
         key=make_key(bundle, pipe.scheduler, STEPS, (GUIDANCE, GUIDANCE)),
         cut="deepcache:0",
@@ -204,7 +204,7 @@ def test_calls_without_an_engine_are_better_than_fewer_steps(pipe: Any, shapes: 
         record(pipeline, sets, FeatureRecorder(pipe.unet, pipeline.features, 16), STEPS, lambda stage: None, tap=tap)
         corrected, _ = lockstep.fit(pipeline, tap, Tuned("skipping", document, {}), sets[0], sets[1])
     psnr = fmean(pipeline.psnr(sets[2], corrected.schedule, corrected.forecast))
-    assert pipeline.run.cuts == cuts
+    assert pipeline.last_run.cuts == cuts
     assert psnr > fmean(pipeline.psnr(sets[2], corrected.schedule)) + 3  # the last noise prediction repeated
     assert psnr > fmean(pipeline.psnr(sets[2], None, steps=7)) + 1
 
@@ -235,7 +235,7 @@ def test_a_schedule_is_refused_under_other_conditions(pipe: Any, shapes: Path, t
             choose(bundle, make_key(bundle, scheduler, steps, (scale, scale)))
     other = make_key(bundle, ddim, STEPS, (3.0, 3.0)).model_copy(update={"weights": "0" * 64})
     assert mismatch(tuned, other) == "it was tuned for other weights"
-    cuts = tuple(cut for cut in tuned.document.used if cut != SKIP)
+    cuts = tuple(cut for cut in tuned.document.used_cuts if cut != SKIP)
     assert mismatch(tuned, tuned.document.key, cuts) is None
     assert bool(cuts) == ("it needs" in (mismatch(tuned, tuned.document.key, ("deepcache:9",)) or ""))
     with pytest.raises(ScheduleError, match=f"has no schedule fast; it has {NAME}"):
@@ -287,11 +287,11 @@ def test_recording_changes_no_image(pipe: Any, tuned: Tuned) -> None:
         with recorder.watch():
             recorded = image(pipe, None)
         assert np.array_equal(plain, recorded)
-    moments = recorder.empty()
+    moments = recorder.empty_moments()
     recorder.add_to(moments)
-    (of_feature,) = moments.values()
-    assert of_feature.sums.shape[1] == STEPS
-    assert of_feature.count == 16
+    (feature_moments,) = moments.values()
+    assert feature_moments.sums.shape[1] == STEPS
+    assert feature_moments.count == 16
 
 
 def test_a_given_ratio_replaces_the_measured_one(pipe: Any, shapes: Path) -> None:
@@ -363,12 +363,12 @@ def test_the_commands(
         (["--budget", "2x", "--psnr", "30"], "give one target above 0"),
         (["--budget", "fast"], "is not a value such as 2.5x"),
         (["--latency", "1us"], "is not a value such as"),
-        (["--budget", "2x", "--guidance", "9..5"], "ends before it begins"),
-        (["--budget", "2x", "--name", "a/b"], "cannot name a schedule"),
+        (["--budget", "2x", "--guidance", "9..5"], "is not a range from low to high"),
+        (["--budget", "2x", "--name", "a/b"], "is not a valid schedule name"),
         (["--budget", "2x", "--ratio", "small"], "is not a value such as 0.1"),
         (["--budget", "2x", "--ratio", "0"], "the ratio of deepcache:0 is 0"),
         (["--budget", "2x", "--ratio", "1.5"], "the ratio of deepcache:0 is 1.5"),
-        (["--latency", "1s", "--ratio", "0.1"], "a latency is this machine's"),
+        (["--latency", "1s", "--ratio", "0.1"], "a latency target holds for this machine only"),
         (["--budget", "2x", "--ratio", "deepcache:3=0.1"], "no ratio was given for deepcache:0"),
         (["--budget", "2x", "--sampler", "Nonsense"], "diffusers has no scheduler Nonsense"),
     ],

@@ -89,7 +89,7 @@ def test_the_schedule_is_within_the_budget_and_the_report_has_a_row_for_one_cut(
     assert reused.name == "tuned schedule, features reused"
     assert set(document.ratios) == set(CUTS)
     assert document.shallow_over_full == document.ratios[document.cut]
-    assert set(document.used) <= set(CUTS)
+    assert set(document.used_cuts) <= set(CUTS)
     cost = sum(1.0 if cut is None else document.ratios[cut] for cut in document.by_call)
     assert best.speed_up == pytest.approx(STEPS / cost)
     for row in (best, one_cut):
@@ -114,7 +114,7 @@ def test_a_mixed_schedule_is_kept_in_the_bundle(
     copy = copied(shapes)
     save(offcut.Bundle.open(copy), mixed)
     loaded = Tuned.load(copy, "by-hand")
-    assert loaded.document.used == (CUTS[1], CUTS[0])
+    assert loaded.document.used_cuts == (CUTS[1], CUTS[0])
     assert loaded.schedule.cuts == (CUTS[1], CUTS[0])
     image(pipe, loaded)
     assert pipe.unet.last_run.cuts == by_call
