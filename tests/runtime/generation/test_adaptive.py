@@ -1,4 +1,4 @@
-"""A schedule that decides as it goes: its rules, what it is told, and the same by hand on real engines."""
+"""Adaptive schedules: the rules of the decision, the drift estimate, and a plain implementation on real engines."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ schedules = st.builds(
     st.integers(0, 4),
     st.integers(0, 3),
 )
-foretold = st.lists(st.floats(0, 2) | st.just(float("nan")) | st.none(), min_size=CALLS, max_size=CALLS)
+error_lists = st.lists(st.floats(0, 2) | st.just(float("nan")) | st.none(), min_size=CALLS, max_size=CALLS)
 
 
-@given(schedules, foretold)
+@given(schedules, error_lists)
 def test_a_call_is_full_where_the_error_exceeds_the_bound(schedule: Adaptive, errors: list[float | None]) -> None:
-    asked: list[tuple[int, int]] = []
+    queries: list[tuple[int, int]] = []
 
-    def missed(call: int, last: int) -> float | None:
-        asked.append((call, last))
+    def predicted_error(call: int, last: int) -> float | None:
+        queries.append((call, last))
         return errors[call]
 
     generation = GenerationState(schedule, calls=CALLS)
-    generation.drift = cast(Any, SimpleNamespace(predicted_error=missed))
+    generation.drift = cast(Any, SimpleNamespace(predicted_error=predicted_error))
     for _ in range(CALLS):
-        assert generation.next_is_full == generation.next_is_full  # asked again, it is the same
+        assert generation.next_is_full == generation.next_is_full  # a second query gives the same decision
         generation.end(generation.begin("A"))
     full = generation.run().full
     assert generation.plan is None
-    assert len(set(asked)) == len(asked)
+    assert len(set(queries)) == len(queries)
     for call in range(CALLS):
-        last = max((each for each in range(call) if full[each]), default=None)
+        last = max((other for other in range(call) if full[other]), default=None)
         if last is None or call < schedule.warmup or call >= CALLS - schedule.cooldown:
             assert full[call]
             continue
@@ -60,7 +60,7 @@ def test_a_call_is_full_where_the_error_exceeds_the_bound(schedule: Adaptive, er
             assert not full[call]
         else:
             error = errors[call]
-            assert (call, last) in asked
+            assert (call, last) in queries
             assert full[call] == (error is None or not error <= schedule.bound)
 
 
@@ -70,7 +70,7 @@ def test_text_forms_can_be_read_back(schedule: Adaptive) -> None:
     assert eval(repr(schedule)) == schedule
 
 
-def test_what_cannot_be_says_so() -> None:
+def test_invalid_arguments_are_refused() -> None:
     for bound in (0.0, -1.0, float("nan"), float("inf"), "much", True):
         with pytest.raises(ScheduleError, match="needs one above 0"):
             Adaptive(bound)  # type: ignore[arg-type]
@@ -89,7 +89,7 @@ def test_calls_after_a_failure_or_with_other_shapes_are_full_whatever_the_estima
     generation = GenerationState(Adaptive(0.5, warmup=1))
     generation.drift = cast(Any, SimpleNamespace(predicted_error=lambda call, last: 0.0))
     generation.end(generation.begin("A"))
-    assert not generation.begin("A")  # and it fails
+    assert not generation.begin("A")  # this call fails
     assert generation.begin("A")
     generation.end(True)
     assert generation.begin("B")
@@ -99,12 +99,12 @@ def test_the_drift_estimate_follows_its_formula() -> None:
     buffers = {"sample": torch.zeros(2, 4, 4, 4), "a": torch.zeros(2, 3, 8, 8), "b": torch.zeros(2, 2, 2, 2)}
     bound: Any = SimpleNamespace(buffers=buffers)
     estimator = FeatureDriftEstimator(("a", "b"))
-    made = torch.Generator().manual_seed(0)
-    drawn = []
+    random = torch.Generator().manual_seed(0)
+    snapshots = []
     for call in range(5):
         for buffer in buffers.values():
-            buffer.copy_(torch.randn(buffer.shape, generator=made))
-        drawn.append({name: buffer.flatten().clone() for name, buffer in buffers.items()})
+            buffer.copy_(torch.randn(buffer.shape, generator=random))
+        snapshots.append({name: buffer.flatten().clone() for name, buffer in buffers.items()})
         if call < 2:
             estimator.record_full(bound)
         else:
@@ -114,58 +114,58 @@ def test_the_drift_estimate_follows_its_formula() -> None:
     def moved(now: torch.Tensor, then: torch.Tensor) -> float:
         return float((now - then).norm() / now.norm())
 
-    features = [torch.cat([each["a"], each["b"]]) for each in drawn]
-    pace = moved(features[1], features[0]) / moved(drawn[1]["sample"], drawn[0]["sample"])
-    expected = pace * moved(drawn[4]["sample"], drawn[1]["sample"]) * 4 / 3
+    features = [torch.cat([buffers["a"], buffers["b"]]) for buffers in snapshots]
+    feature_per_latent = moved(features[1], features[0]) / moved(snapshots[1]["sample"], snapshots[0]["sample"])
+    expected = feature_per_latent * moved(snapshots[4]["sample"], snapshots[1]["sample"]) * 4 / 3
     assert estimator.predicted_error(5, 1) == pytest.approx(expected, rel=1e-5)
-    assert estimator.predicted_error(6, 1) is None  # of another call than the one before
-    estimator.record_full(SimpleNamespace(buffers=buffers))  # type: ignore[arg-type]  # other shapes: nothing to compare with
+    assert estimator.predicted_error(6, 1) is None  # the last estimate is not of the previous call
+    estimator.record_full(SimpleNamespace(buffers=buffers))  # type: ignore[arg-type]  # other shapes: no earlier features to compare with
     estimator.record_shallow(SimpleNamespace(buffers=buffers), 6)  # type: ignore[arg-type]
     assert estimator.predicted_error(7, 5) is None
 
 
-def run(unet: offcut.UNet, schedule: Any, seen: Callable[[], None] = lambda: None) -> list[torch.Tensor]:
-    """Latents that drift along a line, faster and faster."""
+def run(unet: offcut.UNet, schedule: Any, on_call: Callable[[], None] = lambda: None) -> list[torch.Tensor]:
+    """Return the outputs of a generation whose latents drift along a line at increasing speed."""
     unet.set_schedule(schedule, CUT)
     width = unet.config["cross_attention_dim"]
-    made = torch.Generator().manual_seed(5)
-    start, along = (torch.randn(2, 4, 8, 8, generator=made) for _ in range(2))
-    text = torch.randn(2, 77, width, generator=made)
-    said = []
+    random = torch.Generator().manual_seed(5)
+    start, along = (torch.randn(2, 4, 8, 8, generator=random) for _ in range(2))
+    text = torch.randn(2, 77, width, generator=random)
+    outputs = []
     with unet.generation(CALLS):
         for call in range(CALLS):
             sample = start + along * (call / CALLS) ** 2
-            said.append(unet(sample, torch.tensor(900.0 - 50 * call), text).sample)
-            seen()
-    return said
+            outputs.append(unet(sample, torch.tensor(900.0 - 50 * call), text).sample)
+            on_call()
+    return outputs
 
 
 def test_full_calls_follow_the_movement_of_features_and_latents(unet: offcut.UNet) -> None:
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    records: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def keep() -> None:
+    def record() -> None:
         assert unet.bound is not None
-        kept.append((unet.bound.buffers["sample"].clone(), unet.bound.buffers[FEATURE].clone()))
+        records.append((unet.bound.buffers["sample"].clone(), unet.bound.buffers[FEATURE].clone()))
 
     schedule = Adaptive(0.02, max_shallow=5)
-    said = run(unet, schedule, keep)
+    outputs = run(unet, schedule, record)
     assert unet.last_run is not None
     full = unet.last_run.full_calls
     assert 3 < len(full) < CALLS - 3
 
-    def moved(what: int, now: int, then: int) -> float:
-        return float((kept[now][what] - kept[then][what]).norm() / kept[now][what].norm())
+    def moved(index: int, now: int, then: int) -> float:
+        return float((records[now][index] - records[then][index]).norm() / records[now][index].norm())
 
     expected = [0, 1]
     for call in range(2, CALLS):
         last, before = expected[-1], expected[-2]
         if call - last > 1:
-            at = moved(1, last, before) / moved(0, last, before) * moved(0, call - 1, last)
-            if call - last > 5 or at * (call - last) / (call - 1 - last) > schedule.bound:
+            error = moved(1, last, before) / moved(0, last, before) * moved(0, call - 1, last)
+            if call - last > 5 or error * (call - last) / (call - 1 - last) > schedule.bound:
                 expected.append(call)
     assert full == tuple(expected)
-    # The same calls, chosen before, say the same.
-    for one, other in zip(said, run(unet, offcut.Steps(full)), strict=True):
+    # A fixed schedule with the same full calls gives the same outputs.
+    for one, other in zip(outputs, run(unet, offcut.Steps(full)), strict=True):
         assert torch.equal(one, other)
 
 

@@ -1,4 +1,4 @@
-"""The advice against caching in few steps: said once a UNet, and only where it is true."""
+"""Advice against caching in few steps: given once for each UNet, and only where it applies."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ PHRASE = "caching is unlikely to pay"
         (Uniform(3), 1, LCMScheduler(), {}, None),
         (Steps(range(8)), 8, DDIMScheduler(), {}, None),
         (Uniform(3, warmup=4), 4, DDIMScheduler(), {}, None),
-        (TunedSteps((0, 4), 8), 8, DDIMScheduler(), {}, None),  # it was measured beside fewer steps
+        (TunedSteps((0, 4), 8), 8, DDIMScheduler(), {}, None),  # tuning has compared it with fewer steps
     ],
 )
-def test_which_generations_get_advice(
+def test_only_generations_with_few_or_large_steps_get_advice(
     schedule: Schedule | None, calls: int, scheduler: Any, config: dict[str, Any], reason: str | None
 ) -> None:
     advice = caching_advice(schedule, calls, config, scheduler)
@@ -53,7 +53,7 @@ def test_which_generations_get_advice(
         assert "fewer steps without caching" in advice
 
 
-def test_a_tuned_schedule_does_not_know_of_loras() -> None:
+def test_tuned_schedules_with_loras_get_advice() -> None:
     tuned = TunedSteps((0, 4), 8)
     assert "tuned without the LoRA style, ink:" in (lora_advice(tuned, ["style", "ink"]) or "")
     assert lora_advice(tuned, []) is lora_advice(Uniform(3), ["style"]) is lora_advice(None, ["style"]) is None
@@ -86,14 +86,14 @@ def test_advice_is_logged_once_and_changes_nothing(
 
 
 @pytest.mark.slow
-def test_run_prints_it_once_on_stderr(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_run_prints_the_advice_once_on_stderr(tiny_bundle: Path, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
-    few = ["run", tiny_bundle, "a cat", "-o", picture, "--engine", "onnxruntime", "--warmup", "0", "--compare"]
-    result = command(*few, "--steps", "4", "--json")
+    few_steps = ["run", tiny_bundle, "a cat", "-o", picture, "--engine", "onnxruntime", "--warmup", "0", "--compare"]
+    result = command(*few_steps, "--steps", "4", "--json")
     assert result.returncode == 0, result.stderr
     assert "".join(result.stderr.split("\n")).count(PHRASE) == 1
     assert PHRASE not in result.stdout
     assert Image.open(picture).size[0] > 0
-    many = command(*few, "--steps", "16")
-    assert many.returncode == 0, many.stderr
-    assert PHRASE not in many.stderr
+    many_steps = command(*few_steps, "--steps", "16")
+    assert many_steps.returncode == 0, many_steps.stderr
+    assert PHRASE not in many_steps.stderr

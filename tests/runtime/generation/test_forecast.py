@@ -1,4 +1,4 @@
-"""Forecasts: reuse is reuse bit for bit, a prediction is the formula written plainly, nothing outlives a generation."""
+"""Forecasts: bit-exact reuse, predictions by the documented formula, and independent generations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FEATURE, CUT, CALLS = "deep_feature_0", "deepcache:0", 10
 
 @dataclass(frozen=True)
 class Fixed(Forecast):
-    """The same coefficients at every shallow call."""
+    """Forecast with the same coefficients at every shallow call."""
 
     coefficients: Coefficients | None
 
@@ -40,14 +40,16 @@ def run(unet: offcut.UNet, forecast: Forecast | None, interval: int = 3, warmup:
         return [unet(*inputs(unet, call)).sample for call in range(CALLS)]
 
 
-def by_hand(unet: offcut.UNet, coefficients: object, interval: int = 3, warmup: int = 2) -> list[torch.Tensor]:
-    """The same with the engines' own calls and the formula as it stands in the docstring."""
+def plain_implementation(
+    unet: offcut.UNet, coefficients: object, interval: int = 3, warmup: int = 2
+) -> list[torch.Tensor]:
+    """Return the outputs from direct engine calls and the formula of the module's docstring."""
     unet.set_schedule(None)
     unet(*inputs(unet, 0))
     bound = unet.bound
     assert bound is not None
     full = set(offcut.Uniform(interval, warmup=warmup).full_calls(CALLS))
-    kept: list[tuple[int, torch.Tensor]] = []
+    full_features: list[tuple[int, torch.Tensor]] = []
     made = []
     for call in range(CALLS):
         sample, timestep, text = inputs(unet, call)
@@ -56,11 +58,11 @@ def by_hand(unet: offcut.UNet, coefficients: object, interval: int = 3, warmup: 
         bound.buffers["encoder_hidden_states"].copy_(text)
         if call in full:
             bound.full()
-            kept = [(call, bound.buffers[FEATURE].clone()), *kept[:1]]
+            full_features = [(call, bound.buffers[FEATURE].clone()), *full_features[:1]]
         else:
-            (last, latest), (before, older) = kept[0], kept[-1]
+            (last, latest), (before, older) = full_features[0], full_features[-1]
             assert callable(coefficients)
-            scale, slope, shift = (torch.as_tensor(each) for each in coefficients(call, last, before))
+            scale, slope, shift = (torch.as_tensor(value) for value in coefficients(call, last, before))
             shape = (1, -1, 1, 1)
             predicted = scale.reshape(shape) * latest + slope.reshape(shape) * (latest - older) + shift.reshape(shape)
             bound.buffers[FEATURE].copy_(predicted)
@@ -76,13 +78,13 @@ def channels(unet: offcut.UNet) -> int:
     return int(unet.bound.buffers[FEATURE].shape[1])
 
 
-def test_coefficients_of_reuse_equal_reuse_bit_for_bit(unet: offcut.UNet) -> None:
+def test_coefficients_that_mean_reuse_give_the_outputs_of_reuse(unet: offcut.UNet) -> None:
     plain = run(unet, None)
     count = channels(unet)
     tensors = Coefficients(torch.ones(count), torch.zeros(count), torch.zeros(count))
     for forecast in (Extrapolate(0.0), Fixed(None), Fixed(Coefficients()), Fixed(tensors)):
-        for expected, got in zip(plain, run(unet, forecast), strict=True):
-            assert torch.equal(expected, got)
+        for expected, actual in zip(plain, run(unet, forecast), strict=True):
+            assert torch.equal(expected, actual)
 
 
 @pytest.mark.parametrize("damping", [0.5, 1.0])
@@ -90,8 +92,8 @@ def test_an_extrapolation_follows_the_formula(unet: offcut.UNet, damping: float)
     def formula(call: int, last: int, before: int) -> tuple[float, float, float]:
         return 1.0, damping * (call - last) / (last - before), 0.0
 
-    for expected, got in zip(by_hand(unet, formula), run(unet, Extrapolate(damping)), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    for expected, actual in zip(plain_implementation(unet, formula), run(unet, Extrapolate(damping)), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_coefficients_by_channel_follow_the_formula(unet: offcut.UNet) -> None:
@@ -99,14 +101,14 @@ def test_coefficients_by_channel_follow_the_formula(unet: offcut.UNet) -> None:
     made = torch.Generator().manual_seed(1)
     scale, slope, shift = (torch.randn(count, generator=made) for _ in range(3))
     fixed = Fixed(Coefficients(scale, slope, shift))
-    expected = by_hand(unet, lambda call, last, before: (scale, slope, shift))
-    for want, got in zip(expected, run(unet, fixed), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    expected = plain_implementation(unet, lambda call, last, before: (scale, slope, shift))
+    for expected_output, actual in zip(expected, run(unet, fixed), strict=True):
+        torch.testing.assert_close(actual, expected_output, rtol=1e-4, atol=1e-4)
     assert not torch.equal(expected[-1], run(unet, None)[-1])
 
 
 def test_after_one_full_call_features_are_reused(unet: offcut.UNet) -> None:
-    """With one warm-up call the first shallow ones reuse, in every generation: nothing of the one before is left."""
+    """The first shallow calls of every generation reuse features: the last generation's features are not used."""
     plain, again = run(unet, None, warmup=0), run(unet, Extrapolate(1.0), warmup=0)
     twice = run(unet, Extrapolate(1.0), warmup=0)
     for call in range(3):
@@ -135,25 +137,27 @@ def test_without_a_schedule_there_is_no_forecast(unet: offcut.UNet) -> None:
 
 
 @pytest.mark.parametrize("damping", [-0.1, 1.1])
-def test_damping_has_a_range(damping: float) -> None:
+def test_damping_outside_0_to_1_is_refused(damping: float) -> None:
     with pytest.raises(ScheduleError, match="from 0"):
         Extrapolate(damping)
 
 
 @given(st.floats(-2, 2), st.floats(-2, 2), st.floats(-2, 2), st.sampled_from([torch.float32, torch.float16]))
-def test_numbers_and_tensors_write_the_same(scale: float, slope: float, shift: float, dtype: torch.dtype) -> None:
+def test_numbers_and_tensors_give_the_same_prediction(
+    scale: float, slope: float, shift: float, dtype: torch.dtype
+) -> None:
     latest, before = torch.randn(2, 3, 4, 4).to(dtype), torch.randn(2, 3, 4, 4).to(dtype)
     one, other = torch.empty_like(latest), torch.empty_like(latest)
     write(one, latest, before, Coefficients(scale, slope, shift))
-    write(other, latest, before, Coefficients(*(torch.full((3,), each) for each in (scale, slope, shift))))
+    write(other, latest, before, Coefficients(*(torch.full((3,), value) for value in (scale, slope, shift))))
     expected = scale * latest.double() + slope * (latest.double() - before.double()) + shift
-    loose = 1e-5 if dtype == torch.float32 else 2e-2
-    for got in (one, other):
-        torch.testing.assert_close(got.double(), expected, rtol=loose, atol=loose)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for actual in (one, other):
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_full_calls_cost_one_copy_into_two_buffers() -> None:
-    """Ping-pong: the buffers of the last two full calls change places, and none is allocated after the second."""
+    """The buffers of the last two full calls alternate, and none is allocated after the second full call."""
 
     class Bound:
         def __init__(self) -> None:
@@ -161,11 +165,11 @@ def test_full_calls_cost_one_copy_into_two_buffers() -> None:
 
     bound: BoundPair = Bound()  # type: ignore[assignment]
     history = FeatureHistory(Extrapolate(1.0), [FEATURE])
-    places = []
+    addresses = []
     for call in range(4):
         bound.buffers[FEATURE].fill_(call)
         history.record(bound, call)
-        places.append(history._latest[FEATURE].data_ptr())
-    assert places[0] == places[2] != places[1] == places[3]
+        addresses.append(history._latest[FEATURE].data_ptr())
+    assert addresses[0] == addresses[2] != addresses[1] == addresses[3]
     history.predict(bound, 5)
     assert torch.equal(bound.buffers[FEATURE], torch.full((1, 2, 2, 2), 5.0))

@@ -1,4 +1,4 @@
-"""Reused guidance: half of the batch on shallow calls, beside the same written plainly; off where nobody guides."""
+"""Reused guidance: shallow calls compute half of the batch, as in a plain implementation; off without guidance."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCHEDULE = offcut.Uniform(3)
 
 
 def inputs(unet: offcut.UNet, call: int, images: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The latents twice, and texts without and with the prompt."""
+    """Return the inputs of a call: the latents twice, the timestep, and text embeddings."""
     made = torch.Generator().manual_seed(call)
     latent = torch.randn(images, 4, 8, 8, generator=made)
     width = unet.config["cross_attention_dim"]
@@ -29,8 +29,8 @@ def run(unet: offcut.UNet, reuse: bool, guided: bool = True) -> list[torch.Tenso
         return [unet(*inputs(unet, call)).sample for call in range(CALLS)]
 
 
-def by_hand(unet: offcut.UNet) -> list[torch.Tensor]:
-    """The same with the engines' own calls."""
+def plain_implementation(unet: offcut.UNet) -> list[torch.Tensor]:
+    """Return the outputs from direct engine calls."""
     pair = unet._pair
     assert pair is not None
     bounds = {}
@@ -62,13 +62,13 @@ def by_hand(unet: offcut.UNet) -> list[torch.Tensor]:
     return made
 
 
-def test_calls_equal_a_plain_implementation(unet: offcut.UNet) -> None:
-    for expected, got in zip(by_hand(unet), run(unet, reuse=True), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+def test_outputs_equal_a_plain_implementation(unet: offcut.UNet) -> None:
+    for expected, actual in zip(plain_implementation(unet), run(unet, reuse=True), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_half_with_the_prompt_is_the_same_without_reuse(unet: offcut.UNet) -> None:
-    """What is approximated is the difference between the halves, and nothing else."""
+    """Only the difference between the halves is approximated."""
     plain, reused = run(unet, reuse=False), run(unet, reuse=True)
     for call in range(CALLS):
         torch.testing.assert_close(reused[call][2:], plain[call][2:], rtol=1e-4, atol=1e-5)
@@ -80,30 +80,30 @@ def test_the_half_with_the_prompt_is_the_same_without_reuse(unet: offcut.UNet) -
 
 def test_without_guidance_nothing_changes(unet: offcut.UNet) -> None:
     plain = run(unet, reuse=False)
-    for expected, got in zip(plain, run(unet, reuse=True, guided=False), strict=True):
-        assert torch.equal(expected, got)
+    for expected, actual in zip(plain, run(unet, reuse=True, guided=False), strict=True):
+        assert torch.equal(expected, actual)
 
 
 def test_unannounced_calls_compute_the_whole_batch(unet: offcut.UNet) -> None:
     unet.set_schedule(SCHEDULE, CUT, reuse_guidance=True)
     unet.reset()
-    loose = [unet(*inputs(unet, call)).sample for call in range(CALLS)]
-    for expected, got in zip(run(unet, reuse=False), loose, strict=True):
-        assert torch.equal(expected, got)
+    unannounced = [unet(*inputs(unet, call)).sample for call in range(CALLS)]
+    for expected, actual in zip(run(unet, reuse=False), unannounced, strict=True):
+        assert torch.equal(expected, actual)
 
 
 def test_another_kind_of_guidance_is_refused(unet: offcut.UNet) -> None:
     unet.set_schedule(SCHEDULE, CUT, reuse_guidance=True)
     sample, timestep, text = inputs(unet, 0)
-    for given, texts in ((torch.randn(4, 4, 8, 8), text), (sample[:3], text[:3])):
+    for bad_sample, texts in ((torch.randn(4, 4, 8, 8), text), (sample[:3], text[:3])):
         with pytest.raises(ScheduleError, match="the same latents twice"), unet.generation(CALLS, guided=True):
-            unet(given, timestep, texts)
+            unet(bad_sample, timestep, texts)
 
 
 def test_guidance_may_end_within_a_generation(unet: offcut.UNet) -> None:
-    """The batch halves, so the call is full; from there on calls are whole, and half as large."""
+    """Call 3 has half the batch, so it is full; later calls compute their whole batch, which is half as large."""
 
-    def half(reuse: bool) -> list[torch.Tensor]:
+    def end_guidance_early(reuse: bool) -> list[torch.Tensor]:
         unet.set_schedule(SCHEDULE, CUT, reuse_guidance=reuse)
         made = []
         with unet.generation(CALLS, guided=True):
@@ -112,9 +112,9 @@ def test_guidance_may_end_within_a_generation(unet: offcut.UNet) -> None:
                 made.append(unet(*((sample, timestep, text) if call < 3 else (sample[2:], timestep, text[2:]))).sample)
         return made
 
-    for call, (expected, got) in enumerate(zip(half(False), half(True), strict=True)):
+    for call, (expected, actual) in enumerate(zip(end_guidance_early(False), end_guidance_early(True), strict=True)):
         if call >= 3 or call == 0:
-            assert torch.equal(expected, got)
+            assert torch.equal(expected, actual)
 
 
 def test_a_pipeline_reports_whether_it_is_guided(tiny_bundle: Path) -> None:
@@ -134,6 +134,6 @@ def test_a_pipeline_reports_whether_it_is_guided(tiny_bundle: Path) -> None:
             ).images
     assert torch.equal(made[1.0, False], made[1.0, True])
     assert not torch.equal(made[7.5, False], made[7.5, True])
-    apart = (made[7.5, False] - made[7.5, True]).norm() / made[7.5, False].norm()
-    assert apart < 0.5
+    difference = (made[7.5, False] - made[7.5, True]).norm() / made[7.5, False].norm()
+    assert difference < 0.5
     pipe.unet.close()

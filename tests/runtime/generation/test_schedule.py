@@ -34,7 +34,7 @@ calls = st.integers(1, 100)
 
 
 def oracle(schedule: Schedule, n: int) -> list[int]:
-    """The full calls, by marking a list."""
+    """Return the full calls, found by marks in a list."""
     full = [False] * n
     full[0] = True
     if isinstance(schedule, Uniform):
@@ -64,7 +64,7 @@ def oracle(schedule: Schedule, n: int) -> list[int]:
 
 
 def oracle_quad(n: int, schedule: Quad) -> list[int]:
-    """The paper's recipe in NumPy's extended precision, powers written out in polar form."""
+    """Return the full calls of the paper's method, in NumPy's extended precision and with powers in polar form."""
     count = int(np.ceil(n / schedule.interval))
     center = np.longdouble(schedule.center or 0)
     power = schedule.power or (1.4 if schedule.center is not None else 1.5)
@@ -88,7 +88,7 @@ def oracle_quad(n: int, schedule: Quad) -> list[int]:
         found[0] = 0
         if found == sorted(set(found)) and len(found) == count and found[-1] < n:
             return list(found)
-    raise AssertionError("the power never came down to 1")
+    raise AssertionError("the power did not fall to 1")
 
 
 @CASES

@@ -1,4 +1,4 @@
-"""The state machine of a generation, without engines: calls, failures and shapes in any order; real timesteps."""
+"""State of a generation without engines: random calls, failures and shapes, and the timesteps of real schedulers."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ def test_features_are_read_only_after_a_completed_call_with_the_same_shapes(
     schedule: Uniform | Steps | Quad, calls: int, events: list[tuple[str, str]]
 ) -> None:
     generation = GenerationState(schedule, calls=calls)
-    held: str | None = None  # whose features are in the buffers, by the rules of a cautious reader
-    done = 0
+    readable: str | None = None  # shapes whose features may be read
+    completed = 0
     for event, shapes in events:
         if event == "invalidate":
             generation.invalidate()
-            held = None
+            readable = None
             continue
         full = generation.begin(shapes)
-        assert full == (held != shapes or done >= calls or done in schedule.full_calls(calls))
+        assert full == (readable != shapes or completed >= calls or completed in schedule.full_calls(calls))
         if event == "call":
             generation.end(full)
-            held = shapes
-            done += 1
+            readable = shapes
+            completed += 1
         else:
-            held = None
-    assert len(generation.run().full) == done
+            readable = None
+    assert len(generation.run().full) == completed
 
 
-def drive(generation: GenerationState, calls: int) -> tuple[bool, ...]:
+def run_calls(generation: GenerationState, calls: int) -> tuple[bool, ...]:
     for _ in range(calls):
         generation.end(generation.begin("A"))
     return generation.run().full
@@ -58,17 +58,17 @@ def drive(generation: GenerationState, calls: int) -> tuple[bool, ...]:
 def test_an_undisturbed_generation_follows_its_schedule(
     schedule: Uniform | Steps | Quad, calls: int, beyond: int
 ) -> None:
-    full = drive(GenerationState(schedule, calls=lambda: calls), calls + beyond)
+    full = run_calls(GenerationState(schedule, calls=lambda: calls), calls + beyond)
     assert full == (*(call in schedule.full_calls(calls) for call in range(calls)), *[True] * beyond)
 
 
 def test_the_number_of_calls_is_resolved_once_at_the_first_call() -> None:
-    asked = []
-    generation = GenerationState(Quad(5), calls=lambda: asked.append(1) or 50)
-    assert asked == []
+    resolutions = []
+    generation = GenerationState(Quad(5), calls=lambda: resolutions.append(1) or 50)
+    assert resolutions == []
     assert generation.run().calls is None
-    drive(generation, 50)
-    assert asked == [1]
+    run_calls(generation, 50)
+    assert resolutions == [1]
     assert generation.run().calls == 50
     assert generation.run().full_calls == Quad(5).full_calls(50)
     assert generation.run().timeline.startswith("#....#...#")
@@ -99,7 +99,7 @@ def _settings(scheduler: type[SchedulerMixin]) -> list[dict[str, Any]]:
 
 
 def _compatible() -> list[type[SchedulerMixin]]:
-    """Every scheduler that diffusers says a Stable Diffusion pipeline can take, if what it needs is installed."""
+    """Return every scheduler that diffusers lists as compatible with Stable Diffusion, as far as installed."""
     return sorted(
         {DDIMScheduler, diffusers.LCMScheduler, diffusers.TCDScheduler, *DDIMScheduler().compatibles},
         key=lambda scheduler: scheduler.__name__,
@@ -109,13 +109,13 @@ def _compatible() -> list[type[SchedulerMixin]]:
 def _timesteps(scheduler: type[SchedulerMixin], steps: int, **options: Any) -> list[float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = scheduler(**options)
-        made.set_timesteps(steps)
-    return [float(timestep) for timestep in made.timesteps]
+        instance = scheduler(**options)
+        instance.set_timesteps(steps)
+    return [float(timestep) for timestep in instance.timesteps]
 
 
 def unannounced(timesteps: list[float], schedule: Uniform) -> list[list[bool]]:
-    """The generations that a bare UNet takes these timesteps for, each with what its calls were."""
+    """Split timesteps into generations as a bare UNet does; return for each its calls, True for full ones."""
     generations: list[GenerationState] = []
     for timestep in timesteps:
         if not generations or not generations[-1].continues("A", timestep):
@@ -141,7 +141,7 @@ def test_unannounced_generations_follow_every_schedulers_timesteps(scheduler: ty
             n = len(timesteps)
             expected = [call in Uniform(3).full_calls(n) for call in range(n)]
             assert unannounced(timesteps * 2, Uniform(3)) == [expected] * 2, (options, steps, timesteps)
-            later = timesteps[n // 4 * 2 :]  # as img2img begins, at a whole step of second-order schedulers too
+            later = timesteps[n // 4 * 2 :]  # as img2img begins; a whole step of second-order schedulers
             if later[0] >= timesteps[-1] + 1:
                 assert unannounced(timesteps + later, Uniform(3)) == [expected, expected[: len(later)]]
     assert tried
@@ -151,7 +151,7 @@ def test_rising_timesteps_are_full_unless_the_generation_is_announced() -> None:
     timesteps = _timesteps(DDIMInverseScheduler, 10)
     assert unannounced(timesteps, Uniform(3)) == [[True]] * 10
     generation = GenerationState(Uniform(3), calls=10)
-    assert drive(generation, 10) == tuple(call in (0, 3, 6, 9) for call in range(10))
+    assert run_calls(generation, 10) == tuple(call in (0, 3, 6, 9) for call in range(10))
 
 
 def test_an_unannounced_generation_ends_with_other_shapes_or_a_failed_call() -> None:

@@ -11,5 +11,5 @@ from offcut.runtime.tuning.candidates import significantly_better
     ("gains", "significant"),
     [([1.0], True), ([0.0], False), ([1.0, 1.2, 0.9], True), ([4.0, -3.0, -0.5, 0.0], False), ([-1.0, -1.0], False)],
 )
-def test_a_gain_must_be_more_than_chance(gains: list[float], significant: bool) -> None:
+def test_only_gains_larger_than_their_standard_error_are_significant(gains: list[float], significant: bool) -> None:
     assert significantly_better([30 + gain for gain in gains], [30.0] * len(gains)) is significant

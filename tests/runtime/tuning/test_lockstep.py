@@ -1,4 +1,4 @@
-"""Least squares for the kernels of a correction, and their judgement on left-out images."""
+"""Least-squares fits of correction kernels, and their evaluation on left-out images."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ def test_least_squares_find_the_convolution() -> None:
     assert (kernel(inputs) - targets).norm() < 0.02 * targets.norm()
 
 
-def test_the_kernel_of_an_image_is_fitted_to_other_images() -> None:
+def test_the_kernel_for_an_image_is_fitted_to_other_images() -> None:
     random = torch.Generator().manual_seed(1)
     weight, bias = torch.randn(4, 6, 3, 3, generator=random), torch.randn(4, generator=random)
-    most, others = samples_of(8, weight, bias, 0.0, 2), samples_of(8, 0.5 * weight, bias, 0.0, 2)
-    kernels = best_kernels([others[image] if image % 4 == 0 else most[image] for image in range(8)])
+    normal, half_weight = samples_of(8, weight, bias, 0.0, 2), samples_of(8, 0.5 * weight, bias, 0.0, 2)
+    kernels = best_kernels([half_weight[image] if image % 4 == 0 else normal[image] for image in range(8)])
     assert kernels is not None
 
-    def share(kernel: Kernel) -> float:
+    def weight_share(kernel: Kernel) -> float:
         return float((kernel.weight * weight).sum() / weight.square().sum())
 
-    shares = [share(kernels.without(image)) for image in range(8)]
+    shares = [weight_share(kernels.without(image)) for image in range(8)]
     assert shares[:4] == shares[4:]  # images of the same folds
-    # The images of the first fold have half the weight: they are a quarter of all images, and a third of those that the
-    # kernels of the other folds are fitted to.
-    assert shares[0] - 0.05 > share(kernels.kernel) > max(shares[1:4]) + 0.01
+    # Targets of the first fold have half the weight. Its images are a quarter of all images, and a third of the images
+    # to which the kernels of the other folds are fitted.
+    assert shares[0] - 0.05 > weight_share(kernels.kernel) > max(shares[1:4]) + 0.01
 
 
 def test_noise_gets_no_kernel() -> None:
-    nothing = torch.zeros(4, 6, 3, 3), torch.zeros(4)
-    assert best_kernels(samples_of(6, *nothing, 1.0, 2)) is None
+    zero = torch.zeros(4, 6, 3, 3), torch.zeros(4)
+    assert best_kernels(samples_of(6, *zero, 1.0, 2)) is None
 
 
 def test_one_image_gets_no_kernel() -> None:
-    something = torch.ones(4, 6, 3, 3), torch.ones(4)
-    assert best_kernels(samples_of(1, *something, 0.1, 2)) is None
-    assert best_kernels(samples_of(2, *something, 0.1, 2)) is not None
+    ones = torch.ones(4, 6, 3, 3), torch.ones(4)
+    assert best_kernels(samples_of(1, *ones, 0.1, 2)) is None
+    assert best_kernels(samples_of(2, *ones, 0.1, 2)) is not None

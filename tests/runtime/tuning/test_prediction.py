@@ -1,4 +1,4 @@
-"""Errors and fits from sums of products equal those from the values themselves."""
+"""Errors and fits from moments (sums of products) equal errors and fits from the feature values."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def residual(x: torch.Tensor, call: int, last: int, before: int, c: Coefficients
         Coefficients(torch.rand(CHANNELS), torch.rand(CHANNELS), torch.rand(CHANNELS)),
     ],
 )
-def test_errors_equal_those_of_the_values(coefficients: Coefficients) -> None:
+def test_errors_from_moments_equal_errors_from_values(coefficients: Coefficients) -> None:
     first, second = values(1), values(2)
     errors = moments(first, second).errors(range(4, 5), 3, 1, coefficients)
     residuals = torch.cat([residual(x, 4, 3, 1, coefficients) for x in (first, second)], 1)
@@ -75,8 +75,8 @@ def test_a_fit_is_ridge_least_squares(strength: float, slopes: bool) -> None:
     fitted = Ridge(strength, slopes).fit(moments(x), range(4, 6), last, before)
     for column, call in enumerate((4, 5)):
         for channel in range(CHANNELS):
-            latest, apart = x[channel, last], x[channel, last] - x[channel, before]
-            rows = torch.stack([latest, apart] if slopes else [latest], 1)
+            latest, difference = x[channel, last], x[channel, last] - x[channel, before]
+            rows = torch.stack([latest, difference] if slopes else [latest], 1)
             centred = rows - rows.mean(0)
             target = x[channel, call] - latest
             gram = centred.T @ centred
@@ -89,29 +89,29 @@ def test_a_fit_is_ridge_least_squares(strength: float, slopes: bool) -> None:
             if slopes:
                 assert float(fitted.slope[channel, column]) == pytest.approx(float(weights[1]), abs=1e-6)
             full = 1 + weights[0]
-            mean = x[channel, call].mean() - full * latest.mean() - (weights[1] * apart.mean() if slopes else 0)
+            mean = x[channel, call].mean() - full * latest.mean() - (weights[1] * difference.mean() if slopes else 0)
             assert float(fitted.shift[channel, column]) == pytest.approx(float(mean), abs=1e-6)
 
 
-def test_lines_are_extrapolated_and_noise_is_reused() -> None:
-    lines = Predictors({"f": moments(values(5))}, {"f": moments(values(6))})
-    chosen = lines.best(5, 3, 1)
+def test_linear_features_are_extrapolated_and_noisy_ones_reused() -> None:
+    predictors = Predictors({"f": moments(values(5))}, {"f": moments(values(6))})
+    chosen = predictors.best(5, 3, 1)
     assert chosen.kind.startswith(("forecast 1", "fit"))
-    assert chosen.error < 0.1 * float(lines.reuse_errors(3, 6)[-1])
+    assert chosen.error < 0.1 * float(predictors.reuse_errors(3, 6)[-1])
     noise = [torch.randn(CHANNELS, CALLS, 4000) * 0.1 + torch.randn(CHANNELS, 1, 4000) for _ in range(2)]
     noisy = Predictors({"f": moments(noise[0])}, {"f": moments(noise[1])}, kinds=("forecast",))
     assert noisy.best(5, 3, 1).kind == "reuse"
 
 
 def test_without_an_earlier_full_call_there_is_no_slope() -> None:
-    lines = Predictors({"f": moments(values(5))}, {"f": moments(values(6))})
-    chosen = lines.best(3, 0, None)
+    predictors = Predictors({"f": moments(values(5))}, {"f": moments(values(6))})
+    chosen = predictors.best(3, 0, None)
     slopes = [] if chosen.coefficients is None else [chosen.coefficients["f"].slope]
     assert all(torch.as_tensor(slope).abs().max() == 0 for slope in slopes)
 
 
 def test_predictions_aim_at_the_reference() -> None:
-    """The reference's features differ from the engine's by a scale and a shift, which a fit finds."""
+    """The reference's features are the engine's with a scale and a shift, which a fit finds."""
     own = [values(seed) for seed in (5, 6)]
     scale, shift = torch.rand(CHANNELS, 1, 1) + 0.5, torch.randn(CHANNELS, 1, 1)
     both = [moments(torch.cat([x, scale * x + shift], 1)) for x in own]
@@ -133,18 +133,18 @@ def test_predictions_aim_at_the_reference() -> None:
         + torch.as_tensor(coefficients.shift)[:, None]
     )
     assert chosen.error == pytest.approx(float((residuals**2).mean(1).sum() / power), rel=1e-4)
-    alone, first = moments(own[1]), both[1].first_calls(CALLS)
-    assert torch.allclose(first.products, alone.products)
+    own_moments, first_moments = moments(own[1]), both[1].first_calls(CALLS)
+    assert torch.allclose(first_moments.products, own_moments.products)
     assert torch.allclose(
-        first.errors(range(4, 6), 3, 1, Coefficients()), alone.errors(range(4, 6), 3, 1, Coefficients())
+        first_moments.errors(range(4, 6), 3, 1, Coefficients()), own_moments.errors(range(4, 6), 3, 1, Coefficients())
     )
 
 
-def test_errors_are_remembered_and_extended() -> None:
-    lines = Predictors({"f": moments(values(5))}, {"f": moments(values(6))})
-    short = lines.errors(1, 0, 4)
+def test_cached_errors_are_extended_to_later_calls() -> None:
+    predictors = Predictors({"f": moments(values(5))}, {"f": moments(values(6))})
+    short = predictors.errors(1, 0, 4)
     assert len(short) == 2
-    whole = lines.errors(1, 0, 6)
+    whole = predictors.errors(1, 0, 6)
     assert len(whole) == 4
     assert torch.equal(whole[:2], short)
-    assert torch.equal(lines.errors(1, 0, 4), short)
+    assert torch.equal(predictors.errors(1, 0, 4), short)

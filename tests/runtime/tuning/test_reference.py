@@ -24,7 +24,7 @@ from offcut.runtime.tuning.recording import FeatureRecorder
 from offcut.runtime.tuning.tune import tune
 from offcut.runtime.tuning.tuning_request import TuningRequest
 
-STEPS, ENGINE, LOW = 8, "openvino", "bf16"  # int8 would do as well, but calibration takes minutes
+STEPS, ENGINE, LOW = 8, "openvino", "bf16"  # not int8, whose calibration takes minutes
 
 
 def test_the_reference_is_called_with_the_same_inputs(tiny_bundle: Path) -> None:
@@ -42,8 +42,8 @@ def test_the_reference_is_called_with_the_same_inputs(tiny_bundle: Path) -> None
             unet(sample, torch.tensor(900.0 - 50 * call), encoder_hidden_states=text)
     computed, true = recorder.computed["deep_feature_0"], recorder.true["deep_feature_0"]
     assert len(computed) == len(true) == 4
-    for one, exact in zip(computed, true, strict=True):
-        assert torch.allclose(one, exact, atol=1e-5)
+    for one, expected in zip(computed, true, strict=True):
+        assert torch.allclose(one, expected, atol=1e-5)
     sums = recorder.empty_moments()
     recorder.add_to(sums)
     assert sums["deep_feature_0"].sums.shape[1] == 8
@@ -54,8 +54,8 @@ def test_the_reference_is_called_with_the_same_inputs(tiny_bundle: Path) -> None
 @pytest.fixture(scope="module")
 def shapes(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = Path(shutil.copytree(shapes_bundle, tmp_path_factory.mktemp("joint") / "shapes.offcut"))
-    for hint in (None, LOW):
-        offcut.build(model_path(), path, engine=ENGINE, inference_precision=hint)
+    for precision in (None, LOW):
+        offcut.build(model_path(), path, engine=ENGINE, inference_precision=precision)
     return path
 
 
@@ -109,7 +109,7 @@ def test_a_reference_needs_the_same_weights_and_higher_precision(shapes: Path, t
 
 
 @pytest.mark.slow
-def test_the_command(shapes: Path, copied: Callable[[Path], Path]) -> None:
+def test_the_command_takes_a_reference(shapes: Path, copied: Callable[[Path], Path]) -> None:
     copy = copied(shapes)
     options = ["--steps", "6", "--guidance", "3", "--samples", "4", "--engine", ENGINE, "--threads", "1", "--json"]
     arguments = [

@@ -1,4 +1,4 @@
-"""A tapped scheduler: outputs that lead to a latent, recorded latents, and replaced outputs."""
+"""Tapped schedulers: outputs that lead to a given latent, recorded latents, and replaced outputs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_output_for_a_latent_leads_to_this_latent(name: str) -> None:
         plain, _ = sampled(copy.deepcopy(pipe.scheduler))
         known = 0
 
-        def check(step: SchedulerStep, output: torch.Tensor) -> torch.Tensor:
+        def check_output(step: SchedulerStep, output: torch.Tensor) -> torch.Tensor:
             nonlocal known
             goal = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(known))
             output_for_goal = step.output_for(goal)
@@ -65,7 +65,7 @@ def test_the_output_for_a_latent_leads_to_this_latent(name: str) -> None:
                 )
             return output
 
-        tap.replace_output = check
+        tap.replace_output = check_output
         checked, _ = sampled(pipe.scheduler)
         tap.replace_output = None
     assert known >= 6
@@ -73,16 +73,16 @@ def test_the_output_for_a_latent_leads_to_this_latent(name: str) -> None:
     assert pipe.scheduler is scheduler
 
 
-def test_no_output_is_found_where_the_effect_is_clipped() -> None:
+def test_no_output_leads_to_a_latent_where_the_scheduler_clips() -> None:
     pipe = SimpleNamespace(scheduler=diffusers.DDIMScheduler(clip_sample=True))
     with tapped(pipe) as tap:
         outputs = []
 
-        def look(step: SchedulerStep, output: torch.Tensor) -> torch.Tensor:
+        def record_output(step: SchedulerStep, output: torch.Tensor) -> torch.Tensor:
             outputs.append(step.output_for(torch.zeros_like(output)))
             return output
 
-        tap.replace_output = look
+        tap.replace_output = record_output
         sampled(pipe.scheduler)
     assert outputs[0] is None
 

@@ -1,4 +1,4 @@
-"""The search compared with brute force: full calls alone, full calls with cuts, and CacheQuant's recurrence."""
+"""The search compared with brute force: with one cut, with several cuts, and CacheQuant's recurrence."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def random_errors(seed: int):  # type: ignore[no-untyped-def]
 
 
 def chains(longest: int = CALLS) -> list[tuple[int, ...]]:
-    every = [(0, *rest) for size in range(CALLS) for rest in itertools.combinations(range(1, CALLS), size)]
-    return [chain for chain in every if all(b - a <= longest for a, b in itertools.pairwise((*chain, CALLS)))]
+    all_schedules = [(0, *rest) for size in range(CALLS) for rest in itertools.combinations(range(1, CALLS), size)]
+    return [chain for chain in all_schedules if all(b - a <= longest for a, b in itertools.pairwise((*chain, CALLS)))]
 
 
 @given(st.integers(0, 10**6), st.floats(0.0, 0.5), st.integers(2, CALLS))
 @settings(max_examples=60, deadline=None)
 def test_dynamic_programming_finds_the_best_schedule(seed: int, shallow: float, longest: int) -> None:
     errors = random_errors(seed)
-    every = [evaluate(schedule, CALLS, errors, shallow) for schedule in chains(longest)]
+    all_schedules = [evaluate(schedule, CALLS, errors, shallow) for schedule in chains(longest)]
     schedules = best_by_count(CALLS, errors, shallow, longest)
-    assert [len(schedule.full) for schedule in schedules] == sorted({len(schedule.full) for schedule in every})
+    assert [len(schedule.full) for schedule in schedules] == sorted({len(schedule.full) for schedule in all_schedules})
     for schedule in schedules:
-        least = min(other.error for other in every if len(other.full) == len(schedule.full))
+        least = min(other.error for other in all_schedules if len(other.full) == len(schedule.full))
         assert schedule.error == pytest.approx(least)
         assert schedule.cost == pytest.approx(len(schedule.full) + shallow * (CALLS - len(schedule.full)))
 
@@ -69,7 +69,7 @@ def test_the_schedule_is_within_the_budget(seed: int, budget: float) -> None:
     assert chosen.cost <= max(budget, schedules[0].cost) + 1e-9
 
 
-def brute_cachequant(calls: int, interval: int, difference):  # type: ignore[no-untyped-def]
+def brute_force_cachequant(calls: int, interval: int, difference):  # type: ignore[no-untyped-def]
     count = math.ceil(calls / interval)
     best = None
     for rest in itertools.combinations(range(1, calls), count - 1):
@@ -91,7 +91,7 @@ def test_cachequants_recurrence_matches_its_definition(calls: int, interval: int
         return float(sum(np.abs(features[call] - features[begin]).sum() for call in range(begin, end)))
 
     schedules = cachequant(calls, interval, difference)
-    best = brute_cachequant(calls, interval, difference)
+    best = brute_force_cachequant(calls, interval, difference)
     if best is None:
         assert schedules == tuple(range(0, calls, interval))
         return
@@ -100,7 +100,7 @@ def test_cachequants_recurrence_matches_its_definition(calls: int, interval: int
     assert len(schedules) == math.ceil(calls / interval)
 
 
-class Case:
+class RandomCuts:
     """Random errors and costs of cuts; more expensive cuts mostly have smaller errors."""
 
     def __init__(self, seed: int, cuts: int) -> None:
@@ -134,7 +134,7 @@ class Case:
             cost += self.ratios[cut]
         return ScoredSchedule(tuple(full), error, cost, cuts)
 
-    def every_schedule(self, longest: int = CUT_CALLS) -> Iterator[ScoredSchedule]:
+    def all_schedules(self, longest: int = CUT_CALLS) -> Iterator[ScoredSchedule]:
         for rest in itertools.product([None, *self.names], repeat=CUT_CALLS - 1):
             cuts = (None, *rest)
             if all(b - a <= longest for a, b in itertools.pairwise((*full_calls(cuts), CUT_CALLS))):
@@ -144,16 +144,18 @@ class Case:
 @given(st.integers(0, 10**6), st.integers(1, 3), st.floats(0.0, 5.0), st.integers(2, CUT_CALLS))
 @settings(max_examples=25, deadline=None)
 def test_no_schedule_is_better_at_a_price(seed: int, count: int, price: float, longest: int) -> None:
-    case = Case(seed, count)
-    every = list(case.every_schedule(longest))
-    schedules = best_at_price(CUT_CALLS, case.errors, case.ratios, longest, price)
-    assert [len(schedule.full) for schedule in schedules] == sorted({len(schedule.full) for schedule in every})
+    random_cuts = RandomCuts(seed, count)
+    all_schedules = list(random_cuts.all_schedules(longest))
+    schedules = best_at_price(CUT_CALLS, random_cuts.errors, random_cuts.ratios, longest, price)
+    assert [len(schedule.full) for schedule in schedules] == sorted({len(schedule.full) for schedule in all_schedules})
     for schedule in schedules:
-        plain = case.score(schedule.cuts)
+        plain = random_cuts.score(schedule.cuts)
         assert (schedule.full, schedule.cuts) == (plain.full, plain.cuts)
         assert schedule.error == pytest.approx(plain.error)
         assert schedule.cost == pytest.approx(plain.cost)
-        least = min(other.error + price * other.cost for other in every if len(other.full) == len(schedule.full))
+        least = min(
+            other.error + price * other.cost for other in all_schedules if len(other.full) == len(schedule.full)
+        )
         assert schedule.error + price * schedule.cost == pytest.approx(least)
 
 
@@ -162,17 +164,19 @@ def test_no_schedule_is_better_at_a_price(seed: int, count: int, price: float, l
 def test_the_schedule_is_within_the_budget_and_better_than_with_a_single_cut(
     seed: int, count: int, budget: float
 ) -> None:
-    case = Case(seed, count)
-    schedules = search_schedules(CUT_CALLS, case.errors, case.ratios, CUT_CALLS)
+    random_cuts = RandomCuts(seed, count)
+    schedules = search_schedules(CUT_CALLS, random_cuts.errors, random_cuts.ratios, CUT_CALLS)
     chosen = best_within(schedules, budget)
-    cheapest = min(schedule.cost for schedule in case.every_schedule())
+    cheapest = min(schedule.cost for schedule in random_cuts.all_schedules())
     assert schedules[0].cost == pytest.approx(cheapest)
     assert chosen.cost <= max(budget, cheapest) + 1e-9
-    best = min((schedule.error for schedule in case.every_schedule() if schedule.cost <= budget + 1e-9), default=None)
+    best = min(
+        (schedule.error for schedule in random_cuts.all_schedules() if schedule.cost <= budget + 1e-9), default=None
+    )
     if best is not None:
         assert chosen.error >= best - 1e-9
-        for name in case.names:
-            alone = best_by_count(CUT_CALLS, case.errors[name], case.ratios[name], CUT_CALLS)
+        for name in random_cuts.names:
+            alone = best_by_count(CUT_CALLS, random_cuts.errors[name], random_cuts.ratios[name], CUT_CALLS)
             reached = [schedule.error for schedule in alone if schedule.cost <= budget]
             assert chosen.error <= min(reached, default=np.inf) + 1e-9
 
@@ -180,30 +184,30 @@ def test_the_schedule_is_within_the_budget_and_better_than_with_a_single_cut(
 @given(st.integers(0, 10**6), st.integers(2, 3))
 @settings(max_examples=25, deadline=None)
 def test_errors_fall_along_the_front_and_its_end_has_no_shallow_call(seed: int, count: int) -> None:
-    case = Case(seed, count)
-    schedules = search_schedules(CUT_CALLS, case.errors, case.ratios, CUT_CALLS)
+    random_cuts = RandomCuts(seed, count)
+    schedules = search_schedules(CUT_CALLS, random_cuts.errors, random_cuts.ratios, CUT_CALLS)
     for schedule, dearer in itertools.pairwise(schedules):
         assert schedule.cost <= dearer.cost
         assert schedule.error > dearer.error or len(dearer.full) == CUT_CALLS
     assert schedules[-1].full == tuple(range(CUT_CALLS))
     for schedule in schedules:
-        assert schedule.error == pytest.approx(case.score(schedule.cuts).error)
+        assert schedule.error == pytest.approx(random_cuts.score(schedule.cuts).error)
 
 
 @given(st.integers(0, 10**6), st.integers(2, CUT_CALLS))
 @settings(max_examples=25, deadline=None)
 def test_the_search_with_one_cut_equals_the_search_without_cuts(seed: int, longest: int) -> None:
-    case = Case(seed, 1)
-    (name,) = case.names
-    plain = best_by_count(CUT_CALLS, case.errors[name], case.ratios[name], longest)
-    schedules = search_schedules(CUT_CALLS, case.errors, case.ratios, longest)
+    random_cuts = RandomCuts(seed, 1)
+    (name,) = random_cuts.names
+    plain = best_by_count(CUT_CALLS, random_cuts.errors[name], random_cuts.ratios[name], longest)
+    schedules = search_schedules(CUT_CALLS, random_cuts.errors, random_cuts.ratios, longest)
     assert [(schedule.full, schedule.error, schedule.cost) for schedule in schedules] == [
         (schedule.full, schedule.error, schedule.cost) for schedule in plain
     ]
     assert [schedule.cuts for schedule in schedules] == [
         cuts_with(schedule.full, CUT_CALLS, name) for schedule in plain
     ]
-    priced = best_at_price(CUT_CALLS, case.errors, case.ratios, longest, 3.0)
+    priced = best_at_price(CUT_CALLS, random_cuts.errors, random_cuts.ratios, longest, 3.0)
     assert [(schedule.full, schedule.cuts) for schedule in priced] == [
         (schedule.full, schedule.cuts) for schedule in schedules
     ]
@@ -228,13 +232,16 @@ def test_only_calls_that_gain_from_an_expensive_cut_get_it() -> None:
 
 
 def test_a_cut_with_higher_cost_and_error_is_never_chosen() -> None:
-    case = Case(1, 1)
-    (name,) = case.names
+    random_cuts = RandomCuts(1, 1)
+    (name,) = random_cuts.names
 
     def worse(last: int, before: int | None, until: int) -> Array:
-        return np.asarray(case.errors[name](last, before, until) + 0.1)
+        return np.asarray(random_cuts.errors[name](last, before, until) + 0.1)
 
-    errors, ratios = {"worse": worse, name: case.errors[name]}, {"worse": case.ratios[name] + 0.1, **case.ratios}
+    errors, ratios = (
+        {"worse": worse, name: random_cuts.errors[name]},
+        {"worse": random_cuts.ratios[name] + 0.1, **random_cuts.ratios},
+    )
     assert all("worse" not in schedule.cuts for schedule in search_schedules(CUT_CALLS, errors, ratios, CUT_CALLS))
 
 

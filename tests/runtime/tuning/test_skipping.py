@@ -1,4 +1,4 @@
-"""Schedules with calls that run no engine: spacing of full calls, shallow calls, and budgets."""
+"""Schedules with skipped calls: spacing of full calls, number of shallow calls, and budgets."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_schedules_stay_within_the_budget_and_use_it(calls: int, budget: float, 
 
 
 @given(st.integers(2, 60), st.floats(0.01, 1.0))
-def test_the_ladder_ends_with_all_calls_full(calls: int, ratio: float) -> None:
+def test_skipping_schedules_end_with_only_full_calls(calls: int, ratio: float) -> None:
     schedules = skipping_schedules(calls, ratio, CUT)
     assert [len(schedule.full) for schedule in schedules] == list(range(2, calls + 1))
     assert set(schedules[-1].cuts) == {None}
@@ -81,7 +81,7 @@ def test_the_ladder_ends_with_all_calls_full(calls: int, ratio: float) -> None:
 
 
 @given(st.integers(3, 60), st.data())
-def test_as_many_full_calls_lie_halfway_between_two_spacings(calls: int, data: st.DataObject) -> None:
+def test_midpoints_lie_between_two_spacings_with_the_same_count(calls: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(2, calls))
     one, other = evenly_spaced(calls, count), spaced_to_last_call(calls, count)
     between = midpoints(one, other)

@@ -1,4 +1,4 @@
-"""``offcut tune`` on the shapes model: its schedule is saved, refused under other conditions, and better than reuse."""
+"""``offcut tune`` on the shapes model: schedules are saved, better than reuse, and refused under other conditions."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ def pipe(shapes: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def tuned(shapes: Path, pipe: Any) -> Tuned:
-    """The fastest schedule with 35 dB for DDIM and 20 steps, saved in the bundle. PSNR does not depend on the load."""
+    """The fastest schedule with 35 dB for DDIM and 20 steps, saved in the bundle.
+
+    The target is a PSNR, since speed would depend on the machine's load.
+    """
     progress: list[str] = []
     request = TuningRequest(psnr=35.0, steps=STEPS, guidance=(2.0, 4.0), samples=8, prompts=PROMPTS, probes=4, pareto=2)
     bundle = offcut.Bundle.open(shapes)
@@ -85,7 +88,7 @@ def test_the_target_is_reached_and_the_report_is_complete(tuned: Tuned) -> None:
     assert best.full_calls == len(document.full)
     assert best.full_calls + best.shallow_calls + best.skipped_calls == STEPS
     assert 1 < len(document.full) < STEPS - 2
-    assert best.psnr > 29  # on prompts and seeds that had no part in the choice
+    assert best.psnr > 29  # on prompts and seeds that tuning did not use
     assert [kind == "full" for kind in document.predictors] == [call in document.full for call in range(STEPS)]
     assert document.samples == {"fit": 4, "select": 2, "test": 2}
     assert reused.full_calls == best.full_calls
@@ -100,7 +103,7 @@ def test_the_target_is_reached_and_the_report_is_complete(tuned: Tuned) -> None:
 
 
 def test_the_schedule_is_better_than_reuse_at_the_same_cost(tuned: Tuned) -> None:
-    """DDIM is deterministic: features change smoothly, also on images that had no part in the tuning."""
+    """DDIM is deterministic, so features change smoothly and predictions hold for the test images."""
     best, *others = tuned.document.measured
     reused = next(row for row in others if row.name == "tuned schedule, features reused")
     assert best.psnr > reused.psnr + 1
@@ -128,7 +131,7 @@ def test_a_better_untuned_schedule_of_the_same_speed_is_named(tuned: Tuned) -> N
 def test_corrected_noise_predictions_improve_new_images(
     pipe: Any, shapes: Path, copied: Callable[[Path], Path]
 ) -> None:
-    """Plain reuse with every fourth of 12 calls full; the images are the same alone, in a worker and from a bundle."""
+    """Every fourth of 12 calls is full; images are the same alone and in a worker, after a reload from the bundle."""
     bundle, steps = offcut.Bundle.open(copied(shapes)), 12
     pipeline = TuningPipeline(pipe, steps, None, {"deepcache:0": pipe.unet.cut_features["deepcache:0"]})
     sets = split_images(PROMPTS, 16, (GUIDANCE, GUIDANCE), 0)
@@ -154,8 +157,8 @@ def test_corrected_noise_predictions_improve_new_images(
     assert left_out is not None
     psnrs = [fmean(pipeline.psnr(images, corrected.schedule, corrected.forecast)) for images in sets]
     fitted = (psnrs[0] * len(sets[0].images) + psnrs[1] * len(sets[1].images)) / len(left_out)
-    assert fmean(left_out) < fitted  # the kernels were fitted to these images
-    assert fmean(left_out) == pytest.approx(psnrs[2], abs=2)  # but not to these
+    assert fmean(left_out) < fitted  # `fitted`: kernels that were fitted to the same images
+    assert fmean(left_out) == pytest.approx(psnrs[2], abs=2)  # the test images
     reused = fmean(pipeline.psnr(sets[2], corrected.schedule))
     assert psnrs[2] > reused + 1
 
@@ -182,8 +185,8 @@ def test_corrected_noise_predictions_improve_new_images(
     assert np.abs(pixels[1] - alone).max() > 1e-2
 
 
-def test_calls_without_an_engine_are_better_than_fewer_steps(pipe: Any, shapes: Path) -> None:
-    """7 full calls of 20, and no other engine call, are compared with 7 steps."""
+def test_skipped_calls_are_better_than_fewer_steps(pipe: Any, shapes: Path) -> None:
+    """20 steps with 7 full and 13 skipped calls are compared with 7 steps."""
     bundle = offcut.Bundle.open(shapes)
     pipeline = TuningPipeline(pipe, STEPS, None, {"deepcache:0": pipe.unet.cut_features["deepcache:0"]})
     sets = split_images(PROMPTS, 16, (GUIDANCE, GUIDANCE), 0)
@@ -330,7 +333,7 @@ def test_heun_has_more_calls_than_steps(pipe: Any, shapes: Path) -> None:
     assert tuned.document.measured[0].psnr > 15
 
 
-def test_the_commands(
+def test_the_commands_tune_run_and_inspect(
     shapes: Path, tuned: Tuned, copied: Callable[[Path], Path], tmp_path: Path, command: Callable[..., str]
 ) -> None:
     copy = copied(shapes)
@@ -373,7 +376,7 @@ def test_the_commands(
         (["--budget", "2x", "--sampler", "Nonsense"], "diffusers has no scheduler Nonsense"),
     ],
 )
-def test_wrong_options_give_one_sentence(shapes: Path, options: list[str], message: str) -> None:
+def test_wrong_options_give_a_clear_message(shapes: Path, options: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["tune", str(shapes), *options])
     assert result.exit_code != 0
     text = f"{result.stderr} {result.exception}".replace("│", " ")
@@ -381,7 +384,7 @@ def test_wrong_options_give_one_sentence(shapes: Path, options: list[str], messa
     assert isinstance(result.exception, UserError | SystemExit)
 
 
-def test_a_request_is_checked() -> None:
+def test_invalid_requests_are_refused() -> None:
     with pytest.raises(UserError, match="one target"):
         TuningRequest(speed_up=2, psnr=30)
     with pytest.raises(UserError, match="at least 4"):

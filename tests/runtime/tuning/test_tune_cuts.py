@@ -107,7 +107,7 @@ def test_a_loaded_schedule_gives_the_same_image(pipe: Any, shapes: Path, tuned: 
 def test_a_mixed_schedule_is_kept_in_the_bundle(
     pipe: Any, shapes: Path, tuned: Tuned, copied: Callable[[Path], Path], command: Callable[..., str]
 ) -> None:
-    """It does not depend on what the search above chose."""
+    """The schedule is made by hand, so it does not depend on the result of the search."""
     by_call = tuple(None if call % 4 == 0 else CUTS[call % 2] for call in range(STEPS))
     changed = {"cuts": by_call, "full": (0, 4, 8), "cut": CUTS[0]}
     mixed = Tuned("by-hand", tuned.document.model_copy(update=changed), {})
