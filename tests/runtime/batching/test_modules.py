@@ -122,9 +122,9 @@ def test_calls_that_cannot_be_shared_run_alone_from_then_on(forward: Callable[..
 
 
 def test_calls_with_the_same_key_go_together_while_there_is_room() -> None:
-    third = MAX_POSITIONS // 3
+    a_third = MAX_POSITIONS // 3
     last, first, other_key, second, third_call = (
-        call(1, outputs, key, due, third)
+        call(1, outputs, key, due, a_third)
         for key, due in (("same", 4), ("same", 0), ("other", 1), ("same", 2), ("same", 3))
     )
     assert ModuleCalls().choose([last, first, other_key, second, third_call]) == [first, second, third_call]
