@@ -67,29 +67,29 @@ def split(
     from ..exporter.cut import split as run_split
     from ..exporter.graph import contract
 
-    twin = run_split(graph, cut, output)
-    full, shallow = contract(twin.full), contract(twin.shallow)
+    pair = run_split(graph, cut, output)
+    full, shallow = contract(pair.full), contract(pair.shallow)
     if as_json:
         print_json(
             {
-                "cut": twin.cut.name,
-                "cached": [spec.name for spec in twin.cached],
-                "full": {"path": str(twin.full), **contract_json(full)},
-                "shallow": {"path": str(twin.shallow), **contract_json(shallow)},
+                "cut": pair.cut.name,
+                "cached": [spec.name for spec in pair.cached],
+                "full": {"path": str(pair.full), **contract_json(full)},
+                "shallow": {"path": str(pair.shallow), **contract_json(shallow)},
             }
         )
         return
-    for path, described in ((twin.full, full), (twin.shallow, shallow)):
+    for path, described in ((pair.full, full), (pair.shallow, shallow)):
         out.print(f"[bold]{path}[/]")
         print_contract(described)
-    names = ", ".join(spec.name for spec in twin.cached)
-    out.print(f"Feed {names} from the full graph to the shallow one; both read the weights beside them.")
+    names = ", ".join(spec.name for spec in pair.cached)
+    out.print(f"Feed {names} from the full graph to the shallow graph; both read the weights file next to them.")
 
 
 def cuts(
     model: Annotated[Path, typer.Argument(help="ONNX file of a UNet, output directory of offcut export, or bundle.")],
     batch: Annotated[int, typer.Option(help="Batch of the UNet: twice the number of images with guidance.")] = 2,
-    height: Annotated[int, typer.Option(help="Height of the latent: the image's / 8 for Stable Diffusion.")] = 64,
+    height: Annotated[int, typer.Option(help="Height of the latent: image height / 8 for Stable Diffusion.")] = 64,
     width: Annotated[int, typer.Option(help="Width of the latent.")] = 64,
     sequence: Annotated[int, typer.Option(help="Number of text tokens.")] = 77,
     frames: Annotated[int, typer.Option(help="Number of frames of a video.")] = 16,

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError
-from ..exporter.components import component_of, trace_component
-from ..exporter.program import TwinProgram, UNetProgram, component_program
+from ..exporter.components import component_networks, component_of
+from ..exporter.program import BufferedProgram, UNetProgram, component_program
 from ..exporter.specs import Shape
 from .base import Compiled, CompileJob, EngineOptions, EngineProbe, Graphs, Settings
 from .buffers import allocate_pair
@@ -60,8 +60,8 @@ def compile(job: CompileJob) -> Compiled:
     if job.component is not None:
         job.progress(f"compile {job.component} with inductor")
         folder = job.source.component(component_of(job.component))
-        traced = trace_component(folder, precision=graphs.precision, variant=job.source.variant)
-        (network,) = (network for network in traced if network.name == job.component)
+        networks = component_networks(folder, precision=graphs.precision, variant=job.source.variant)
+        (network,) = (network for network in networks if network.name == job.component)
         return Compiled(_package(component_program(network), job, "full"), {}, targets)
     job.progress("trace the UNet for inductor")
     features = {key: spec for key, spec in graphs.outputs.items() if key != "noise_pred"}
@@ -203,7 +203,7 @@ def _call(package: _Package, buffers: Mapping[str, torch.Tensor]) -> Callable[[]
     return call
 
 
-def _package(twin: TwinProgram, job: CompileJob, stem: str) -> Path:
+def _package(program: BufferedProgram, job: CompileJob, stem: str) -> Path:
     """Compile to ``stem.pt2``, and write the names of its inputs and outputs to ``stem.json``."""
     import torch
     from torch.export.passes import move_to_device_pass
@@ -214,14 +214,14 @@ def _package(twin: TwinProgram, job: CompileJob, stem: str) -> Path:
         "cpp.dynamic_threads": True,  # otherwise the code fixes the number of threads of the compiling machine
         "cpp.march": _MARCH.get(torch.backends.cpu.get_cpu_capability()),
     }
-    program = twin.program
+    exported = program.exported
     if job.device != "cpu":
-        program = move_to_device_pass(program, job.device)
+        exported = move_to_device_pass(exported, job.device)
     try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=configs)
     except Exception as error:  # PyTorch's own exceptions, and those of the C++ compiler
         raise EngineError(f"inductor cannot compile the {stem} graph: {str(error).strip().splitlines()[0]}") from error
-    path.with_suffix(".json").write_text(json.dumps({"inputs": twin.inputs, "outputs": twin.outputs}) + "\n")
+    path.with_suffix(".json").write_text(json.dumps({"inputs": program.inputs, "outputs": program.outputs}) + "\n")
     return path
 
 

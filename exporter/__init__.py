@@ -1,1 +1,1 @@
-"""Export: PyTorch UNets to ONNX, model families, the cut, LoRAs and adapters."""
+"""Export of PyTorch UNets to ONNX: model families, the cut, LoRAs and adapters."""

@@ -12,7 +12,7 @@ def cache_dir() -> Path:
     """Return the directory of offcut's caches; it may not exist yet.
 
     The environment variable ``OFFCUT_CACHE`` names another directory. Caches hold machine code, so only the user should
-    be able to write to it.
+    be able to write to this directory.
     """
     override = os.environ.get("OFFCUT_CACHE")
     return Path(override) if override else platformdirs.user_cache_path("offcut")

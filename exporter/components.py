@@ -67,7 +67,7 @@ def exportable(folder: Path) -> str | None:
 
 
 @dataclass(frozen=True)
-class TracedComponent:
+class ComponentNetwork:
     """One network in PyTorch with one input and flat outputs, ready to be exported or compiled.
 
     Attributes:
@@ -87,7 +87,7 @@ class TracedComponent:
     norm: Mapping[str, torch.Tensor] | None = None
 
     def example(self, dims: Mapping[str, int] | None = None) -> torch.Tensor:
-        """Return a reproducible random input of these sizes, by default of those to trace with."""
+        """Return a reproducible random input of these sizes, by default of the sizes to trace with."""
         import torch
 
         step = self.multiple
@@ -131,7 +131,7 @@ class TracedComponent:
 
 
 def component_of(network: str) -> str:
-    """Return the pipeline's component of a network; both halves of an autoencoder belong to ``vae``."""
+    """Return the pipeline component that a network belongs to: ``vae`` for both halves of an autoencoder."""
     return "vae" if network.startswith("vae_") else network
 
 
@@ -150,18 +150,18 @@ def export_component(
     Raises:
         ModelError: the component's class cannot be exported, or the component cannot be loaded.
     """
-    return [_write(traced, out, opset) for traced in trace_component(folder, precision=precision, variant=variant)]
+    return [_write(network, out, opset) for network in component_networks(folder, precision=precision, variant=variant)]
 
 
-def trace_component(folder: Path, *, precision: str, variant: str | None = None) -> list[TracedComponent]:
-    """Load the networks of one component; see ``export_component``."""
+def component_networks(folder: Path, *, precision: str, variant: str | None = None) -> list[ComponentNetwork]:
+    """Load the networks of one component in PyTorch; see ``export_component``."""
     kind = exportable(folder)
     if kind is None:
         supported = ", ".join([*TEXT_ENCODERS, *AUTOENCODERS])
         raise ModelError(f"{folder.name} cannot be compiled: offcut exports {supported}")
     if kind in TEXT_ENCODERS:
-        return [_trace_text_encoder(folder, kind, precision, variant)]
-    return _trace_autoencoder(folder, kind, precision, variant)
+        return [_text_encoder_network(folder, kind, precision, variant)]
+    return _autoencoder_networks(folder, kind, precision, variant)
 
 
 def load_component(library: Any, folder: Path, kind: str, precision: str, variant: str | None) -> Any:
@@ -187,7 +187,7 @@ def load_component(library: Any, folder: Path, kind: str, precision: str, varian
     return model.eval().requires_grad_(False)
 
 
-def _trace_text_encoder(folder: Path, kind: str, precision: str, variant: str | None) -> TracedComponent:
+def _text_encoder_network(folder: Path, kind: str, precision: str, variant: str | None) -> ComponentNetwork:
     import torch
     import transformers
 
@@ -208,16 +208,14 @@ def _trace_text_encoder(folder: Path, kind: str, precision: str, variant: str | 
     hidden = ["last_hidden_state", *(f"hidden_states_{index}" for index in range(config.num_hidden_layers + 1))]
     outputs = [TensorSpec(name, dtype, ("batch", length, width)) for name in hidden]
     outputs.append(TensorSpec(pooled, dtype, ("batch", config.projection_dim if pooled == "text_embeds" else width)))
-    norm = (
-        getattr(model, "text_model", model).final_layer_norm.float().state_dict()
-    )  # transformers 4 has it in text_model
-    norm = {name: value.clone() for name, value in norm.items()}
-    getattr(model, "text_model", model).final_layer_norm.to(getattr(torch, dtype))
+    final_norm = getattr(model, "text_model", model).final_layer_norm  # transformers 4 has it in text_model
+    norm = {name: value.clone() for name, value in final_norm.float().state_dict().items()}
+    final_norm.to(getattr(torch, dtype))
     input_ids = TensorSpec("input_ids", "int64", ("batch", length))
-    return TracedComponent(folder.name, Flat().eval(), input_ids, tuple(outputs), norm=norm)
+    return ComponentNetwork(folder.name, Flat().eval(), input_ids, tuple(outputs), norm=norm)
 
 
-def _trace_autoencoder(folder: Path, kind: str, precision: str, variant: str | None) -> list[TracedComponent]:
+def _autoencoder_networks(folder: Path, kind: str, precision: str, variant: str | None) -> list[ComponentNetwork]:
     import diffusers
     import torch
 
@@ -253,53 +251,53 @@ def _trace_autoencoder(folder: Path, kind: str, precision: str, variant: str | N
     latent = TensorSpec("latent_sample", dtype, ("batch", channels, *sides))
     image = TensorSpec("image", dtype, ("batch", vae.config.in_channels, *sides))
     return [
-        TracedComponent("vae_decoder", Decoder().eval(), latent, (decoded,)),
-        TracedComponent("vae_encoder", Encoder().eval(), image, (encoded,), multiple=scale),
+        ComponentNetwork("vae_decoder", Decoder().eval(), latent, (decoded,)),
+        ComponentNetwork("vae_encoder", Encoder().eval(), image, (encoded,), multiple=scale),
     ]
 
 
-def _write(traced: TracedComponent, out: Path, opset: int) -> ExportedComponent:
+def _write(network: ComponentNetwork, out: Path, opset: int) -> ExportedComponent:
     import onnx_ir as ir
     import torch
     from safetensors.torch import save as to_bytes
 
-    example, symbols = traced.example(), traced.symbols()
-    outputs = traced.compute(example)
+    example, symbols = network.example(), network.symbols()
+    outputs = network.compute(example)
     with torch.no_grad(), quiet():
-        dynamic = (symbols(traced.input),)
-        program = torch.export.export(traced.module, (example,), dynamic_shapes=dynamic, strict=False)
-    specs = [traced.input, *traced.outputs]
-    model, _ = to_onnx(program, [traced.input.name], [spec.name for spec in traced.outputs], opset, "model.")
+        dynamic = (symbols(network.input),)
+        program = torch.export.export(network.module, (example,), dynamic_shapes=dynamic, strict=False)
+    specs = [network.input, *network.outputs]
+    model, _ = to_onnx(program, [network.input.name], [spec.name for spec in network.outputs], opset, "model.")
     for node in model.graph:  # shapes of inner values hold the tracer's own symbols
         for value in node.outputs:
             if value.shape is not None and not value.shape.is_static():
                 value.shape = None
     for value, spec in zip((*model.graph.inputs, *model.graph.outputs), specs, strict=True):
         value.shape = ir.Shape(spec.shape)
-    folder = out / traced.name
+    folder = out / network.name
     folder.mkdir(parents=True, exist_ok=True)
-    save(model, folder / GRAPH_FILE, traced.name)
-    write_component_reference(traced, example, outputs, folder / REFERENCE_FILE)
-    if traced.norm is not None:
-        (folder / NORM_FILE).write_bytes(to_bytes(dict(traced.norm)))
+    save(model, folder / GRAPH_FILE, network.name)
+    write_component_reference(network, example, outputs, folder / REFERENCE_FILE)
+    if network.norm is not None:
+        (folder / NORM_FILE).write_bytes(to_bytes(dict(network.norm)))
     return ExportedComponent(
-        traced.name,
+        network.name,
         folder / GRAPH_FILE,
-        {traced.input.name: traced.input},
-        {spec.name: spec for spec in traced.outputs},
-        traced.multiple,
-        has_norm=traced.norm is not None,
+        {network.input.name: network.input},
+        {spec.name: spec for spec in network.outputs},
+        network.multiple,
+        has_norm=network.norm is not None,
     )
 
 
 def write_component_reference(
-    traced: TracedComponent, example: torch.Tensor, outputs: Mapping[str, torch.Tensor], path: Path
+    network: ComponentNetwork, example: torch.Tensor, outputs: Mapping[str, torch.Tensor], path: Path
 ) -> None:
     """Write an input and PyTorch's outputs for it to a file."""
     import torch
     from safetensors.torch import save as to_bytes
 
-    tensors = {traced.input.name: example, **outputs}
+    tensors = {network.input.name: example, **outputs}
     path.write_bytes(
         to_bytes({name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()})
     )

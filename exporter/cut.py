@@ -5,8 +5,8 @@ comes from the deeper layers and changes little from one denoising step to the n
 section 3.2) caches it. The full graph has ``hidden`` as a further output. The shallow graph has it as an input, without
 the nodes that computed it.
 
-Joins are found by topology alone: one input of the concat was computed from a strict subset of the convolutions behind
-the other. So the cut works on the UNets of every exporter, whatever the names of their nodes.
+Joins are found by topology alone: one input of the concat depends on a strict subset of the convolutions that the other
+input depends on. So the cut works on a UNet from any exporter, whatever its nodes are called.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CutError, InternalError, ModelError
 from .families import NOISE_PRED
-from .graph import PROBE, UNetGraph, infer_shapes, read
+from .graph import PROBE_DIMS, UNetGraph, infer_shapes, read
 from .specs import Dim, Factors, Shape, TensorSpec, factors
 from .trace.convert import WEIGHTS_FILE
 from .trace.export import ExportedUNet
@@ -40,9 +40,9 @@ class CachedTensor:
     """A tensor that is an output of the full graph and an input of a shallow graph.
 
     Attributes:
-        value: the tensor's name in the uncut graph.
-        spec: its name in both graphs of the pair, its dtype and its shape, ``[batch, channels, height/d, width/d]``.
-            Videos have ``batch*frames`` in place of ``batch``.
+        value: name of the tensor in the uncut graph.
+        spec: name of the tensor in both graphs of a pair, its dtype, and its shape
+            ``[batch, channels, height/d, width/d]``. Videos have ``batch*frames`` in place of ``batch``.
     """
 
     value: str
@@ -51,12 +51,12 @@ class CachedTensor:
 
 @dataclass(frozen=True)
 class Cut:
-    """A place to cut.
+    """A place to cut a UNet.
 
     Attributes:
         name: ``deepcache:k``, with k counted from the outermost join, or ``mlperf``.
         aliases: names of the same cut in other conventions.
-        tensors: the tensors that are cached.
+        tensors: the tensors that are cached there.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class TwinGraph:
+class GraphPair:
     """The full and the shallow graph of a cut, in one directory with their weights.
 
     Attributes:
@@ -123,8 +123,8 @@ def find_cuts(graph: ExportedUNet | UNetGraph | str | Path) -> list[Cut]:
         )
         for k, join in enumerate(joins)
     ]
-    if whole_block := _mlperf(joins, unet, shapes):
-        cuts.append(whole_block)
+    if mlperf := _mlperf(joins, unet, shapes):
+        cuts.append(mlperf)
     return cuts
 
 
@@ -139,7 +139,7 @@ def find_cut(cuts: Sequence[Cut], name: str) -> Cut:
         if cut.name == canonical:
             return cut
     known = ", ".join(cut.name for cut in cuts)
-    raise CutError(f"there is no cut {name!r} in this UNet; write {CONVENTIONS}: it has {known}")
+    raise CutError(f"this UNet has no cut {name!r}: write one of {known}, or paper:K for deepcache:K+1")
 
 
 def canonical_name(name: str) -> str:
@@ -150,12 +150,12 @@ def canonical_name(name: str) -> str:
 
 def split(
     graph: ExportedUNet | UNetGraph | str | Path, cut: Cut | str = "deepcache:0", out: str | Path | None = None
-) -> TwinGraph:
+) -> GraphPair:
     """Write the full and the shallow graph of one cut next to the weights.
 
     Args:
         graph: result of ``export``, or the path of any UNet's ONNX file.
-        cut: one of ``find_cuts``, or its name.
+        cut: a cut from ``find_cuts``, or its name.
         out: output directory, by default the graph's own; the weights are copied into any other directory.
 
     Raises:
@@ -170,7 +170,7 @@ def split_all(
     out: str | Path | None = None,
     suffix: str = "",
     link: bool = False,
-) -> list[TwinGraph]:
+) -> list[GraphPair]:
     """Write one full graph with the features of all the cuts, and a shallow graph for each cut; see ``split``.
 
     Args:
@@ -190,7 +190,7 @@ def split_all(
         raise ModelError(f"{full} would be overwritten by its own full graph: give another directory")
     _write_full(unet, selected, full, link)
     return [
-        TwinGraph(full, _write_shallow(full, cut, folder / f"shallow-{cut.slug}{suffix}.onnx"), cut, cut.cached)
+        GraphPair(full, _write_shallow(full, cut, folder / f"shallow-{cut.slug}{suffix}.onnx"), cut, cut.cached)
         for cut in selected
     ]
 
@@ -201,38 +201,43 @@ def find_joins(model: ir.Model) -> list[Join]:
     Raises:
         CutError: the graph has no skip connection.
     """
-    convolutions: dict[ir.Value, int] = {}  # value -> set of the convolutions behind it, as bits
+    upstream: dict[ir.Value, int] = {}  # the convolutions that each value depends on, one bit for each
     count = 0
-    joins: list[tuple[int, Join]] = []  # number of convolutions behind a join, join
+    joins: list[tuple[int, Join]] = []  # number of convolutions that the join depends on, join
     for node in model.graph:
-        behind = 0
+        bits = 0
         for value in node.inputs:
             if value is not None:
-                behind |= convolutions.get(value, 0)
+                bits |= upstream.get(value, 0)
         if node.op_type == "Conv":
-            behind |= 1 << count
+            bits |= 1 << count
             count += 1
         for output in node.outputs:
-            convolutions[output] = behind
+            upstream[output] = bits
         if node.op_type != "Concat" or len(node.inputs) != 2 or node.attributes["axis"].as_int() not in (1, -3):
             continue
         first, second = node.inputs
         assert first is not None
         assert second is not None
-        a, b = convolutions.get(first, 0), convolutions.get(second, 0)
-        if b and a != b and a & b == b:
-            joins.append((behind.bit_count(), Join(node, first, second)))
-        elif a and a != b and a & b == a:
-            joins.append((behind.bit_count(), Join(node, second, first)))
+        first_bits, second_bits = upstream.get(first, 0), upstream.get(second, 0)
+        if is_strict_subset(second_bits, first_bits):
+            joins.append((bits.bit_count(), Join(node, first, second)))
+        elif is_strict_subset(first_bits, second_bits):
+            joins.append((bits.bit_count(), Join(node, second, first)))
     if not joins:
         raise CutError(
             "no skip connection found: looked for a two-input Concat on axis 1, one input computed from a strict "
             f"subset of the other's convolutions, among {len(model.graph)} nodes with {count} convolutions; "
             "is this a UNet?"
         )
-    # The more convolutions lie behind a join, the further out it is.
-    joins.sort(key=lambda pair: -pair[0])
+    # A join that depends on more convolutions is further out.
+    joins.sort(key=lambda entry: -entry[0])
     return [join for _, join in joins]
+
+
+def is_strict_subset(bits: int, of: int) -> bool:
+    """Return whether a bit set is not empty and a strict subset of another one."""
+    return bool(bits) and bits != of and bits & of == bits
 
 
 def needed_nodes(model: ir.Model, cached: set[str]) -> set[ir.Node]:
@@ -267,8 +272,8 @@ def _deduce_from_skips(joins: Sequence[Join], shapes: dict[str, Shape]) -> None:
         for use in join.node.outputs[0].uses():
             weight = use.node.inputs[1] if len(use.node.inputs) > 1 else None
             if use.node.op_type == "Conv" and weight is not None and weight.shape is not None:
-                together = int(weight.shape[1])  # type: ignore[arg-type]
-                shapes[hidden] = (batch, together - channels, *spatial)
+                joined_channels = int(weight.shape[1])  # type: ignore[arg-type]
+                shapes[hidden] = (batch, joined_channels - channels, *spatial)
 
 
 def _cached(name: str, value: ir.Value, unet: UNetGraph, shapes: dict[str, Shape]) -> CachedTensor:
@@ -278,24 +283,25 @@ def _cached(name: str, value: ir.Value, unet: UNetGraph, shapes: dict[str, Shape
             f"cannot tell the shape of {value.name}; export the UNet with shape inference, or with offcut export"
         )
     sample = unet.inputs["sample"]
-    dims: list[Dim] = [_leading(sample, shape[0]), shape[1]]
-    for symbol, whole, part in zip(sample.shape[-2:], sample.resolve(PROBE)[-2:], shape[2:], strict=True):
-        ratio, rest = divmod(whole, part)
+    dims: list[Dim] = [_batch_dim(sample, shape[0]), shape[1]]
+    for symbol, latent_size, size in zip(sample.shape[-2:], sample.resolve(PROBE_DIMS)[-2:], shape[2:], strict=True):
+        ratio, remainder = divmod(latent_size, size)
         if isinstance(symbol, int):
-            dims.append(part)
-        elif rest:
+            dims.append(size)
+        elif remainder:
             raise CutError(f"{value.name} is not a whole fraction of the latent's {symbol}, so it cannot be cached")
         else:
             dims.append(symbol if ratio == 1 else f"{symbol}/{ratio}")
     return CachedTensor(str(value.name), TensorSpec(name, sample.dtype, tuple(dims)))
 
 
-def _leading(sample: TensorSpec, size: int) -> Dim:
-    """Return a feature's first dimension: the batch; in videos, all frames of all videos one after the other."""
+def _batch_dim(sample: TensorSpec, size: int) -> Dim:
+    """Return a feature's first dimension: the batch, or in videos ``batch*frames``."""
     symbols = [symbol for dim in sample.shape[:-2] if isinstance(dim, str) for symbol in factors(dim).symbols]
-    number, rest = divmod(size, math.prod(PROBE[symbol] for symbol in symbols))
-    if rest:
-        raise CutError(f"a skip connection holds {size} images, no multiple of the latent's {' and '.join(symbols)}")
+    number, remainder = divmod(size, math.prod(PROBE_DIMS[symbol] for symbol in symbols))
+    if remainder:
+        product = " times ".join(symbols)
+        raise CutError(f"a skip connection holds {size} images, which is not a multiple of the latent's {product}")
     return str(Factors(number, tuple(symbols), 1)) if symbols else size
 
 
@@ -305,7 +311,7 @@ def _mlperf(joins: Sequence[Join], unet: UNetGraph, shapes: dict[str, Shape]) ->
     The joins of that block are those at the latent's resolution. The first of them reads the deep feature. The block's
     skips are cached and go stale, except the outermost, which conv_in computes in every call.
     """
-    latent = unet.inputs["sample"].resolve(PROBE)[-2:]
+    latent = unet.inputs["sample"].resolve(PROBE_DIMS)[-2:]
     block = [k for k, join in enumerate(joins) if shapes.get(str(join.skip.name), ())[2:] == latent]
     if len(block) < 2:
         return None
@@ -318,8 +324,8 @@ def _mlperf(joins: Sequence[Join], unet: UNetGraph, shapes: dict[str, Shape]) ->
 def _write_full(unet: UNetGraph, cuts: Sequence[Cut], full: Path, link: bool) -> None:
     import onnx_ir as ir
 
-    model = _only_noise(ir.load(unet.path))  # the graph may be the full graph of another cut
-    values = _values(model)
+    model = _remove_features(ir.load(unet.path))  # the graph may be the full graph of another cut
+    values = _values_by_name(model)
     model.graph.outputs[0].name = NOISE_PRED
     for tensor in dict.fromkeys(tensor for cut in cuts for tensor in cut.tensors):
         value = values[tensor.value]
@@ -331,7 +337,7 @@ def _write_full(unet: UNetGraph, cuts: Sequence[Cut], full: Path, link: bool) ->
     external = {str(weights.location) for weights in tensors if isinstance(weights, ir.ExternalTensor)}
     if external:
         for location in sorted(external):
-            _transfer(_weights_file(unet.path, location), full.parent / location, link)
+            _link_or_copy(_weights_file(unet.path, location), full.parent / location, link)
         ir.save(model, full)
     else:
         (full.parent / WEIGHTS_FILE).unlink(missing_ok=True)  # it may be a link to another graph's weights
@@ -342,17 +348,17 @@ def _weights_file(graph: Path, location: str) -> Path:
     """Return the path of a graph's weights file, which must be in the graph's directory or below, as engines require.
 
     Raises:
-        ModelError: it is elsewhere, or missing.
+        ModelError: the file is in another directory, or missing.
     """
     file = graph.parent / location
     if Path(location).is_absolute() or ".." in Path(location).parts:
-        raise ModelError(f"{graph} keeps weights outside its directory, in {location}: save it with them beside it")
+        raise ModelError(f"{graph} keeps weights outside its directory, in {location}: save both in one directory")
     if not file.is_file():
-        raise ModelError(f"{graph} needs its weights {location} beside it, which are not there: copy both")
+        raise ModelError(f"{graph} needs its weights file {location}, which is missing: copy both files")
     return file
 
 
-def _transfer(source: Path, target: Path, link: bool) -> None:
+def _link_or_copy(source: Path, target: Path, link: bool) -> None:
     if target.exists() and target.samefile(source):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -371,8 +377,8 @@ def _write_shallow(full: Path, cut: Cut, shallow: Path) -> Path:
     model = ir.load(full)
     graph = model.graph
     graph.name = f"unet-{cut.slug}"
-    expected = len(needed_nodes(_only_noise(model), {spec.name for spec in cut.cached}))
-    values = _values(model)
+    expected = len(needed_nodes(_remove_features(model), {spec.name for spec in cut.cached}))
+    values = _values_by_name(model)
     for spec in cut.cached:
         computed = values[spec.name]
         cached = ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=computed.type)
@@ -380,8 +386,8 @@ def _write_shallow(full: Path, cut: Cut, shallow: Path) -> Path:
         computed.name = f"{spec.name}_uncached"
         graph.inputs.append(cached)
     RemoveUnusedNodesPass()(model)
-    for value in [value for value in graph.inputs if not value.uses()]:
-        graph.inputs.remove(value)
+    for unused in [value for value in graph.inputs if not value.uses()]:
+        graph.inputs.remove(unused)
     if len(graph) != expected:
         raise InternalError(f"the shallow graph of {cut.name} has {len(graph)} nodes, not {expected}")
     if unread := [spec.name for spec in cut.cached if spec.name not in {value.name for value in graph.inputs}]:
@@ -390,16 +396,17 @@ def _write_shallow(full: Path, cut: Cut, shallow: Path) -> Path:
     return shallow
 
 
-def _only_noise(model: ir.Model) -> ir.Model:
+def _remove_features(model: ir.Model) -> ir.Model:
+    """Remove all outputs but the first, which is the noise prediction."""
     while len(model.graph.outputs) > 1:
         model.graph.outputs.pop()
     return model
 
 
-def _values(model: ir.Model) -> dict[str, ir.Value]:
+def _values_by_name(model: ir.Model) -> dict[str, ir.Value]:
     return {str(value.name): value for node in model.graph for value in node.outputs}
 
 
 def is_cut_name(name: str) -> bool:
-    """Return whether this is a valid cut name in one of the conventions, whether or not a graph has such a cut."""
+    """Return whether a text is a valid cut name in one of the conventions. No graph is needed."""
     return name == MLPERF or re.fullmatch(r"(deepcache|paper):\d+", name) is not None

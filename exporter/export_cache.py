@@ -24,7 +24,7 @@ from ..errors import UserError
 from .cache_dir import cache_dir
 from .load import ModelSource
 from .trace.convert import WEIGHTS_FILE
-from .trace.export import GRAPH_FILE, PARAMETERS_FILE, ExportedUNet, Progress, export, exported_in
+from .trace.export import GRAPH_FILE, PARAMETERS_FILE, ExportedUNet, Progress, export, read_export
 from .trace.reference import REFERENCE_FILE
 
 FILES = (GRAPH_FILE, WEIGHTS_FILE, PARAMETERS_FILE, REFERENCE_FILE)
@@ -53,21 +53,20 @@ def cached_export(
     """Export a UNet into a directory, or copy the same export from the cache.
 
     Args:
-        weights_digest: of the UNet's weights and of the LoRAs and IP-Adapters that are fused into them.
-        cache: None to export in any case and to keep nothing.
+        weights_digest: digest of the UNet's weights and of the LoRAs and IP-Adapters that are fused into them.
+        cache: the cache, or None to export without one.
         progress: called with the name of each stage as it begins.
 
     Raises:
-        ModelError: as ``export``.
+        ModelError: as in ``export``.
     """
-
     options: dict[str, Any] = {"precision": precision, "opset": opset, "dims": dims, "adapters": adapters}
     if cache is None:
         return export(source, out, **options, progress=progress)
     key = cache_key(source, weights_digest, **options)
     with cache.locked(key, progress) as available:
         if available and cache.copy_to(key, out, progress):
-            return exported_in(out, source, **options)
+            return read_export(out, source, **options)
         exported = export(source, out, **options, progress=progress)
         if available:
             cache.add(key, out, progress)
@@ -126,8 +125,8 @@ class ExportCache:
     """A directory of exports that several processes may use at once.
 
     Attributes:
-        folder: the directory; made when an export is added.
-        size: in bytes. The entries used longest ago are removed above it.
+        folder: the directory, created when an export is added.
+        size: maximum size in bytes. Above it, the least recently used entries are removed.
     """
 
     folder: Path
@@ -137,7 +136,7 @@ class ExportCache:
     def of_user(cls) -> ExportCache:
         """Return the cache in the user's cache directory, or the one that the environment names.
 
-        ``OFFCUT_CACHE`` names the directory; ``OFFCUT_CACHE_SIZE`` is its bound in GB.
+        ``OFFCUT_CACHE`` names the directory; ``OFFCUT_CACHE_SIZE`` is its maximum size in GB.
 
         Raises:
             UserError: ``OFFCUT_CACHE_SIZE`` is not a size.
@@ -153,7 +152,7 @@ class ExportCache:
 
     @contextmanager
     def locked(self, key: str, progress: Progress) -> Iterator[bool]:
-        """Keep other processes from reading or adding this entry; False where the directory cannot be written."""
+        """Lock an entry against other processes. The result is False if the directory cannot be written."""
         lock = self._lock(key)
         try:
             (self.folder / _LOCKS).mkdir(parents=True, exist_ok=True)
@@ -170,7 +169,7 @@ class ExportCache:
             lock.release()
 
     def copy_to(self, key: str, out: Path, progress: Progress) -> bool:
-        """Copy an entry's files into a directory and compare their digests; False if there is no sound entry.
+        """Copy an entry's files into a directory and compare their digests. Return False if no intact entry exists.
 
         A damaged entry is removed. The caller holds the entry's lock.
         """
@@ -181,10 +180,10 @@ class ExportCache:
         try:
             digests = json.loads((entry / _ENTRY_FILE).read_text(encoding="utf-8"))["files"]
             out.mkdir(parents=True, exist_ok=True)
-            sound = all(_copy(entry / name, out / name) == digests[name] for name in FILES)
+            intact = all(_copy(entry / name, out / name) == digests[name] for name in FILES)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            sound = False
-        if sound:
+            intact = False
+        if intact:
             os.utime(entry / _ENTRY_FILE)
             return True
         progress("the export in the cache is damaged: export again")
@@ -193,18 +192,18 @@ class ExportCache:
             (out / name).unlink(missing_ok=True)
         return False
 
-    def add(self, key: str, made: Path, progress: Progress) -> None:
+    def add(self, key: str, export_dir: Path, progress: Progress) -> None:
         """Copy an export's files into the cache. The caller holds the entry's lock.
 
-        An export that is larger than the whole cache is not kept. A full disk fails no build.
+        An export that is larger than the whole cache is not kept. On a full disk none is kept, and the build goes on.
         """
-        if sum((made / name).stat().st_size for name in FILES) > self.size:
+        if sum((export_dir / name).stat().st_size for name in FILES) > self.size:
             return
         partial = self.folder / f"{key}{_PARTIAL}"
         try:
-            shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
+            shutil.rmtree(partial, ignore_errors=True)  # left by a build that was killed
             partial.mkdir()
-            digests = {name: _copy(made / name, partial / name) for name in FILES}
+            digests = {name: _copy(export_dir / name, partial / name) for name in FILES}
             (partial / _ENTRY_FILE).write_text(json.dumps({"files": digests}, indent=1), encoding="utf-8")
             partial.rename(self.folder / key)
         except OSError as error:
@@ -212,7 +211,7 @@ class ExportCache:
             progress(f"the export is not kept in {self.folder} ({error.strerror})")
 
     def shrink(self) -> None:
-        """Remove the entries used longest ago until the others fit the bound, and what killed builds left behind.
+        """Remove all partial entries, and the least recently used entries until the others fit ``size``.
 
         An entry that another process uses at this moment stays.
         """
@@ -228,17 +227,17 @@ class ExportCache:
                 total -= size
 
     def _entries(self) -> Iterator[tuple[float, Path, int]]:
-        """Time of last use, path and size in bytes of each entry."""
+        """Yield the time of the last use, the path and the size in bytes of each entry."""
         for path in self.folder.iterdir():
             if path.name == _LOCKS:
                 continue
             with suppress(FileNotFoundError):  # another process removed it
                 sizes = [file.stat().st_size for file in path.iterdir()]
-                record = path / _ENTRY_FILE
-                yield (record if record.exists() else path).stat().st_mtime, path, sum(sizes)
+                entry_file = path / _ENTRY_FILE
+                yield (entry_file if entry_file.exists() else path).stat().st_mtime, path, sum(sizes)
 
     def _lock(self, key: str) -> FileLock:
-        # Lock files stay: to remove one that another process opens meanwhile would give two processes the lock.
+        # Lock files are never removed: if another process had just opened the file, two processes would get the lock.
         return FileLock(self.folder / _LOCKS / key[:2])
 
 

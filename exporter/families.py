@@ -81,18 +81,18 @@ class Family:
         return self.frames(config)[0] if self.frames else None
 
     def check_limits(self, config: Config, dims: Mapping[str, int]) -> None:
-        """Check that the weights and the trace allow these sizes.
+        """Check that the UNet and its trace support these sizes.
 
         Raises:
             ShapeError: a video has too many frames, or a single frame.
         """
         if self.frames is None or "frames" not in dims:
             return
-        frames, most = dims["frames"], self.frames(config)[1]
+        frames, max_frames = dims["frames"], self.frames(config)[1]
         if frames < FEWEST_FRAMES:
             raise ShapeError(f"a video has at least {FEWEST_FRAMES} frames, not {frames}: make more")
-        if most is not None and frames > most:
-            raise ShapeError(f"this {self.unet_class} supports at most {most} frames, not {frames}: make fewer")
+        if max_frames is not None and frames > max_frames:
+            raise ShapeError(f"this {self.unet_class} supports at most {max_frames} frames, not {frames}: make fewer")
 
     def arguments(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Return the keyword arguments of the UNet's ``forward`` for these graph inputs."""
@@ -104,10 +104,10 @@ class Family:
                 arguments.setdefault(self.nested[name], {})[name] = tensor
             else:
                 arguments[name] = tensor
-        images = ip_adapter.nest(tensors)
-        if images:
-            images["added_cond_kwargs"] |= arguments.get("added_cond_kwargs", {})
-        return arguments | images | nest(tensors)
+        image_arguments = ip_adapter.nest(tensors)
+        if image_arguments:
+            image_arguments["added_cond_kwargs"] |= arguments.get("added_cond_kwargs", {})
+        return arguments | image_arguments | nest(tensors)
 
 
 def _latent_inputs(config: Config, dtype: str) -> list[TensorSpec]:
@@ -207,13 +207,13 @@ def _guidance_embedding(config: Config, dtype: str) -> list[TensorSpec]:
 
 
 def _time_ids(config: Config) -> int:
-    """Return how many numbers the UNet embeds: 6 sizes and crops in SDXL base, 5 in its refiner.
+    """Return the number of values in ``time_ids``: 6 sizes and crops in SDXL base, 5 in its refiner.
 
     The refiner has an aesthetic score in place of the target size. The config only holds the sum of the pooled text
     width and the embedded numbers; the pooled width is 1280 in both models.
     """
-    total, each = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
-    return 5 if total == 1280 + 5 * each else 6
+    total, width = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
+    return 5 if total == 1280 + 5 * width else 6
 
 
 _ADDED = {"text_embeds": "added_cond_kwargs", "time_ids": "added_cond_kwargs"}

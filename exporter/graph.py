@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 # Dimensions to infer concrete shapes with: all different, spatial ones divisible by the downsampling of every UNet.
-PROBE = {"batch": 3, "frames": 5, "height": 64, "width": 192, "sequence": 7}
+PROBE_DIMS = {"batch": 3, "frames": 5, "height": 64, "width": 192, "sequence": 7}
 
 _SAMPLE_DIMS: tuple[Dim, ...] = ("batch", "channels", "height", "width")
-# Symbols of the inputs by name and axis, in place of those of a foreign exporter. Inputs of other names keep their own
-# symbols.
+# Symbols of the inputs by name and axis, which replace those of a foreign exporter. Inputs with other names keep their
+# own symbols.
 _INPUT_DIMS: dict[str, tuple[Dim, ...]] = {
     "sample": _SAMPLE_DIMS,
     "timestep": ("batch",),
@@ -29,8 +29,8 @@ _INPUT_DIMS: dict[str, tuple[Dim, ...]] = {
     "timestep_cond": ("batch", "channels"),
 }
 
-
-# ONNX infers these operators from their function bodies, and loses the shape. It is their input's, as of Sigmoid.
+# ONNX's shape inference expands these operators to their function bodies, and loses the shape. They keep the shape of
+# their input, as Sigmoid does.
 _SHAPE_PRESERVING_OPS = {"GroupNormalization", "Gelu"}
 
 
@@ -77,7 +77,7 @@ def read(path: str | Path) -> UNetGraph:
 
 
 def contract(path: str | Path) -> dict[str, dict[str, TensorSpec]]:
-    """Return the inputs and outputs of a graph of a pair, as the file declares them."""
+    """Return the specs of an ONNX file's inputs and outputs, as the file declares them."""
     import onnx_ir as ir
 
     graph = ir.load(path).graph
@@ -87,7 +87,7 @@ def contract(path: str | Path) -> dict[str, dict[str, TensorSpec]]:
     }
 
 
-def infer_shapes(graph: UNetGraph, dims: Mapping[str, int] = PROBE) -> dict[str, Shape]:
+def infer_shapes(graph: UNetGraph, dims: Mapping[str, int] = PROBE_DIMS) -> dict[str, Shape]:
     """Return the shapes of all tensors at these dimensions by name; tensors of unknown shape are left out.
 
     The inputs get these dimensions, and the graph's shape arithmetic is folded. No weight is read.
@@ -135,9 +135,9 @@ def _output_shape(output: ir.Value, inputs: Mapping[str, TensorSpec]) -> tuple[D
 
 def _input_spec(value: ir.Value) -> TensorSpec:
     name = str(value.name)
-    symbols = _INPUT_DIMS.get(name, ())
+    known_dims = _INPUT_DIMS.get(name, ())
     shape: list[Dim] = []
-    is_video = len(value.shape or ()) == 5  # only offcut exports videos, with the names of dimensions used here
+    is_video = len(value.shape or ()) == 5  # only offcut exports video UNets, with these symbols
     for axis, dim in enumerate(value.shape or ()):
         if isinstance(dim, int):
             shape.append(dim)
@@ -145,7 +145,7 @@ def _input_spec(value: ir.Value) -> TensorSpec:
         if is_dim(str(dim.value)) and (is_video or "*" in str(dim.value)):
             shape.append(str(dim.value))
             continue
-        symbol = symbols[axis] if axis < len(symbols) else str(dim.value)
+        symbol = known_dims[axis] if axis < len(known_dims) else str(dim.value)
         shape.append(_channels_of_consumer(value) if symbol == "channels" else symbol)
     return TensorSpec(name, _dtype(value), tuple(shape))
 
@@ -167,7 +167,7 @@ def _dtype(value: ir.Value) -> str:
         ir.DataType.INT64: "int64",
     }
     if value.dtype not in names:
-        raise ModelError(f"{value.name} is {value.dtype}, which no diffusers UNet takes or gives")
+        raise ModelError(f"{value.name} is {value.dtype}, which no diffusers UNet takes or returns")
     return names[value.dtype]
 
 

@@ -44,9 +44,9 @@ class IPAdapter:
     Attributes:
         path: weights, one safetensors file as published (``ip-adapter_sd15.safetensors``).
         scale: strength of the adapter until ``pipe.set_ip_adapter_scale`` changes it.
-        images: number of images at once.
-        tokens: number of tokens of an image, for adapters that read all of them (Plus). None for the number of the
-            pipeline's own image encoder, or of CLIP ViT-H if the pipeline has none.
+        images: number of image prompts for one generated image.
+        tokens: number of tokens of an image, for adapters that read all of them (Plus). None for the token count of the
+            pipeline's image encoder, or of CLIP ViT-H if the pipeline has no image encoder.
 
     Raises:
         ModelError: a number is out of range.
@@ -105,7 +105,7 @@ class IPAdapter:
             raise ModelError(f"{self.path} is not an IP-Adapter: its tensors are not named image_proj and ip_adapter")
         return groups
 
-    def record(self, weights: Mapping[str, Mapping[str, torch.Tensor]], tokens: int) -> dict[str, Any]:
+    def config_entry(self, weights: Mapping[str, Mapping[str, torch.Tensor]], tokens: int) -> dict[str, Any]:
         """Return the adapter's entry in the UNet's config.
 
         Args:
@@ -119,7 +119,7 @@ class IPAdapter:
         if any("lora" in name for name in weights["ip_adapter"]) or "perceiver_resampler.proj_in.weight" in projection:
             raise ModelError(
                 f"{self.path} is a FaceID IP-Adapter, whose LoRA or face embeddings offcut cannot build in: "
-                "use an IP-Adapter, Plus or Full one"
+                "use a plain, Plus or Full IP-Adapter"
             )
         if "proj.weight" in projection:
             shape = [projection["proj.weight"].shape[1]]
@@ -157,8 +157,13 @@ def with_adapters(config: Config, adapters: Sequence[IPAdapter], root: Path) -> 
         raise ModelError(
             f"this {config.get('_class_name')} takes no IP-Adapter: give a UNet2DConditionModel without encoder_hid_dim"
         )
-    records = [adapter.record(adapter.weights(), _tokens(root)) for adapter in adapters]
-    return {**config, CONFIG_KEY: records, LAYERS_KEY: _layers(config), "encoder_hid_dim_type": PROJECTION}
+    entries = [adapter.config_entry(adapter.weights(), _tokens(root)) for adapter in adapters]
+    return {
+        **config,
+        CONFIG_KEY: entries,
+        LAYERS_KEY: _cross_attention_layers(config),
+        "encoder_hid_dim_type": PROJECTION,
+    }
 
 
 def specs(config: Config, dtype: str) -> list[TensorSpec]:
@@ -179,17 +184,16 @@ def load_into(unet: torch.nn.Module, adapters: Sequence[IPAdapter]) -> None:
     Raises:
         ModelError: the weights do not fit the UNet.
     """
-
     weights = [adapter.weights() for adapter in adapters]
     logger = logging.getLogger("diffusers.models.modeling_utils")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns about a cast to the dtype that the UNet already has
+    logger.setLevel(logging.ERROR)  # diffusers warns about a cast to the dtype that the UNet already has
     try:
         unet._load_ip_adapter_weights(weights)  # type: ignore[operator]  # diffusers' own
     except (KeyError, RuntimeError, ValueError) as error:
         raise ModelError(
             f"the IP-Adapter {', '.join(str(adapter.path) for adapter in adapters)} was made for another UNet: "
-            "give one of this model's kind"
+            "give an IP-Adapter for this model's architecture"
         ) from error
     finally:
         logger.setLevel(level)
@@ -210,7 +214,7 @@ def load_into(unet: torch.nn.Module, adapters: Sequence[IPAdapter]) -> None:
 
     unet.encoder_hid_proj.register_forward_hook(join_images)  # type: ignore[union-attr]
     processors: Mapping[str, Any] = unet.attn_processors  # type: ignore[assignment]
-    for layer, name in enumerate(_image_layers(processors)):
+    for layer, name in enumerate(_text_attention(processors)):
         for adapter, to_value in enumerate(processors[name].to_v_ip):
             to_value.register_forward_hook(scale_values(layer, adapter))
     unet.register_forward_pre_hook(take_scales, with_kwargs=True)
@@ -230,7 +234,7 @@ def is_embeds(name: str) -> bool:
 
 
 def _tokens(root: Path) -> int:
-    """Return the tokens of an image from the pipeline's image encoder: one for each patch, and one for the image."""
+    """Return the number of tokens that the pipeline's image encoder gives: one a patch, and one for the image."""
     file = root / "image_encoder" / "config.json"
     if not file.is_file():
         return _CLIP_TOKENS
@@ -238,16 +242,16 @@ def _tokens(root: Path) -> int:
     return int(sizes.get("image_size", 224) // sizes.get("patch_size", 32)) ** 2 + 1  # CLIP's defaults
 
 
-def _layers(config: Config) -> list[str]:
+def _cross_attention_layers(config: Config) -> list[str]:
     """Return the names of the UNet's cross-attention processors in diffusers' order."""
     import diffusers
     import torch
 
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(dict(config))
-    return _image_layers(unet.attn_processors)
+    return _text_attention(unet.attn_processors)
 
 
-def _image_layers(processors: Mapping[str, Any]) -> list[str]:
-    """Return the names of the processors with attention over text, without those of a Plus adapter's resampler."""
+def _text_attention(processors: Mapping[str, Any]) -> list[str]:
+    """Return the names of the cross-attention processors, without those of a Plus adapter's resampler."""
     return [name for name in processors if not name.startswith("encoder_hid_proj") and "attn1" not in name]

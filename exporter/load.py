@@ -155,7 +155,7 @@ def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
     unet_class = getattr(diffusers, source.family.unet_class)
     if source.onnx:
         raise ModelError(
-            f"{source.name} holds its UNet as ONNX, without the weights for PyTorch that this needs: "
+            f"{source.name} holds its UNet as ONNX only, and this needs PyTorch weights: "
             "give the directory that it was exported from"
         )
     if not any(source.folder.glob("*.safetensors")):
@@ -218,12 +218,12 @@ def _fetch(model: str, revision: str | None, variant: str | None) -> tuple[Path,
 
     weights = [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"] if variant else ["*.safetensors"]
     # Without a variant the files of other variants are not downloaded: SD 1.5 on the hub has four of each.
-    others = [] if variant else ["*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors"]
+    excluded = [] if variant else ["*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors"]
     # Single-file checkpoints are at the top level of a repository, next to the diffusers folders.
-    others += [] if "/" not in model else ["*pruned*.safetensors", "*emaonly*.safetensors"]
+    excluded += [] if "/" not in model else ["*pruned*.safetensors", "*emaonly*.safetensors"]
     try:
         root = snapshot_download(
-            model, revision=revision, allow_patterns=["*.json", "*.txt", "*.model", *weights], ignore_patterns=others
+            model, revision=revision, allow_patterns=["*.json", "*.txt", "*.model", *weights], ignore_patterns=excluded
         )
     except HFValidationError as error:
         raise ModelError(f"{model} is neither a directory here nor a valid hub id") from error
@@ -238,8 +238,8 @@ def _fetch(model: str, revision: str | None, variant: str | None) -> tuple[Path,
 def _transformer_of(root: Path) -> str | None:
     """Return the class of a pipeline's transformer, or None without a transformer or a pipeline."""
     try:
-        parts = json.loads((root / INDEX_FILE).read_text(encoding="utf-8"))
-        library, name = parts["transformer"]
+        index = json.loads((root / INDEX_FILE).read_text(encoding="utf-8"))
+        library, name = index["transformer"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return None if library is None else str(name)

@@ -1,4 +1,4 @@
-"""LoRA files, and their addition to a UNet's weights.
+"""LoRA files: reading them, and adding them to a UNet's weights.
 
 A LoRA holds low-rank products that are added to the weights of some layers. Files from kohya, diffusers and PEFT are
 supported; diffusers' converter translates the names in kohya's files.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 
-_IN_A_DIRECTORY = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+_DIRECTORY_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _PEFT_CONFIG = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"  # diffusers' key for the content of PEFT's adapter_config.json
 # Kinds of adapters that do not add a low-rank product to a weight, by a part of their keys.
@@ -85,7 +85,7 @@ class Lora:
     text_layers: Mapping[str, Mapping[str, LowRank]]
 
     @property
-    def text_encoder(self) -> int:
+    def text_layer_count(self) -> int:
         """Number of products for layers of the pipeline's text encoders."""
         return sum(len(layers) for layers in self.text_layers.values())
 
@@ -131,7 +131,7 @@ def read(path: str | Path, config: Config) -> Lora:
     settings = _settings(file, header)
     try:
         named, alphas = _diffusers_names(tensors, config)
-        return _lora(file.stem if file.name not in _IN_A_DIRECTORY else file.parent.name, named, alphas, settings)
+        return _lora(file.stem if file.name not in _DIRECTORY_FILES else file.parent.name, named, alphas, settings)
     except ModelError as error:
         raise ModelError(f"{file} {error}") from error.__cause__
 
@@ -153,6 +153,7 @@ def from_tensors(name: str, tensors: Tensors, alphas: Mapping[str, float], metad
 
 
 def _lora(name: str, tensors: Tensors, alphas: Mapping[str, float], settings: Mapping[str, _Settings]) -> Lora:
+    """Return a LoRA from tensors under diffusers' names. Messages start with a verb; callers add the file's name."""
     layers: dict[str, LowRank] = {}
     text: dict[str, dict[str, LowRank]] = {}
     for layer, down, up in _pairs(tensors):
@@ -190,7 +191,7 @@ def check(lora: Lora, shapes: Mapping[str, Sequence[int]], model: str = "this UN
         if low_rank.elements != math.prod(shape) or low_rank.up.shape[0] != shape[0]:
             raise ModelError(
                 f"the LoRA {lora.name} is for another model: its {name.removesuffix('.weight')} is "
-                f"{low_rank.up.shape[0]} x {low_rank.elements // low_rank.up.shape[0]}, {model}'s {list(shape)}"
+                f"{low_rank.up.shape[0]} x {low_rank.elements // low_rank.up.shape[0]}, but {model} has {list(shape)}"
             )
 
 
@@ -228,9 +229,9 @@ def find(path: Path) -> Path:
     """
     path = path.expanduser()
     if path.is_dir():
-        files = [path / name for name in _IN_A_DIRECTORY if (path / name).is_file()]
+        files = [path / name for name in _DIRECTORY_FILES if (path / name).is_file()]
         if not files:
-            raise ModelError(f"{path} holds no LoRA: it has neither {' nor '.join(_IN_A_DIRECTORY)}")
+            raise ModelError(f"{path} holds no LoRA: it has neither {' nor '.join(_DIRECTORY_FILES)}")
         return files[0]
     if not path.is_file():
         raise ModelError(f"{path} is not there: give the safetensors file of a LoRA")
@@ -274,7 +275,7 @@ def _by_layer(alphas: Mapping[str, float]) -> dict[str, float]:
 
 
 def _pairs(tensors: Tensors) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Yield the name of each layer with its factors down and up."""
+    """Yield the name of each layer with its two factors, down and up."""
     halves: dict[str, dict[bool, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         match = _FACTOR.fullmatch(name)
@@ -291,10 +292,10 @@ def _pairs(tensors: Tensors) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]
 
 def _settings(file: Path, header: Mapping[str, str]) -> dict[str, _Settings]:
     """Return PEFT's settings from the file's header or a config next to the file, by the pipeline's component."""
-    beside = file.parent / _PEFT_CONFIG
+    config_file = file.parent / _PEFT_CONFIG
     try:
-        if file.name == _IN_A_DIRECTORY[0] and beside.is_file():
-            return {UNET: _Settings.of(json.loads(beside.read_text(encoding="utf-8")))}
+        if file.name == _DIRECTORY_FILES[0] and config_file.is_file():
+            return {UNET: _Settings.from_peft(json.loads(config_file.read_text(encoding="utf-8")))}
         return _settings_by_part(json.loads(header.get(_METADATA, "{}")))
     except (ValueError, AttributeError) as error:
         raise ModelError(f"the LoRA settings of {file} are not a JSON object: download or save it again") from error
@@ -306,29 +307,35 @@ def _settings_by_part(metadata: Mapping[str, Any]) -> dict[str, _Settings]:
     for name, value in metadata.items():
         part, _, setting = name.partition(".")
         parts.setdefault(part, {})[setting] = value
-    return {part: _Settings.of(values) for part, values in parts.items()}
+    return {part: _Settings.from_peft(values) for part, values in parts.items()}
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """PEFT's settings of a LoRA."""
+    """PEFT's settings of a LoRA.
+
+    Attributes:
+        alpha: alpha of layers that ``alpha_pattern`` does not match.
+        alpha_pattern: alphas by the end of a layer's name.
+        rank_stabilized: whether alpha is divided by the rank's square root instead of the rank (rsLoRA).
+    """
 
     alpha: float | None
     alpha_pattern: Mapping[str, float]
-    root: bool
+    rank_stabilized: bool
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> _Settings:
+    def from_peft(cls, values: Mapping[str, Any]) -> _Settings:
         return cls(values.get("lora_alpha"), values.get("alpha_pattern") or {}, bool(values.get("use_rslora")))
 
     def factor(self, layer: str, rank: int, alpha: float | None) -> float:
         """Return the scale of a layer's product. ``alpha`` is the layer's own, if the file has it."""
         if alpha is None:
-            ends = (value for name, value in self.alpha_pattern.items() if f".{layer}".endswith(f".{name}"))
-            alpha = next(ends, self.alpha)
+            matches = (value for name, value in self.alpha_pattern.items() if f".{layer}".endswith(f".{name}"))
+            alpha = next(matches, self.alpha)
         if alpha is None:
             return 1.0
-        return float(alpha) / (rank**0.5 if self.root else rank)
+        return float(alpha) / (rank**0.5 if self.rank_stabilized else rank)
 
 
 _NO_SETTINGS = _Settings(None, {}, False)

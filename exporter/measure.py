@@ -30,7 +30,7 @@ class CutCost:
         parameters: share of the UNet's parameters that the shallow graph reads.
         flops: FLOPs of a shallow step as a share of those of a full step; convolutions, matrix products and attention.
         cache_bytes: size of the cached features in bytes.
-        speed_up: speed-up of the denoising loop that the FLOPs predict, by interval N. Engines differ from it.
+        speed_up: speed-up of the denoising loop that the FLOPs predict, by interval N. Measured speed-ups differ.
     """
 
     cut: Cut

@@ -1,7 +1,7 @@
 """The cut on a PyTorch program, for engines that compile without ONNX.
 
 The rule of ``cut`` finds the same joins in the graph that ``torch.export`` returns. So ``deepcache:k`` and the names of
-the cached tensors mean the same in both.
+the cached tensors mean the same as in an ONNX graph.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError, InternalError
-from .components import TracedComponent
+from .components import ComponentNetwork
+from .cut import is_strict_subset
 from .families import NOISE_PRED, example_dims, example_inputs
 from .load import ModelSource, load_unet
 from .specs import TensorSpec
@@ -34,29 +35,29 @@ class ProgramJoin:
 
 
 @dataclass(frozen=True)
-class TwinProgram:
+class BufferedProgram:
     """A program that writes its results into buffers that its caller passes.
 
     Attributes:
-        program: takes two lists of tensors, inputs and output buffers, and returns nothing.
+        exported: takes two lists of tensors, inputs and output buffers, and returns nothing.
         inputs: names of the tensors in the first list.
         outputs: names of the tensors in the second list.
     """
 
-    program: torch.export.ExportedProgram
+    exported: torch.export.ExportedProgram
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
 
-def component_program(traced: TracedComponent) -> TwinProgram:
+def component_program(network: ComponentNetwork) -> BufferedProgram:
     """Trace a network around the UNet to a program that writes into its caller's buffers."""
-    specs = ([traced.input], list(traced.outputs))
-    example = traced.example()
-    examples = ([example], [value.clone() for value in traced.compute(example).values()])
-    symbols = traced.symbols()
-    dynamic = tuple([symbols(spec) for spec in each] for each in specs)
-    program = _writing(traced.module, examples, dynamic)
-    return TwinProgram(program, (traced.input.name,), tuple(spec.name for spec in traced.outputs))
+    spec_lists = ([network.input], list(network.outputs))
+    example = network.example()
+    examples = ([example], [value.clone() for value in network.compute(example).values()])
+    symbols = network.symbols()
+    dynamic = tuple([symbols(spec) for spec in specs] for specs in spec_lists)
+    exported = _export_with_buffers(network.module, examples, dynamic)
+    return BufferedProgram(exported, (network.input.name,), tuple(spec.name for spec in network.outputs))
 
 
 class UNetProgram:
@@ -99,15 +100,15 @@ class UNetProgram:
         self._inputs: dict[Node, str] = dict(zip(placeholders, specs, strict=True))
         (self._noise_pred,) = module.graph.output_node().all_input_nodes
 
-    def full(self) -> TwinProgram:
+    def full(self) -> BufferedProgram:
         """Return the program from all inputs to ``noise_pred`` and all features."""
-        return self._twin((), tuple(self.features))
+        return self._part((), tuple(self.features))
 
-    def shallow(self, cached: Sequence[str]) -> TwinProgram:
-        """Return the program from these features, and the inputs that are still read, to ``noise_pred``."""
-        return self._twin(tuple(cached), ())
+    def shallow(self, cached: Sequence[str]) -> BufferedProgram:
+        """Return the program that computes ``noise_pred`` from these features and the inputs that it still needs."""
+        return self._part(tuple(cached), ())
 
-    def _twin(self, features_in: tuple[str, ...], features_out: tuple[str, ...]) -> TwinProgram:
+    def _part(self, features_in: tuple[str, ...], features_out: tuple[str, ...]) -> BufferedProgram:
         """Return the part of the UNet that reads ``features_in`` and computes ``noise_pred`` and ``features_out``."""
         import torch
 
@@ -134,57 +135,60 @@ class UNetProgram:
         join = self._joins[int(index)]
         return {"deep_feature": join.hidden, "skip_feature": join.skip}[kind]
 
-    def _export(self, module: GraphModule, read: tuple[str, ...], written: tuple[str, ...]) -> TwinProgram:
-        """Trace the module again, with a copy into the caller's buffers at its end."""
+    def _export(self, module: GraphModule, read: tuple[str, ...], written: tuple[str, ...]) -> BufferedProgram:
+        """Trace a part of the UNet to a program from the tensors ``read`` to the tensors ``written``."""
         known = {**self._specs, **self.features, NOISE_PRED: self._noise}
-        lists = [[known[name] for name in names] for names in (read, written)]
-        examples = tuple(list(example_inputs(tuple(specs), self._dims).values()) for specs in lists)
-        dynamic = tuple([self._dynamic(spec) for spec in specs] for specs in lists)
-        return TwinProgram(_writing(module, examples, dynamic), read, written)
+        spec_lists = [[known[name] for name in names] for names in (read, written)]
+        examples = tuple(list(example_inputs(tuple(specs), self._dims).values()) for specs in spec_lists)
+        dynamic = tuple([self._dynamic(spec) for spec in specs] for specs in spec_lists)
+        return BufferedProgram(_export_with_buffers(module, examples, dynamic), read, written)
 
     def _dynamic(self, spec: TensorSpec) -> dict[int, object]:
         return {axis: self._symbols(dim) for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
 
 
-def _writing(module: torch.nn.Module, examples: tuple[Any, ...], dynamic: tuple[Any, ...]) -> ExportedProgram:
-    """Trace a module again with a copy into the caller's buffers at its end.
+def _export_with_buffers(
+    module: torch.nn.Module, examples: tuple[Any, ...], dynamic: tuple[Any, ...]
+) -> ExportedProgram:
+    """Trace a module to a program that copies the module's results into the caller's buffers.
 
     Args:
-        examples, dynamic: two lists, of what it reads and of what it writes.
+        examples: a list of example inputs and a list of example results.
+        dynamic: PyTorch's symbols for the dynamic axes of these tensors, in two lists too.
     """
     import torch
 
-    class Into(torch.nn.Module):
+    class WithBuffers(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.part = module
+            self.module = module
 
         def forward(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> tuple[()]:
-            made = self.part(*inputs)
-            results = made if isinstance(made, tuple | list) else (made,)
+            output = self.module(*inputs)
+            results = output if isinstance(output, tuple | list) else (output,)
             for buffer, result in zip(outputs, results, strict=True):
                 buffer.copy_(result)
             return ()
 
     with torch.no_grad(), quiet():
-        return torch.export.export(Into(), examples, dynamic_shapes=dynamic, strict=False)
+        return torch.export.export(WithBuffers(), examples, dynamic_shapes=dynamic, strict=False)
 
 
 def find_program_joins(module: GraphModule) -> list[ProgramJoin]:
-    """The skip connections' concats, outermost first; see ``cut.find_joins`` for the rule.
+    """Return the concats of the skip connections, outermost first; see ``cut.find_joins`` for the rule.
 
     Raises:
-        CutError: there is none.
+        CutError: the program has no skip connection.
     """
     import torch
 
-    behind: dict[Node, int] = {}
+    upstream: dict[Node, int] = {}
     count = 0
     joins: list[tuple[int, ProgramJoin]] = []
     for node in module.graph.nodes:
         bits = 0
         for value in node.all_input_nodes:
-            bits |= behind[value]
+            bits |= upstream[value]
         if node.target in (
             torch.ops.aten.conv2d.default,
             torch.ops.aten.conv3d.default,
@@ -192,7 +196,7 @@ def find_program_joins(module: GraphModule) -> list[ProgramJoin]:
         ):
             bits |= 1 << count
             count += 1
-        behind[node] = bits
+        upstream[node] = bits
         if (
             node.target is not torch.ops.aten.cat.default
             or len(node.args[0]) != 2
@@ -200,17 +204,16 @@ def find_program_joins(module: GraphModule) -> list[ProgramJoin]:
         ):
             continue
         first, second = node.args[0]
-        a, b = behind[first], behind[second]
-        if b and a != b and a & b == b:
+        if is_strict_subset(upstream[second], upstream[first]):
             joins.append((bits.bit_count(), ProgramJoin(node, first, second)))
-        elif a and a != b and a & b == a:
+        elif is_strict_subset(upstream[first], upstream[second]):
             joins.append((bits.bit_count(), ProgramJoin(node, second, first)))
     if not joins:
         raise CutError(
             f"no skip connection found: looked for a cat of two tensors on axis 1 among {count} convolutions; "
             "is this a UNet?"
         )
-    joins.sort(key=lambda pair: -pair[0])
+    joins.sort(key=lambda entry: -entry[0])
     return [join for _, join in joins]
 
 

@@ -66,7 +66,7 @@ class LoraMethods(ABC):
         """
         lora = read(path, self.config)
         name = name or lora.name
-        if layers := lora.text_encoder:
+        if layers := lora.text_layer_count:
             logger.warning(
                 "the LoRA %s has %d layers of a text encoder too, which were left out: pipe.load_lora_weights "
                 "loads both kinds, and offcut build --lora fuses both into a bundle",

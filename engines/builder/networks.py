@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...exporter.components import NORM_FILE, component_of, export_component, trace_component, write_component_reference
+from ...exporter.components import (
+    NORM_FILE,
+    component_networks,
+    component_of,
+    export_component,
+    write_component_reference,
+)
 from ...exporter.foreign.networks import export_foreign_component
 from ...exporter.load import PRECISIONS
 from ...exporter.specs import symbols
@@ -206,7 +212,7 @@ def _reference_writer(plan: BuildPlan, entry: ComponentEntry) -> WriteReference:
     def write(profile: Profile, path: Path) -> None:
         component = plan.source.component(component_of(entry.name))
         precision = entry.label.partition("-")[0]
-        networks = trace_component(component, precision=precision, variant=plan.source.variant)
+        networks = component_networks(component, precision=precision, variant=plan.source.variant)
         (network,) = (network for network in networks if network.name == entry.name)
         example = network.example(profile.min)
         write_component_reference(network, example, network.compute(example), path)

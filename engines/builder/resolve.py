@@ -118,7 +118,7 @@ def resolve(request: BuildRequest, progress: Progress) -> BuildPlan:
     networks = compilable(source)
     foreign = _check_foreign(request, source, engines, scheme, networks) if source.onnx else None
     for lora in request.loras:
-        layers = read(lora.path, source.config).text_encoder
+        layers = read(lora.path, source.config).text_layer_count
         if layers and not source.is_pipeline:
             progress(f"{lora.path.name} has {layers} layers of a text encoder, which are left out: a UNet has none")
     _check_video(source, request.precision if scheme else None)

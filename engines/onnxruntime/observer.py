@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import EngineError, MissingExtraError, ModelError
-from ...exporter.cut import TwinGraph
+from ...exporter.cut import GraphPair
 from ...exporter.quantize.histogram import Histogram
 from ...exporter.quantize.observe import write_observed_graph
 from ...exporter.specs import Shape, TensorSpec
@@ -53,7 +53,7 @@ class ObservingPair:
 
     def __init__(
         self,
-        twins: list[TwinGraph],
+        twins: list[GraphPair],
         inputs: Mapping[str, TensorSpec],
         outputs: Mapping[str, TensorSpec],
         multiple: int,

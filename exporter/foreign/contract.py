@@ -1,4 +1,4 @@
-"""Surgery on foreign ONNX graphs: they get the names, dtypes and dimensions that offcut's own exports have."""
+"""Changes to a foreign ONNX graph that give it the names, dtypes and dimensions of offcut's own exports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .find import ForeignGraph
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_ONNX = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64"}
+_ONNX_DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64"}
 _VALUE_PRESERVING_OPS = ("Unsqueeze", "Cast", "Identity", "Expand")
 
 
@@ -19,7 +19,7 @@ def set_contract(model: ir.Model, inputs: list[TensorSpec], outputs: list[Tensor
     """Set the dtypes of a graph's inputs, and the names and dimensions of its inputs and outputs.
 
     Args:
-        inputs: new specs; each name is that of an input of the graph.
+        inputs: new specs; each has the name of one of the graph's inputs.
         outputs: new specs in the order of the graph's outputs, which are renamed.
     """
     import onnx_ir as ir
@@ -34,14 +34,14 @@ def set_contract(model: ir.Model, inputs: list[TensorSpec], outputs: list[Tensor
     for spec in inputs:
         value = declared[spec.name]
         value.shape = ir.Shape(spec.shape)
-        dtype = ir.DataType[_ONNX[spec.dtype]]
+        dtype = ir.DataType[_ONNX_DTYPES[spec.dtype]]
         if value.dtype != dtype:
             _cast(graph, value, dtype)
         graph.inputs.append(value)
     for value, spec in zip(graph.outputs, outputs, strict=True):
         value.name = spec.name
         value.shape = ir.Shape(spec.shape)
-        value.type = ir.TensorType(ir.DataType[_ONNX[spec.dtype]])
+        value.type = ir.TensorType(ir.DataType[_ONNX_DTYPES[spec.dtype]])
 
 
 def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
@@ -91,7 +91,7 @@ def one_timestep_per_image(foreign: ForeignGraph) -> None:
     graph = foreign.model.graph
     old = next(value for value in graph.inputs if value.name == "timestep")
     if old.dtype == ir.DataType.FLOAT and old.shape is not None and len(old.shape) == 1:
-        return  # expanding one timestep for each image changes nothing
+        return  # the graph already takes such timesteps: its ``Expand`` leaves them as they are
     expanded, dtype = old, old.dtype
     chain: list[ir.Node] = []
     while not chain or chain[-1].op_type != "Expand":
@@ -106,7 +106,7 @@ def one_timestep_per_image(foreign: ForeignGraph) -> None:
         if chain[-1].op_type == "Cast":
             dtype = ir.DataType(chain[-1].attributes["to"].as_int())
     if dtype != ir.DataType.FLOAT and not _embeds_in_float32(expanded):
-        raise ModelError(f"{foreign.path} computes with a timestep that is {dtype}: export it with a float32 one")
+        raise ModelError(f"{foreign.path} computes with a timestep that is {dtype}: export it with a float32 timestep")
     timestep = ir.Value(name="timestep", shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.FLOAT))
     expanded.replace_all_uses_with(timestep)
     for node in reversed(chain):

@@ -1,6 +1,6 @@
 """Foreign ONNX: files that another exporter wrote, in the folders that optimum uses.
 
-    DIR/unet/model.onnx, text_encoder/model.onnx, vae_decoder/model.onnx, ...   each beside its config.json
+    DIR/unet/model.onnx, text_encoder/model.onnx, vae_decoder/model.onnx, ...   each next to its config.json
 
 A network is taken from its ONNX file only if it has no safetensors: PyTorch's weights allow every precision and option.
 """
@@ -69,7 +69,7 @@ class ForeignGraph:
             if weight is not None and weight.is_initializer() and weight.dtype is not None:
                 dtypes.add(weight.dtype.name)
             elif "Integer" in node.op_type or "QLinear" in node.op_type or "Dequantize" in node.op_type:
-                dtypes.add("rounded weights")
+                dtypes.add("quantized weights")
         if len(dtypes) != 1 or not dtypes <= _PRECISIONS.keys():
             raise ModelError(
                 f"{self.path} computes in {' and '.join(sorted(dtypes)) or 'no precision'}; offcut takes graphs whose "
@@ -104,7 +104,7 @@ def run(path: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     try:
         session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         dtypes = {value.name: value.type for value in session.get_inputs()}
-        feed = {name: inputs[name].to(getattr(torch, _TORCH[kind])).numpy() for name, kind in dtypes.items()}
+        feed = {name: inputs[name].to(getattr(torch, _TORCH_DTYPES[kind])).numpy() for name, kind in dtypes.items()}
         names = [value.name for value in session.get_outputs()]
         outputs = session.run(names, feed)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
@@ -113,7 +113,7 @@ def run(path: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     return {name: torch.from_numpy(output) for name, output in zip(names, outputs, strict=True)}
 
 
-_TORCH = {
+_TORCH_DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
     "tensor(double)": "float64",
@@ -143,11 +143,11 @@ def open_foreign(folder: Path) -> ForeignGraph:
         location = Path(tensor.location)
         file = folder / location
         if location.is_absolute() or ".." in location.parts:
-            raise ModelError(f"{path} keeps weights outside its directory, in {location}: save it with them beside it")
+            raise ModelError(f"{path} keeps weights outside its directory, in {location}: save both in one directory")
         if not file.is_file():
-            raise ModelError(f"{path} needs its weights {location} beside it, which are not there: copy both")
+            raise ModelError(f"{path} needs its weights file {location}, which is missing: copy both files")
         if file.stat().st_size < (tensor.offset or 0) + (tensor.length or 0):
-            raise ModelError(f"{file} is cut short: copy or export it again")
+            raise ModelError(f"{file} is truncated: copy or export it again")
         if file not in files:
             files.append(file)
     return ForeignGraph(path, model, tuple(files))

@@ -30,7 +30,7 @@ _NETWORKS = ("text_encoder", "text_encoder_2", "vae")
 
 
 def foreign_networks(source: ModelSource) -> list[str]:
-    """Return the components of a foreign pipeline, other than the UNet, that are ONNX themselves.
+    """Return the components of a pipeline with a foreign UNet that are foreign ONNX too.
 
     Raises:
         ModelError: a component is neither ONNX nor safetensors.
@@ -49,8 +49,8 @@ def foreign_networks(source: ModelSource) -> list[str]:
 
 def config_folder(source: ModelSource, component: str) -> Path:
     """Return the folder of a component's config; an autoencoder without a folder has its config with its decoder."""
-    own = source.component(component)
-    return source.root / AUTOENCODER_HALVES[0] if component == "vae" and not own.is_dir() else own
+    folder = source.component(component)
+    return source.root / AUTOENCODER_HALVES[0] if component == "vae" and not folder.is_dir() else folder
 
 
 def pipeline_index(source: ModelSource) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def pipeline_index(source: ModelSource) -> dict[str, Any]:
     kind = str(index["_class_name"]).removeprefix("ORT")
     if not hasattr(diffusers, kind):
         raise ModelError(
-            f"{source.name} is of the pipeline {index['_class_name']}, which diffusers does not have: "
+            f"{source.name} has the pipeline class {index['_class_name']}, which diffusers does not have: "
             "give a directory that optimum-cli export onnx wrote"
         )
     index["_class_name"] = kind
@@ -110,17 +110,17 @@ def export_foreign_component(source: ModelSource, name: str, out: Path) -> list[
     folder = config_folder(source, name)
     kind = exportable(folder)
     if kind in TEXT_ENCODERS:
-        return [_import_text_encoder(folder, str(kind), name, out)]
+        return [_convert_text_encoder(folder, str(kind), name, out)]
     if kind not in AUTOENCODERS:
-        there = ", ".join([*TEXT_ENCODERS, *AUTOENCODERS])
-        raise ModelError(f"{source.name} has a {name} that offcut cannot take from ONNX: it takes {there}")
+        supported = ", ".join([*TEXT_ENCODERS, *AUTOENCODERS])
+        raise ModelError(f"{source.name} has a {name} that offcut cannot take from ONNX: it takes {supported}")
     for half in AUTOENCODER_HALVES:
         if not is_foreign(source.root / half):
             raise ModelError(f"{source.name} has no {half}/model.onnx, half of its autoencoder: export it again")
-    return [_import_half(source.root / half, out) for half in AUTOENCODER_HALVES]
+    return [_convert_autoencoder_half(source.root / half, out) for half in AUTOENCODER_HALVES]
 
 
-def _import_text_encoder(folder: Path, kind: str, name: str, out: Path) -> ExportedComponent:
+def _convert_text_encoder(folder: Path, kind: str, name: str, out: Path) -> ExportedComponent:
     import torch
     from safetensors.torch import save as to_bytes
 
@@ -128,7 +128,7 @@ def _import_text_encoder(folder: Path, kind: str, name: str, out: Path) -> Expor
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model, pooled = foreign.model, TEXT_ENCODERS[kind]
     width = int(config["hidden_size"])
-    _require(foreign, ["input_ids"], ["last_hidden_state", pooled])
+    _check_names(foreign, ["input_ids"], ["last_hidden_state", pooled])
     separate_shared_weights(model)
     norm = _final_norm(foreign)
     hidden = _hidden_states(foreign, int(config["num_hidden_layers"]))
@@ -158,14 +158,14 @@ def _import_text_encoder(folder: Path, kind: str, name: str, out: Path) -> Expor
     return replace(component, has_norm=True)
 
 
-def _import_half(folder: Path, out: Path) -> ExportedComponent:
+def _convert_autoencoder_half(folder: Path, out: Path) -> ExportedComponent:
     import torch
 
     foreign = open_foreign(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     is_decoder = folder.name == AUTOENCODER_HALVES[0]
     foreign_input, foreign_output = ("latent_sample", "sample") if is_decoder else ("sample", "latent_parameters")
-    _require(foreign, [foreign_input], [foreign_output])
+    _check_names(foreign, [foreign_input], [foreign_output])
     dtype, scale = PRECISIONS[foreign.precision], 2 ** (len(config["block_out_channels"]) - 1)
     channels = config["latent_channels"]
     batch, _, *sides = _dims(foreign.model.graph.inputs[0], ("batch", "channels", "height", "width"))
@@ -207,7 +207,8 @@ def _write_reference(tensors: dict[str, torch.Tensor], component: ExportedCompon
     (component.path.parent / REFERENCE_FILE).write_bytes(stored)
 
 
-def _require(foreign: ForeignGraph, inputs: list[str], outputs: list[str]) -> None:
+def _check_names(foreign: ForeignGraph, inputs: list[str], outputs: list[str]) -> None:
+    """Check that a graph has exactly these inputs, and at least these outputs."""
     actual_inputs = [str(value.name) for value in foreign.model.graph.inputs]
     actual_outputs = {str(value.name) for value in foreign.model.graph.outputs}
     if actual_inputs != inputs or not set(outputs) <= actual_outputs:
@@ -244,7 +245,7 @@ def _input_of(foreign: ForeignGraph, scope: str) -> ir.Value:
             producer = value.producer() if value is not None else None
             if value is not None and producer is not None and scope not in str(producer.name) and producer.inputs:
                 return value
-    raise ModelError(f"{foreign.path} has no node {scope}, before which a hidden state is: export it with optimum-cli")
+    raise ModelError(f"{foreign.path} has no node {scope}, whose input is a hidden state: export it with optimum-cli")
 
 
 def _final_norm(foreign: ForeignGraph) -> dict[str, torch.Tensor]:

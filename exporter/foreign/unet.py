@@ -41,7 +41,7 @@ def export_foreign_unet(
     Args:
         source: a model with ``onnx`` set.
         out: directory, created if it does not exist.
-        precision: must be the file's own precision.
+        precision: precision of the file; no other is possible.
         dims: dimensions to fix; must include those that the file itself fixes (``fixed_dims``).
         progress: called with the name of each stage as it begins.
 

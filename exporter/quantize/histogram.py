@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 METHODS = ("minmax", "percentile", "mse")
 BINS = 4096
 _PERCENTILE = 99.99
-# Shares of the whole range to try for the least error.
-_SHARES = tuple(share / 40 for share in range(40, 7, -1))
+# Fractions of the whole range that ``mse`` tries.
+_FRACTIONS = tuple(count / 40 for count in range(40, 7, -1))
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Histogram:
             raise ValueError("a value is not finite")
         self.low, self.high = min(self.low, low), max(self.high, high)
         while max(-low, high) >= self._limit:
-            self._double()
+            self._double_limit()
         bins = np.floor((values.reshape(-1) + self._limit) * (BINS / 2 / self._limit)).astype(np.int64)
         self._counts += np.bincount(np.clip(bins, 0, BINS - 1), minlength=BINS)
 
@@ -78,7 +78,7 @@ class Histogram:
             return whole
         if method == "percentile":
             return self._percentile(whole)
-        candidates = [Range(whole.low * share, whole.high * share) for share in _SHARES]
+        candidates = [Range(whole.low * fraction, whole.high * fraction) for fraction in _FRACTIONS]
         return min(candidates, key=lambda candidate: self.error(candidate, levels, symmetric))
 
     def error(self, within: Range, levels: int = 256, symmetric: bool = False) -> float:
@@ -96,14 +96,14 @@ class Histogram:
     def _percentile(self, whole: Range) -> Range:
         import numpy as np
 
-        share = np.cumsum(self._counts) / self._counts.sum()
+        cumulative = np.cumsum(self._counts) / self._counts.sum()
         outside = (1 - _PERCENTILE / 100) / 2
         width = 2 * self._limit / BINS
-        low = np.searchsorted(share, outside) * width - self._limit
-        high = (np.searchsorted(share, 1 - outside) + 1) * width - self._limit
+        low = np.searchsorted(cumulative, outside) * width - self._limit
+        high = (np.searchsorted(cumulative, 1 - outside) + 1) * width - self._limit
         return Range(max(min(float(low), 0.0), whole.low), min(max(float(high), 0.0), whole.high))
 
-    def _double(self) -> None:
+    def _double_limit(self) -> None:
         import numpy as np
 
         self._limit *= 2

@@ -11,20 +11,20 @@ if TYPE_CHECKING:
 
 # Steps between sampled values: prime, so that samples do not always fall on the same positions of an axis.
 _STRIDES = (1, 7, 31, 127, 509, 2039, 8191)
-_SAMPLE = 1 << 16
+_LARGEST_SAMPLE = 1 << 16
 KINDS = ("low", "high", "sample")
 
 
 def stride(size: int) -> int:
     """Return the step between sampled values for a tensor of this size."""
-    return next((step for step in _STRIDES if size // step <= _SAMPLE), _STRIDES[-1])
+    return next((step for step in _STRIDES if size // step <= _LARGEST_SAMPLE), _STRIDES[-1])
 
 
 def write_observed_graph(graph: Path, out: Path, strides: Mapping[str, int]) -> list[str]:
     """Write a copy of the graph with outputs that describe some of its tensors.
 
     Each tensor gets the float32 outputs ``name/low`` and ``name/high``, its minimum and maximum, and ``name/sample``,
-    one of every ``stride`` values.
+    every n-th of its values, where n is the stride.
 
     Args:
         out: ONNX file to write, in the graph's directory, because it refers to the same weights.
@@ -57,16 +57,21 @@ def _describe(graph: ir.Graph, value: ir.Value, step: int) -> None:
         graph.register_initializer(value)
         return value
 
-    whole = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
-    exact = whole.outputs[0]
-    line = ir.node("Reshape", [exact, constant("line", -1)])
-    ends = [constant("begin", 0), constant("end", np.iinfo(np.int64).max), constant("axis", 0), constant("step", step)]
+    cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+    values = cast.outputs[0]
+    flat = ir.node("Reshape", [values, constant("flat", -1)])
+    slicing = [
+        constant("begin", 0),
+        constant("end", np.iinfo(np.int64).max),
+        constant("axis", 0),
+        constant("step", step),
+    ]
     described = {
-        "low": ir.node("ReduceMin", [exact], {"keepdims": 0}),
-        "high": ir.node("ReduceMax", [exact], {"keepdims": 0}),
-        "sample": ir.node("Slice", [line.outputs[0], *ends]),
+        "low": ir.node("ReduceMin", [values], {"keepdims": 0}),
+        "high": ir.node("ReduceMax", [values], {"keepdims": 0}),
+        "sample": ir.node("Slice", [flat.outputs[0], *slicing]),
     }
-    nodes = [whole, line, *described.values()]
+    nodes = [cast, flat, *described.values()]
     for kind, node in described.items():
         output = node.outputs[0]
         output.name, output.type = f"{name}/{kind}", ir.TensorType(ir.DataType.FLOAT)

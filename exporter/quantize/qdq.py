@@ -36,7 +36,7 @@ class Scheme:
     """Quantization scheme of a graph.
 
     Attributes:
-        name: its value for ``--precision``.
+        name: value of ``--precision``: ``int8`` or ``fp8``.
         base: precision of the graph around the quantized layers.
         activations: ``uint8`` with a zero point, ``int8`` without a zero point, or ``float8e4m3fn``.
         outputs: whether the outputs of convolutions are quantized too.
@@ -49,7 +49,7 @@ class Scheme:
 
     @property
     def label(self) -> str:
-        """Name that differs between schemes, for file names."""
+        """Unique name of the scheme, for file names."""
         return self.name + ("" if self.base == "fp32" else f"-{self.base}") + ("-outputs" if self.outputs else "")
 
     @property
@@ -95,7 +95,8 @@ def high_precision_layers(layers: Iterable[Layer], patterns: Sequence[str] = ())
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ModelError(f"no layer is called {pattern!r}: write e.g. 'mid_block*' or '{names[len(names) // 2]}'")
-    return {name for name in names if any(fnmatchcase(name, each) for each in (*ALWAYS_HIGH_PRECISION, *patterns))}
+    all_patterns = (*ALWAYS_HIGH_PRECISION, *patterns)
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in all_patterns)}
 
 
 def quantize(graph: Path, out: Path, scheme: Scheme, ranges: Mapping[str, Range], names: Collection[str]) -> None:
@@ -150,6 +151,7 @@ class _QdqRewriter:
         self._weights: dict[ir.Value, ir.Value] = {}
 
     def rewrite(self, names: Collection[str]) -> None:
+        """Make these layers read quantized activations and weights."""
         nodes = self._nodes(names)
         if self._scheme.outputs:
             for node in nodes:
@@ -158,13 +160,14 @@ class _QdqRewriter:
         for node in nodes:
             weight = node.inputs[1]
             assert weight is not None
-            node.replace_input_with(0, self._activation(node.inputs[0]))
-            node.replace_input_with(1, self._weight(node, weight))
+            node.replace_input_with(0, self._quantized_activation(node.inputs[0]))
+            node.replace_input_with(1, self._quantized_weight(node, weight))
         for value in list(self._graph.initializers.values()):
             if not value.uses():
                 self._graph.initializers.pop(str(value.name))
 
     def add_quantized_copies(self, names: Collection[str]) -> list[str]:
+        """Add a quantized copy of these layers and outputs that measure its error; see ``write_error_graph``."""
         import onnx_ir as ir
 
         order = []
@@ -172,17 +175,21 @@ class _QdqRewriter:
             exact = node.outputs[0]
             weight = node.inputs[1]
             assert weight is not None
-            inputs = [self._activation(node.inputs[0]), self._weight_at_run_time(node, weight), *node.inputs[2:]]
-            twin = ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=1)
-            difference = ir.node("Sub", [exact, twin.outputs[0]])
-            nodes = [twin, difference]
+            inputs = [
+                self._quantized_activation(node.inputs[0]),
+                self._weight_quantized_at_run_time(node, weight),
+                *node.inputs[2:],
+            ]
+            copy = ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=1)
+            difference = ir.node("Sub", [exact, copy.outputs[0]])
+            nodes = [copy, difference]
             for kind, value in (("signal", exact), ("error", difference.outputs[0])):
-                whole = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
-                total = ir.node("ReduceSumSquare", [whole.outputs[0]], {"keepdims": 0})
+                cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+                total = ir.node("ReduceSumSquare", [cast.outputs[0]], {"keepdims": 0})
                 total.outputs[0].name = f"{_layer(node).name}/{kind}"
                 total.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
                 total.outputs[0].shape = ir.Shape([])
-                nodes += [whole, total]
+                nodes += [cast, total]
                 self._graph.outputs.append(total.outputs[0])
             self._graph.insert_after(node, nodes)
             order.append(_layer(node).name)
@@ -193,22 +200,22 @@ class _QdqRewriter:
 
     def _replace_output(self, value: ir.Value) -> None:
         uses = list(value.uses())
-        rounded = self._activation(value)
+        rounded = self._quantized_activation(value)
         self._activations[rounded] = rounded  # layers that read the rounded value need no further pair
         for use in uses:
             use.node.replace_input_with(use.idx, rounded)
 
-    def _activation(self, value: ir.Value | None) -> ir.Value:
-        """Return a tensor behind its pair, which is inserted directly after the tensor's producer."""
+    def _quantized_activation(self, value: ir.Value | None) -> ir.Value:
+        """Return a tensor after its Q/DQ pair, which is inserted directly after the tensor's producer."""
         import numpy as np
 
         assert value is not None
         if value in self._activations:
             return self._activations[value]
         name = str(value.name)
-        step, zero = _encode(self._ranges[name], self._scheme)
-        scale = self._constant(f"{name}_scale", np.array(_up(step, self._float)))
-        point = self._constant(f"{name}_zero", _array([zero], self._scheme.activations).reshape(()))
+        step, zero = _step_and_zero_point(self._ranges[name], self._scheme)
+        scale = self._constant(f"{name}_scale", np.array(_round_up(step, self._float)))
+        point = self._constant(f"{name}_zero", _to_dtype([zero], self._scheme.activations).reshape(()))
         pair = self._pair(value, scale, point, {}, f"{name}_rounded")
         producer = value.producer()
         if producer is None:
@@ -218,7 +225,7 @@ class _QdqRewriter:
         self._activations[value] = pair[1].outputs[0]
         return pair[1].outputs[0]
 
-    def _weight(self, node: ir.Node, weight: ir.Value) -> ir.Value:
+    def _quantized_weight(self, node: ir.Node, weight: ir.Value) -> ir.Value:
         """Store a quantized weight, and return the output of its ``DequantizeLinear``."""
         import numpy as np
         import onnx_ir as ir
@@ -227,28 +234,28 @@ class _QdqRewriter:
             return self._weights[weight]
         assert weight.const_value is not None
         exact = weight.const_value.numpy().astype(np.float32)
-        axis = _channels(node, exact.ndim)
+        axis = _channel_axis(node, exact.ndim)
         scale, point = self._weight_constants(weight, exact, axis)
         shape = [1] * exact.ndim
         shape[axis] = -1
         assert scale.const_value is not None
         steps = exact / scale.const_value.numpy().astype(np.float32).reshape(shape)
-        stored = self._constant(f"{weight.name}_rounded", _array(steps, self._weight_type))
+        stored = self._constant(f"{weight.name}_rounded", _to_dtype(steps, self._weight_type))
         back = ir.node("DequantizeLinear", [stored, scale, point], {"axis": axis})
         back.outputs[0].name = f"{weight.name}_restored"
         self._graph.insert_before(node, back)
         self._weights[weight] = back.outputs[0]
         return back.outputs[0]
 
-    def _weight_at_run_time(self, node: ir.Node, weight: ir.Value) -> ir.Value:
-        """Return a weight behind a pair that quantizes it at run time, so that no second copy is stored."""
+    def _weight_quantized_at_run_time(self, node: ir.Node, weight: ir.Value) -> ir.Value:
+        """Return a weight after a Q/DQ pair that quantizes it at run time, so that no second copy is stored."""
         import numpy as np
 
         if weight in self._weights:
             return self._weights[weight]
         assert weight.const_value is not None
         exact = weight.const_value.numpy().astype(np.float32)
-        axis = _channels(node, exact.ndim)
+        axis = _channel_axis(node, exact.ndim)
         scale, point = self._weight_constants(weight, exact, axis)
         pair = self._pair(weight, scale, point, {"axis": axis}, f"{weight.name}_rounded")
         self._graph.insert_before(node, pair)
@@ -262,10 +269,10 @@ class _QdqRewriter:
 
         others = tuple(other for other in range(exact.ndim) if other != axis)
         largest = np.maximum(np.abs(exact).max(axis=others), 1e-6)
-        scales = _up(largest / (_LARGEST_FP8 if self._scheme.floating else 127), self._float)
+        scales = _round_up(largest / (_LARGEST_FP8 if self._scheme.floating else 127), self._float)
         return (
             self._constant(f"{weight.name}_scale", scales),
-            self._constant(f"{weight.name}_zero", _array(np.zeros(len(scales)), self._weight_type)),
+            self._constant(f"{weight.name}_zero", _to_dtype(np.zeros(len(scales)), self._weight_type)),
         )
 
     def _pair(
@@ -310,24 +317,24 @@ def _layer(node: ir.Node) -> Layer:
     return Layer(name.removesuffix(".weight"), name, str(activation.name), str(node.outputs[0].name))
 
 
-def _channels(node: ir.Node, dims: int) -> int:
-    """Return the axis of output channels of a layer's weight."""
+def _channel_axis(node: ir.Node, dims: int) -> int:
+    """Return the axis of the output channels in a layer's weight."""
     if node.op_type == "Conv" or (node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1):
         return 0
     return dims - 1
 
 
-def _encode(within: Range, scheme: Scheme) -> tuple[float, int]:
-    """Return step and zero point of a tensor with this range."""
+def _step_and_zero_point(value_range: Range, scheme: Scheme) -> tuple[float, int]:
+    """Return the step and the zero point to quantize a tensor of this range with."""
     if scheme.floating:
-        return max(within.largest, 1e-6) / _LARGEST_FP8, 0
+        return max(value_range.largest, 1e-6) / _LARGEST_FP8, 0
     if scheme.symmetric:
-        return max(within.largest, 1e-6) / 127, 0
-    step = max(within.high - within.low, 1e-6) / 255
-    return step, round(-within.low / step)
+        return max(value_range.largest, 1e-6) / 127, 0
+    step = max(value_range.high - value_range.low, 1e-6) / 255
+    return step, round(-value_range.low / step)
 
 
-def _up(exact: Any, dtype: str) -> Any:
+def _round_up(exact: Any, dtype: str) -> Any:
     """Round a scale up to the dtype, so that the largest value is not clipped."""
     import numpy as np
 
@@ -336,7 +343,8 @@ def _up(exact: Any, dtype: str) -> Any:
     return np.where(near < exact, np.nextafter(near, np.array(np.inf, dtype)), near).astype(dtype)
 
 
-def _array(steps: Any, dtype: str) -> npt.NDArray[Any]:
+def _to_dtype(steps: Any, dtype: str) -> npt.NDArray[Any]:
+    """Round values in steps to a quantized dtype, and clip them to its range."""
     import ml_dtypes
     import numpy as np
 

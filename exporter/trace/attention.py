@@ -1,4 +1,4 @@
-"""Kinds of attention that replace the UNet's own. They are set before the trace, as engines have fixed layers.
+"""Kinds of attention that replace the UNet's own. They are set before the trace, because engines have fixed layers.
 
 A new kind is one function that returns a processor, and one line in ``ATTENTION``.
 """
@@ -14,8 +14,8 @@ CROSS_FRAME = "cross-frame"
 def cross_frame() -> Any:
     """Return a processor with which each frame attends to the first, as in Text2Video-Zero (arXiv 2303.13439, 3.2).
 
-    The batch is [2 * frames]: the frames without the prompt, then the frames with the prompt. It computes the same as
-    diffusers' ``CrossFrameAttnProcessor2_0(batch_size=2)``, and the number of frames may stay symbolic.
+    The batch is [2 * frames]: the frames without the prompt, then the frames with the prompt. The processor computes
+    the same as diffusers' ``CrossFrameAttnProcessor2_0(batch_size=2)``, but the number of frames may be symbolic.
     """
     from diffusers.models.attention_processor import AttnProcessor2_0
 

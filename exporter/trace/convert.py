@@ -52,7 +52,7 @@ def to_onnx(
     model = onnx_program.model
     _promote_concats(model)
     parameters = _lay_out_weights(model, prefix)
-    with _hidden_weights(model, parameters), quiet():
+    with _weights_as_inputs(model, parameters), quiet():
         simplify(model)
     used = {name: parameter for name, parameter in parameters.items() if name in model.graph.initializers}
     return model, used
@@ -70,7 +70,8 @@ def save(model: ir.Model, path: Path, name: str) -> None:
         node.doc_string = None
     for value in [*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs]:
         value.metadata_props.clear()
-    for owner in (model, model.graph):  # the program as text, whose order changes from run to run
+    # These properties hold the program as text, in an order that changes from run to run.
+    for owner in (model, model.graph):
         owner.metadata_props.clear()
     (path.parent / WEIGHTS_FILE).unlink(missing_ok=True)
     ir.save(model, path, external_data=WEIGHTS_FILE)
@@ -165,8 +166,8 @@ def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
 
 
 @contextmanager
-def _hidden_weights(model: ir.Model, names: Iterable[str]) -> Iterator[None]:
-    """Turn weights into inputs meanwhile, because ``simplify`` would fold or merge initializers."""
+def _weights_as_inputs(model: ir.Model, names: Iterable[str]) -> Iterator[None]:
+    """Turn weights into inputs while ``simplify`` runs, because it would fold or merge initializers."""
     graph = model.graph
     weights = {name: graph.initializers[name] for name in names}
     constants = {name: value.const_value for name, value in weights.items()}

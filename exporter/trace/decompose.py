@@ -83,7 +83,7 @@ def _replace(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
             else:
                 node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
         case aten.reshape.default, (source, shape):
-            # A view of tensors of all strides needs a contiguous copy; a copy is dropped from the ONNX graph.
+            # ``view`` needs a contiguous copy of tensors with other strides. The ONNX graph does not have the copy.
             with graph.inserting_before(node):
                 copy = graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
             copy.meta["val"] = source.meta["val"].clone(memory_format=torch.contiguous_format)

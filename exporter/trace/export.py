@@ -46,7 +46,7 @@ class ExportedUNet:
         weights: the weights file, in the same directory.
         inputs: specs by name, in the graph's order.
         outputs: the spec of ``noise_pred``.
-        parameters: where each PyTorch parameter is stored, by its name.
+        parameters: where each PyTorch parameter is stored, by the parameter's name.
         reference: file with example inputs and the output of eager PyTorch for them.
         precision: ``fp32``, ``fp16`` or ``bf16``.
         opset: version of the default ONNX domain.
@@ -178,10 +178,10 @@ def trace(
     save(model, out / GRAPH_FILE, "unet")
     names = {name: asdict(parameter) for name, parameter in parameters.items()}
     (out / PARAMETERS_FILE).write_text(json.dumps(names, indent=1), encoding="utf-8")
-    return _described(out, family, config, parameters, precision=precision, opset=opset, dims=fixed, adapters=adapters)
+    return _describe(out, family, config, parameters, precision=precision, opset=opset, dims=fixed, adapters=adapters)
 
 
-def exported_in(
+def read_export(
     folder: Path,
     source: ModelSource,
     *,
@@ -190,9 +190,9 @@ def exported_in(
     dims: Mapping[str, int],
     adapters: Sequence[str] = (),
 ) -> ExportedUNet:
-    """Return the export whose files lie in this directory, made by ``export`` with the same arguments."""
+    """Return the export in this directory, which ``export`` wrote with the same arguments."""
     parameters = read_parameters(folder / PARAMETERS_FILE)
-    return _described(
+    return _describe(
         folder,
         source.family,
         source.config,
@@ -204,7 +204,7 @@ def exported_in(
     )
 
 
-def _described(
+def _describe(
     folder: Path,
     family: Family,
     config: Mapping[str, Any],
@@ -215,7 +215,7 @@ def _described(
     dims: Mapping[str, int],
     adapters: Sequence[str],
 ) -> ExportedUNet:
-    """Return the description of an export whose files lie in this directory."""
+    """Return the ``ExportedUNet`` of the files in this directory."""
     specs = family.specs(config, PRECISIONS[precision], adapters)
     return ExportedUNet(
         path=folder / GRAPH_FILE,
@@ -233,8 +233,8 @@ def _described(
 def _read_sizes_from_sample(model: ir.Model, specs: tuple[TensorSpec, ...]) -> None:
     """Make the graph read sizes from the sample where PyTorch's exporter reads them from another input.
 
-    The exporter reads a size from any input that has it, such as a residual. A shallow graph would then need that input
-    for its shape alone.
+    The exporter reads a size from any input with that size, such as a residual. A shallow graph would then need that
+    input for its shape alone.
     """
     import onnx_ir as ir
 
@@ -242,8 +242,8 @@ def _read_sizes_from_sample(model: ir.Model, specs: tuple[TensorSpec, ...]) -> N
     axes = {dim: axis for axis, dim in enumerate(specs[0].shape) if isinstance(dim, str)}
     shapes = {spec.name: spec.shape for spec in specs[1:]}
 
-    def computed(before: ir.Node, kind: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
-        node = ir.node(kind, inputs, attributes)
+    def insert(before: ir.Node, op_type: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes)
         node.outputs[0].name = f"{before.outputs[0].name}_{len(model.graph)}"
         model.graph.insert_before(before, node)
         return node.outputs[0]
@@ -260,17 +260,17 @@ def _read_sizes_from_sample(model: ir.Model, specs: tuple[TensorSpec, ...]) -> N
             continue  # the sample does not have this size, e.g. the length of the text
         sizes_by_dim = []
         for part in dim_factors:
-            sizes = [computed(node, "Shape", [sample], start=axes[name], end=axes[name] + 1) for name in part.symbols]
+            sizes = [insert(node, "Shape", [sample], start=axes[name], end=axes[name] + 1) for name in part.symbols]
             if part.number != 1 or not sizes:
-                sizes.append(computed(node, "Constant", [], value_ints=[part.number]))
+                sizes.append(insert(node, "Constant", [], value_ints=[part.number]))
             size = sizes[0]
             for other in sizes[1:]:
-                size = computed(node, "Mul", [size, other])
+                size = insert(node, "Mul", [size, other])
             if part.divisor != 1:
-                size = computed(node, "Div", [size, computed(node, "Constant", [], value_ints=[part.divisor])])
+                size = insert(node, "Div", [size, insert(node, "Constant", [], value_ints=[part.divisor])])
             sizes_by_dim.append(size)
         node.outputs[0].replace_all_uses_with(
-            sizes_by_dim[0] if len(sizes_by_dim) == 1 else computed(node, "Concat", sizes_by_dim, axis=0)
+            sizes_by_dim[0] if len(sizes_by_dim) == 1 else insert(node, "Concat", sizes_by_dim, axis=0)
         )
         model.graph.remove(node, safe=True)
 

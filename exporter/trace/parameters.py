@@ -64,7 +64,7 @@ class StoredWeights:
         parameter = self._parameters[name]
         stored = self._initializers[parameter.initializer].const_value
         if stored is None or stored.dtype.name not in _DTYPES:
-            raise ModelError(f"the weight {name} is stored in low precision, to which nothing can be added")
+            raise ModelError(f"the weight {name} is stored quantized, so nothing can be added to it")
         dtype = getattr(torch, _DTYPES[stored.dtype.name])
         tensor = torch.frombuffer(bytearray(stored.tobytes()), dtype=dtype).view(tuple(stored.shape.numpy()))
         return tensor.T.contiguous() if parameter.transposed else tensor

@@ -12,7 +12,8 @@ from .convert import quiet
 if TYPE_CHECKING:
     import torch
 
-# diffusers calls .contiguous() from batch 64 on, which torch.export takes for another program. The graph is the same.
+# From batch 64 on diffusers also calls .contiguous(), which torch.export treats as a different program. The ONNX graph
+# is the same.
 _LARGEST_TRACED_BATCH = 63
 
 
@@ -36,7 +37,7 @@ def export_program(
     import torch
 
     names = [spec.name for spec in specs]
-    left_open = [spec.fixed(fixed) for spec in specs]
+    symbolic_specs = [spec.fixed(fixed) for spec in specs]
     is_video = family.is_video
 
     class Flat(torch.nn.Module):
@@ -46,15 +47,16 @@ def export_program(
 
         def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
             arguments = family.arguments(dict(zip(names, tensors, strict=True))) | {"return_dict": False}
-            output = (
-                _call_video_unet(self.unet, left_open, tensors, **arguments) if is_video else self.unet(**arguments)
-            )[0]
+            if is_video:
+                output = _call_video_unet(self.unet, symbolic_specs, tensors, **arguments)[0]
+            else:
+                output = self.unet(**arguments)[0]
             assert isinstance(output, torch.Tensor)
             return output
 
     symbol = dim_symbols(multiple, largest_batch=_LARGEST_TRACED_BATCH, is_video=is_video, even_batch=even_batch)
     dynamic = tuple(
-        {axis: symbol(dim) for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in left_open
+        {axis: symbol(dim) for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in symbolic_specs
     )
     examples = tuple(example_inputs(specs, dims).values())
     with torch.no_grad(), quiet():
@@ -103,13 +105,13 @@ def _call_video_unet(
 
     Args:
         specs: specs of the tensors, with symbols for the dimensions that stay symbolic.
-        tensors: every tensor that the arguments contain.
+        tensors: all tensors in the arguments.
     """
     import torch
     from torch.overrides import TorchFunctionMode
 
     class RepeatByExpansion(TorchFunctionMode):
-        """Repeats by expansion, as PyTorch's ONNX exporter (2.13) writes an invalid shape for a symbolic repetition."""
+        """Repeats by expansion: for a symbolic repetition PyTorch's ONNX exporter (2.13) writes an invalid shape."""
 
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
@@ -119,7 +121,7 @@ def _call_video_unet(
             inner = tensor.shape[1:]
             return tensor.unsqueeze(1).expand(-1, times, *inner).reshape(tensor.shape[0] * times, *inner)
 
-    # Until here the batch of each input is a symbol of its own.
+    # So far the batch of each input is a symbol of its own; make them equal.
     batches = [tensor.shape[0] for spec, tensor in zip(specs, tensors, strict=True) if spec.shape[0] == "batch"]
     for batch in batches[1:]:
         torch._check(batch == batches[0])  # type: ignore[no-untyped-call]

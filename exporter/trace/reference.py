@@ -1,4 +1,4 @@
-"""Reference outputs: what the model computes for a few inputs, stored next to an export to verify engines against.
+"""Reference: example inputs and the model's output for them, stored next to an export to verify engines.
 
 The reference of an export from PyTorch is eager PyTorch's output; that of foreign ONNX is ONNX Runtime's output of the
 unchanged file.
@@ -47,7 +47,7 @@ def save_reference(inputs: Mapping[str, torch.Tensor], noise_pred: torch.Tensor,
     """Write a UNet's inputs and its output to a file."""
     from safetensors.torch import save
 
-    # save_file would raise an error of its own for a full disk, and write a file that other users cannot read.
+    # save_file raises an error class of its own for a full disk, and writes a file that other users cannot read.
     path.write_bytes(save({**inputs, _OUTPUT: noise_pred.contiguous()}))
 
 

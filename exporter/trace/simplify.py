@@ -72,4 +72,4 @@ def _rules() -> list[RewriteRule]:
     def rule(name: str) -> RewriteRule:
         return getattr(common, f"{name}_rule")
 
-    return [*(each for name in _COMMUTING for each in rule(name).commute()), *map(rule, _RULES)]
+    return [*(variant for name in _COMMUTING for variant in rule(name).commute()), *map(rule, _RULES)]

@@ -16,7 +16,7 @@ from support.models import save_stable_diffusion
 from support.unets import SKIPS, eager, largest_difference, random_inputs, run
 
 from offcut.errors import CutError, ModelError, UserError
-from offcut.exporter.cut import TwinGraph, find_cut, find_cuts, is_cut_name, split, split_all
+from offcut.exporter.cut import GraphPair, find_cut, find_cuts, is_cut_name, split, split_all
 
 from .conftest import Family
 
@@ -29,29 +29,29 @@ def names_of(graph: object) -> list[str]:
     return [cut.name for cut in find_cuts(graph)]  # type: ignore[arg-type]
 
 
-def assert_exact(twin: TwinGraph, inputs: dict[str, torch.Tensor], engine: str) -> torch.Tensor:
+def assert_exact(pair: GraphPair, inputs: dict[str, torch.Tensor], engine: str) -> torch.Tensor:
     """With the full graph's fresh features, the shallow graph computes the full graph's output bit for bit."""
-    full = run(engine, twin.full, inputs)
+    full = run(engine, pair.full, inputs)
     noise_pred = full.pop("noise_pred")
-    result = run(engine, twin.shallow, {**inputs, **full})
+    result = run(engine, pair.shallow, {**inputs, **full})
     assert list(result) == ["noise_pred"]
     assert torch.isfinite(noise_pred).all()
-    assert torch.equal(result["noise_pred"], noise_pred), twin.cut.name
-    for spec in twin.cached:
+    assert torch.equal(result["noise_pred"], noise_pred), pair.cut.name
+    for spec in pair.cached:
         stale = {**inputs, **full, spec.name: torch.zeros_like(full[spec.name])}
-        without = run(engine, twin.shallow, stale)["noise_pred"]
-        assert not torch.equal(without, noise_pred), f"{twin.cut.name} does not depend on {spec.name}"
+        without = run(engine, pair.shallow, stale)["noise_pred"]
+        assert not torch.equal(without, noise_pred), f"{pair.cut.name} does not depend on {spec.name}"
     return noise_pred
 
 
 @pytest.fixture(scope="module")
-def twins(
+def pairs(
     family: Callable[[str], Family], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], list[TwinGraph]]:
+) -> Callable[[str], list[GraphPair]]:
     """Every cut of a family's graph."""
-    made: dict[str, list[TwinGraph]] = {}
+    made: dict[str, list[GraphPair]] = {}
 
-    def get(name: str) -> list[TwinGraph]:
+    def get(name: str) -> list[GraphPair]:
         if name not in made:
             graph = family(name).graph
             made[name] = split_all(graph, find_cuts(graph), tmp_path_factory.mktemp(f"{name}-cuts"))
@@ -139,9 +139,9 @@ def test_cut_names_are_checked_without_a_graph(name: str, valid: bool) -> None:
     assert is_cut_name(name) is valid
 
 
-def test_the_mlperf_cut_keeps_the_features_of_the_whole_last_block(twins: Callable[[str], list[TwinGraph]]) -> None:
+def test_the_mlperf_cut_keeps_the_features_of_the_whole_last_block(pairs: Callable[[str], list[GraphPair]]) -> None:
     """With two layers a block, as in SDXL: the deep feature of the block's first layer and two skips that go stale."""
-    mlperf = twins("sdxl")[-1]
+    mlperf = pairs("sdxl")[-1]
     assert [spec.name for spec in mlperf.cached] == ["deep_feature_2", "skip_feature_1", "skip_feature_2"]
     assert all(spec.shape[2:] == ("height", "width") for spec in mlperf.cached)
 
@@ -152,12 +152,12 @@ def test_the_mlperf_cut_keeps_the_features_of_the_whole_last_block(twins: Callab
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shallow_with_fresh_features_equals_full_bit_for_bit(
-    name: str, engine: str, family: Callable[[str], Family], twins: Callable[[str], list[TwinGraph]]
+    name: str, engine: str, family: Callable[[str], Family], pairs: Callable[[str], list[GraphPair]]
 ) -> None:
     inputs = random_inputs(family(name).model, **SHAPE)
     expected = eager(family(name).model, inputs)
-    for twin in twins(name):
-        noise_pred = assert_exact(twin, inputs, engine)
+    for pair in pairs(name):
+        noise_pred = assert_exact(pair, inputs, engine)
         assert largest_difference(noise_pred, expected) <= 1e-4
 
 
@@ -165,22 +165,22 @@ def test_shallow_with_fresh_features_equals_full_bit_for_bit(
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("shape", [(1, 4, 4, 1), (3, 16, 6, 20)])
 def test_the_equality_holds_at_every_shape(
-    shape: tuple[int, int, int, int], engine: str, plain: Family, twins: Callable[[str], list[TwinGraph]]
+    shape: tuple[int, int, int, int], engine: str, plain: Family, pairs: Callable[[str], list[GraphPair]]
 ) -> None:
     batch, height, width, sequence = shape
     inputs = random_inputs(plain.model, batch=batch, height=height, width=width, sequence=sequence)
-    for twin in twins("plain"):
-        assert_exact(twin, inputs, engine)
+    for pair in pairs("plain"):
+        assert_exact(pair, inputs, engine)
 
 
 def test_the_features_are_those_of_the_decoder_in_pytorch(
-    plain: Family, twins: Callable[[str], list[TwinGraph]]
+    plain: Family, pairs: Callable[[str], list[GraphPair]]
 ) -> None:
     """A cached feature is the tensor that the up block's layer receives, before the skip is joined to it."""
     from diffusers import UNet2DConditionModel
 
     inputs = random_inputs(plain.model, **SHAPE)
-    full = run("onnxruntime", twins("plain")[0].full, inputs)
+    full = run("onnxruntime", pairs("plain")[0].full, inputs)
     unet = UNet2DConditionModel.from_pretrained(plain.model).eval()
     joined: list[torch.Tensor] = []
     for block in unet.up_blocks:
@@ -193,35 +193,35 @@ def test_the_features_are_those_of_the_decoder_in_pytorch(
         assert largest_difference(feature, tensor[:, : feature.shape[1]]) <= 1e-4
 
 
-def test_the_files_declare_the_contract(twins: Callable[[str], list[TwinGraph]]) -> None:
-    for twin in twins("plain"):
-        full, shallow = ir.load(twin.full).graph, ir.load(twin.shallow).graph
+def test_the_files_declare_the_contract(pairs: Callable[[str], list[GraphPair]]) -> None:
+    for pair in pairs("plain"):
+        full, shallow = ir.load(pair.full).graph, ir.load(pair.shallow).graph
         assert full.outputs[0].name == "noise_pred"
         assert [value.name for value in shallow.outputs] == ["noise_pred"]
         given = {str(value.name): value for value in shallow.inputs}
         made = {str(value.name): value for value in full.outputs}
-        assert twin.cached == twin.cut.cached
-        for spec in twin.cached:
+        assert pair.cached == pair.cut.cached
+        for spec in pair.cached:
             for value in (given[spec.name], made[spec.name]):
                 assert value.shape is not None
                 assert tuple(d if isinstance(d, int) else d.value for d in value.shape) == spec.shape
                 assert value.dtype == ir.DataType.FLOAT
-        assert set(given) - {spec.name for spec in twin.cached} <= {"sample", "timestep", "encoder_hidden_states"}
+        assert set(given) - {spec.name for spec in pair.cached} <= {"sample", "timestep", "encoder_hidden_states"}
 
 
-def test_a_shallow_graph_keeps_only_what_it_runs(twins: Callable[[str], list[TwinGraph]]) -> None:
-    full = len(ir.load(twins("plain")[0].full).graph)
-    nodes = [len(ir.load(twin.shallow).graph) for twin in twins("plain")[:-1]]
+def test_a_shallow_graph_keeps_only_what_it_runs(pairs: Callable[[str], list[GraphPair]]) -> None:
+    full = len(ir.load(pairs("plain")[0].full).graph)
+    nodes = [len(ir.load(pair.shallow).graph) for pair in pairs("plain")[:-1]]
     assert nodes == sorted(nodes)
     assert nodes[0] < full / 3
-    convolutions = [node.op_type for node in ir.load(twins("plain")[0].shallow).graph].count("Conv")
+    convolutions = [node.op_type for node in ir.load(pairs("plain")[0].shallow).graph].count("Conv")
     # conv_in; the last layer's two and its shortcut, its attention block's two; conv_out.
     assert convolutions == 7
 
 
 @pytest.mark.smoke
 def test_the_graphs_refer_to_one_weights_file_beside_them(plain: Family, tmp_path: Path) -> None:
-    twin = split(plain.graph, "deepcache:0", tmp_path / "elsewhere")
+    pair = split(plain.graph, "deepcache:0", tmp_path / "elsewhere")
     assert {file.name for file in (tmp_path / "elsewhere").iterdir()} == {
         "full.onnx",
         "shallow-deepcache-0.onnx",
@@ -231,9 +231,9 @@ def test_the_graphs_refer_to_one_weights_file_beside_them(plain: Family, tmp_pat
     assert copy.read_bytes() == plain.graph.weights.read_bytes()
     # The onnx package refuses weights with a second hard link, also the export's own.
     assert copy.stat().st_nlink == plain.graph.weights.stat().st_nlink == 1
-    onnx.load(str(twin.full))
-    onnx.load(str(twin.shallow))
-    for path in (twin.full, twin.shallow):
+    onnx.load(str(pair.full))
+    onnx.load(str(pair.shallow))
+    for path in (pair.full, pair.shallow):
         locations = {
             value.const_value.location
             for value in ir.load(path).graph.initializers.values()
@@ -253,9 +253,9 @@ def test_weights_are_linked_on_request_and_copied_where_they_cannot_be(
 
     if not possible:
         monkeypatch.setattr(os, "link", refuse)
-    (twin,) = split_all(plain.graph, ["deepcache:1"], tmp_path, link=True)
+    (pair,) = split_all(plain.graph, ["deepcache:1"], tmp_path, link=True)
     assert (tmp_path / "weights.data").samefile(plain.graph.weights) is possible
-    assert_exact(twin, random_inputs(plain.model, **SHAPE), "onnxruntime")
+    assert_exact(pair, random_inputs(plain.model, **SHAPE), "onnxruntime")
     (tmp_path / "weights.data").unlink()
 
 
@@ -267,9 +267,9 @@ def test_weights_behind_a_link_are_linked_themselves(plain: Family, tmp_path: Pa
         shutil.copyfile(file, tmp_path / "blobs" / file.name)
         (tmp_path / "snapshot" / file.name).symlink_to(Path("..") / "blobs" / file.name)
     out = tmp_path / "a" / "b" / "cut"
-    (twin,) = split_all(tmp_path / "snapshot" / "unet.onnx", ["deepcache:0"], out, link=True)
-    assert not (twin.full.parent / "weights.data").is_symlink()
-    assert_exact(twin, random_inputs(plain.model, **SHAPE), "onnxruntime")
+    (pair,) = split_all(tmp_path / "snapshot" / "unet.onnx", ["deepcache:0"], out, link=True)
+    assert not (pair.full.parent / "weights.data").is_symlink()
+    assert_exact(pair, random_inputs(plain.model, **SHAPE), "onnxruntime")
 
 
 def test_a_cut_in_the_exports_directory_leaves_the_export_unchanged(plain: Family, tmp_path: Path) -> None:
@@ -280,10 +280,10 @@ def test_a_cut_in_the_exports_directory_leaves_the_export_unchanged(plain: Famil
     assert first.full == second.full == folder / "full.onnx"
 
 
-def test_a_full_graph_can_be_cut_again(plain: Family, twins: Callable[[str], list[TwinGraph]], tmp_path: Path) -> None:
+def test_a_full_graph_can_be_cut_again(plain: Family, pairs: Callable[[str], list[GraphPair]], tmp_path: Path) -> None:
     """The result is the same as that of a first cut of the export."""
     fresh = split_all(plain.graph, ["mlperf", "deepcache:2"], tmp_path / "fresh")
-    again = split_all(twins("plain")[0].full, ["mlperf", "deepcache:2"], tmp_path / "again")
+    again = split_all(pairs("plain")[0].full, ["mlperf", "deepcache:2"], tmp_path / "again")
     for one, other in zip(fresh, again, strict=True):
         assert one.cut.cached == other.cut.cached
         assert_exact(other, random_inputs(plain.model, **SHAPE), "onnxruntime")
@@ -291,9 +291,9 @@ def test_a_full_graph_can_be_cut_again(plain: Family, twins: Callable[[str], lis
 
 
 def test_a_graph_is_never_overwritten_by_its_own_full_graph(
-    twins: Callable[[str], list[TwinGraph]], tmp_path: Path
+    pairs: Callable[[str], list[GraphPair]], tmp_path: Path
 ) -> None:
-    for file in twins("plain")[0].full.parent.iterdir():
+    for file in pairs("plain")[0].full.parent.iterdir():
         shutil.copyfile(file, tmp_path / file.name)
     before = (tmp_path / "full.onnx").read_bytes()
     with pytest.raises(ModelError, match="would be overwritten by its own full graph: give another directory"):
@@ -301,9 +301,9 @@ def test_a_graph_is_never_overwritten_by_its_own_full_graph(
     assert (tmp_path / "full.onnx").read_bytes() == before
 
 
-def test_a_shallow_graph_is_not_taken_for_a_unet(twins: Callable[[str], list[TwinGraph]]) -> None:
+def test_a_shallow_graph_is_not_taken_for_a_unet(pairs: Callable[[str], list[GraphPair]]) -> None:
     with pytest.raises(UserError):
-        split(twins("plain")[0].shallow, "deepcache:0")
+        split(pairs("plain")[0].shallow, "deepcache:0")
 
 
 # ---- what others exported
@@ -365,8 +365,8 @@ def test_joins_are_found_by_topology_alone(
     assert [(cut.name, cut.cached) for cut in cuts] == [(cut.name, cut.cached) for cut in find_cuts(plain.graph)]
     inputs = random_inputs(plain.model, **SHAPE)
     expected = next(iter(run(engine, graph, inputs).values()))
-    for twin in split_all(graph, cuts, tmp_path / "cut"):
-        assert torch.equal(assert_exact(twin, inputs, engine), expected)
+    for pair in split_all(graph, cuts, tmp_path / "cut"):
+        assert torch.equal(assert_exact(pair, inputs, engine), expected)
 
 
 def inlined(graph: Path, path: Path) -> Path:
@@ -383,14 +383,14 @@ def test_weights_inside_the_onnx_file_are_written_out_once(elsewhere: bool, plai
     assert graph.stat().st_size > plain.graph.weights.stat().st_size
     before = graph.read_bytes()
     out = tmp_path / "cut" if elsewhere else graph.parent
-    twins = split_all(graph, ["deepcache:0", "mlperf"], out)
+    pairs = split_all(graph, ["deepcache:0", "mlperf"], out)
     weights = (out / "weights.data").stat().st_size
     assert abs(weights - plain.graph.weights.stat().st_size) < 100_000
     assert sum(file.stat().st_size for file in out.glob("*.onnx") if file != graph) < 500_000
     assert graph.read_bytes() == before
     inputs = random_inputs(plain.model, **SHAPE)
-    for twin in twins:
-        assert_exact(twin, inputs, "onnxruntime")
+    for pair in pairs:
+        assert_exact(pair, inputs, "onnxruntime")
 
 
 def test_written_weights_do_not_overwrite_a_linked_file(plain: Family, tmp_path: Path) -> None:
@@ -527,8 +527,8 @@ def test_a_torchscript_export_has_the_same_cuts(engine: str, torchscript: Path, 
     assert [(cut.name, cut.cached) for cut in cuts] == [(cut.name, cut.cached) for cut in find_cuts(plain.graph)]
     inputs = random_inputs(plain.model, **SHAPE)
     expected = eager(plain.model, inputs)
-    for twin in split_all(torchscript, cuts, tmp_path):
-        assert largest_difference(assert_exact(twin, inputs, engine), expected) <= 1e-4
+    for pair in split_all(torchscript, cuts, tmp_path):
+        assert largest_difference(assert_exact(pair, inputs, engine), expected) <= 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -552,8 +552,8 @@ def test_an_optimum_export_has_the_same_cuts(engine: str, optimum: tuple[Path, P
     inputs = random_inputs(model / "unet", batch=2, height=16, width=24)
     expected = eager(model / "unet", {**inputs, "timestep": torch.tensor([500.0, 500.0])})
     given = {**inputs, "timestep": one_timestep(graph)}
-    for twin in split_all(graph, cuts, tmp_path):
-        assert largest_difference(assert_exact(twin, given, engine), expected) <= 1e-4
+    for pair in split_all(graph, cuts, tmp_path):
+        assert largest_difference(assert_exact(pair, given, engine), expected) <= 1e-4
 
 
 def one_timestep(graph: Path) -> torch.Tensor:
@@ -567,9 +567,9 @@ def one_timestep(graph: Path) -> torch.Tensor:
 @pytest.mark.slow
 def test_static_graphs_have_the_same_cuts(static: Family, tmp_path: Path) -> None:
     inputs = random_inputs(static.model, batch=2, height=6, width=12)
-    twins = split_all(static.graph, find_cuts(static.graph), tmp_path)
-    assert [twin.cut.name for twin in twins] == ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]
-    assert [spec.shape for spec in twins[2].cached] == [(2, 32, 3, 6)]
+    pairs = split_all(static.graph, find_cuts(static.graph), tmp_path)
+    assert [pair.cut.name for pair in pairs] == ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]
+    assert [spec.shape for spec in pairs[2].cached] == [(2, 32, 3, 6)]
     for engine in ENGINES:
-        for twin in twins:
-            assert_exact(twin, inputs, engine)
+        for pair in pairs:
+            assert_exact(pair, inputs, engine)

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from offcut.errors import ModelError, UserError
 from offcut.exporter.cut import find_cuts
-from offcut.exporter.graph import PROBE, infer_shapes, read
+from offcut.exporter.graph import PROBE_DIMS, infer_shapes, read
 
 from .conftest import Family
 
@@ -84,7 +84,7 @@ def test_fixed_dimensions_stay_fixed(tmp_path: Path) -> None:
     assert graph.output.shape == (1, 4, 8, 8)
 
 
-@pytest.mark.parametrize("dims", [PROBE, {"batch": 1, "height": 8, "width": 4, "sequence": 2}])
+@pytest.mark.parametrize("dims", [PROBE_DIMS, {"batch": 1, "height": 8, "width": 4, "sequence": 2}])
 def test_shapes_are_inferred_at_the_given_dimensions(dims: dict[str, int], plain: Family) -> None:
     shapes = infer_shapes(read(plain.graph.path), dims)
     batch, height, width = dims["batch"], dims["height"], dims["width"]

@@ -87,12 +87,12 @@ def test_full_and_shallow_graphs_compute_what_diffusers_does(
 
     reads = {}
     for cut in ("deepcache:0", "deepcache:8"):
-        twin = offcut.split(exported, cut, tmp_path / cut.replace(":", "-"))
-        full = run(engine, twin.full, inputs)
+        pair = offcut.split(exported, cut, tmp_path / cut.replace(":", "-"))
+        full = run(engine, pair.full, inputs)
         assert largest_difference(full["noise_pred"], expected) < 2e-5
-        shallow = run(engine, twin.shallow, inputs | full)
+        shallow = run(engine, pair.shallow, inputs | full)
         assert torch.equal(shallow["noise_pred"], full["noise_pred"])
-        graph = onnx.load(str(twin.shallow), load_external_data=False).graph
+        graph = onnx.load(str(pair.shallow), load_external_data=False).graph
         reads[cut] = {value.name for value in graph.input} & {"image_embeds_0", "image_embeds_1", "ip_adapter_scale"}
     assert reads["deepcache:0"] == set()  # no attention out there
     assert len(reads["deepcache:8"]) == 3

@@ -47,7 +47,7 @@ def test_several_are_added_with_their_scales(tiny_pipeline_dir: Path, tmp_path: 
 
 def test_a_text_encoders_layers_are_kept_apart(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
     lora = read(save_lora("kohya", tiny_pipeline_dir, tmp_path), config_of(tiny_pipeline_dir))
-    assert lora.text_encoder == 4
+    assert lora.text_layer_count == 4
     assert not [name for name in lora.layers if "text" in name]
     assert set(lora.text_layers["text_encoder"]) == {
         f"text_model.encoder.layers.0.self_attn.to_{part}" for part in ("q", "k", "v", "out")

@@ -51,9 +51,9 @@ def test_deeper_cuts_have_costlier_shallow_steps(plain: Family) -> None:
 def test_cache_bytes_are_those_of_the_features(plain: Family, tmp_path: Path) -> None:
     inputs = random_inputs(plain.model, **DIMS)
     for cost in measure_cuts(plain.graph, DIMS):
-        (twin,) = split_all(plain.graph, [cost.cut], tmp_path / cost.cut.slug)
-        outputs = run("onnxruntime", twin.full, inputs)
-        assert cost.cache_bytes == sum(outputs[spec.name].nbytes for spec in twin.cached)
+        (pair,) = split_all(plain.graph, [cost.cut], tmp_path / cost.cut.slug)
+        outputs = run("onnxruntime", pair.full, inputs)
+        assert cost.cache_bytes == sum(outputs[spec.name].nbytes for spec in pair.cached)
 
 
 @pytest.mark.parametrize(

@@ -155,12 +155,12 @@ def test_the_graphs_agree_with_eager_pytorch_and_the_shallow_one_takes_only_what
     assert largest_difference(full, eager(folder, inputs)) > 1e-2  # they matter
 
     cut = find_cuts(unet)[0]
-    twin = split(unet, cut, tmp_path / "split")
-    made = run("onnxruntime", twin.full, given)
-    shallow = run("onnxruntime", twin.shallow, {**given, **made})["noise_pred"]
+    pair = split(unet, cut, tmp_path / "split")
+    made = run("onnxruntime", pair.full, given)
+    shallow = run("onnxruntime", pair.shallow, {**given, **made})["noise_pred"]
     assert torch.equal(shallow, made["noise_pred"])
     import onnx
 
-    read = {value.name for value in onnx.load(twin.shallow, load_external_data=False).graph.input}
+    read = {value.name for value in onnx.load(pair.shallow, load_external_data=False).graph.input}
     assert "down_block_residual_0" in read
     assert not {"down_block_residual_1", "mid_block_residual", "down_intrablock_residual_0"} & read

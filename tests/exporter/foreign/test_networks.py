@@ -163,7 +163,10 @@ def _of_no_pipeline(pipeline: Path) -> None:
         (_no_encoder, r"has no vae_encoder/model\.onnx, half of its autoencoder: export it again"),
         (_no_text_encoder, r"has no text_encoder/model\.onnx: export it again"),
         (_of_another_class, "has a text_encoder that offcut cannot take from ONNX: it takes CLIPTextModel, "),
-        (_of_no_pipeline, "is of the pipeline OnnxStrangePipeline, which diffusers does not have: give a directory"),
+        (
+            _of_no_pipeline,
+            "has the pipeline class OnnxStrangePipeline, which diffusers does not have: give a directory",
+        ),
     ],
 )
 def test_what_cannot_be_taken_is_one_sentence(

@@ -87,13 +87,13 @@ def test_it_is_cut_bit_for_bit(name: str, engine: str, saved: Callable[..., tupl
         PLAIN_CUTS if name == "plain" else [*(f"deepcache:{k}" for k in range(9)), "mlperf"]
     )
     inputs = random_inputs(model, batch=2, height=8, width=12)
-    for twin in split_all(graph, cuts):
-        full = run(engine, twin.full, inputs)
+    for pair in split_all(graph, cuts):
+        full = run(engine, pair.full, inputs)
         noise_pred = full.pop("noise_pred")
         assert largest_difference(noise_pred, eager(model, inputs)) <= 1e-4
-        assert torch.equal(run(engine, twin.shallow, {**inputs, **full})["noise_pred"], noise_pred)
+        assert torch.equal(run(engine, pair.shallow, {**inputs, **full})["noise_pred"], noise_pred)
         stale = {**inputs, **{key: torch.zeros_like(value) for key, value in full.items()}}
-        assert not torch.equal(run(engine, twin.shallow, stale)["noise_pred"], noise_pred)
+        assert not torch.equal(run(engine, pair.shallow, stale)["noise_pred"], noise_pred)
 
 
 def test_the_reference_is_the_output_of_the_unchanged_file(
@@ -158,10 +158,10 @@ def test_dimensions_may_be_fixed(saved: Callable[..., tuple[Path, Path]], tmp_pa
     graph = imported(folder, tmp_path, dims={"batch": 2, "height": 8, "width": 8})
     assert [graph.inputs[name].shape for name in ("sample", "timestep")] == [(2, 4, 8, 8), (2,)]
     inputs = random_inputs(model, batch=2, height=8, width=8)
-    twins = split_all(graph, find_cuts(graph))
-    assert twins[0].cached[0].shape == (2, 16, 8, 8)
+    pairs = split_all(graph, find_cuts(graph))
+    assert pairs[0].cached[0].shape == (2, 16, 8, 8)
     for engine in ENGINES:
-        assert largest_difference(run(engine, twins[0].full, inputs)["noise_pred"], eager(model, inputs)) <= 1e-4
+        assert largest_difference(run(engine, pairs[0].full, inputs)["noise_pred"], eager(model, inputs)) <= 1e-4
     with pytest.raises(ModelError, match="dims: depth cannot be fixed"):
         imported(folder, tmp_path / "other", dims={"depth": 2})
 
@@ -180,11 +180,11 @@ def test_a_file_of_one_size_keeps_it(saved: Callable[..., tuple[Path, Path]], tm
     graph = imported(folder, tmp_path / "out", dims=sizes)
     assert [graph.inputs[name].shape for name in ("sample", "timestep")] == [(2, 4, 16, 16), (2,)]
     inputs = random_inputs(model, batch=2, height=16, width=16)
-    for twin in split_all(graph, find_cuts(graph)):
-        full = run("onnxruntime", twin.full, inputs)
+    for pair in split_all(graph, find_cuts(graph)):
+        full = run("onnxruntime", pair.full, inputs)
         noise_pred = full.pop("noise_pred")
         assert largest_difference(noise_pred, eager(model, inputs)) <= 1e-4
-        assert torch.equal(run("onnxruntime", twin.shallow, {**inputs, **full})["noise_pred"], noise_pred)
+        assert torch.equal(run("onnxruntime", pair.shallow, {**inputs, **full})["noise_pred"], noise_pred)
 
 
 def test_an_older_opset_is_supported(saved: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_safetensors_win_over_foreign_onnx(saved: Callable[..., tuple[Path, Path
     shutil.copyfile(folder / "model.onnx", both / "model.onnx")
     assert not is_foreign(both)
     assert not locate(both).onnx
-    with pytest.raises(ModelError, match="holds its UNet as ONNX, without the weights for PyTorch that this needs"):
+    with pytest.raises(ModelError, match="holds its UNet as ONNX only, and this needs PyTorch weights"):
         load_unet(locate(folder))
 
 
@@ -282,8 +282,8 @@ def _embed_directly(graph: onnx.GraphProto) -> None:
     ("damage", "sentence"),
     [
         (_truncate, r"model\.onnx is not a readable ONNX file: export or download it again"),
-        (_lose_the_weights, r"needs its weights model\.data beside it, which are not there: copy both"),
-        (_cut_the_weights_short, r"model\.data is cut short: copy or export it again"),
+        (_lose_the_weights, r"needs its weights file model\.data, which is missing: copy both files"),
+        (_cut_the_weights_short, r"model\.data is truncated: copy or export it again"),
         (
             _edit(_add_input),
             "has the inputs sample, timestep, encoder_hidden_states, mid_residual, but the UNet of its",

@@ -97,10 +97,10 @@ def test_the_cut_finds_every_join_and_is_exact(
         assert all(spec.dtype == "float32" for spec in other.cached)
     inputs = random_inputs(plain.model, batch=2, height=8, width=8)
     for cut in ("deepcache:1", "mlperf"):
-        twin = split(path, cut, tmp_path / cut.replace(":", ""))
-        assert (twin.full.parent / "weights.data").stat().st_size < made.weights.stat().st_size
-        whole = run("onnxruntime", twin.full, inputs)
-        again = run("onnxruntime", twin.shallow, {**inputs, **whole})
+        pair = split(path, cut, tmp_path / cut.replace(":", ""))
+        assert (pair.full.parent / "weights.data").stat().st_size < made.weights.stat().st_size
+        whole = run("onnxruntime", pair.full, inputs)
+        again = run("onnxruntime", pair.shallow, {**inputs, **whole})
         scale = float(whole["noise_pred"].abs().max())
         assert largest_difference(again["noise_pred"], whole["noise_pred"]) < 0.02 * scale
 
@@ -142,7 +142,7 @@ def test_the_error_graph_measures_the_error_of_each_layer(
     inputs = random_inputs(plain.model, batch=2, height=8, width=8)
     noise: dict[float, list[float]] = {}
     for width in (8.0, 64.0):
-        graph = tmp_path / f"twins-{width}.onnx"
+        graph = tmp_path / f"pairs-{width}.onnx"
         order = write_error_graph(
             tmp_path / made.path.name, graph, INT8, everywhere(layers, Range(-width, width)), names
         )

@@ -13,7 +13,7 @@ from support.videos import SKIPS, new_unet, random_inputs, save_video_unet
 
 from offcut.engines.bundle.bundle import onnx_of
 from offcut.errors import ModelError, ShapeError
-from offcut.exporter.cut import TwinGraph, find_cuts, split_all
+from offcut.exporter.cut import GraphPair, find_cuts, split_all
 from offcut.exporter.families import FEWEST_FRAMES, family_of
 from offcut.exporter.graph import contract
 from offcut.exporter.load import locate
@@ -38,7 +38,7 @@ def graph(name: str, video_bundle: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def twins(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> list[TwinGraph]:
+def pairs(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> list[GraphPair]:
     return split_all(graph, find_cuts(graph), tmp_path_factory.mktemp("video-cuts"))
 
 
@@ -112,29 +112,29 @@ def test_every_skip_connection_is_a_cut_whose_features_are_all_frames_of_all_vid
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_shallow_with_fresh_features_equals_full_bit_for_bit_at_every_size(
-    engine: str, name: str, twins: list[TwinGraph]
+    engine: str, name: str, pairs: list[GraphPair]
 ) -> None:
     unet = new_unet(name)
     for size in SIZES:
         inputs = random_inputs(name, **size)
         with torch.no_grad():
             expected = unet(**inputs).sample
-        for twin in twins:
-            full = run(engine, twin.full, inputs)
+        for pair in pairs:
+            full = run(engine, pair.full, inputs)
             noise_pred = full.pop("noise_pred")
             assert largest_difference(noise_pred, expected) < 2e-5
-            shallow = run(engine, twin.shallow, {**inputs, **full})["noise_pred"]
-            assert torch.equal(shallow, noise_pred), twin.cut.name
-            for spec in twin.cached:
+            shallow = run(engine, pair.shallow, {**inputs, **full})["noise_pred"]
+            assert torch.equal(shallow, noise_pred), pair.cut.name
+            for spec in pair.cached:
                 assert tuple(full[spec.name].shape) == spec.resolve({**size, "sequence": 7})
                 stale = {**inputs, **full, spec.name: torch.zeros_like(full[spec.name])}
-                assert not torch.equal(run(engine, twin.shallow, stale)["noise_pred"], noise_pred), spec.name
+                assert not torch.equal(run(engine, pair.shallow, stale)["noise_pred"], noise_pred), spec.name
 
 
 @pytest.mark.slow
-def test_the_shallow_graph_reads_the_number_of_frames_from_the_latent(twins: list[TwinGraph]) -> None:
+def test_the_shallow_graph_reads_the_number_of_frames_from_the_latent(pairs: list[GraphPair]) -> None:
     """Otherwise it would need the text for its shape alone, although it has no layers that read the text."""
-    inputs = contract(twins[-1].shallow)["inputs"]
+    inputs = contract(pairs[-1].shallow)["inputs"]
     assert "frames" in inputs["sample"].shape
     assert inputs["deep_feature_1"].shape[0] == "batch*frames"
 
@@ -157,8 +157,8 @@ def test_dimensions_may_be_fixed(tmp_path: Path) -> None:
     cut = find_cuts(made)[2]
     assert cut.cached[0].shape == (6, 64, "height/2", "width/2")
     inputs = random_inputs(name, batch=2, frames=3, height=8, width=12)
-    twin = split_all(made, ["deepcache:2"])[0]
-    full = run("onnxruntime", twin.full, inputs)
+    pair = split_all(made, ["deepcache:2"])[0]
+    full = run("onnxruntime", pair.full, inputs)
     with torch.no_grad():
         assert largest_difference(full["noise_pred"], new_unet(name)(**inputs).sample) < 2e-5
-    assert torch.equal(run("onnxruntime", twin.shallow, {**inputs, **full})["noise_pred"], full["noise_pred"])
+    assert torch.equal(run("onnxruntime", pair.shallow, {**inputs, **full})["noise_pred"], full["noise_pred"])
