@@ -6,7 +6,7 @@
     │   ├── CutError              no such cut in this graph
     │   ├── BundleError           a bundle that is damaged, altered, too new, or does not fit
     │   ├── EngineError           an engine that is missing, unusable here, or built for another machine
-    │   │   └── MissingExtraError     a package is missing that an extra installs
+    │   │   └── MissingExtraError     a package of one of offcut's extras is not installed
     │   ├── ShapeError            an input outside the shapes that the engine was built for
     │   ├── ScheduleError         a schedule that cannot be followed
     │   ├── ParityError           an engine's output differs from PyTorch's by more than its bound
@@ -55,8 +55,10 @@ class EngineError(UserError):
 class MissingExtraError(EngineError):
     """A package of one of offcut's extras is not installed."""
 
-    def __init__(self, what: str, package: str, extra: str) -> None:
-        super().__init__(f"{what} needs the package {package}, which is not installed: pip install 'offcut[{extra}]'")
+    def __init__(self, feature: str, package: str, extra: str) -> None:
+        super().__init__(
+            f"{feature} needs the package {package}, which is not installed: pip install 'offcut[{extra}]'"
+        )
 
 
 class ShapeError(UserError):
@@ -103,11 +105,11 @@ class RequestCancelledError(RequestError):
 
 
 class ReplicaLostError(RequestError):
-    """Every replica that worked on the request ended before completing it; another try may succeed."""
+    """Every replica that worked on the request ended before completing it; a retry may succeed."""
 
 
 class WorkerClosedError(RequestError):
-    """The worker is closing, and accepts no requests."""
+    """The worker is closing or closed, and accepts no requests."""
 
 
 class InternalError(OffcutError):

@@ -1,4 +1,7 @@
-"""The command line. A command parses its options, calls one function and prints; each is a line in the table below."""
+"""The command line.
+
+Each command is an entry of ``_COMMANDS``: it parses its options, calls one function and prints the result.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import typer
 
 from ..errors import UserError
 from . import bench, bundles, graphs, images, serve, tuning
-from .shell import complain, out
+from .shell import out, print_error
 
 app = typer.Typer(
     name="offcut",
@@ -62,9 +65,9 @@ app.add_typer(bench.app)
 
 
 def main() -> None:
-    """Run the command line: a user's error is one sentence and exit code 1, a bug of offcut keeps its traceback."""
+    """Run the command line. A ``UserError`` prints one sentence and exits with 1; other errors keep their traceback."""
     try:
         app()
     except UserError as error:
-        complain(error)
+        print_error(error)
         sys.exit(1)

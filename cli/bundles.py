@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..engines.builder.request import BuildRequest, Sizes
 from .options import Adapters, BundleArgument, Fix, IPAdapters, Json, Loras, unpack
-from .shell import bar, dims_of, out, print_contract, print_json, quiet_libraries, settings_of, stages
+from .shell import out, parse_dims, parse_settings, print_contract, print_json, quiet_libraries, stages, steps_bar
 
 if TYPE_CHECKING:
     from ..engines.bundle.bundle import Bundle
@@ -113,12 +113,12 @@ def build(
     from ..exporter.ip_adapter import IPAdapter
     from ..exporter.lora import ScaledLora
 
-    settings = settings_of(setting or [], list(request.engines))
+    settings = parse_settings(setting or [], list(request.engines))
     if compute_capability:
         settings.setdefault("tensorrt-rtx", {})["compute_capabilities"] = tuple(compute_capability)
     request = replace(
         request,
-        dims=dims_of(fix),
+        dims=parse_dims(fix),
         profiles=sizes,
         settings=settings,
         loras=tuple(map(ScaledLora.parse, lora or ())),
@@ -206,7 +206,7 @@ def inspect(
         stage("load the bundle")
         pipe = load(opened, engine, device=device)
     request = ImageRequest(prompt, steps=steps, height=height, width=width)
-    with bar(steps) as step:
+    with steps_bar(steps) as step:
         parts = time_components(pipe, request, Uniform(interval) if interval > 1 else None, on_step=step)
     if as_json:
         print_json({"path": str(opened.path), "digest": opened.digest, "parts": [asdict(part) for part in parts]})

@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from .options import Adapters, Attention, Fix, Json, Model, Opset, Precision, Revision, Subfolder, Variant
-from .shell import contract_json, dims_of, out, print_contract, print_json, stages
+from .shell import contract_json, out, parse_dims, print_contract, print_json, stages
 
 if TYPE_CHECKING:
     from ..exporter.specs import TensorSpec
@@ -39,7 +39,7 @@ def export(
             output,
             precision=precision,
             opset=opset or DEFAULT_OPSET,
-            dims=dims_of(fix),
+            dims=parse_dims(fix),
             adapters=adapter or (),
             revision=revision,
             variant=variant,

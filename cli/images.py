@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..runtime.images.request import ImageRequest, guidance_of
 from .options import BundleArgument, EngineChoice, EngineName, Json, Loras, unpack
-from .shell import bar, err, loras_of, out, print_json, quiet_libraries, stages
+from .shell import err, out, parse_loras, print_json, quiet_libraries, stages, steps_bar
 
 if TYPE_CHECKING:
     from ..engines.base import OpenOptions
@@ -26,7 +26,7 @@ _REQUEST = {
     "prompt": typer.Argument(help="Text to generate from, for pipelines that take one."),
     "negative_prompt": typer.Option(help="Text to steer away from."),
     "steps": typer.Option(help="Number of scheduler steps.", min=1),
-    "guidance": typer.Option(help="Guidance scale; 1 switches guidance off. Default 7.5, or a video pipeline's own."),
+    "guidance": typer.Option(help="Guidance scale; 1 switches guidance off. By default 7.5; a video pipeline's own."),
     "seed": typer.Option(help="Seed of the initial noise."),
     "height": typer.Option(help="Height of the image in pixels."),
     "width": typer.Option(help="Width of the image in pixels."),
@@ -58,9 +58,12 @@ class CachingOptions:
         ),
     ] = None
     reuse_guidance: Annotated[
-        bool, typer.Option("--reuse-guidance", help="Shallow calls compute half of a guided batch. Costs quality.")
+        bool,
+        typer.Option(
+            "--reuse-guidance", help="Shallow calls compute only the prompt's half of a guided batch. Costs quality."
+        ),
     ] = False
-    cut: Annotated[str | None, typer.Option(help="Cut of the bundle; by default its first.")] = None
+    cut: Annotated[str | None, typer.Option(help="Cut of the shallow calls; by default the bundle's first.")] = None
 
 
 @unpack
@@ -78,11 +81,11 @@ def run(
     lora: Loras = None,
     fps: Annotated[float, typer.Option(help="Frame rate of the video, in frames per second.", min=0.1)] = 8,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also generate uncached, and write one picture of both.")
+        bool, typer.Option("--compare", help="Also generate the uncached image, and write one picture of both.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Generate an image or a video; with --compare also the uncached one, and the difference."""
+    """Generate an image or a video; --compare adds the uncached one and the difference."""
     from ..engines.bundle.bundle import Bundle
 
     opened = Bundle.open(bundle)  # first, so that a wrong path fails before imports that take seconds
@@ -94,18 +97,18 @@ def run(
 
     cut = caching.cut
     tuned = tuned_name(caching.schedule)
-    schedule = None if tuned is not None else _schedule(caching)
+    schedule = None if tuned is not None else _parse_schedule(caching)
     forecast: Forecast | None = None if caching.forecast is None else Extrapolate(caching.forecast)
     if tuned is not None and forecast is not None:
-        raise UserError("a tuned schedule has predictions of its own: leave --forecast out")
+        raise UserError("a tuned schedule has a forecast of its own: leave --forecast out")
     pipe = _load(opened, **vars(engine))
     if sampler is not None:
         pipe.scheduler = scheduler_named(pipe.scheduler, sampler)
-    _load_loras(pipe, loras_of(lora))
+    _load_loras(pipe, parse_loras(lora))
     if tuned is not None:
-        artifact = _tuned(opened, pipe, tuned, request)
+        artifact = _choose_tuned(opened, pipe, tuned, request)
         schedule, forecast, cut = artifact.schedule, artifact.forecast, artifact.document.cut
-    with bar(request.steps * (2 if compare else 1)) as step:
+    with steps_bar(request.steps * (2 if compare else 1)) as step:
         report = generate_to_file(
             pipe,
             request,
@@ -155,7 +158,7 @@ def demo(
     with stages() as stage:
         opened = run_build(model_path(), bundle, engine=engine, progress=stage)
     pipe = _load(opened, engine)
-    with bar(len(PROMPTS) * (1 + len(SETTINGS)) * steps) as step:
+    with steps_bar(len(PROMPTS) * (1 + len(SETTINGS)) * steps) as step:
         result = run_demo(pipe, PROMPTS, output, steps=steps, on_step=step)
     if as_json:
         print_json(asdict(result))
@@ -202,7 +205,7 @@ def _load_loras(pipe: Any, loras: Mapping[str | Path, float]) -> None:
             pipe.unet.load_lora(path, scale)
 
 
-def _tuned(opened: Bundle, pipe: Any, name: str, request: ImageRequest) -> Tuned:
+def _choose_tuned(opened: Bundle, pipe: Any, name: str, request: ImageRequest) -> Tuned:
     """Return the bundle's tuned schedule for this pipeline and request, and print which one it is."""
     from ..runtime.tuning.artifact import choose, make_key
 
@@ -213,7 +216,7 @@ def _tuned(opened: Bundle, pipe: Any, name: str, request: ImageRequest) -> Tuned
     return tuned
 
 
-def _schedule(caching: CachingOptions) -> Schedule | None:
+def _parse_schedule(caching: CachingOptions) -> Schedule | None:
     from ..runtime.generation.schedule import Uniform, parse
 
     if caching.schedule is not None:

@@ -1,14 +1,17 @@
-"""Options that several commands share, and how a command is written.
+"""Options that several commands share, and ``unpack``, which turns dataclasses into options.
 
-A command is a function that takes arguments and request objects, calls one function of the packages below, and prints.
-Under ``unpack``, a parameter whose type is a frozen dataclass stands for that dataclass's fields: each field becomes
-an option, and the command is called with the finished object. A dataclass in ``cli/`` holds its options itself, as
-``Annotated[int, typer.Option(...)]``. A dataclass of ``runtime/`` or ``engines/`` does not import typer, so a table of
-options stands at the parameter: ``request: Annotated[ImageRequest, {"steps": typer.Option(...)}, "Image"]``. A field
-that the table leaves out keeps its default. The text after the table names the panel of the help page. Types and
-defaults come from the dataclass; ``tuple[X, ...]`` is an option that may be repeated; ``parser=`` converts a text to an
-object. Modules of such dataclasses import nothing heavy, because ``--help`` loads them. ``run`` in ``cli/images.py`` is
-the example to copy.
+A command is a function that takes arguments and dataclasses, calls one function of the packages below, and prints.
+``unpack`` replaces each parameter whose type is a frozen dataclass by one option for each field, and calls the command
+with the finished object.
+
+- A dataclass in ``cli/`` declares its options in its fields, as ``Annotated[int, typer.Option(...)]``.
+- A dataclass of ``runtime/`` or ``engines/`` does not import typer. The parameter has a table of options instead:
+  ``request: Annotated[ImageRequest, {"steps": typer.Option(...)}, "Image"]``. A field that is not in the table has no
+  option and keeps its default. The text after the table is the title of the panel on the help page.
+
+Types and defaults come from the dataclass. A field of type ``tuple[X, ...]`` becomes a repeatable option, and
+``parser=`` converts a text to an object. Modules of such dataclasses import nothing heavy, because ``--help`` loads
+them. ``run`` in ``cli/images.py`` is the example to copy.
 """
 
 from __future__ import annotations
@@ -42,8 +45,8 @@ Adapters = Annotated[
     list[str] | None,
     typer.Option(
         "--adapter",
-        help="Give the graphs the inputs of controlnet or t2i-adapter; repeat for both. "
-        "By default a bundle has those that the model's own pipeline uses.",
+        help="Add inputs for a controlnet or t2i-adapter to the graphs; repeat for both. "
+        "By default the inputs that the model's own pipeline uses.",
     ),
 ]
 Loras = Annotated[
@@ -61,20 +64,22 @@ IPAdapters = Annotated[
 Attention = Annotated[
     str | None,
     typer.Option(
-        help="cross-frame, for Text2Video-Zero: each frame attends to the first. "
-        "By default a bundle has what the model's own pipeline uses."
+        help="Attention to build in: cross-frame, for Text2Video-Zero, where each frame attends to the first. "
+        "By default the attention that the model's own pipeline uses."
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Variant = Annotated[str | None, typer.Option(help="Variant of the weight files, e.g. fp16.")]
 Subfolder = Annotated[str | None, typer.Option(help="Subfolder of the UNet inside the model; 'unet' in a pipeline.")]
-Cuts = Annotated[list[str] | None, typer.Option("--cut", help="deepcache:K, paper:K or mlperf; repeatable.")]
+Cuts = Annotated[
+    list[str] | None, typer.Option("--cut", help="Cut to build: deepcache:K, paper:K or mlperf; repeatable.")
+]
 EngineName = Annotated[str, typer.Option("--engine", help="Engine to run: auto, or a name that offcut doctor lists.")]
-Device = Annotated[str, typer.Option(help="Device: cpu, or cuda as PyTorch spells it.")]
+Device = Annotated[str, typer.Option(help="Device as PyTorch spells it, e.g. cpu or cuda:1.")]
 Provider = Annotated[
     str | None,
     typer.Option(
-        help="ONNX Runtime's provider on cuda: cuda, tensorrt or tensorrt-rtx. The TensorRT ones compile first."
+        help="ONNX Runtime's provider on cuda: cuda, tensorrt or tensorrt-rtx. The TensorRT providers compile first."
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads of a CPU engine; by default one per core.")]
@@ -82,7 +87,7 @@ Threads = Annotated[int | None, typer.Option(help="Threads of a CPU engine; by d
 
 @dataclasses.dataclass(frozen=True)
 class EngineChoice:
-    """The engine to open, and where."""
+    """Engine to open, and the device and settings to open it with."""
 
     engine: EngineName = "auto"
     device: Device = "cpu"
@@ -93,45 +98,46 @@ class EngineChoice:
 def unpack(command: Callable[..., None]) -> Callable[..., None]:
     """Return a function for typer that has an option for each field of the dataclasses that ``command`` takes.
 
-    Where a field's name is taken already, its parameter gets the prefix of the command's parameter; name its option
-    explicitly then.
+    If another parameter has a field's name, the field's parameter is called ``<command's parameter>_<field>``; give its
+    option an explicit name then.
 
     Raises:
         TypeError: a table names a field that the dataclass does not have.
     """
     parameters: dict[str, inspect.Parameter] = {}
-    requests: dict[str, tuple[type[Any], dict[str, str]]] = {}
+    groups: dict[str, tuple[type[Any], dict[str, str]]] = {}  # dataclass, and parameter names by field
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
-        request, *extras = get_args(parameter.annotation) or (parameter.annotation,)
-        if not dataclasses.is_dataclass(request):
+        kind, *extras = get_args(parameter.annotation) or (parameter.annotation,)
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
             parameters[name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             continue
-        fields = _parameters(request, *extras)
+        fields = _field_parameters(kind, *extras)
         names = {field: field if field not in parameters else f"{name}_{field}" for field in fields}
         parameters |= {names[field]: option.replace(name=names[field]) for field, option in fields.items()}
-        requests[name] = (request, names)
+        groups[name] = (kind, names)
 
     @functools.wraps(command)
-    def run(**values: Any) -> None:
-        built = {
-            name: request(**{field: _immutable(values.pop(option)) for field, option in names.items()})
-            for name, (request, names) in requests.items()
+    def call_with_dataclasses(**values: Any) -> None:
+        objects = {
+            name: kind(**{field: _list_to_tuple(values.pop(option)) for field, option in names.items()})
+            for name, (kind, names) in groups.items()
         }
-        command(**values, **built)
+        command(**values, **objects)
 
-    run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
-    run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
-    return run
+    signature = inspect.Signature(list(parameters.values()))
+    call_with_dataclasses.__signature__ = signature  # type: ignore[attr-defined]
+    call_with_dataclasses.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
+    return call_with_dataclasses
 
 
-def _parameters(request: type[Any], *extras: Mapping[str, ParameterInfo] | str) -> dict[str, inspect.Parameter]:
+def _field_parameters(dataclass: type[Any], *extras: Mapping[str, ParameterInfo] | str) -> dict[str, inspect.Parameter]:
     """Return the fields of a dataclass that have an option, as keyword parameters that typer reads."""
     table = next((extra for extra in extras if isinstance(extra, Mapping)), None)
     panel = next((extra for extra in extras if isinstance(extra, str)), None)
-    hints = get_type_hints(request, include_extras=True)
-    fields = {field.name: field for field in dataclasses.fields(request)}
+    hints = get_type_hints(dataclass, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(dataclass)}
     if unknown := (table or {}).keys() - fields.keys():
-        raise TypeError(f"{request.__name__} has no field {', '.join(unknown)}")
+        raise TypeError(f"{dataclass.__name__} has no field {', '.join(unknown)}")
     parameters = {}
     for name in fields if table is None else table:
         kind, *infos = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
@@ -153,5 +159,5 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
 
 
-def _immutable(value: Any) -> Any:
+def _list_to_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value

@@ -13,7 +13,7 @@ import typer
 from ..runtime.server.settings import RequestLimits, ServeSettings, WorkerConfig, allowed_hosts
 from .cluster import RayOptions, print_address, serve_on_cluster
 from .options import EngineChoice, Loras, unpack
-from .shell import err, loras_of, quiet_libraries, stages
+from .shell import err, parse_loras, quiet_libraries, stages
 
 if TYPE_CHECKING:
     from ..engines.bundle.bundle import Bundle
@@ -168,7 +168,7 @@ def serve(
         bundle=str(bundles[0].resolve()),
         **vars(engine),
         sampler=sampler,
-        loras=tuple((str(Path(path).resolve()), scale) for path, scale in loras_of(lora).items()),
+        loras=tuple((str(Path(path).resolve()), scale) for path, scale in parse_loras(lora).items()),
         max_in_flight=concurrency.max_in_flight,
         max_queue=concurrency.max_queue,
         max_batch=concurrency.max_batch,

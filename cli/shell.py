@@ -1,4 +1,4 @@
-"""Output of the commands: consoles, errors, progress and JSON; and parsers of option texts."""
+"""Output of the commands (consoles, errors, progress, JSON), and parsers of option texts."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ out = Console()
 err = Console(stderr=True)
 
 
-def complain(error: Exception) -> None:
-    """Print an error; escaped, because the brackets in ``pip install 'offcut[cpu]'`` are not rich markup."""
+def print_error(error: Exception) -> None:
+    """Print an error on standard error, without rich markup: ``pip install 'offcut[cpu]'`` has brackets of its own."""
     err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
 
 
-def loras_of(texts: list[str] | None) -> dict[str | Path, float]:
-    """Return the scales of LoRA files by path, from texts ``FILE[:SCALE]``."""
+def parse_loras(texts: list[str] | None) -> dict[str | Path, float]:
+    """Return the scale of each LoRA file by path, from texts ``FILE[:SCALE]``."""
     from ..exporter.lora import ScaledLora
 
     return {lora.path: lora.scale for lora in map(ScaledLora.parse, texts or ())}
@@ -61,7 +61,7 @@ def stages() -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def bar(total: int) -> Iterator[Callable[[], None]]:
+def steps_bar(total: int) -> Iterator[Callable[[], None]]:
     """Show a progress bar of denoising steps; yields a function that counts a step."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -72,11 +72,11 @@ def bar(total: int) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def long_bar(total: int) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
+def calls_bar(total: int) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
     """Show a progress bar of UNet calls with the remaining time.
 
     Yields:
-        A function that counts calls, and one that sets the text before the bar.
+        A function that counts calls, and a function that sets the text before the bar.
     """
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -89,7 +89,7 @@ def long_bar(total: int) -> Iterator[tuple[Callable[[int], None], Callable[[str]
         )
 
 
-def dims_of(text: str | None) -> dict[str, int]:
+def parse_dims(text: str | None) -> dict[str, int]:
     """Return the sizes of dimensions by name, from a text such as ``"batch=2,height=64"``."""
     dims = {}
     for part in (text or "").split(","):
@@ -104,10 +104,10 @@ def dims_of(text: str | None) -> dict[str, int]:
     return dims
 
 
-def settings_of(texts: list[str], engines: list[str]) -> dict[str, dict[str, Any]]:
+def parse_settings(texts: list[str], engines: list[str]) -> dict[str, dict[str, Any]]:
     """Return the settings of each engine, from texts such as ``"inductor.max_autotune=true"``.
 
-    The engine may be left out where only one is built. A value is ``true``, ``false``, a number, a text, or several
+    The engine may be left out if only one is built. A value is ``true``, ``false``, a number, a text, or several
     texts separated by commas.
     """
     settings: dict[str, dict[str, Any]] = {}
@@ -116,11 +116,11 @@ def settings_of(texts: list[str], engines: list[str]) -> dict[str, dict[str, Any
         engine, dot, setting = name.rpartition(".")
         if not equals or not setting or (not dot and len(engines) > 1):
             raise typer.BadParameter(f"{text!r} is not ENGINE.NAME=VALUE", param_hint="--set")
-        settings.setdefault(engine or engines[0], {})[setting] = _value(value)
+        settings.setdefault(engine or engines[0], {})[setting] = _parse_value(value)
     return settings
 
 
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     if text in ("true", "false"):
         return text == "true"
     if "," in text:

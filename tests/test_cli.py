@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, JSON, exit codes, one-sentence errors."""
+"""The command line as a user sees it: help, JSON, exit codes, one-sentence errors."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ COMMANDS = [function.__name__ for function in _COMMANDS]
 Command = Callable[..., str]
 
 
-def process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Other tests call the entry point in their own process, which has loaded what takes seconds to load."""
+def run_in_new_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run offcut in a new process; most tests call the entry point in their own, where the slow imports are done."""
     return subprocess.run(
         [sys.executable, "-m", "offcut", *map(str, arguments)], capture_output=True, text=True, check=False
     )
@@ -32,20 +32,20 @@ def process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_an_example(name: str, command: Command) -> None:
-    said = command(name, "--help")
-    assert f"offcut {name}" in said
-    assert "Example:" in said
+    output = command(name, "--help")
+    assert f"offcut {name}" in output
+    assert "Example:" in output
 
 
 def test_version_option() -> None:
     from importlib.metadata import version
 
-    result = process("--version")
+    result = run_in_new_process("--version")
     assert (result.returncode, result.stdout) == (0, f"offcut {version('offcut')}\n")
 
 
 def test_a_users_error_ends_the_process_without_a_traceback(tmp_path: Path) -> None:
-    result = process("inspect", tmp_path)
+    result = run_in_new_process("inspect", tmp_path)
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
@@ -53,7 +53,7 @@ def test_a_users_error_ends_the_process_without_a_traceback(tmp_path: Path) -> N
 
 
 def test_help_loads_nothing_heavy() -> None:
-    """``--help`` answers at once because nothing that takes seconds is imported."""
+    """``--help`` is fast because no slow package is imported."""
     code = (
         "import sys, offcut.cli; print([m for m in ('torch', 'diffusers', 'onnx_ir', 'openvino') if m in sys.modules])"
     )
@@ -86,8 +86,8 @@ def _unpacked(arguments: list[str]) -> tuple[Any, ...]:
 
 
 def test_a_command_gets_dataclasses_for_its_options() -> None:
-    given = _unpacked(["a", "--side", "8", "--name", "x", "--name", "y", "--other-side", "9"])
-    assert given == ("a", _Size(8, ("x", "y")), _Size(9), False)
+    values = _unpacked(["a", "--side", "8", "--name", "x", "--name", "y", "--other-side", "9"])
+    assert values == ("a", _Size(8, ("x", "y")), _Size(9), False)
     assert _unpacked(["a", "--side", "8", "--other-side", "9", "--flag"]) == ("a", _Size(8), _Size(9), True)
 
 
@@ -159,11 +159,11 @@ def test_split_prints_the_contract(unet_bundle: Path, tmp_path: Path, command: C
     assert [spec["name"] for spec in report["full"]["outputs"]] == ["noise_pred", "deep_feature_1"]
     assert "deep_feature_1" in [spec["name"] for spec in report["shallow"]["inputs"]]
     assert Path(report["shallow"]["path"]).is_file()
-    said = command("split", graph, "--cut", "deepcache:9", "-o", tmp_path / "other", fails=True)
-    assert "no cut 'deepcache:9'" in said
+    output = command("split", graph, "--cut", "deepcache:9", "-o", tmp_path / "other", fails=True)
+    assert "no cut 'deepcache:9'" in output
 
 
-def test_prune_removes_only_what_is_not_named(
+def test_prune_removes_only_files_that_the_manifest_does_not_name(
     unet_bundle: Path, copied: Callable[[Path], Path], command: Command
 ) -> None:
     bundle = copied(unet_bundle)
@@ -194,7 +194,7 @@ def test_run_compares(tiny_bundle: Path, tmp_path: Path, command: Command) -> No
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["run", "{unet}", "a cat"], "UNet"),
         (["run", "{missing}", "a cat"], "not an offcut bundle"),
@@ -215,7 +215,7 @@ def test_run_compares(tiny_bundle: Path, tmp_path: Path, command: Command) -> No
 )
 def test_user_errors_are_one_sentence(
     arguments: list[str],
-    says: str,
+    message: str,
     unet_bundle: Path,
     tiny_unet_dir: Path,
     tmp_path: Path,
@@ -223,12 +223,12 @@ def test_user_errors_are_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    places = {
+    paths = {
         "unet": unet_bundle,
         "model": tiny_unet_dir,
         "missing": tmp_path / "missing" / "model",
         "out": tmp_path / "out",
     }
-    filled = [argument.format(**places) for argument in arguments]
-    assert says in command(*filled, fails=True)
+    filled = [argument.format(**paths) for argument in arguments]
+    assert message in command(*filled, fails=True)
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,8 @@
-"""The commands and the code of README and manual run as they are written; their links and files exist.
+"""README and manual: commands and code run as they are written, and links and files exist.
 
-A fence tells what a block is: ``sh`` commands are run on a small model, ``bash`` commands (for larger models) are only
-parsed, ``python`` code is run, and ``py`` is the client of a running server (``runtime/server/test_docs.py``).
+The language of a code block decides how it is tested: ``sh`` commands run on a small model, ``bash`` commands (for
+larger models) are only parsed, and ``python`` code runs. ``py`` is the client of a running server, which
+``runtime/server/test_docs.py`` tests.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
     return re.findall(rf"^```({'|'.join(languages)})\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-RUN = [name for page, name in zip(PAGES, NAMES, strict=True) if blocks(page, "sh", "python")]
+PAGES_WITH_CODE = [name for page, name in zip(PAGES, NAMES, strict=True) if blocks(page, "sh", "python")]
 
 
 @pytest.fixture(scope="module")
-def desk(small_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workdir(small_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory in which the manual's hub id is a local directory, with a LoRA next to it."""
     folder = tmp_path_factory.mktemp("manual")
     shutil.copytree(small_pipeline_dir, folder / "stable-diffusion-v1-5" / "stable-diffusion-v1-5")
@@ -40,19 +41,19 @@ def desk(small_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def bundle(desk: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., str]) -> Path:
-    """The bundle of README's first command, which the other pages go on with."""
-    monkeypatch.chdir(desk)
-    if not (desk / "sd15.offcut").exists():
+def bundle(workdir: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., str]) -> Path:
+    """The bundle that README's first command builds; the other pages use it."""
+    monkeypatch.chdir(workdir)
+    if not (workdir / "sd15.offcut").exists():
         (first, *_) = [line for _, text in blocks(PAGES[0], "sh") for line in text.splitlines()]
         assert first.startswith(BUILD)
         command(*shlex.split(first)[1:])
-    return desk / "sd15.offcut"
+    return workdir / "sd15.offcut"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUN)
-def test_the_code_of_a_page_runs(name: str, bundle: Path, desk: Path, command: Callable[..., str]) -> None:
+@pytest.mark.parametrize("name", PAGES_WITH_CODE)
+def test_the_code_of_a_page_runs(name: str, bundle: Path, workdir: Path, command: Callable[..., str]) -> None:
     for language, text in blocks(ROOT / name, "sh", "python"):
         if language == "python":
             exec(text, {"__name__": "__main__"})
@@ -62,7 +63,7 @@ def test_the_code_of_a_page_runs(name: str, bundle: Path, desk: Path, command: C
             assert program == "offcut"
             command(*arguments)
     if name == "README.md":
-        assert (desk / "out.png").stat().st_size > 1000
+        assert (workdir / "out.png").stat().st_size > 1000
 
 
 def test_commands_for_larger_models_parse() -> None:
@@ -99,9 +100,9 @@ def test_files_that_a_page_names_exist(name: str) -> None:
     results = set(re.findall(r"`([\w./-]+/result\.json|benchmarks/results/[\w./-]+)`", text))
     tests = set(re.findall(r"`((?:runtime|exporter|engines)/[\w/]*test_\w+\.py)`", text))
     modules = set(re.findall(r"`((?:tests|cli|engines|exporter|runtime|benchmarks)/[\w/]+\.py)`", text)) - tests
-    found = [ROOT / path if path.startswith("benchmarks/") else ROOT / "benchmarks/results" / path for path in results]
-    found += [ROOT / "tests" / path for path in tests] + [ROOT / path for path in modules]
-    assert [str(path) for path in found if not path.exists()] == []
+    paths = [ROOT / path if path.startswith("benchmarks/") else ROOT / "benchmarks/results" / path for path in results]
+    paths += [ROOT / "tests" / path for path in tests] + [ROOT / path for path in modules]
+    assert [str(path) for path in paths if not path.exists()] == []
 
 
 @pytest.mark.parametrize("name", NAMES)

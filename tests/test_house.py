@@ -1,4 +1,4 @@
-"""The house itself: which floor may import which, what the package exports, and how light it is to import."""
+"""Rules of the whole package: layers and their imports, public names, errors, docstrings, fast imports."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import offcut
 import offcut.errors
 
 ROOT = Path(inspect.getfile(offcut)).parent
-# From the ground to the roof. A floor may import those below it.
-FLOORS = ["errors", "exporter", "engines", "runtime", "benchmarks", "cli"]
+# Layers of the package, the lowest first. A layer may import itself and the layers before it.
+LAYERS = ["errors", "exporter", "engines", "runtime", "benchmarks", "cli"]
 PUBLIC = {
     "Adaptive",
     "Bundle",
@@ -45,18 +45,15 @@ PUBLIC = {
 
 
 def modules() -> list[Path]:
-    found = [ROOT / "errors.py"]
-    for floor in FLOORS[1:]:
-        found += sorted((ROOT / floor).rglob("*.py")) if (ROOT / floor).is_dir() else [ROOT / f"{floor}.py"]
-    return [path for path in found if path.is_file()]
-
-
-def floor_of(module: tuple[str, ...]) -> str:
-    return module[0]
+    """Return the package's source files, without the top ``__init__.py``."""
+    files = [ROOT / "errors.py"]
+    for layer in LAYERS[1:]:
+        files += sorted((ROOT / layer).rglob("*.py"))
+    return files
 
 
 def imports(path: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Line and target, inside the package, of each import in a file, wherever it stands in it."""
+    """Yield the line and the module of each import of offcut in a file, also those inside functions."""
     package = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -64,7 +61,7 @@ def imports(path: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
             target = (*base, *(node.module.split(".") if node.module else ()))
             if target:
                 yield node.lineno, target
-            else:  # from . import x, at the top: x is a floor, or a public name
+            else:  # from . import x, at the top: x is a layer or a public name
                 yield from ((node.lineno, (alias.name,)) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "offcut":
             yield node.lineno, tuple(node.module.split(".")[1:]) or ("offcut",)
@@ -72,24 +69,24 @@ def imports(path: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
             yield from ((node.lineno, ("offcut",)) for a in node.names if a.name.split(".")[0] == "offcut")
 
 
-def test_there_is_a_file_on_every_floor() -> None:
-    floors = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in modules()}
-    assert floors == set(FLOORS)
+def test_every_layer_has_a_file() -> None:
+    layers = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in modules()}
+    assert layers == set(LAYERS)
 
 
 @pytest.mark.smoke
-def test_imports_run_downward_only() -> None:
+def test_a_layer_imports_only_itself_and_lower_layers() -> None:
     upward = []
     for path in modules():
         own = path.relative_to(ROOT).parts[0].removesuffix(".py")
         for line, target in imports(path):
-            where = floor_of(target)
-            if where not in FLOORS or FLOORS.index(where) > FLOORS.index(own):
+            layer = target[0]
+            if layer not in LAYERS or LAYERS.index(layer) > LAYERS.index(own):
                 upward.append(f"{path.relative_to(ROOT)}:{line} imports {'.'.join(target)}")
     assert upward == []
 
 
-def test_the_checker_sees_an_import_that_runs_upward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checker_sees_imports_of_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "exporter").mkdir()
     file = tmp_path / "exporter" / "cut.py"
     file.write_text("from .graph import x\ndef f():\n    from ..cli import main\n    import offcut\n", encoding="utf-8")
@@ -98,7 +95,7 @@ def test_the_checker_sees_an_import_that_runs_upward(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.smoke
-def test_the_public_names_are_these_and_all_there() -> None:
+def test_the_public_names_exist_and_have_docstrings() -> None:
     assert set(offcut.__all__) == PUBLIC
     assert sorted(offcut.__all__) == offcut.__all__
     for name in offcut.__all__:
@@ -108,45 +105,45 @@ def test_the_public_names_are_these_and_all_there() -> None:
         offcut.nothing  # noqa: B018
 
 
-def loaded_after(statement: str) -> set[str]:
+def modules_loaded_by(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    return set(done.stdout.split())
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return set(process.stdout.split())
 
 
 @pytest.mark.parametrize("statement", ["import offcut", "import offcut.cli", "import offcut; offcut.OffcutError"])
 def test_importing_the_package_imports_nothing_heavy(statement: str) -> None:
     heavy = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "numpy"}
-    assert loaded_after(statement) & heavy == set()
+    assert modules_loaded_by(statement) & heavy == set()
 
 
 def test_every_error_is_in_the_tree_of_the_docstring() -> None:
     text = offcut.errors.__doc__ or ""
-    drawn: dict[str, str] = {}
+    documented: dict[str, str] = {}  # base class by name
     open_branches: list[tuple[int, str]] = []
     for line in text.splitlines():
         if match := re.match(r"^([\s│]*(?:[├└]── )?)(\w+(?:Error|OffcutError))\b", line):
             depth, name = len(match[1]), match[2]
             while open_branches and open_branches[-1][0] >= depth:
                 open_branches.pop()
-            drawn[name] = open_branches[-1][1] if open_branches else "Exception"
+            documented[name] = open_branches[-1][1] if open_branches else "Exception"
             open_branches.append((depth, name))
     real = {
         name: kind.__bases__[0].__name__
         for name, kind in vars(offcut.errors).items()
         if isinstance(kind, type) and issubclass(kind, Exception)
     }
-    assert drawn == real
+    assert documented == real
 
 
-def test_every_error_is_the_users_or_ours() -> None:
+def test_every_error_is_either_a_user_error_or_an_internal_error() -> None:
     kinds = [kind for kind in vars(offcut.errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     for kind in kinds:
         assert issubclass(kind, offcut.OffcutError)
         assert kind.__doc__
         if kind is not offcut.OffcutError:
-            ours = issubclass(kind, offcut.errors.InternalError)
-            assert ours is not issubclass(kind, offcut.errors.UserError), kind
+            is_internal = issubclass(kind, offcut.errors.InternalError)
+            assert is_internal is not issubclass(kind, offcut.errors.UserError), kind
 
 
 def test_a_missing_extra_says_what_to_install() -> None:
@@ -156,8 +153,8 @@ def test_a_missing_extra_says_what_to_install() -> None:
     )
 
 
-def test_no_error_is_defined_elsewhere() -> None:
-    """Private ones, which never leave their module, begin with an underscore."""
+def test_no_error_is_defined_outside_errors_py() -> None:
+    """Private errors, which never leave their module, begin with an underscore."""
     elsewhere = []
     for path in modules():
         if path != ROOT / "errors.py":
@@ -183,7 +180,6 @@ def classes() -> Iterator[tuple[str, Path]]:
                 yield node.name, path.relative_to(ROOT)
 
 
-@pytest.mark.xfail(strict=False, reason="some names are still taken twice")
 def test_a_class_name_is_used_once() -> None:
     places: dict[str, list[str]] = {}
     for name, path in classes():
@@ -191,13 +187,11 @@ def test_a_class_name_is_used_once() -> None:
     assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
 
 
-@pytest.mark.xfail(strict=False, reason="some names are still taken more often")
 def test_a_file_name_is_used_at_most_three_times() -> None:
     counts = Counter(path.name for path in modules() if path.name != "__init__.py")
     assert {name: count for name, count in counts.items() if count > 3} == {}
 
 
-@pytest.mark.xfail(strict=False, reason="some packages have none yet")
 def test_every_package_has_a_docstring() -> None:
     packages = [ROOT / "__init__.py", *(path for path in modules() if path.name == "__init__.py")]
     assert len(packages) > 15
@@ -251,13 +245,13 @@ def test_no_private_attribute_of_another_object_is_used() -> None:
     assert others == []
 
 
-def test_the_checker_sees_private_attributes_of_others() -> None:
+def test_the_checker_sees_private_attributes_of_other_objects() -> None:
     tree = ast.parse("self._a\nother._b\nself._c._d\nother.__dict__\nother._e = 1")
     assert list(private_attributes(tree)) == [(2, "other._b"), (3, "self._c._d"), (5, "other._e")]
 
 
 @pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="an installed package has no setup.py")
-def test_the_package_list_is_the_tree() -> None:
+def test_setup_lists_every_package() -> None:
     """``setup.py`` finds every package folder, except the training code, which is not shipped."""
     lists: list[list[str]] = []
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
@@ -268,5 +262,5 @@ def test_the_package_list_is_the_tree() -> None:
     shipped = {folder for folder in folders if folder != Path("benchmarks/shapes/training")}
     assert shipped != folders
     assert sorted(lists[0]) == sorted(["offcut", *(".".join(("offcut", *folder.parts)) for folder in shipped)])
-    # A folder with modules and without an __init__ is not a package, and would be left out.
+    # setup.py would leave out a folder with modules and without an __init__.py.
     assert {path.parent.relative_to(ROOT) for path in modules() if path.parent != ROOT} == folders

@@ -19,7 +19,7 @@ _BATCH = 128
 
 
 def psnr(first: Pictures, second: Pictures) -> Values:
-    """Return the peak signal-to-noise ratio of each pair in dB; `EQUAL` where two images are the same."""
+    """Return the peak signal-to-noise ratio of each pair in dB; ``MAX_PSNR`` where two images are the same."""
     _check_paired(first, second)
     return np.array([finite_psnr(one, other) for one, other in zip(first, second, strict=True)])
 

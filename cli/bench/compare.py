@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ...errors import UserError
 from ..options import Json
-from ..shell import complain, err, out, print_json
+from ..shell import err, out, print_error, print_json
 
 WORSE, TROUBLE = 1, 2
 """Exit codes, as diff has them: 1 for a difference, 2 where none could be made out."""
@@ -43,7 +43,7 @@ def compare(
     try:
         comparison = run_compare(record.read(old), record.read(new), *limits)
     except UserError as error:
-        complain(error)
+        print_error(error)
         raise typer.Exit(TROUBLE) from error
     worse = comparison.worse(allow_missing=allow_missing)
     if as_json:

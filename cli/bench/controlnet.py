@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..options import EngineName, Json, Threads
-from ..shell import long_bar, quiet_libraries, stages
+from ..shell import calls_bar, quiet_libraries, stages
 from .outcome import BenchRun
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def controlnet(
         )
         pictures = sum(pipelines.missing(task, way, output / "pictures") for way in compared)
         timed = (rounds + 1 if rounds else 0) * len(compared) * min(batch, images)
-        with long_bar(steps * (pictures + timed)) as (on_step, stage):
+        with calls_bar(steps * (pictures + timed)) as (on_step, stage):
             measured = evaluate(
                 pipes,
                 task,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..options import Json, Threads
-from ..shell import long_bar, quiet_libraries, stages
+from ..shell import calls_bar, quiet_libraries, stages
 from .outcome import BenchRun
 
 if TYPE_CHECKING:
@@ -131,5 +131,5 @@ def _images(
     from ...benchmarks.quality.pictures import missing
 
     total = sum(setting.steps * missing(task, setting, folder) for task in tasks.values() for setting in compared)
-    with long_bar(total) as (on_call, stage):
+    with calls_bar(total) as (on_call, stage):
         return draw(bundle, tasks, compared, folder, threads=threads, on_call=on_call, stage=stage)

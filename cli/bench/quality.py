@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..options import EngineName, Json, Threads
-from ..shell import err, long_bar, quiet_libraries, stages
+from ..shell import calls_bar, err, quiet_libraries, stages
 from .outcome import BenchRun
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def quality(
     if dry_run:
         return
     total = sum(setting.steps * pictures.missing(task, setting, output / "pictures") for setting in settings)
-    with long_bar(total) as (on_call, stage):
+    with calls_bar(total) as (on_call, stage):
         if workers > 1:
             stage(f"{workers} processes")
             pool.make(

@@ -32,5 +32,5 @@ def save(pictures: Sequence[Image], output: Path, fps: float) -> None:
         first.save(output, format="PNG")
         return
     check_suffix(output)
-    how = _FORMATS[output.suffix.lower()]
-    first.save(output, save_all=True, append_images=others, duration=1000 / fps, loop=0, **how)
+    options = _FORMATS[output.suffix.lower()]
+    first.save(output, save_all=True, append_images=others, duration=1000 / fps, loop=0, **options)

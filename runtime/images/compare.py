@@ -1,4 +1,4 @@
-"""``offcut run``: one image or video to a file, with ``compare`` next to the uncached one."""
+"""``offcut run``: generate an image or a video into a file, alone or next to the uncached one."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def generate_to_file(
 
     Args:
         schedule, cut, forecast, reuse_guidance: as in ``UNet.set_schedule``.
-        compare: also generate uncached, and write a picture of uncached, cached and difference.
+        compare: also generate without caching, and write a picture of uncached, cached and difference.
         fps: frame rate of a video in frames per second.
-        on_step: is called after each step of the scheduler.
+        on_step: called after each step of the scheduler.
 
     Returns:
         The figures of the run: calls and seconds; with ``compare`` also speed-up and PSNR in dB.
@@ -93,10 +93,10 @@ def generate_to_file(
 
 def _comparison(title: str, uncached: Generated, cached: Generated, report: dict[str, Any], frame: int) -> Any:
     before, after = uncached.pictures[frame], cached.pictures[frame]
-    changed = difference(before, after, _GAIN)
+    change = difference(before, after, _GAIN)
     tiles = [
         Tile(before, "every call full", f"{uncached.seconds:.2f} s", uncached.run),
         Tile(after, str(report["schedule"]), f"{cached.seconds:.2f} s   {report['speed_up']:.2f}x", cached.run),
-        Tile(changed, f"difference x{_GAIN:g}", f"PSNR {report['psnr']:.1f} dB"),
+        Tile(change, f"difference x{_GAIN:g}", f"PSNR {report['psnr']:.1f} dB"),
     ]
     return sheet([(title, tiles)])

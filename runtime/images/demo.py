@@ -18,7 +18,7 @@ from .request import ImageRequest
 
 @dataclass(frozen=True)
 class DemoSetting:
-    """Caching that the demo shows.
+    """Caching settings that the demo compares with uncached images.
 
     Attributes:
         interval: interval of the full calls; 1 is uncached.
@@ -40,14 +40,16 @@ class DemoRow:
     """One setting's row of the table, over all prompts.
 
     Attributes:
-        interval, damping: as in ``DemoSetting``.
-        full_calls, calls: number of full calls, and of all UNet calls, of one image.
+        interval: interval of the full calls; 1 is uncached.
+        damping: damping of the features' forecast; None reuses the features.
+        full_calls: number of full calls of one image.
+        calls: number of all UNet calls of one image.
         seconds: median time of one image.
         unet_seconds: median time of one image in the engine.
-        speed_up: ratio of the uncached time to this one, within a prompt; median over the prompts.
+        speed_up: ratio of the uncached time to this setting's time; median over the prompts.
         unet_speed_up: the same for the engine's time alone.
-        psnr: PSNR to the uncached image of the same seed in dB, mean; None for the uncached images themselves.
-        psnr_worst: lowest PSNR.
+        psnr: mean PSNR to the uncached image of the same seed in dB; None for the uncached images themselves.
+        psnr_worst: lowest PSNR in dB.
     """
 
     interval: int
@@ -86,7 +88,7 @@ def demo(
     seed: int = 0,
     on_step: Callable[[], None] = lambda: None,
 ) -> Demo:
-    """Generate every prompt uncached and with each setting, in turn, and write one picture of all.
+    """Generate every prompt uncached and with each setting, in turn, and write one picture of all images.
 
     Args:
         pipe: a pipeline of ``offcut.load``.
@@ -115,7 +117,7 @@ def demo(
 
 def _row(setting: DemoSetting, images: Sequence[Generated], uncached: Sequence[Generated]) -> DemoRow:
     pairs = list(zip(uncached, images, strict=True))
-    noise = None if setting.interval == 1 else [psnr(base.image, other.image) for base, other in pairs]
+    psnrs = None if setting.interval == 1 else [psnr(base.image, other.image) for base, other in pairs]
     return DemoRow(
         interval=setting.interval,
         damping=setting.damping,
@@ -125,8 +127,8 @@ def _row(setting: DemoSetting, images: Sequence[Generated], uncached: Sequence[G
         unet_seconds=statistics.median(sum(image.run.seconds) for image in images),
         speed_up=statistics.median(base.seconds / other.seconds for base, other in pairs),
         unet_speed_up=statistics.median(sum(base.run.seconds) / sum(other.run.seconds) for base, other in pairs),
-        psnr=None if noise is None else statistics.fmean(noise),
-        psnr_worst=None if noise is None else min(noise),
+        psnr=None if psnrs is None else statistics.fmean(psnrs),
+        psnr_worst=None if psnrs is None else min(psnrs),
     )
 
 

@@ -1,4 +1,4 @@
-"""One image or video of a pipeline, with its time and its UNet calls."""
+"""Generation of one image or video, with its time and its UNet calls."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def generate(
 
     Args:
         schedule, cut, forecast, reuse_guidance: as in ``UNet.set_schedule``.
-        on_step: is called after each step of the scheduler.
+        on_step: called after each step of the scheduler.
     """
     import torch
 
@@ -96,7 +96,7 @@ def _step_callback(pipe: Any, on_step: OnStep) -> dict[str, Any]:
 def warm_up(pipe: Any, request: ImageRequest, cut: str | None = None) -> None:
     """Run both graphs once at the request's shapes; engines prepare their kernels on the first call."""
     short = replace(request, steps=3, seed=0)
-    advises, pipe.unet.advise = pipe.unet.advise, False  # the user did not choose so few steps
+    advises, pipe.unet.advise = pipe.unet.advise, False  # the user did not choose these few steps
     try:
         generate(pipe, short, Steps([0, 2]), cut)
     finally:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EQUAL = 100.0
-"""PSNR in dB that means over images give to equal images, whose PSNR is infinite.
+MAX_PSNR = 100.0
+"""PSNR in dB that replaces the infinite PSNR of equal images in means over images.
 
 The smallest difference of two 8-bit images of 64x64 pixels is 89 dB.
 """
@@ -30,8 +30,8 @@ def psnr(first: Any, second: Any, *, peak: float = 255.0) -> float:
 
 
 def finite_psnr(first: Any, second: Any, *, peak: float = 255.0) -> float:
-    """Return `psnr`, at most `EQUAL`, so that means stay finite."""
-    return min(psnr(first, second, peak=peak), EQUAL)
+    """Return ``psnr``, at most ``MAX_PSNR``, so that means stay finite."""
+    return min(psnr(first, second, peak=peak), MAX_PSNR)
 
 
 def psnr_of_frames(first: Sequence[Image], second: Sequence[Image]) -> float:

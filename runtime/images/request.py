@@ -1,4 +1,4 @@
-"""What to generate, and the arguments with which a diffusers pipeline is called for it."""
+"""``ImageRequest``: one image or video to generate, and the arguments of its pipeline call."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ...errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Names of the number of frames in video pipelines; the second is Text2Video-Zero's.
-_LENGTHS = ("num_frames", "video_length")
+# Parameters of video pipelines for the number of frames; the second is Text2Video-Zero's.
+_FRAME_PARAMETERS = ("num_frames", "video_length")
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class ImageRequest:
     """One image or video to generate.
 
     Attributes:
-        prompt, negative_prompt: texts; a prompt of None is for pipelines without text input.
+        prompt: text to generate from; None for pipelines without text input.
+        negative_prompt: text to steer away from.
         steps: number of scheduler steps.
         guidance: guidance scale; 1.0 or less runs without classifier-free guidance. None is 7.5 for an image and the
             pipeline's own default for a video.
         seed: seed of the initial noise.
-        height, width: size of the image in pixels; None is the model's own size.
+        height: height of the image in pixels; None is the model's own.
+        width: width of the image in pixels; None is the model's own.
         image: file of the image that the pipeline starts from.
         frames: number of frames of a video; None is the pipeline's own number.
     """
@@ -45,7 +47,7 @@ class ImageRequest:
 
 def makes_videos(pipe: Any) -> bool:
     """Return whether a pipeline generates videos."""
-    return not pipeline_parameters(pipe).keys().isdisjoint(_LENGTHS)
+    return not pipeline_parameters(pipe).keys().isdisjoint(_FRAME_PARAMETERS)
 
 
 def guidance_of(pipe: Any, request: ImageRequest) -> float | None:
@@ -76,11 +78,12 @@ def pipeline_arguments(pipe: Any, request: ImageRequest) -> dict[str, Any]:
             f"{kind} starts from a {unread[0].replace('_', ' ')}, which offcut run does not read: use it from Python"
         )
     guidance = "guidance_scale" if "guidance_scale" in parameters else "max_guidance_scale"
+    frames = next((name for name in _FRAME_PARAMETERS if name in parameters), _FRAME_PARAMETERS[0])
     optional = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "image": request.image,
-        _LENGTHS[_LENGTHS[1] in parameters]: request.frames,
+        frames: request.frames,
     }
     if unused := [name for name, value in optional.items() if value is not None and name not in parameters]:
         raise UserError(f"{kind} takes no {unused[0].replace('_', ' ').removeprefix('num ')}: leave it out")

@@ -39,10 +39,10 @@ class ComponentTime:
 def time_components(
     pipe: Any, request: ImageRequest, schedule: Schedule | None, cut: str | None = None, on_step: OnStep = lambda: None
 ) -> list[ComponentTime]:
-    """Generate once to warm up, and once more with each component timed; on a GPU that waits for the device."""
+    """Generate once to warm up, and once more while timing each component; on a GPU, timing waits for the device."""
     warm_up(pipe, request, cut)
     spent: dict[str, list[float]] = {}
-    with _clocks(pipe, spent):
+    with _timed_components(pipe, spent):
         image = generate(pipe, request, schedule, cut, on_step)
     for full, seconds in zip(image.run.full, image.run.seconds, strict=True):
         spent.setdefault("unet full" if full else "unet shallow", []).append(seconds)
@@ -53,8 +53,8 @@ def time_components(
 
 
 @contextmanager
-def _clocks(pipe: Any, spent: dict[str, list[float]]) -> Iterator[None]:
-    """Time the components' methods; ``spent`` gets the seconds of each call, in the order of the first calls."""
+def _timed_components(pipe: Any, spent: dict[str, list[float]]) -> Iterator[None]:
+    """Time the components' methods in this block; the seconds of each call are appended to ``spent``."""
     import torch
 
     def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,10 +17,10 @@ PROMPT = "a red square"
 
 
 ENGINES = ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)]
-"""The runtime does the same with every engine, so its tests use OpenVINO in the slow tier only.
+"""Engines of the runtime's tests, with OpenVINO in the slow tier only, because the runtime treats all engines alike.
 
-Both engines hold to the contract of ``engines/test_pairs.py``, and make whole images in ``test_pipeline.py``, in the
-default tier."""
+In the default tier, ``engines/test_pairs.py`` tests both engines, and ``test_pipeline.py`` generates whole images with
+both."""
 
 
 @pytest.fixture(params=ENGINES)
@@ -121,15 +121,15 @@ def _pipeline(parts: dict[str, Any]) -> StableDiffusionPipeline:
 
 
 class _CachingReference:
-    """A context in which the eager UNet reuses ``hidden`` at branch k from the last full call on shallow calls.
+    """Context manager in which the eager UNet reuses ``hidden`` at branch k from the last full call on shallow calls.
 
-    It computes the whole UNet at every call and replaces the one tensor, so it shares nothing with the graph surgery.
+    It computes the whole UNet at every call and replaces one tensor, so it shares no code with the splitting of graphs.
     The decoder's layers are counted from the outermost inwards; ``hidden`` is the first part of their input.
     """
 
     def __init__(self, unet: Any, branch: int, full_calls: tuple[int, ...]) -> None:
         layers = [layer for block in unet.up_blocks for layer in block.resnets]
-        # Each decoder layer joins the skip connection of the encoder that was made at the mirrored place.
+        # Each decoder layer concatenates the skip connection from the mirrored place in the encoder.
         skips = [unet.conv_in.out_channels]
         for block in unet.down_blocks:
             skips += [layer.out_channels for layer in block.resnets]

@@ -1,4 +1,4 @@
-"""What a calibration runs, and what it refuses."""
+"""Engine calls, records and errors of a calibration."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from offcut.errors import UserError
 from offcut.exporter.load import locate
 
 
-class Counted:
-    """A pair whose calls are written down, with the latents' shape."""
+class RecordedPair:
+    """Engine pair that records each call with the shape of the latents."""
 
     def __init__(self, pair: EnginePair) -> None:
         self._pair = pair
@@ -30,20 +30,20 @@ class Counted:
         bound = self._pair.prepare(shapes)
         full, shallow, calls = bound.full, bound.shallow, self.calls
 
-        def counted_full() -> None:
+        def recorded_full() -> None:
             calls.append(("full", tuple(bound.buffers["sample"].shape)))
             full()
 
-        def counted_shallow(cut: str) -> None:
+        def recorded_shallow(cut: str) -> None:
             calls.append((cut, tuple(bound.buffers["sample"].shape)))
             shallow(cut)
 
-        bound.full, bound.shallow = counted_full, counted_shallow  # type: ignore[method-assign]
+        bound.full, bound.shallow = recorded_full, recorded_shallow  # type: ignore[method-assign]
         return bound
 
 
 def test_a_pipeline_is_run_on_its_prompts_through_every_cut(tiny_bundle: Path, tiny_pipeline_dir: Path) -> None:
-    pair = Counted(offcut.Bundle.open(tiny_bundle).open_pair("onnxruntime"))
+    pair = RecordedPair(offcut.Bundle.open(tiny_bundle).open_pair("onnxruntime"))
     calibration = offcut.Calibration(prompts=("a", "b"), samples=2, steps=5, interval=2, warmup=0)
     calibration.run(pair, locate(tiny_pipeline_dir), lambda step: None)
     names = [name for name, _ in pair.calls]
@@ -54,15 +54,15 @@ def test_a_pipeline_is_run_on_its_prompts_through_every_cut(tiny_bundle: Path, t
 
 
 def test_a_bare_unet_denoises_noise_and_reports_it(unet_bundle: Path, tiny_unet_dir: Path) -> None:
-    pair = Counted(offcut.Bundle.open(unet_bundle).open_pair("onnxruntime"))
-    said: list[str] = []
-    offcut.Calibration(samples=1, steps=4, interval=2, warmup=0).run(pair, locate(tiny_unet_dir), said.append)
+    pair = RecordedPair(offcut.Bundle.open(unet_bundle).open_pair("onnxruntime"))
+    messages: list[str] = []
+    offcut.Calibration(samples=1, steps=4, interval=2, warmup=0).run(pair, locate(tiny_unet_dir), messages.append)
     assert [name for name, _ in pair.calls] == ["full", "deepcache:0", "full", "deepcache:0"]
-    assert any("denoised from noise" in sentence for sentence in said)
+    assert any("denoised from noise" in message for message in messages)
     pair.close()
 
 
-def test_the_record_depends_on_the_prompts(tiny_unet_dir: Path, tmp_path: Path) -> None:
+def test_the_record_contains_a_digest_of_the_prompts(tiny_unet_dir: Path, tmp_path: Path) -> None:
     source, own = locate(tiny_unet_dir), locate(shutil.copytree(tiny_unet_dir, tmp_path / "own"))
     (tmp_path / "own" / "prompts.txt").write_text("a\n")
     one, other = (offcut.Calibration(prompts=(prompt,)).record(source) for prompt in "ab")
@@ -73,7 +73,7 @@ def test_the_record_depends_on_the_prompts(tiny_unet_dir: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"samples": 0}, "samples is 0"),
         ({"steps": 0}, "steps is 0"),
@@ -82,8 +82,8 @@ def test_the_record_depends_on_the_prompts(tiny_unet_dir: Path, tmp_path: Path) 
         ({"method": "guess"}, "no method 'guess'"),
     ],
 )
-def test_wrong_settings_are_refused(settings: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         offcut.Calibration(**settings)
 
 
@@ -91,18 +91,18 @@ def test_noise_is_the_same_for_the_same_seed(unet_bundle: Path, tiny_unet_dir: P
     latents = []
     for _ in range(2):
         pair = offcut.Bundle.open(unet_bundle).open_pair("onnxruntime")
-        kept: list[torch.Tensor] = []
-        counted = Counted(pair)
-        prepare = counted.prepare
+        buffers: list[torch.Tensor] = []
+        recorded = RecordedPair(pair)
+        prepare = recorded.prepare
 
-        def prepare_and_keep(shapes: Any, prepare: Any = prepare, kept: Any = kept) -> BoundPair:
+        def prepare_and_record(shapes: Any, prepare: Any = prepare, buffers: Any = buffers) -> BoundPair:
             bound = prepare(shapes)
-            kept.append(bound.buffers["noise_pred"])
+            buffers.append(bound.buffers["noise_pred"])
             return bound
 
-        counted.prepare = prepare_and_keep  # type: ignore[method-assign]
-        offcut.Calibration(samples=1, steps=3).run(counted, locate(tiny_unet_dir), lambda step: None)
-        latents.append(kept[0].clone())
+        recorded.prepare = prepare_and_record  # type: ignore[method-assign]
+        offcut.Calibration(samples=1, steps=3).run(recorded, locate(tiny_unet_dir), lambda step: None)
+        latents.append(buffers[0].clone())
         pair.close()
     assert torch.equal(*latents)
     assert latents[0].abs().max() > 0

@@ -1,4 +1,4 @@
-"""A bundle without PyTorch weights: text encoder and autoencoder in engines, held against eager diffusers."""
+"""A bundle without PyTorch weights: text encoder and autoencoder in engines, compared with eager diffusers."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def pipe(whole: Path, engine: str) -> Iterator[Any]:
 
 def image(pipe: Any, **arguments: Any) -> torch.Tensor:
     settings = {"num_inference_steps": 3, "output_type": "pt", **arguments}
-    made: torch.Tensor = pipe("a red square", generator=torch.Generator().manual_seed(1), **settings).images
-    return made
+    images: torch.Tensor = pipe("a red square", generator=torch.Generator().manual_seed(1), **settings).images
+    return images
 
 
 def test_the_pipeline_has_no_pytorch_weights(whole: Path) -> None:
@@ -48,7 +48,7 @@ def test_the_pipeline_has_no_pytorch_weights(whole: Path) -> None:
     bundle.verify_files()
 
 
-def test_images_are_those_of_eager_diffusers(pipe: Any, tiny_pipeline_dir: Path) -> None:
+def test_images_equal_those_of_eager_diffusers(pipe: Any, tiny_pipeline_dir: Path) -> None:
     eager = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
     for arguments in ({}, {"height": 128, "width": 64, "num_images_per_prompt": 2, "guidance_scale": 1.0}):
         difference = (image(pipe, **arguments) - image(eager, **arguments)).abs().max()
@@ -66,31 +66,31 @@ def test_images_are_those_of_eager_diffusers(pipe: Any, tiny_pipeline_dir: Path)
 def test_the_compiled_encoder_takes_images(pipe: Any, tiny_pipeline_dir: Path) -> None:
     eager = StableDiffusionImg2ImgPipeline.from_pretrained(tiny_pipeline_dir)
     ours = offcut.attach(StableDiffusionImg2ImgPipeline.from_pipe(pipe, unet=pipe.unet, vae=pipe.vae), pipe.unet)
-    given = {"image": torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2)), "strength": 0.7}
+    arguments = {"image": torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2)), "strength": 0.7}
     assert type(ours.vae) is type(pipe.vae)
-    assert (image(ours, **given) - image(eager, **given)).abs().max() < TOLERANCE
+    assert (image(ours, **arguments) - image(eager, **arguments)).abs().max() < TOLERANCE
 
 
 def test_clips_last_layers_may_be_skipped(pipe: Any, tiny_pipeline_dir: Path) -> None:
-    """Diffusers applies the final norm itself then; eager diffusers does not find it in transformers 5."""
+    """With ``clip_skip``, diffusers applies the final norm itself; eager diffusers misses it in transformers 5."""
     ids = torch.randint(0, 26, (2, 16), generator=torch.Generator().manual_seed(0))
     eager = CLIPTextModel.from_pretrained(tiny_pipeline_dir / "text_encoder").eval()
     norm = getattr(eager, "text_model", eager).final_layer_norm
     with torch.no_grad():
         expected = norm(eager(ids, output_hidden_states=True).hidden_states[-2])
-        got = pipe.text_encoder.text_model.final_layer_norm(
+        actual = pipe.text_encoder.text_model.final_layer_norm(
             pipe.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
         )
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     assert not torch.equal(image(pipe, clip_skip=1), image(pipe))
 
 
 def test_outputs_are_tuples_without_return_dict(pipe: Any, tiny_pipeline_dir: Path) -> None:
     ids = torch.randint(0, 26, (1, 16), generator=torch.Generator().manual_seed(0))
     last, pooled = pipe.text_encoder(ids, return_dict=False)
-    answer = pipe.text_encoder(ids)
-    assert torch.equal(last, answer[0])
-    assert torch.equal(pooled, answer.pooler_output)
+    output = pipe.text_encoder(ids)
+    assert torch.equal(last, output[0])
+    assert torch.equal(pooled, output.pooler_output)
     with pytest.raises(UserError, match="leave the mask out"):
         pipe.text_encoder(ids, attention_mask=torch.zeros(1, 16))
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""ControlNets on compiled, cached engines: against eager diffusers, and with their answers reused on shallow calls."""
+"""ControlNets on compiled, cached engines: compared with eager diffusers, and with outputs reused on shallow calls."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ STEPS = 7
 
 
 def new_controlnet(unet: Any, seed: int) -> ControlNetModel:
-    """One whose outputs are not zero, as a trained one's are not."""
+    """Return a ControlNet whose outputs are not zero, like those of a trained one."""
     torch.manual_seed(seed)
     net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 16))
     with torch.no_grad():
@@ -40,7 +40,7 @@ def nets(parts: dict[str, Any]) -> list[ControlNetModel]:
 
 @pytest.fixture(scope="module")
 def bundle(parts: dict[str, Any], nets: list[ControlNetModel], once: Any) -> Path:
-    """Built from a pipeline that has a ControlNet, whose inputs it so gets by itself."""
+    """Bundle built from a pipeline with a ControlNet, which gives it the ControlNet's inputs without an option."""
 
     def build(path: Path) -> None:
         model = path.with_name(f"{path.name}-model")
@@ -54,17 +54,17 @@ def bundle(parts: dict[str, Any], nets: list[ControlNetModel], once: Any) -> Pat
 
 @pytest.fixture
 def with_controlnet(parts: dict[str, Any], nets: list[ControlNetModel]) -> Callable[..., Any]:
-    """An eager pipeline with one ControlNet or several, of classes of their own."""
+    """Return a function that returns an eager pipeline with one or several new copies of the ControlNets."""
 
     def make(count: int = 1) -> Any:
-        given = []
+        copies = []
         for net in nets[:count]:
             copied = ControlNetModel.from_config(net.config)
             copied.load_state_dict(net.state_dict())
-            given.append(copied.eval())
+            copies.append(copied.eval())
         scheduler = type(parts["scheduler"]).from_config(parts["scheduler"].config)
         pipe = StableDiffusionControlNetPipeline(
-            **parts | {"scheduler": scheduler, "controlnet": given if count > 1 else given[0]},
+            **parts | {"scheduler": scheduler, "controlnet": copies if count > 1 else copies[0]},
             requires_safety_checker=False,
         )
         pipe.set_progress_bar_config(disable=True)
@@ -101,10 +101,10 @@ def test_cached_engines_with_controlnets_equal_deepcache_in_eager_pytorch(
     assert unet.last_run is not None
     assert unet.last_run.timeline == "#..#..#"
     other = generate(pipe, steps=STEPS, prompt=PROMPT, image=[control.flip(-2)] * 2 if count > 1 else control.flip(-2))
-    assert decibels(other, expected) < match - 20  # the picture is heeded
+    assert decibels(other, expected) < match - 20  # the control image has an effect
 
 
-def test_a_bundle_for_controlnets_serves_a_pipeline_without_one_too(
+def test_a_bundle_for_controlnets_also_runs_without_a_controlnet(
     parts: dict[str, Any],
     bundle: Path,
     engine: str,
@@ -136,16 +136,16 @@ def test_reused_controlnets_run_on_full_calls_only(
     image = control if count == 1 else [control, control.flip(-1)]
     eager = with_controlnet(count)
     full = SCHEDULE.full_calls(STEPS)
-    answers: list[Any] = []
+    outputs: list[Any] = []
     calls = 0
     run = eager.controlnet.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         if calls in full:
-            answers[:] = run(*args, **kwargs)
+            outputs[:] = run(*args, **kwargs)
         calls += 1
-        return list(answers[0]), answers[1].clone()
+        return list(outputs[0]), outputs[1].clone()
 
     eager.controlnet.forward = forward
     with cached_by_call(eager.unet, 0, full):
@@ -161,10 +161,10 @@ def test_reused_controlnets_run_on_full_calls_only(
     assert decibels(generate(pipe, steps=STEPS, prompt=PROMPT, image=image), expected) > 70
     assert len(runs) == count * len(full)
     generate(pipe, steps=STEPS, prompt=PROMPT, image=image)
-    assert len(runs) == 2 * count * len(full)  # nothing is kept from one generation to the next
+    assert len(runs) == 2 * count * len(full)  # no output is reused in the next generation
 
 
-def test_a_controlnet_whose_scale_changes_is_run_again(
+def test_a_controlnet_runs_again_when_its_scale_changes(
     with_controlnet: Callable[..., Any],
     unet: offcut.UNet,
     control: torch.Tensor,
@@ -178,7 +178,9 @@ def test_a_controlnet_whose_scale_changes_is_run_again(
     assert len(runs) == 2  # at the full call, and where its scale falls to 0
 
 
-def test_what_cannot_be_is_said(bundle: Path, tiny_pipeline_dir: Path, eager: Any, tmp_path: Path) -> None:
+def test_unsupported_controlnet_settings_are_refused(
+    bundle: Path, tiny_pipeline_dir: Path, eager: Any, tmp_path: Path
+) -> None:
     opened = offcut.UNet.load(bundle, "onnxruntime", threads=1)
     with pytest.raises(UserError, match="no ControlNet whose feature maps"):
         offcut.attach(eager, opened, reuse_controlnet=True)

@@ -19,15 +19,15 @@ from offcut.exporter.load import locate
 pytestmark = pytest.mark.slow
 
 
-# diffusers demands both of this pipeline, be it only to hear that there is none.
-UNCHECKED: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
+# diffusers requires both arguments for this pipeline, even if they are None.
+NO_SAFETY_CHECKER: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
 
 
 @pytest.fixture(scope="module")
 def model(tiny_unet_dir: Path, once: Callable[..., Path]) -> Path:
     def save(path: Path) -> None:
         unet = UNet2DConditionModel.from_pretrained(tiny_unet_dir)
-        parts = text_to_latent_parts(path, width=16) | UNCHECKED
+        parts = text_to_latent_parts(path, width=16) | NO_SAFETY_CHECKER
         TextToVideoZeroPipeline(**parts, unet=unet, requires_safety_checker=False).save_pretrained(path)
 
     return once("tiny-zero", save)
@@ -41,14 +41,14 @@ def bundle(model: Path, once: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def eager(model: Path) -> Any:
-    pipe = TextToVideoZeroPipeline.from_pretrained(model, **UNCHECKED)
+    pipe = TextToVideoZeroPipeline.from_pretrained(model, **NO_SAFETY_CHECKER)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 @pytest.fixture
 def cached(bundle: Path, engine: str) -> Iterator[Any]:
-    pipe = offcut.load(bundle, engine, threads=1, **UNCHECKED)
+    pipe = offcut.load(bundle, engine, threads=1, **NO_SAFETY_CHECKER)
     pipe.set_progress_bar_config(disable=True)
     yield pipe
     pipe.unet.close()
@@ -56,9 +56,9 @@ def cached(bundle: Path, engine: str) -> Iterator[Any]:
 
 def video(pipe: Any, **settings: Any) -> torch.Tensor:
     """Latents [4, 4, 8, 8]: the first frame in three steps, one more, then all frames in five."""
-    asked: dict[str, Any] = {"prompt": "a cat", "video_length": 4, "t0": 3, "t1": 4, "num_inference_steps": 8}
+    arguments: dict[str, Any] = {"prompt": "a cat", "video_length": 4, "t0": 3, "t1": 4, "num_inference_steps": 8}
     generator = torch.Generator().manual_seed(1)
-    latents = pipe(**asked | settings, generator=generator, output_type="latent").images
+    latents = pipe(**arguments | settings, generator=generator, output_type="latent").images
     assert torch.isfinite(latents).all()
     return torch.as_tensor(latents)
 
@@ -72,12 +72,12 @@ def test_a_cached_video_equals_the_same_caching_in_eager_pytorch(
     uncached = video(eager)
     assert decibels(video(cached), uncached) > 90
     cached.unet.set_schedule(offcut.Uniform(3), cut="deepcache:1")
-    got = video(cached)
-    # The fifth call is the first with all frames, the ninth is beyond the scheduler's eight.
+    latents = video(cached)
+    # The fifth call is the first with all frames; the ninth exceeds the announced eight, so it is full.
     assert cached.unet.last_run.timeline == "#..##.#.#"
     with cached_by_call(eager.unet, 1, cached.unet.last_run.full_calls):
         expected = video(eager)
-    assert decibels(got, expected) > 90
+    assert decibels(latents, expected) > 90
     assert decibels(uncached, expected) < 60
 
 
@@ -111,7 +111,7 @@ def test_a_bundle_holds_one_kind_of_attention(unet_bundle: Path, tiny_unet_dir: 
 
 
 @pytest.mark.parametrize(
-    ("settings", "error", "sentence"),
+    ("settings", "error", "message"),
     [
         ({"attention": "sliced"}, ModelError, "takes no attention called 'sliced'; it takes cross-frame"),
         ({"attention": "cross-frame", "dims": {"batch": 3}}, ModelError, "two halves of a batch, not 3"),
@@ -122,8 +122,8 @@ def test_a_bundle_holds_one_kind_of_attention(unet_bundle: Path, tiny_unet_dir: 
         ),
     ],
 )
-def test_what_cannot_be_is_refused(
-    settings: dict[str, Any], error: type[Exception], sentence: str, tmp_path: Path
+def test_unsupported_attention_settings_are_refused(
+    settings: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(error, match=sentence):
+    with pytest.raises(error, match=message):
         offcut.build(save_unet(tmp_path / "unet"), tmp_path / "out", engine="onnxruntime", **settings)

@@ -1,4 +1,4 @@
-"""Schedules whose shallow calls have cuts of their own, beside the same written plainly with the engines' calls."""
+"""Schedules that name a cut for each shallow call, compared with a loop over the engines' calls."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ SCHEDULE = TunedSteps((0, 1, 5), CALLS, BY_CALL)
 
 
 @dataclass(frozen=True)
-class EveryOther(Forecast):
-    """Predicts at even calls and reuses at odd ones, where earlier predictions have to be taken back."""
+class EveryOtherCall(Forecast):
+    """Predicts at even calls and reuses at odd ones, which must restore features that a prediction overwrote."""
 
     def at(self, feature: str, call: int, last: int, before: int | None) -> Coefficients | None:
         return Coefficients(1.1, 0.5 * (call - last), 0.01) if call % 2 == 0 else None
 
 
 def inputs(unet: offcut.UNet, call: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The latents twice, as guidance has it."""
+    """Return the inputs of a call, with the latents twice, as with guidance."""
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(call))
     width = unet.config["cross_attention_dim"]
     text = torch.randn(2, 77, width, generator=torch.Generator().manual_seed(99))
@@ -51,14 +51,14 @@ def run(
         return [unet(*inputs(unet, call)).sample for call in range(CALLS)]
 
 
-def by_hand(unet: offcut.UNet, forecast: Forecast | None) -> list[torch.Tensor]:
+def run_engine_calls(unet: offcut.UNet, forecast: Forecast | None) -> list[torch.Tensor]:
     unet.set_schedule(None)
     unet(*inputs(unet, 0))
     bound = unet.bound
     assert bound is not None
     names = {name for cut in BY_CALL if cut is not None for name in unet.cut_features[cut]}
-    kept: list[tuple[int, dict[str, torch.Tensor]]] = []
-    made = []
+    full_calls: list[tuple[int, dict[str, torch.Tensor]]] = []
+    outputs = []
     for call, cut in enumerate(BY_CALL):
         sample, timestep, text = inputs(unet, call)
         bound.buffers["sample"].copy_(sample)
@@ -66,31 +66,31 @@ def by_hand(unet: offcut.UNet, forecast: Forecast | None) -> list[torch.Tensor]:
         bound.buffers["encoder_hidden_states"].copy_(text)
         if cut is None:
             bound.full()
-            kept = [(call, {name: bound.buffers[name].clone() for name in names}), *kept[:1]]
+            full_calls = [(call, {name: bound.buffers[name].clone() for name in names}), *full_calls[:1]]
         else:
-            (last, latest), (before, older) = kept[0], kept[1]
+            (last, latest), (before, older) = full_calls[0], full_calls[1]
             for name in unet.cut_features[cut]:
-                by = None if forecast is None else forecast.at(name, call, last, before)
-                by = by or Coefficients()
-                assert isinstance(by.slope, float)
-                ahead = by.slope * (latest[name] - older[name])
-                bound.buffers[name].copy_(by.scale * latest[name] + ahead + by.shift)
+                coefficients = None if forecast is None else forecast.at(name, call, last, before)
+                coefficients = coefficients or Coefficients()
+                assert isinstance(coefficients.slope, float)
+                change = coefficients.slope * (latest[name] - older[name])
+                bound.buffers[name].copy_(coefficients.scale * latest[name] + change + coefficients.shift)
             bound.shallow(cut)
-        made.append(bound.buffers["noise_pred"].clone())
-    return made
+        outputs.append(bound.buffers["noise_pred"].clone())
+    return outputs
 
 
-@pytest.mark.parametrize("forecast", [None, Extrapolate(1.0), EveryOther()], ids=str)
-def test_calls_equal_a_plain_implementation(unet: offcut.UNet, forecast: Forecast | None) -> None:
-    for expected, got in zip(by_hand(unet, forecast), run(unet, SCHEDULE, forecast), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("forecast", [None, Extrapolate(1.0), EveryOtherCall()], ids=str)
+def test_calls_equal_a_loop_over_the_engine_calls(unet: offcut.UNet, forecast: Forecast | None) -> None:
+    for expected, actual in zip(run_engine_calls(unet, forecast), run(unet, SCHEDULE, forecast), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert unet.last_run is not None
     assert unet.last_run.cuts == BY_CALL
     assert unet.last_run.timeline == "##...#...."
 
 
 def test_cuts_share_features_and_give_different_outputs(unet: offcut.UNet) -> None:
-    """Else the test above would show little."""
+    """Precondition of the test above, which otherwise could not tell the cuts apart."""
     assert set(unet.cut_features["mlperf"]) & set(unet.cut_features["deepcache:2"])
     mixed = run(unet, SCHEDULE)
     for cut in ("deepcache:0", "mlperf", "deepcache:2"):
@@ -103,16 +103,16 @@ def test_cuts_share_features_and_give_different_outputs(unet: offcut.UNet) -> No
 def test_a_schedule_with_one_cut_for_all_calls_equals_setting_that_cut(unet: offcut.UNet) -> None:
     named = tuple(None if cut is None else "deepcache:2" for cut in BY_CALL)
     expected = run(unet, TunedSteps((0, 1, 5), CALLS), Extrapolate(0.5), cut="deepcache:2")
-    got = run(unet, TunedSteps((0, 1, 5), CALLS, named), Extrapolate(0.5), cut="deepcache:0")
-    assert all(torch.equal(one, other) for one, other in zip(expected, got, strict=True))
+    actual = run(unet, TunedSteps((0, 1, 5), CALLS, named), Extrapolate(0.5), cut="deepcache:0")
+    assert all(torch.equal(one, other) for one, other in zip(expected, actual, strict=True))
     assert unet.last_run is not None
     assert unet.last_run.cuts == named
     assert unet.last_run.cut == "deepcache:0"
 
 
 def test_reused_guidance_follows_the_cut_of_the_call(unet: offcut.UNet) -> None:
-    """The half with the prompt is as it is without reuse."""
-    for forecast in (None, EveryOther()):
+    """The half with the prompt is the same with and without ``reuse_guidance``."""
+    for forecast in (None, EveryOtherCall()):
         plain, reused = run(unet, SCHEDULE, forecast), run(unet, SCHEDULE, forecast, reuse_guidance=True)
         for call in range(CALLS):
             torch.testing.assert_close(reused[call][1:], plain[call][1:], rtol=1e-4, atol=1e-4)
@@ -128,7 +128,7 @@ def test_missing_cuts_are_refused(unet: offcut.UNet) -> None:
     missing = TunedSteps((0,), 3, (None, "deepcache:1", "deepcache:11"))
     with pytest.raises(CutError, match=r"calls at the cut 'deepcache:11', and this UNet has only deepcache:0, "):
         unet.set_schedule(missing)
-    full = TunedSteps((0, 2), 3, (None, "deepcache:1", "deepcache:11"))  # that call is full
+    full = TunedSteps((0, 2), 3, (None, "deepcache:1", "deepcache:11"))  # the call with the missing cut is full
     unet.set_schedule(full)
     assert unet.schedule == full
 

@@ -1,4 +1,4 @@
-"""The adapter for people who move over from DeepCache's helper."""
+"""``DeepCacheSDHelper``, the interface for code written for DeepCache."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_pipeline_can_be_given_to_enable(pipe: Any) -> None:
     helper.disable()
 
 
-def test_the_helper_refuses_what_it_cannot_do(pipe: Any, eager: Any, tiny_bundle: Path) -> None:
+def test_the_helper_refuses_unsupported_parameters(pipe: Any, eager: Any, tiny_bundle: Path) -> None:
     with pytest.raises(UserError, match=r"offcut\.attach\(pipe, bundle\) first"):
         offcut.DeepCacheSDHelper(eager)
     helper = offcut.DeepCacheSDHelper(pipe)

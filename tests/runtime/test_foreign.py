@@ -20,10 +20,10 @@ TOLERANCE = 2e-5  # of an image in [0, 1]
 
 
 def image(pipe: Any, **arguments: Any) -> torch.Tensor:
-    given = {"num_inference_steps": 6, "output_type": "pt", "height": 64, "width": 64, **arguments}
-    settings = {name: value for name, value in given.items() if value is not None}
-    made: torch.Tensor = pipe("a red square", generator=torch.Generator().manual_seed(1), **settings).images
-    return made
+    all_settings = {"num_inference_steps": 6, "output_type": "pt", "height": 64, "width": 64, **arguments}
+    settings = {name: value for name, value in all_settings.items() if value is not None}
+    images: torch.Tensor = pipe("a red square", generator=torch.Generator().manual_seed(1), **settings).images
+    return images
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -31,7 +31,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def test_images_are_those_of_the_weights(foreign_bundle: Path, tiny_bundle: Path, engine: str) -> None:
+def test_images_equal_those_of_the_pytorch_weights(foreign_bundle: Path, tiny_bundle: Path, engine: str) -> None:
     """With the same seed, uncached and cached at two cuts."""
     pipes = [offcut.load(bundle, engine, threads=1) for bundle in (foreign_bundle, tiny_bundle)]
     uncached = [image(pipe, num_images_per_prompt=2) for pipe in pipes]
@@ -47,7 +47,7 @@ def test_images_are_those_of_the_weights(foreign_bundle: Path, tiny_bundle: Path
         pipe.unet.close()
 
 
-def test_clips_last_layers_may_be_skipped_and_images_go_in(foreign_bundle: Path, tiny_pipeline_dir: Path) -> None:
+def test_clip_skip_and_img2img(foreign_bundle: Path, tiny_pipeline_dir: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     ours = offcut.load(foreign_bundle, "onnxruntime", threads=1)
@@ -55,8 +55,8 @@ def test_clips_last_layers_may_be_skipped_and_images_go_in(foreign_bundle: Path,
     img2img = offcut.attach(StableDiffusionImg2ImgPipeline(**ours.components, requires_safety_checker=False), ours.unet)
     eager = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
     noise = torch.Generator().manual_seed(2)
-    given = {"image": torch.rand(1, 3, 64, 64, generator=noise), "strength": 0.7, "height": None, "width": None}
-    assert difference(image(img2img, **given), image(eager, **given)) < TOLERANCE
+    arguments = {"image": torch.rand(1, 3, 64, 64, generator=noise), "strength": 0.7, "height": None, "width": None}
+    assert difference(image(img2img, **arguments), image(eager, **arguments)) < TOLERANCE
     assert not torch.equal(image(ours, clip_skip=1), image(ours))
     ours.unet.close()
 
@@ -64,9 +64,9 @@ def test_clips_last_layers_may_be_skipped_and_images_go_in(foreign_bundle: Path,
 def test_a_lora_is_loaded_and_unloaded(
     foreign_bundle: Path, tiny_bundle: Path, tiny_pipeline_dir: Path, tmp_path: Path, engine: str
 ) -> None:
-    """The weights that it changes are found by the names of the graph's nodes."""
+    """The LoRA's weights are found by the names of the graph's nodes."""
     lora = save_lora("kohya", tiny_pipeline_dir, tmp_path, seed=1)
-    answers = []
+    outputs = []
     for bundle in (foreign_bundle, tiny_bundle):
         unet = offcut.UNet.load(bundle, engine, threads=1)
         unet.set_schedule(Uniform(3))
@@ -80,12 +80,12 @@ def test_a_lora_is_loaded_and_unloaded(
 
         plain = calls()
         unet.load_lora(lora, 0.5)
-        answers.append(calls())
-        assert difference(answers[-1], plain) > 1e-2
+        outputs.append(calls())
+        assert difference(outputs[-1], plain) > 1e-2
         unet.unload_lora()
         assert torch.equal(calls(), plain)
         unet.close()
-    assert difference(*answers) < 1e-4
+    assert difference(*outputs) < 1e-4
 
 
 def test_a_lora_is_refused_for_weights_without_names(
@@ -107,8 +107,8 @@ def test_a_lora_is_refused_for_weights_without_names(
 
 @pytest.mark.slow
 def test_stable_diffusion_xl(sdxl_pipeline_dir: Path, tmp_path: Path) -> None:
-    theirs = save_as_optimum(sdxl_pipeline_dir, tmp_path / "onnx")
-    bundle = offcut.build(theirs, tmp_path / "onnx.offcut", engine=["onnxruntime", "openvino"])
+    model = save_as_optimum(sdxl_pipeline_dir, tmp_path / "onnx")
+    bundle = offcut.build(model, tmp_path / "onnx.offcut", engine=["onnxruntime", "openvino"])
     assert [entry.name for entry in bundle.manifest.components] == [
         "text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Each kind of image pipeline at interval 3, through diffusers' own class, against eager reuse of the same feature.
+"""Each kind of image pipeline at interval 3, compared with eager reuse of the same feature in diffusers' own class.
 
 The reference computes the whole UNet at every call and replaces one tensor by hook; see ``_CachingReference``.
 """
@@ -29,14 +29,14 @@ pytestmark = [
 ]
 
 SAME = 100.0
-"""Decibels from which two results count as the same one."""
+"""PSNR in dB from which two results count as equal."""
 
 
 @pytest.fixture(scope="module")
 def pair_of(
     family_model: Callable[[str], Path], family_bundle: Callable[[str], Path]
 ) -> Iterator[Callable[[str], tuple[Any, offcut.UNet]]]:
-    """The eager UNet of a family and the stand-in on its bundle, each made once."""
+    """Return a function that returns a family's eager UNet and its compiled UNet, each loaded once."""
     made: dict[str, tuple[Any, offcut.UNet]] = {}
 
     def make(name: str) -> tuple[Any, offcut.UNet]:
@@ -81,7 +81,7 @@ V_PREDICTION = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": Tru
 TEXT = {"prompt": "a red square", "negative_prompt": "blue"}
 FILL = {"image": PICTURE, "mask_image": MASK, "height": 64, "width": 64}
 
-# Family and pipeline, what the call gets, the number of UNet calls, settings of the scheduler.
+# Family and pipeline class, arguments of the call, number of UNet calls, settings of the scheduler.
 CASES: dict[str, tuple[tuple[str, str], dict[str, Any], int, dict[str, Any]]] = {
     "text2img": (SD, TEXT, 10, {}),
     "no guidance": (SD, TEXT | {"guidance_scale": 1.0}, 10, {}),
@@ -175,26 +175,26 @@ def test_the_pipeline_equals_deepcache_in_eager_pytorch(
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("name", ["sd2", "refiner", "class", "ldm-class"])
-def test_every_cut_given_fresh_features_is_the_full_graph_bit_for_bit(
+def test_every_cut_with_fresh_features_equals_the_full_graph_bit_for_bit(
     name: str,
     engine: str,
     family_model: Callable[[str], Path],
     family_bundle: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    """The other families' are ``exporter/test_cut``'s."""
+    """``exporter/test_cut`` tests the cuts of the other families."""
     graph = onnx_of(family_bundle(name))
     cuts = find_cuts(graph)
     assert len([cut for cut in cuts if cut.name.startswith("deepcache:")]) == (4 if name in ("refiner", "class") else 6)
     source = locate(family_model(name))
     specs = source.family.specs(source.config, "float32")
     inputs = example_inputs(specs, {"batch": 2, "height": 8, "width": 12, "sequence": 7})
-    for twin in split_all(graph, cuts, tmp_path):
-        features = run_graph(engine, twin.full, inputs)
+    for pair in split_all(graph, cuts, tmp_path):
+        features = run_graph(engine, pair.full, inputs)
         noise_pred = features.pop("noise_pred")
-        assert torch.equal(run_graph(engine, twin.shallow, {**inputs, **features})["noise_pred"], noise_pred)
+        assert torch.equal(run_graph(engine, pair.shallow, {**inputs, **features})["noise_pred"], noise_pred)
         stale = {name: -value for name, value in features.items()}
-        assert not torch.equal(run_graph(engine, twin.shallow, {**inputs, **stale})["noise_pred"], noise_pred)
+        assert not torch.equal(run_graph(engine, pair.shallow, {**inputs, **stale})["noise_pred"], noise_pred)
 
 
 @pytest.mark.parametrize("kind", ["DDIMPipeline", "DDPMPipeline"])
@@ -237,7 +237,7 @@ def _classes(labels: torch.Tensor, guided: bool) -> dict[str, Any]:
 
 
 def _embedded_class(labels: torch.Tensor, guided: bool) -> dict[str, Any]:
-    """As latent diffusion does on ImageNet: one token, which stands for no class where nothing is asked for."""
+    """One token per image, as in latent diffusion on ImageNet; index 5 is the token for no class."""
     table = noise(6, 1, 24, seed=9)
     return {"encoder_hidden_states": table[torch.cat([torch.full_like(labels, 5), labels]) if guided else labels]}
 
@@ -268,8 +268,8 @@ def test_class_conditional_models_in_a_custom_loop(
                 sample = torch.cat([latents] * 2) if guided else latents
                 predicted = module(sample, timestep, **given).sample
                 if guided:
-                    without, scheduler_named = predicted.chunk(2)
-                    predicted = without + 3.0 * (scheduler_named - without)
+                    unconditional, conditional = predicted.chunk(2)
+                    predicted = unconditional + 3.0 * (conditional - unconditional)
                 latents = scheduler.step(predicted, timestep, latents).prev_sample
         return latents
 
@@ -282,7 +282,7 @@ def test_class_conditional_models_in_a_custom_loop(
     assert unet.last_run.timeline == "#..#..#..#"
     assert decibels(cached, expected) > SAME
     with unet.generation(calls=steps):
-        assert decibels(denoise(unet, (2, 0)), expected) < 60  # the class is heeded
+        assert decibels(denoise(unet, (2, 0)), expected) < 60  # the class has an effect
     unet.set_schedule(None)
     uncached = denoise(network)
     assert decibels(denoise(unet), uncached) > SAME
@@ -295,7 +295,7 @@ def test_a_bundle_carries_the_safety_checker(family_bundle: Callable[[str], Path
         loaded = offcut.load(bundle, "onnxruntime", threads=1, **given)
         loaded.set_progress_bar_config(disable=True)
         loaded.unet.set_schedule(Uniform(3))
-        answer = loaded("a cat", num_inference_steps=3, output_type="np")
-        assert answer.nsfw_content_detected == ([True] if flagged else None)
-        assert answer.images.any() != flagged
+        output = loaded("a cat", num_inference_steps=3, output_type="np")
+        assert output.nsfw_content_detected == ([True] if flagged else None)
+        assert output.images.any() != flagged
         loaded.unet.close()

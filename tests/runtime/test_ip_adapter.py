@@ -1,4 +1,4 @@
-"""IP-Adapters built into compiled, cached engines: against eager diffusers with the same files."""
+"""IP-Adapters built into compiled, cached engines, compared with eager diffusers with the same files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Generate = Callable[..., torch.Tensor]
 SCHEDULE = offcut.Uniform(3)
 STEPS = 7
 TOKENS = 5
-"""Of an image of 8x8 pixels in patches of 4, and one for the whole."""
+"""Tokens of an image: four patches of 4x4 pixels, and one for the whole image."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def model(parts: dict[str, Any], once: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(model: Path, once: Any) -> Path:
-    """With both adapters; the Plus one takes two images."""
+    """Bundle with both adapters; the Plus adapter takes two images."""
     files = [f"{model / 'adapters' / 'plain.safetensors'}:0.6", f"{model / 'adapters' / 'plus.safetensors'}:0.8:2"]
 
     def build(path: Path) -> None:
@@ -104,14 +104,14 @@ def pipe(opened: Any) -> Any:
 
 @pytest.fixture
 def pictures() -> list[Any]:
-    """One for the plain adapter, two for the Plus one."""
+    """One image for the plain adapter, and two for the Plus adapter."""
     random = np.random.default_rng(0)
     one, two, three = (Image.fromarray(random.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for _ in range(3))
     return [one, [two, three]]
 
 
 def embeds_of(pipe: Any, pictures: Any) -> list[torch.Tensor]:
-    """What people keep in files: with guidance the embeddings of no image come first."""
+    """Return the embeddings of the images; with guidance, those of no image come first."""
     return list(pipe.prepare_ip_adapter_image_embeds(pictures, None, torch.device("cpu"), 1, True))
 
 
@@ -136,7 +136,7 @@ def test_cached_engines_with_ip_adapters_equal_deepcache_in_eager_pytorch(
     assert decibels(latents, expected) > 100
     assert decibels(latents, uncached) < 90
     other = generate(pipe, steps=STEPS, ip_adapter_image=[pictures[1][0], pictures[1]])
-    assert decibels(other, expected) < 60  # the image is heeded
+    assert decibels(other, expected) < 60  # the image has an effect
 
 
 def test_embeddings_instead_of_images_and_several_images_of_a_prompt(
@@ -149,8 +149,8 @@ def test_embeddings_instead_of_images_and_several_images_of_a_prompt(
     assert torch.equal(generate(pipe, steps=4, ip_adapter_image_embeds=embeds), by_image)
     pipe.unet.set_schedule(None)
     for settings in ({"num_images_per_prompt": 2}, {"guidance": 1.0}):
-        theirs = embeds if "guidance" not in settings else [each[1:] for each in embeds]
-        given = {"ip_adapter_image_embeds": theirs, "steps": 3, **settings}
+        settings_embeds = embeds if "guidance" not in settings else [each[1:] for each in embeds]
+        given = {"ip_adapter_image_embeds": settings_embeds, "steps": 3, **settings}
         assert decibels(generate(pipe, **given), generate(eager, **given)) > 100
 
 
@@ -188,7 +188,7 @@ def test_a_scale_set_during_a_generation_applies_from_the_next_call(
     assert decibels(generate(pipe, **given), generate(eager, **given)) > 100
 
 
-def test_attach_takes_over_the_scales_of_the_pipeline(
+def test_attach_copies_the_scales_of_the_pipeline(
     eager: Any,
     bundle: Path,
     pictures: Any,
@@ -210,7 +210,7 @@ def test_the_built_scale_is_the_default(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("opened", ["onnxruntime"], indirect=True)
-def test_what_cannot_be_is_said(
+def test_unsupported_ip_adapter_settings_are_refused(
     model: Path, bundle: Path, pipe: Any, eager: Any, pictures: Any, generate: Generate, tmp_path: Path
 ) -> None:
     plain = model / "adapters" / "plain.safetensors"

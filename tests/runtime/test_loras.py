@@ -1,4 +1,4 @@
-"""LoRAs on an open UNet, held against diffusers with PEFT and against a bundle that was built with them."""
+"""LoRAs on an open UNet, compared with diffusers with PEFT and with a bundle that was built with the LoRAs."""
 
 from __future__ import annotations
 
@@ -37,36 +37,36 @@ def unet(one_cut_bundle: Path, engine: str) -> Iterator[offcut.UNet]:
     opened.close()
 
 
-def answers(unet: offcut.UNet) -> list[torch.Tensor]:
-    """A full and a shallow call."""
+def outputs(unet: offcut.UNet) -> list[torch.Tensor]:
+    """Return the outputs of a full and a shallow call."""
     generator = torch.Generator().manual_seed(0)
     text = torch.randn(2, 7, unet.config.cross_attention_dim, generator=generator)
     with unet.generation(calls=2):
         return [unet(torch.randn(2, 4, 16, 16, generator=generator), t, text).sample for t in (900, 850)]
 
 
-def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def image(pipe: Any, **arguments: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
-    made = pipe("a red square", num_inference_steps=STEPS, generator=generator, output_type="latent", **arguments)
-    assert isinstance(made.images, torch.Tensor)
-    return made.images
+    output = pipe("a red square", num_inference_steps=STEPS, generator=generator, output_type="latent", **arguments)
+    assert isinstance(output.images, torch.Tensor)
+    return output.images
 
 
 def test_a_lora_that_was_replaced_and_restored_leaves_no_trace(unet: offcut.UNet, files: dict[str, Path]) -> None:
-    plain = answers(unet)
+    plain = outputs(unet)
     name = unet.load_lora(files["a"], 0.5)
-    with_a = answers(unet)
+    with_a = outputs(unet)
     unet.unload_lora(name)
-    assert same(answers(unet), plain)
+    assert equal(outputs(unet), plain)
     unet.load_lora(files["b"], name="b")
-    with_b = answers(unet)
+    with_b = outputs(unet)
     unet.unload_lora()
     unet.load_lora(files["a"], 0.5)
-    assert same(answers(unet), with_a)
+    assert equal(outputs(unet), with_a)
     differ = [not torch.equal(one, other) for one, other in ((plain[1], with_a[1]), (with_a[0], with_b[0]))]
     assert all(differ)
 
@@ -76,11 +76,11 @@ def test_a_schedule_that_was_tuned_without_the_lora_is_reported(
 ) -> None:
     unet.set_schedule(TunedSteps((0,), 2))
     with caplog.at_level(logging.WARNING, logger="offcut"):
-        answers(unet)
+        outputs(unet)
         assert "tuned without" not in caplog.text
         unet.load_lora(files["a"], name="style")
-        answers(unet)
-        answers(unet)
+        outputs(unet)
+        outputs(unet)
     assert caplog.text.count("this schedule was tuned without the LoRA style:") == 1
 
 
@@ -123,15 +123,15 @@ def test_the_pipeline_equals_eager_diffusers(
 def test_a_lora_fused_when_the_bundle_is_built_is_the_same_bit_for_bit(
     tiny_pipeline_dir: Path, files: dict[str, Path], one_cut_bundle: Path, tmp_path: Path
 ) -> None:
-    wanted: dict[str | Path, float] = {files["a"]: 0.5, files["b"]: 0.25}
-    offcut.build(tiny_pipeline_dir / "unet", tmp_path / "fused.offcut", engine="onnxruntime", loras=wanted)
+    loras: dict[str | Path, float] = {files["a"]: 0.5, files["b"]: 0.25}
+    offcut.build(tiny_pipeline_dir / "unet", tmp_path / "fused.offcut", engine="onnxruntime", loras=loras)
     fused = offcut.UNet.load(tmp_path / "fused.offcut", threads=1)
     swapped = offcut.UNet.load(one_cut_bundle, "onnxruntime", threads=1)
-    for path, scale in wanted.items():
+    for path, scale in loras.items():
         swapped.load_lora(path, scale)
     for each in (fused, swapped):
         each.set_schedule(Uniform(3), cut="deepcache:0")
-    assert same(answers(fused), answers(swapped))
+    assert equal(outputs(fused), outputs(swapped))
     recorded = offcut.Bundle.open(tmp_path / "fused.offcut").manifest.source.loras
     assert [(each.name, each.scale) for each in recorded] == [
         ("kohya.safetensors", 0.5),
@@ -143,7 +143,7 @@ def test_a_lora_that_cannot_be_loaded_leaves_the_weights_unchanged(
     unet: offcut.UNet, files: dict[str, Path], tmp_path: Path
 ) -> None:
     unet.load_lora(files["a"])
-    before = answers(unet)
+    before = outputs(unet)
     (tmp_path / "none.safetensors").write_bytes(b"none")
     with pytest.raises(ModelError, match="not a readable safetensors"):
         unet.load_lora(tmp_path / "none.safetensors")
@@ -152,4 +152,4 @@ def test_a_lora_that_cannot_be_loaded_leaves_the_weights_unchanged(
     with unet.generation(calls=2), pytest.raises(UserError, match="cannot change during a generation"):
         unet.unload_lora()
     assert unet.loras == {"kohya": 1.0}
-    assert same(answers(unet), before)
+    assert equal(outputs(unet), before)

@@ -1,4 +1,4 @@
-"""``load`` and ``attach`` in the company of what else people do with pipelines."""
+"""``load`` and ``attach``, combined with schedulers, callbacks, offloading, saving and threads."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ Generate = Callable[..., torch.Tensor]
 
 @pytest.fixture(params=["onnxruntime", "openvino"])
 def engine(request: pytest.FixtureRequest) -> str:
-    """Both engines, in the default tier: whole images, as users make them."""
+    """Both engines, in the default tier, because these tests generate whole images as users do."""
     return str(request.param)
 
 
-def test_load_gives_the_whole_pipeline(
+def test_load_returns_the_whole_pipeline(
     tiny_bundle: Path, eager: Any, engine: str, generate: Generate, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -128,17 +128,17 @@ def test_callbacks_interrupts_and_progress_bars(
     pipe: Any, generate: Generate, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe.unet.set_schedule(Uniform(3))
-    seen: list[int] = []
+    steps: list[int] = []
 
     def watch(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        seen.append(step)
+        steps.append(step)
         assert pipeline is pipe
         assert pipeline.num_timesteps == 10
         return {"latents": values["latents"] * 1}
 
     plain = generate(pipe)
     assert torch.equal(generate(pipe, callback_on_step_end=watch), plain)
-    assert seen == list(range(10))
+    assert steps == list(range(10))
     pipe.set_progress_bar_config(disable=False, desc="denoising")
     generate(pipe)
     assert "denoising" in capsys.readouterr().err
@@ -199,11 +199,11 @@ def test_saving_and_loading_again(
     assert torch.equal(generate(again), plain)
 
 
-def test_pipelines_that_share_its_components(pipe: Any, generate: Generate) -> None:
+def test_pipelines_that_share_components(pipe: Any, generate: Generate) -> None:
     image = torch.rand(1, 3, 64, 64)
     for img2img in (
         AutoPipelineForImage2Image.from_pipe(pipe),
-        StableDiffusionImg2ImgPipeline.from_pipe(pipe, unet=pipe.unet),  # which else keeps modules of known types only
+        StableDiffusionImg2ImgPipeline.from_pipe(pipe, unet=pipe.unet),  # from_pipe keeps only modules of known types
         StableDiffusionImg2ImgPipeline(**pipe.components),
     ):
         assert type(img2img) is StableDiffusionImg2ImgPipeline

@@ -1,3 +1,5 @@
+"""Prompts from a file, from the model, and by default."""
+
 from __future__ import annotations
 
 from pathlib import Path

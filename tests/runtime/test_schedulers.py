@@ -1,4 +1,4 @@
-"""Every scheduler that Stable Diffusion takes, from 1 step to 50, against eager diffusers: calls, schedule, latents."""
+"""Every scheduler of Stable Diffusion, from 1 to 50 steps: calls, schedule and latents equal eager diffusers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from offcut.runtime.generation.schedule import Uniform
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array:DeprecationWarning", "ignore:.*:FutureWarning:diffusers"
-)  # diffusers' use of NumPy, and its own plans
+)  # diffusers' use of NumPy, and its deprecations
 
 SAME = 100.0
-"""Decibels from which two trajectories count as the same one: rounding in fp32 leaves 110 to 150."""
+"""PSNR in dB from which two trajectories count as equal; rounding in fp32 gives 110 to 150."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "DDIMScheduler": {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "LCMScheduler": {"clip_sample": False},
     "DPMSolverSDEScheduler": {"noise_sampler_seed": 0},
 }
-"""What Stable Diffusion's own configs set, as clipping latents at 1 hides differences; and seeds of schedulers' own."""
+"""Settings of Stable Diffusion's own configs, because clipped latents hide differences; and a seed of its own."""
 
 
 def _compatible() -> list[type[SchedulerMixin]]:
@@ -60,8 +60,8 @@ def _pipeline(unet: Any) -> StableDiffusionPipeline:
     return pipe
 
 
-def made(scheduler: type[Any], **more: Any) -> Any:
-    """The scheduler with Stable Diffusion's noise levels; skips where it needs a package that is not there."""
+def new_scheduler(scheduler: type[Any], **more: Any) -> Any:
+    """Return a scheduler with Stable Diffusion's noise schedule; skip the test if a package is missing."""
     settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     settings |= SETTINGS.get(scheduler.__name__, {}) | more
     known = inspect.signature(scheduler).parameters
@@ -97,7 +97,7 @@ def check(
     decibels: Callable[[torch.Tensor, torch.Tensor], float],
     **settings: Any,
 ) -> int:
-    """Hold a run with every call full, and one at interval 3, against eager diffusers; how many calls each made."""
+    """Compare an uncached run and a run at interval 3 with eager diffusers; return the number of calls of a run."""
     with cached_by_call(eager.unet, 0, range(1000)) as counting:
         uncached = denoise(eager, scheduler, **settings)
     calls = counting.calls
@@ -105,19 +105,19 @@ def check(
         expected = denoise(eager, scheduler, **settings)
     for schedule, latents in ((None, uncached), (Uniform(3), expected)):
         pipe.unet.set_schedule(schedule)
-        got = denoise(pipe, scheduler, **settings)
+        actual = denoise(pipe, scheduler, **settings)
         run = pipe.unet.last_run
         assert run.calls == len(run.full) == calls
         assert run.full_calls == (Uniform(3).full_calls(calls) if schedule else tuple(range(calls)))
-        assert torch.isfinite(got).all()
-        assert decibels(got, latents) > SAME, (scheduler, settings, schedule, decibels(got, latents))
+        assert torch.isfinite(actual).all()
+        assert decibels(actual, latents) > SAME, (scheduler, settings, schedule, decibels(actual, latents))
     if calls > 1:
         assert decibels(expected, uncached) < SAME
     return calls
 
 
-def refused(eager: Any, pipe: Any, scheduler: Any, **settings: Any) -> bool:
-    """Whether the scheduler itself cannot do this; then it says so with engines too."""
+def is_refused(eager: Any, pipe: Any, scheduler: Any, **settings: Any) -> bool:
+    """Return whether the scheduler itself refuses these settings; check that it then does so with engines too."""
     try:
         denoise(eager, scheduler, **settings)
     except (ValueError, IndexError, AttributeError) as refusal:
@@ -131,9 +131,9 @@ def refused(eager: Any, pipe: Any, scheduler: Any, **settings: Any) -> bool:
 def test_from_one_step_to_twenty(
     eager_pipe: Any, cached_pipe: Any, scheduler: type[Any], cached_by_call: Any, decibels: Any
 ) -> None:
-    one = made(scheduler)
+    one = new_scheduler(scheduler)
     for steps in (1, 2, 4, 20) if cached_pipe.unet.engine == "onnxruntime" else (4,):
-        if refused(eager_pipe, cached_pipe, one, num_inference_steps=steps):
+        if is_refused(eager_pipe, cached_pipe, one, num_inference_steps=steps):
             assert steps <= 2
             continue
         check(eager_pipe, cached_pipe, one, cached_by_call, decibels, num_inference_steps=steps)
@@ -145,7 +145,7 @@ def test_from_one_step_to_twenty(
 def test_fifty_steps(
     eager_pipe: Any, cached_pipe: Any, scheduler: type[Any], cached_by_call: Any, decibels: Any
 ) -> None:
-    calls = check(eager_pipe, cached_pipe, made(scheduler), cached_by_call, decibels, num_inference_steps=50)
+    calls = check(eager_pipe, cached_pipe, new_scheduler(scheduler), cached_by_call, decibels, num_inference_steps=50)
     assert calls >= 50
 
 
@@ -154,14 +154,14 @@ def test_fifty_steps(
 def test_custom_timesteps_and_sigmas(
     eager_pipe: Any, cached_pipe: Any, scheduler: type[Any], cached_by_call: Any, decibels: Any
 ) -> None:
-    one = made(scheduler)
+    one = new_scheduler(scheduler)
     taken = inspect.signature(one.set_timesteps).parameters
     own: dict[str, list[Any]] = {"timesteps": [999, 899, 599, 499, 299, 199, 99], "sigmas": [12.0, 8.0, 4.0, 1.5, 0.3]}
-    done = [
+    call_counts = [
         check(eager_pipe, cached_pipe, one, cached_by_call, decibels, **{name: values})
         for name, values in own.items()
-        if name in taken and not refused(eager_pipe, cached_pipe, one, **{name: values})
+        if name in taken and not is_refused(eager_pipe, cached_pipe, one, **{name: values})
     ]
-    if not done:
-        pytest.skip("takes neither")
-    assert min(done) >= 4
+    if not call_counts:
+        pytest.skip("the scheduler takes neither timesteps nor sigmas")
+    assert min(call_counts) >= 4

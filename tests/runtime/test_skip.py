@@ -1,4 +1,4 @@
-"""Calls that run no engine: what they answer, that nothing runs, and that shallow calls beside them are as without."""
+"""Skipped calls: their output, that they run no engine, and that other calls do not change."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ MIXED = TunedSteps((0, 4), CALLS, BY_CALL)
 
 
 def inputs(unet: offcut.UNet, call: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The latents twice, as guidance has it."""
+    """Return the inputs of a call, with the latents twice, as with guidance."""
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(call))
     text = torch.randn(2, 77, unet.config["cross_attention_dim"], generator=torch.Generator().manual_seed(99))
     return torch.cat([latent, latent]), torch.tensor(900.0 - 50 * call), text
 
 
 def run(
-    unet: offcut.UNet, schedule: Schedule, forecast: Forecast | None = None, cut: str | None = None, **how: Any
+    unet: offcut.UNet, schedule: Schedule, forecast: Forecast | None = None, cut: str | None = None, **settings: Any
 ) -> list[torch.Tensor]:
-    unet.set_schedule(schedule, cut, forecast, **how)
+    unet.set_schedule(schedule, cut, forecast, **settings)
     with unet.generation(CALLS, guided=True):
         return [unet(*inputs(unet, call)).sample for call in range(CALLS)]
 
 
 @pytest.mark.parametrize("reuse_guidance", [False, True])
 def test_a_skipped_call_returns_the_output_of_the_call_before(unet: offcut.UNet, reuse_guidance: bool) -> None:
-    made = run(unet, MIXED, reuse_guidance=reuse_guidance)
+    outputs = run(unet, MIXED, reuse_guidance=reuse_guidance)
     shallow = run(unet, TunedSteps((0, 4), CALLS), cut="deepcache:0", reuse_guidance=reuse_guidance)
     for call, cut in enumerate(BY_CALL):
         if cut == SKIP:
-            assert torch.equal(made[call], made[call - 1])
-            assert made[call].data_ptr() != made[call - 1].data_ptr()
-            assert not torch.equal(made[call], shallow[call])
+            assert torch.equal(outputs[call], outputs[call - 1])
+            assert outputs[call].data_ptr() != outputs[call - 1].data_ptr()
+            assert not torch.equal(outputs[call], shallow[call])
         else:
-            assert torch.equal(made[call], shallow[call])
+            assert torch.equal(outputs[call], shallow[call])
 
 
 def test_a_skipped_call_runs_no_engine(unet: offcut.UNet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,23 +63,23 @@ def test_a_skipped_call_runs_no_engine(unet: offcut.UNet, monkeypatch: pytest.Mo
     finally:
         unet.record_times = False
     assert calls == ["full", "deepcache:0", "full", "deepcache:0"]
-    done = unet.last_run
-    assert done is not None
-    assert done.cuts == BY_CALL
-    assert done.timeline == "#.__#_._"
-    assert done.full_calls == (0, 4)
-    assert [seconds == 0 for seconds in done.seconds] == [cut == SKIP for cut in BY_CALL]
+    last_run = unet.last_run
+    assert last_run is not None
+    assert last_run.cuts == BY_CALL
+    assert last_run.timeline == "#.__#_._"
+    assert last_run.full_calls == (0, 4)
+    assert [seconds == 0 for seconds in last_run.seconds] == [cut == SKIP for cut in BY_CALL]
 
 
 def test_skip_can_be_the_cut_of_all_calls(unet: offcut.UNet) -> None:
-    made = run(unet, offcut.Uniform(3), cut=SKIP)
+    outputs = run(unet, offcut.Uniform(3), cut=SKIP)
     assert unet.last_run is not None
     assert unet.last_run.timeline == "#__#__#_"
     full = run(unet, offcut.Uniform(1))
-    assert all(torch.equal(each, full[call - call % 3]) for call, each in enumerate(made))
+    assert all(torch.equal(each, full[call - call % 3]) for call, each in enumerate(outputs))
 
 
-def test_a_full_call_follows_a_failed_one(unet: offcut.UNet) -> None:
+def test_the_call_after_a_reset_is_full(unet: offcut.UNet) -> None:
     unet.set_schedule(offcut.Uniform(4), SKIP)
     with unet.generation(CALLS):
         unet(*inputs(unet, 0))
@@ -90,7 +90,7 @@ def test_a_full_call_follows_a_failed_one(unet: offcut.UNet) -> None:
     assert unet.last_run.timeline == "##_"
 
 
-def test_what_cannot_be_is_refused(unet: offcut.UNet) -> None:
+def test_adaptive_schedules_and_unknown_cuts_are_refused(unet: offcut.UNet) -> None:
     with pytest.raises(ScheduleError, match="decides from what its shallow calls compute"):
         unet.set_schedule(offcut.Adaptive(0.2), SKIP)
     with pytest.raises(CutError, match="was not built with the cut 'skipped'"):
@@ -98,7 +98,7 @@ def test_what_cannot_be_is_refused(unet: offcut.UNet) -> None:
 
 
 def correction(unet: offcut.UNet) -> Correction:
-    """Of every call but the first: its sample, as much of the answer before, and a shift."""
+    """Return a correction of every call but the first, which adds parts of the output and the sample, and a shift."""
     kernels = {}
     for call in range(1, CALLS):
         inputs_seen = 4 * (2 + 2 * sum(full < call for full in (0, 4)) + (call not in (1, 5)))
@@ -123,10 +123,10 @@ def test_a_skipped_call_is_corrected_from_the_last_output_and_the_new_sample(une
 def test_requests_of_a_worker_can_skip_calls(pipe: Any, predicts: bool) -> None:
     calls = {call: {"none": Coefficients()} for call in range(CALLS)} if predicts else {}
     forecast = FittedForecast(calls, (0, 4), correction(pipe.unet)) if predicts else None
-    asked = {"num_inference_steps": CALLS, "output_type": "latent", "guidance_scale": 3.0}
+    settings = {"num_inference_steps": CALLS, "output_type": "latent", "guidance_scale": 3.0}
 
     def arguments(seed: int) -> dict[str, Any]:
-        return {"prompt": "a", "generator": torch.Generator().manual_seed(seed), **asked}
+        return {"prompt": "a", "generator": torch.Generator().manual_seed(seed), **settings}
 
     alone = []
     for seed in range(3):

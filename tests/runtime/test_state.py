@@ -1,4 +1,4 @@
-"""Nothing of one generation reaches the next, and buffers stay where they are."""
+"""No state of a generation affects the next one, and buffers keep their addresses."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class Cancelled(Exception):
 
 
 def poison(unet: offcut.UNet) -> None:
-    """Put NaN into every cached feature, so that reading one that is not this generation's shows in its image."""
+    """Put NaN into every cached feature, so that an image shows when it reads a feature of an earlier generation."""
     features = {name for cached in unet.cut_features.values() for name in cached}
     for bound in unet._bound.values():
         for name in features:
             bound.buffers[name].fill_(math.nan)
 
 
-@pytest.fixture(params=["attached", "bare"])
+@pytest.fixture(params=["attached", "unannounced"])
 def run(request: pytest.FixtureRequest, pipe: Any, generate: Generate) -> Callable[..., torch.Tensor]:
-    """Generate after poisoning, both with announced generations and with a bare stand-in."""
-    if request.param == "bare":
+    """Return a function that generates after poisoning, with announced and with unannounced generations."""
+    if request.param == "unannounced":
         pipe.__class__ = type(pipe).__mro__[2]  # diffusers' own class again
         assert not hasattr(pipe, "announce_and_call")
     pipe.unet.set_schedule(Uniform(3), cut="deepcache:1")
@@ -57,21 +57,21 @@ def fail(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[st
     return values
 
 
-def test_a_b_a(pipe: Any, run: Generate) -> None:
+def test_an_image_is_the_same_after_another_image(pipe: Any, run: Generate) -> None:
     first = run()
     assert pipe.unet.last_run.timeline == "#..#..#..#"
     assert not torch.equal(run(prompt="a blue circle", seed=2), first)
     assert torch.equal(run(), first)
 
 
-def test_cancel_then_a(pipe: Any, run: Generate) -> None:
+def test_an_image_is_the_same_after_a_cancelled_one(pipe: Any, run: Generate) -> None:
     first = run()
     assert not torch.equal(run(callback_on_step_end=cancel), first)
     assert pipe.unet.last_run.timeline == "#..#."
     assert torch.equal(run(), first)
 
 
-def test_exception_then_a(pipe: Any, run: Generate) -> None:
+def test_an_image_is_the_same_after_an_exception(pipe: Any, run: Generate) -> None:
     first = run()
     with pytest.raises(Cancelled):
         run(callback_on_step_end=fail)
@@ -79,7 +79,9 @@ def test_exception_then_a(pipe: Any, run: Generate) -> None:
     assert torch.equal(run(), first)
 
 
-def test_a_failed_engine_call_then_a(pipe: Any, run: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_is_the_same_after_a_failed_engine_call(
+    pipe: Any, run: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = run()
     bound = pipe.unet.bound
     with monkeypatch.context() as broken:
@@ -89,7 +91,7 @@ def test_a_failed_engine_call_then_a(pipe: Any, run: Generate, monkeypatch: pyte
     assert torch.equal(run(), first)
 
 
-def test_other_shapes_then_a(pipe: Any, run: Generate) -> None:
+def test_an_image_is_the_same_after_other_shapes(pipe: Any, run: Generate) -> None:
     first = run()
     run(height=32, width=64)
     run(guidance=1.0)
@@ -97,7 +99,7 @@ def test_other_shapes_then_a(pipe: Any, run: Generate) -> None:
     assert torch.equal(run(), first)
 
 
-def test_other_schedules_and_cuts_then_a(pipe: Any, run: Generate) -> None:
+def test_an_image_is_the_same_after_other_schedules_and_cuts(pipe: Any, run: Generate) -> None:
     first = run()
     pipe.unet.set_schedule(Uniform(2, warmup=2), cut="mlperf")
     assert not torch.equal(run(), first)
@@ -106,7 +108,7 @@ def test_other_schedules_and_cuts_then_a(pipe: Any, run: Generate) -> None:
 
 
 @pytest.mark.parametrize("attach", [True, False], ids=["attached", "components"])
-def test_other_img2img_strengths_then_a(pipe: Any, run: Generate, attach: bool) -> None:
+def test_an_image_is_the_same_after_other_img2img_strengths(pipe: Any, run: Generate, attach: bool) -> None:
     img2img = (
         AutoPipelineForImage2Image.from_pipe(pipe) if attach else StableDiffusionImg2ImgPipeline(**pipe.components)
     )
@@ -125,7 +127,7 @@ def test_other_img2img_strengths_then_a(pipe: Any, run: Generate, attach: bool) 
     with pytest.raises(Cancelled):
         run(img2img, image=image, strength=0.9, callback_on_step_end=fail)
     assert torch.equal(run(img2img, image=image, strength=1.0), run(img2img, image=image, strength=1.0))
-    run(callback_on_step_end=cancel)  # breaks off above the timestep where the next one begins
+    run(callback_on_step_end=cancel)  # ends above the timestep at which the next generation begins
     assert torch.equal(run(img2img, image=image, strength=0.5), first)
     assert torch.equal(run(), text_to_image)
     assert torch.equal(run(img2img, image=image, strength=0.5), first)
@@ -135,8 +137,8 @@ def test_other_img2img_strengths_then_a(pipe: Any, run: Generate, attach: bool) 
 
 
 @contextmanager
-def watched(unet: offcut.UNet) -> Iterator[list[list[str]]]:
-    """The ATen operations of each call of ``UNet.forward``, in order."""
+def recorded_operations(unet: offcut.UNet) -> Iterator[list[list[str]]]:
+    """Record the ATen operations of each call of ``UNet.forward`` in this block."""
     calls: list[list[str]] = []
     forward = unet.forward
 
@@ -162,20 +164,20 @@ def test_from_the_second_call_on_only_the_result_is_allocated_and_nothing_is_rea
 ) -> None:
     pipe.unet.set_schedule(Uniform(3))
     pipe.unet._bound.clear()
-    with watched(pipe.unet) as calls:
+    with recorded_operations(pipe.unet) as calls:
         generate(pipe)
     assert len(calls) == 10
     assert "zeros" in calls[0]
     for operations in calls[1:]:
-        # Into the buffers of sample, text and timestep, and out of that of noise_pred. Reading on the host, as .item()
-        # and bool() do, would be _local_scalar_dense.
+        # Copies into the buffers of sample, text and timestep, and out of the buffer of noise_pred. A read on the host,
+        # as in .item() and bool(), would be _local_scalar_dense.
         assert operations == ["copy_", "copy_", "view", "copy_", "_to_copy"]
 
 
 def test_an_unannounced_call_reads_the_timestep(pipe: Any, generate: Generate) -> None:
     pipe.unet.set_schedule(Uniform(3))
     pipe.__class__ = type(pipe).__mro__[2]
-    with watched(pipe.unet) as calls:
+    with recorded_operations(pipe.unet) as calls:
         generate(pipe)
     assert all("_local_scalar_dense" in operations for operations in calls)
 
@@ -203,8 +205,8 @@ def test_buffers_keep_their_addresses(pipe: Any, generate: Generate, monkeypatch
     assert addresses() == before
 
 
-def test_the_features_are_one_memory_for_both_graphs(pipe: Any, generate: Generate) -> None:
-    """A shallow call reads what is in the buffer that the full call wrote."""
+def test_both_graphs_share_the_memory_of_the_features(pipe: Any, generate: Generate) -> None:
+    """A shallow call reads the buffer that the full call wrote."""
     pipe.unet.set_schedule(Uniform(3))
     generate(pipe)
     bound = pipe.unet.bound

@@ -1,4 +1,4 @@
-"""Whole trajectories against eager PyTorch: every call full, DeepCache's own helper, repeated timesteps."""
+"""Whole trajectories, compared with eager PyTorch: every call full, DeepCache's own helper, repeated timesteps."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Generate = Callable[..., torch.Tensor]
 Decibels = Callable[[torch.Tensor, torch.Tensor], float]
 
 SAME = 110.0
-"""Decibels from which two trajectories count as the same one. Rounding in fp32 leaves about 140."""
+"""PSNR in dB from which two trajectories count as equal. Rounding in fp32 gives about 140."""
 
 OTHER = 80.0
-"""Decibels below which they count as different ones. Caching leaves 30 to 65 of a model with random weights."""
+"""PSNR in dB below which two trajectories count as different. Caching a model with random weights gives 30 to 65."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' use of NumPy
 
@@ -38,7 +38,7 @@ WITH_AND_WITHOUT_GUIDANCE = pytest.mark.parametrize("guidance", [5.0, 1.0], ids=
 
 @pytest.fixture(scope="module")
 def eager_once() -> Callable[[Hashable, Callable[[], torch.Tensor]], torch.Tensor]:
-    """Eager results do not depend on the engine: compute each once."""
+    """Return a function that computes an eager result once; eager results do not depend on the engine."""
     results: dict[Hashable, torch.Tensor] = {}
 
     def remember(key: Hashable, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -65,7 +65,7 @@ def test_every_call_full_is_the_full_engine_bit_for_bit(
     def engine_alone(
         sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: Any
     ) -> Any:
-        """The full graph and nothing else, on memory of its own."""
+        """Run the full graph and nothing else, with new buffers."""
         nonlocal bound
         if bound is None:
             shapes = {
@@ -97,7 +97,7 @@ def test_every_call_full_is_the_full_engine_bit_for_bit(
 @WITH_AND_WITHOUT_GUIDANCE
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
 @pytest.mark.parametrize("interval", [2, 3, 5])
-def test_the_trajectory_equals_deepcaches(
+def test_the_trajectory_equals_that_of_deepcache(
     pipe: Any,
     eager: Any,
     generate: Generate,
@@ -140,7 +140,7 @@ def test_the_trajectory_equals_deepcaches(
     ids=["heun", "kdpm2", "kdpm2-ancestral", "pndm", "pndm-prk"],
 )
 @WITH_AND_WITHOUT_GUIDANCE
-def test_schedulers_with_repeated_timesteps_take_the_calls_of_the_schedule(
+def test_schedulers_with_repeated_timesteps_follow_the_schedule_by_calls(
     pipe: Any,
     eager: Any,
     generate: Generate,
@@ -207,7 +207,9 @@ def test_rising_timesteps_of_an_inversion_follow_an_announced_schedule(
     assert pipe.unet.last_run.timeline == "#..#..#."
     with cached_by_call(eager.unet, 0, (0, 3, 6)):
         assert decibels(announced, invert(eager.unet)) > SAME
-    assert decibels(invert(pipe.unet), invert(eager.unet)) > SAME  # bare: every call full
+    assert (
+        decibels(invert(pipe.unet), invert(eager.unet)) > SAME
+    )  # unannounced: every call full, because the timesteps rise
 
 
 def test_a_cut_with_stale_skips_runs_and_differs_from_a_cut_without(
@@ -223,9 +225,8 @@ def test_the_helper_accepts_deepcaches_parameters(
     pipe: Any, eager: Any, generate: Generate, decibels: Decibels
 ) -> None:
     uncached = generate(pipe)
-    theirs, ours = DeepCacheSDHelper(pipe=eager), offcut.DeepCacheSDHelper(pipe=pipe)
     results = []
-    for helper in (theirs, ours):
+    for helper in (DeepCacheSDHelper(pipe=eager), offcut.DeepCacheSDHelper(pipe=pipe)):
         helper.set_params(cache_interval=3, cache_branch_id=1)
         helper.enable()
         results.append(generate(helper.pipe))

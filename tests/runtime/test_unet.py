@@ -1,4 +1,4 @@
-"""The stand-in alone, on a pair of engines made of three lines of arithmetic."""
+"""``UNet`` without a pipeline, on a pair of engines that computes simple arithmetic."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ SDXL = (TensorSpec("text_embeds", "float32", ("batch", 6)), TensorSpec("time_ids
 
 
 class ArithmeticPair:
-    """full: ``noise_pred = sample + mean(text) + timestep``, and ``hidden = timestep``; shallow: less ``hidden``."""
+    """Engine pair: the full graph outputs ``noise_pred = sample + mean(text) + timestep`` and ``hidden = timestep``.
+
+    A shallow graph subtracts ``hidden`` from the same ``noise_pred``.
+    """
 
     name = "arithmetic"
     device = torch.device("cpu")
@@ -136,7 +139,7 @@ def test_a_fractional_timestep_is_not_rounded_for_an_integer_input() -> None:
         unet(**inputs(timestep=torch.tensor(10.5)))
 
 
-def test_the_result_is_diffusers_own_and_in_memory_of_its_own(unet: UNet, pair: ArithmeticPair) -> None:
+def test_the_output_has_diffusers_class_and_new_memory(unet: UNet, pair: ArithmeticPair) -> None:
     output = unet(**inputs())
     assert isinstance(output, UNet2DConditionOutput)
     first = output.sample
@@ -147,7 +150,7 @@ def test_the_result_is_diffusers_own_and_in_memory_of_its_own(unet: UNet, pair: 
     assert buffer.data_ptr() not in (first.data_ptr(), second.data_ptr())
 
 
-def test_the_result_has_the_samples_dtype(unet: UNet) -> None:
+def test_the_output_has_the_samples_dtype(unet: UNet) -> None:
     half = {name: value.half() for name, value in inputs().items() if isinstance(value, torch.Tensor)}
     assert unet(**half, timestep=10).sample.dtype == torch.float16
     assert unet.dtype == torch.float32
@@ -211,7 +214,7 @@ def test_buffers_written_in_inference_mode_serve_outside_it(unet: UNet) -> None:
     unet(**inputs())
 
 
-def test_gradients_are_refused_not_dropped(unet: UNet) -> None:
+def test_a_call_that_needs_gradients_is_refused(unet: UNet) -> None:
     arguments = inputs()
     arguments["sample"].requires_grad_()
     with pytest.raises(UserError, match="compute no gradients"):
@@ -255,7 +258,9 @@ def test_arguments_without_effect_are_accepted(unet: UNet) -> None:
 # Buffers
 
 
-def test_buffers_are_bound_once_for_each_shape_and_the_oldest_go_first(unet: UNet, pair: ArithmeticPair) -> None:
+def test_buffers_are_bound_once_for_each_shape_and_the_least_recently_used_are_closed(
+    unet: UNet, pair: ArithmeticPair
+) -> None:
     for size in (8, 8, 16, 8):
         unet(**inputs(size=size))
     assert len(pair.prepared) == 2
@@ -352,16 +357,16 @@ def test_the_call_after_any_interruption_is_full(unet: UNet, pair: ArithmeticPai
             unet(**inputs())
         pair.fails = False
 
-    anew = ["full", "deepcache:0"]
+    full_again = ["full", "deepcache:0"]
     assert interrupted(lambda: None) == ["deepcache:0", "deepcache:0"]
-    assert interrupted(unet.reset) == anew
-    assert interrupted(unet._reset_stateful_cache) == anew
-    assert interrupted(fail) == anew
-    assert interrupted(lambda: unet(**inputs(size=16))) == anew
-    assert interrupted(lambda: unet(**inputs(batch=1))) == anew
+    assert interrupted(unet.reset) == full_again
+    assert interrupted(unet._reset_stateful_cache) == full_again
+    assert interrupted(fail) == full_again
+    assert interrupted(lambda: unet(**inputs(size=16))) == full_again
+    assert interrupted(lambda: unet(**inputs(batch=1))) == full_again
 
 
-def test_an_input_error_leaves_the_generation_as_it_was(unet: UNet, pair: ArithmeticPair) -> None:
+def test_an_input_error_does_not_change_the_generation(unet: UNet, pair: ArithmeticPair) -> None:
     unet.set_schedule(Uniform(100))
     with unet.generation(calls=4):
         calls(unet, [9])
@@ -396,7 +401,7 @@ def test_generations_do_not_nest(unet: UNet) -> None:
             unet.set_schedule(None)
 
 
-def test_schedules_and_cuts(unet: UNet) -> None:
+def test_set_schedule_checks_and_resolves_cuts(unet: UNet) -> None:
     assert unet.cuts == ("deepcache:0", "deepcache:1")
     assert (unet.schedule, unet.cut) == (None, None)
     unet.set_schedule(Steps([3]))
@@ -426,7 +431,7 @@ def test_last_run_has_seconds_when_asked(unet: UNet) -> None:
 
 
 def in_thread(work: Any) -> Any:
-    """What the work returned, or the error that it raised."""
+    """Run a function in a thread; return its result, or the error that it raised."""
     result: list[Any] = []
 
     def run() -> None:
@@ -471,10 +476,10 @@ def test_two_threads_at_once_are_refused(unet: UNet, pair: ArithmeticPair, monke
     unet(**inputs())
 
 
-# What diffusers and PyTorch ask of a model
+# Interface of a model in diffusers and PyTorch
 
 
-def test_moving(unet: UNet) -> None:
+def test_moves_and_casts_to_other_devices_and_dtypes_are_refused(unet: UNet) -> None:
     assert unet.to("cpu") is unet.to(torch.device("cpu", 0)) is unet.to(torch.float32) is unet.to(None, None) is unet
     assert unet.to(device="cpu", dtype=torch.float32) is unet.cpu() is unet.float() is unet
     for move in (lambda: unet.to("cuda"), lambda: unet.to("meta"), unet.cuda, lambda: unet.cuda(1)):
@@ -514,7 +519,7 @@ def test_methods_that_need_the_layers_are_refused(unet: UNet, method: str, argum
         getattr(unet, method)(*arguments)
 
 
-def test_there_are_no_attention_processors_to_restore(unet: UNet) -> None:
+def test_the_empty_attention_processors_can_be_set_again(unet: UNet) -> None:
     unet.set_attn_processor(unet.attn_processors)
     unet.unload_lora()
 

@@ -1,4 +1,4 @@
-"""Video pipelines on compiled, cached engines: against the same caching in eager PyTorch, written plainly here."""
+"""Video pipelines on compiled, cached engines, compared with the same caching in eager PyTorch, implemented here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from offcut.errors import BundleError, EngineError, ModelError, ShapeError, User
 pytestmark = pytest.mark.slow
 SCHEDULE = offcut.Uniform(3)
 STEPS = 7
-# Of deepcache:1, the first layer of the last up block: 64 channels from below and 32 from the skip connection.
+# Channels of the cached feature at deepcache:1. The first layer of the last up block takes 64 channels from the block
+# below and 32 from the skip connection.
 HIDDEN = 64
 Generate = Callable[..., torch.Tensor]
 
@@ -39,7 +40,7 @@ def eager(name: str, video_dir: Callable[[str], Path]) -> Any:
 
 @pytest.fixture(scope="module")
 def loaded(video_bundle: Callable[[str], Path]) -> Iterator[Callable[[str, str], Any]]:
-    """The pipeline on a bundle's engine, each loaded once."""
+    """Return a function that returns the pipeline on a bundle's engine, each loaded once."""
     pipes: dict[tuple[str, str], Any] = {}
 
     def load(name: str, engine: str) -> Any:
@@ -60,13 +61,15 @@ def cached(name: str, engine: str, loaded: Callable[[str, str], Any]) -> Iterato
     pipe.unet.set_schedule(None)
 
 
-def frames(pipe: Any, *, num_frames: int = 3, height: int = 32, width: int = 32, **settings: Any) -> torch.Tensor:
-    """The latents of a video."""
-    asked: dict[str, Any] = {"prompt": "a red square"}
+def video_latents(
+    pipe: Any, *, num_frames: int = 3, height: int = 32, width: int = 32, **settings: Any
+) -> torch.Tensor:
+    """Generate a video; return its latents."""
+    conditioning: dict[str, Any] = {"prompt": "a red square"}
     if "image" in inspect.signature(pipe.__call__).parameters:
-        asked = {"image": Image.linear_gradient("L").convert("RGB").resize((width, height))}
+        conditioning = {"image": Image.linear_gradient("L").convert("RGB").resize((width, height))}
     latents = pipe(
-        **asked,
+        **conditioning,
         num_frames=num_frames,
         height=height,
         width=width,
@@ -81,19 +84,19 @@ def frames(pipe: Any, *, num_frames: int = 3, height: int = 32, width: int = 32,
 
 @contextmanager
 def reusing(unet: Any, full_calls: tuple[int, ...]) -> Iterator[None]:
-    """The last up block's first layer gets, on shallow calls, what came from below at the last full call."""
-    call, kept = -1, torch.empty(0)
+    """Reuse the feature of the last full call as the input of the last up block's first layer on shallow calls."""
+    call, feature = -1, torch.empty(0)
 
     def count(*_: Any) -> None:
         nonlocal call
         call += 1
 
     def replace(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        nonlocal kept
+        nonlocal feature
         joined = args[0] if args else kwargs["input_tensor"]
         if call in full_calls:
-            kept = joined[:, :HIDDEN].clone()
-        joined = torch.cat([kept, joined[:, HIDDEN:]], dim=1)
+            feature = joined[:, :HIDDEN].clone()
+        joined = torch.cat([feature, joined[:, HIDDEN:]], dim=1)
         return ((joined, *args[1:]), kwargs) if args else (args, {**kwargs, "input_tensor": joined})
 
     hooks = [
@@ -108,31 +111,31 @@ def reusing(unet: Any, full_calls: tuple[int, ...]) -> Iterator[None]:
 def test_a_cached_video_equals_the_same_caching_in_eager_pytorch(
     eager: Any, cached: Any, decibels: Callable[[torch.Tensor, torch.Tensor], float]
 ) -> None:
-    uncached = frames(eager)
+    uncached = video_latents(eager)
     with reusing(eager.unet, SCHEDULE.full_calls(STEPS)):
-        expected = frames(eager)
+        expected = video_latents(eager)
     cached.unet.set_schedule(SCHEDULE, cut="deepcache:1")
-    match = decibels(frames(cached), expected)
+    match = decibels(video_latents(cached), expected)
     assert match > 90
     assert cached.unet.last_run.timeline == "#..#..#"
     assert cached.unet.last_run.calls == STEPS
-    assert decibels(uncached, expected) < match - 20  # the caching is seen
+    assert decibels(uncached, expected) < match - 20  # caching changes the video
 
 
-def test_a_video_of_another_length_and_size_is_eager_pytorchs(
+def test_a_video_of_another_length_and_size_equals_eager_pytorch(
     eager: Any, cached: Any, decibels: Callable[[torch.Tensor, torch.Tensor], float]
 ) -> None:
     # Text-to-video's pipeline in diffusers mixes up height and width, so its videos are square.
     size = {"num_frames": 5, "height": 48, "width": 48 if "ToVideo" in type(eager).__name__ else 32}
-    assert decibels(frames(cached, **size), frames(eager, **size)) > 90
+    assert decibels(video_latents(cached, **size), video_latents(eager, **size)) > 90
 
 
 def test_a_bundle_attaches_to_a_video_pipeline(
     name: str, eager: Any, video_bundle: Callable[[str], Path], decibels: Callable[[torch.Tensor, torch.Tensor], float]
 ) -> None:
-    expected = frames(eager)
+    expected = video_latents(eager)
     pipe = offcut.attach(eager, video_bundle(name), "onnxruntime")
-    assert decibels(frames(pipe), expected) > 90
+    assert decibels(video_latents(pipe), expected) > 90
     pipe.unet.close()
 
 
@@ -144,19 +147,21 @@ def test_the_unet_has_the_signature_and_output_of_diffusers_own(name: str, cache
     order = [each for each in inspect.signature(unet.forward).parameters if each in named]
     with torch.no_grad():
         expected = unet(**named)
-    got = cached.unet(*(named[each] for each in order))
-    assert type(got) is type(expected)
+    actual = cached.unet(*(named[each] for each in order))
+    assert type(actual) is type(expected)
     (noise,) = cached.unet(**named, return_dict=False)
-    assert torch.equal(noise, got.sample)
-    torch.testing.assert_close(got.sample, expected.sample, atol=2e-5, rtol=0)
+    assert torch.equal(noise, actual.sample)
+    torch.testing.assert_close(actual.sample, expected.sample, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("count", "sentence"), [(9, "supports at most 8 frames, not 9: make fewer"), (1, "a video has at least 2 frames")]
+    ("count", "message"), [(9, "supports at most 8 frames, not 9: make fewer"), (1, "a video has at least 2 frames")]
 )
-def test_an_impossible_length_is_refused(count: int, sentence: str, loaded: Callable[[str, str], Any]) -> None:
-    with pytest.raises(ShapeError, match=sentence):
-        frames(loaded("animatediff", "onnxruntime"), num_frames=count)
+def test_an_unsupported_number_of_frames_is_refused(
+    count: int, message: str, loaded: Callable[[str, str], Any]
+) -> None:
+    with pytest.raises(ShapeError, match=message):
+        video_latents(loaded("animatediff", "onnxruntime"), num_frames=count)
 
 
 def test_a_bundle_of_another_kind_of_unet_is_refused(

@@ -9,7 +9,7 @@ from PIL import Image
 from offcut.benchmarks.quality import metrics
 from offcut.benchmarks.stats import figure_of, mean_of, require
 from offcut.errors import MissingExtraError, UserError
-from offcut.runtime.images.metrics import EQUAL
+from offcut.runtime.images.metrics import MAX_PSNR
 from offcut.runtime.images.metrics import psnr as psnr_of_two
 
 
@@ -21,10 +21,10 @@ def test_psnr_is_that_of_offcut_run_and_finite_for_equal_pictures() -> None:
     first, second = noise(0), noise(1)
     single = [psnr_of_two(Image.fromarray(a), Image.fromarray(b)) for a, b in zip(first, second, strict=True)]
     np.testing.assert_allclose(metrics.psnr(first, second), single)
-    assert metrics.psnr(first, first).tolist() == [EQUAL] * 3
+    assert metrics.psnr(first, first).tolist() == [MAX_PSNR] * 3
     least = first.copy()
     least[:, 0, 0, 0] ^= 1
-    assert (metrics.psnr(first, least) < EQUAL).all()
+    assert (metrics.psnr(first, least) < MAX_PSNR).all()
 
 
 def test_ssim_is_one_for_equals_and_falls_with_noise() -> None:

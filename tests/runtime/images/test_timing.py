@@ -1,3 +1,5 @@
+"""Times of an image by component, from Python and in ``offcut inspect --time``."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""``offcut run`` on video pipelines: what they are asked for, and the file that comes out."""
+"""``offcut run`` on video pipelines: arguments of the pipeline, and the written file."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_psnr_of_a_video_is_over_all_frames() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compare", [False, True])
-def test_a_video_is_made_from_an_image_and_written(compare: bool, svd: Any, start: Path, tmp_path: Path) -> None:
+def test_a_video_is_generated_from_an_image_and_written(compare: bool, svd: Any, start: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.gif"
     request = replace(SMALL, image=start, frames=4)
     steps: list[None] = []
@@ -78,7 +78,7 @@ def test_a_video_is_made_from_an_image_and_written(compare: bool, svd: Any, star
 
 
 @pytest.mark.slow
-def test_a_video_is_made_from_a_prompt(video_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_video_is_generated_from_a_prompt(video_bundle: Callable[[str], Path], tmp_path: Path) -> None:
     for name in ("animatediff", "text-to-video"):
         pipe = offcut.load(video_bundle(name), "onnxruntime", threads=1)
         report = generate_to_file(
@@ -106,7 +106,7 @@ def test_a_request_that_does_not_fit_the_pipeline_is_refused(change: dict[str, A
 
 
 @pytest.mark.slow
-def test_a_file_that_cannot_hold_a_video_is_refused_before_any_work(svd: Any, start: Path, tmp_path: Path) -> None:
+def test_a_file_that_cannot_hold_a_video_is_refused_before_generating(svd: Any, start: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a video cannot be written to .*out\.jpg: name it \.png, \.webp, \.gif"):
         generate_to_file(svd, replace(SMALL, image=start), None, None, tmp_path / "out.jpg")
     assert not (tmp_path / "out.jpg").exists()
