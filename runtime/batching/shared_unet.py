@@ -52,7 +52,7 @@ class SharedUNet(BaseUNet):
         if request is not None:
             self.set_schedule(request.schedule, request.cut, request.forecast)
             if self.ip_adapters is not None:
-                self.ip_adapters.adopt(self._owner.attn_processors)
+                self.ip_adapters.copy_scales(self._owner.attn_processors)
 
     def _call(self, tensors: Mapping[str, torch.Tensor], timestep: torch.Tensor | float) -> torch.Tensor:
         request = self._request
