@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 from PIL import Image
-from test_cli import process as command
+from test_cli import run_in_new_process as command
 
 from offcut.runtime.generation.advice import caching_advice, lora_advice
 from offcut.runtime.generation.schedule import Quad, Schedule, Steps, Uniform
