@@ -1,4 +1,4 @@
-"""Commands on bundles: build, inspect, verify, prune; and doctor, which says what can be built here."""
+"""Commands on bundles: build, inspect, verify, prune; and doctor, which lists the engines that work here."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _REQUEST = {
     ),
     "attention": typer.Option(
         help="cross-frame, for Text2Video-Zero: each frame attends to the first. "
-        "By default a bundle has what the model's own pipeline uses."
+        "By default the attention of the model's own pipeline."
     ),
     "revision": typer.Option(help="Branch, tag or commit on the hub."),
     "variant": typer.Option(help="Variant of the weight files, e.g. fp16."),
@@ -62,7 +62,9 @@ class CalibrationOptions:
 
     calibrate: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Calibration prompts, one per line; by default the model's own, or some."),
+        typer.Option(
+            metavar="FILE", help="Calibration prompts, one per line; by default the model's own, or built-in ones."
+        ),
     ] = None
     calibration_samples: Annotated[int | None, typer.Option(help="Number of calibration images.")] = None
     calibration_steps: Annotated[int | None, typer.Option(help="Scheduler steps of each calibration image.")] = None
@@ -221,7 +223,7 @@ def inspect(
 
 def verify(
     bundle: BundleArgument,
-    expect_digest: Annotated[str | None, typer.Option(help="Fail unless the bundle has this digest.")] = None,
+    expect_digest: Annotated[str | None, typer.Option(help="Fail if the bundle has another digest.")] = None,
     device: Annotated[str | None, typer.Option(help="Device: cpu or cuda; by default each engine's own.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -278,7 +280,7 @@ def doctor(
     with stages() as stage:
         stage("look at the engines")
         facts, probes = machine(), probe_all()
-    known = {name: dict(found.SETTINGS) if (found := compiler(name)) else {} for name in probes}
+    settings_by_engine = {name: dict(module.SETTINGS) if (module := compiler(name)) else {} for name in probes}
     if as_json:
         engines = {
             name: {
@@ -288,7 +290,7 @@ def doctor(
                 "devices": probe.devices,
                 "targets": dict(probe.targets),
                 "reason": probe.reason,
-                "settings": known[name],
+                "settings": settings_by_engine[name],
             }
             for name, probe in probes.items()
         }
@@ -302,7 +304,7 @@ def doctor(
         table.add_row(name, mark, probe.version or "", ", ".join(probe.devices), escape(probe.reason))
     out.print(table)
     if settings:
-        for name, values in known.items():
+        for name, values in settings_by_engine.items():
             for setting, value in values.items():
                 default = ",".join(value) if isinstance(value, tuple) else "" if value is None else str(value).lower()
                 out.print(f"--set {name}.{setting}={default}", highlight=False)
@@ -312,13 +314,13 @@ def _print_schedule(bundle: Bundle, name: str) -> None:
     from ..runtime.tuning.artifact import Tuned
 
     document = Tuned.load(bundle, name).document
-    key, ours = document.key, document.measured[0]
+    key, result = document.key, document.measured[0]
     low, high = key.guidance
     scales = f"{low:g}" if low == high else f"{low:g} to {high:g}"
     cuts = " and ".join(document.used_cuts) or document.cut
     out.print(
         f"[bold]schedule {name}[/]: {key.scheduler}, {key.steps} steps, guidance {scales}, {cuts}: "
-        f"{ours.full_calls} full calls, UNet {ours.speed_up:.2f}x, {ours.psnr:.1f} dB",
+        f"{result.full_calls} full calls, UNet {result.speed_up:.2f}x, {result.psnr:.1f} dB",
         highlight=False,
     )
 

@@ -108,10 +108,10 @@ class Graphs:
         inputs: inputs of the full graph.
         outputs: ``noise_pred`` first, then every cached feature.
         cuts: names of each cut's cached features.
-        multiple: height and width of the latent must be multiples of it.
-        precision: of the graphs: ``fp32``, ``fp16`` or ``bf16``.
-        profiles: shapes that a compiled engine takes, or that an engine should compile for when it opens the graphs;
-            empty for all shapes.
+        multiple: height and width of the latent must be multiples of this number.
+        precision: precision of the graphs: ``fp32``, ``fp16`` or ``bf16``.
+        profiles: shapes that a compiled engine takes, or that an engine compiles for when it opens the graphs; empty
+            for all shapes.
         settings: the settings that the engine was compiled with.
         digest: SHA-256 over the digests of the files that the engine opens; None outside a bundle.
         parameters: file with the map from PyTorch's parameters to the graphs' weights; None if the bundle has none.
@@ -130,7 +130,7 @@ class Graphs:
     parameters: Path | None = None
 
     def as_stored(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return weights by the name of the ONNX initializer and in its layout, from PyTorch's names and layout.
+        """Convert weights from PyTorch's names and layout to the names and layout of the ONNX initializers.
 
         Raises:
             EngineError: the bundle has no map of parameters.
@@ -155,7 +155,7 @@ class CompileJob:
         source: the model that they were exported from.
         fixed: dimensions that the export fixed, with their sizes.
         profiles: shapes to compile for; empty leaves all dynamic dimensions dynamic.
-        settings: a value for each of the engine's ``SETTINGS``.
+        settings: the value of each of the engine's ``SETTINGS``.
         device: device that the engine will run on, ``"cpu"`` or ``"cuda"``, as PyTorch spells it.
         folder: an empty directory; every file that the engine leaves in it becomes part of the bundle.
         progress: called with a sentence as each stage begins, and with an indented sentence as it advances.
@@ -180,9 +180,9 @@ class Compiled:
     Attributes:
         full: file of the full graph, in the job's folder.
         shallow: file of each cut's shallow graph.
-        targets: kinds of machine of which each can run it, as ``EngineProbe.targets`` names them.
-        profiles: shapes that it takes; empty for all shapes.
-        later_versions: whether later versions of the engine can run it too.
+        targets: kinds of machine that can run the engine, named as in ``EngineProbe.targets``.
+        profiles: shapes that the engine takes; empty for all shapes.
+        later_versions: whether later versions of the engine can run the files too.
     """
 
     full: Path
@@ -193,14 +193,14 @@ class Compiled:
 
 
 def check_contract(graphs: Graphs, cut: str | None, inputs: Iterable[str], outputs: Iterable[str]) -> None:
-    """Check that a loaded graph has the inputs and outputs that the bundle says.
+    """Check that a loaded graph has the inputs and outputs that the bundle records.
 
     Args:
         cut: the cut of a shallow graph; None for the full graph.
-        inputs, outputs: names as the engine read them.
+        inputs, outputs: names in the loaded graph.
 
     Raises:
-        EngineError: it is another graph, e.g. a shallow graph in place of the full graph.
+        EngineError: the file holds another graph, e.g. a shallow graph in place of the full graph.
     """
     features = set(graphs.cuts[cut]) if cut else set()
     expected_outputs = {"noise_pred"} if cut else set(graphs.outputs)
@@ -257,7 +257,7 @@ class OpenOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class EngineProbe:
-    """Whether an engine can be used on this machine, and why.
+    """The result of a probe: whether an engine can be used on this machine, and why.
 
     Attributes:
         version: version of the installed package; None if it is not installed.

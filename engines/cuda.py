@@ -70,7 +70,7 @@ def capture(enqueue: Enqueue) -> CapturedGraph:
     try:
         enqueue()
     except BaseException:
-        with suppress(RuntimeError):  # the error below has broken the capture already
+        with suppress(RuntimeError):  # the error of enqueue has already broken the capture
             graph.capture_end()
         raise
     graph.capture_end()
@@ -86,7 +86,7 @@ class _Recording:
 
 
 class CudaGraphs:
-    """CUDA graphs of a pair's calls, recorded at the second call and dropped when an address in them has changed.
+    """CUDA graphs of a pair's calls, recorded at the second call and dropped after an address in them has changed.
 
     The first call with given addresses runs without recording, which is the warm-up that a capture needs. The second
     records and replays; later calls replay. A shape that is used once is never recorded.

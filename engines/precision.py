@@ -1,6 +1,6 @@
-"""Precisions by engine: which combinations work, how exact each is, and how each engine's graphs are rounded.
+"""Precisions by engine: combinations that work, their bounds, and the rounding of each engine's graphs.
 
-The build refuses the combinations that the table refuses, and tests check every row's bounds.
+The build refuses a combination whose row is a reason. Tests check the bounds of every other row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LOW_PRECISIONS = ("int8", "fp8")
 
 @dataclass(frozen=True)
 class Bounds:
-    """Largest differences allowed of a pair of graphs.
+    """The largest allowed differences of a pair's outputs.
 
     Attributes:
         parity: largest difference of ``noise_pred`` from eager PyTorch with the same weights; absolute for fp32, else
@@ -32,7 +32,7 @@ class Bounds:
 
 _EXACT = Bounds(parity=1e-4, relative=False, across=0.0)
 
-# (engine, precision of the graphs, inference precision) -> bounds, or the reason why it cannot work.
+# (engine, precision of the graphs, inference precision) -> bounds, or the reason why the combination cannot work.
 BOUNDS: dict[tuple[str, str, str | None], Bounds | str] = {
     ("onnxruntime", "fp32", None): _EXACT,
     ("onnxruntime", "fp16", None): Bounds(parity=1e-2, relative=True, across=5e-3),
@@ -57,8 +57,8 @@ BOUNDS: dict[tuple[str, str, str | None], Bounds | str] = {
         (engine, "fp8", None): "no CPU computes in fp8; use int8 on CPUs"
         for engine in ("onnxruntime", "openvino", "inductor")
     },
-    # Not yet proven by a run on a GPU. TensorRT chooses kernels for each graph separately, so the two graphs of a pair
-    # may add in different orders. fp32 is computed without TF32, unless a setting turns it on.
+    # No run on a GPU has proven these yet. TensorRT chooses kernels for each graph separately, so the two graphs of a
+    # pair may add in different orders. fp32 is computed without TF32, unless a setting turns it on.
     **{
         (engine, precision, None): Bounds(parity=bound, relative=True, across=bound)
         for engine in ("tensorrt", "tensorrt-rtx")
@@ -66,7 +66,7 @@ BOUNDS: dict[tuple[str, str, str | None], Bounds | str] = {
     },
 }
 
-# Rows that differ on CUDA. Not yet proven by a run on a GPU.
+# Rows that differ on CUDA. No run on a GPU has proven them yet.
 CUDA_BOUNDS: dict[tuple[str, str, str | None], Bounds | str] = {
     (engine, precision, None): Bounds(parity=bound, relative=True, across=bound)
     for engine in ("onnxruntime", "inductor")

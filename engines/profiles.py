@@ -65,10 +65,12 @@ class Profile:
 
 
 def select(profiles: Sequence[Profile], dims: Dims) -> int:
-    """Return the index of the profile for these sizes: the narrowest that covers them, then the one tuned nearest.
+    """Return the index of the profile for these sizes: the narrowest that covers them.
+
+    Among equally narrow profiles the one tuned for the nearest sizes is taken.
 
     Raises:
-        ShapeError: no profile covers them; the message names the nearest sizes that one covers.
+        ShapeError: no profile covers them; the message names the nearest covered sizes.
     """
     fitting = [index for index, profile in enumerate(profiles) if profile.covers(dims)]
     if fitting:
@@ -96,19 +98,19 @@ def in_pixels(
 ) -> tuple[Profile, ...]:
     """Return profiles for image sizes in pixels.
 
-    There is a static profile for each size, and a dynamic one if it is requested or if there is no static one.
+    Each static size gets a profile. A dynamic profile is added if it is requested or if there is no static size.
 
     Args:
         inputs: inputs of the full graph.
-        multiple: height and width of the latent must be multiples of it.
+        multiple: height and width of the latent must be multiples of this number.
         fixed: dimensions that the export fixes although these specs do not.
         static: sizes of images, each ``WIDTHxHEIGHT`` in pixels. Such a profile takes one image per call, or up to
             ``max_batch`` if that is given.
         dynamic: range of an image's sides, ``SMALLEST..LARGEST`` in pixels; by default 256..1024.
         max_batch: images per call; by default 4 for the dynamic profile, and 1 for videos. With guidance the UNet's
-            batch is twice that.
+            batch is twice this number.
         guidance: whether classifier-free guidance doubles the UNet's batch. Dynamic profiles cover a batch of 1 anyway.
-        native: side in pixels that the dynamic profile is tuned for: that of the images the model was trained on.
+        native: side in pixels of the images that the model was trained on; the dynamic profile is tuned for it.
         scale: image pixels per latent pixel.
         frames: number of frames that the UNet was trained on, if it makes videos.
 
@@ -147,7 +149,7 @@ def in_shapes(
 
     Args:
         inputs: inputs of the full graph; each of the three texts must name all of them, in the latent's sizes.
-        multiple: height and width of the latent must be multiples of it.
+        multiple: height and width of the latent must be multiples of this number.
 
     Raises:
         ShapeError: one of the three is missing, malformed, or does not fit the graph.

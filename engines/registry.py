@@ -1,4 +1,4 @@
-"""The table of engines, and the rule by which ``auto`` chooses one."""
+"""The table of engines, and the rule by which ``auto`` chooses an engine."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def machine() -> dict[str, str]:
 
 
 def choose(device: str = "cpu", among: Iterable[str] = ENGINES) -> Choice:
-    """Choose the best engine for a device, and say why: the rule behind ``engine="auto"``.
+    """Choose the best engine for a device, with the reason: the rule of ``engine="auto"``.
 
-    On CUDA the order is TensorRT, TensorRT-RTX (both compile the graphs for the GPU), ONNX Runtime. On a CPU with AMX,
-    which multiplies bf16 matrices, the choice is OpenVINO, measured fastest there even on fp32 graphs; on other CPUs it
+    On CUDA the order is TensorRT, TensorRT-RTX (both compile the graphs for the GPU), ONNX Runtime. On a CPU with AMX
+    (bf16 matrix units) the choice is OpenVINO, which was measured fastest there even on fp32 graphs. On other CPUs it
     is ONNX Runtime.
 
     Args:

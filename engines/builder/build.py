@@ -1,6 +1,6 @@
-"""``build``: from a model to a bundle: export once, cut, compile and verify each engine, commit.
+"""``build`` makes a bundle from a model: it exports once, cuts, compiles and verifies each engine, and commits.
 
-A build into an existing bundle reuses what fits, and reports it.
+A build into an existing bundle reuses exports, graphs and engines that fit, and reports each reuse.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ def build(
         dims: sizes to fix for ``batch``, ``frames``, ``height``, ``width`` (of the latent) or ``sequence``; the other
             dimensions stay dynamic.
         profiles: shapes to compile for, as profiles or as ``Sizes``; by default the engine's own choice.
-        settings: how engines compile, by engine and by the names of its ``SETTINGS``.
+        settings: settings of the compilation, by engine and by the names of its ``SETTINGS``.
         deploy: leave out the ONNX graphs and their weights; every engine must be a compiled one.
         compile_all: export the pipeline's text encoders and autoencoder too, for the same engines. A new bundle then
             holds no PyTorch weights of them.
-        device: device that ``auto`` chooses for, and that engines are verified on where they run on it.
+        device: device that ``auto`` chooses an engine for, and that engines are verified on if they can run on it.
         revision: branch, tag or commit on the hub, as in diffusers.
         variant: variant of the weight files, as in diffusers.
         subfolder: folder of the UNet inside the model, as in diffusers.
@@ -86,8 +86,8 @@ def build(
         loras: LoRA files with their scales, fused into the UNet and into a pipeline's text encoders.
         ip_adapters: weight files of IP-Adapters to build into the UNet, as ``"FILE"``, ``"FILE:SCALE"`` or
             ``"FILE:SCALE:IMAGES"``. The result counts as another model.
-        attention: ``"cross-frame"`` for Text2Video-Zero, in place of the UNet's own. By default what the model's own
-            pipeline uses.
+        attention: ``"cross-frame"`` for Text2Video-Zero, in place of the UNet's own. By default the attention of the
+            model's own pipeline.
         calibration: an ``offcut.Calibration`` for ``int8`` and ``fp8``.
         cache: reuse an export of the same UNet, options and versions from the user's cache directory, and keep new ones
             there. ``OFFCUT_CACHE`` names another directory, ``OFFCUT_CACHE_SIZE`` its bound in GB (20).
@@ -133,7 +133,7 @@ def build(
 
 
 def build_bundle(request: BuildRequest, out: Path, progress: Progress) -> Bundle:
-    """Build what a request asks for into a directory; see ``build`` for what is returned and raised."""
+    """Build a request into a directory; see ``build`` for the result and the errors."""
     plan = resolve(request, progress)
     while True:
         with suppress(_OvertakenError):

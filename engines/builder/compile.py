@@ -17,21 +17,21 @@ from ..registry import compiler, engine
 from .resolve import BuildPlan
 
 WriteReference = Callable[[Profile, Path], None]
-"""Writes what the model computes at the smallest sizes of a profile to a file."""
+"""Writes the model's outputs at the smallest sizes of a profile to a file."""
 
 
 def engine_key(plan: BuildPlan, name: str, subject: Sequence[object], profiles: Sequence[Profile]) -> str:
     """Return the engine's name and a digest of everything that decides what it computes and where it runs.
 
     Args:
-        subject: what identifies the graphs and the engine that opens them.
+        subject: values that identify the graphs and the engine that opens them.
         profiles: the shapes to compile for.
     """
     decisive = list(subject)
     if compiler(name):
         shapes = [ProfileEntry.of(profile).model_dump() for profile in profiles]
         targets = dict(engine(name).probe().targets)
-        decisive += [json.dumps(each, sort_keys=True) for each in (targets, plan.recorded_settings(name), shapes)]
+        decisive += [json.dumps(value, sort_keys=True) for value in (targets, plan.recorded_settings(name), shapes)]
         decisive.append(plan.device)
     return f"{name}-{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]}"
 
@@ -138,7 +138,7 @@ def verify_engine(
     """Verify an engine on a device that runs it, and return its entry; without such a device it stays unverified.
 
     Args:
-        label: what the engine is called in messages.
+        label: name of the engine in messages.
         check: takes the device and raises ``ParityError`` if the engine's result is out of its bounds.
     """
     if device := plan.device_for(entry):

@@ -1,4 +1,4 @@
-"""The manifest of a bundle after a build: the entries of before, and those of the build."""
+"""The manifest of a bundle after a build: the earlier entries and the entries of the build."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _names(
     components: Iterable[ComponentEntry],
     schedules: Iterable[ScheduleEntry],
 ) -> set[str]:
-    """Return every file that the manifest names; ``prune`` removes the others."""
+    """Return the names of all files of the manifest; ``prune`` removes other files."""
     names = {UNET_CONFIG, *pipeline_files, *(file for component in components for file in component.files)}
     for variant in variants.values():
         names |= {variant.reference, *(variant.graphs.files if variant.graphs else ())}

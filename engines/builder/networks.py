@@ -1,6 +1,6 @@
-"""The networks around the UNet in the engines of a build: text encoders, and the halves of an autoencoder.
+"""Builds of the networks around the UNet for each engine: text encoders, and the halves of an autoencoder.
 
-An engine opens such a network as a pair whose full graph it is, without shallow graphs.
+An engine opens such a network as the full graph of a pair without shallow graphs.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _require_parity(
 
 
 def _profiles(entry: ComponentEntry, unet: EngineEntry, fixed: Mapping[str, int]) -> tuple[Profile, ...]:
-    """Return the sizes of this network for each profile of the UNet; none where the UNet has none.
+    """Return the sizes of this network for each profile of the UNet; empty if the UNet has no profile.
 
     The UNet's batch holds a guided image twice, so half of it is the best size here.
     """

@@ -1,6 +1,6 @@
-"""Rounding of an export to low precision: observe cached trajectories, choose ranges and layers, round.
+"""Rounding of an export to low precision, in three steps: observe trajectories, choose ranges and layers, round.
 
-A ``Calibrator`` of ``runtime`` runs the trajectories, because pipelines and schedules are not known here.
+A ``Calibrator`` of ``runtime`` runs the trajectories, because ``engines`` cannot import pipelines and schedules.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def quantize_export(
     calibrator: Calibrator,
     progress: Progress,
 ) -> tuple[ExportedUNet, Quantization]:
-    """Round an export to low precision, into a new directory; its reference is a call of the calibration.
+    """Round an export to low precision, into a new directory; a call of the calibration becomes its reference.
 
     Args:
         out: the new directory, which exists and is empty.

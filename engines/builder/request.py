@@ -1,4 +1,4 @@
-"""What a user asks of a build: one ``BuildRequest``, which ``offcut.build`` or the command line makes.
+"""A user's build request: one ``BuildRequest``, which ``offcut.build`` or the command line makes.
 
 ``resolve`` checks a request and turns it into a ``BuildPlan``. Nothing here imports a heavy package, because
 ``offcut build --help`` reads these classes.
@@ -54,7 +54,8 @@ class Sizes:
         static: image sizes, each ``WIDTHxHEIGHT`` in pixels.
         dynamic: range of an image's sides, ``SMALLEST..LARGEST`` in pixels.
         max_batch: images per call.
-        min_shapes, opt_shapes, max_shapes: shapes of the graph's inputs in trtexec's spelling; they exclude the others.
+        min_shapes, opt_shapes, max_shapes: shapes of the graph's inputs in trtexec's spelling; they exclude sizes in
+            pixels.
     """
 
     static: tuple[str, ...] = ()
@@ -71,11 +72,11 @@ class Sizes:
     def profiles(
         self, inputs: Mapping[str, TensorSpec], *, multiple: int, native: int, frames: int | None = None
     ) -> tuple[Profile, ...]:
-        """Return the profiles for a graph; none if no size was given.
+        """Return the profiles for a graph; empty if no size was given.
 
         Args:
-            inputs: of the full graph.
-            multiple: height and width of the latent must be multiples of it.
+            inputs: inputs of the full graph.
+            multiple: height and width of the latent must be multiples of this number.
             native: side in pixels of the images that the model was trained on.
             frames: number of frames that a video model was trained on.
 
@@ -112,7 +113,7 @@ class BuildRequest:
 
     Attributes:
         engines: names of engines; ``"auto"`` among them stands for the best one here.
-        calibration: None, or what to calibrate ``int8`` and ``fp8`` on.
+        calibration: prompts and options of the calibration for ``int8`` and ``fp8``; None for other precisions.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""From a request to a plan: everything that a build can refuse is refused here, before any work begins."""
+"""Resolution of a request into a plan: a build refuses invalid requests here, before any work begins."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ _COMPILABLE = ("text_encoder", "text_encoder_2", "vae")
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """A build that was checked: every default resolved.
+    """A checked build with every default resolved.
 
     Attributes:
         source: the model.
         weights_digest: SHA-256 of its weights; see ``weights_digest``.
-        precision: of the exported graphs.
+        precision: precision of the exported graphs.
         fixed: dimensions that the export fixes, with their sizes.
-        settings: for each engine all of its ``SETTINGS``.
+        settings: values of all ``SETTINGS``, by engine.
         device: device to verify engines on, where they run on it.
         deploy: whether to leave the ONNX graphs and their weights out of the bundle.
         compile_all: whether to export the networks around the UNet too.
         adapters: adapters whose inputs the graphs have.
-        scheme, calibrator: how to round the graphs, and what to calibrate on; None if they are not rounded.
-        cache: whether an export may come from the user's cache directory and is kept there.
+        scheme, calibrator: rounding of the graphs, and the calibration for it; None if they are not rounded.
+        cache: whether exports are read from and written to the user's cache directory.
     """
 
     source: ModelSource
@@ -71,7 +71,7 @@ class BuildPlan:
 
     @property
     def base(self) -> str:
-        """Precision of the graphs' inputs and outputs: the graphs' own, or that around the rounded layers."""
+        """Precision of the graphs' inputs and outputs, and of layers that are not rounded."""
         return self.scheme.base if self.scheme else self.precision
 
     @property
@@ -88,7 +88,7 @@ class BuildPlan:
         return {setting: value for setting, value in self.settings[name].items() if setting not in helpers}
 
     def device_for(self, entry: EngineEntry) -> str | None:
-        """Return the device to verify an engine on: the plan's, or another that runs it; None if none here does."""
+        """Return the device to verify an engine on: the plan's, or another that runs it; None if there is none."""
         devices = devices_of(entry)
         if self.device.partition(":")[0] in devices:
             return self.device
@@ -158,7 +158,7 @@ def resolve(request: BuildRequest, progress: Progress) -> BuildPlan:
 
 
 def compilable(source: ModelSource) -> list[str]:
-    """Return the components of a pipeline that can be exported; for foreign ONNX those that are graphs already."""
+    """Return the components of a pipeline that can be exported; for foreign ONNX those that are ONNX graphs."""
     if source.onnx:
         return foreign_networks(source)
     return [name for name in _COMPILABLE if source.is_pipeline and exportable(source.component(name))]
@@ -177,7 +177,7 @@ def check_target(out: Path, plan: BuildPlan) -> None:
     """Refuse a directory that holds something other than a bundle of the plan's model.
 
     Raises:
-        BundleError: it is a file, another model's bundle, or not empty.
+        BundleError: the path is a file, another model's bundle, or a directory with other files.
     """
     if out.is_file():
         raise BundleError(f"{out} is a file; give a directory for the bundle")
@@ -221,7 +221,7 @@ def _engines(request: BuildRequest, progress: Progress) -> list[str]:
 
 
 def _scheme(engines: Sequence[str], request: BuildRequest) -> Scheme | None:
-    """Return how to round the graphs, which all engines of a build share; None if they are not rounded."""
+    """Return the rounding of the graphs, which all engines of a build share; None if they are not rounded."""
     precision = request.precision
     schemes = list(dict.fromkeys(scheme_of(name, precision) for name in engines))
     if len(schemes) > 1:
@@ -236,13 +236,13 @@ def _scheme(engines: Sequence[str], request: BuildRequest) -> Scheme | None:
 def _check_foreign(
     request: BuildRequest, source: ModelSource, engines: Sequence[str], scheme: Scheme | None, networks: Sequence[str]
 ) -> ForeignGraph:
-    """Open a foreign ONNX graph, after refusing what cannot be built from it.
+    """Open a foreign ONNX graph, after refusing options that need PyTorch's weights.
 
     Args:
         networks: components around the UNet that are ONNX too.
 
     Raises:
-        ModelError: it is damaged, or the request needs PyTorch's weights, another precision or another opset.
+        ModelError: the graph is damaged, or the request needs PyTorch's weights, another precision or another opset.
         EngineError: no engine of the build opens the networks around the UNet.
     """
     impossible = {
@@ -272,7 +272,7 @@ def _check_foreign(
 
 
 def _check_video(source: ModelSource, low_precision: str | None) -> None:
-    """Refuse to calibrate on videos, and an AnimateDiff pipeline whose motion adapter is not in its UNet yet."""
+    """Refuse calibration on videos, and an AnimateDiff pipeline whose motion adapter is not in its UNet yet."""
     if (source.family.is_video or source.attention) and low_precision:
         raise EngineError(f"{low_precision} is calibrated on images: build a UNet for videos in fp32, fp16 or bf16")
     if not source.is_pipeline or source.family.is_video:

@@ -1,6 +1,7 @@
-"""Fusion of a LoRA's text encoder layers into copies of the text encoders, by diffusers, for a bundle to carry.
+"""Fusion of a LoRA's text encoder layers into copies of the text encoders, which the bundle then holds.
 
-``exporter.lora`` fuses the UNet's layers. A copy differs from its text encoder only in the weights that a LoRA changes.
+diffusers does the fusion; ``exporter.lora`` fuses the UNet's layers. A copy differs from its text encoder only in the
+weights that a LoRA changes.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ def _fuse(model: Any, name: str, loras: ScaledLoras) -> None:
 def _tensors(layers: Mapping[str, LowRank], scale: float, name: str) -> dict[str, torch.Tensor]:
     """Return the tensors that diffusers loads, padded to one rank, with alpha and scale multiplied in.
 
-    diffusers looks up layers with another rank or alpha than most by their names in transformers 4, and does not find
-    them in transformers 5.
+    diffusers looks up layers with an uncommon rank or alpha by their names in transformers 4, and does not find them in
+    transformers 5.
     """
     import torch
 
@@ -118,7 +119,7 @@ def _tensors(layers: Mapping[str, LowRank], scale: float, name: str) -> dict[str
 
 
 def _write(folder: Path, variant: str | None, changed: Mapping[str, torch.Tensor], out: Path) -> None:
-    """Write the text encoder's files with these weights in place of its own."""
+    """Write the text encoder's files with the changed weights."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -141,7 +142,7 @@ def _write(folder: Path, variant: str | None, changed: Mapping[str, torch.Tensor
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence warnings of both libraries that an adapter's tensors are not those of a whole model."""
+    """Silence warnings of diffusers and transformers that an adapter lacks tensors of the whole model."""
     import diffusers
     import transformers
 

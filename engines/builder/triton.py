@@ -39,7 +39,7 @@ def write_repository(bundle: Bundle, folder: Path, *, name: str, engine: str, de
         device: device that Triton runs the models on, ``cpu`` or ``cuda``.
 
     Returns:
-        The models' directories, that of the full graph first.
+        The models' directories, the full graph's first.
 
     Raises:
         EngineError: Triton has no backend for this engine, or the bundle does not hold the engine.

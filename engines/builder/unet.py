@@ -1,4 +1,4 @@
-"""The UNet in each engine of a build: compiled where the engine compiles, and verified."""
+"""Builds of the UNet for each engine: compiled if the engine compiles, and verified."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def build_engines(
 
 
 def _reference_writer(plan: BuildPlan, graphs: Graphs, progress: Progress) -> WriteReference:
-    """Return a function that computes references at a profile's sizes, where the variant's own do not fit."""
+    """Return a function that computes a reference at a profile's sizes; the variant's reference may not fit."""
 
     @cache
     def unet() -> Any:

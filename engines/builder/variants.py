@@ -27,7 +27,8 @@ UNET_CONFIG = "unet/config.json"
 def make_variant(plan: BuildPlan, existing: Bundle | None, out: Path, staged: Path, progress: Progress) -> Variant:
     """Return the plan's variant with all its cuts.
 
-    It is the bundle's own if that has the cuts, the bundle's export cut again if that lacks some, or a new export.
+    The bundle's variant is reused if it has all cuts; if some are missing, its export is cut again. Without such a
+    variant the UNet is exported.
     """
     variant = existing.manifest.variants.get(plan.variant) if existing else None
     existing_cuts = [cut.name for cut in variant.cuts] if variant else []

@@ -30,7 +30,7 @@ class ParityCheck:
         name: what was compared.
         error: largest difference; relative to the reference's largest value if ``relative``.
         bound: largest difference allowed.
-        at_least: the bound is a lower one: zeroing a feature that is read must change the output by more.
+        at_least: whether the error must exceed the bound: zeroing a cached feature must change the output.
     """
 
     name: str
@@ -61,17 +61,17 @@ def verify(pair: EnginePair, reference: Reference, limits: Bounds, against: str 
 
 
 def verify_entry(bundle: Bundle, entry: EngineEntry, pair: EnginePair) -> list[ParityCheck]:
-    """Compare an opened engine with the bundle's references, at every size that a reference was kept for."""
+    """Compare an opened engine with the bundle's references, at every size of a reference."""
     variant = bundle.manifest.variants[entry.variant]
     limits = bounds(entry.engine, variant.precision, entry.inference_precision, pair.device.type)
     checks = []
     for name in entry.references or (variant.reference,):
         reference = read_reference(bundle.path / name)
-        of_size = verify(pair, reference, limits, bundle.manifest.source.reference)
+        size_checks = verify(pair, reference, limits, bundle.manifest.source.reference)
         if len(entry.references) > 1:
             size = "x".join(str(size) for size in reference.inputs["sample"].shape)
-            of_size = [replace(check, name=f"{check.name} at {size}") for check in of_size]
-        checks += of_size
+            size_checks = [replace(check, name=f"{check.name} at {size}") for check in size_checks]
+        checks += size_checks
     return checks
 
 

@@ -24,7 +24,7 @@ from .manifest import MANIFEST_FILE, SCHEMA_VERSION, EngineEntry, Manifest, Vari
 
 
 class Bundle:
-    """An opened bundle, whose manifest was checked. Open one with ``Bundle.open``.
+    """An opened bundle with a checked manifest. ``Bundle.open`` opens one.
 
     Attributes:
         path: directory of the bundle.
@@ -249,7 +249,7 @@ class Bundle:
 
 
 def onnx_of(path: str | Path) -> Path:
-    """Return the UNet's ONNX graph: of a bundle, of a directory that ``export`` wrote, or the given file.
+    """Return the file of the UNet's ONNX graph in a bundle or an export's directory; a file is returned as it is.
 
     Raises:
         BundleError: the directory has no ONNX graph.
@@ -387,7 +387,7 @@ def _inside(root: Path, name: str) -> Path:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """``"1.31.1"`` as (1, 31, 1); suffixes are ignored."""
+    """Return ``"1.31.1"`` as (1, 31, 1); suffixes are ignored."""
     numbers = []
     for part in version.split("+")[0].split("."):
         if not part.isdigit():

@@ -1,4 +1,4 @@
-"""The manifest ``offcut.json``: the models of its entries. Pydantic turns a damaged file into one clear error."""
+"""The manifest ``offcut.json``: pydantic models of its entries, which turn a damaged file into one clear error."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class FusedLora(_Model):
 class Source(_Model):
     """The model that a bundle was built from.
 
-    ``weights_digest`` is the digest of the UNet's weights as the user gave them. ``attention`` is the kind that the
-    UNet was exported with; None for its own. ``onnx`` is True for foreign ONNX: engines are then compared with ONNX
-    Runtime's outputs of the original graphs, not with PyTorch's.
+    ``weights_digest`` is the digest of the UNet's weights as the user gave them. ``attention`` is the kind of attention
+    that the UNet was exported with; None for its own. ``onnx`` is True for foreign ONNX: engines are then compared
+    with ONNX Runtime's outputs of the original graphs, not with PyTorch's.
     """
 
     model: str
@@ -61,7 +61,7 @@ class Source(_Model):
 
     @property
     def reference(self) -> str:
-        """Name of what computed the bundle's references."""
+        """Name of the model that computed the bundle's references."""
         return "the original ONNX" if self.onnx else "PyTorch"
 
 
@@ -138,7 +138,7 @@ class Variant(_Model):
 
     @property
     def base(self) -> str:
-        """Precision of the graphs' inputs and outputs: the graphs' own, or that around the rounded layers."""
+        """Precision of the graphs' inputs and outputs, and of layers that are not rounded."""
         return self.quantization.base if self.quantization else self.precision
 
     @model_validator(mode="after")
@@ -183,7 +183,7 @@ class EngineEntry(_Model):
     """A built engine.
 
     ``version`` is the version of the engine's library at the build. ``requires`` names features that the machine must
-    have, and ``targets`` the kinds of machine of which each can run the engine. A compiled engine consists of ``files``
+    have, and ``targets`` the kinds of machine that can run the engine. A compiled engine consists of ``files``
     (its log included) and runs with ``version`` only, or with ``later_versions`` too; an engine that is not compiled
     opens the variant's graphs. ``references`` are PyTorch's outputs at sizes that its profiles cover, and replace the
     variant's reference. ``verified`` is False if the machine that built the engine could not run it.
@@ -215,8 +215,8 @@ class ComponentEntry(_Model):
     """A network around the UNet: a text encoder, or half of an autoencoder.
 
     ``label`` is the precision and opset of the build, and ``precision`` the graph's own. ``norm`` is a file with a text
-    encoder's final norm, for pipelines that skip CLIP's last layers and apply it themselves. ``engines`` are those
-    compiled from the graph; ``graph`` and ``weights`` are None if only these engines were kept.
+    encoder's final norm, for pipelines that skip CLIP's last layers and apply it themselves. ``engines`` are
+    compiled from the graph; ``graph`` and ``weights`` are None if the bundle holds only these engines.
     """
 
     name: str

@@ -16,7 +16,7 @@ from .manifest import ComponentEntry, EngineEntry
 
 
 def components_of(bundle: Bundle, precision: str) -> dict[str, ComponentEntry]:
-    """Return the networks to open with a UNet of this precision, by name: of this precision, else of any."""
+    """Return the networks to open with a UNet, by name, each in the UNet's precision if the bundle has it."""
     components: dict[str, ComponentEntry] = {}
     for entry in bundle.manifest.components:
         if entry.name not in components or entry.label.startswith(f"{precision}-"):
@@ -25,10 +25,10 @@ def components_of(bundle: Bundle, precision: str) -> dict[str, ComponentEntry]:
 
 
 def engine_for(bundle: Bundle, unet_engine: str, entries: Iterable[ComponentEntry]) -> str:
-    """Return the engine to open these networks with: the UNet's, or the bundle's first other that has them all.
+    """Return the engine to open these networks with: the UNet's, or the bundle's first other one that has all.
 
     Raises:
-        EngineError: no engine has them all.
+        EngineError: no engine has all of them.
     """
     entries = list(entries)
     for name in (unet_engine, *bundle.engines):

@@ -69,7 +69,7 @@ def copy_pipeline_files(source: ModelSource, out: Path, without_weights: Contain
 
 
 def _files(folder: Path, variant: str | None) -> list[Path]:
-    """Return a component's configs and weights; none if its weights are pickled only."""
+    """Return a component's configs and weights; empty if all its weights are pickled."""
     if not folder.is_dir():
         return []
     chosen = weight_files(folder, variant)
@@ -85,7 +85,7 @@ def small_files(folder: Path) -> list[Path]:
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """Return the safetensors of this variant, else those that belong to no variant."""
+    """Return the safetensors of this variant, or if it has none, those without a variant."""
     weights = sorted(folder.glob("*.safetensors"))
     return [file for file in weights if _variant_of(file) == variant] or [
         file for file in weights if _variant_of(file) is None

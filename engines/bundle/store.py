@@ -79,7 +79,7 @@ def commit(bundle: Path, staged: Path, update: Callable[[Manifest | None, dict[s
                 if name in existing:
                     _check_same(bundle / name, name, entry)
                     continue
-                # A file there that no manifest names is a leftover of a build that was killed while it moved files.
+                # A file that the manifest does not name is a leftover of a build that was killed while it moved files.
                 (bundle / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(staged / name, bundle / name)
                 moved.append(bundle / name)

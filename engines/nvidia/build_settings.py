@@ -1,4 +1,4 @@
-"""The settings of TensorRT builds: their defaults, their checks, and the builder configuration from them."""
+"""Settings of TensorRT builds: defaults, checks, and the builder configuration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COMMON: dict[str, Setting] = {
     # Weights may stay on the host: see EngineOptions.weight_budget. TensorRT-RTX then has no CUDA graphs.
     "weight_streaming": False,
     "refittable": False,  # weights can be replaced in the built plan
-    "strip_plan": False,  # refittable, and without weights in the plan: they are given by refit
+    "strip_plan": False,  # refittable, and the plan holds no weights: refit sets them
     "version_compatible": False,  # runs with later versions of the library too
 }
 SETTINGS: dict[str, Setting] = {
@@ -35,7 +35,7 @@ _AMPERE_PLUS = ("80", "86", "87", "88", "89", "90", "100", "103", "110", "120", 
 
 
 def targets(library: NvidiaLibrary, trt: Any, settings: Settings) -> tuple[str, ...]:
-    """Return the kinds of GPU that a build with these settings is for, e.g. ``("sm_89", "sm_120")``.
+    """Return the kinds of GPU that these settings build for, e.g. ``("sm_89", "sm_120")``.
 
     Raises:
         EngineError: there is no GPU and none was named, or the library does not build for a named one.

@@ -1,4 +1,4 @@
-"""The two libraries TensorRT and TensorRT-RTX: their packages, and a probe of what they can do here."""
+"""The two libraries TensorRT and TensorRT-RTX: their packages, and a probe of each."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class NvidiaLibrary:
 
     Attributes:
         name: name of the engine and of the package.
-        extra: extra of offcut that installs it.
-        rtx: whether it is TensorRT-RTX, which builds for other GPUs and on machines without a GPU.
+        extra: extra of offcut that installs the library.
+        rtx: whether the library is TensorRT-RTX, which builds for other GPUs and on machines without a GPU.
     """
 
     name: str

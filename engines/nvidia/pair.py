@@ -1,6 +1,6 @@
 """A full plan and its shallow plans on one GPU, with one stream, one block of scratch memory and CUDA graphs.
 
-Unproven: nothing here works without a driver, and no test has run it on a GPU yet.
+Unproven: this module needs a driver, and no test has run it on a GPU yet.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ class NvidiaPair:
         Raises:
             EngineError: the plans do not accept the weights; every plan then has the weights that it had before.
         """
-        before, now = self._refitted, self.graphs.as_stored(weights)
-        if set(before) - set(now):
+        before, new = self._refitted, self.graphs.as_stored(weights)
+        if set(before) - set(new):
             self.restore()
-        if not now:
+        if not new:
             return
         try:
-            self._refit(now)
+            self._refit(new)
         except EngineError:
             if before and not self._refitted:
                 self._refit(before)
@@ -108,7 +108,7 @@ class NvidiaPair:
         self._has_weights = True
         if not done:
             self.restore()
-            raise EngineError(f"{self.name} failed to refit ({messages.reason()}): the weights of before were restored")
+            raise EngineError(f"{self.name} failed to refit ({messages.reason()}): the earlier weights were restored")
         self._refitted = dict(weights)
 
     def restore(self) -> None:

@@ -1,6 +1,6 @@
 """A plan loaded on a GPU, and its execution contexts.
 
-Unproven: nothing here works without a driver, and no test has run it on a GPU yet.
+Unproven: this module needs a driver, and no test has run it on a GPU yet.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class LoadedPlan:
     Args:
         runtime: TensorRT's runtime; it must live as long as the plan.
         data: the plan's bytes, whose digest was checked.
-        cache: file for the kernels that TensorRT-RTX compiles for this GPU; None compiles them each time. It is machine
-            code: keep it where only you can write.
+        cache: file for the kernels that TensorRT-RTX compiles for this GPU; None compiles them each time. The file is
+            machine code: keep it where only you can write.
         eager: compile the kernels for a shape before its first run, not concurrently with it, because a CUDA graph
             records only kernels that exist.
 
@@ -136,7 +136,7 @@ class BoundContext:
                     "build the bundle again"
                 )
 
-        # Memory for these shapes. A profile's own bound is for its largest: tens of GB where attention is not fused.
+        # Memory for these shapes. A profile's bound is for its largest shapes: tens of GB where attention is not fused.
         needed = self._context.update_device_memory_size_for_shapes()
         self.scratch = int(needed or plan.engine.get_device_memory_size_for_profile_v2(profile))
 
@@ -168,7 +168,7 @@ def share_budget(budget: int, shallow: Mapping[str, int], full: int) -> tuple[di
         shallow, full: bytes of each plan's streamable weights.
 
     Returns:
-        The bytes that each shallow plan keeps on the GPU, by cut, and those that the full plan keeps.
+        The bytes that each shallow plan keeps on the GPU, by cut, and the bytes that the full plan keeps.
     """
     resident = {}
     for cut, size in sorted(shallow.items(), key=lambda item: item[1]):

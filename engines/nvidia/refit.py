@@ -1,6 +1,6 @@
-"""Refitting: new weights for built plans, for all plans of a pair or none.
+"""Refitting: new weights for the built plans of a pair, either for all plans or for none.
 
-Unproven: TensorRT refits nothing without a driver, and no test has run this on a GPU yet.
+Unproven: TensorRT needs a driver to refit, and no test has run this on a GPU yet.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Replacement of ONNX's attention by ONNX Runtime's own on the CPU.
+"""Replacement of ONNX's attention by ONNX Runtime's own operator on the CPU.
 
 ``com.microsoft.MultiHeadAttention`` processes the keys in blocks, so it never writes the whole matrix of scores, and it
 needs no transposed copies. Measured on the architecture of Stable Diffusion 1.5 in fp32 on one core: compared with the
@@ -19,9 +19,9 @@ _HEADS_SECOND = [0, 2, 1, 3]  # [batch, sequence, heads, width] to [batch, heads
 
 
 def with_own_attention(path: Path) -> bytes | None:
-    """Return a graph with its attention replaced, without the weights in other files; None if there is none to replace.
+    """Return a graph with its attention replaced, without the weights in other files; None if it has no such attention.
 
-    Also None for a file that is not a graph, which ONNX Runtime then reports itself.
+    The result is also None for a file that is not a graph; ONNX Runtime then reports the error.
     """
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -126,7 +126,7 @@ class _Neighbours:
 
 
 def _plain(node: NodeProto) -> bool:
-    """Return whether an attention has no mask, and no scale but the default by the heads' width."""
+    """Return whether an attention has no mask and the default scale."""
     from onnx import helper
 
     settings: dict[str, Any] = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}

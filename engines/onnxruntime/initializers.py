@@ -1,4 +1,4 @@
-"""Replacement of a graph's weights as ONNX Runtime opens it: small ones in the graph, others from memory."""
+"""Replacement of a graph's weights for ONNX Runtime: small weights in the graph, other weights from memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def with_weights(content: bytes, weights: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, torch.Tensor]]:
-    """Replace the weights that a graph stores itself, and return it with those that it keeps in another file.
+    """Replace the weights that a graph stores itself; return the graph, and the new weights of those in another file.
 
     Args:
         content: the serialised graph.

@@ -1,4 +1,4 @@
-"""A pair for calibration on ONNX Runtime, which records the ranges of its own tensors as the runtime drives it."""
+"""A pair for calibration on ONNX Runtime, which records the ranges of its tensors at each call."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class CallSamples:
             self._samples, self._interval = self._samples[::2], 2 * self._interval
 
     def chosen(self) -> list[dict[str, torch.Tensor]]:
-        """Return at most three samples: of the beginning, the middle and the end."""
+        """Return at most three samples: from the beginning, the middle and the end of the calls."""
         last = len(self._samples) - 1
         return [self._samples[index] for index in sorted({0, last // 2, last})] if self._samples else []
 
@@ -156,7 +156,7 @@ def session(graph: Path, optimize: bool = True) -> Any:
     """Open a graph in ONNX Runtime on the CPU.
 
     Args:
-        optimize: False folds no constants, so that a weight that is rounded in the graph is not held twice.
+        optimize: False folds no constants, so that memory holds one copy of a weight that the graph rounds.
     """
     try:
         import onnxruntime

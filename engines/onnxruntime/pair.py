@@ -1,7 +1,7 @@
 """The engine ``onnxruntime``: ONNX Runtime on the CPU and on CUDA, bound to PyTorch's memory.
 
-On CUDA the pair owns a stream, because ONNX Runtime fixes its stream when a session is created, and takes stream 0 for
-none. The CUDA provider captures the calls as CUDA graphs itself; the TensorRT providers compile the graphs.
+On CUDA the pair owns a stream, because ONNX Runtime fixes its stream when a session is created, and treats stream 0 as
+no stream. The CUDA provider captures the calls as CUDA graphs itself; the TensorRT providers compile the graphs.
 """
 
 from __future__ import annotations

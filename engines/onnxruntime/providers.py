@@ -28,12 +28,12 @@ class Provider:
     """One of ONNX Runtime's execution providers for GPUs.
 
     Attributes:
-        name: ONNX Runtime's name of it.
-        install: how to install it.
-        graph_id: run option that names the CUDA graph to capture or replay; None for a provider that keeps one graph
-            per session, as TensorRT's does, which also waits for the device after each replay.
+        name: ONNX Runtime's name of the provider.
+        install: the command that installs the provider.
+        graph_id: run option with the number of the CUDA graph to capture or replay. None for TensorRT's provider, which
+            keeps one graph per session and waits for the device after each replay.
         plugin: module that registers the provider, if it is not part of ONNX Runtime.
-        caches: whether it compiles engines, and can cache them.
+        caches: whether the provider compiles engines, and can cache them.
     """
 
     name: str
@@ -161,7 +161,7 @@ def cache_folder(
     """Return the directory for the engines that a provider compiles from these graphs; None if it compiles none.
 
     Args:
-        version: of ONNX Runtime.
+        version: version of ONNX Runtime.
         runtime_cache: directory that the user named; None for the user's cache directory.
 
     Raises:
@@ -181,7 +181,7 @@ def cache_folder(
 def locked_cache(folder: Path) -> Iterator[None]:
     """Make a directory for compiled engines, and hold its lock.
 
-    Another process that wants the same engines waits, and then finds them compiled.
+    Another process that needs the same engines waits until they are compiled.
 
     Raises:
         EngineError: the directory cannot be written.
@@ -193,7 +193,7 @@ def locked_cache(folder: Path) -> Iterator[None]:
         (folder / ".lock").touch()
     except OSError as error:
         raise EngineError(
-            f"compiled engines cannot be kept in {folder} ({error.strerror}): "
+            f"compiled engines cannot be cached in {folder} ({error.strerror}): "
             "name a directory for them with runtime_cache"
         ) from error
     with FileLock(folder / ".lock"):

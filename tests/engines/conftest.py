@@ -16,11 +16,11 @@ from offcut.exporter.trace.export import ExportedUNet
 
 UNET_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "mlperf"]
 COMPILED_CUTS = ["deepcache:0"]
-"""Cuts of the bundle that inductor compiles for every shape. Each cut takes a compilation of its own."""
+"""Cuts of the bundle that inductor compiles for every shape. Each cut is compiled separately."""
 
 BF16_CUTS = ["mlperf"]
 BF16_SIZES = {"batch": 2, "height": 8, "width": 12, "sequence": 7}
-"""Sizes of the bundle that inductor compiles in bf16. Compiling for one shape takes half the time."""
+"""Sizes of the bundle that inductor compiles in bf16. Compilation for one shape takes half the time."""
 
 ONNX_ENGINES = ("onnxruntime", "openvino")
 """Engines that open the bundle's ONNX graphs."""
@@ -30,13 +30,13 @@ CPU_ENGINES = (*ONNX_ENGINES, pytest.param("inductor", marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="session")
-def made(unet_export: Callable[[str], tuple[Path, ExportedUNet]]) -> ExportedUNet:
+def fp32_export(unet_export: Callable[[str], tuple[Path, ExportedUNet]]) -> ExportedUNet:
     """The export of ``tiny_unet_dir`` in fp32."""
     return unet_export("plain")[1]
 
 
 @pytest.fixture
-def quick_export(made: ExportedUNet, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def quick_export(fp32_export: ExportedUNet, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The directories that the test's builds export to; each export is copied from the cache."""
     exports: list[Path] = []
     cached_export = variants_module.cached_export
@@ -68,7 +68,7 @@ def compiled_bundle(tiny_unet_dir: Path, once: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def compiled_bf16_bundle(tiny_unet_dir: Path, once: Callable[..., Path]) -> Path:
-    """``tiny_unet_dir`` compiled by inductor in bf16 for ``BF16_SIZES`` alone, with ``BF16_CUTS``."""
+    """``tiny_unet_dir`` compiled by inductor in bf16 for ``BF16_SIZES`` only, with ``BF16_CUTS``."""
 
     def build(path: Path) -> None:
         with _quick_host_code():
@@ -101,7 +101,7 @@ def bundle_of(request: pytest.FixtureRequest) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def opened() -> Iterator[dict[tuple[str, Path], EnginePair]]:
+def opened_pairs() -> Iterator[dict[tuple[str, Path], EnginePair]]:
     """Open pairs by engine and bundle. They stay open, because opening a pair compiles every graph."""
     pairs: dict[tuple[str, Path], EnginePair] = {}
     yield pairs
@@ -111,15 +111,15 @@ def opened() -> Iterator[dict[tuple[str, Path], EnginePair]]:
 
 @pytest.fixture
 def open_pair(
-    bundle_of: Callable[[str], Path], opened: dict[tuple[str, Path], EnginePair]
+    bundle_of: Callable[[str], Path], opened_pairs: dict[tuple[str, Path], EnginePair]
 ) -> Callable[..., EnginePair]:
     """Return a function that opens an engine's pair of ``tiny_unet_dir``; tests that only bind the pair share it."""
 
     def get(engine: str) -> EnginePair:
         key = engine, bundle_of(engine)
-        if key not in opened:
-            opened[key] = offcut.Bundle.open(key[1]).open_pair(engine)
-        return opened[key]
+        if key not in opened_pairs:
+            opened_pairs[key] = offcut.Bundle.open(key[1]).open_pair(engine)
+        return opened_pairs[key]
 
     return get
 

@@ -1,4 +1,4 @@
-"""When a call is recorded, replayed and recorded anew; and the order of streams, where there is a GPU."""
+"""Recording, replay and renewed recording of calls; and the order of streams, on a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch se
 
 
 class Recorder:
-    """Records what runs, as a CUDA graph does: nothing runs while it captures, all of it at each replay."""
+    """Imitates CUDA graphs: calls do not run during a capture, and all of them run at each replay."""
 
     def __init__(self) -> None:
         self.ran: list[str] = []
@@ -57,7 +57,7 @@ def graphs(recorder: Recorder) -> CudaGraphs:
     return CudaGraphs(recorder.capture)
 
 
-def test_each_call_runs_once_whether_recorded_or_not(recorder: Recorder, graphs: CudaGraphs) -> None:
+def test_each_call_runs_once_recorded_or_not(recorder: Recorder, graphs: CudaGraphs) -> None:
     for count in range(1, 6):
         graphs.run("full", (1, 2), recorder.call("full"))
         assert recorder.ran == ["full"] * count
@@ -71,7 +71,7 @@ def test_the_first_call_warms_up_the_second_is_recorded_and_no_other(recorder: R
         assert (recorder.captures, graphs.recorded()) == (1, {"full"})
 
 
-def test_graphs_are_recorded_each_for_itself(recorder: Recorder, graphs: CudaGraphs) -> None:
+def test_each_graph_has_its_own_recording(recorder: Recorder, graphs: CudaGraphs) -> None:
     for _ in range(3):
         for cut in ("deepcache:0", "mlperf"):
             graphs.run(("shallow", cut), (1,), recorder.call(cut))
@@ -97,7 +97,7 @@ def test_addresses_that_move_each_time_are_never_recorded(recorder: Recorder, gr
     assert (recorder.captures, len(recorder.ran)) == (0, 5)
 
 
-def test_a_call_that_fails_is_not_taken_for_a_warm_up(recorder: Recorder, graphs: CudaGraphs) -> None:
+def test_a_failed_call_does_not_count_as_a_warm_up(recorder: Recorder, graphs: CudaGraphs) -> None:
     def fail() -> None:
         raise RuntimeError("out of memory")
 
@@ -140,8 +140,8 @@ def test_a_captured_launch_replays_on_the_same_memory() -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_the_pairs_stream_runs_after_the_callers_and_before_what_follows() -> None:
-    """Each side writes what the other has just read, on a stream of its own, with work long enough to be overtaken."""
+def test_the_pairs_stream_runs_between_the_callers_earlier_and_later_work() -> None:
+    """Both streams update one value in turn; each update takes long enough that a missing order gives a wrong value."""
     stream = PairStream(torch.device("cuda", 0))
     big = torch.ones(2048, 2048, device="cuda")
     value = torch.zeros((), device="cuda")

@@ -1,7 +1,7 @@
-"""The numbers of ONNX Runtime's CUDA graphs, held against its rules for any order of binding, running and closing.
+"""Numbers of ONNX Runtime's CUDA graphs: no order of binding, running and closing replays wrong addresses.
 
-The rules are those of its CUDA provider: each session and thread counts runs under a number, captures in the third,
-and replays from then on at the addresses of the capture.
+``Session`` follows the rules of its CUDA provider: each session and thread counts runs under a number, captures in the
+third, and later replays at the addresses of the capture.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Address = int
 
 @dataclass
 class Session:
-    """What ONNX Runtime keeps of one graph's session."""
+    """A model of ONNX Runtime's session of one graph."""
 
     runs: dict[tuple[int, int], int] = field(default_factory=dict)
     captured: dict[tuple[int, int], Address] = field(default_factory=dict)
 
     def run(self, thread: int, number: int, bound: Address) -> Address:
-        """The address that it reads and writes."""
+        """Return the address that the run reads and writes."""
         key = (thread, number)
         if number == GraphIds.OFF:
             return bound
@@ -42,8 +42,8 @@ class Bound:
     numbers: dict[str | None, int]
 
 
-class Life(RuleBasedStateMachine):
-    """Bound pairs come and go, the addresses of closed ones come back, and threads take turns."""
+class BindingMachine(RuleBasedStateMachine):
+    """Binds and closes pairs, reuses addresses of closed pairs, and runs graphs in two threads."""
 
     bound = Bundle("bound")
 
@@ -51,7 +51,7 @@ class Life(RuleBasedStateMachine):
         super().__init__()
         self.ids = GraphIds()
         self.sessions = {graph: Session() for graph in GRAPHS}
-        self.given: list[int] = []
+        self.taken_numbers: list[int] = []
         self.free: list[Address] = []
         self.highest: Address = 0
 
@@ -63,27 +63,27 @@ class Life(RuleBasedStateMachine):
             self.highest += 1
             address = self.highest
         numbers = self.ids.take(GRAPHS)
-        self.given += numbers.values()
+        self.taken_numbers += numbers.values()
         return Bound(address, numbers)
 
     @rule(pair=bound, graph=st.sampled_from(GRAPHS), thread=st.integers(0, 1), times=st.integers(1, 4))
     def run(self, pair: Bound, graph: str | None, thread: int, times: int) -> None:
         for _ in range(times):
-            touched = self.sessions[graph].run(thread, pair.numbers[graph], pair.address)
-            assert touched == pair.address
+            used_address = self.sessions[graph].run(thread, pair.numbers[graph], pair.address)
+            assert used_address == pair.address
 
     @rule(pair=consumes(bound))
     def close(self, pair: Bound) -> None:
         self.free.append(pair.address)
 
     @invariant()
-    def no_number_is_given_twice(self) -> None:
-        assert len(set(self.given)) == len(self.given)
-        assert not {0, GraphIds.OFF} & set(self.given)
+    def no_number_is_taken_twice(self) -> None:
+        assert len(set(self.taken_numbers)) == len(self.taken_numbers)
+        assert not {0, GraphIds.OFF} & set(self.taken_numbers)
 
 
-TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestBindings = BindingMachine.TestCase
+TestBindings.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
 def test_every_graph_has_a_number_of_its_own() -> None:

@@ -1,4 +1,4 @@
-"""What is inductor's own; what every engine promises is in ``test_pairs``."""
+"""Behaviour of inductor only; the tests for every engine are in ``test_pairs``."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def test_a_bundle_for_deployment_holds_no_graph_and_no_weights(compiled_bundle: 
 
 
 @pytest.mark.slow
-def test_it_is_verified_again_from_what_the_bundle_holds(compiled_bundle: Path) -> None:
+def test_a_deployed_bundle_can_be_verified_again(compiled_bundle: Path) -> None:
     (checks,) = verify_bundle(offcut.Bundle.open(compiled_bundle)).values()
     assert len(checks) == 1 + 2 * len(COMPILED_CUTS) + 1
     assert all(check.passed for check in checks)
 
 
 @pytest.mark.slow
-def test_in_bf16_it_is_near_the_full_precision_model_on_either_side_of_the_cut(
+def test_bf16_outputs_are_near_the_full_precision_model_on_either_side_of_the_cut(
     compiled_bf16_bundle: Path, tiny_unet_dir: Path
 ) -> None:
-    """Other inputs than at the build, which held it against PyTorch in bf16; this is PyTorch in fp32."""
+    """Inputs differ from those of the build, and PyTorch computes in fp32; the build compared with PyTorch in bf16."""
     limits = bounds("inductor", "bf16")
     bundle = offcut.Bundle.open(compiled_bf16_bundle)
     assert bundle.entry("inductor").verified
@@ -60,25 +60,25 @@ def test_in_bf16_it_is_near_the_full_precision_model_on_either_side_of_the_cut(
     bound = pair.prepare({name: tuple(value.shape) for name, value in inputs.items()})
     assert bound.buffers["sample"].dtype == bound.buffers["deep_feature_1"].dtype == torch.bfloat16
 
-    def far(expected: torch.Tensor) -> float:
+    def relative_difference(expected: torch.Tensor) -> float:
         return float((bound.buffers["noise_pred"].float() - expected).abs().max() / expected.abs().max())
 
     for name, value in inputs.items():
         bound.buffers[name].copy_(value)
     bound.full()
-    error = far(eager(tiny_unet_dir, inputs))
+    error = relative_difference(eager(tiny_unet_dir, inputs))
     assert 1e-4 < error <= limits.parity, "computed in bf16"
     full = bound.buffers["noise_pred"].float().clone()
     for cut, features in pair.cuts.items():
         bound.buffers["noise_pred"].fill_(float("nan"))
         bound.shallow(cut)
-        assert far(full) <= limits.across, cut
+        assert relative_difference(full) <= limits.across, cut
         for feature in features:
-            kept = bound.buffers[feature].clone()
+            saved = bound.buffers[feature].clone()
             bound.buffers[feature].mul_(-1)
             bound.shallow(cut)
-            assert far(full) > limits.across, feature
-            bound.buffers[feature].copy_(kept)
+            assert relative_difference(full) > limits.across, feature
+            bound.buffers[feature].copy_(saved)
     pair.close()
 
 
@@ -92,7 +92,7 @@ def test_a_build_for_one_shape_refuses_the_others(compiled_bf16_bundle: Path) ->
 
 
 @pytest.mark.slow
-def test_a_shallow_package_is_smaller_and_names_what_it_takes(compiled_bundle: Path) -> None:
+def test_a_shallow_package_is_smaller_and_names_its_inputs(compiled_bundle: Path) -> None:
     entry = offcut.Bundle.open(compiled_bundle).entry("inductor")
     full, shallow = ((compiled_bundle / file).stat().st_size for file in (entry.full, entry.shallow["deepcache:0"]))
     assert shallow < full  # most of it is code here; test_program counts the weights
@@ -102,7 +102,7 @@ def test_a_shallow_package_is_smaller_and_names_what_it_takes(compiled_bundle: P
 
 
 @pytest.mark.slow
-def test_the_stand_in_runs_it(compiled_bundle: Path) -> None:
+def test_a_unet_runs_on_inductor(compiled_bundle: Path) -> None:
     unet = offcut.UNet.load(compiled_bundle)
     assert unet.engine == "inductor"
     unet.set_schedule(offcut.Uniform(3))
@@ -116,48 +116,48 @@ def test_the_stand_in_runs_it(compiled_bundle: Path) -> None:
 
 
 @pytest.mark.slow
-def test_from_one_lora_to_another_and_back_leaves_no_trace(
+def test_switching_loras_and_back_restores_the_outputs(
     compiled_bundle: Path, every_cut: Path, tiny_unet_dir: Path, tmp_path: Path
 ) -> None:
-    """Its packages take other constants; the weights as built are another bundle's, as this one was built to deploy."""
+    """Refitting replaces the packages' constants. Built weights come from another bundle: this one holds none."""
     (tmp_path / "unet").symlink_to(tiny_unet_dir)
     loras = [
         save_lora("kohya", tmp_path, tmp_path / "a", seed=1),
         save_lora("diffusers", tmp_path, tmp_path / "b", seed=2, rank=4, alpha=2.0),
     ]
-    bundle, whole = offcut.Bundle.open(compiled_bundle), offcut.Bundle.open(every_cut)
-    stored = whole.weights(whole.entry("onnxruntime"))
+    bundle, graphs_bundle = offcut.Bundle.open(compiled_bundle), offcut.Bundle.open(every_cut)
+    stored = graphs_bundle.weights(graphs_bundle.entry("onnxruntime"))
     unet = offcut.UNet(bundle.open_pair("inductor"), bundle.unet_config, stored=lambda: stored)
     unet.set_schedule(offcut.Uniform(2))
     inputs = random_inputs(tiny_unet_dir, batch=2, height=8, width=8)
     sample, text = inputs["sample"], inputs["encoder_hidden_states"]
 
-    def answers() -> list[torch.Tensor]:
+    def outputs() -> list[torch.Tensor]:
         with unet.generation(calls=2):
             return [unet(sample, timestep, text).sample for timestep in (900, 850)]
 
-    plain = answers()
+    plain_outputs = outputs()
     unet.load_lora(loras[0], 0.5, name="a")
-    with_a = answers()
+    outputs_a = outputs()
     unet.unload_lora()
     unet.load_lora(loras[1], name="b")
-    with_b = answers()
+    outputs_b = outputs()
     unet.set_loras({})
-    assert all(map(torch.equal, answers(), plain))
+    assert all(map(torch.equal, outputs(), plain_outputs))
     unet.load_lora(loras[0], 0.5, name="a")
-    assert all(map(torch.equal, answers(), with_a))
-    for one, other in ((plain, with_a), (with_a, with_b)):
-        assert not any(map(torch.equal, one, other)), "both graphs took other weights"
+    assert all(map(torch.equal, outputs(), outputs_a))
+    for outputs_before, outputs_after in ((plain_outputs, outputs_a), (outputs_a, outputs_b)):
+        assert not any(map(torch.equal, outputs_before, outputs_after)), "both graphs took other weights"
     unet.close()
     fused = UNet2DConditionModel.from_pretrained(tiny_unet_dir)
     fuse(fused, [ScaledLora(loras[0], 0.5)], dict(fused.config))
     with torch.no_grad():
         expected = fused(sample, 900, text).sample
-    assert float((with_a[0] - expected).abs().max()) <= 1e-4
+    assert float((outputs_a[0] - expected).abs().max()) <= 1e-4
 
 
 @pytest.mark.slow
-def test_an_engine_that_opens_the_graphs_brings_them_back(
+def test_building_onnxruntime_into_a_deployed_bundle_exports_the_graphs_again(
     compiled_bundle: Path, copied: Callable[[Path], Path], tiny_unet_dir: Path, quick_export: list[Path]
 ) -> None:
     path = copied(compiled_bundle)
@@ -190,7 +190,7 @@ def test_an_engine_that_opens_the_graphs_brings_them_back(
     ],
     ids=["another CPU", "another PyTorch", "nothing"],
 )
-def test_it_is_refused_where_it_does_not_fit(
+def test_a_package_for_another_machine_or_version_is_refused(
     here: EngineProbe, sentence: str, compiled_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inductor, "probe", lambda: here)
@@ -213,7 +213,7 @@ def test_an_altered_package_is_refused_before_it_is_loaded(
         bundle.open_pair("inductor")
 
 
-def test_profiles_are_refused_with_what_to_do(tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]) -> None:
+def test_profiles_are_refused_with_a_remedy(tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]) -> None:
     sizes = {"batch": 2, "height": 8, "width": 8, "sequence": 7}
     with pytest.raises(EngineError, match=r"takes no shape profiles: .*--fix"):
         offcut.build(tiny_unet_dir, tmp_path / "b", engine="inductor", profiles=[Profile(sizes, sizes, sizes)])
@@ -224,8 +224,8 @@ def test_profiles_for_an_engine_that_takes_every_shape_are_refused(tiny_unet_dir
         offcut.build(tiny_unet_dir, tmp_path / "b", engine="onnxruntime", profiles=Sizes(max_batch=2))
 
 
-def test_engines_that_open_the_graphs_cannot_do_without_them(tiny_unet_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="onnxruntime opens the ONNX graphs, which --deploy would leave out"):
+def test_deploy_is_refused_for_an_engine_that_opens_the_graphs(tiny_unet_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="onnxruntime opens the ONNX graphs, which --deploy leaves out"):
         offcut.build(tiny_unet_dir, tmp_path / "b", engine="onnxruntime", deploy=True)
 
 
@@ -237,7 +237,7 @@ def test_engines_that_open_the_graphs_cannot_do_without_them(tiny_unet_dir: Path
         ({"inductor": {}, "onnxruntime": {"a": 1}}, "onnxruntime has no setting a; it has none: it opens"),
     ],
 )
-def test_settings_that_nobody_takes_are_refused(
+def test_unknown_settings_are_refused(
     settings: dict[str, dict[str, object]], sentence: str, tiny_unet_dir: Path, tmp_path: Path
 ) -> None:
     engines = ["inductor", "onnxruntime"]

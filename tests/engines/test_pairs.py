@@ -1,4 +1,4 @@
-"""What every engine's pair promises, each engine in turn. A new engine is one name in ``conftest.CPU_ENGINES``."""
+"""Guarantees of every engine's pair, tested for each engine. A new engine is one name in ``conftest.CPU_ENGINES``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.parametrize("name", CPU_ENGINES)
 
 
 def bind(pair: EnginePair, inputs: Tensors) -> BoundPair:
-    """Bound to these inputs' shapes, the inputs in its buffers."""
+    """Bind a pair to the shapes of these inputs, and copy the inputs into its buffers."""
     bound = pair.prepare({key: tuple(value.shape) for key, value in inputs.items()})
     for key, value in inputs.items():
         bound.buffers[key].copy_(value)
@@ -36,24 +36,24 @@ def inputs_of(model: Path, seed: int = 0, **dims: int) -> dict[str, torch.Tensor
     return random_inputs(model, **{"batch": 2, "height": 8, "width": 12, **dims}, seed=seed)
 
 
-def same(name: str, got: torch.Tensor, full: torch.Tensor) -> bool:
-    """As near as the engine promises to be across the cut: bit for bit if it opens the ONNX graphs."""
-    return float((got - full).abs().max() / full.abs().max()) <= bounds(name, "fp32").across
+def equals_across_cut(name: str, output: torch.Tensor, full: torch.Tensor) -> bool:
+    """Return whether an output is within the engine's bound across the cut: bit for bit if it opens the ONNX graphs."""
+    return float((output - full).abs().max() / full.abs().max()) <= bounds(name, "fp32").across
 
 
-def as_its_graph(name: str, got: torch.Tensor, answer: torch.Tensor) -> bool:
-    """As near to the graph's answer as the engine's own operators in it allow: ONNX Runtime has one for attention."""
+def equals_graph(name: str, output: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return whether an output is near the graph's. ONNX Runtime's own attention operator may differ by 1e-5."""
     allowed = max(bounds(name, "fp32").across, 1e-5 if name == "onnxruntime" else 0.0)
-    return float((got - answer).abs().max() / answer.abs().max()) <= allowed
+    return float((output - expected).abs().max() / expected.abs().max()) <= allowed
 
 
-def oracle(name: str) -> str:
-    """The library that runs the same ONNX graph, without offcut: the engine's own where it has one."""
+def reference_library(name: str) -> str:
+    """Return the library that runs the same ONNX graph without offcut: the engine's own if it opens ONNX."""
     return name if name in ONNX_ENGINES else "onnxruntime"
 
 
 @pytest.mark.smoke
-def test_the_contract_is_the_bundles(name: str, open_pair: OpenPair) -> None:
+def test_a_pair_has_the_bundles_inputs_outputs_and_cuts(name: str, open_pair: OpenPair) -> None:
     pair = open_pair(name)
     assert pair.name == name
     assert pair.device == torch.device("cpu")
@@ -80,14 +80,14 @@ def test_one_pair_serves_every_shape(
     for cut in pair.cuts:
         bound.buffers["noise_pred"].fill_(float("nan"))
         bound.shallow(cut)
-        assert same(name, bound.buffers["noise_pred"], full), cut
+        assert equals_across_cut(name, bound.buffers["noise_pred"], full), cut
 
 
 @pytest.mark.smoke
 def test_the_cached_feature_is_the_memory_that_the_shallow_graph_reads(
     name: str, open_pair: OpenPair, tiny_unet_dir: Path
 ) -> None:
-    """What is written into the buffer between the two calls is what the shallow graph computes from."""
+    """A change of the buffer between the two calls changes the shallow graph's output."""
     inputs = inputs_of(tiny_unet_dir)
     pair = open_pair(name)
     bound = bind(pair, inputs)
@@ -95,26 +95,26 @@ def test_the_cached_feature_is_the_memory_that_the_shallow_graph_reads(
     full = bound.buffers["noise_pred"].clone()
     for cut, features in pair.cuts.items():
         for feature in features:
-            kept = bound.buffers[feature].clone()
-            assert float(kept.abs().max()) > 0
+            saved = bound.buffers[feature].clone()
+            assert float(saved.abs().max()) > 0
             bound.buffers[feature].mul_(1.5)
             bound.shallow(cut)
-            assert not same(name, bound.buffers["noise_pred"], full), (cut, feature)
-            bound.buffers[feature].copy_(kept)
+            assert not equals_across_cut(name, bound.buffers["noise_pred"], full), (cut, feature)
+            bound.buffers[feature].copy_(saved)
             bound.shallow(cut)
-            assert same(name, bound.buffers["noise_pred"], full), (cut, feature)
+            assert equals_across_cut(name, bound.buffers["noise_pred"], full), (cut, feature)
 
 
-def test_what_full_leaves_in_the_buffers_is_what_its_graph_gives(
+def test_full_writes_the_outputs_of_its_graph(
     name: str, open_pair: OpenPair, tiny_unet_dir: Path, every_cut: Path
 ) -> None:
     inputs = inputs_of(tiny_unet_dir)
     pair = open_pair(name)
     bound = bind(pair, inputs)
     bound.full()
-    answers = run(oracle(name), every_cut / "unet" / "fp32-opset23" / "full.onnx", inputs)
+    outputs = run(reference_library(name), every_cut / "unet" / "fp32-opset23" / "full.onnx", inputs)
     for output in pair.outputs:
-        assert as_its_graph(name, bound.buffers[output], answers[output]), output
+        assert equals_graph(name, bound.buffers[output], outputs[output]), output
 
 
 def test_a_shallow_call_leaves_the_features_as_they_are(name: str, open_pair: OpenPair, tiny_unet_dir: Path) -> None:
@@ -140,11 +140,11 @@ def test_a_shallow_call_computes_from_new_inputs_and_old_features(
         bound.buffers[key].copy_(value)
     bound.shallow("deepcache:0")
     graph = every_cut / "unet" / "fp32-opset23" / "shallow-deepcache-0.onnx"
-    expected = run(oracle(name), graph, {**second, "deep_feature_0": feature})["noise_pred"]
-    assert as_its_graph(name, bound.buffers["noise_pred"], expected)
+    expected = run(reference_library(name), graph, {**second, "deep_feature_0": feature})["noise_pred"]
+    assert equals_graph(name, bound.buffers["noise_pred"], expected)
 
 
-def test_buffers_stay_where_they_are(name: str, open_pair: OpenPair, tiny_unet_dir: Path) -> None:
+def test_buffers_keep_their_addresses(name: str, open_pair: OpenPair, tiny_unet_dir: Path) -> None:
     pair = open_pair(name)
     bound = bind(pair, inputs_of(tiny_unet_dir))
     assert set(bound.buffers) == {*pair.inputs, *pair.outputs}
@@ -160,30 +160,35 @@ def test_buffers_stay_where_they_are(name: str, open_pair: OpenPair, tiny_unet_d
 
 def test_two_bound_pairs_share_nothing(name: str, open_pair: OpenPair, tiny_unet_dir: Path) -> None:
     pair = open_pair(name)
-    one, two = bind(pair, inputs_of(tiny_unet_dir, seed=1)), bind(pair, inputs_of(tiny_unet_dir, seed=2))
-    assert not {b.data_ptr() for b in one.buffers.values()} & {b.data_ptr() for b in two.buffers.values()}
-    one.full()
-    expected = one.buffers["noise_pred"].clone()
-    two.full()
-    one.shallow(list(pair.cuts)[-1])
-    assert same(name, one.buffers["noise_pred"], expected)
+    first_bound, second_bound = (
+        bind(pair, inputs_of(tiny_unet_dir, seed=1)),
+        bind(pair, inputs_of(tiny_unet_dir, seed=2)),
+    )
+    assert not {b.data_ptr() for b in first_bound.buffers.values()} & {
+        b.data_ptr() for b in second_bound.buffers.values()
+    }
+    first_bound.full()
+    expected = first_bound.buffers["noise_pred"].clone()
+    second_bound.full()
+    first_bound.shallow(list(pair.cuts)[-1])
+    assert equals_across_cut(name, first_bound.buffers["noise_pred"], expected)
 
 
-def test_two_threads_get_the_bits_that_one_gets(name: str, open_pair: OpenPair, tiny_unet_dir: Path) -> None:
-    """Each thread has its own bound pair, of another shape; both come from one pair."""
+def test_two_threads_compute_the_same_bits_as_one(name: str, open_pair: OpenPair, tiny_unet_dir: Path) -> None:
+    """Each thread has its own bound pair of its own shape; both are bound from one pair."""
     pair = open_pair(name)
     runs = [inputs_of(tiny_unet_dir, seed=1), inputs_of(tiny_unet_dir, seed=2, batch=1, height=16)]
 
     def generate(inputs: Tensors, start: Callable[[], object]) -> list[torch.Tensor]:
         bound = bind(pair, inputs)
         start()
-        answers = []
+        outputs = []
         for step in range(12):
             bound.buffers["timestep"].fill_(float(step))
             bound.full() if step % 3 == 0 else bound.shallow(list(pair.cuts)[-1])
-            answers.append(bound.buffers["noise_pred"].clone())
+            outputs.append(bound.buffers["noise_pred"].clone())
         bound.close()
-        return answers
+        return outputs
 
     serial = [generate(inputs, lambda: None) for inputs in runs]
     barrier = threading.Barrier(2, timeout=60)
@@ -198,7 +203,10 @@ def test_two_threads_get_the_bits_that_one_gets(name: str, open_pair: OpenPair, 
     for thread in threads:
         thread.join(timeout=120)
     for index, expected in enumerate(serial):
-        assert all(torch.equal(got, want) for got, want in zip(parallel[index], expected, strict=True))
+        assert all(
+            torch.equal(output, expected_output)
+            for output, expected_output in zip(parallel[index], expected, strict=True)
+        )
 
 
 @pytest.mark.parametrize(
@@ -220,10 +228,10 @@ def test_a_shape_that_the_engine_does_not_take_is_refused(
         open_pair(name).prepare(shapes)
 
 
-def test_a_closed_pair_lets_go_of_its_memory_and_cannot_run(
+def test_a_closed_pair_frees_its_memory_and_cannot_run(
     name: str, bundle_of: Callable[[str], Path], tiny_unet_dir: Path
 ) -> None:
-    """Above all it must not write to memory that was given back."""
+    """A closed pair must not write to memory that was freed."""
     import weakref
 
     pair = offcut.Bundle.open(bundle_of(name)).open_pair(name)
@@ -253,7 +261,7 @@ def test_the_number_of_threads_is_an_option(
     torch.set_num_threads(1)  # inductor's number is PyTorch's own
 
 
-def test_a_file_that_is_no_graph_is_refused_in_the_engines_words(
+def test_a_file_that_is_not_a_graph_is_refused_with_the_engines_message(
     name: str, bundle_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     from dataclasses import replace

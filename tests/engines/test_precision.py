@@ -1,4 +1,4 @@
-"""The table precision x engine: each row is built for real and held to its bounds, or refused with its reason."""
+"""The table of precisions by engine: each row is built and checked against its bounds, or refused with its reason."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from offcut.exporter.load import PRECISIONS
 from .conftest import ONNX_ENGINES
 
 Row = tuple[str, str, str | None]
-BUILT = [row for row, what in BOUNDS.items() if isinstance(what, Bounds) and compiler(row[0]) is None]
-REFUSED = [row for row, what in BOUNDS.items() if isinstance(what, str)]
+BUILT = [row for row, value in BOUNDS.items() if isinstance(value, Bounds) and compiler(row[0]) is None]
+REFUSED = [row for row, value in BOUNDS.items() if isinstance(value, str)]
 
 
 def label(row: Row) -> str:
@@ -33,7 +33,7 @@ def needs(row: Row) -> set[str]:
 
 @pytest.fixture(scope="module")
 def table(tiny_unet_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One bundle with every row that can be built here: an export for each precision."""
+    """A bundle with every row that can be built here, one export for each precision."""
     path = tmp_path_factory.mktemp("precision") / "table.offcut"
     for name, precision, hint in BUILT:
         if needs((name, precision, hint)) <= engine(name).probe().features:
@@ -51,7 +51,7 @@ def table(tiny_unet_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def results(table: Path) -> dict[str, list[ParityCheck]]:
-    """Every check of every row."""
+    """Checks of every row."""
     return verify_bundle(offcut.Bundle.open(table))
 
 
@@ -86,7 +86,7 @@ def test_a_row_that_is_offered_is_built_and_within_its_bounds(
 def test_a_row_is_near_the_full_precision_model_at_other_inputs(
     row_entry: tuple[offcut.Bundle, str], tiny_unet_dir: Path
 ) -> None:
-    """Other inputs and another shape than at the build, and PyTorch in fp32, not in the graph's precision."""
+    """Inputs and shape differ from those of the build, and PyTorch computes in fp32, not in the graph's precision."""
     bundle, key = row_entry
     entry = bundle.manifest.engines[key]
     pair = bundle.open_pair(
@@ -105,8 +105,10 @@ def test_a_row_is_near_the_full_precision_model_at_other_inputs(
     limits = BOUNDS[entry.engine, bundle.manifest.variants[entry.variant].precision, entry.inference_precision]
     assert isinstance(limits, Bounds)
     assert error <= limits.parity
-    low = bundle.manifest.variants[entry.variant].precision != "fp32" or entry.inference_precision is not None
-    assert (error > 1e-5) is low, "computed in the precision that was asked for"
+    is_low_precision = (
+        bundle.manifest.variants[entry.variant].precision != "fp32" or entry.inference_precision is not None
+    )
+    assert (error > 1e-5) is is_low_precision, "computed in the requested precision"
 
 
 @pytest.mark.slow
@@ -124,7 +126,7 @@ def test_the_manifest_says_what_each_engine_computes_in(table: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_newest_build_is_taken_unless_another_is_asked_for(table: Path) -> None:
+def test_the_newest_build_is_the_default(table: Path) -> None:
     bundle = offcut.Bundle.open(table)
     assert bundle.entry("openvino").variant == "int8-opset23"
     for precision in PRECISIONS:
@@ -165,7 +167,7 @@ def test_full_precision_is_exact_across_the_cut_everywhere() -> None:
         assert bounds(name, "fp32", "fp32") == bounds(name, "fp32")
 
 
-def test_what_is_not_in_the_table_is_refused_with_what_is() -> None:
+def test_a_combination_outside_the_table_is_refused_with_the_offered_ones() -> None:
     with pytest.raises(
         EngineError, match=r"openvino cannot run fp32 computed in int8: .*; it runs fp32, fp32 computed"
     ):
@@ -175,5 +177,5 @@ def test_what_is_not_in_the_table_is_refused_with_what_is() -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_hint_of_the_graphs_own_precision_is_no_hint(precision: str) -> None:
+def test_a_hint_of_the_graphs_own_precision_is_ignored(precision: str) -> None:
     assert bounds("openvino", precision, precision) == bounds("openvino", precision)

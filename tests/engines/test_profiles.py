@@ -1,4 +1,4 @@
-"""Shape profiles: how they are written, and which one is taken for a size."""
+"""Shape profiles: their spellings, and the choice of a profile for a size."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ SIZES = st.fixed_dictionaries({"height": st.integers(1, 14), "width": st.integer
 SEVERAL = st.lists(profiles(), min_size=1, max_size=5)
 
 
-# ---- which one is taken
+# ---- selection
 
 
 @given(SEVERAL, SIZES)
-def test_the_narrowest_that_covers_is_taken(several: list[Profile], sizes: dict[str, int]) -> None:
-    covering = [profile for profile in several if profile.covers(sizes)]
+def test_the_narrowest_covering_profile_is_selected(candidates: list[Profile], sizes: dict[str, int]) -> None:
+    covering = [profile for profile in candidates if profile.covers(sizes)]
     assume(covering)
-    taken = several[select(several, sizes)]
-    assert taken.covers(sizes)
-    assert taken.span() == min(profile.span() for profile in covering)
+    selected = candidates[select(candidates, sizes)]
+    assert selected.covers(sizes)
+    assert selected.span() == min(profile.span() for profile in covering)
 
 
 @given(SEVERAL, SIZES)
-def test_where_none_covers_sizes_that_one_does_are_named(several: list[Profile], sizes: dict[str, int]) -> None:
-    assume(not any(profile.covers(sizes) for profile in several))
+def test_the_error_names_sizes_that_a_profile_covers(candidates: list[Profile], sizes: dict[str, int]) -> None:
+    assume(not any(profile.covers(sizes) for profile in candidates))
     with pytest.raises(ShapeError) as caught:
-        select(several, sizes)
-    named = re.findall(r"(\w+) (\d+)", str(caught.value).partition("sizes are ")[2].partition("(")[0])
-    assert any(profile.covers({name: int(size) for name, size in named}) for profile in several)
+        select(candidates, sizes)
+    named_sizes = re.findall(r"(\w+) (\d+)", str(caught.value).partition("sizes are ")[2].partition("(")[0])
+    assert any(profile.covers({name: int(size) for name, size in named_sizes}) for profile in candidates)
 
 
 @given(profiles(), SIZES)
@@ -79,7 +79,7 @@ def test_a_static_profile_is_preferred_to_a_dynamic_one() -> None:
     assert select([dynamic, static], dims(2, 64, 72, 77)) == 0
 
 
-def test_the_sentence_names_what_was_asked_and_what_there_is() -> None:
+def test_the_error_names_the_requested_and_the_nearest_sizes() -> None:
     with pytest.raises(ShapeError) as caught:
         select(pixels(), dims(2, 160, 64, 77))
     assert str(caught.value) == (
@@ -88,7 +88,7 @@ def test_the_sentence_names_what_was_asked_and_what_there_is() -> None:
     )
 
 
-# ---- the easy spelling
+# ---- sizes in pixels
 
 
 def test_by_default_one_profile_from_256_to_1024_pixels() -> None:
@@ -105,9 +105,9 @@ def test_a_static_size_is_width_by_height_in_pixels_and_one_guided_image() -> No
 
 
 def test_several_static_sizes_and_a_dynamic_range() -> None:
-    made = pixels(static=["512x512", "768x512"], dynamic="512..1024")
-    assert [profile.span() > 1000 for profile in made] == [False, False, True]
-    assert (made[2].min["height"], made[2].opt["height"], made[2].max["height"]) == (64, 64, 128)
+    result = pixels(static=["512x512", "768x512"], dynamic="512..1024")
+    assert [profile.span() > 1000 for profile in result] == [False, False, True]
+    assert (result[2].min["height"], result[2].opt["height"], result[2].max["height"]) == (64, 64, 128)
 
 
 def test_the_batch_is_twice_the_number_of_guided_images() -> None:
@@ -151,7 +151,7 @@ def test_a_dimension_that_is_fixed_is_in_no_profile() -> None:
         ({"max_batch": 0}, "--max-batch is 0: give a number of images, at least 1"),
     ],
 )
-def test_a_size_that_cannot_be_is_refused_with_one_that_can(options: dict[str, Any], sentence: str) -> None:
+def test_an_invalid_size_is_refused_with_a_valid_one(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ShapeError, match=sentence):
         pixels(**options)
 
@@ -161,7 +161,7 @@ def test_a_size_cannot_be_chosen_where_the_export_has_fixed_it() -> None:
         pixels(fixed=("height",), static=["512x512"])
 
 
-def test_a_dimension_that_nothing_is_known_about_is_named() -> None:
+def test_a_dimension_without_a_known_range_is_named() -> None:
     with pytest.raises(EngineError, match="no range is known for frames: give --min-shapes"):
         in_pixels({"sample": TensorSpec("sample", "float32", ("batch", "frames"))}, multiple=8)
 
@@ -181,7 +181,7 @@ def test_trtexecs_spelling_gives_the_same_profile() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "sentence"),
+    ("texts", "sentence"),
     [
         ((shapes(1, 32), None, shapes(8, 64)), "--opt-shapes must be given too"),
         ((None, shapes(2, 64), None), "--min-shapes and --max-shapes must be given too"),
@@ -198,15 +198,13 @@ def test_trtexecs_spelling_gives_the_same_profile() -> None:
         ((shapes(1, 32) + ",x:1", shapes(2, 64), shapes(8, 64)), "encoder_hidden_states, x, but this graph's inputs"),
     ],
 )
-def test_shapes_that_make_no_profile_are_refused(
-    given: tuple[str | None, str | None, str | None], sentence: str
-) -> None:
-    smallest, best, largest = given
+def test_invalid_trtexec_shapes_are_refused(texts: tuple[str | None, str | None, str | None], sentence: str) -> None:
+    smallest, best, largest = texts
     with pytest.raises(ShapeError, match=sentence):
         in_shapes(SPECS, multiple=8, min_shapes=smallest, opt_shapes=best, max_shapes=largest)
 
 
-# ---- what a graph makes of one
+# ---- shapes of a graph
 
 
 def test_a_cached_feature_has_the_latents_shape_divided() -> None:
@@ -236,10 +234,10 @@ def test_a_profile_that_does_not_fit_the_graph_is_refused(ranges: dict[str, Any]
 
 def test_a_graph_without_dynamic_dimensions_has_a_profile_that_covers_it() -> None:
     static = {"sample": TensorSpec("sample", "float32", (2, 4, 64, 64))}
-    made = in_pixels(static, multiple=8)
-    check(made, static, multiple=8)
-    assert made[0].shapes(static.values()) == {"sample": ((2, 4, 64, 64),) * 3}
-    assert select(made, {}) == 0
+    result = in_pixels(static, multiple=8)
+    check(result, static, multiple=8)
+    assert result[0].shapes(static.values()) == {"sample": ((2, 4, 64, 64),) * 3}
+    assert select(result, {}) == 0
 
 
 VIDEO = {

@@ -17,7 +17,7 @@ from .conftest import ONNX_ENGINES
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A CPU with AMX on which ONNX Runtime and OpenVINO work, and nothing else; tests take away from it."""
+    """A CPU with AMX on which only ONNX Runtime and OpenVINO work; tests replace its probes."""
     for name in ENGINES:
         monkeypatch.setattr(engine(name), "probe", lambda: EngineProbe(None, (), "not here"))
     monkeypatch.setattr(onnxruntime_module, "probe", lambda: EngineProbe("1.31.1", ("cpu",), "providers CPU"))
@@ -48,30 +48,30 @@ def test_an_engine_is_a_module_with_the_protocols_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tensorrt9", "", "..errors", "base"])
-def test_an_unknown_engine_is_refused_with_those_there_are(name: str) -> None:
+def test_an_unknown_engine_is_refused_with_the_known_names(name: str) -> None:
     with pytest.raises(EngineError, match="choose auto or one of tensorrt, tensorrt-rtx, openvino"):
         engine(name)
 
 
-def test_with_amx_auto_is_openvino(machine: pytest.MonkeyPatch) -> None:
+def test_auto_chooses_openvino_on_a_cpu_with_amx(machine: pytest.MonkeyPatch) -> None:
     choice = choose()
     assert (choice.name, "AMX" in choice.reason) == ("openvino", True)
 
 
-def test_without_amx_auto_is_onnx_runtime(machine: pytest.MonkeyPatch) -> None:
+def test_auto_chooses_onnx_runtime_on_a_cpu_without_amx(machine: pytest.MonkeyPatch) -> None:
     machine.setattr(registry, "_has_amx", lambda: False)
     choice = choose()
     assert (choice.name, choice.reason) == ("onnxruntime", "measured fastest on a cpu without AMX")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_on_cuda_auto_is_what_runs_there(device: str, machine: pytest.MonkeyPatch) -> None:
+def test_auto_chooses_the_engine_that_runs_on_cuda(device: str, machine: pytest.MonkeyPatch) -> None:
     machine.setattr(onnxruntime_module, "probe", lambda: EngineProbe("1.31.1", ("cpu", "cuda"), "providers CUDA, CPU"))
     assert choose(device).name == "onnxruntime"
     assert "only one usable" in choose(device).reason
 
 
-def test_the_only_one_usable_is_taken_and_the_other_named(machine: pytest.MonkeyPatch) -> None:
+def test_auto_chooses_the_only_usable_engine_and_names_the_others(machine: pytest.MonkeyPatch) -> None:
     machine.setattr(openvino_module, "probe", lambda: EngineProbe(None, (), "not installed: pip install 'offcut[cpu]'"))
     assert choose().name == "onnxruntime"
     assert (
@@ -79,11 +79,11 @@ def test_the_only_one_usable_is_taken_and_the_other_named(machine: pytest.Monkey
     )
 
 
-def test_auto_takes_only_what_the_bundle_holds(machine: pytest.MonkeyPatch) -> None:
+def test_auto_chooses_only_among_engines_of_the_bundle(machine: pytest.MonkeyPatch) -> None:
     assert choose(among=["onnxruntime"]).name == "onnxruntime"
 
 
-def test_where_none_is_usable_the_reason_of_each_is_given(machine: pytest.MonkeyPatch) -> None:
+def test_the_error_gives_each_reason_if_no_engine_is_usable(machine: pytest.MonkeyPatch) -> None:
     machine.setattr(openvino_module, "probe", lambda: EngineProbe(None, (), "not installed: pip install 'offcut[cpu]'"))
     with pytest.raises(EngineError) as caught:
         choose("cuda")
@@ -102,14 +102,14 @@ class Block(importlib.abc.MetaPathFinder):
         if name.partition(".")[0] == BLOCKED:
             raise ModuleNotFoundError(f"No module named {name!r}")
 
-BLOCKED, METADATA = sys.argv[1], sys.argv[2] == "too"
+BLOCKED, HIDE_METADATA = sys.argv[1], sys.argv[2] == "hidden"
 sys.meta_path.insert(0, Block())
-if METADATA:
-    honest = importlib.metadata.version
+if HIDE_METADATA:
+    real_version = importlib.metadata.version
     def version(name):
         if name.startswith(BLOCKED):
             raise importlib.metadata.PackageNotFoundError(name)
-        return honest(name)
+        return real_version(name)
     importlib.metadata.version = version
 
 from pathlib import Path
@@ -127,16 +127,16 @@ except EngineError as error:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("metadata", ["too", "there"])
+@pytest.mark.parametrize("metadata", ["hidden", "visible"])
 @pytest.mark.parametrize("name", ONNX_ENGINES)
 def test_a_package_that_is_missing_or_broken_is_named_with_its_extra(name: str, metadata: str) -> None:
-    """In a process in which the package cannot be imported; it may look installed all the same."""
-    done = subprocess.run(
+    """The package cannot be imported in a subprocess; its metadata is hidden too, or still visible."""
+    process = subprocess.run(
         [sys.executable, "-c", BLOCKED, name, metadata], capture_output=True, text=True, check=True, timeout=120
     )
-    probe, choice, error = done.stdout.splitlines()
-    other = next(one for one in ONNX_ENGINES if one != name)
-    if metadata == "too":
+    probe, choice, error = process.stdout.splitlines()
+    other = next(engine_name for engine_name in ONNX_ENGINES if engine_name != name)
+    if metadata == "hidden":
         assert probe.startswith("False | not installed: pip install 'offcut[cpu]'")
     else:
         assert probe.startswith("False | installed, but it cannot be imported: No module named")

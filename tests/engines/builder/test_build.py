@@ -1,4 +1,4 @@
-"""``build``: what it makes, what it uses again, and that a failure changes nothing."""
+"""``build``: results, reuse, refused requests, and failures, which change nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class Progress(list[str]):
-    """The sentences that a build announced."""
+    """The progress messages of a build."""
 
     def __call__(self, sentence: str) -> None:
         self.append(sentence)
@@ -39,7 +39,7 @@ def build(model: Path, out: Path, **options: Any) -> tuple[offcut.Bundle, Progre
     return offcut.build(model, out, **{"engine": "onnxruntime", **options}, progress=progress), progress
 
 
-# ---- what it makes
+# ---- results
 
 
 def test_the_stages_are_announced(tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]) -> None:
@@ -52,7 +52,7 @@ def test_the_stages_are_announced(tiny_unet_dir: Path, tmp_path: Path, quick_exp
     ]
 
 
-def test_auto_says_what_it_chose_and_why(
+def test_auto_reports_its_choice_and_the_reason(
     tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resolve_module, "choose", lambda device: Choice("openvino", "the moon is full"))
@@ -61,7 +61,7 @@ def test_auto_says_what_it_chose_and_why(
     assert bundle.engines == ["openvino"]
 
 
-def test_the_manifest_tells_where_the_model_came_from(unet_bundle: Path, tiny_unet_dir: Path) -> None:
+def test_the_manifest_records_the_source_of_the_model(unet_bundle: Path, tiny_unet_dir: Path) -> None:
     import hashlib
 
     source = offcut.Bundle.open(unet_bundle).manifest.source
@@ -70,7 +70,7 @@ def test_the_manifest_tells_where_the_model_came_from(unet_bundle: Path, tiny_un
     assert (source.model, source.revision, source.variant) == (str(tiny_unet_dir), None, None)
 
 
-def test_a_pipeline_keeps_its_other_parts_as_they_were(tiny_bundle: Path, tiny_pipeline_dir: Path) -> None:
+def test_pipeline_files_are_copied_unchanged(tiny_bundle: Path, tiny_pipeline_dir: Path) -> None:
     parts = offcut.Bundle.open(tiny_bundle).manifest.parts
     assert "vae/diffusion_pytorch_model.safetensors" in parts
     assert not any(part.startswith("unet/") for part in parts)
@@ -89,11 +89,11 @@ def test_a_string_is_one_cut(tiny_unet_dir: Path, tmp_path: Path, quick_export: 
     assert bundle.cuts == ["mlperf"]
 
 
-# ---- used again
+# ---- reuse
 
 
 @pytest.mark.smoke
-def test_a_second_build_reuses_everything_and_says_so(
+def test_a_second_build_reuses_everything_and_reports_it(
     tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]
 ) -> None:
     first, _ = build(tiny_unet_dir, tmp_path / "b")
@@ -121,9 +121,7 @@ def test_another_engine_uses_the_same_graphs(tiny_unet_dir: Path, tmp_path: Path
 
 
 @pytest.mark.smoke
-def test_another_cut_is_cut_without_another_export(
-    tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]
-) -> None:
+def test_another_cut_needs_no_other_export(tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]) -> None:
     first, _ = build(tiny_unet_dir, tmp_path / "b", engine=["onnxruntime", "openvino"])
     weights = tmp_path / "b" / "unet" / "fp32-opset23" / "weights.data"
     inode = weights.stat().st_ino
@@ -132,7 +130,7 @@ def test_another_cut_is_cut_without_another_export(
     bundle, progress = build(tiny_unet_dir, tmp_path / "b", cuts=["mlperf"])
     assert progress[0] == "reuse the export fp32-opset23, cut it again"
     assert len(quick_export) == 1
-    # Nothing that was there has changed, and the weights are there once.
+    # No earlier file has changed, and the bundle holds one copy of the weights.
     after = contents(tmp_path / "b")
     assert all(after[name] == content for name, content in before.items() if name != "offcut.json")
     assert weights.stat().st_ino == inode
@@ -152,10 +150,8 @@ def test_another_cut_is_cut_without_another_export(
     assert again.digest == bundle.digest
 
 
-def test_files_that_were_altered_are_not_used_again(
-    tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]
-) -> None:
-    """And not read before that is known."""
+def test_altered_files_are_not_reused(tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]) -> None:
+    """The altered file is refused before it is read."""
     build(tiny_unet_dir, tmp_path / "b")
     (tmp_path / "b" / "unet" / "fp32-opset23" / "full.onnx").write_bytes(b"\0" * 10)
     with pytest.raises(BundleError, match=r"full\.onnx has 10 bytes"):
@@ -166,8 +162,8 @@ def test_files_that_were_altered_are_not_used_again(
 
 
 @pytest.fixture
-def never(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails a test in which anything is exported."""
+def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the test if a model is exported."""
     monkeypatch.setattr(variants_module, "cached_export", lambda *args, **options: pytest.fail("a model was exported"))
 
 
@@ -190,8 +186,8 @@ def never(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_built_is_refused_before_it_is_exported(
-    options: dict[str, Any], kind: type[UserError], sentence: str, tiny_unet_dir: Path, tmp_path: Path, never: None
+def test_an_invalid_request_is_refused_before_the_export(
+    options: dict[str, Any], kind: type[UserError], sentence: str, tiny_unet_dir: Path, tmp_path: Path, no_export: None
 ) -> None:
     with pytest.raises(kind, match=sentence):
         build(tiny_unet_dir, tmp_path / "b", **options)
@@ -199,7 +195,7 @@ def test_what_cannot_be_built_is_refused_before_it_is_exported(
 
 
 def test_an_engine_that_is_not_usable_is_refused_before_the_export(
-    tiny_unet_dir: Path, tmp_path: Path, never: None, monkeypatch: pytest.MonkeyPatch
+    tiny_unet_dir: Path, tmp_path: Path, no_export: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import offcut.engines.openvino as module
     from offcut.engines.base import EngineProbe
@@ -211,7 +207,7 @@ def test_an_engine_that_is_not_usable_is_refused_before_the_export(
     assert not (tmp_path / "b").exists()
 
 
-def test_a_cut_that_this_unet_has_not_is_refused_and_leaves_nothing(
+def test_a_missing_cut_is_refused_and_leaves_no_files(
     tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]
 ) -> None:
     with pytest.raises(CutError, match="no cut 'deepcache:7' in this UNet"):
@@ -219,8 +215,8 @@ def test_a_cut_that_this_unet_has_not_is_refused_and_leaves_nothing(
     assert not (tmp_path / "b").exists()
 
 
-def test_another_model_does_not_go_into_the_same_bundle(
-    tiny_unet_dir: Path, unet_bundle: Path, copied: Copy, tmp_path: Path, never: None
+def test_another_model_is_refused(
+    tiny_unet_dir: Path, unet_bundle: Path, copied: Copy, tmp_path: Path, no_export: None
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -236,9 +232,9 @@ def test_another_model_does_not_go_into_the_same_bundle(
 
 
 def test_the_same_weights_under_another_config_are_another_model(
-    tiny_unet_dir: Path, unet_bundle: Path, copied: Copy, tmp_path: Path, never: None
+    tiny_unet_dir: Path, unet_bundle: Path, copied: Copy, tmp_path: Path, no_export: None
 ) -> None:
-    """Heads are counted by the config alone; the version of diffusers that wrote it says nothing."""
+    """Only the config holds the number of heads. The version of diffusers in it is ignored."""
     other = Path(shutil.copytree(tiny_unet_dir, tmp_path / "other"))
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
     bundle = copied(unet_bundle)
@@ -263,7 +259,7 @@ def test_another_variant_of_the_weights_is_another_model(
         build(model, tmp_path / "b", variant="ema")
 
 
-def test_a_directory_of_somebody_else_is_left_alone(tiny_unet_dir: Path, tmp_path: Path, never: None) -> None:
+def test_a_directory_with_other_files_is_refused(tiny_unet_dir: Path, tmp_path: Path, no_export: None) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.txt").write_text("It was a dark and stormy night.", encoding="utf-8")
     before = contents(tmp_path)
@@ -274,12 +270,14 @@ def test_a_directory_of_somebody_else_is_left_alone(tiny_unet_dir: Path, tmp_pat
     assert contents(tmp_path) == before
 
 
-def test_an_empty_directory_is_taken(tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]) -> None:
+def test_an_empty_directory_is_accepted(tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]) -> None:
     (tmp_path / "b").mkdir()
     build(tiny_unet_dir, tmp_path / "b")
 
 
-def test_a_damaged_bundle_is_not_built_into(unet_bundle: Path, copied: Copy, tiny_unet_dir: Path, never: None) -> None:
+def test_a_damaged_bundle_is_not_built_into(
+    unet_bundle: Path, copied: Copy, tiny_unet_dir: Path, no_export: None
+) -> None:
     bundle = copied(unet_bundle)
     (bundle / "offcut.json").write_text("{", encoding="utf-8")
     before = contents(bundle)
@@ -288,7 +286,7 @@ def test_a_damaged_bundle_is_not_built_into(unet_bundle: Path, copied: Copy, tin
     assert contents(bundle) == before
 
 
-def test_a_model_that_cannot_be_loaded_leaves_nothing(tmp_path: Path, tiny_unet_dir: Path) -> None:
+def test_a_model_that_cannot_be_loaded_leaves_no_files(tmp_path: Path, tiny_unet_dir: Path) -> None:
     broken = Path(shutil.copytree(tiny_unet_dir, tmp_path / "broken"))
     (broken / WEIGHTS).write_bytes((broken / WEIGHTS).read_bytes()[:1000])
     with pytest.raises(ModelError):
@@ -300,10 +298,10 @@ def test_a_model_that_cannot_be_loaded_leaves_nothing(tmp_path: Path, tiny_unet_
 
 
 def _wrong_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = verify_module.read_reference
+    real_read = verify_module.read_reference
 
     def read(path: Path) -> Reference:
-        reference = true(path)
+        reference = real_read(path)
         return Reference(reference.inputs, reference.noise_pred + 2e-4)
 
     monkeypatch.setattr(verify_module, "read_reference", read)
@@ -336,7 +334,7 @@ FAILURES = [
         _full_disk("onnx_ir.save", error=OSError("4096 requested and 1600 written")),
         BundleError,
         "the disk of .* is full",
-        id="full disk: weights, in NumPy's words",
+        id="full disk: weights, NumPy's message",
     ),
     pytest.param(
         _full_disk("shutil.copyfile", "offcut.exporter.export_cache._copy"),
@@ -366,7 +364,7 @@ def test_a_failure_leaves_a_bundle_as_it_was(
     arrange: Callable[[pytest.MonkeyPatch], None], kind: type[BaseException], sentence: str | None,
     tiny_unet_dir: Path, unet_bundle: Path, copied: Copy, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Another cut is asked for, so that there are new graphs, and files to move in."""
+    """The build has another cut, so that it writes new graphs and moves files in."""
     bundle = copied(unet_bundle)
     before = contents(bundle)
     with monkeypatch.context() as patch:
@@ -391,14 +389,14 @@ def test_the_message_of_a_failed_parity_names_the_engine_and_the_figure(
     assert "try another engine or precision" in message
 
 
-def test_a_weight_that_was_exported_wrong_is_found_before_it_counts(
+def test_a_wrongly_exported_weight_is_found_before_the_commit(
     tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The chain is held against PyTorch as a whole: here the weights are damaged on their way."""
-    honest = variants_module.cached_export
+    """The export damages the weights, and the comparison of the built engine with PyTorch finds it."""
+    real_export = variants_module.cached_export
 
     def export(*args: Any, **options: Any) -> Any:
-        exported = honest(*args, **options)
+        exported = real_export(*args, **options)
         weights = torch.frombuffer(bytearray(exported.weights.read_bytes()), dtype=torch.float32)
         weights[:100] += 1
         exported.weights.write_bytes(weights.numpy().tobytes())

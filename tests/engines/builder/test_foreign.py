@@ -18,35 +18,37 @@ from offcut.engines.builder.verify import verify_bundle
 from offcut.errors import EngineError, ModelError, UserError
 
 
-def test_a_bundle_says_what_it_was_held_against(foreign_bundle: Path) -> None:
+def test_foreign_engines_are_verified_against_the_original_onnx(foreign_bundle: Path) -> None:
     bundle = offcut.Bundle.open(foreign_bundle)
     assert bundle.manifest.source.onnx
     assert list(bundle.manifest.variants) == ["fp32-opset18"]
     assert [entry.name for entry in bundle.manifest.components] == ["text_encoder", "vae_decoder", "vae_encoder"]
-    checks = {key: {check.name: check for check in found} for key, found in verify_bundle(bundle).items()}
-    for found in checks.values():
-        assert all(check.passed for check in found.values())
-        assert not any("PyTorch" in name for name in found)
-    exact = next(found for key, found in checks.items() if key.startswith("onnxruntime"))
+    checks = {
+        key: {check.name: check for check in engine_checks} for key, engine_checks in verify_bundle(bundle).items()
+    }
+    for engine_checks in checks.values():
+        assert all(check.passed for check in engine_checks.values())
+        assert not any("PyTorch" in name for name in engine_checks)
+    exact = next(engine_checks for key, engine_checks in checks.items() if key.startswith("onnxruntime"))
     assert exact["full against the original ONNX"].error == 0
     shown = CliRunner().invoke(app, ["inspect", str(foreign_bundle)])
     assert "from foreign ONNX" in shown.stdout
 
 
-def test_no_weights_of_pytorch_are_needed_or_made(foreign_dir: Path, foreign_bundle: Path) -> None:
+def test_no_pytorch_weights_are_needed_or_written(foreign_dir: Path, foreign_bundle: Path) -> None:
     assert not list(foreign_dir.rglob("*.safetensors"))
-    kept = {path.name for path in foreign_bundle.rglob("*.safetensors")}
-    assert kept == {"reference.safetensors", "final_layer_norm.safetensors"}
+    names = {path.name for path in foreign_bundle.rglob("*.safetensors")}
+    assert names == {"reference.safetensors", "final_layer_norm.safetensors"}
 
 
-def test_a_bundle_is_added_to(foreign_dir: Path, foreign_bundle: Path, tmp_path: Path) -> None:
-    """Another cut, without another import; and another file is another model."""
+def test_a_cut_can_be_added_to_a_foreign_bundle(foreign_dir: Path, foreign_bundle: Path, tmp_path: Path) -> None:
+    """Another cut needs no other import. A build from other files is refused as another model."""
     copy = Path(shutil.copytree(foreign_bundle, tmp_path / "copy.offcut"))
-    said: list[str] = []
-    bundle = offcut.build(foreign_dir, copy, cuts=["deepcache:7"], engine="onnxruntime", progress=said.append)
+    messages: list[str] = []
+    bundle = offcut.build(foreign_dir, copy, cuts=["deepcache:7"], engine="onnxruntime", progress=messages.append)
     assert "deepcache:7" in bundle.cuts
-    assert "reuse the export fp32-opset18, cut it again" in said
-    assert "reuse the networks around the UNet, fp32-opset18" in said
+    assert "reuse the export fp32-opset18, cut it again" in messages
+    assert "reuse the networks around the UNet, fp32-opset18" in messages
     other = Path(shutil.copytree(foreign_dir, tmp_path / "other"))
     with (other / "unet" / "model.onnx").open("ab") as file:
         file.write(b"\x12\x01x")  # another producer_name
@@ -70,7 +72,7 @@ def test_a_bundle_is_added_to(foreign_dir: Path, foreign_bundle: Path, tmp_path:
         ({"dims": {"depth": 2}}, ModelError, "dims: depth cannot be fixed"),
     ],
 )
-def test_what_needs_the_weights_is_refused_in_one_sentence(
+def test_options_that_need_pytorch_weights_are_refused(
     settings: dict[str, Any], error: type[UserError], sentence: str, foreign_dir: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=sentence):
@@ -78,7 +80,7 @@ def test_what_needs_the_weights_is_refused_in_one_sentence(
     assert not (tmp_path / "b.offcut" / "offcut.json").exists()
 
 
-def test_a_lora_is_for_the_run(foreign_dir: Path, tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+def test_a_lora_is_refused_at_the_build(foreign_dir: Path, tiny_pipeline_dir: Path, tmp_path: Path) -> None:
     from support.loras import save_lora
 
     lora = save_lora("kohya", tiny_pipeline_dir, tmp_path / "lora")
@@ -93,7 +95,7 @@ def test_a_bare_unet_makes_a_bundle_without_a_pipeline(foreign_dir: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_compiling_engine_needs_one_beside_it(foreign_dir: Path, tmp_path: Path) -> None:
+def test_a_compiling_engine_needs_an_engine_that_opens_onnx_graphs(foreign_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     settings: dict[str, Any] = {
         "settings": {"tensorrt-rtx": {"compute_capabilities": ("89",)}},
@@ -115,33 +117,33 @@ def test_a_compiling_engine_needs_one_beside_it(foreign_dir: Path, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.smoke
 @pytest.mark.parametrize("save", [save_stable_diffusion, save_stable_diffusion_xl])
-def test_what_optimum_wrote_is_built_and_run(save: Any, tmp_path: Path) -> None:
-    """Where optimum is installed, which is on the older stack; against the bundle of the same model's weights."""
+def test_an_export_by_optimum_is_built_and_run(save: Any, tmp_path: Path) -> None:
+    """Compare with a bundle of the same model's weights. optimum is installed on the older stack only."""
     import torch
 
     pytest.importorskip("optimum.exporters.onnx", reason="optimum-onnx holds transformers below 4.58")
     model = save(tmp_path / "model")
-    theirs = exported_by_optimum(model, tmp_path / "onnx")
-    assert not list(theirs.rglob("*.safetensors"))
+    onnx_dir = exported_by_optimum(model, tmp_path / "onnx")
+    assert not list(onnx_dir.rglob("*.safetensors"))
     images = {}
-    for name, source in {"weights": model, "onnx": theirs}.items():
+    for name, source in {"weights": model, "onnx": onnx_dir}.items():
         bundle = offcut.build(source, tmp_path / f"{name}.offcut", engine="onnxruntime")
         pipe: Any = offcut.load(bundle)
         for schedule in (None, offcut.Uniform(3)):
             pipe.unet.set_schedule(schedule)
             settings = {"num_inference_steps": 6, "height": 64, "width": 64, "output_type": "pt"}
-            made = pipe("a red square", generator=torch.Generator().manual_seed(0), **settings).images
-            images[name, schedule is None] = made
+            image = pipe("a red square", generator=torch.Generator().manual_seed(0), **settings).images
+            images[name, schedule is None] = image
         pipe.unet.close()
     for uncached in (True, False):
         assert (images["weights", uncached] - images["onnx", uncached]).abs().max() < 2e-5
     assert (images["onnx", True] - images["onnx", False]).abs().max() > 1e-4
 
 
-def test_peers_have_no_model_to_load(foreign_bundle: Path) -> None:
-    """``offcut bench latency`` then says so, in place of loading a directory without weights."""
+def test_find_model_reports_that_there_are_no_pytorch_weights(foreign_bundle: Path) -> None:
+    """``offcut bench latency`` then reports it, and does not load a directory without weights."""
     from offcut.benchmarks.latency.resolve import find_model
 
-    found, why = find_model(offcut.Bundle.open(foreign_bundle), None)
-    assert found is None
+    engine_checks, why = find_model(offcut.Bundle.open(foreign_bundle), None)
+    assert engine_checks is None
     assert "the peers need the PyTorch weights of" in why

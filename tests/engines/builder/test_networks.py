@@ -1,4 +1,4 @@
-"""A network around the UNet that inductor compiles; TensorRT's are in ``nvidia``."""
+"""Networks around the UNet, compiled by inductor; ``nvidia/test_components.py`` compiles them with TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def bundle(small_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> offcut.Bundle:
-    """All networks for ONNX Runtime, and the text encoder for inductor: each takes a minute to compile."""
+    """A bundle of all networks for ONNX Runtime, and of the text encoder for inductor (a minute to compile)."""
     path = tmp_path_factory.mktemp("bundles") / "all.offcut"
     with _quick_host_code():
         first = offcut.build(small_pipeline_dir, path, engine="onnxruntime", compile_all=True)
@@ -50,7 +50,9 @@ def bundle(small_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     return offcut.Bundle.open(path)
 
 
-def test_it_computes_what_eager_transformers_does(bundle: offcut.Bundle, small_pipeline_dir: Path) -> None:
+def test_the_text_encoder_computes_the_outputs_of_eager_transformers(
+    bundle: offcut.Bundle, small_pipeline_dir: Path
+) -> None:
     entry = components_of(bundle, "fp32")["text_encoder"]
     (build,) = entry.engines
     assert build.verified
@@ -72,7 +74,7 @@ def test_it_computes_what_eager_transformers_does(bundle: offcut.Bundle, small_p
     pair.close()
 
 
-def test_it_is_verified_with_the_rest(bundle: offcut.Bundle) -> None:
+def test_verify_bundle_checks_the_text_encoder_too(bundle: offcut.Bundle) -> None:
     results = verify_bundle(bundle)
     (key,) = (key for key in results if key.startswith("text_encoder of inductor-"))
     (check,) = results[key]
@@ -80,7 +82,7 @@ def test_it_is_verified_with_the_rest(bundle: offcut.Bundle) -> None:
     assert check.passed
 
 
-def test_the_engine_for_the_networks_is_one_that_has_them_all(bundle: offcut.Bundle) -> None:
+def test_engine_for_returns_an_engine_that_has_all_networks(bundle: offcut.Bundle) -> None:
     entries = components_of(bundle, "fp32")
     assert engine_for(bundle, "inductor", [entries["text_encoder"]]) == "inductor"
     assert engine_for(bundle, "inductor", entries.values()) == "onnxruntime"
@@ -91,10 +93,10 @@ def test_the_engine_for_the_networks_is_one_that_has_them_all(bundle: offcut.Bun
 def test_an_altered_package_is_not_loaded(bundle: offcut.Bundle) -> None:
     entry = components_of(bundle, "fp32")["text_encoder"]
     package = bundle.path / entry.engines[0].full
-    whole = package.read_bytes()
+    content = package.read_bytes()
     try:
-        package.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        package.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(BundleError, match=r"full\.pt2 was altered"):
             open_component(bundle, entry, "inductor", EngineOptions())
     finally:
-        package.write_bytes(whole)
+        package.write_bytes(content)

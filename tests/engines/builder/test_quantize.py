@@ -1,4 +1,4 @@
-"""Builds in int8: what they record, keep and refuse, and that the shallow graph's own inputs count."""
+"""Builds in int8: what they record, keep and refuse; and calibration through the shallow graphs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ CALIBRATION = offcut.Calibration(samples=1, steps=4)
 
 
 @pytest.fixture
-def pair(made: ExportedUNet, tmp_path: Path) -> ObservingPair:
-    """The export under observation: every tensor that a layer reads, in full."""
-    base = copy_export(made, tmp_path / "base")
+def pair(fp32_export: ExportedUNet, tmp_path: Path) -> ObservingPair:
+    """An observing pair of the export, which records every value that a layer reads."""
+    base = copy_export(fp32_export, tmp_path / "base")
     strides = {layer.input: 1 for layer in find_layers(read(base.path).model)}
     twins = split_all(base, ["deepcache:0"], tmp_path / "cut")
     return ObservingPair(twins, base.inputs, base.outputs, base.multiple, "fp32", strides)
@@ -36,8 +36,8 @@ def pair(made: ExportedUNet, tmp_path: Path) -> ObservingPair:
 
 @pytest.mark.usefixtures("quick_export")
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
-def test_a_build_in_int8_is_verified_small_and_says_how_it_was_made(
-    name: str, tiny_unet_dir: Path, made: ExportedUNet, tmp_path: Path
+def test_an_int8_build_is_verified_smaller_and_records_its_calibration(
+    name: str, tiny_unet_dir: Path, fp32_export: ExportedUNet, tmp_path: Path
 ) -> None:
     for folder in ("one", "other"):
         bundle = offcut.build(
@@ -54,7 +54,7 @@ def test_a_build_in_int8_is_verified_small_and_says_how_it_was_made(
     assert rounding.rounded > len(rounding.kept)
     assert variant.graphs is not None
     weights = bundle.path / variant.graphs.weights
-    assert weights.stat().st_size < 0.7 * made.weights.stat().st_size
+    assert weights.stat().st_size < 0.7 * fp32_export.weights.stat().st_size
     assert len(list(bundle.path.rglob("*.data"))) == 1
     assert {tensor.dtype for cut in variant.cuts for tensor in cut.cached} == {"float32"}
     one, other = (contents(tmp_path / folder / "unet") for folder in ("one", "other"))
@@ -62,15 +62,15 @@ def test_a_build_in_int8_is_verified_small_and_says_how_it_was_made(
 
 
 @pytest.mark.usefixtures("quick_export")
-def test_a_bundle_holds_one_calibration_and_full_precision_beside_it(
-    tiny_unet_dir: Path, made: ExportedUNet, tmp_path: Path, quick_export: list[Path]
+def test_a_bundle_holds_one_calibration_and_also_full_precision(
+    tiny_unet_dir: Path, fp32_export: ExportedUNet, tmp_path: Path, quick_export: list[Path]
 ) -> None:
     out = tmp_path / "b"
     offcut.build(tiny_unet_dir, out, engine="openvino", precision="int8", calibration=CALIBRATION)
-    said: list[str] = []
+    messages: list[str] = []
     offcut.build(
         tiny_unet_dir, out, engine="openvino", precision="int8", cuts=["deepcache:1"], calibration=CALIBRATION,
-        progress=said.append,
+        progress=messages.append,
     )  # fmt: skip
     assert len(quick_export) == 1, "another cut needs no other calibration"
     before = contents(out)
@@ -82,9 +82,7 @@ def test_a_bundle_holds_one_calibration_and_full_precision_beside_it(
     assert set(offcut.Bundle.open(out).manifest.variants) == {"int8-opset23", "fp32-opset23"}
 
 
-def test_what_cannot_be_rounded_is_refused_before_the_export(
-    tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]
-) -> None:
+def test_invalid_int8_builds_are_refused(tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]) -> None:
     out = tmp_path / "b"
     with pytest.raises(EngineError, match=r"int8 needs calibration: .*offcut\.Calibration\(\)"):
         offcut.build(tiny_unet_dir, out, engine="openvino", precision="int8")
@@ -98,20 +96,20 @@ def test_what_cannot_be_rounded_is_refused_before_the_export(
     assert not out.exists()
 
 
-def test_sensitive_layers_are_kept(made: ExportedUNet, tiny_unet_dir: Path, tmp_path: Path) -> None:
-    kept, rounded = {}, {}
+def test_sensitive_layers_are_not_rounded(fp32_export: ExportedUNet, tiny_unet_dir: Path, tmp_path: Path) -> None:
+    sampled, rounded = {}, {}
     for margin in (-1000.0, 2.0, 1000.0):
-        base = copy_export(made, tmp_path / f"base-{margin}")
+        base = copy_export(fp32_export, tmp_path / f"base-{margin}")
         calibration = offcut.Calibration(samples=1, steps=4, sensitive=margin)
         scheme = SCHEMES["openvino", "int8"]
         out = tmp_path / f"out-{margin}"
         out.mkdir()
         source = locate(tiny_unet_dir)
         _, record = quantize_export(base, out, source, scheme, ["deepcache:0"], calibration, lambda step: None)
-        kept[margin] = set(record.kept)
+        sampled[margin] = set(record.kept)
         assert record.rounded + len(record.kept) == len(find_layers(read(base.path).model))
         rounded[margin] = record.rounded
-    assert kept[1000.0] < kept[2.0] < kept[-1000.0]
+    assert sampled[1000.0] < sampled[2.0] < sampled[-1000.0]
     assert rounded[-1000.0] == 0
 
 
@@ -129,7 +127,9 @@ def test_stale_features_widen_the_ranges(pair: ObservingPair) -> None:
     pair.close()
 
 
-def test_the_pair_computes_what_the_graphs_do(pair: ObservingPair, made: ExportedUNet, tiny_unet_dir: Path) -> None:
+def test_the_observing_pair_computes_the_outputs_of_pytorch(
+    pair: ObservingPair, fp32_export: ExportedUNet, tiny_unet_dir: Path
+) -> None:
     from support.unets import eager, largest_difference, random_inputs
 
     inputs = random_inputs(tiny_unet_dir, batch=2, height=8, width=8)
@@ -144,19 +144,19 @@ def test_the_pair_computes_what_the_graphs_do(pair: ObservingPair, made: Exporte
 
 
 @pytest.mark.parametrize("calls", [1, 2, 5, 50])
-def test_moments_are_few_and_spread(calls: int) -> None:
+def test_call_samples_are_few_and_spread(calls: int) -> None:
     samples = CallSamples()
     for call in range(calls):
         samples.add({"timestep": torch.tensor([float(call)])})
-    kept = [int(each["timestep"]) for each in samples.chosen()]
-    assert kept[0] == 0
-    assert len(kept) == min(calls, 3)
-    assert kept[-1] >= calls // 2
-    assert kept == sorted(set(kept))
+    sampled = [int(each["timestep"]) for each in samples.chosen()]
+    assert sampled[0] == 0
+    assert len(sampled) == min(calls, 3)
+    assert sampled[-1] >= calls // 2
+    assert sampled == sorted(set(sampled))
 
 
-def test_nothing_is_left_of_a_calibration(made: ExportedUNet, tiny_unet_dir: Path, tmp_path: Path) -> None:
-    base = copy_export(made, tmp_path / "base")
+def test_a_calibration_leaves_no_files(fp32_export: ExportedUNet, tiny_unet_dir: Path, tmp_path: Path) -> None:
+    base = copy_export(fp32_export, tmp_path / "base")
     out = tmp_path / "out"
     out.mkdir()
     scheme = SCHEMES["openvino", "int8"]

@@ -1,4 +1,4 @@
-"""A Triton model repository: the documented layout, and configurations that agree with the graphs beside them."""
+"""A Triton model repository: the documented layout, and configurations that agree with the graphs next to them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from offcut.engines.builder.triton import config_text, write_repository
 from offcut.errors import EngineError, UserError
 from offcut.exporter.specs import TensorSpec
 
-# What a configuration here may have of Triton's model_config.proto: a field's type, and whether it repeats.
+# Fields of Triton's model_config.proto that a configuration may have: type, and whether the field repeats.
 SCHEMA: dict[str, dict[str, tuple[Any, bool]]] = {
     "ModelConfig": {
         "name": (str, False),
@@ -40,7 +40,7 @@ TYPES = {"tensor(float)": "TYPE_FP32", "tensor(float16)": "TYPE_FP16", "tensor(i
 
 
 def parsed(text: str) -> dict[str, Any]:
-    """A ModelConfig in protobuf's text format; an unknown field or a value of another type is an error."""
+    """Parse a ModelConfig in protobuf's text format; an unknown field or a value of another type is an error."""
     tokens = iter(re.findall(r'"[^"]*"|[\w.+-]+|[][{}:,]', text))
     message = _message("ModelConfig", tokens, None)
     assert next(tokens, None) is None
@@ -48,7 +48,7 @@ def parsed(text: str) -> dict[str, Any]:
 
 
 def _message(kind: str, tokens: Iterator[str], end: str | None) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    message: dict[str, Any] = {}
     while (name := next(tokens, None)) != end:
         assert name in SCHEMA[kind], f"{kind} has no field {name}"
         of_type, repeats = SCHEMA[kind][name]
@@ -56,15 +56,15 @@ def _message(kind: str, tokens: Iterator[str], end: str | None) -> dict[str, Any
         if token == ":":
             token = next(tokens)
         if token != "[":
-            assert name not in found, f"{name} is there twice"
-            found[name] = _value(name, of_type, token, tokens)
+            assert name not in message, f"{name} occurs twice"
+            message[name] = _value(name, of_type, token, tokens)
             continue
-        assert repeats, f"{name} is no list"
-        values = found.setdefault(name, [])
+        assert repeats, f"{name} is not a list"
+        values = message.setdefault(name, [])
         while (token := next(tokens)) != "]":
             if token != ",":
                 values.append(_value(name, of_type, token, tokens))
-    return found
+    return message
 
 
 def _value(name: str, of_type: Any, token: str, tokens: Iterator[str]) -> Any:
@@ -74,7 +74,7 @@ def _value(name: str, of_type: Any, token: str, tokens: Iterator[str]) -> Any:
     if of_type is int:
         return int(token)
     if of_type == "enum":
-        assert token in ENUMS[name], f"{token} is no {name}"
+        assert token in ENUMS[name], f"{token} is not a valid {name}"
         return token
     assert token == "{"
     return _message(of_type, tokens, "}")
@@ -101,31 +101,31 @@ def test_a_configuration_agrees_with_its_graph(repository: tuple[Path, ...]) -> 
         assert (config["name"], config["backend"], config["max_batch_size"]) == (model.name, "onnxruntime", 0)
         assert config["instance_group"] == [{"count": 1, "kind": "KIND_CPU"}]
         session = onnxruntime.InferenceSession(model / "1" / "model.onnx" / config["default_model_filename"])
-        for said, has in ((config["input"], session.get_inputs()), (config["output"], session.get_outputs())):
-            assert [each["name"] for each in said] == [each.name for each in has]
-            assert [each["data_type"] for each in said] == [TYPES[each.type] for each in has]
-            for mine, theirs in zip(said, has, strict=True):
-                assert mine["dims"] == [dim if isinstance(dim, int) else -1 for dim in theirs.shape]
+        for configured, actual in ((config["input"], session.get_inputs()), (config["output"], session.get_outputs())):
+            assert [each["name"] for each in configured] == [each.name for each in actual]
+            assert [each["data_type"] for each in configured] == [TYPES[each.type] for each in actual]
+            for tensor, argument in zip(configured, actual, strict=True):
+                assert tensor["dims"] == [dim if isinstance(dim, int) else -1 for dim in argument.shape]
     full, shallow = (parsed((model / "config.pbtxt").read_text(encoding="utf-8")) for model in repository)
     feature = next(each for each in full["output"] if each["name"] != "noise_pred")
     assert feature in shallow["input"]
 
 
-def test_the_two_models_are_the_pair_that_the_bundle_has(repository: tuple[Path, ...]) -> None:
+def test_the_shallow_model_continues_from_the_full_models_outputs(repository: tuple[Path, ...]) -> None:
     full, shallow = (onnxruntime.InferenceSession(model / "1" / "model.onnx" / "model.onnx") for model in repository)
     random = np.random.default_rng(0)
     sizes = {"batch": 2, "height": 8, "width": 8, "sequence": 7}
-    given = {
+    inputs = {
         each.name: random.standard_normal([sizes.get(dim, dim) for dim in each.shape]).astype(np.float32)
         for each in full.get_inputs()
     }
-    made = dict(zip([each.name for each in full.get_outputs()], full.run(None, given), strict=True))
-    wanted = {each.name: {**given, **made}[each.name] for each in shallow.get_inputs()}
-    (noise,) = shallow.run(["noise_pred"], wanted)
-    assert np.array_equal(noise, made["noise_pred"])
+    outputs = dict(zip([each.name for each in full.get_outputs()], full.run(None, inputs), strict=True))
+    shallow_inputs = {each.name: {**inputs, **outputs}[each.name] for each in shallow.get_inputs()}
+    (noise,) = shallow.run(["noise_pred"], shallow_inputs)
+    assert np.array_equal(noise, outputs["noise_pred"])
 
 
-def test_what_cannot_be_written_is_refused(repository: tuple[Path, ...], unet_bundle: Path, tmp_path: Path) -> None:
+def test_invalid_repositories_are_refused(repository: tuple[Path, ...], unet_bundle: Path, tmp_path: Path) -> None:
     bundle = offcut.Bundle.open(unet_bundle)
     with pytest.raises(EngineError, match="no backend for openvino"):
         write_repository(bundle, tmp_path, name="tiny", engine="openvino")
@@ -135,7 +135,7 @@ def test_what_cannot_be_written_is_refused(repository: tuple[Path, ...], unet_bu
         write_repository(bundle, repository[0].parent, name="tiny", engine="onnxruntime")
 
 
-def test_a_plan_for_a_gpu() -> None:
+def test_the_configuration_of_a_tensorrt_model() -> None:
     text = config_text(
         "x",
         "tensorrt",
@@ -151,9 +151,13 @@ def test_a_plan_for_a_gpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
-    [('nam: "x"', "no field nam"), ("name: x", "is a string"), ("input [ { data_type: FP32 } ]", "is no data_type")],
+    ("text", "complaint"),
+    [
+        ('nam: "x"', "no field nam"),
+        ("name: x", "is a string"),
+        ("input [ { data_type: FP32 } ]", "is not a valid data_type"),
+    ],
 )
-def test_the_checker_sees_what_is_wrong(text: str, says: str) -> None:
-    with pytest.raises(AssertionError, match=says):
+def test_the_parser_refuses_invalid_configurations(text: str, complaint: str) -> None:
+    with pytest.raises(AssertionError, match=complaint):
         parsed(text)

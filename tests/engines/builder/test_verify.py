@@ -1,4 +1,4 @@
-"""Verification that fails when it should: real corruptions, each found by the check that is meant for it."""
+"""Verification finds real corruptions, each with the check that is meant for it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ EXACT = bounds("onnxruntime", "fp32")
 
 @pytest.fixture
 def graphs(every_cut: Path, tmp_path: Path) -> Graphs:
-    """A pair's files in a directory of their own, to be damaged."""
+    """A copy of a pair's files that tests can damage."""
     bundle = offcut.Bundle.open(every_cut)
-    found = bundle.graphs(bundle.entry("onnxruntime"))
-    folder = Path(shutil.copytree(found.full.parent, tmp_path / "graphs"))
-    shallow = {cut: folder / path.name for cut, path in found.shallow.items()}
-    return replace(found, full=folder / found.full.name, shallow=shallow)
+    original = bundle.graphs(bundle.entry("onnxruntime"))
+    folder = Path(shutil.copytree(original.full.parent, tmp_path / "graphs"))
+    shallow = {cut: folder / path.name for cut, path in original.shallow.items()}
+    return replace(original, full=folder / original.full.name, shallow=shallow)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_sound_pair_passes_every_check(name: str, graphs: Graphs, reference: R
 
 @pytest.mark.parametrize("name", ONNX_ENGINES)
 def test_an_altered_weight_is_found(name: str, graphs: Graphs, reference: Reference) -> None:
-    """One number of the outermost layer, which full and shallow share: only PyTorch can tell."""
+    """One number of the outermost layer is changed. Full and shallow graphs share it, so only PyTorch reveals it."""
     weight = ir.load(graphs.full).graph.initializers["conv_out.weight"].const_value
     assert isinstance(weight, ir.ExternalTensor)
     weights = graphs.full.parent / "weights.data"
@@ -88,8 +88,8 @@ def test_an_altered_weight_is_found(name: str, graphs: Graphs, reference: Refere
 
 
 @pytest.mark.parametrize("name", ONNX_ENGINES)
-def test_a_shallow_graph_that_computes_something_else_is_found(name: str, graphs: Graphs, reference: Reference) -> None:
-    """Its answer is off by a millionth: the equality across the cut is bit for bit."""
+def test_a_shallow_graph_with_another_output_is_found(name: str, graphs: Graphs, reference: Reference) -> None:
+    """Its output is off by a millionth, and outputs must be equal across the cut bit for bit."""
     path = graphs.shallow["deepcache:1"]
     model = ir.load(path)
     output = model.graph.outputs[0]
@@ -119,7 +119,7 @@ def test_a_feature_that_is_not_read_is_found(name: str, graphs: Graphs, referenc
     spec = graphs.outputs["deep_feature_0"]
     feature = ir.Value(name="deep_feature_0", shape=ir.Shape(spec.shape), type=ir.TensorType(ir.DataType.FLOAT))
     model.graph.inputs.append(feature)
-    # noise_pred + 0 * min(max(feature)): read by the graph, without any effect.
+    # noise_pred + 0 * min(max(feature)): the graph reads the feature, but its value has no effect.
     zero = ir.Value(name="zero", const_value=ir.tensor([0.0], dtype=ir.DataType.FLOAT, name="zero"))
     model.graph.initializers["zero"] = zero
     largest = ir.Node("", "ReduceMax", [feature], attributes={"keepdims": ir.AttrInt64("keepdims", 0)})
@@ -139,7 +139,7 @@ def test_a_feature_that_is_not_read_is_found(name: str, graphs: Graphs, referenc
         require(list(checks.values()), "the pair")
 
 
-def test_a_value_that_is_not_a_number_never_passes(graphs: Graphs, reference: Reference) -> None:
+def test_nan_never_passes(graphs: Graphs, reference: Reference) -> None:
     broken = Reference({**reference.inputs, "sample": reference.inputs["sample"] * float("nan")}, reference.noise_pred)
     checks = checks_of("onnxruntime", graphs, broken, Bounds(parity=1e9, relative=True, across=1e9))
     assert {"full against PyTorch", "shallow mlperf against full"} <= failed(checks)
@@ -154,13 +154,13 @@ def test_an_error_is_absolute_or_relative_to_the_largest_value(
     exact = checks_of("onnxruntime", graphs, reference)
     assert exact["full against PyTorch"].error < 1e-5
     scale = 2 / float(reference.noise_pred.abs().max())
-    moved = Reference(reference.inputs, reference.noise_pred.clone())
-    index = int(moved.noise_pred.abs().argmin())
-    moved.noise_pred.view(-1)[index] = moved.noise_pred.view(-1)[index] + 0.5 / scale
+    shifted = Reference(reference.inputs, reference.noise_pred.clone())
+    index = int(shifted.noise_pred.abs().argmin())
+    shifted.noise_pred.view(-1)[index] = shifted.noise_pred.view(-1)[index] + 0.5 / scale
     limits = Bounds(parity=1e-4, relative=relative, across=0)
-    found = checks_of("onnxruntime", graphs, moved, limits)["full against PyTorch"]
-    assert found.relative is relative
-    assert found.error == pytest.approx(error if relative else error / scale, rel=1e-3)
+    original = checks_of("onnxruntime", graphs, shifted, limits)["full against PyTorch"]
+    assert original.relative is relative
+    assert original.error == pytest.approx(error if relative else error / scale, rel=1e-3)
 
 
 @pytest.mark.slow

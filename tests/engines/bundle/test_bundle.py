@@ -1,4 +1,4 @@
-"""What a bundle refuses: each in one sentence, and before an engine is given anything to read."""
+"""Damaged and invalid bundles are refused, with one sentence, before an engine reads a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BOTH = ["onnxruntime", "openvino"]
 
 
 def refusal(action: Callable[[], object], kind: type[UserError] = BundleError) -> str:
-    """The message of the error that this must raise: one line, not long."""
+    """Return the message of the error that the action must raise; it must be one short line."""
     with pytest.raises(kind) as caught:
         action()
     message = str(caught.value)
@@ -40,16 +40,16 @@ def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> Path:
 
 
 def entry_of(manifest: dict[str, Any], engine: str = "onnxruntime") -> dict[str, Any]:
-    found = next(entry for entry in manifest["engines"].values() if entry["engine"] == engine)
-    assert isinstance(found, dict)
-    return found
+    entry = next(entry for entry in manifest["engines"].values() if entry["engine"] == engine)
+    assert isinstance(entry, dict)
+    return entry
 
 
-# ---- a whole one
+# ---- valid bundles
 
 
 @pytest.mark.smoke
-def test_a_bundle_says_what_is_in_it(unet_bundle: Path) -> None:
+def test_a_bundle_lists_its_engines_and_cuts(unet_bundle: Path) -> None:
     bundle = offcut.Bundle.open(str(unet_bundle))
     assert bundle.engines == BOTH
     assert bundle.cuts == ["deepcache:0"]
@@ -79,7 +79,7 @@ def test_names_in_a_bundle_are_legal_on_windows(tiny_bundle: Path) -> None:
         assert not set(name) & set('\\:*?"<>|'), name
 
 
-def test_nothing_of_the_building_machine_is_in_the_graphs(unet_bundle: Path) -> None:
+def test_graphs_hold_no_paths_of_the_building_machine(unet_bundle: Path) -> None:
     for file in (unet_bundle / "unet").rglob("*.onnx"):
         assert str(Path.home()).encode() + b"/" not in file.read_bytes()
         assert str(unet_bundle.parent).encode() not in file.read_bytes()
@@ -112,12 +112,12 @@ def test_a_file_is_not_a_bundle(unet_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "null", "[]", "3", '"schema_version"', "{}", '{"schema_version": "1"}'])
-def test_a_manifest_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+def test_an_invalid_manifest_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "offcut.json").write_text(text, encoding="utf-8")
     assert "offcut.json is " in refusal(lambda: offcut.Bundle.open(tmp_path))
 
 
-def test_a_newer_schema_is_refused_whatever_else_it_says(unet_bundle: Path, copied: Copy) -> None:
+def test_a_newer_schema_is_refused_before_other_fields_are_read(unet_bundle: Path, copied: Copy) -> None:
     newer = edit(copied(unet_bundle), lambda raw: (raw.clear(), raw.update(schema_version=SCHEMA_VERSION + 1)))
     message = refusal(lambda: offcut.Bundle.open(newer))
     assert f"newer offcut (schema {SCHEMA_VERSION + 1}, this one reads {SCHEMA_VERSION}): upgrade offcut" in message
@@ -142,7 +142,7 @@ def test_a_flipped_bit_is_found(
     assert f"unet/fp32-opset23/{file} was altered" in message
 
 
-def test_every_file_is_held_against_its_digest(unet_bundle: Path, copied: Copy) -> None:
+def test_every_file_is_compared_with_its_digest(unet_bundle: Path, copied: Copy) -> None:
     for name in offcut.Bundle.open(unet_bundle).manifest.files:
         bundle = copied(unet_bundle)
         content = bytearray((bundle / name).read_bytes())
@@ -152,7 +152,7 @@ def test_every_file_is_held_against_its_digest(unet_bundle: Path, copied: Copy) 
         shutil.rmtree(bundle)
 
 
-def test_a_config_is_not_read_when_it_was_altered(unet_bundle: Path, copied: Copy) -> None:
+def test_an_altered_config_is_refused(unet_bundle: Path, copied: Copy) -> None:
     bundle = copied(unet_bundle)
     file = bundle / "unet" / "config.json"
     file.write_text(file.read_text(encoding="utf-8").replace("16", "61", 1), encoding="utf-8")
@@ -174,13 +174,13 @@ def test_a_missing_file_is_found(unet_bundle: Path, copied: Copy, no_engine: Non
     assert "weights.data is missing" in refusal(lambda: offcut.Bundle.open(bundle).open_pair("onnxruntime"))
 
 
-def test_a_file_that_the_manifest_does_not_hold_is_not_used(unet_bundle: Path, copied: Copy, no_engine: None) -> None:
+def test_a_file_outside_the_manifest_is_refused(unet_bundle: Path, copied: Copy, no_engine: None) -> None:
     bundle = edit(copied(unet_bundle), lambda raw: raw["files"].pop("unet/fp32-opset23/full.onnx"))
     message = refusal(lambda: offcut.Bundle.open(bundle).open_pair("onnxruntime"))
     assert "unet/fp32-opset23/full.onnx is not in the manifest" in message
 
 
-# ---- a wrong pair
+# ---- exchanged graphs
 
 
 def test_full_and_shallow_exchanged_on_disk_are_found(unet_bundle: Path, copied: Copy, no_engine: None) -> None:
@@ -194,7 +194,7 @@ def test_full_and_shallow_exchanged_on_disk_are_found(unet_bundle: Path, copied:
 
 @pytest.mark.parametrize("engine", BOTH)
 def test_full_and_shallow_exchanged_in_the_manifest_are_found(engine: str, unet_bundle: Path, copied: Copy) -> None:
-    """The digests fit then: the graphs themselves say what they are."""
+    """The digests match, so only the inputs and outputs of the graphs reveal the exchange."""
 
     def exchange(raw: dict[str, Any]) -> None:
         entry = entry_of(raw, engine)
@@ -216,13 +216,13 @@ def test_another_cuts_shallow_graph_is_found(engine: str, every_cut: Path, copie
     assert "is not the shallow graph of " in message
 
 
-def test_an_engine_of_a_variant_that_is_not_there_is_refused(unet_bundle: Path, copied: Copy) -> None:
+def test_an_engine_of_a_missing_variant_is_refused(unet_bundle: Path, copied: Copy) -> None:
     bundle = edit(copied(unet_bundle), lambda raw: entry_of(raw).update(variant="fp16-opset23"))
     assert "names the variant fp16-opset23, which the bundle does not" in refusal(lambda: offcut.Bundle.open(bundle))
 
 
 def test_an_engine_of_another_variant_is_refused(unet_bundle: Path, copied: Copy) -> None:
-    """The contract would be the other variant's: half the bytes in each buffer."""
+    """With the other variant's dtypes each buffer would have half the bytes."""
 
     def rename(raw: dict[str, Any]) -> None:
         other = json.loads(json.dumps(raw["variants"]["fp32-opset23"]).replace("fp32", "fp16"))
@@ -243,7 +243,7 @@ def test_cuts_and_graphs_that_do_not_belong_together_are_refused(
     assert "do not belong together" in refusal(lambda: offcut.Bundle.open(bundle))
 
 
-# ---- paths that leave it
+# ---- paths outside the bundle
 
 OUTSIDE = ["../x", "unet/../../x", "/etc/passwd", "..\\x", "C:\\x", "C:x", "\\\\host\\x", "", "a\0b", "a:b"]
 
@@ -274,7 +274,7 @@ def test_a_path_that_leaves_the_bundle_is_refused(where: str, path: str, unet_bu
 def test_a_link_that_leaves_the_bundle_is_refused(
     of_a_folder: bool, unet_bundle: Path, copied: Copy, tmp_path: Path, no_engine: None
 ) -> None:
-    """Even where the file behind it is the right one."""
+    """The link is refused even if its target has the right content."""
     bundle = copied(unet_bundle)
     inside = bundle / "unet" / "fp32-opset23"
     if not of_a_folder:
@@ -284,7 +284,7 @@ def test_a_link_that_leaves_the_bundle_is_refused(
     assert "is a link that leaves the bundle" in refusal(lambda: offcut.Bundle.open(bundle).open_pair("onnxruntime"))
 
 
-def test_a_link_in_a_circle_is_refused(unet_bundle: Path, copied: Copy, no_engine: None) -> None:
+def test_a_circular_link_is_refused(unet_bundle: Path, copied: Copy, no_engine: None) -> None:
     bundle = copied(unet_bundle)
     weights = bundle / "unet" / "fp32-opset23" / "weights.data"
     weights.unlink()
@@ -293,7 +293,7 @@ def test_a_link_in_a_circle_is_refused(unet_bundle: Path, copied: Copy, no_engin
 
 
 def test_a_link_inside_the_bundle_is_followed(unet_bundle: Path, copied: Copy) -> None:
-    """As tools leave it that keep equal files once."""
+    """Tools that deduplicate files leave such links."""
     bundle = copied(unet_bundle)
     weights = bundle / "unet" / "fp32-opset23" / "weights.data"
     weights.rename(bundle / "blob")
@@ -317,7 +317,7 @@ def test_an_engine_of_a_newer_version_is_refused(engine: str, unet_bundle: Path,
     assert "upgrade it, or build again here" in message
 
 
-def test_an_engine_of_an_older_version_is_taken(unet_bundle: Path, copied: Copy) -> None:
+def test_an_engine_of_an_older_version_is_opened(unet_bundle: Path, copied: Copy) -> None:
     bundle = edit(copied(unet_bundle), lambda raw: entry_of(raw).update(version="1.2.3"))
     offcut.Bundle.open(bundle).open_pair("onnxruntime").close()
 
@@ -348,17 +348,17 @@ def test_a_build_that_is_not_in_the_bundle_is_refused(unet_bundle: Path) -> None
     assert "was not built with the cut deepcache:9; it has deepcache:0" in message
 
 
-# ---- anything at all
+# ---- fuzzing
 
 
 @pytest.fixture(scope="module")
 def scratch(unet_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy whose manifest is altered over and over."""
+    """A copy of a bundle for tests that alter its manifest repeatedly."""
     return Path(shutil.copytree(unet_bundle, tmp_path_factory.mktemp("fuzz") / "bundle"))
 
 
 def opens_or_is_refused(bundle: Path, manifest: bytes) -> None:
-    """Opened as far as a pair that runs, or refused as a user's error."""
+    """Require that a pair opens and runs, or that a user error is raised."""
     (bundle / "offcut.json").write_bytes(manifest)
     message = ""
     try:

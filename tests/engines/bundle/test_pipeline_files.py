@@ -29,19 +29,19 @@ def test_every_component_but_the_unet_is_copied(pipeline: Path, tmp_path: Path) 
     assert copies == set(names)
 
 
-def test_the_model_s_prompts_come_along(pipeline: Path, tmp_path: Path) -> None:
+def test_the_models_prompts_are_copied(pipeline: Path, tmp_path: Path) -> None:
     (pipeline / "prompts.txt").write_text("a cat\n", encoding="utf-8")
     assert "prompts.txt" in copy_pipeline_files(locate(pipeline), tmp_path / "out")
     assert (tmp_path / "out" / "prompts.txt").read_text(encoding="utf-8") == "a cat\n"
 
 
-def test_a_bare_unet_has_no_parts(tiny_unet_dir: Path, tmp_path: Path) -> None:
+def test_a_bare_unet_has_no_pipeline_files(tiny_unet_dir: Path, tmp_path: Path) -> None:
     source = locate(tiny_unet_dir)
     assert copy_pipeline_files(source, tmp_path / "out") == []
     assert pipeline_class(source) is None
 
 
-def test_the_variant_is_copied_where_there_is_one(pipeline: Path, tmp_path: Path) -> None:
+def test_the_variants_weights_are_copied_if_they_exist(pipeline: Path, tmp_path: Path) -> None:
     vae = pipeline / "vae"
     shutil.copyfile(vae / "diffusion_pytorch_model.safetensors", vae / "diffusion_pytorch_model.fp16.safetensors")
     names = copy_pipeline_files(locate(pipeline, variant="fp16"), tmp_path / "out")
@@ -71,9 +71,7 @@ def test_pickled_weights_are_not_copied(pipeline: Path, tmp_path: Path) -> None:
         copy_pipeline_files(locate(pipeline), tmp_path / "again")
 
 
-def test_a_component_that_is_not_there_is_refused_and_one_that_is_switched_off_is_not(
-    pipeline: Path, tmp_path: Path
-) -> None:
+def test_a_missing_component_is_refused_and_a_disabled_one_is_not(pipeline: Path, tmp_path: Path) -> None:
     index = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8"))
     assert index["safety_checker"] == [None, None]
     shutil.rmtree(pipeline / "scheduler")
@@ -83,7 +81,7 @@ def test_a_component_that_is_not_there_is_refused_and_one_that_is_switched_off_i
 
 @pytest.mark.parametrize("name", ["../outside", "/outside", "a/b", "", "."])
 def test_a_component_outside_the_pipeline_is_refused(name: str, pipeline: Path, tmp_path: Path) -> None:
-    """The index is the model's author's: it must not write beside the bundle."""
+    """The model's author writes the index, which must not lead to files outside the bundle."""
     index = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8"))
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "config.json").write_text("{}", encoding="utf-8")
@@ -93,7 +91,7 @@ def test_a_component_outside_the_pipeline_is_refused(name: str, pipeline: Path, 
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "{"])
-def test_an_index_that_names_no_pipeline_is_refused(text: str, pipeline: Path, tmp_path: Path) -> None:
+def test_an_index_without_a_pipeline_class_is_refused(text: str, pipeline: Path, tmp_path: Path) -> None:
     (pipeline / "model_index.json").write_text(text, encoding="utf-8")
     with pytest.raises(ModelError, match=r"model_index\.json"):
         pipeline_class(locate(pipeline))

@@ -1,4 +1,4 @@
-"""Several builds at once, builds that are killed, and what is swept up afterwards. The processes are real ones."""
+"""Concurrent builds, killed builds, and pruning afterwards, in real processes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ..conftest import contents
 
 Copy = Callable[[Path], Path]
 
-# A process that builds as told by each line: [MODEL, TARGET, ["CUT,ENGINE,POINT", ...]], where each triple is a
-# child of its own, which finds imported what takes seconds to import. It answers with how they ended.
-# A child dies by SIGKILL at its point: "verify" while an engine is being verified, "moved" between moving the files in
-# and replacing the manifest; at "meet" it waits until every child is about to commit.
+# A process that reads lines [MODEL, TARGET, ["CUT,ENGINE,POINT", ...]] and forks a child that builds for each triple.
+# Forking spares each child the imports. The process writes the children's exit codes.
+# A child kills itself at its point: "verify" during the verification of an engine, "moved" after moving the files and
+# before replacing the manifest. At "meet" it waits until every child is about to commit.
 CHILDREN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -48,7 +48,7 @@ def child(model, target, count, number, cut, engine, point):
             Path(f"{target}.met{number}").touch()
             deadline = time.monotonic() + 100
             while len(list(target.parent.glob(f"{target.name}.met*"))) < count:
-                assert time.monotonic() < deadline, "the other build never came"
+                assert time.monotonic() < deadline, "the other build did not reach its commit"
                 time.sleep(0.01)
 
     offcut.build(model, target, cuts=[cut], engine=engine, progress=progress)
@@ -78,28 +78,28 @@ InProcesses = Callable[..., list[int]]
 
 @pytest.fixture(scope="module")
 def in_processes() -> Iterator[InProcesses]:
-    """Build in processes; how each ended: 0, or minus the signal."""
+    """Return a function that builds in processes and returns their exit codes: 0, or minus the signal."""
     parent = subprocess.Popen(
         [sys.executable, "-c", CHILDREN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    asked, told = parent.stdin, parent.stdout
-    assert asked is not None
-    assert told is not None
+    requests, replies = parent.stdin, parent.stdout
+    assert requests is not None
+    assert replies is not None
 
     def build(model: Path, target: Path, *children: str) -> list[int]:
-        asked.write(json.dumps([str(model), str(target), children]) + "\n")
-        asked.flush()
-        codes: list[int] = json.loads(told.readline())
-        assert 1 not in codes, "standard error says why"
+        requests.write(json.dumps([str(model), str(target), children]) + "\n")
+        requests.flush()
+        codes: list[int] = json.loads(replies.readline())
+        assert 1 not in codes, "standard error gives the reason"
         return codes
 
     yield build
-    asked.close()
+    requests.close()
     assert parent.wait(60) == 0
-    told.close()
+    replies.close()
 
 
-# ---- at once
+# ---- concurrent builds
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def in_processes() -> Iterator[InProcesses]:
 def test_two_builds_at_once_leave_one_valid_bundle_with_both(
     cuts: tuple[str, str], tiny_unet_dir: Path, unet_bundle: Path, tmp_path: Path, in_processes: InProcesses
 ) -> None:
-    """Both are ready to commit before either does. Where they cut differently, the second adds its cut."""
+    """Both are ready to commit before either does. If their cuts differ, the second adds its cut."""
     target = tmp_path / "b"
     codes = in_processes(tiny_unet_dir, target, f"{cuts[0]},onnxruntime,meet", f"{cuts[1]},openvino,meet")
     assert codes == [0, 0]
@@ -123,10 +123,8 @@ def test_two_builds_at_once_leave_one_valid_bundle_with_both(
     assert len(list(target.rglob("*.data"))) == 1
 
 
-def test_a_build_that_was_overtaken_adds_to_what_is_there(
-    tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]
-) -> None:
-    """The same in one process: the other build runs when this one is about to commit."""
+def test_an_overtaken_build_adds_to_the_bundle(tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]) -> None:
+    """In one process: the other build runs when this one is about to commit."""
     target = tmp_path / "b"
     sentences: list[str] = []
 
@@ -145,7 +143,7 @@ def test_a_build_that_was_overtaken_adds_to_what_is_there(
     bundle.verify_files()
 
 
-def test_another_model_that_got_in_first_is_not_mixed_with(
+def test_a_build_is_refused_if_another_model_was_committed_first(
     tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]
 ) -> None:
     import shutil
@@ -167,7 +165,7 @@ def test_another_model_that_got_in_first_is_not_mixed_with(
     assert bundle.manifest.source.model == str(other)
 
 
-# ---- killed
+# ---- killed builds
 
 
 @pytest.mark.slow
@@ -204,18 +202,18 @@ def test_a_killed_build_leaves_the_bundle_valid_and_prune_removes_its_leftovers(
 
     after = contents(bundle)
     assert {name: after[name] for name in before} == before
-    left = sorted(set(after) - set(before))
-    assert left
+    leftovers = sorted(set(after) - set(before))
+    assert leftovers
     opened = offcut.Bundle.open(bundle)
     opened.verify_files()
     opened.open_pair("onnxruntime").close()
 
-    foreseen = prune(bundle, dry_run=True)
+    preview = prune(bundle, dry_run=True)
     assert contents(bundle) == after
-    assert sorted(foreseen.files) == left
+    assert sorted(preview.files) == leftovers
     # A weights file that is linked into the staging directory is counted there, as ``du`` would count it.
-    assert foreseen.bytes == sum(len(after[name]) for name in left)
-    assert prune(bundle) == foreseen
+    assert preview.bytes == sum(len(after[name]) for name in leftovers)
+    assert prune(bundle) == preview
     assert contents(bundle) == before
     assert not list(bundle.glob(".build-*"))
 
@@ -231,7 +229,7 @@ def test_prune_of_a_clean_bundle_removes_nothing(unet_bundle: Path, copied: Copy
     assert contents(bundle) == before
 
 
-def test_prune_removes_what_no_manifest_names_and_empty_folders(unet_bundle: Path, copied: Copy) -> None:
+def test_prune_removes_files_outside_the_manifest_and_empty_folders(unet_bundle: Path, copied: Copy) -> None:
     bundle = copied(unet_bundle)
     (bundle / "old" / "deep").mkdir(parents=True)
     (bundle / "old" / "deep" / "engine.plan").write_bytes(b"12345")
@@ -254,16 +252,16 @@ def test_prune_does_not_follow_links_to_folders(unet_bundle: Path, copied: Copy,
     assert not (bundle / "link").is_symlink()
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_prune_touches_nothing_that_is_not_a_bundle(there: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exists", [True, False])
+def test_prune_refuses_a_directory_that_is_not_a_bundle(exists: bool, tmp_path: Path) -> None:
     target = tmp_path / "photos"
-    if there:
+    if exists:
         target.mkdir()
         (target / "cat.png").write_bytes(b"cat")
     with pytest.raises(BundleError, match="is not an offcut bundle"):
         prune(target)
-    assert [path.name for path in target.glob("*")] == (["cat.png"] if there else [])
-    assert target.exists() is there
+    assert [path.name for path in target.glob("*")] == (["cat.png"] if exists else [])
+    assert target.exists() is exists
 
 
 def test_a_read_only_bundle_can_be_opened_but_not_built_into(
@@ -271,12 +269,12 @@ def test_a_read_only_bundle_can_be_opened_but_not_built_into(
 ) -> None:
     """Permissions do not bind root, so the refusal of the file system is simulated."""
     bundle = copied(unet_bundle)
-    honest = Path.mkdir
+    real_mkdir = Path.mkdir
 
     def mkdir(self: Path, *args: Any, **options: Any) -> None:
         if self.name.startswith(".build-"):
             raise PermissionError(13, "Permission denied")
-        honest(self, *args, **options)
+        real_mkdir(self, *args, **options)
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
     offcut.Bundle.open(bundle).open_pair("onnxruntime").close()
@@ -285,14 +283,14 @@ def test_a_read_only_bundle_can_be_opened_but_not_built_into(
 
 
 def test_files_are_readable_by_others(unet_bundle: Path) -> None:
-    """A bundle is copied and mounted elsewhere, and served by another user than the one who built it."""
+    """A bundle may be copied, mounted, and served by another user than the one who built it."""
     for path in unet_bundle.rglob("*"):
         if path.is_file() and path.name != ".lock":
             assert path.stat().st_mode & 0o044 == 0o044, path.name
 
 
-def test_nothing_is_left_beside_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The staging directory's name begins with a dot, so that an unfinished build is not taken for somebody's files."""
+def test_names_of_staging_directory_and_lock_begin_with_a_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build ignores names with a dot, so the files of an unfinished build do not make it refuse the directory."""
     from offcut.engines.bundle import store
 
     assert store._STAGING.startswith(".")

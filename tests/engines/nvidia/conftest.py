@@ -1,4 +1,4 @@
-"""TensorRT-RTX, where it is installed, and jobs that compile the tiny UNet."""
+"""The module of TensorRT-RTX, if it is installed, and jobs that compile the tiny UNet."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def trt() -> Any:
 
 
 @pytest.fixture
-def said() -> list[str]:
-    """The sentences that a compile announced."""
+def messages() -> list[str]:
+    """The progress messages of a compilation."""
     return []
 
 
@@ -58,7 +58,7 @@ def onnx_graphs(unet_bundle: Path, tmp_path: Path) -> Graphs:
 
 
 @pytest.fixture
-def job(onnx_graphs: Graphs, tiny_unet_dir: Path, tmp_path: Path, said: list[str]) -> Callable[..., CompileJob]:
+def job(onnx_graphs: Graphs, tiny_unet_dir: Path, tmp_path: Path, messages: list[str]) -> Callable[..., CompileJob]:
     """Return a function that makes a compile job for TensorRT-RTX, for one compute capability by default."""
     folder = tmp_path / "compiled"
     folder.mkdir()
@@ -72,7 +72,7 @@ def job(onnx_graphs: Graphs, tiny_unet_dir: Path, tmp_path: Path, said: list[str
             settings={**SETTINGS_RTX, "compute_capabilities": ("89",), **settings},
             device="cpu",
             folder=folder,
-            progress=said.append,
+            progress=messages.append,
         )
 
     return make

@@ -1,4 +1,4 @@
-"""A graph whose attentions share a query computes the same in the form that TensorRT-RTX takes."""
+"""Attentions that share a query are expanded for TensorRT-RTX, and the graph's output does not change."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ IMAGES = 2
 
 
 def save(path: Path, keys: Mapping[str, int], *, share: bool = True) -> dict[str, np.ndarray]:
-    """A graph that sums an attention for each of these keys; gives inputs for it.
+    """Save a graph that sums one attention for each of these keys, and return inputs for it.
 
-    Its query is one weight away from an input, and the weight lies in a file of its own, as a UNet's do.
+    The query is an input times a weight, and the weight is stored in another file, as in a UNet's graph.
     """
     random = np.random.default_rng(0)
 
@@ -34,17 +34,17 @@ def save(path: Path, keys: Mapping[str, int], *, share: bool = True) -> dict[str
     inputs = {name: tensor(name, tokens) for name, tokens in {"hidden": TOKENS, **keys}.items()}
     nodes: list[ir.Node] = []
 
-    def made(kind: str, *values: ir.Value, **attributes: Any) -> ir.Value:
+    def add_node(kind: str, *values: ir.Value, **attributes: Any) -> ir.Value:
         nodes.append(ir.node(kind, values, attributes))
         nodes[-1].outputs[0].name = f"{kind.lower()}_{len(nodes)}"
         return nodes[-1].outputs[0]
 
-    shared = made("MatMul", inputs["hidden"], stored)
+    shared = add_node("MatMul", inputs["hidden"], stored)
     total = None
     for name in keys:
-        query = shared if share else made("MatMul", inputs["hidden"], stored)
-        result = made("Attention", query, inputs[name], inputs[name])
-        total = result if total is None else made("Add", total, result)
+        query = shared if share else add_node("MatMul", inputs["hidden"], stored)
+        result = add_node("Attention", query, inputs[name], inputs[name])
+        total = result if total is None else add_node("Add", total, result)
     assert total is not None
     total.shape, total.type = ir.Shape(["batch", HEADS, TOKENS, WIDTH]), ir.TensorType(ir.DataType.FLOAT)
     graph = ir.Graph(list(inputs.values()), [total], nodes=nodes, initializers=[stored], opset_imports={"": 23})
@@ -63,7 +63,7 @@ def kinds(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("images", [{"image": 4}, {"image": 4, "another": 16}], ids=["one", "two"])
-def test_all_but_the_first_are_written_out(images: dict[str, int], tmp_path: Path) -> None:
+def test_all_attentions_but_the_first_are_expanded(images: dict[str, int], tmp_path: Path) -> None:
     graph = tmp_path / "unet.onnx"
     inputs = save(graph, {"text": 7, **images})
     before = graph.read_bytes()
@@ -85,7 +85,7 @@ def test_a_graph_without_shared_queries_is_left_alone(tmp_path: Path) -> None:
         assert file == graph
 
 
-def test_an_attention_that_is_the_result_may_be_written_out(tmp_path: Path) -> None:
+def test_an_attention_whose_output_is_the_graphs_can_be_expanded(tmp_path: Path) -> None:
     graph = tmp_path / "unet.onnx"
     inputs = save(graph, {"text": 7, "image": 4})
     model = ir.load(graph)

@@ -1,4 +1,4 @@
-"""Plans are built for real, for GPUs that are not here."""
+"""Real builds of plans, for GPUs that this machine does not have."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about a mach
 
 @pytest.fixture(scope="module")
 def built(tiny_unet_dir: Path, tmp_path_factory: pytest.TempPathFactory, trt: Any) -> tuple[offcut.Bundle, list[str]]:
-    """A bundle built for two GPUs, and what the build announced."""
+    """A bundle built for two GPUs, and the progress messages of the build."""
     path = tmp_path_factory.mktemp("rtx") / "tiny.offcut"
-    said: list[str] = []
+    messages: list[str] = []
     bundle = offcut.build(
         tiny_unet_dir,
         path,
@@ -42,9 +42,9 @@ def built(tiny_unet_dir: Path, tmp_path_factory: pytest.TempPathFactory, trt: An
         profiles=PROFILES,
         settings={"tensorrt-rtx": {"compute_capabilities": ("89", "120")}},
         deploy=True,
-        progress=said.append,
+        progress=messages.append,
     )
-    return bundle, said
+    return bundle, messages
 
 
 def only_full(graphs: Graphs) -> Graphs:
@@ -72,7 +72,7 @@ def test_full_and_shallow_plans_are_in_the_bundle_with_their_log(built: tuple[of
     bundle.verify_files()
 
 
-def test_the_entry_says_what_it_was_built_for(built: tuple[offcut.Bundle, list[str]]) -> None:
+def test_the_entry_records_targets_profiles_and_settings(built: tuple[offcut.Bundle, list[str]]) -> None:
     entry = built[0].entry("tensorrt-rtx")
     assert entry.targets == ("sm_89", "sm_120")
     assert tuple(profile.profile() for profile in entry.profiles) == PROFILES
@@ -93,20 +93,20 @@ def test_the_log_is_tensorrts_own(built: tuple[offcut.Bundle, list[str]]) -> Non
     assert "ERROR" not in text
 
 
-def test_the_build_tells_how_far_it_is(built: tuple[offcut.Bundle, list[str]]) -> None:
-    _, said = built
-    first = said.index("compile full for sm_89, sm_120")
-    second = said.index("compile shallow-deepcache-0 for sm_89, sm_120")
-    assert any(sentence.startswith("  full: ") and sentence.endswith("50 %") for sentence in said[first:second])
-    assert any(sentence.startswith("  shallow-deepcache-0: ") for sentence in said[second:])
-    assert len(said) < 100
-    assert len(set(said)) > 10
+def test_the_build_reports_its_progress(built: tuple[offcut.Bundle, list[str]]) -> None:
+    _, messages = built
+    first = messages.index("compile full for sm_89, sm_120")
+    second = messages.index("compile shallow-deepcache-0 for sm_89, sm_120")
+    assert any(sentence.startswith("  full: ") and sentence.endswith("50 %") for sentence in messages[first:second])
+    assert any(sentence.startswith("  shallow-deepcache-0: ") for sentence in messages[second:])
+    assert len(messages) < 100
+    assert len(set(messages)) > 10
 
 
 @without_gpu
 def test_a_plan_for_other_machines_is_refused_here_in_one_sentence(built: tuple[offcut.Bundle, list[str]]) -> None:
-    bundle, said = built
-    assert any("left unverified" in sentence for sentence in said)
+    bundle, messages = built
+    assert any("left unverified" in sentence for sentence in messages)
     entry = bundle.entry("tensorrt-rtx")
     with pytest.raises(EngineError, match="tensorrt-rtx cannot run on cuda here: PyTorch sees no NVIDIA GPU"):
         bundle.open_pair("tensorrt-rtx", device="cuda")
@@ -136,18 +136,18 @@ def test_without_profiles_there_is_a_dynamic_one(job: Job, onnx_graphs: Graphs) 
 
 def test_each_setting_reaches_the_builder(job: Job, onnx_graphs: Graphs) -> None:
     settings = {"version_compatible": True, "tf32": True, "workspace_mib": 256, "optimization_level": 1}
-    made = job(only_full(onnx_graphs), profiles=(STATIC,), **settings)
-    compiled = tensorrt_rtx.compile(made)
-    text = (made.folder / LOG).read_text(encoding="utf-8")
+    compile_job = job(only_full(onnx_graphs), profiles=(STATIC,), **settings)
+    compiled = tensorrt_rtx.compile(compile_job)
+    text = (compile_job.folder / LOG).read_text(encoding="utf-8")
     for flag in ("VERSION_COMPATIBLE", "TF32", "REQUIRE_USER_ALLOCATION", "WORKSPACE: 256.00 MiB"):
         assert flag in text
     assert compiled.full.stat().st_size > 1000
 
 
 def test_a_plan_that_streams_its_weights_allocates_by_itself(job: Job, onnx_graphs: Graphs) -> None:
-    made = job(only_full(onnx_graphs), profiles=(STATIC,), weight_streaming=True)
-    tensorrt_rtx.compile(made)
-    text = (made.folder / LOG).read_text(encoding="utf-8")
+    compile_job = job(only_full(onnx_graphs), profiles=(STATIC,), weight_streaming=True)
+    tensorrt_rtx.compile(compile_job)
+    text = (compile_job.folder / LOG).read_text(encoding="utf-8")
     assert "WEIGHT_STREAMING" in text
     assert "REQUIRE_USER_ALLOCATION" not in text
 
@@ -165,18 +165,16 @@ def test_a_plan_that_streams_its_weights_allocates_by_itself(job: Job, onnx_grap
         pytest.param({"compute_capabilities": ()}, "which has none: name the GPUs to build for", marks=without_gpu),
     ],
 )
-def test_a_setting_that_cannot_be_met_is_refused_before_anything_is_built(
-    settings: dict[str, Any], sentence: str, job: Job
-) -> None:
-    made = job(**settings)
+def test_an_invalid_setting_is_refused_before_the_build(settings: dict[str, Any], sentence: str, job: Job) -> None:
+    compile_job = job(**settings)
     with pytest.raises(EngineError, match=f"tensorrt-rtx.*{sentence}") as caught:
-        tensorrt_rtx.compile(made)
+        tensorrt_rtx.compile(compile_job)
     assert "\n" not in str(caught.value)
-    assert not list(made.folder.glob("*.plan"))
+    assert not list(compile_job.folder.glob("*.plan"))
 
 
 @pytest.mark.parametrize("spelling", ["89", "8.9", "sm_89", "SM89"])
-def test_a_compute_capability_may_be_spelled_as_others_do(spelling: str, job: Job, trt: Any) -> None:
+def test_a_compute_capability_has_several_spellings(spelling: str, job: Job, trt: Any) -> None:
     from offcut.engines.nvidia.build_settings import targets
 
     assert targets(TENSORRT_RTX, trt, job(compute_capabilities=(spelling, "89")).settings) == ("sm_89",)
@@ -190,29 +188,29 @@ def test_a_profile_for_another_graph_is_refused(job: Job) -> None:
         tensorrt_rtx.compile(job(profiles=(Profile.of({"batch": (1, 1, 1)}),)))
 
 
-# ---- what goes wrong
+# ---- errors
 
 
-def test_a_file_that_is_no_graph_is_refused_in_tensorrts_words(job: Job, onnx_graphs: Graphs) -> None:
+def test_a_file_that_is_not_a_graph_is_refused_with_tensorrts_message(job: Job, onnx_graphs: Graphs) -> None:
     onnx_graphs.full.write_bytes(b"\x08\x07not a graph")
     with pytest.raises(EngineError, match=r"tensorrt-rtx refuses full\S*\.onnx: .*Failed to parse the ONNX") as caught:
         tensorrt_rtx.compile(job())
     assert "\n" not in str(caught.value)
 
 
-def test_a_graph_without_its_weights_is_refused_with_the_file_that_lacks(job: Job, onnx_graphs: Graphs) -> None:
+def test_a_graph_without_its_weights_is_refused_with_the_missing_file(job: Job, onnx_graphs: Graphs) -> None:
     (onnx_graphs.full.parent / "weights.data").unlink()
     with pytest.raises(EngineError, match=r"tensorrt-rtx refuses full\S*\.onnx: .*weights\.data"):
         tensorrt_rtx.compile(job())
 
 
-def test_the_reason_is_of_the_graph_that_failed(job: Job, onnx_graphs: Graphs) -> None:
-    """The full graph is built before it; what was said of that is not given as the reason."""
+def test_the_error_quotes_the_graph_that_failed(job: Job, onnx_graphs: Graphs) -> None:
+    """The full graph is built first, and messages about it are not quoted."""
     onnx_graphs.shallow["deepcache:0"].write_bytes(b"\x08\x07not a graph")
-    made = job(profiles=(DYNAMIC,))
+    compile_job = job(profiles=(DYNAMIC,))
     with pytest.raises(EngineError, match=r"refuses shallow-deepcache-0\S*\.onnx: .*Failed to parse"):
-        tensorrt_rtx.compile(made)
-    assert "Failed to parse" in (made.folder / LOG).read_text(encoding="utf-8")
+        tensorrt_rtx.compile(compile_job)
+    assert "Failed to parse" in (compile_job.folder / LOG).read_text(encoding="utf-8")
 
 
 def test_shapes_that_need_too_much_memory_are_refused_with_a_remedy(job: Job, onnx_graphs: Graphs) -> None:
@@ -223,21 +221,21 @@ def test_shapes_that_need_too_much_memory_are_refused_with_a_remedy(job: Job, on
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_error_in_the_progress_stops_the_build_and_comes_out(
+def test_an_error_in_progress_stops_the_build_and_is_raised(
     error: type[BaseException], job: Job, onnx_graphs: Graphs
 ) -> None:
-    said: list[str] = []
+    messages: list[str] = []
 
-    def say(sentence: str) -> None:
-        said.append(sentence)
+    def report(sentence: str) -> None:
+        messages.append(sentence)
         if "optimizing" in sentence:
             raise error("enough")
 
-    made = replace(job(only_full(onnx_graphs)), progress=say)
+    compile_job = replace(job(only_full(onnx_graphs)), progress=report)
     with pytest.raises(error, match="enough"):
-        tensorrt_rtx.compile(made)
-    assert "optimizing" in said[-1]
-    assert not list(made.folder.glob("*.plan"))
+        tensorrt_rtx.compile(compile_job)
+    assert "optimizing" in messages[-1]
+    assert not list(compile_job.folder.glob("*.plan"))
 
 
 def test_nothing_is_printed(job: Job, onnx_graphs: Graphs, capfd: pytest.CaptureFixture[str]) -> None:

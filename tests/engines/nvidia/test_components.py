@@ -1,4 +1,4 @@
-"""All networks of a pipeline as plans, built for real, for a GPU that is not here."""
+"""Real builds of all networks of a pipeline as plans, for a GPU that this machine does not have."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ NETWORKS = ["text_encoder", "vae_decoder", "vae_encoder"]
 
 @pytest.fixture
 def build(small_pipeline_dir: Path, tmp_path: Path) -> Any:
-    def run(engine: str, **asked: Any) -> tuple[offcut.Bundle, list[str]]:
-        said: list[str] = []
+    def run(engine: str, **options: Any) -> tuple[offcut.Bundle, list[str]]:
+        messages: list[str] = []
         bundle = offcut.build(
             small_pipeline_dir,
             tmp_path / "all.offcut",
             engine=engine,
             compile_all=True,
-            progress=said.append,
-            **asked,
+            progress=messages.append,
+            **options,
         )
-        return bundle, said
+        return bundle, messages
 
     return run
 
 
-def test_a_bundle_of_plans_alone_and_the_graphs_that_come_back(build: Any) -> None:
-    wanted = {"profiles": PROFILES, "settings": {"tensorrt-rtx": {"compute_capabilities": ("89",)}}}
-    bundle, said = build("tensorrt-rtx", deploy=True, **wanted)
+def test_a_deployed_bundle_holds_plans_only_and_gets_graphs_from_a_later_build(build: Any) -> None:
+    options = {"profiles": PROFILES, "settings": {"tensorrt-rtx": {"compute_capabilities": ("89",)}}}
+    bundle, messages = build("tensorrt-rtx", deploy=True, **options)
     assert [entry.name for entry in bundle.manifest.components] == NETWORKS
-    left = [path.name for path in bundle.path.rglob("*") if path.suffix in (".onnx", ".data", ".safetensors")]
-    assert {name.partition("-")[0].partition(".")[0] for name in left} == {"reference", "final_layer_norm"}
+    weight_files = [path.name for path in bundle.path.rglob("*") if path.suffix in (".onnx", ".data", ".safetensors")]
+    assert {name.partition("-")[0].partition(".")[0] for name in weight_files} == {"reference", "final_layer_norm"}
     sizes = {}
     for entry in bundle.manifest.components:
         assert entry.graph is entry.weights is None
@@ -48,30 +48,30 @@ def test_a_bundle_of_plans_alone_and_the_graphs_that_come_back(build: Any) -> No
         assert (bundle.path / plan.full).stat().st_size > 10_000
         assert plan.targets == ("sm_89",)
         sizes[entry.name] = [each.profile() for each in plan.profiles]
-        kept = load_file(bundle.path / plan.references[0])
-        given = entry.inputs[0]
-        assert tuple(kept[given.name].shape) == given.spec().resolve(sizes[entry.name][0].min)
-        assert set(kept) == {given.name, *(tensor.name for tensor in entry.outputs)}
+        reference = load_file(bundle.path / plan.references[0])
+        first_input = entry.inputs[0]
+        assert tuple(reference[first_input.name].shape) == first_input.spec().resolve(sizes[entry.name][0].min)
+        assert set(reference) == {first_input.name, *(tensor.name for tensor in entry.outputs)}
     assert [each.max for each in sizes["text_encoder"]] == [{"batch": 2}, {"batch": 6}]
     assert sizes["vae_decoder"][1].min == {"batch": 1, "height": 4, "width": 4}
     assert sizes["vae_encoder"][1].max == {"batch": 6, "height": 16 * 4, "width": 16 * 4}
     bundle.verify_files()
     if not torch.cuda.is_available():
         assert [plan.verified for entry in bundle.manifest.components for plan in entry.engines] == [False] * 3
-        assert sum("is left unverified" in sentence for sentence in said) == 4
+        assert sum("is left unverified" in sentence for sentence in messages) == 4
         with pytest.raises(EngineError, match="cannot run on cuda here"):
             offcut.load(bundle, "tensorrt-rtx", device="cuda")
 
-    more, _ = build("onnxruntime")
-    assert [entry.name for entry in more.manifest.components] == NETWORKS
-    for before, after in zip(bundle.manifest.components, more.manifest.components, strict=True):
+    with_graphs, _ = build("onnxruntime")
+    assert [entry.name for entry in with_graphs.manifest.components] == NETWORKS
+    for before, after in zip(bundle.manifest.components, with_graphs.manifest.components, strict=True):
         assert after.engines == before.engines
         assert after.graph is not None
-    pipe: Any = offcut.load(more, "onnxruntime", threads=1)
+    pipe: Any = offcut.load(with_graphs, "onnxruntime", threads=1)
     assert pipe("a cat", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
     assert pipe.vae.network.engine == "onnxruntime"
     pipe.unet.close()
 
-    again, said = build("tensorrt-rtx", **wanted)
-    assert sum(sentence.startswith("reuse") and " of tensorrt-rtx-" in sentence for sentence in said) == 3
-    assert again.manifest.components == more.manifest.components
+    again, messages = build("tensorrt-rtx", **options)
+    assert sum(sentence.startswith("reuse") and " of tensorrt-rtx-" in sentence for sentence in messages) == 3
+    assert again.manifest.components == with_graphs.manifest.components

@@ -1,7 +1,7 @@
-"""A pair of plans for every family of the README's table, built for real, for a GPU that is not here.
+"""Real builds of plans for every family of the README's table, for a GPU that this machine does not have.
 
-Stable Diffusion's is ``test_compile``'s, Stable Video Diffusion's ``test_video``'s, that of foreign ONNX
-``runtime/test_foreign``'s. The exports are other tests' too.
+``test_compile`` builds Stable Diffusion, ``test_video`` Stable Video Diffusion, and ``builder/test_foreign`` foreign
+ONNX. Other tests use the same exports.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.usefixtures("trt"), pytest.mark.slow]
 SETTINGS = {"tensorrt-rtx": {"compute_capabilities": ("89",)}}
 
 
-def add_plans(model: Path, bundle: Path, size: str, **asked: object) -> offcut.Bundle:
-    """Compile what the bundle holds, at one size of images."""
+def add_plans(model: Path, bundle: Path, size: str, **options: object) -> offcut.Bundle:
+    """Compile the bundle's graphs for one image size."""
     return offcut.build(
         model,
         bundle,
@@ -32,7 +32,7 @@ def add_plans(model: Path, bundle: Path, size: str, **asked: object) -> offcut.B
         cuts=["deepcache:0"],
         profiles=Sizes(static=(size,)),
         settings=SETTINGS,
-        **asked,  # type: ignore[arg-type]
+        **options,  # type: ignore[arg-type]
     )
 
 

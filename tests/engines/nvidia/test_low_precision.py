@@ -1,4 +1,4 @@
-"""Plans in int8 and fp8 are built for real, from fp16 graphs with rounded layers."""
+"""Real builds of plans in int8 and fp8, from fp16 graphs with rounded layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.usefixtures("trt"), pytest.mark.slow]
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_both_graphs_are_compiled(precision: str, tiny_unet_dir: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     bundle = offcut.build(
         tiny_unet_dir,
         tmp_path / "b",
@@ -26,7 +26,7 @@ def test_both_graphs_are_compiled(precision: str, tiny_unet_dir: Path, tmp_path:
         settings={"tensorrt-rtx": {"compute_capabilities": ("89", "120")}},
         deploy=True,
         calibration=offcut.Calibration(samples=1, steps=2),
-        progress=said.append,
+        progress=messages.append,
     )
     entry = bundle.entry("tensorrt-rtx", precision=precision)
     assert set(entry.shallow) == {"deepcache:0"}
@@ -35,7 +35,7 @@ def test_both_graphs_are_compiled(precision: str, tiny_unet_dir: Path, tmp_path:
     assert variant.quantization is not None
     assert (variant.precision, variant.quantization.base) == (precision, "fp16")
     assert {tensor.dtype for tensor in (variant.noise_pred, *variant.cuts[0].cached)} == {"float16"}
-    assert "calibrate on latents denoised from noise, with random conditioning: there is no pipeline" in said
+    assert "calibrate on latents denoised from noise, with random conditioning: there is no pipeline" in messages
 
 
 def test_fp8_is_for_nvidia_only(tiny_unet_dir: Path, tmp_path: Path) -> None:

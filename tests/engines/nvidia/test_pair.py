@@ -1,4 +1,4 @@
-"""What a pair on a GPU promises, on whichever of the two libraries works here."""
+"""Guarantees of a pair on a GPU, with the first of the two libraries that works here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAME = next((name for name in ("tensorrt-rtx", "tensorrt") if engine(name).probe
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(NAME is None, reason="no NVIDIA GPU here that TensorRT-RTX or TensorRT runs on"),
+    pytest.mark.skipif(NAME is None, reason="neither TensorRT-RTX nor TensorRT runs on this machine"),
 ]
 
 Open = Callable[..., NvidiaPair]
@@ -36,7 +36,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def build(tiny_unet_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., offcut.Bundle]:
-    """Build ``tiny_unet_dir`` for this GPU with these settings; once for each choice of them."""
+    """Return a function that builds ``tiny_unet_dir`` for this GPU with the given settings, once for each choice."""
     bundles: dict[str, offcut.Bundle] = {}
 
     def make(**settings: Any) -> offcut.Bundle:
@@ -60,7 +60,7 @@ def build(tiny_unet_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 @pytest.fixture
 def open_gpu(build: Callable[..., offcut.Bundle]) -> Iterator[Open]:
-    """Open a pair with these options on a build with these settings; closed at the end."""
+    """Return a function that opens a pair of a build with the given settings; the pair is closed after the test."""
     opened: list[NvidiaPair] = []
 
     def get(settings: Mapping[str, Any] | None = None, **options: Any) -> NvidiaPair:
@@ -86,10 +86,10 @@ def inputs_of(model: Path, seed: int = 0, **dims: int) -> dict[str, torch.Tensor
     return random_inputs(model, **{"batch": 2, "height": 8, "width": 12, "sequence": 7, **dims}, seed=seed)
 
 
-def far(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, relative to the largest value."""
-    got, expected = got.float().cpu(), expected.float().cpu()
-    return float((got - expected).abs().max() / expected.abs().max())
+def relative_difference(output: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference, relative to the largest value."""
+    output, expected = output.float().cpu(), expected.float().cpu()
+    return float((output - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("cuda_graphs", [True, False])
@@ -97,7 +97,7 @@ def far(got: torch.Tensor, expected: torch.Tensor) -> float:
 def test_every_profile_is_near_pytorch_call_after_call(
     dims: tuple[int, ...], cuda_graphs: bool, open_gpu: Open, tiny_unet_dir: Path
 ) -> None:
-    """Four calls of each graph: the warm-up, the recorded one and two replays."""
+    """Each graph runs four times: the warm-up, the recorded call and two replays."""
     sizes = dict(zip(("batch", "height", "width", "sequence"), dims, strict=True))
     limits = bounds(NAME or "", "fp32")
     pair = open_gpu(cuda_graphs=cuda_graphs)
@@ -110,11 +110,11 @@ def test_every_profile_is_near_pytorch_call_after_call(
         expected = eager(tiny_unet_dir, inputs)
         bound.full()
         full = bound.buffers["noise_pred"].clone()
-        assert far(full, expected) <= limits.parity
+        assert relative_difference(full, expected) <= limits.parity
         for cut in UNET_CUTS:
             bound.buffers["noise_pred"].fill_(float("nan"))
             bound.shallow(cut)
-            assert far(bound.buffers["noise_pred"], full) <= limits.across, cut
+            assert relative_difference(bound.buffers["noise_pred"], full) <= limits.across, cut
 
 
 def test_the_cached_feature_is_the_memory_that_the_shallow_graph_reads(open_gpu: Open, tiny_unet_dir: Path) -> None:
@@ -125,16 +125,16 @@ def test_the_cached_feature_is_the_memory_that_the_shallow_graph_reads(open_gpu:
         bound.shallow(cut)
         before = bound.buffers["noise_pred"].clone()
         for feature in features:
-            kept = bound.buffers[feature].clone()
+            saved = bound.buffers[feature].clone()
             bound.buffers[feature].mul_(1.5)
             bound.shallow(cut)
             assert not torch.equal(bound.buffers["noise_pred"], before), (cut, feature)
-            bound.buffers[feature].copy_(kept)
+            bound.buffers[feature].copy_(saved)
             bound.shallow(cut)
             assert torch.equal(bound.buffers["noise_pred"], before), (cut, feature)
 
 
-def test_a_recording_is_not_replayed_once_a_buffer_has_moved(open_gpu: Open, tiny_unet_dir: Path) -> None:
+def test_a_recording_is_not_replayed_after_a_buffer_has_moved(open_gpu: Open, tiny_unet_dir: Path) -> None:
     bound = bind(open_gpu(), inputs_of(tiny_unet_dir))
     for _ in range(3):
         bound.full()
@@ -146,7 +146,7 @@ def test_a_recording_is_not_replayed_once_a_buffer_has_moved(open_gpu: Open, tin
     assert torch.equal(bound.buffers["noise_pred"], before)
 
 
-def test_a_larger_shape_moves_the_scratch_memory_and_the_smaller_one_goes_on(
+def test_bound_pairs_of_two_shapes_run_in_turn_although_the_scratch_memory_moves(
     open_gpu: Open, tiny_unet_dir: Path
 ) -> None:
     pair = open_gpu()
@@ -159,7 +159,7 @@ def test_a_larger_shape_moves_the_scratch_memory_and_the_smaller_one_goes_on(
         large.full()
         small.full()
         small.shallow("deepcache:1")
-        assert far(small.buffers["noise_pred"], expected) <= bounds(NAME or "", "fp32").across
+        assert relative_difference(small.buffers["noise_pred"], expected) <= bounds(NAME or "", "fp32").across
 
 
 def test_a_call_neither_waits_nor_allocates(open_gpu: Open, tiny_unet_dir: Path) -> None:
@@ -179,42 +179,42 @@ def test_a_call_neither_waits_nor_allocates(open_gpu: Open, tiny_unet_dir: Path)
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocations
 
 
-def test_a_callers_own_stream_is_ordered_with_the_pairs(open_gpu: Open, tiny_unet_dir: Path) -> None:
-    several = [inputs_of(tiny_unet_dir, seed=seed) for seed in range(6)]
-    bound = bind(open_gpu(), several[0])
+def test_the_callers_stream_and_the_pairs_stream_are_ordered(open_gpu: Open, tiny_unet_dir: Path) -> None:
+    inputs_by_seed = [inputs_of(tiny_unet_dir, seed=seed) for seed in range(6)]
+    bound = bind(open_gpu(), inputs_by_seed[0])
     serial = []
-    for inputs in several:
+    for inputs in inputs_by_seed:
         bound.buffers["sample"].copy_(inputs["sample"])
         bound.full()
         torch.cuda.synchronize()
         serial.append(bound.buffers["noise_pred"].clone())
     busy = torch.ones(2048, 2048, device="cuda")
-    answers = []
+    outputs = []
     with torch.cuda.stream(torch.cuda.Stream()):
-        samples = [inputs["sample"].to("cuda", non_blocking=True) for inputs in several]
+        samples = [inputs["sample"].to("cuda", non_blocking=True) for inputs in inputs_by_seed]
         for sample in samples:
             bound.buffers["sample"].copy_(sample + (busy @ busy).mean() * 0)
             bound.full()
-            answers.append(bound.buffers["noise_pred"].clone())
+            outputs.append(bound.buffers["noise_pred"].clone())
     torch.cuda.synchronize()
-    assert all(torch.equal(got, want) for got, want in zip(answers, serial, strict=True))
+    assert all(torch.equal(output, expected_output) for output, expected_output in zip(outputs, serial, strict=True))
 
 
-def test_two_threads_get_what_one_gets(open_gpu: Open, tiny_unet_dir: Path) -> None:
-    """Each thread has its own bound pair, of another shape; both use one block of scratch memory."""
+def test_two_threads_compute_the_same_bits_as_one(open_gpu: Open, tiny_unet_dir: Path) -> None:
+    """Each thread has its own bound pair of its own shape; both use one block of scratch memory."""
     pair = open_gpu()
     runs = [inputs_of(tiny_unet_dir, seed=1), inputs_of(tiny_unet_dir, seed=2, batch=1, height=16)]
 
     def generate(inputs: Tensors) -> list[torch.Tensor]:
         bound = bind(pair, inputs)
-        answers = []
+        outputs = []
         for step in range(12):
             bound.buffers["timestep"].fill_(float(step))
             bound.full() if step % 3 == 0 else bound.shallow("deepcache:1")
-            answers.append(bound.buffers["noise_pred"].clone())
+            outputs.append(bound.buffers["noise_pred"].clone())
         torch.cuda.current_stream().synchronize()
         bound.close()
-        return answers
+        return outputs
 
     serial = [generate(inputs) for inputs in runs]
     parallel: dict[int, list[torch.Tensor]] = {}
@@ -228,7 +228,10 @@ def test_two_threads_get_what_one_gets(open_gpu: Open, tiny_unet_dir: Path) -> N
     for thread in threads:
         thread.join(timeout=120)
     for index, expected in enumerate(serial):
-        assert all(torch.equal(got, want) for got, want in zip(parallel[index], expected, strict=True))
+        assert all(
+            torch.equal(output, expected_output)
+            for output, expected_output in zip(parallel[index], expected, strict=True)
+        )
 
 
 def test_a_shape_outside_every_profile_is_refused_with_the_nearest(open_gpu: Open) -> None:
@@ -237,7 +240,7 @@ def test_a_shape_outside_every_profile_is_refused_with_the_nearest(open_gpu: Ope
         open_gpu().prepare(shapes)
 
 
-def test_a_closed_pair_lets_go_of_its_memory_and_cannot_run(open_gpu: Open, tiny_unet_dir: Path) -> None:
+def test_a_closed_pair_frees_its_memory_and_cannot_run(open_gpu: Open, tiny_unet_dir: Path) -> None:
     import weakref
 
     pair = open_gpu()
@@ -256,7 +259,7 @@ def test_a_closed_pair_lets_go_of_its_memory_and_cannot_run(open_gpu: Open, tiny
         open_bound.full()
 
 
-def test_a_file_that_is_no_plan_is_refused_in_tensorrts_words(
+def test_a_file_that_is_not_a_plan_is_refused_with_tensorrts_message(
     build: Callable[..., offcut.Bundle], tmp_path: Path
 ) -> None:
     from dataclasses import replace
@@ -274,37 +277,37 @@ def test_a_file_that_is_no_plan_is_refused_in_tensorrts_words(
 
 
 def test_new_weights_reach_both_graphs_and_the_built_ones_come_back_bit_for_bit(
-    open_gpu: Open, tiny_unet_dir: Path, made: ExportedUNet
+    open_gpu: Open, tiny_unet_dir: Path, fp32_export: ExportedUNet
 ) -> None:
     pair = open_gpu({"refittable": True})
     bound = bind(pair, inputs_of(tiny_unet_dir))
 
     def both() -> list[torch.Tensor]:
-        answers = []
-        for _ in range(3):  # replays too
+        outputs = []
+        for _ in range(3):  # the third call is a replay
             bound.full()
-            answers.append(bound.buffers["noise_pred"].clone())
+            outputs.append(bound.buffers["noise_pred"].clone())
             bound.shallow("deepcache:0")
-            answers.append(bound.buffers["noise_pred"].clone())
-        return answers
+            outputs.append(bound.buffers["noise_pred"].clone())
+        return outputs
 
     before = both()
-    bias = initializer(made, "conv_out.bias")
+    bias = initializer(fp32_export, "conv_out.bias")
     pair.refit({"conv_out.bias": bias + 1})
     for old, new in zip(before, both(), strict=True):
-        assert far(new, old + 1) <= 1e-3
+        assert relative_difference(new, old + 1) <= 1e-3
     pair.restore()
     assert all(torch.equal(old, new) for old, new in zip(before, both(), strict=True))
 
 
 def test_weights_that_do_not_fit_are_refused_and_change_nothing(
-    open_gpu: Open, tiny_unet_dir: Path, made: ExportedUNet
+    open_gpu: Open, tiny_unet_dir: Path, fp32_export: ExportedUNet
 ) -> None:
     pair = open_gpu({"refittable": True})
     bound = bind(pair, inputs_of(tiny_unet_dir))
     bound.full()
     before = bound.buffers["noise_pred"].clone()
-    bias = initializer(made, "conv_out.bias")
+    bias = initializer(fp32_export, "conv_out.bias")
     for weights, sentence in (
         ({"conv_out.bias": bias + 1, "no.such.weight": bias}, "no plan of this pair has the weights no.such.weight"),
         ({"conv_out.bias": bias.repeat(2)}, "conv_out.bias are 8 values of float32, but the plan's are 4 of float32"),
@@ -316,18 +319,21 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(
         assert torch.equal(bound.buffers["noise_pred"], before)
 
 
-def test_plans_that_were_not_built_for_it_are_not_refitted(open_gpu: Open, made: ExportedUNet) -> None:
+def test_plans_that_are_not_refittable_are_refused(open_gpu: Open, fp32_export: ExportedUNet) -> None:
     with pytest.raises(EngineError, match=r"full\.plan was not built to be refitted: build it with refittable"):
-        open_gpu().refit({"conv_out.bias": initializer(made, "conv_out.bias")})
+        open_gpu().refit({"conv_out.bias": initializer(fp32_export, "conv_out.bias")})
 
 
 @pytest.mark.parametrize("budget", [0, 100_000, 1 << 30])
-def test_streamed_weights_give_the_same_answers(budget: int, open_gpu: Open, tiny_unet_dir: Path) -> None:
+def test_outputs_with_streamed_weights_are_near_pytorch(budget: int, open_gpu: Open, tiny_unet_dir: Path) -> None:
     inputs = inputs_of(tiny_unet_dir)
     bound = bind(open_gpu({"weight_streaming": True}, weight_budget=budget), inputs)
     for _ in range(3):
         bound.full()
-        assert far(bound.buffers["noise_pred"], eager(tiny_unet_dir, inputs)) <= bounds(NAME or "", "fp32").parity
+        assert (
+            relative_difference(bound.buffers["noise_pred"], eager(tiny_unet_dir, inputs))
+            <= bounds(NAME or "", "fp32").parity
+        )
 
 
 def test_a_weight_budget_needs_plans_that_stream(open_gpu: Open) -> None:
@@ -336,23 +342,23 @@ def test_a_weight_budget_needs_plans_that_stream(open_gpu: Open) -> None:
 
 
 @pytest.mark.skipif(NAME != "tensorrt-rtx", reason="TensorRT-RTX compiles kernels where it runs")
-def test_kernels_are_kept_for_the_next_start(open_gpu: Open, tiny_unet_dir: Path, tmp_path: Path) -> None:
+def test_compiled_kernels_are_cached_for_the_next_start(open_gpu: Open, tiny_unet_dir: Path, tmp_path: Path) -> None:
     inputs = inputs_of(tiny_unet_dir)
-    answers = []
+    outputs = []
     for _ in range(2):
         pair = open_gpu(runtime_cache=tmp_path / "kernels")
         bound = bind(pair, inputs)
         bound.full()
-        answers.append(bound.buffers["noise_pred"].clone())
+        outputs.append(bound.buffers["noise_pred"].clone())
         pair.close()
         assert len(list((tmp_path / "kernels").rglob("*.cache"))) == 1 + len(UNET_CUTS)
-    assert torch.equal(*answers)
+    assert torch.equal(*outputs)
 
 
-def initializer(made: ExportedUNet, name: str) -> torch.Tensor:
-    """A weight as the ONNX graph has it."""
+def initializer(fp32_export: ExportedUNet, name: str) -> torch.Tensor:
+    """Return a weight of the ONNX graph."""
     import onnx
 
-    model = onnx.load(made.path)
-    found = next(tensor for tensor in model.graph.initializer if tensor.name == name)
-    return torch.from_numpy(onnx.numpy_helper.to_array(found, base_dir=str(made.path.parent)).copy())
+    model = onnx.load(fp32_export.path)
+    tensor_proto = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    return torch.from_numpy(onnx.numpy_helper.to_array(tensor_proto, base_dir=str(fp32_export.path.parent)).copy())

@@ -1,4 +1,4 @@
-"""What needs neither a GPU nor TensorRT: progress, the split of a budget, which library, where it is missing."""
+"""Parts that need neither a GPU nor TensorRT: progress, weight budget, choice of the library, missing packages."""
 
 from __future__ import annotations
 
@@ -23,47 +23,47 @@ from offcut.errors import EngineError
 
 
 @pytest.fixture
-def said() -> list[str]:
+def messages() -> list[str]:
     return []
 
 
 @pytest.fixture
-def phases(said: list[str]) -> BuildPhases:
-    return BuildPhases("full", said.append)
+def phases(messages: list[str]) -> BuildPhases:
+    return BuildPhases("full", messages.append)
 
 
-def test_a_long_phase_is_told_at_each_quarter(phases: BuildPhases, said: list[str]) -> None:
+def test_a_long_phase_is_reported_at_each_quarter(phases: BuildPhases, messages: list[str]) -> None:
     phases.start("Timing tactics", None, 40)
-    assert all(phases.step("Timing tactics", done) for done in range(40))
+    assert all(phases.step("Timing tactics", process) for process in range(40))
     phases.finish("Timing tactics")
     expected = ["timing tactics", *(f"timing tactics, {share} %" for share in (25, 50, 75))]
-    assert said == [f"  full: {sentence}" for sentence in expected]
+    assert messages == [f"  full: {sentence}" for sentence in expected]
 
 
-def test_short_phases_are_told_near_the_root_only(phases: BuildPhases, said: list[str]) -> None:
+def test_short_phases_are_reported_near_the_root_only(phases: BuildPhases, messages: list[str]) -> None:
     phases.start("Building", None, 2)
     phases.start("Optimizing", "Building", 3)
     phases.start("Reformatting", "Optimizing", 1)
     phases.step("Reformatting", 0)
     phases.finish("Reformatting")
     phases.start("Timing", "Optimizing", 8)
-    assert said == ["  full: building", "  full: optimizing", "  full: timing"]
+    assert messages == ["  full: building", "  full: optimizing", "  full: timing"]
 
 
-def test_an_error_while_telling_stops_the_build_and_is_kept() -> None:
-    def say(sentence: str) -> None:
+def test_an_error_in_progress_stops_the_build_and_is_stored() -> None:
+    def report(sentence: str) -> None:
         raise KeyboardInterrupt
 
-    phases = BuildPhases("full", say)
+    phases = BuildPhases("full", report)
     phases.start("Building", None, 2)
     assert phases.step("Building", 0) is False
     assert isinstance(phases.failure, KeyboardInterrupt)
 
 
-def test_a_step_of_a_phase_that_never_began_is_let_through(phases: BuildPhases, said: list[str]) -> None:
+def test_a_step_of_an_unknown_phase_is_ignored(phases: BuildPhases, messages: list[str]) -> None:
     assert phases.step("Unknown", 3) is True
     phases.finish("Unknown")
-    assert said == []
+    assert messages == []
 
 
 # ---- weight streaming
@@ -87,23 +87,23 @@ def test_shallow_graphs_keep_their_weights_first(budget: int, expected: tuple[di
 
 
 @pytest.mark.usefixtures("trt")
-def test_a_process_works_with_one_of_the_two() -> None:
+def test_a_process_can_use_only_one_of_the_two_libraries() -> None:
     with pytest.raises(EngineError, match="already uses tensorrt-rtx and cannot use tensorrt too"):
         load(TENSORRT)
 
 
-def test_on_cuda_auto_prefers_what_is_compiled_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = EngineProbe("1.0", ("cuda",), "a GPU", targets={"cuda": "sm_89"})
+def test_auto_prefers_engines_compiled_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe_result = EngineProbe("1.0", ("cuda",), "a GPU", targets={"cuda": "sm_89"})
     for module in (onnxruntime, tensorrt_rtx):
-        monkeypatch.setattr(module, "probe", lambda: runs)
+        monkeypatch.setattr(module, "probe", lambda: probe_result)
     assert choose("cuda") == Choice("tensorrt-rtx", "compiles the graphs for this GPU")
-    monkeypatch.setattr(tensorrt, "probe", lambda: runs)
+    monkeypatch.setattr(tensorrt, "probe", lambda: probe_result)
     assert choose("cuda:1").name == "tensorrt"
     assert choose("cuda", ["onnxruntime", "tensorrt-rtx"]).name == "tensorrt-rtx"
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
-def test_both_compile_and_share_their_settings(name: str) -> None:
+def test_both_engines_compile_and_share_settings(name: str) -> None:
     module = compiler(name)
     assert module is not None
     shared = {"optimization_level", "workspace_mib", "weight_streaming", "refittable", "strip_plan"}
@@ -140,12 +140,12 @@ except MissingExtraError as error:
 
 
 @pytest.mark.parametrize(("module", "package"), [("tensorrt_rtx", "tensorrt-rtx"), ("polygraphy", "polygraphy")])
-def test_what_is_missing_is_named_with_its_extra(module: str, package: str) -> None:
+def test_a_missing_package_is_named_with_its_extra(module: str, package: str) -> None:
     if package != "polygraphy":
         pytest.importorskip("polygraphy", reason="polygraphy is not installed")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", MISSING, module], capture_output=True, text=True, check=True, timeout=120
     )
-    assert done.stdout.strip() == (
+    assert process.stdout.strip() == (
         f"the tensorrt-rtx engine needs the package {package}, which is not installed: pip install 'offcut[rtx]'"
     )

@@ -1,4 +1,4 @@
-"""A video UNet's plans are built for real, for a GPU that is not here."""
+"""Real builds of a video UNet's plans, for a GPU that this machine does not have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from offcut.engines.builder.request import Sizes
 pytestmark = [pytest.mark.usefixtures("trt"), pytest.mark.slow]
 
 
-def test_a_pair_for_stable_video_diffusion_is_built_for_the_length_it_was_trained_for(
+def test_stable_video_diffusion_is_built_for_its_trained_number_of_frames(
     video_dir: Callable[[str], Path], video_bundle: Callable[[str], Path], copied: Callable[[Path], Path]
 ) -> None:
     bundle = offcut.build(

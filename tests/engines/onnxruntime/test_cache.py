@@ -61,7 +61,7 @@ def test_a_bundle_that_was_moved_finds_its_engines(graphs: Graphs, unet_bundle: 
 def test_graphs_or_weights_with_other_digests_have_another_directory(
     graphs: Graphs, unet_bundle: Path, copied: Copy
 ) -> None:
-    """Anybody can write any key of an engine into a manifest, but digests are checked when files are read."""
+    """A manifest can claim any engine key, but digests are checked when files are read."""
     bundle = offcut.Bundle.open(copied(unet_bundle))
     entry = bundle.entry("onnxruntime")
     variant = bundle.manifest.variants[entry.variant]
@@ -123,9 +123,9 @@ def test_only_the_user_can_write_to_the_cache(tmp_path: Path) -> None:
 
 
 def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "digest").write_text("a file in the way, as a read-only file system is for root")
+    (tmp_path / "digest").write_text("a file that prevents the directory, as permissions do not stop root")
     with (
-        pytest.raises(EngineError, match=r"cannot be kept in .*: name a directory for them with runtime_cache"),
+        pytest.raises(EngineError, match=r"cannot be cached in .*: name a directory for them with runtime_cache"),
         locked_cache(tmp_path / "digest" / "provider"),
     ):
         raise AssertionError("unreachable")

@@ -1,4 +1,4 @@
-"""ONNX Runtime's own attention: every one of a graph is replaced, and the answers stay."""
+"""Replacement of attention by ONNX Runtime's own operator: every attention is replaced, and the outputs are equal."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def attention(
     also_output: str | None = None,
     **settings: float,
 ) -> Path:
-    """Self-attention as the exporter writes it, on ``x`` [batch, sequence, heads x width].
+    """Save self-attention as the exporter writes it, on ``x`` [batch, sequence, heads x width].
 
     Args:
-        perm: of the transposes in front.
-        computed: whether the shape to split to is put together in the graph.
-        also_output: a tensor within, which is made an output too.
+        perm: permutation of the transposes before the attention.
+        computed: whether the graph concatenates the shape of the split.
+        also_output: an inner tensor that becomes a graph output too.
     """
     split = np.array([0, -1, HEADS, WIDTH], np.int64)
     constants = {"split": split, "joined": np.array([0, -1, HEADS * WIDTH], np.int64)}
@@ -66,7 +66,7 @@ def attention(
     return path
 
 
-def answer(model: str | bytes) -> np.ndarray:  # type: ignore[type-arg]
+def output_of(model: str | bytes) -> np.ndarray:  # type: ignore[type-arg]
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     x = np.random.default_rng(0).normal(size=(3, 11, HEADS * WIDTH)).astype(np.float32)
     return np.asarray(session.run(["y"], {"x": x})[0])
@@ -77,12 +77,12 @@ def operators(content: bytes) -> Counter[str]:
 
 
 @pytest.mark.parametrize("computed", [False, True])
-def test_attention_is_replaced_with_all_that_prepares_it(computed: bool, tmp_path: Path) -> None:
+def test_attention_is_replaced_with_its_reshapes_and_transposes(computed: bool, tmp_path: Path) -> None:
     path = attention(tmp_path / "a.onnx", computed=computed)
     content = with_own_attention(path)
     assert content is not None
     assert operators(content) == {"MatMul": 3, "MultiHeadAttention": 1}
-    np.testing.assert_allclose(answer(content), answer(str(path)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(output_of(content), output_of(str(path)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_attention_is_replaced_with_all_that_prepares_it(computed: bool, tmp_pat
     [{"is_causal": 1}, {"scale": 0.5}, {"softcap": 2.0}, {"also_output": "a"}, {"also_output": "a1"}],
     ids=str,
 )
-def test_what_it_could_not_stand_for_is_left_alone(settings: dict[str, object], tmp_path: Path) -> None:
+def test_attention_without_an_equivalent_is_left_alone(settings: dict[str, object], tmp_path: Path) -> None:
     assert with_own_attention(attention(tmp_path / "a.onnx", **settings)) is None  # type: ignore[arg-type]
 
 
@@ -98,12 +98,12 @@ def test_other_transposes_are_left_alone(tmp_path: Path) -> None:
     assert with_own_attention(attention(tmp_path / "a.onnx", perm=(0, 2, 3, 1))) is None
 
 
-def test_a_file_that_is_no_graph_is_left_to_the_engine(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_graph_is_left_to_the_engine(tmp_path: Path) -> None:
     (tmp_path / "a.onnx").write_bytes(b"\xff not a graph")
     assert with_own_attention(tmp_path / "a.onnx") is None
 
 
-def test_every_attention_of_a_unet_is_replaced_and_its_answer_stays(unet_bundle: Path) -> None:
+def test_every_attention_of_a_unet_is_replaced_and_its_output_is_equal(unet_bundle: Path) -> None:
     from support.unets import largest_difference, random_inputs, run
 
     import offcut

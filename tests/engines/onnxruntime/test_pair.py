@@ -1,4 +1,4 @@
-"""What is ONNX Runtime's own on CUDA: its graphs. What every engine promises is in ``test_pairs``."""
+"""CUDA graphs of ONNX Runtime; the tests for every engine are in ``test_pairs``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from offcut.engines.precision import bounds
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif("cuda" not in engine_module.probe().devices, reason="no ONNX Runtime that reaches a GPU"),
+    pytest.mark.skipif("cuda" not in engine_module.probe().devices, reason="ONNX Runtime cannot use a GPU here"),
 ]
 
 Tensors = Mapping[str, torch.Tensor]
@@ -38,52 +38,54 @@ def bind(pair: EnginePair, inputs: Tensors) -> BoundOnnxRuntimePair:
     return bound
 
 
-def answers(bound: BoundOnnxRuntimePair, model: Path, calls: int) -> list[torch.Tensor]:
-    """Of full and shallow calls in turn, each on inputs of its own."""
-    found = []
+def outputs_of_calls(bound: BoundOnnxRuntimePair, model: Path, calls: int) -> list[torch.Tensor]:
+    """Return the outputs of full and shallow calls in turn, each on its own inputs."""
+    outputs = []
     for seed in range(calls):
         for key, value in inputs_of(model, seed).items():
             bound.buffers[key].copy_(value)
         bound.full() if seed % 2 == 0 else bound.shallow(CUT)
-        found.append(bound.buffers["noise_pred"].clone())
-    return found
+        outputs.append(bound.buffers["noise_pred"].clone())
+    return outputs
 
 
 def inputs_of(model: Path, seed: int = 0) -> dict[str, torch.Tensor]:
     return random_inputs(model, batch=2, height=8, width=12, seed=seed)
 
 
-def far(got: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    pairs = zip(got, expected, strict=True)
-    return max(float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs)
+def relative_difference(outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    pairs = zip(outputs, expected, strict=True)
+    return max(
+        float((output - expected_output).abs().max() / expected_output.abs().max()) for output, expected_output in pairs
+    )
 
 
-def test_replayed_calls_equal_launched_ones_for_one_pair_after_another(
-    open_cuda: Callable[..., EnginePair], tiny_unet_dir: Path
-) -> None:
-    """Ten calls each: two of each graph warm up, the third is captured. The buffers of closed pairs stay occupied."""
+def test_replayed_calls_equal_launched_calls(open_cuda: Callable[..., EnginePair], tiny_unet_dir: Path) -> None:
+    """Two calls of each graph warm up, and the third is captured. Buffers of closed pairs stay allocated."""
     across = bounds("onnxruntime", "fp32", device="cuda").across
     plain = open_cuda(cuda_graphs=False)
-    expected = answers(bind(plain, inputs_of(tiny_unet_dir)), tiny_unet_dir, 10)
+    expected = outputs_of_calls(bind(plain, inputs_of(tiny_unet_dir)), tiny_unet_dir, 10)
     pair = open_cuda()
-    kept: list[dict[str, torch.Tensor]] = []
+    closed_buffers: list[dict[str, torch.Tensor]] = []
     for _ in range(3):
         bound = bind(pair, inputs_of(tiny_unet_dir))
-        assert far(answers(bound, tiny_unet_dir, 10), expected) <= across
-        kept.append(dict(bound.buffers))
+        assert relative_difference(outputs_of_calls(bound, tiny_unet_dir, 10), expected) <= across
+        closed_buffers.append(dict(bound.buffers))
         bound.close()
-        for buffer in kept[-1].values():
+        for buffer in closed_buffers[-1].values():
             buffer.fill_(7)
-    assert all(bool((buffer == 7).all()) for buffers in kept for buffer in buffers.values())
+    assert all(bool((buffer == 7).all()) for buffers in closed_buffers for buffer in buffers.values())
     for opened in (plain, pair):
         opened.close()
 
 
-def test_a_number_means_the_addresses_of_its_capture(open_cuda: Callable[..., EnginePair], tiny_unet_dir: Path) -> None:
-    """ONNX Runtime's rule that makes a number of its own necessary for each set of buffers; and that it does replay."""
+def test_a_graph_id_replays_the_addresses_of_its_capture(
+    open_cuda: Callable[..., EnginePair], tiny_unet_dir: Path
+) -> None:
+    """ONNX Runtime replays at the captured addresses, so each set of buffers needs its own graph id."""
     pair = open_cuda()
     first, second = (bind(pair, inputs_of(tiny_unet_dir)) for _ in range(2))
-    answers(first, tiny_unet_dir, 8)
+    outputs_of_calls(first, tiny_unet_dir, 8)
     session, _, number = first._bound[None]
     _, binding, _ = second._bound[None]
     for bound in (first, second):

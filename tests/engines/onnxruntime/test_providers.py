@@ -1,4 +1,4 @@
-"""What ONNX Runtime's providers are asked for, and what is said where they cannot be had."""
+"""Options of ONNX Runtime's providers, and the errors for a missing or invalid provider."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ SMALL = Profile.of({"batch": (1, 2, 2), "height": (32, 64, 64), "width": (32, 64
 LARGE = Profile.of({"batch": (2, 2, 8), "height": (64, 96, 128), "width": (64, 64, 96)})
 
 
-def options(name: str, **given: object) -> dict[str, str]:
-    arguments: dict[str, object] = {"device": 1, "stream": 77, "precision": "fp16", **given}
+def options(name: str, **overrides: object) -> dict[str, str]:
+    arguments: dict[str, object] = {"device": 1, "stream": 77, "precision": "fp16", **overrides}
     return provider_options(PROVIDERS[name], **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-def test_cuda_computes_fp32_in_fp32_and_captures_only_if_asked(graphs: bool) -> None:
+def test_cuda_computes_fp32_in_fp32_and_captures_only_on_request(graphs: bool) -> None:
     assert options("cuda", cuda_graphs=graphs, cache=Path("/c"), profile=SMALL, inputs=INPUTS) == {
         "device_id": "1",
         "user_compute_stream": "77",
@@ -42,9 +42,9 @@ def test_cuda_computes_fp32_in_fp32_and_captures_only_if_asked(graphs: bool) -> 
     }
 
 
-def test_tensorrt_keeps_its_engines_and_is_told_every_dynamic_input() -> None:
-    asked = options("tensorrt", cuda_graphs=True, cache=Path("/c"), profile=SMALL, inputs=INPUTS)
-    assert asked == {
+def test_tensorrt_gets_a_cache_and_the_shapes_of_dynamic_inputs() -> None:
+    settings = options("tensorrt", cuda_graphs=True, cache=Path("/c"), profile=SMALL, inputs=INPUTS)
+    assert settings == {
         "device_id": "1",
         "user_compute_stream": "77",
         "trt_fp16_enable": "True",
@@ -59,9 +59,9 @@ def test_tensorrt_keeps_its_engines_and_is_told_every_dynamic_input() -> None:
     }
 
 
-def test_tensorrt_rtx_is_given_its_stream_its_cache_and_its_shapes() -> None:
-    asked = options("tensorrt-rtx", cuda_graphs=True, cache=Path("/c"), profile=SMALL, inputs=INPUTS[:2])
-    assert asked == {
+def test_tensorrt_rtx_gets_a_stream_a_cache_and_shapes() -> None:
+    settings = options("tensorrt-rtx", cuda_graphs=True, cache=Path("/c"), profile=SMALL, inputs=INPUTS[:2])
+    assert settings == {
         "has_user_compute_stream": "1",
         "user_compute_stream": "77",
         "enable_cuda_graph": "1",
@@ -74,7 +74,9 @@ def test_tensorrt_rtx_is_given_its_stream_its_cache_and_its_shapes() -> None:
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
 @pytest.mark.parametrize(("profile", "inputs"), [(None, INPUTS), (SMALL, INPUTS[3:])])
-def test_without_ranges_none_are_named(name: str, profile: Profile | None, inputs: list[TensorSpec]) -> None:
+def test_without_a_profile_or_dynamic_inputs_no_shapes_are_set(
+    name: str, profile: Profile | None, inputs: list[TensorSpec]
+) -> None:
     assert not [key for key in options(name, profile=profile, inputs=inputs) if "shapes" in key or "cache" in key]
 
 
@@ -82,11 +84,11 @@ def test_without_ranges_none_are_named(name: str, profile: Profile | None, input
     ("precision", "fp16", "bf16"), [("fp32", "False", "False"), ("fp16", "True", "False"), ("bf16", "False", "True")]
 )
 def test_tensorrt_may_use_the_graphs_precision_and_no_lower_one(precision: str, fp16: str, bf16: str) -> None:
-    asked = options("tensorrt", precision=precision)
-    assert (asked["trt_fp16_enable"], asked["trt_bf16_enable"]) == (fp16, bf16)
+    settings = options("tensorrt", precision=precision)
+    assert (settings["trt_fp16_enable"], settings["trt_bf16_enable"]) == (fp16, bf16)
 
 
-def test_several_profiles_are_covered_by_one_that_is_tuned_for_the_first() -> None:
+def test_covering_returns_one_profile_tuned_for_the_first() -> None:
     both = covering([SMALL, LARGE])
     assert both is not None
     for profile in (SMALL, LARGE):
@@ -98,7 +100,7 @@ def test_several_profiles_are_covered_by_one_that_is_tuned_for_the_first() -> No
     assert covering([]) is None
 
 
-def test_a_provider_is_chosen_only_where_there_is_a_choice() -> None:
+def test_a_provider_can_be_chosen_on_cuda_only() -> None:
     assert provider_of(None, "cpu") is None
     assert provider_of(None, "cuda") is PROVIDERS["cuda"]
     with pytest.raises(EngineError, match="runs on cuda, not on cpu: choose the device"):
@@ -107,7 +109,7 @@ def test_a_provider_is_chosen_only_where_there_is_a_choice() -> None:
         provider_of("rocm", "cuda")
 
 
-# ---- opened
+# ---- errors when a pair is opened
 
 
 @pytest.mark.parametrize(
@@ -130,10 +132,10 @@ def test_a_provider_that_is_not_installed_says_what_to_install(name: str, senten
     assert not (unet_bundle / "cache").exists()
 
 
-def test_a_plugin_that_cannot_be_loaded_is_told_in_its_own_words(
+def test_a_plugin_that_cannot_be_loaded_is_refused_with_its_message(
     unet_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ONNX Runtime itself is asked to load it."""
+    """ONNX Runtime itself tries to load the plugin's library."""
     library = tmp_path / "libprovider.so"
     library.write_bytes(b"not a library")
     plugin = SimpleNamespace(get_library_path=lambda: str(library))
@@ -163,10 +165,10 @@ def test_a_provider_is_never_ignored(engine: str, provider: str, sentence: str, 
         offcut.UNet.load(unet_bundle, engine, provider=provider)
 
 
-def test_graphs_that_are_compiled_when_opened_know_the_bundles_profiles(
+def test_onnx_graphs_get_the_profiles_of_the_bundles_compiled_engines(
     unet_bundle: Path, copied: Callable[[Path], Path]
 ) -> None:
-    """Those of the engines that were compiled from the same graphs."""
+    """The profiles are those of the engines that were compiled from the same graphs."""
     from offcut.engines.bundle.manifest import ProfileEntry
 
     bundle = offcut.Bundle.open(copied(unet_bundle))
