@@ -68,7 +68,7 @@ def test_auto_chooses_onnx_runtime_on_a_cpu_without_amx(machine: pytest.MonkeyPa
 def test_auto_chooses_the_engine_that_runs_on_cuda(device: str, machine: pytest.MonkeyPatch) -> None:
     machine.setattr(onnxruntime_module, "probe", lambda: EngineProbe("1.31.1", ("cpu", "cuda"), "providers CUDA, CPU"))
     assert choose(device).name == "onnxruntime"
-    assert "only one usable" in choose(device).reason
+    assert "the only engine usable" in choose(device).reason
 
 
 def test_auto_chooses_the_only_usable_engine_and_names_the_others(machine: pytest.MonkeyPatch) -> None:
