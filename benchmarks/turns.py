@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..engines.base import BoundPair, EnginePair
-
 if TYPE_CHECKING:
-    from ..exporter.specs import Shape, TensorSpec
+    from ..engines.base import BoundPair, EnginePair
+    from ..exporter.specs import Shape
 
 
 class Clock:
@@ -92,44 +91,18 @@ class Marks:
         return full, shallow
 
 
-class TimedPair:
-    """An engine pair whose calls are marked; see ``base.EnginePair``."""
+def mark_calls(pair: EnginePair, marks: Marks) -> None:
+    """Mark the calls of all pairs that this one binds from now on."""
+    prepare = pair.prepare
 
-    def __init__(self, pair: EnginePair, marks: Marks) -> None:
-        self.name = pair.name
-        self.inputs: Mapping[str, TensorSpec] = pair.inputs
-        self.outputs: Mapping[str, TensorSpec] = pair.outputs
-        self.cuts = pair.cuts
-        self.device = pair.device
-        self.marks = marks
-        self._pair = pair
+    def prepare_marked(shapes: Mapping[str, Shape]) -> BoundPair:
+        bound = prepare(shapes)
+        full, shallow = bound.full, bound.shallow
+        bound.full = lambda: marks.around(full, marks.full)  # type: ignore[method-assign]
+        bound.shallow = lambda cut: marks.around(partial(shallow, cut), marks.shallow)  # type: ignore[method-assign]
+        return bound
 
-    def prepare(self, shapes: Mapping[str, Shape]) -> BoundPair:
-        return _TimedBoundPair(self._pair.prepare(shapes), self.marks)
-
-    def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
-        self._pair.refit(weights)
-
-    def close(self) -> None:
-        self._pair.close()
-
-
-class _TimedBoundPair:
-    """A bound pair whose calls are marked; see ``base.BoundPair``."""
-
-    def __init__(self, bound: BoundPair, marks: Marks) -> None:
-        self.buffers, self.dims = bound.buffers, bound.dims
-        self._bound, self._marks = bound, marks
-
-    def full(self) -> None:
-        self._marks.around(self._bound.full, self._marks.full)
-
-    def shallow(self, cut: str) -> None:
-        self._marks.around(partial(self._bound.shallow, cut), self._marks.shallow)
-
-    def close(self) -> None:
-        self._bound.close()
-        self.buffers = {}
+    pair.prepare = prepare_marked  # type: ignore[method-assign]
 
 
 class LoopRunner(ABC):

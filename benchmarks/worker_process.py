@@ -114,13 +114,14 @@ class WorkerProcess:
         """Process id; None where no process could be started."""
         return None if self._process is None else self._process.pid
 
-    def resident_bytes(self) -> int:
-        """Memory that the child holds now; 0 once it has ended."""
-        return self._memory("rss")
-
     def mapped_bytes(self) -> int:
-        """The part of the memory that is mapped from files; 0 where the system does not report it."""
-        return self._memory("shared")
+        """Memory that is mapped from files; 0 where the system does not report it, or the child has ended."""
+        import psutil
+
+        try:
+            return int(getattr(psutil.Process(self.pid).memory_info(), "shared", 0)) if self._process else 0
+        except psutil.NoSuchProcess:
+            return 0
 
     def cpu_seconds(self) -> float:
         """Processor time of all threads so far."""
@@ -159,14 +160,6 @@ class WorkerProcess:
     def last_log_line(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing"]
         return lines[-1].strip()
-
-    def _memory(self, kind: str) -> int:
-        import psutil
-
-        try:
-            return int(getattr(psutil.Process(self.pid).memory_info(), kind, 0)) if self._process else 0
-        except psutil.NoSuchProcess:
-            return 0
 
     def _ending(self, code: int) -> str:
         if code == -signal.SIGKILL:

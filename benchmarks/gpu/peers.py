@@ -6,7 +6,6 @@ Everything runs the same DDIM loop with classifier-free guidance, without a host
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
@@ -76,17 +75,22 @@ class LoopDenoiser(LoopRunner):
 
     Args:
         trajectory: the loop.
+        model: called like diffusers' UNet.
         conditioning: of every UNet call.
         marks: of the UNet's calls; empty ones by default.
     """
 
-    def __init__(self, trajectory: DenoisingLoop, conditioning: Conditioning, marks: Marks | None = None) -> None:
-        self.trajectory, self.conditioning = trajectory, conditioning
+    def __init__(
+        self, trajectory: DenoisingLoop, model: Any, conditioning: Conditioning, marks: Marks | None = None
+    ) -> None:
+        self.trajectory, self.model, self.conditioning = trajectory, model, conditioning
         self.marks = marks or Marks(Clock(str(trajectory.noise.device)))
 
-    @abstractmethod
     def predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """Return the noise in a sample [batch, channels, height, width] at a timestep [], in memory of its own."""
+        noise_pred = self.model(sample, timestep, return_dict=False, **self.conditioning)[0]
+        assert isinstance(noise_pred, torch.Tensor)
+        return noise_pred
 
     def loop(self) -> torch.Tensor:
         return self.trajectory.run(self.predict)
@@ -113,18 +117,13 @@ class EngineDenoiser(LoopDenoiser):
         cut: str | None,
         marks: Marks | None = None,
     ) -> None:
-        super().__init__(trajectory, conditioning, marks)
-        self._unet, self._schedule = unet, schedule
-        self._cut = cut if schedule is not None else None
+        super().__init__(trajectory, unet, conditioning, marks)
+        self._schedule, self._cut = schedule, cut if schedule is not None else None
 
     def turn(self) -> AbstractContextManager[object]:
-        self._unet.set_schedule(self._schedule, cut=self._cut)
-        return self._unet.generation(calls=len(self.trajectory.timesteps))
-
-    def predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        noise_pred = self._unet(sample, timestep, return_dict=False, **self.conditioning)[0]
-        assert isinstance(noise_pred, torch.Tensor)
-        return noise_pred
+        self.model.set_schedule(self._schedule, cut=self._cut)
+        generation: AbstractContextManager[object] = self.model.generation(calls=len(self.trajectory.timesteps))
+        return generation
 
 
 class HelperDenoiser(LoopDenoiser):
@@ -133,9 +132,9 @@ class HelperDenoiser(LoopDenoiser):
     def __init__(self, trajectory: DenoisingLoop, unet: Any, conditioning: Conditioning, interval: int) -> None:
         from DeepCache import DeepCacheSDHelper
 
-        super().__init__(trajectory, conditioning)
-        self._pipe = SimpleNamespace(unet=unet, scheduler=SimpleNamespace(timesteps=trajectory.timesteps))
-        self._helper = DeepCacheSDHelper(pipe=self._pipe)
+        super().__init__(trajectory, unet, conditioning)
+        scheduler = SimpleNamespace(timesteps=trajectory.timesteps)
+        self._helper = DeepCacheSDHelper(pipe=SimpleNamespace(unet=unet, scheduler=scheduler))
         self._helper.set_params(cache_interval=interval, cache_branch_id=0)
 
     @contextmanager
@@ -145,11 +144,6 @@ class HelperDenoiser(LoopDenoiser):
             yield
         finally:
             self._helper.disable()
-
-    def predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        noise_pred = self._pipe.unet(sample, timestep, return_dict=False, **self.conditioning)[0]
-        assert isinstance(noise_pred, torch.Tensor)
-        return noise_pred
 
 
 class CachedUNet:
@@ -254,7 +248,7 @@ class CachedDenoiser(LoopDenoiser):
         schedule: Schedule | None,
         compile: Callable[[Any], Any] | None = None,
     ) -> None:
-        super().__init__(trajectory, conditioning)
+        super().__init__(trajectory, unet, conditioning)
         self._full: Any = compile(unet.full) if compile else unet.full
         self._shallow: Any = compile(unet.shallow) if compile else unet.shallow
         self._replays = compile is not None

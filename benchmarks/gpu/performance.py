@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from ...engines.base import EnginePair
 from ...runtime.generation.schedule import Uniform
 from ...runtime.unet import UNet
 from ..latency.ceiling import product
-from ..turns import Clock, LoopTimes, Marks, TimedPair, in_turns
+from ..turns import Clock, LoopTimes, Marks, in_turns, mark_calls
 from .check import BoundedFigure, CheckOutcome
 from .exercise import wait
 from .lifetime import MIB, used_memory
@@ -56,14 +57,17 @@ class Contest:
         return DenoisingLoop(latents, bench.options.steps), conditioning(config, 2 * self.images, dtype, bench.device)
 
     @contextmanager
-    def open(self, bench: Workbench, *, cuts: tuple[str, ...] | None = None) -> Iterator[tuple[UNet, TimedPair]]:
-        """Open the engine in offcut's UNet; all of its calls can be marked."""
+    def open(
+        self, bench: Workbench, *, marks: Marks | None = None, cuts: tuple[str, ...] | None = None
+    ) -> Iterator[tuple[UNet, EnginePair]]:
+        """Open the engine in offcut's UNet, with marks around its calls."""
         bundle = bench.fast_bundle(self.architecture, self.engine, self.precision, 2 * self.images)
         with bench.pair(bundle, self.engine, cuts=cuts) as pair:
-            timed = TimedPair(pair, Marks(Clock(bench.device)))
-            unet = UNet(timed, bundle.unet_config)
+            if marks is not None:
+                mark_calls(pair, marks)
+            unet = UNet(pair, bundle.unet_config)
             try:
-                yield unet, timed
+                yield unet, pair
             finally:
                 unet.close()
 
@@ -76,9 +80,10 @@ class Contest:
 def loop(bench: Workbench, contest: Contest) -> CheckOutcome:
     """Compare the cached loop with the sum of its engine calls, and with the uncached loop."""
     clock, schedule = Clock(bench.device), Uniform(bench.options.interval)
-    with contest.open(bench) as (unet, timed):
+    marks = Marks(clock)
+    with contest.open(bench, marks=marks) as (unet, _):
         trajectory, inputs = contest.loop(bench, unet.config)
-        cached = EngineDenoiser(trajectory, unet, inputs, schedule, CUT, timed.marks)
+        cached = EngineDenoiser(trajectory, unet, inputs, schedule, CUT, marks)
         uncached = EngineDenoiser(trajectory, unet, inputs, None, None)
         loops, uncached_loops = in_turns((cached, uncached), bench.options.rounds)
         bound = unet.bound
@@ -148,7 +153,7 @@ def memory(bench: Workbench, contest: Contest) -> CheckOutcome:
     # The first round also loads libraries and kernels, which stay loaded.
     for cuts in (None, (), None):
         before = used_memory(bench.device)
-        with contest.open(bench, cuts=cuts) as (unet, timed):
+        with contest.open(bench, cuts=cuts) as (unet, pair):
             trajectory, inputs = contest.loop(bench, unet.config)
             ours = EngineDenoiser(trajectory, unet, inputs, schedule if cuts is None else None, CUT)
             for _ in range(2):
@@ -157,8 +162,8 @@ def memory(bench: Workbench, contest: Contest) -> CheckOutcome:
             free, total = torch.cuda.mem_get_info(bench.device)  # with spare blocks, which the peak has left
             taken.append(total - free - before)
             assert unet.bound is not None
-            features = sum(tensor.nbytes for name, tensor in unet.bound.buffers.items() if name in set(timed.cuts[CUT]))
-        del unet, timed, trajectory, inputs, ours
+            features = sum(unet.bound.buffers[name].nbytes for name in list(pair.outputs)[1:])
+        del unet, pair, trajectory, inputs, ours
     shallow = CachedUNet(meta_unet(contest.architecture)).shallow_parameters()
     weights = sum(parameter.numel() for parameter in shallow) * dtype_of(contest.precision).itemsize
     # The engine opened without its shallow graph writes the features too.

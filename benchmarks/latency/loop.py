@@ -144,6 +144,14 @@ def read_inputs(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     return {name: tensor.to(case.device, dtype) for name, tensor in tensors.items()}
 
 
+class _EnoughSteps(Exception):
+    """Ends a loop early; diffusers' video pipeline has no other way."""
+
+    def __init__(self, latents: Any) -> None:
+        super().__init__()
+        self.latents = latents
+
+
 def denoise(pipe: Any, case: Case, inputs: Mapping[str, Any], *, calls: int | None = None) -> Any:
     """Run one loop.
 
@@ -153,35 +161,51 @@ def denoise(pipe: Any, case: Case, inputs: Mapping[str, Any], *, calls: int | No
     Returns:
         The final latents [images, channels, height, width], for videos [images, frames, channels, height, width].
     """
-    if case.frames is not None:
-        return video.denoise(pipe, case, inputs, calls)
-    return _call(pipe, case, calls, **inputs, output_type="latent")
+    import torch
+
+    try:
+        if case.frames is None:
+            return _call(pipe, case, calls, **inputs, output_type="latent")
+        empty = torch.zeros((case.images, 3, case.height, case.width), device=case.device)
+        with video.prepared_encodings(pipe, inputs):
+            return _call(pipe, case, calls, image=empty, latents=inputs["latents"], output_type="latent")
+    except _EnoughSteps as enough:
+        return enough.latents
 
 
-def generate(pipe: Any, case: Case, *, calls: int | None = None) -> Any:
+def generate(pipe: Any, case: Case, *, calls: int | None = None) -> None:
     """Call the whole pipeline, from the prompt or image to pictures; ``calls`` as in ``denoise``."""
     import torch
 
-    if case.frames is not None:
-        return video.generate(pipe, case, calls)
     generator = torch.Generator("cpu").manual_seed(case.seed)
-    return _call(pipe, case, calls, prompt=[case.prompt] * case.images, generator=generator)
+    images = {"prompt": [case.prompt] * case.images} if case.frames is None else {"image": video.pictures(case)}
+    try:
+        _call(pipe, case, calls, **images, generator=generator)
+    except _EnoughSteps as enough:
+        with torch.no_grad():
+            pipe.decode_latents(enough.latents, case.frames)
 
 
 def _call(pipe: Any, case: Case, calls: int | None, **arguments: Any) -> Any:
     def step_ended(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if calls is not None and step + 1 >= calls:
-            pipeline._interrupt = True  # diffusers' own way to end a loop early
+            if case.frames is not None:
+                raise _EnoughSteps(tensors["latents"])
+            pipeline._interrupt = True  # diffusers' own way to end an image's loop early
         return tensors
 
-    return pipe(
+    if case.frames is None:
+        arguments["guidance_scale"] = case.guidance
+    else:
+        arguments |= {"num_frames": case.frames, "min_guidance_scale": 1.0, "max_guidance_scale": case.guidance}
+    output = pipe(
         **arguments,
         num_inference_steps=case.steps,
-        guidance_scale=case.guidance,
         height=case.height,
         width=case.width,
         **({} if calls is None else {"callback_on_step_end": step_ended}),
-    ).images
+    )
+    return output.images if case.frames is None else output.frames
 
 
 def vae_scale(bundle: Bundle) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,13 +86,6 @@ def measure(case: Case, entrants: Sequence[Entrant], options: RoundOptions, mode
     return latency
 
 
-def turns(entrants: Sequence[Entrant]) -> Iterator[list[Entrant]]:
-    """Yield the turns of one round: the contestant of the turn, then those that follow until the next round's end."""
-    order = [*entrants, *entrants]
-    for index in range(len(entrants)):
-        yield order[index:]
-
-
 def warm_up_calls(case: Case) -> int:
     """Return the number of calls after which a cached loop has run both graphs.
 
@@ -106,24 +99,21 @@ def warm_up_calls(case: Case) -> int:
     return shallow + 1
 
 
-def to_close(resident: Mapping[str, int], turns: Sequence[str], need: int, available: int) -> list[str]:
-    """Return the processes to close, in order, before one that needs memory is opened; none if there is room.
+def make_room(processes: dict[str, WorkerProcess], need: int, available: Callable[[], int]) -> list[str]:
+    """Close processes until a new one has the memory that it needs, and return their names.
 
-    The process whose next turn is furthest away goes first, which reopens the fewest where turns repeat. Closing the
-    least recently used one would always close the one that is needed next.
+    The process that was used last goes first: where turns repeat, its next turn is furthest away.
 
     Args:
-        resident: bytes that each open process holds.
-        turns: processes in the order of the turns to come, more than a round of them.
+        processes: the open ones, in the order of their last use; those that are closed are removed.
         need: bytes.
-        available: bytes that are free now.
+        available: returns the bytes that are free now.
     """
-    closed: list[str] = []
-    remaining = dict(resident)
-    while available < need and remaining:
-        furthest = max(remaining, key=lambda name: turns.index(name) if name in turns else len(turns))
-        available += remaining.pop(furthest)
-        closed.append(furthest)
+    closed = []
+    while processes and available() < need:
+        name, process = processes.popitem()
+        process.close()
+        closed.append(name)
     return closed
 
 
@@ -154,7 +144,6 @@ class _Run:
     products: dict[str, float] = field(default_factory=dict)
     _processes: dict[str, WorkerProcess] = field(default_factory=dict)
     _opened: dict[str, set[str]] = field(default_factory=dict)
-    _needs: dict[str, int] = field(default_factory=dict)
     _closed: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -188,8 +177,8 @@ class _Run:
             while self.running(entrants) and (
                 complete < self.options.rounds or time.perf_counter() - began < self.options.duration
             ):
-                for coming in turns(self.running(entrants)):
-                    self.take(coming, complete + 1)
+                for entrant in self.running(entrants):
+                    self.take(entrant, complete + 1)
                 complete += 1
         except KeyboardInterrupt:
             if not complete:
@@ -199,14 +188,11 @@ class _Run:
             return complete, True
         return complete, False
 
-    def take(self, coming: Sequence[Entrant], number: int) -> None:
-        """Run the turn of the first of these contestants, in the round with this number."""
-        entrant = coming[0]
+    def take(self, entrant: Entrant, number: int) -> None:
+        """Run a contestant's turn in the round with this number."""
         row = self.rows[entrant.name]
-        if row.not_run is not None:  # failed earlier in this round
-            return
         self.options.progress(f"round {number}: {entrant.name}")
-        process = self._process(entrant, [other.process for other in coming[1:]])
+        process = self._process(entrant)
         try:
             self._turn(process, entrant, row)
         except RequestFailed as error:
@@ -242,7 +228,6 @@ class _Run:
             answer = process.request("image", name=entrant.name)
             row.images.append(answer["image"])
             _note_memory(row, answer)
-        self._needs[entrant.process] = row.host_peak_bytes or 0
 
     def _open_contestant(self, process: WorkerProcess, entrant: Entrant, row: Contestant) -> None:
         case, contestant, warm_up = self.case.as_json(), entrant.as_json(), self.options.warm_up
@@ -255,23 +240,23 @@ class _Run:
             row.settings["environment"] = f"another: {installed}"
         _note_memory(row, answer)
 
-    def _process(self, entrant: Entrant, following: Sequence[str]) -> WorkerProcess:
+    def _process(self, entrant: Entrant) -> WorkerProcess:
         """Return the contestant's open process; others are closed first if memory is short."""
-        import psutil
-
         name = entrant.process
         if name not in self._processes:
-            need = self._needs.get(name, entrant.need) + RESERVE
-            resident = {other: process.resident_bytes() for other, process in self._processes.items()}
-            # The system counts mapped files as available memory, but waiting contestants need theirs again soon.
-            mapped = sum(other.mapped_bytes() for other in self._processes.values())
-            for other in to_close(resident, following, need, psutil.virtual_memory().available - mapped):
-                self._processes.pop(other).close()
-                self._closed.add(other)
+            self._closed.update(make_room(self._processes, entrant.need, self._available))
             self.reopened += name in self._closed
             self._closed.discard(name)
             self._processes[name], self._opened[name] = self._start(entrant.python), set()
+        self._processes[name] = self._processes.pop(name)  # to the end: in the order of their last use
         return self._processes[name]
+
+    def _available(self) -> int:
+        import psutil
+
+        # The system counts mapped files as available memory, but waiting contestants need theirs again soon.
+        mapped = sum(process.mapped_bytes() for process in self._processes.values())
+        return int(psutil.virtual_memory().available) - mapped - RESERVE
 
     def _start(self, python: str | None) -> WorkerProcess:
         options = self.options

@@ -21,7 +21,7 @@ from ...runtime.generation.schedule import parse
 from ...runtime.pipeline import attach
 from ...runtime.text_to_image import scheduler_named
 from ...runtime.unet import UNet
-from ..turns import Clock, LoopRunner, Marks, TimedPair
+from ..turns import Clock, LoopRunner, Marks, mark_calls
 from .case import Case, Entrant
 from .contestants import branch_of, interval_of
 from .loop import build_pipeline, denoise, generate, read_inputs
@@ -86,9 +86,11 @@ class PipelineRunner(LoopRunner):
 class OffcutRunner(PipelineRunner):
     """An engine of the bundle, cached or with every call full."""
 
-    def __init__(self, pipe: Any, pair: TimedPair, unet: UNet, case: Case, cached: bool) -> None:
-        super().__init__(pipe, pair.marks, unet.dtype, case)
-        self._unet, self._features = unet, pair.cuts[case.cut]
+    def __init__(
+        self, pipe: Any, marks: Marks, unet: UNet, features: tuple[str, ...], case: Case, cached: bool
+    ) -> None:
+        super().__init__(pipe, marks, unet.dtype, case)
+        self._unet, self._features = unet, features
         self._schedule = parse(case.schedule) if cached else None
         self._cut = case.cut if cached else None
 
@@ -210,17 +212,18 @@ def open_offcut(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
     case, bundle = shared.case, shared.bundle
     assert entrant.build is not None
 
-    def open_unet() -> tuple[UNet, TimedPair]:
+    def open_unet() -> tuple[UNet, Marks, tuple[str, ...]]:
         entry = bundle.manifest.engines[entrant.build or ""]
         # Shallow graphs of other cuts would only take memory. The full graph writes the features of all cuts.
         entry = entry.model_copy(update={"shallow": {case.cut: entry.shallow[case.cut]}})
         options = EngineOptions(case.device, case.threads, inference_precision=entry.inference_precision)
-        pair = TimedPair(open_entry(bundle, entry, options), Marks(Clock(case.device)))
-        return UNet(pair, bundle.unet_config), pair
+        pair, marks = open_entry(bundle, entry, options), Marks(Clock(case.device))
+        mark_calls(pair, marks)
+        return UNet(pair, bundle.unet_config), marks, pair.cuts[case.cut]
 
-    unet, pair = shared.get("engine", open_unet)
+    unet, marks, features = shared.get("engine", open_unet)
     pipe = build_pipeline(case, bundle, unet, unet.dtype)
-    return OffcutRunner(attach(pipe.to(unet.device), unet), pair, unet, case, entrant.cached)
+    return OffcutRunner(attach(pipe.to(unet.device), unet), marks, unet, features, case, entrant.cached)
 
 
 def open_eager(entrant: Entrant, shared: SharedParts) -> PipelineRunner:

@@ -23,14 +23,6 @@ VIDEO_LOOP = (
 _NOISE = 0.02  # the pipeline's own noise_aug_strength
 
 
-class _EnoughSteps(Exception):
-    """Ends a loop early; this pipeline has no other way."""
-
-    def __init__(self, latents: Any) -> None:
-        super().__init__()
-        self.latents = latents
-
-
 def random_inputs(case: Case, bundle: Bundle, latent: tuple[int, int], generator: Any) -> dict[str, torch.Tensor]:
     """Return a loop's inputs with random encodings of the image: [images, 1, width], [images, channels, height, width].
 
@@ -73,52 +65,6 @@ def pictures(case: Case) -> list[Image]:
     return [Image.fromarray(each) for each in (255 * pixels).byte().permute(0, 2, 3, 1).contiguous().numpy()]
 
 
-def denoise(pipe: Any, case: Case, inputs: Mapping[str, torch.Tensor], calls: int | None) -> Any:
-    """Run one loop; ``calls`` ends it after so many steps.
-
-    Returns:
-        The final latents [images, frames, channels, height, width].
-    """
-    import torch
-
-    empty = torch.zeros((case.images, 3, case.height, case.width), device=case.device)
-    with _prepared_encodings(pipe, inputs):
-        try:
-            return _call(pipe, case, calls, image=empty, latents=inputs["latents"], output_type="latent")
-        except _EnoughSteps as enough:
-            return enough.latents
-
-
-def generate(pipe: Any, case: Case, calls: int | None) -> Any:
-    """Call the whole pipeline, from images to videos; ``calls`` as in ``denoise``."""
-    import torch
-
-    generator = torch.Generator("cpu").manual_seed(case.seed)
-    try:
-        return _call(pipe, case, calls, image=pictures(case), generator=generator)
-    except _EnoughSteps as enough:
-        with torch.no_grad():
-            return pipe.decode_latents(enough.latents, case.frames)
-
-
-def _call(pipe: Any, case: Case, calls: int | None, **arguments: Any) -> Any:
-    def step_ended(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if calls is not None and step + 1 >= calls:
-            raise _EnoughSteps(tensors["latents"])
-        return tensors
-
-    return pipe(
-        **arguments,
-        num_frames=case.frames,
-        num_inference_steps=case.steps,
-        min_guidance_scale=1.0,
-        max_guidance_scale=case.guidance,
-        height=case.height,
-        width=case.width,
-        **({} if calls is None else {"callback_on_step_end": step_ended}),
-    ).frames
-
-
 class _VaeWithoutWeights:
     """Takes the VAE's place: the pipeline reads its dtype before it would encode."""
 
@@ -127,7 +73,7 @@ class _VaeWithoutWeights:
 
 
 @contextmanager
-def _prepared_encodings(pipe: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def prepared_encodings(pipe: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Make the pipeline, which takes no encodings, use prepared ones where it would encode an image."""
     import torch
 

@@ -65,13 +65,12 @@ def test_a_process_that_ends_gives_its_last_line_as_the_reason(tmp_path: Path) -
 def test_a_process_that_takes_too_long_is_killed(tmp_path: Path) -> None:
     python = python_that("import time\ntime.sleep(60)\n", tmp_path)
     process = WorkerProcess(WORKER, tmp_path / "log", 0.5, python=python)
-    mapped = process.mapped_bytes()  # first: a process that starts grows between two looks
-    assert process.resident_bytes() >= mapped > 0
+    assert process.mapped_bytes() > 0
     began = time.monotonic()
     with pytest.raises(RequestFailed, match="was killed"):
         process.request("loop", name="x", calls=1)
     assert time.monotonic() - began < 30
-    assert process.resident_bytes() == 0
+    assert process.mapped_bytes() == 0
     process.close()
 
 

@@ -24,7 +24,7 @@ class _SleepingDenoiser(LoopDenoiser):
     """A denoiser whose calls take a number of seconds; it notes its turns."""
 
     def __init__(self, name: str, seconds: float, order: list[str]) -> None:
-        super().__init__(DenoisingLoop(torch.randn(1, 4, 8, 8), 2), {})
+        super().__init__(DenoisingLoop(torch.randn(1, 4, 8, 8), 2), None, {})
         self._name, self._seconds, self._order = name, seconds, order
 
     @contextmanager
