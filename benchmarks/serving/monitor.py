@@ -88,29 +88,12 @@ def gauges(text: str) -> dict[str, float]:
     return {line[0]: float(line[1]) for line in lines if line[0] in (QUEUED, IN_FLIGHT, SLOTS)}
 
 
-@dataclass(frozen=True)
-class MemoryGrowth:
-    """A process's memory after its warm-up and at its end, each the median of several samples.
+def growth(samples: Sequence[MemorySample], warm_up: float) -> tuple[int, int]:
+    """Return the median bytes of the first tenth of the samples after the warm-up, and of the last tenth.
 
-    Attributes:
-        first, last: bytes.
-        most: the largest of all samples.
+    Args:
+        warm_up: share of the samples that the warm-up takes, from 0 to 1.
     """
-
-    first: int
-    last: int
-    most: int
-
-    @property
-    def bytes(self) -> int:
-        return self.last - self.first
-
-
-def growth(samples: Sequence[MemorySample], warm_up: float) -> MemoryGrowth:
-    """Compare the last tenth of the samples with the first tenth after the warm-up, which is a share from 0 to 1."""
-    resident = [sample.resident for sample in samples]
-    counted = resident[int(len(resident) * warm_up) :]
+    counted = [sample.resident for sample in samples][int(len(samples) * warm_up) :]
     tenth = max(len(counted) // 10, 1)
-    return MemoryGrowth(
-        int(statistics.median(counted[:tenth])), int(statistics.median(counted[-tenth:])), max(resident)
-    )
+    return int(statistics.median(counted[:tenth])), int(statistics.median(counted[-tenth:]))

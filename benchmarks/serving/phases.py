@@ -177,7 +177,8 @@ def _soak(
         with monitor.ServerMonitor(server.url, server.pid, interval, on_sample) as observed:
             window = _closed(server.url, body, clients, seconds, 0.0, _leaving(plan.leaving, usual))
         held = _held(server)
-    memory = monitor.growth([sample for sample in observed.samples if sample.at < window.ended], _WARM_UP)
+    samples = [sample for sample in observed.samples if sample.at < window.ended]
+    first, last = monitor.growth(samples, _WARM_UP)
     return Soak(
         seconds=seconds,
         warm_up=_WARM_UP,
@@ -187,9 +188,9 @@ def _soak(
         left=sum(reply.status == LEFT for reply in window.replies),
         statuses=_statuses(window.replies),
         unexpected=sum(not (reply.has_image or reply.status == LEFT or reply.refused) for reply in window.replies),
-        first_bytes=memory.first,
-        last_bytes=memory.last,
-        most_bytes=memory.most,
+        first_bytes=first,
+        last_bytes=last,
+        most_bytes=max(sample.resident for sample in samples),
         held=held,
     )
 

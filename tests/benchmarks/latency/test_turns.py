@@ -1,4 +1,4 @@
-"""Who is next, who is closed when memory is short, and what one house answers: the parts without a model."""
+"""Which processes are closed when memory is short, when a warm-up ends, and what DeepCache's helper can follow."""
 
 from __future__ import annotations
 
