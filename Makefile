@@ -30,7 +30,7 @@ check: $(VENV)/installed-dev types docs  ## lint, formatting, types, and the man
 
 # mypy follows the installed package, not the checkout: the repository root is the package.
 types: $(VENV)/installed-dev
-	rm -rf build/types
+	rm -rf build/types build/lib
 	$(BIN)/python -m pip wheel $(PIP_FLAGS) --no-deps --wheel-dir build/types/wheel .
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --target build/types/site build/types/wheel/*.whl
 	cd build/types/site && MYPYPATH=. ../../../$(BIN)/mypy --config-file ../../../pyproject.toml -p offcut
