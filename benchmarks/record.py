@@ -11,12 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import UserError
 from .schema.controlnet import ControlNetReuse
-from .schema.drift import Drift
-from .schema.growth import Growth
 from .schema.latency import Latency
 from .schema.mlperf import MlPerf
 from .schema.precision import Precision
@@ -28,6 +26,8 @@ SCHEMA: Literal[1] = 1
 """Version of ``result.json``; later versions are refused."""
 
 NAME = "result.json"
+
+_FORMER = ("growth", "drift")  # sections of benchmarks that are gone
 
 
 class Environment(BaseModel):
@@ -61,12 +61,21 @@ class Result(BaseModel):
     latency: Latency | None = None
     quality: Quality | None = None
     mlperf: MlPerf | None = None
-    growth: Growth | None = None
     swap: Swap | None = None
     serving: ServingLoad | None = None
-    drift: Drift | None = None
     controlnet: ControlNetReuse | None = None
     precision: Precision | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_former_fields(cls, fields: Any) -> Any:
+        """Leave out the empty sections and the verdicts on claims that earlier versions wrote."""
+        if not isinstance(fields, dict):
+            return fields
+        fields = {name: value for name, value in fields.items() if name not in _FORMER or value is not None}
+        if isinstance(quality := fields.get("quality"), dict):
+            fields["quality"] = {name: value for name, value in quality.items() if name != "claims"}
+        return fields
 
     def save(self, folder: Path) -> Path:
         """Write ``result.json`` into a folder, replacing an older one atomically; return its path."""

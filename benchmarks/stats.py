@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -62,36 +62,16 @@ def mean_of(values: Any, *, seed: int = 0) -> Estimate:
     """
     import numpy as np
 
-    return _bootstrap(values, np.mean, "percentile", _RESAMPLES, seed, vectorized=True)
-
-
-def figure_of(value: Callable[[Any], float], count: int, *, resamples: int, seed: int = 0) -> Estimate:
-    """Return a figure that is not a mean, with its 95 % interval by a "basic" bootstrap.
-
-    The basic interval is reflected at the figure, which cancels the bias that resampling adds.
-
-    Args:
-        value: computes the figure from the indices of a resample, int [count].
-        count: number of observations.
-    """
-    import numpy as np
-
-    return _bootstrap(np.arange(count), value, "basic", resamples, seed, vectorized=False)
-
-
-def _bootstrap(
-    observed: Any, value: Callable[..., Any], method: str, resamples: int, seed: int, *, vectorized: bool
-) -> Estimate:
-    figure = float(value(observed))
-    if len(observed) < 2:
-        return Estimate(mean=figure, low=figure, high=figure)
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Estimate(mean=mean, low=mean, high=mean)
     require("a confidence interval", "scipy")
     from scipy.stats import bootstrap
 
-    found = bootstrap(
-        (observed,), value, n_resamples=resamples, batch=100, method=method, rng=seed, vectorized=vectorized
+    interval = bootstrap(
+        (values,), np.mean, n_resamples=_RESAMPLES, batch=100, method="percentile", rng=seed, vectorized=True
     ).confidence_interval
-    return Estimate(mean=figure, low=min(figure, float(found.low)), high=max(figure, float(found.high)))
+    return Estimate(mean=mean, low=min(mean, float(interval.low)), high=max(mean, float(interval.high)))
 
 
 def ratio_of_means(old: Sequence[float], new: Sequence[float], confidence: float) -> Estimate | None:

@@ -12,7 +12,8 @@ import numpy as np
 from ..schema.quality import Quality, QualityRow
 from ..shapes.judge_net.reader import JudgeNet
 from ..stats import mean_of, require
-from . import claims, metrics, pictures, plan, pool
+from . import metrics, pictures, plan, pool
+from .external import ExternalNetworks
 from .pictures import ImageTask, SettingImages
 from .plan import QualitySetting
 from .scores import Scored, score
@@ -31,6 +32,7 @@ def evaluate(
     *,
     ratios: Mapping[str, float],
     model: str,
+    external: ExternalNetworks | None = None,
     workers: int = 1,
     threads: int | None = None,
     on_call: pictures.Progress = lambda count: None,
@@ -44,6 +46,7 @@ def evaluate(
         folder: of ``result.json``; gets the images (``pictures/``) and the samples (``samples/``).
         ratios: a shallow call's time over a full one's on Stable Diffusion 1.5, by cut.
         model: name in the result.
+        external: networks of the user, for further figures.
         workers: number of processes that judge the images.
         threads: of each process; by default the cores are divided among them.
         on_call: called at every UNet call.
@@ -84,9 +87,10 @@ def evaluate(
         base = plan.reference(setting, settings)
         row = _row(setting, made[setting].timeline, scored[setting], scored[base], features, ratios, here)
         row.samples = _samples(folder, setting, made[setting])
+        if external:
+            uncached = None if setting == base else made[base].pictures
+            row.external = external.figures(made[setting].pictures, task.prompts, uncached, truth)
         rows.append(row)
-    stage("claims")
-    found = claims.claims(settings, scored, features, ratios)
     first = next((setting.cut for setting in settings if setting.cut), plan.CUTS[0])
     return Quality(
         model=model,
@@ -98,7 +102,6 @@ def evaluate(
         ratios={cut: ratios[cut] for cut in here},
         ratios_here=here,
         rows=rows,
-        claims=found,
         sample_prompts=list(task.prompts[:SAMPLES]),
     )
 

@@ -272,16 +272,6 @@ def measured_ratios(latency: Latency) -> dict[str, float]:
     return {cut: statistics.median(values) for cut, values in ratios.items()}
 
 
-def counterpart(
-    setting: QualitySetting, rows: Iterable[QualitySetting], ratios: Mapping[str, float]
-) -> QualitySetting | None:
-    """Return the run with fewer steps whose cost is nearest to a cached setting's; None if no cost is near."""
-    cost = setting.cost(ratios)
-    same = [row for row in rows if row.fewer and row.sampler == setting.sampler]
-    nearest = min(same, key=lambda row: abs(row.steps - cost), default=None)
-    return nearest if nearest and _fits(nearest, setting, ratios) else None
-
-
 def _fits(fewer: QualitySetting, setting: QualitySetting, ratios: Mapping[str, float]) -> bool:
     cost = setting.cost(ratios)
     return fewer.sampler == setting.sampler and abs(fewer.steps - cost) <= max(0.5, _TOLERANCE * cost)

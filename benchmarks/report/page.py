@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import UserError
 from ..record import Result, write_whole
 from ..stats import require
-from . import drift, latency, plots, quality, sections
+from . import latency, plots, quality, sections
 from .blocks import NONE, Section
 from .csv_files import write_csv
 from .formatting import count, listed, model, seconds
@@ -22,7 +22,7 @@ NAME = "report.html"
 BUSY = 0.5
 """Load average above which a machine was not idle."""
 
-_TIMED = ("latency", "quality", "mlperf", "growth", "swap", "serving", "controlnet", "precision")
+_TIMED = ("latency", "quality", "mlperf", "swap", "serving", "controlnet", "precision")
 """Sections that hold times."""
 
 
@@ -73,11 +73,9 @@ def sections_of(result: Result, folder: Path) -> list[Section]:
     made: dict[str, Callable[[Any], Section]] = {
         "latency": latency.section,
         "quality": lambda measured: quality.section(measured, folder),
-        "drift": lambda measured: drift.section(measured, folder),
         "controlnet": sections.controlnet,
         "precision": sections.precision,
         "mlperf": sections.mlperf,
-        "growth": sections.growth,
         "swap": sections.swap,
         "serving": sections.serving,
     }
@@ -130,12 +128,11 @@ def _warnings(results: Sequence[Result]) -> Iterator[str]:
 
 def _facts(result: Result) -> dict[str, str]:
     machine = result.environment
-    clock = next((each.clock for each in (result.latency, result.growth) if each), "")
     facts = {
         "Command": result.command,
         "Began": f"{result.started:%Y-%m-%d %H:%M:%S} UTC",
         "Took": seconds(result.seconds),
-        "Clock": clock,
+        "Clock": result.latency.clock if result.latency else "",
         "Processor": f"{machine.cpu}, {count(machine.cores, 'core')} for this run",
         "GPU": machine.gpu or "none",
         "Memory": f"{machine.memory_gib:g} GiB",

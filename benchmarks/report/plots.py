@@ -7,7 +7,7 @@ import html
 import io
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -166,65 +166,6 @@ def _name_points(axes: Axes, points: Sequence[ScatterPoint]) -> None:
                 placed.append(box)
                 break
             text.remove()
-
-
-@_styled
-def lines(series: Mapping[str, tuple[str, Sequence[tuple[float, float | None]]]], x: str, y: str, *,
-          logarithmic: bool = False) -> Figure:  # fmt: skip
-    """Return curves through points; None breaks a curve.
-
-    Args:
-        series: colour and points of each curve, by its name.
-        x, y: names of the axes.
-    """
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-
-    figure, axes = _figure(2.9)
-    for name, (colour, points) in series.items():
-        nan = float("nan")
-        values = [nan if value is None else value for _, value in points]
-        axes.plot([place for place, _ in points], values, "o-", color=COLOURS[colour], label=name, markersize=3)
-    if logarithmic:
-        axes.set(xscale="log", yscale="log")
-        axes.set_xticks(sorted({place for _, points in series.values() for place, _ in points}))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, position: f"{value:g}")
-            axis.set_minor_locator(NullLocator())
-    else:
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel=x, ylabel=y)
-    axes.grid()
-    figure.legend(loc="outside upper left", ncols=3, fontsize=8)
-    return figure
-
-
-@_styled
-def heatmap(rows: Sequence[Sequence[float]], segments: Sequence[tuple[int, int]], most: float) -> Figure:
-    """Return how far features of each call (rows) are from those of later calls (columns), with a schedule on it.
-
-    Args:
-        rows: row ``s`` has the values of columns ``s + 1`` and on.
-        segments: each full call of the schedule, and the call at which the next one is due.
-        most: value of the fullest shade.
-    """
-    from matplotlib.colors import to_rgba
-    from matplotlib.patches import Rectangle
-
-    figure, axes = _figure(5.6)
-    calls = len(rows) + 1
-    for row, values in enumerate(rows):
-        for column, value in enumerate(values, start=row + 1):
-            shade = to_rgba(COLOURS["full"], min(value / most, 1.0) if most > 0 else 0.0)
-            axes.add_patch(Rectangle((column, row), 1, 1, facecolor=shade, gid="value"))
-    for row, until in segments:
-        axes.add_patch(Rectangle((row, row), 1, 1, facecolor=COLOURS["ink"], gid="full"))
-        if until > row + 1:
-            axes.add_patch(Rectangle((row + 1, row), until - row - 1, 1, fill=False, edgecolor=COLOURS["ink"],
-                                     linewidth=1.5, gid="used"))  # fmt: skip
-    axes.set(xlim=(0, calls), ylim=(calls, 0), aspect="equal", xlabel="used at call", ylabel="features of call")
-    return figure
 
 
 def to_svg(figure: Figure, title: str) -> str:

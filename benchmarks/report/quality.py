@@ -1,4 +1,4 @@
-"""Report section on quality: quality against speed with the Pareto front, samples, figures and claims."""
+"""Report section on quality: quality against speed with the Pareto front, samples and figures."""
 
 from __future__ import annotations
 
@@ -48,14 +48,6 @@ def section(quality: Quality, folder: Path) -> Section:
     if any(others):
         blocks.append(Group("Other metrics against speed", [plot for plots in others for plot in plots], folded=True))
     blocks += [*_samples(quality, folder), _figures(quality.rows), *_calls(quality.rows)]
-    if quality.claims:
-        verdicts = {True: "agrees", False: "disagrees", None: "cannot tell"}
-        columns = [
-            Column("claim", lambda claim: claim.text),
-            Column("verdict", lambda claim: verdicts[claim.agrees], numeric=False),
-            Column("evidence", lambda claim: claim.evidence, numeric=False, terminal=False),
-        ]
-        blocks.append(Table("Claims of the literature and of offcut, tested by this run", columns, quality.claims))
     task = (
         f"{model(quality.model)} on {quality.engine}, guidance {quality.guidance:g}, {quality.images} images a row, "
         "each compared with the uncached image of the same prompt and seed. Speed is counted in full UNet calls: a "
@@ -140,6 +132,9 @@ def _figures(rows: Sequence[QualityRow]) -> Table:
         skipped = f", {row.skipped_calls} skipped" if row.skipped_calls else ""
         return f"{row.full_calls} + {row.shallow_calls}{skipped}"
 
+    def external(name: str, row: QualityRow) -> str:
+        return digits(row.external.get(name))
+
     columns = [
         Column("setting", lambda row: Pair(row.name, row.kind) if row.kind == "fewer steps" else row.name),
         Column("full + shallow", calls, "UNet calls of an image"),
@@ -154,6 +149,8 @@ def _figures(rows: Sequence[QualityRow]) -> Table:
         Column("by rules, %", lambda row: interval(row.accuracy_by_rules, 0, 100), "by the rule-based judge",
                terminal=False),
         Column("Fréchet", lambda row: digits(row.frechet), "distance to rendered scenes of the same captions"),
+        *(Column(name, partial(external, name), "by a network of the user")
+          for name in sorted({name for row in rows for name in row.external})),
     ]  # fmt: skip
     return Table("Means with 95 % intervals", columns, rows, ours=lambda row: row.kind == "cached")
 

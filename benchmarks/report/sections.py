@@ -1,4 +1,4 @@
-"""Report sections that are tables and single plots: precision, ControlNet, LoadGen, growth, LoRAs and serving."""
+"""Report sections that are tables: precision, ControlNet, LoadGen, LoRAs and serving."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ..schema.controlnet import ControlNetReuse
-from ..schema.growth import Fit, Growth, Sweep
 from ..schema.mlperf import MlPerf, ScenarioRun
 from ..schema.precision import Calls, Images, Joint, Precision
 from ..schema.serving import Percentiles, ServingLoad
 from ..swap import Swap, SwapRow
-from .blocks import NONE, Block, Column, Facts, Group, Note, Plot, Section, Table
+from .blocks import NONE, Block, Column, Note, Section, Table
 from .formatting import (
     count,
     digits,
     fixed,
     interval,
-    listed,
-    median_seconds,
     model,
     percent,
     seconds,
@@ -28,7 +25,6 @@ from .formatting import (
     size,
     times,
 )
-from .plots import lines
 
 
 def precision(measured: Precision) -> Section:
@@ -146,73 +142,6 @@ def mlperf(measured: MlPerf) -> Section:
         "set, durations and numbers of queries are not MLPerf's: this is no submission."
     )
     return Section("LoadGen", "MLPerf's load generator", task, [Table("LoadGen's results", columns, measured.runs)])
-
-
-def growth(measured: Growth) -> Section:
-    """Return the section of ``offcut bench growth``."""
-    base = ", ".join(f"{name} {value}" for name, value in measured.base.items())
-    task = (
-        f"{model(measured.model)} on {measured.contestant}: one quantity at a time is varied from this setting: "
-        f"{base}. {count(measured.rounds, 'loop')} a setting, each in a process of its own. Exponents are of "
-        "power laws, with standard errors: 1 is proportional, 2 quadratic."
-    )
-    blocks: list[Block] = []
-    if measured.drift is not None:
-        blocks.append(Note(f"The first setting, measured again at the end: {measured.drift:.3f} of its time."))
-    blocks += [_sweep(sweep) for sweep in measured.sweeps]
-    if measured.made or measured.not_made:
-        columns = [
-            Column("model", lambda made: made.model),
-            Column("parameters", lambda made: f"{digits(made.parameters / 1e6)} M", "of the UNet"),
-            Column("command", lambda made: f"offcut {made.command}", numeric=False),
-            Column("time", lambda made: seconds(made.seconds)),
-            Column("peak memory", lambda made: size(made.host_peak_bytes), "resident, mapped files included"),
-            Column("written", lambda made: size(made.size_bytes)),
-        ]
-        note = Note(f"Whole commands, built for {measured.made_with}.{_laws(measured.made_fits, ' in parameters')}")
-        table = [Table("Commands on models of growing size", columns, measured.made)] if measured.made else []
-        failed = [Facts(measured.not_made)] if measured.not_made else []
-        blocks.append(Group("Exports and builds", [note, *table, *failed]))
-    return Section("Growth", "Growth", task, blocks)
-
-
-AXES = {
-    "steps": "scheduler steps",
-    "images": "images a call",
-    "pixels": "pixels of the image",
-    "interval": "interval N",
-}
-
-
-def _sweep(sweep: Sweep) -> Group:
-    title = AXES[sweep.axis]
-    series: dict[str, tuple[str, list[tuple[float, float | None]]]] = {
-        "loop": ("whole", [(point.value, point.loop) for point in sweep.points]),
-        "full call": ("full", [(point.value, statistics.median(point.full)) for point in sweep.points if point.full]),
-        "shallow call": (
-            "shallow",
-            [(point.value, statistics.median(point.shallow)) for point in sweep.points if point.shallow],
-        ),
-    }
-    columns = [
-        Column(title, lambda point: str(point.value)),
-        Column("loop", lambda point: seconds(point.loop), "median denoising loop"),
-        Column("full call", lambda point: median_seconds(point.full), "median in the loop"),
-        Column("shallow call", lambda point: median_seconds(point.shallow), "median in the loop"),
-        Column("peak memory", lambda point: size(point.device_peak_bytes or point.host_peak_bytes), "of the process"),
-    ]
-    plot = Plot(f"Seconds against {title}", lambda: lines(series, title, "seconds", logarithmic=True))
-    notes = [Note(_laws(sweep.fits).strip())] if sweep.fits else []
-    return Group(title[0].upper() + title[1:], [plot, Table(f"Growth with {title}", columns, sweep.points), *notes])
-
-
-def _laws(laws: list[Fit], of: str = "") -> str:
-    if not laws:
-        return ""
-    exponents = [
-        f"{law.of} ^ {law.exponent:.2f}" + ("" if law.error is None else f" ± {law.error:.2f}") for law in laws
-    ]
-    return f" Exponents{of}: {listed(exponents)}."
 
 
 def swap(measured: Swap) -> Section:

@@ -10,7 +10,7 @@ from ..stats import Estimate
 class QualityRow(BaseModel):
     """One setting, compared with the uncached run of the same prompts and seeds."""
 
-    model_config = ConfigDict(extra="ignore")  # earlier versions had figures of networks that the user gave
+    model_config = ConfigDict(extra="forbid")
 
     name: str = Field(description="unique in a run, e.g. 'ddim 50, uniform:5 warmup 2, deepcache:0'")
     kind: str = Field(description="'uncached', 'cached', or 'fewer steps' (uncached, at a cached row's latency)")
@@ -41,19 +41,12 @@ class QualityRow(BaseModel):
     )
     frechet: float | None = Field(None, description="distance to drawn scenes of the same captions, judge features")
     samples: list[str] = Field(default_factory=list, description="PNG files beside result.json, of sample_prompts")
+    external: dict[str, float] = Field(
+        default_factory=dict, description="LPIPS, CLIP score and FID by networks of the user, by name"
+    )
     timeline: str | None = Field(
         None, description="a character for each UNet call: '#' full, '.' shallow, '_' no engine"
     )
-
-
-class Claim(BaseModel):
-    """A claim of the literature or of offcut, tested by this run."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    text: str
-    agrees: bool | None = Field(description="None: this run cannot tell")
-    evidence: str
 
 
 class Quality(BaseModel):
@@ -72,5 +65,4 @@ class Quality(BaseModel):
     ratios: dict[str, float] = Field(default_factory=dict, description="the reference ratio of each cut in the rows")
     ratios_here: dict[str, float] = Field(default_factory=dict, description="this model's own, on this machine")
     rows: list[QualityRow]
-    claims: list[Claim] = []
     sample_prompts: list[str] = Field(default_factory=list, description="what each row's samples show, in their order")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from . import compare, controlnet, drift, growth, latency, mlperf, plan, precision, quality, report, serve, swap
+from . import compare, controlnet, latency, mlperf, plan, precision, quality, report, serve, swap
 
 app = typer.Typer(
     name="bench",
@@ -24,9 +24,7 @@ _COMMANDS: dict[Callable[..., None], str] = {
     "--width 256 --export-times times.csv -o bench-sd15",
     quality.quality: "offcut bench quality\n\noffcut bench quality --plan full -o bench-quality\n\n"
     "offcut bench quality --interval 3 --interval 10 --sampler ddim --schedule quad --images 200",
-    growth.growth: "offcut bench growth sd15.offcut --size 256 --build shapes --build sd15 --build sdxl",
     swap.swap: "offcut bench swap sd15.offcut --model stable-diffusion-v1-5 --size 512 -o bench-swap",
-    drift.drift: "offcut bench drift sd15.offcut --schedule auto --steps 20 -o bench-drift",
     controlnet.controlnet: "offcut bench controlnet -o bench-controlnet",
     precision.precision: "offcut bench precision -o bench-precision\n\n"
     "offcut bench precision sd15.offcut --part calls --size 512",

@@ -99,12 +99,22 @@ def quality(
     latency: Annotated[
         Path | None, typer.Option(help="Take these ratios from a result of offcut bench latency on Stable Diffusion.")
     ] = None,
+    lpips: Annotated[
+        Path | None, typer.Option(help="Also LPIPS: torchvision's weights of AlexNet, VGG-16 or SqueezeNet 1.1.")
+    ] = None,
+    clip: Annotated[
+        Path | None, typer.Option(help="Also CLIP score: directory of a CLIP model with its processor.")
+    ] = None,
+    fid: Annotated[
+        Path | None, typer.Option(help="Also FID: TorchScript file, uint8 images [N, 3, H, W] to features [N, D].")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the settings and the time they take.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compare cached runs with the uncached one, and with fewer steps at equal latency, on the shapes model."""
     from ...benchmarks.quality import pictures, pool
     from ...benchmarks.quality.evaluate import evaluate
+    from ...benchmarks.quality.external import ExternalNetworks
     from ...benchmarks.quality.front import front_plan
     from ...benchmarks.quality.plan import reference_ratios, with_fewer_steps
     from ...benchmarks.stats import require
@@ -115,6 +125,7 @@ def quality(
     outcome = BenchRun(_PACKAGES)
     asked = _settings(plan, steps, sampler, schedule, interval, cut, warmup, forecast)
     ratios = reference_ratios(asked, _given(shallow_ratio or [], latency))
+    networks = ExternalNetworks(lpips=lpips, clip=clip, fid=fid) if lpips or clip or fid else None
     _build(bundle, engine, list(dict.fromkeys(setting.cut for setting in asked if setting.cut)))
     opened = Bundle.open(bundle)
     choice = opened.choose_engine(engine)
@@ -160,6 +171,7 @@ def quality(
             output,
             ratios=ratios,
             model="shapes",
+            external=networks,
             workers=workers,
             threads=threads,
             on_call=on_call,

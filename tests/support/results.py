@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from offcut.benchmarks.record import Environment, Result
-from offcut.benchmarks.schema.drift import Call, Drift, Sample
-from offcut.benchmarks.schema.growth import Fit, Growth, Made, Point, Sweep
 from offcut.benchmarks.schema.latency import Contestant, Latency
-from offcut.benchmarks.schema.quality import Claim, Quality, QualityRow
+from offcut.benchmarks.schema.quality import Quality, QualityRow
 from offcut.benchmarks.stats import Estimate
 from offcut.runtime.generation.schedule import Uniform
 
@@ -182,13 +180,6 @@ def quality(**changed: Any) -> Quality:
         "shallow_over_full": ratio,
         "shallow_over_full_here": here,
         "rows": rows,
-        "claims": [
-            Claim(
-                text="Caching every 2nd call is indistinguishable", agrees=True, evidence="46.9 dB, accuracy unchanged"
-            ),
-            Claim(text="Fewer steps are as good at equal latency", agrees=False, evidence="ddim: 41.5 against 36.0 dB"),
-            Claim(text="FID changes by less than 0.25", agrees=None, evidence="64 images are too few"),
-        ],
         "sample_prompts": ["a red circle", "a blue square above a green triangle", "two yellow stars"],
     }
     return Quality(**given | changed)
@@ -217,62 +208,3 @@ def draw_samples(measured: Quality, folder: Path) -> None:
             box = (10 + 4 * place, 12, 42 + 4 * place + shift, 44)
             ImageDraw.Draw(image).ellipse(box, fill=((200, 40, 40), (40, 80, 200), (220, 180, 30))[place])
             image.save(folder / name)
-
-
-def drift(**changed: Any) -> Drift:
-    """Six calls, two of them full, predicted; the images are not there."""
-    calls = [Call(cut=None, last=call, reused=0, read=0, fulls=1) for call in (0, 1)]
-    calls += [Call(cut="deepcache:0", last=1, reused=0.1 * n, read=0.05 * n, fulls=0) for n in (1, 2, 3, 4)]
-    given: dict[str, Any] = {
-        "model": "shapes",
-        "engine": "onnxruntime",
-        "precision": "fp32",
-        "scheduler": "DDIMScheduler",
-        "steps": 6,
-        "guidance": 3.0,
-        "schedule": "uniform:5:warmup=2",
-        "forecast": "extrapolated, damping 1",
-        "features": ["deep_feature_0"],
-        "images": 4,
-        "distances": [[0.3 * (later - call) for later in range(call + 1, 6)] for call in range(5)],
-        "calls": calls,
-        "samples": [
-            Sample(prompt="a <b>", seed=3, psnr=31.25, uncached="0.png", cached="1.png", changed="2.png", most=0.125)
-        ],
-        "mean_changed": "mean.png",
-        "mean_most": 0.0625,
-    }
-    return Drift(**given | changed)
-
-
-def growth(**changed: Any) -> Growth:
-    """Two sweeps with a slope, a build, and a model that could not be built."""
-
-    def point(value: int, seconds: float) -> Point:
-        shallow = [] if value == 1 else [seconds / 10] * 8
-        return Point(value=value, loops=[seconds * 4] * 3, full=[seconds] * 2, shallow=shallow, host_peak_bytes=2**32)
-
-    given: dict[str, Any] = {
-        "model": "Stable Diffusion 1.5's architecture, random weights",
-        "contestant": "offcut openvino fp32",
-        "base": {"steps": 10, "images": 1, "height": 256, "width": 256, "interval": 5},
-        "rounds": 3,
-        "clock": CLOCK,
-        "sweeps": [
-            Sweep(
-                axis="pixels",
-                points=[point(side * side, 1e-5 * side * side) for side in (128, 256, 384)],
-                fits=[Fit(of="loop", exponent=1.0, error=0.01, points=3)],
-            ),
-            Sweep(axis="interval", points=[point(n, 2 / n) for n in (1, 2, 5)], fits=[]),
-        ],
-        "drift": 1.004,
-        "made": [
-            Made(model="sdxl", parameters=2_567_463_684, command="build", seconds=190.0, host_peak_bytes=12 * 2**30,
-                 size_bytes=10 * 2**30),
-        ],
-        "made_with": "onnxruntime, fp32",
-        "made_fits": [Fit(of="build, seconds", exponent=0.8, error=None, points=2)],
-        "not_made": {"sd3": "it denoises with a <transformer>"},
-    }  # fmt: skip
-    return Growth(**given | changed)

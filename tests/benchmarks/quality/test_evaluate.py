@@ -69,8 +69,6 @@ def test_each_row_has_its_figures_and_pictures(whole: tuple[Path, Quality], task
         for name in row.samples:
             assert Image.open(folder / name).size == (64, 64)
     assert 0 < quality.ratios_here["deepcache:0"] < 1
-    assert all(claim.agrees is None for claim in quality.claims)  # six pictures prove nothing
-    assert quality.claims
 
 
 def test_a_picture_does_not_depend_on_its_place_in_a_batch(pipe: Any, task: ImageTask, tmp_path: Path) -> None:
@@ -222,6 +220,8 @@ def test_a_dry_run_says_what_is_to_come_and_makes_nothing(shapes_bundle: Path, t
         (["--shallow-ratio", "deepcache:0=2"], "between 0 and 1"),
         (["--cut", "nowhere:1"], "nowhere"),
         (["--latency", "absent.json"], "cannot read"),
+        (["--fid", "absent.pt"], "TorchScript"),
+        (["--lpips", "absent.pth"], "torchvision"),
     ],
 )
 def test_bad_input_is_one_sentence(shapes_bundle: Path, tmp_path: Path, arguments: list[str], message: str) -> None:

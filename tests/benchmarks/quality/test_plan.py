@@ -41,10 +41,9 @@ def test_every_cached_row_has_an_uncached_one_and_fewer_steps_at_its_cost(name: 
         assert not base.fewer
         assert base.steps >= row.steps
         if row.schedule:
-            other = plan.counterpart(row, rows, SHALLOW_OVER_FULL)
-            assert other is not None
             cost = row.cost(SHALLOW_OVER_FULL)
-            assert abs(other.steps - cost) <= max(0.5, 0.06 * cost)
+            fewer = [other.steps for other in rows if other.fewer and other.sampler == row.sampler]
+            assert min(abs(steps - cost) for steps in fewer) <= max(0.5, 0.06 * cost)
 
 
 def test_a_plan_by_samplers_is_the_whole_plan_in_pieces() -> None:

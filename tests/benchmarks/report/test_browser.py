@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.results import contestant, draw_samples, drift, growth, latency, machine, quality, result
+from support.results import contestant, draw_samples, latency, machine, quality, result
 
 from offcut.benchmarks.report.page import write_report
 
@@ -70,7 +70,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     long = contestant("offcut " + "x" * 120, 1.0, settings={"y" * 90: "z" * 200})
     timed = latency()
     timed = timed.model_copy(update={"contestants": [*timed.contestants, long]})
-    made = result(latency=timed, quality=measured, growth=growth(), drift=drift(), environment=machine(load=2.0))
+    made = result(latency=timed, quality=measured, environment=machine(load=2.0))
     return write_report([made], folder).as_uri()
 
 

@@ -175,7 +175,7 @@ def test_doubts_are_visible() -> None:
 def test_a_page_of_little_is_still_a_page() -> None:
     nobody = Contestant(name="x", family="x", engine="x", precision="fp32", not_run="no x here")
     lonely = contestant("offcut openvino fp32", 1.0, rounds=1)
-    bare = quality(rows=quality().rows[:1], claims=[])
+    bare = quality(rows=quality().rows[:1])
     for made in (
         result(latency=latency(contestants=[nobody])),
         result(latency=latency(contestants=[])),

@@ -9,7 +9,7 @@ from support.results import contestant, latency, quality
 
 from offcut.benchmarks.report.findings import base_of, front, reference, speed, uncached_twin
 from offcut.benchmarks.report.formatting import digits, size
-from offcut.benchmarks.report.plots import COLOURS, Bar, ScatterPoint, bars, lines, scatter, to_svg
+from offcut.benchmarks.report.plots import COLOURS, Bar, ScatterPoint, bars, scatter, to_svg
 from offcut.benchmarks.stats import Estimate
 
 POINTS = st.lists(
@@ -65,7 +65,7 @@ def test_a_scatter_fills_the_front_only() -> None:
 
 
 def test_an_svg_has_no_colour_of_its_own_and_escapes_its_title() -> None:
-    svg = to_svg(lines({"<b>": ("full", [(1, 2.0), (2, None), (3, 4.0)])}, "x", "$y$"), '"<i>')
+    svg = to_svg(scatter([ScatterPoint("<b>", 1.5, Estimate(mean=4, low=3, high=5), "cached")], "$y$"), '"<i>')
     assert "var(--full)" in svg
     assert "#0000" not in svg
     assert "&lt;b&gt;" in svg
