@@ -160,8 +160,10 @@ class Worker:
         Args:
             arguments: arguments of the pipeline call. Callbacks among them must not block, because all requests wait
                 for them, except in ``outside``. Without a ``generator`` the request gets its own with a random seed.
-            schedule, cut, forecast: as ``UNet.set_schedule`` takes them. Caching costs quality; a forecast doubles the
-                memory for cached features.
+            schedule: which UNet calls are full, see ``UNet.set_schedule``; None makes every call full. Caching costs
+                quality.
+            cut: name of the cut of the shallow calls; None for the bundle's first.
+            forecast: prediction of the cached features, which doubles the memory for them; None reuses the features.
             scheduler: diffusers scheduler, which is copied; None for the pipeline's own.
             pipeline: another diffusers pipeline class with the same modules, e.g. ``StableDiffusionImg2ImgPipeline``.
             deadline: seconds from now after which the request is given up. Requests that are due earlier go first.
