@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..options import EngineName, Json, Threads
 from ..shell import calls_bar, quiet_libraries, stages
 from .outcome import BenchRun
-
-if TYPE_CHECKING:
-    pass
 
 _PACKAGES = ("offcut", "torch", "diffusers", "transformers", "onnxruntime", "openvino", "numpy")
 

@@ -1,5 +1,6 @@
 """``result.json``: what is written is read back, what is not ours is refused, derived figures follow the measured."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,12 @@ def test_there_is_no_percentile_of_nothing() -> None:
     for values, percent in (([], 50), ([1.0], 101)):
         with pytest.raises(ValueError, match="percentile"):
             percentile(values, percent)
+
+
+def test_a_result_of_an_earlier_version_is_read_without_its_empty_sections(tmp_path: Path) -> None:
+    fields = json.loads(result().model_dump_json()) | {"growth": None, "drift": None}
+    (tmp_path / record.NAME).write_text(json.dumps(fields), encoding="utf-8")
+    assert record.read(tmp_path) == result()
+    (tmp_path / record.NAME).write_text(json.dumps(fields | {"growth": {"model": "sd15"}}), encoding="utf-8")
+    with pytest.raises(UserError, match="no result of this version"):
+        record.read(tmp_path)
