@@ -133,13 +133,15 @@ class Graphs:
         """Convert weights from PyTorch's names and layout to the names and layout of the ONNX initializers.
 
         Raises:
-            EngineError: the bundle has no map of parameters.
+            EngineError: the bundle has no map of parameters, or the map lacks one of the names.
         """
         if self.parameters is None:
             raise EngineError(
                 "this bundle was built for deployment and has no map of its weights: build it without --deploy"
             )
         parameters = read_parameters(self.parameters)
+        if unknown := sorted(set(weights) - set(parameters)):
+            raise EngineError(f"the graphs have no weights {unknown[0]}: use PyTorch's parameter names")
         return {
             parameters[name].initializer: (value.T if parameters[name].transposed else value).contiguous()
             for name, value in weights.items()

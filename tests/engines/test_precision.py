@@ -112,7 +112,7 @@ def test_a_row_is_near_the_full_precision_model_at_other_inputs(
 
 
 @pytest.mark.slow
-def test_the_manifest_says_what_each_engine_computes_in(table: Path) -> None:
+def test_the_manifest_records_each_engines_precision(table: Path) -> None:
     bundle = offcut.Bundle.open(table)
     for key, entry in bundle.manifest.engines.items():
         variant = bundle.manifest.variants[entry.variant]

@@ -210,7 +210,7 @@ def test_an_engine_that_is_not_usable_is_refused_before_the_export(
 def test_a_missing_cut_is_refused_and_leaves_no_files(
     tiny_unet_dir: Path, tmp_path: Path, quick_export: list[Path]
 ) -> None:
-    with pytest.raises(CutError, match="no cut 'deepcache:7' in this UNet"):
+    with pytest.raises(CutError, match="this UNet has no cut 'deepcache:7'"):
         build(tiny_unet_dir, tmp_path / "b", cuts=["deepcache:7"])
     assert not (tmp_path / "b").exists()
 

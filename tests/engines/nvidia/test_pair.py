@@ -309,7 +309,7 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(
     before = bound.buffers["noise_pred"].clone()
     bias = initializer(fp32_export, "conv_out.bias")
     for weights, sentence in (
-        ({"conv_out.bias": bias + 1, "no.such.weight": bias}, "no plan of this pair has the weights no.such.weight"),
+        ({"conv_out.bias": bias + 1, "no.such.weight": bias}, "the graphs have no weights no.such.weight"),
         ({"conv_out.bias": bias.repeat(2)}, "conv_out.bias are 8 values of float32, but the plan's are 4 of float32"),
         ({"conv_out.bias": bias.half()}, "conv_out.bias are 4 values of float16"),
     ):

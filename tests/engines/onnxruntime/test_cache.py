@@ -122,7 +122,7 @@ def test_only_the_user_can_write_to_the_cache(tmp_path: Path) -> None:
         assert (tmp_path / "digest" / "provider").stat().st_mode & 0o077 == 0
 
 
-def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_refused_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "digest").write_text("a file that prevents the directory, as permissions do not stop root")
     with (
         pytest.raises(EngineError, match=r"cannot be cached in .*: name a directory for them with runtime_cache"),

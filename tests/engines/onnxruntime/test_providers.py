@@ -120,7 +120,7 @@ def test_a_provider_can_be_chosen_on_cuda_only() -> None:
         ("tensorrt-rtx", "has no NvTensorRTRTXExecutionProvider: pip install onnxruntime-ep-nv-tensorrt-rtx"),
     ],
 )
-def test_a_provider_that_is_not_installed_says_what_to_install(name: str, sentence: str, unet_bundle: Path) -> None:
+def test_a_missing_provider_is_refused_with_the_install_command(name: str, sentence: str, unet_bundle: Path) -> None:
     import onnxruntime
 
     if PROVIDERS[name].name in onnxruntime.get_available_providers():
