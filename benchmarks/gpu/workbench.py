@@ -67,7 +67,10 @@ class GpuOptions:
     @classmethod
     def of_json(cls, values: dict[str, Any]) -> GpuOptions:
         """Return the options from their fields; JSON has lists in place of tuples."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**fields)
 
 
 class Workbench:

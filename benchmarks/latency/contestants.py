@@ -132,8 +132,8 @@ def _offcut(bundle: Bundle, case: Case, engines: Iterable[str], uncached: bool) 
             "not_run": reason,
         }
         name, twin = f"offcut {engine} {precision}", f"{engine} {precision} full only"
-        common_settings = {"cached": True, "settings": settings, "size": size, "twin": twin if uncached else None}
-        yield Entrant(name, "offcut", **common_settings, **common)
+        cached_twin = twin if uncached else None
+        yield Entrant(name, "offcut", cached=True, settings=settings, size=size, twin=cached_twin, **common)
         if uncached:
             settings = settings | {"graph": "also writes the cached features, which nobody reads"}
             yield Entrant(twin, engine, cached=False, settings=settings, size=full_size, **common)

@@ -114,7 +114,7 @@ def _text_inputs(case: Case, bundle: Bundle, latent: tuple[int, int], generator:
                 case.prompt, device="cpu", num_images_per_prompt=case.images, do_classifier_free_guidance=True
             )
         return inputs | {name: tensor for name, tensor in zip(names, encoded, strict=False) if tensor is not None}
-    shapes = dict.fromkeys(names[:2], (case.images, 77, config["cross_attention_dim"]))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names[:2], (case.images, 77, config["cross_attention_dim"]))
     if config.get("addition_embed_type") == "text_time":
         width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         shapes |= dict.fromkeys(names[2:], (case.images, width))

@@ -143,7 +143,7 @@ class _RequestGroup:
 
 def _difference(before: Statistics, after: Statistics) -> dict[tuple[str, int], Total]:
     """Return the engine calls between two moments."""
-    calls = {}
+    calls: dict[tuple[str, int], Total] = {}
     for key, total in after.ticks.items():
         earlier = before.ticks.get(key, Total())
         if total.count > earlier.count:

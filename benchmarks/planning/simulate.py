@@ -211,12 +211,15 @@ def simulate(
     accepted: list[_Request] = []
     rejected = 0
 
+    def schedule(moment: float, effect: _Effect) -> None:
+        heapq.heappush(events, (moment, next(order), effect))
+
     def start_task(index: int, now: float) -> None:
         device = devices[index]
         task = device.next_task()
         device.working = task is not None
         if task is not None:
-            heapq.heappush(events, (now + task[0], next(order), partial(end_task, index, task[1])))
+            schedule(now + task[0], partial(end_task, index, task[1]))
 
     def end_task(index: int, effect: _Effect, now: float) -> None:
         before = devices[index].load
@@ -244,7 +247,7 @@ def simulate(
             start_task(index, now)
 
     for key, moment in enumerate(arrivals):
-        heapq.heappush(events, (moment, next(order), partial(arrive, _Request(key, draw.choice(kinds), moment))))
+        schedule(moment, partial(arrive, _Request(key, draw.choice(kinds), moment)))
     now = 0.0
     while events:
         now, _, effect = heapq.heappop(events)

@@ -72,7 +72,9 @@ def _result(metric: Any) -> float:
 
 def _batches(pictures: Pictures) -> Iterator[torch.Tensor]:
     """Yield batches [B, 3, H, W], uint8."""
-    yield from torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().split(_BATCH)
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+    for first in range(0, len(images), _BATCH):
+        yield images[first : first + _BATCH]
 
 
 @torch.inference_mode()

@@ -141,5 +141,5 @@ def test_schedules_with_cuts_compare_by_value() -> None:
     assert TunedSteps((0, 1, 5), CALLS) != SCHEDULE
     assert hash(SCHEDULE) == hash(TunedSteps((0, 1, 5), CALLS, BY_CALL))
     assert str(TunedSteps((0,), 2, (None, "a"))) == "tuned:0:total=2:by_call=none,a"
-    with pytest.raises(ScheduleError, match="2 cuts cannot serve 3 UNet calls"):
+    with pytest.raises(ScheduleError, match="2 cuts were given for 3 UNet calls: give one for each"):
         TunedSteps((0,), 3, (None, "a"))

@@ -79,5 +79,5 @@ def test_prompts_are_captions_without_held_out_pairs() -> None:
 
 def test_a_missing_model_is_an_error_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "DIRECTORY", tmp_path / "absent")
-    with pytest.raises(ModelError, match=r"shapes\.train"):
+    with pytest.raises(ModelError, match=r"the shapes model is missing from .*absent: reinstall offcut"):
         model.model_path()
