@@ -163,7 +163,7 @@ def test_a_lora_for_another_text_encoder_is_refused(
     deep = {name.replace("layers_0", "layers_11"): value for name, value in lora.items() if name.startswith("lora_te")}
     second = {name.replace("lora_te_", "lora_te2_"): value for name, value in lora.items()}
     for name, tensors, complaint in (
-        ("wide", wide, r"its encoder\.layers\.0\.self_attn\.q_proj is 32 x 768, this text encoder's \[32, 32\]"),
+        ("wide", wide, r"its encoder\.layers\.0\.self_attn\.q_proj is 32 x 768, but this text encoder has \[32, 32\]"),
         ("deep", lora | deep, r"this text encoder has no encoder\.layers\.11"),
         ("second", second, "this pipeline has no text_encoder_2"),
     ):
