@@ -20,6 +20,9 @@ LONG: dict[str, str] = {
     "tests/conftest.py::foreign_bundle": "imports and verifies every network of a pipeline on both engines",
     "tests/runtime/test_components.py::whole": "exports the text encoder and the autoencoder, verified on both engines",
     "tests/benchmarks/shapes/training/test_training.py::finished": "trains every stage once, for the resumed runs",
+    "tests/exporter/test_cut.py::test_the_mlperf_cut_keeps_the_features_of_the_whole_last_block": (
+        "exports a UNet of SDXL's topology"
+    ),
     "tests/exporter/test_program.py::test_every_cut_computes_the_same_as_pytorch": "traces a program for each cut",
     "tests/exporter/trace/test_export.py::test_exporting_again_replaces_the_export": "exports in a process of its own",
 }
