@@ -39,7 +39,7 @@ older: $(OLDER)/installed  ## the smoke tests on the oldest diffusers and transf
 	$(OLDER)/bin/python -m pytest -m smoke
 
 docs: $(VENV)/installed-dev  ## build the manual as a website in build/site
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 format:  ## put the code into shape
 	$(BIN)/ruff check --fix .
