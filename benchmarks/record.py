@@ -113,7 +113,7 @@ def read(path: Path) -> Result:
         raise UserError(f"cannot read {file}: {error.strerror}; give what offcut bench wrote") from error
     except (ValidationError, UnicodeDecodeError) as error:
         first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise UserError(f"{file} is no result of this version's offcut bench: {first}") from error
+        raise UserError(f"{file} is not a result of this version's offcut bench: {first}") from error
 
 
 def json_schema() -> dict[str, Any]:

@@ -195,7 +195,7 @@ def _text_encoder_network(folder: Path, kind: str, precision: str, variant: str 
     dtype, config = PRECISIONS[precision], model.config
     pooled = TEXT_ENCODERS[kind]
 
-    class Flat(torch.nn.Module):
+    class FlatTextEncoder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
@@ -212,7 +212,7 @@ def _text_encoder_network(folder: Path, kind: str, precision: str, variant: str 
     norm = {name: value.clone() for name, value in final_norm.float().state_dict().items()}
     final_norm.to(getattr(torch, dtype))
     input_ids = TensorSpec("input_ids", "int64", ("batch", length))
-    return ComponentNetwork(folder.name, Flat().eval(), input_ids, tuple(outputs), norm=norm)
+    return ComponentNetwork(folder.name, FlatTextEncoder().eval(), input_ids, tuple(outputs), norm=norm)
 
 
 def _autoencoder_networks(folder: Path, kind: str, precision: str, variant: str | None) -> list[ComponentNetwork]:

@@ -215,9 +215,9 @@ def scene_from_caption(text: str, rng: np.random.Generator) -> Scene:
     try:
         scene = _arrange(rng, words, relation, ground.rpartition(" ")[2])
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{text!r} is no caption of a scene ({error})") from error
+        raise ValueError(f"{text!r} is not the caption of a scene ({error})") from error
     if caption(scene) != text:
-        raise ValueError(f"{text!r} is no caption of a scene; the nearest one is {caption(scene)!r}.")
+        raise ValueError(f"{text!r} is not the caption of a scene; the nearest one is {caption(scene)!r}.")
     return scene
 
 

@@ -40,7 +40,7 @@ def export_program(
     symbolic_specs = [spec.fixed(fixed) for spec in specs]
     is_video = family.is_video
 
-    class Flat(torch.nn.Module):
+    class FlatUNet(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.unet = unet
@@ -60,7 +60,7 @@ def export_program(
     )
     examples = tuple(example_inputs(specs, dims).values())
     with torch.no_grad(), quiet():
-        return torch.export.export(Flat().eval(), examples, dynamic_shapes=(dynamic,), strict=False)
+        return torch.export.export(FlatUNet().eval(), examples, dynamic_shapes=(dynamic,), strict=False)
 
 
 def dim_symbols(

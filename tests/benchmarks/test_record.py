@@ -70,7 +70,7 @@ def test_ratios_are_taken_within_a_round_and_missing_where_nothing_was_measured(
 @pytest.mark.parametrize("text", ["", "{}", '{"schema_version": 2}', "[1]", "\xff"])
 def test_what_is_no_result_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "result.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match="is no result"):
+    with pytest.raises(UserError, match="is not a result"):
         record.read(tmp_path)
 
 
@@ -104,5 +104,5 @@ def test_a_result_of_an_earlier_version_is_read_without_its_empty_sections(tmp_p
     (tmp_path / record.NAME).write_text(json.dumps(fields), encoding="utf-8")
     assert record.read(tmp_path) == result()
     (tmp_path / record.NAME).write_text(json.dumps(fields | {"growth": {"model": "sd15"}}), encoding="utf-8")
-    with pytest.raises(UserError, match="no result of this version"):
+    with pytest.raises(UserError, match="not a result of this version"):
         record.read(tmp_path)

@@ -60,5 +60,5 @@ def test_an_empty_picture_has_no_objects() -> None:
 def test_other_arrays_are_refused() -> None:
     with pytest.raises(ValueError, match="uint8"):
         judge.look(np.zeros((64, 64, 3), dtype=np.float32))
-    with pytest.raises(ValueError, match="no caption"):
+    with pytest.raises(ValueError, match="not the caption"):
         judge.judge(np.zeros((64, 64, 3), dtype=np.uint8), "a cat")

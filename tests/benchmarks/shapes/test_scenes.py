@@ -102,7 +102,7 @@ def test_moving_a_shape_by_whole_pixels_moves_its_picture() -> None:
     ],
 )
 def test_other_texts_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="no caption of a scene"):
+    with pytest.raises(ValueError, match="not the caption of a scene"):
         scenes.scene_from_caption(text, np.random.default_rng(0))
 
 
