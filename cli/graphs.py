@@ -122,7 +122,7 @@ def cuts(
         )
     out.print(table)
     out.print(
-        "params and FLOPs: share of a full step that a shallow step needs. "
+        "params and FLOPs: cost of a shallow step as a share of a full step. "
         "N: speed-up at this interval if time follows FLOPs."
     )
 

@@ -42,7 +42,7 @@ class CachingOptions:
     interval: Annotated[
         int, typer.Option(help="Run the full UNet every N calls; 1 is uncached. Costs quality.", min=1)
     ] = 5
-    warmup: Annotated[int, typer.Option(help="Number of first calls that are always full.", min=0)] = 2
+    warmup: Annotated[int, typer.Option(help="Number of calls at the start that are always full.", min=0)] = 2
     schedule: Annotated[
         str | None,
         typer.Option(

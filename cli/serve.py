@@ -72,7 +72,7 @@ class RequestDefaults:
     interval: Annotated[
         int, typer.Option(help="Run the full UNet every N calls; 1 is uncached. Costs quality.", min=1)
     ] = ServeSettings.interval
-    warmup: Annotated[int, typer.Option(help="Number of first calls that are always full.", min=0)] = (
+    warmup: Annotated[int, typer.Option(help="Number of calls at the start that are always full.", min=0)] = (
         ServeSettings.warmup
     )
     schedule: Annotated[

@@ -52,7 +52,8 @@ _REQUEST_OPTIONS = {
         **_TARGET,
     ),
     "psnr": typer.Option(
-        help="Target mean PSNR to the uncached images in dB; the fastest schedule that reaches it.", **_TARGET
+        help="Target mean PSNR to the uncached images in dB; the fastest schedule with it is chosen.",
+        **_TARGET,
     ),
     "steps": typer.Option(help="Number of scheduler steps.", min=4, **_CONDITIONS),
     "cuts": typer.Option(

@@ -145,7 +145,7 @@ class GraphIds:
     """The number of runs that are neither captured nor replayed."""
 
     def __init__(self) -> None:
-        self._last = 0  # ONNX Runtime uses 0 itself
+        self._last = 0  # the id 0 is reserved by ONNX Runtime
         self._lock = threading.Lock()
 
     def take(self, graphs: Iterable[Graph]) -> dict[Graph, int]:

@@ -72,7 +72,7 @@ def machine() -> dict[str, str]:
 
 
 def choose(device: str = "cpu", among: Iterable[str] = ENGINES) -> Choice:
-    """Choose the best engine for a device, with the reason: the rule of ``engine="auto"``.
+    """Choose the best engine for a device and say why; ``engine="auto"`` uses this function.
 
     On CUDA the order is TensorRT, TensorRT-RTX (both compile the graphs for the GPU), ONNX Runtime. On a CPU with AMX
     (bf16 matrix units) the choice is OpenVINO, which was measured fastest there even on fp32 graphs. On other CPUs it

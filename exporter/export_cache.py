@@ -169,7 +169,7 @@ class ExportCache:
             lock.release()
 
     def copy_to(self, key: str, out: Path, progress: Progress) -> bool:
-        """Copy an entry's files into a directory and compare their digests. Return False if no intact entry exists.
+        """Copy an entry's files into a directory and check their digests. Return False if no intact entry exists.
 
         A damaged entry is removed. The caller holds the entry's lock.
         """

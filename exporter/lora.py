@@ -302,7 +302,7 @@ def _settings(file: Path, header: Mapping[str, str]) -> dict[str, _Settings]:
 
 
 def _settings_by_part(metadata: Mapping[str, Any]) -> dict[str, _Settings]:
-    """Return PEFT's settings by component, from names that start with the component's name."""
+    """Return the PEFT settings of each component, read from keys that start with the component's name."""
     parts: dict[str, dict[str, Any]] = {}
     for name, value in metadata.items():
         part, _, setting = name.partition(".")

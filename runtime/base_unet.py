@@ -105,7 +105,7 @@ class BaseUNet(EngineModel):
         self._output_class = output_class(self._family)
         self._caching = CachingSettings()
         self._announced: GenerationState | None = None
-        self._announced_by: int | None = None  # id of the thread
+        self._announced_by: int | None = None  # id of the thread that announced the generation
         self._unannounced: GenerationState | None = None
         self._latest: GenerationState | None = None
         self._busy = threading.Lock()

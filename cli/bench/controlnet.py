@@ -22,7 +22,8 @@ def controlnet(
         ),
     ] = Path("shapes-controlnet.offcut"),
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Directory of result.json; an interrupted run continues there.")
+        Path,
+        typer.Option("-o", "--output", help="Directory to write result.json to; an interrupted run continues there."),
     ] = Path("bench-controlnet"),
     controlnet: Annotated[
         Path | None, typer.Option(help="Directory of a ControlNet for silhouettes; by default the shapes model's.")
@@ -33,7 +34,7 @@ def controlnet(
         list[int] | None,
         typer.Option(help="Full UNet every N calls; 3 and 5 by default; repeatable. Costs quality.", min=2),
     ] = None,
-    warmup: Annotated[int, typer.Option(help="Number of first calls that are full.", min=0)] = 2,
+    warmup: Annotated[int, typer.Option(help="Number of calls at the start that are full.", min=0)] = 2,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 switches it off.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Seed of the scenes and of the first image's noise.", min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Images of one pipeline call.", min=1)] = 8,

@@ -73,7 +73,7 @@ def latency(
     request: Annotated[LatencyRequest, _CONTESTANTS | _LOOP],
     options: Annotated[MeasureOptions, "Measurement (as in trtexec)"],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Directory of result.json and the processes' log.")
+        Path, typer.Option("-o", "--output", help="Directory to write result.json to, and the processes' log.")
     ] = Path("bench-latency"),
     interval: Annotated[
         int | None, typer.Option(help="Full UNet every N calls; 5 by default. Costs quality.", min=2)

@@ -32,13 +32,13 @@ class MlPerfRequest:
     interval: Annotated[
         tuple[int, ...], typer.Option(help="Full UNet every N calls; 1 is uncached; repeatable.", min=1)
     ] = (1, 5)
-    warmup: Annotated[int, typer.Option(help="Number of first calls that are always full.", min=0)] = 2
+    warmup: Annotated[int, typer.Option(help="Number of calls at the start that are always full.", min=0)] = 2
     cut: Annotated[str | None, typer.Option(help="Cut of the bundle; its first by default.")] = None
     steps: Annotated[int, typer.Option(help="Scheduler steps of an image; MLPerf has 20.", min=2)] = 20
     batch: Annotated[int, typer.Option(help="Most images that share a UNet call.", min=1)] = 8
     samples: Annotated[int, typer.Option(help="Prompts that LoadGen draws from; MLPerf has 5000.", min=2)] = 32
     duration: Annotated[float, typer.Option(help="Least seconds of a test; MLPerf has 600.", min=0.1)] = 10.0
-    queries: Annotated[int, typer.Option(help="Least number of queries of a test.", min=1)] = 64
+    queries: Annotated[int, typer.Option(help="Minimum number of queries per test.", min=1)] = 64
     load: Annotated[
         float, typer.Option(help="Server: offered load as a share of full batches' rate.", min=0.05, max=0.99)
     ] = 0.5

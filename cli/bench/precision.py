@@ -42,7 +42,7 @@ def precision(
     ] = None,
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", help="Directory of result.json; images in it are reused."),
+        typer.Option("-o", "--output", help="Directory to write result.json to; images in it are reused."),
     ] = Path("bench-precision"),
     part: Annotated[
         list[PrecisionPart] | None,

@@ -41,7 +41,8 @@ def quality(
         Path, typer.Argument(metavar="[BUNDLE]", help="Bundle of the shapes model; built if absent.")
     ] = Path("shapes-quality.offcut"),
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Directory of result.json; an interrupted run continues there.")
+        Path,
+        typer.Option("-o", "--output", help="Directory to write result.json to; an interrupted run continues there."),
     ] = Path("bench-quality"),
     plan: Annotated[
         PlanName | None,
@@ -66,7 +67,7 @@ def quality(
         typer.Option(help="Sampler of the combinations or of a plan: ddim, dpm++ 2m, euler ancestral; repeatable."),
     ] = None,
     cut: Annotated[
-        list[str] | None, typer.Option(help="Cut of the combinations, e.g. deepcache:1; repeatable.")
+        list[str] | None, typer.Option(help="Cut to include in the combinations, e.g. deepcache:1; repeatable.")
     ] = None,
     warmup: Annotated[
         list[int] | None, typer.Option(help="First full calls of the combinations; repeatable.", min=0)

@@ -26,7 +26,7 @@ class Part(StrEnum):
 _SERVER = {
     "steps": typer.Option(help="Scheduler steps of a request.", min=2),
     "interval": typer.Option(help="Full UNet every N calls. Costs quality.", min=2),
-    "warmup": typer.Option(help="Number of first calls that are always full.", min=0),
+    "warmup": typer.Option(help="Number of calls at the start that are always full.", min=0),
     "guidance": typer.Option(help="Guidance scale; 1 switches guidance off.", min=0),
     "size": typer.Option(help="Side of the images in pixels; the model's own by default.", min=8),
     "in_flight": typer.Option(

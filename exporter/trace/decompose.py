@@ -18,7 +18,8 @@ def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
     """Return the program with its trivial operators replaced; the argument's graph is changed in place.
 
     ``run_decompositions`` of the returned program, which PyTorch's ONNX exporter calls, traces the program again only
-    where an operator is left to decompose, or an operator writes to its input.
+    where an operator is left to decompose. A program in which an operator writes to its input is returned unchanged,
+    because a copy made here would not see what is written to the original.
     """
     import torch
 
@@ -35,6 +36,8 @@ def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
             return result
 
     graph = program.graph
+    if any(_writes_to_input(node) for node in graph.nodes):
+        return program
     for node in list(graph.nodes):
         if node.op == "call_function":
             _replace(graph, node)
@@ -53,17 +56,22 @@ def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
 def _needs_trace(node: torch.fx.Node, table: Mapping[Any, Any]) -> bool:
     """Return whether PyTorch's own decomposition would replace the node's operator.
 
-    PyTorch replaces the operators of the table, operators that write to their input, composite operators whose result
-    may be a view (no table lists them), and operators that are neither ATen's nor Python's.
+    PyTorch replaces the operators of the table, composite operators whose result may be a view (no table lists them),
+    and operators that are neither ATen's nor Python's.
     """
     from torch._C import DispatchKey
 
     target: Any = node.target
-    namespace, _, name = str(target).partition(".")
-    if namespace != "aten":
+    if not str(target).startswith("aten."):
         return not isbuiltin(target)
     composite = target.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
-    return target in table or name.partition(".")[0].endswith("_") or (target.is_view and composite)
+    return target in table or (target.is_view and composite)
+
+
+def _writes_to_input(node: torch.fx.Node) -> bool:
+    """Return whether the node calls an ATen operator such as ``aten.add_.Tensor``."""
+    namespace, _, name = str(node.target).partition(".")
+    return namespace == "aten" and name.partition(".")[0].endswith("_")
 
 
 def _replace(graph: torch.fx.Graph, node: torch.fx.Node) -> None:

@@ -58,7 +58,7 @@ class EngineCalls:
             names = self._cuts[cut]
             predictions = [_predictions(call, names) for call in calls]
             needed_stamps = tuple(
-                # A prediction belongs to one call; negative numbers keep it apart from the index of a full call.
+                # A predicted feature is read by one call only. Its negative key never equals the index of a full call.
                 (call.request.key, -1 - call.number if predicted else call.request.last_full, call.rows)
                 for call, predicted in zip(calls, predictions, strict=True)
             )

@@ -24,7 +24,7 @@ _Module = TypeVar("_Module", bound=torch.nn.Module)
 
 @dataclass(eq=False)
 class ModuleCall:
-    """A request's call of a module, which waits for the engine thread.
+    """A request's call of a module; the call waits until the engine thread runs it.
 
     Attributes:
         key: calls with the same key can share a call.

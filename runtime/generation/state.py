@@ -145,7 +145,7 @@ class GenerationState:
 
     @property
     def plan(self) -> tuple[bool, ...] | None:
-        """For each call whether the schedule makes it full; None if the number of calls or the choice is unknown.
+        """Whether the schedule makes each call full; None if the number of calls or the choice is unknown.
 
         Raises:
             ScheduleError: as ``begin``.

@@ -112,8 +112,8 @@ class CandidateJudge:
 
     def __init__(self, pipeline: TuningPipeline, tap: SchedulerTap, fit: ImageSet, select: ImageSet) -> None:
         self._pipeline, self._tap, self._fit, self._select = pipeline, tap, fit, select
-        # By `id`, which is unique while the dictionary holds the schedule: the PSNR of each image of the selection set,
-        # or of both sets.
+        # PSNR of each image of the selection set, or of both sets, by the schedule's `id`, which is unique while the
+        # dictionary holds the schedule.
         self._results: dict[int, tuple[Tuned, tuple[float, ...]]] = {}
 
     def with_correction(self, tuned: Tuned) -> Tuned:

@@ -139,7 +139,7 @@ def with_call_moved(full: Sequence[int], calls: int, place: int, by: int) -> tup
 
 
 def spread_shallow_calls(full: Sequence[int], calls: int, shallow: int, cut: str) -> CutsByCall:
-    """Return cuts by call: shallow calls are spread over the widest gaps between full calls; other calls are skipped.
+    """Return the cut of each call: shallow calls go to the widest gaps between full calls, other calls are skipped.
 
     >>> spread_shallow_calls((0, 4), 8, 3, "deepcache:0")
     (None, 'deepcache:0', 'deepcache:0', 'skip', None, 'skip', 'deepcache:0', 'skip')

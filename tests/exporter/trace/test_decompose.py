@@ -40,6 +40,15 @@ class Flattened(torch.nn.Module):
         return sample.flatten(1) + 1
 
 
+class InPlace(torch.nn.Module):
+    """Writes to a tensor of which ``contiguous`` may have given the tensor itself."""
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        scaled = sample * 2
+        scaled.contiguous().add_(1)
+        return scaled
+
+
 def traced(module: torch.nn.Module, sample: torch.Tensor) -> torch.export.ExportedProgram:
     return torch.export.export(module.eval(), (sample,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
@@ -77,6 +86,16 @@ def test_a_composite_operator_that_returns_a_view_is_left_to_pytorch() -> None:
     result = decomposed(program).run_decompositions({})
     assert torch.ops.aten.flatten.using_ints not in operators(result)
     assert torch.equal(result.module()(sample), Flattened()(sample))
+
+
+def test_a_program_that_writes_to_an_input_is_left_to_pytorch() -> None:
+    sample = torch.randn(2, 3)
+    program = traced(InPlace(), sample)
+    assert torch.ops.aten.add_.Tensor in operators(program)
+    assert decomposed(program) is program
+    functional = program.run_decompositions({})
+    assert torch.ops.aten.add_.Tensor not in operators(functional)
+    assert torch.equal(functional.module()(sample), sample * 2 + 1)
 
 
 def test_other_operators_are_left_to_pytorch() -> None:
