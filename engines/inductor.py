@@ -107,7 +107,7 @@ class InductorPair:
         return BoundInductorPair(self._full, self._shallow, buffers, dims, self._stream, graphs)
 
     def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
-        full = _load(self._graphs.full, self.device, weights)
+        full = _load(self._graphs.full, self.device, weights, is_full=True)
         shallow = {cut: _load(path, self.device, weights) for cut, path in self._graphs.shallow.items()}
         self._full, self._shallow = full, shallow
 
@@ -169,7 +169,9 @@ class _Package:
     outputs: tuple[str, ...]
 
 
-def _load(path: Path, device: torch.device, weights: Mapping[str, torch.Tensor] | None = None) -> _Package:
+def _load(
+    path: Path, device: torch.device, weights: Mapping[str, torch.Tensor] | None = None, *, is_full: bool = False
+) -> _Package:
     import torch
 
     names = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -183,6 +185,8 @@ def _load(path: Path, device: torch.device, weights: Mapping[str, torch.Tensor] 
     names_in_package = set(run.get_constant_fqns()) if weights else set()
     constants = {_constant(name): value for name, value in (weights or {}).items()}
     present = {name: value.to(device) for name, value in constants.items() if name in names_in_package}
+    if weights and is_full and not present:  # a shallow graph may lack the changed layers; the full graph has them all
+        raise EngineError(f"{path.name} names its weights in another way than this version: build the engine again")
     if present:
         run.load_constants(present, check_full_update=False)
     return _Package(run, tuple(names["inputs"]), tuple(names["outputs"]))

@@ -161,10 +161,10 @@ def _export_with_buffers(
     class WithBuffers(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.module = module
+            self.part = module  # compiled packages name their weights `part.unet.…`
 
         def forward(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> tuple[()]:
-            output = self.module(*inputs)
+            output = self.part(*inputs)
             results = output if isinstance(output, tuple | list) else (output,)
             for buffer, result in zip(outputs, results, strict=True):
                 buffer.copy_(result)
