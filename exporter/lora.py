@@ -36,6 +36,19 @@ _OTHER_KINDS = {
     "oft_": "OFT",
     "lora_mid": "a Tucker decomposition",
 }
+# PEFT's settings that make a LoRA compute something else than a product that is added to a weight.
+_OTHER_SETTINGS = {
+    "use_dora": "DoRA",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "a block-diagonal LoRA",
+    "alora_invocation_tokens": "an activated LoRA",
+    "arrow_config": "an Arrow router",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+}
+# Values of PEFT's init_lora_weights that subtract the initial product from the model's weights.
+_CHANGING_INITIALIZATIONS = ("pissa", "corda", "olora", "loftq", "lora_ga")
+_DEFAULT_ALPHA = 8  # of PEFT's LoraConfig
 _FACTOR = re.compile(
     r"(?P<layer>.+?)(?:_lora|\.lora_linear_layer|\.lora)?[._]"
     r"(?P<factor>down|up|lora_down|lora_up|lora_A|lora_B)(?:\.default)?\.weight"
@@ -125,11 +138,9 @@ def read(path: str | Path, config: Config) -> Lora:
     file = find(Path(path))
     tensors, header = _tensors(file)
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
-    for part, kind in _OTHER_KINDS.items():
-        if any(part in name for name in tensors):
-            raise ModelError(f"{file} is {kind}, which offcut cannot add to weights: merge it into the model itself")
-    settings = _settings(file, header)
     try:
+        _refuse_other_kinds(tensors)
+        settings = _settings(file, header)
         named, alphas = _diffusers_names(tensors, config)
         return _lora(file.stem if file.name not in _DIRECTORY_FILES else file.parent.name, named, alphas, settings)
     except ModelError as error:
@@ -147,9 +158,17 @@ def from_tensors(name: str, tensors: Tensors, alphas: Mapping[str, float], metad
         ModelError: the tensors are not low-rank products for a UNet.
     """
     try:
+        _refuse_other_kinds(tensors)
         return _lora(name, tensors, _by_layer(alphas), _settings_by_part(metadata))
     except ModelError as error:
         raise ModelError(f"the LoRA {name} {error}") from error
+
+
+def _refuse_other_kinds(names: Iterable[str]) -> None:
+    """Raise a ``ModelError`` for tensors of an adapter that is not a LoRA."""
+    for part, kind in _OTHER_KINDS.items():
+        if any(part in name for name in names):
+            raise ModelError(f"is {kind}, which offcut cannot add to weights: merge it into the model itself")
 
 
 def _lora(name: str, tensors: Tensors, alphas: Mapping[str, float], settings: Mapping[str, _Settings]) -> Lora:
@@ -298,7 +317,7 @@ def _settings(file: Path, header: Mapping[str, str]) -> dict[str, _Settings]:
             return {UNET: _Settings.from_peft(json.loads(config_file.read_text(encoding="utf-8")))}
         return _settings_by_part(json.loads(header.get(_METADATA, "{}")))
     except (ValueError, AttributeError) as error:
-        raise ModelError(f"the LoRA settings of {file} are not a JSON object: download or save it again") from error
+        raise ModelError("has settings that are not a JSON object: download or save it again") from error
 
 
 def _settings_by_part(metadata: Mapping[str, Any]) -> dict[str, _Settings]:
@@ -312,11 +331,12 @@ def _settings_by_part(metadata: Mapping[str, Any]) -> dict[str, _Settings]:
 
 @dataclass(frozen=True)
 class _Settings:
-    """PEFT's settings of a LoRA.
+    """PEFT's settings of a LoRA, with PEFT's defaults.
 
     Attributes:
-        alpha: alpha of layers that ``alpha_pattern`` does not match.
-        alpha_pattern: alphas by the end of a layer's name.
+        alpha: alpha of layers that no key of ``alpha_pattern`` matches; None without settings.
+        alpha_pattern: alphas by a regular expression; the first that matches the end of a layer's name counts, from the
+            start of a part of the name (``peft.utils.other.get_pattern_key``).
         rank_stabilized: whether alpha is divided by the rank's square root instead of the rank (rsLoRA).
     """
 
@@ -326,12 +346,36 @@ class _Settings:
 
     @classmethod
     def from_peft(cls, values: Mapping[str, Any]) -> _Settings:
-        return cls(values.get("lora_alpha"), values.get("alpha_pattern") or {}, bool(values.get("use_rslora")))
+        """Check PEFT's settings, and return those that decide the scale of the products.
+
+        Raises:
+            ModelError: the adapter is not a LoRA, or its training began from changed weights of the model.
+        """
+        initialization = values.get("init_lora_weights")
+        kinds = [_OTHER_SETTINGS[name] for name in _OTHER_SETTINGS if values.get(name)]
+        peft_type = str(values.get("peft_type") or "LORA").rpartition(".")[2]
+        if peft_type != "LORA":
+            kinds.append(peft_type)
+        if kinds:
+            raise ModelError(f"is {kinds[0]}, which offcut cannot add to weights: merge it into the model itself")
+        if isinstance(initialization, str) and initialization.lower().startswith(_CHANGING_INITIALIZATIONS):
+            raise ModelError(
+                f"was trained with init_lora_weights={initialization!r}, which changes the model's weights: save it "
+                "with path_initial_model_for_weight_conversion, which PEFT's save_pretrained takes"
+            )
+        patterns = values.get("alpha_pattern") or {}
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ModelError(f"has an alpha_pattern that is not a regular expression: {pattern!r}") from error
+        return cls(values.get("lora_alpha", _DEFAULT_ALPHA), patterns, bool(values.get("use_rslora")))
 
     def factor(self, layer: str, rank: int, alpha: float | None) -> float:
         """Return the scale of a layer's product. ``alpha`` is the layer's own, if the file has it."""
         if alpha is None:
-            matches = (value for name, value in self.alpha_pattern.items() if f".{layer}".endswith(f".{name}"))
+            patterns = self.alpha_pattern.items()
+            matches = (value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", layer))
             alpha = next(matches, self.alpha)
         if alpha is None:
             return 1.0

@@ -1,16 +1,28 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from support.loras import KINDS, fused_by_diffusers, save_lora
+from support.loras import (
+    KINDS,
+    fused_by_diffusers,
+    merged_by_peft,
+    random_adapter,
+    save_adapter,
+    save_lora,
+    tensors_by_diffusers,
+)
 
 from offcut.errors import ModelError
-from offcut.exporter.lora import ScaledLora, fuse, read
+from offcut.exporter.lora import Lora, ScaledLora, from_tensors, fuse, merged, read
 
 
 def config_of(pipeline: Path) -> dict[str, object]:
@@ -33,6 +45,80 @@ def test_a_fused_lora_is_what_diffusers_and_peft_make_of_it(kind: str, tiny_pipe
         torch.testing.assert_close(got[name], weight, rtol=0, atol=2e-6, msg=name)
     changed = [name for name in expected if not torch.equal(got[name], plain[name])]
     assert len(changed) == len(read(path, config_of(tiny_pipeline_dir)).layers) > 20
+
+
+def weights_with(lora: Lora, unet: Any) -> dict[str, torch.Tensor]:
+    return {name: merged(unet.get_parameter(name), [(low_rank, 1.0)]) for name, low_rank in lora.layers.items()}
+
+
+def loaded_by_diffusers(kind: str, file: Path, unet: Any) -> dict[str, torch.Tensor]:
+    """Return the weights that PEFT, for a directory, or diffusers computes from a file."""
+    unet = copy.deepcopy(unet)
+    if kind == "peft":
+        weights = merged_by_peft(PeftModel.from_pretrained(unet, file))
+        return {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
+    tensors, alphas, metadata = tensors_by_diffusers(file, unet.config)
+    unet.load_lora_adapter(tensors, prefix="unet", network_alphas=alphas, metadata=metadata)
+    return merged_by_peft(unet)
+
+
+@pytest.mark.parametrize("kind", ["peft", "diffusers", "kohya", "scaled"])
+def test_random_settings_of_peft(kind: str, tiny_unet_dir: Path, tmp_path: Path) -> None:
+    """Random layers, ranks, alphas, patterns and rsLoRA, from a file and from the tensors that a pipeline loads.
+
+    diffusers does not find the alphas of attention layers in kohya's files if they differ, so that the weights of these
+    files are compared with PEFT's alone.
+    """
+    plain = UNet2DConditionModel.from_pretrained(tiny_unet_dir)
+    config = json.loads((tiny_unet_dir / "config.json").read_text())
+    for seed in range(25):
+        trained = copy.deepcopy(plain)
+        settings = random_adapter(trained, Random(seed))
+        expected = merged_by_peft(trained)
+        file = save_adapter(kind, trained, settings, tmp_path / str(seed))
+        results = {"read": weights_with(read(file, config), plain)}
+        if kind != "peft":
+            tensors, alphas, metadata = tensors_by_diffusers(file, plain.config)
+            results["from_tensors"] = weights_with(from_tensors("a", tensors, alphas or {}, metadata or {}), plain)
+        if kind != "kohya":
+            results["diffusers"] = loaded_by_diffusers(kind, file, plain)
+        for source, weights in results.items():
+            assert set(weights) == set(expected)
+            for name, weight in expected.items():
+                message = f"{source} {seed} {name} {settings.alpha_pattern}"
+                torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5, msg=message)
+
+
+def test_dora_is_refused_from_a_file_and_from_a_pipelines_tensors(tiny_unet_dir: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(tiny_unet_dir)
+    settings = random_adapter(unet, Random(0), dora=True)
+    for kind in ("peft", "diffusers"):
+        file = save_adapter(kind, unet, settings, tmp_path / kind)
+        with pytest.raises(ModelError, match="is DoRA, which offcut cannot add to weights"):
+            read(file, dict(unet.config))
+    tensors, alphas, metadata = tensors_by_diffusers(file, unet.config)
+    with pytest.raises(ModelError, match="the LoRA a is DoRA"):
+        from_tensors("a", tensors, alphas or {}, metadata or {})
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the model's weights: save it with path_initial_model"),
+        ({"init_lora_weights": "olora"}, "changes the model's weights"),
+        ({"peft_type": "LOHA"}, "is LOHA, which offcut cannot add"),
+        ({"use_dora": True}, "is DoRA"),
+        ({"alpha_pattern": {"to_q(": 3}}, "not a regular expression"),
+    ],
+)
+def test_settings_that_are_not_a_low_rank_product_are_refused(
+    setting: dict[str, Any], message: str, tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    folder = save_lora("peft", tiny_pipeline_dir, tmp_path)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **setting}))
+    with pytest.raises(ModelError, match=message):
+        read(folder, config_of(tiny_pipeline_dir))
 
 
 def test_several_are_added_with_their_scales(tiny_pipeline_dir: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ TARGETS = (
     "conv_shortcut",
 )
 KINDS = ("diffusers", "peft", "kohya", "processors")
+_PEFT_FILE = "adapter_model.safetensors"
 
 
 def save_lora(kind: str, pipeline: Path, out: Path, *, seed: int = 0, rank: int = 3, alpha: float = 6.0) -> Path:
@@ -69,12 +71,113 @@ def save_lora(kind: str, pipeline: Path, out: Path, *, seed: int = 0, rank: int 
             tensors[f"{layer}.alpha"] = torch.tensor(alpha)
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     if kind == "peft":
-        save_file(tensors, out / "adapter_model.safetensors")
+        save_file(tensors, out / _PEFT_FILE)
         settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": list(TARGETS)}
         (out / "adapter_config.json").write_text(json.dumps(settings))
         return out
     save_file(tensors, out / f"{kind}.safetensors")
     return out / f"{kind}.safetensors"
+
+
+PATTERNS = (
+    "to_q",
+    "o_q",
+    "to_[kv]",
+    "attn1.to_k",
+    "attn2",
+    "conv.",
+    "resnets.*",
+    ".*attn1.*",
+    "^mid_block.*",
+    r"down_blocks\.\d+\..*to_out\.0",
+    "net.0.proj|net.2",
+    "(up|mid)_block.*conv1",
+    "proj",
+)
+"""Keys of PEFT's patterns: names of layers, ends of names, and regular expressions that match names or their ends."""
+
+
+def random_adapter(unet: Any, random: Random, *, dora: bool = False) -> Any:
+    """Add a PEFT LoRA with random settings and weights to some layers of a UNet; return its ``LoraConfig``."""
+    from peft import LoraConfig
+
+    layers = [name for name, module in unet.named_modules() if type(module).__name__ in ("Linear", "Conv2d")]
+    targets = random.sample(layers, random.randint(1, min(12, len(layers))))
+    patterns = [*PATTERNS, *targets, *(f"^{name}" for name in targets)]
+
+    def values(choices: list[Any]) -> dict[str, Any]:
+        # PEFT saves its settings with sorted keys, and the first key that matches counts.
+        return {pattern: random.choice(choices) for pattern in sorted(random.sample(patterns, random.randint(0, 6)))}
+
+    config = LoraConfig(
+        r=random.choice([1, 3, 4]),
+        lora_alpha=random.choice([1, 2.5, 4, 16]),
+        rank_pattern=values([1, 2, 5, 8]),
+        alpha_pattern=values([0.5, 1, 3, 20]),
+        use_rslora=random.random() < 0.3,
+        use_dora=dora,
+        target_modules=targets,
+    )
+    unet.add_adapter(config)
+    _fill(unet, random.randint(0, 2**31))
+    return config
+
+
+def merged_by_peft(unet: Any) -> dict[str, torch.Tensor]:
+    """Return the weights of a UNet's layers with their active PEFT adapters added, by the parameters' names."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {
+        f"{name}.weight": module.get_base_layer().weight.detach()
+        + sum(module.get_delta_weight(adapter).detach() for adapter in module.active_adapters)
+        for name, module in unet.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+
+
+def save_adapter(kind: str, unet: Any, config: Any, out: Path) -> Path:
+    """Save a UNet's PEFT LoRA ``default``; return the file, for ``peft`` the directory.
+
+    Args:
+        kind: ``diffusers`` and ``peft`` as these save it; ``kohya`` with the same scales by alphas of its own;
+            ``scaled`` as diffusers without PEFT's settings, so that the scales are part of the products.
+    """
+    from diffusers import StableDiffusionPipeline
+    from peft.utils import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(unet)
+    out.mkdir(parents=True, exist_ok=True)
+    layers = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
+    scales = {name: unet.get_submodule(name).scaling["default"] for name in layers}
+    if kind == "peft":
+        save_file({f"base_model.model.{name}": value for name, value in tensors.items()}, out / _PEFT_FILE)
+        config.save_pretrained(out)
+        return out
+    if kind == "kohya":
+        kohya: dict[str, torch.Tensor] = {}
+        for name in layers:
+            flat, down = f"lora_unet_{name.replace('.', '_')}", tensors[f"{name}.lora_A.weight"]
+            kohya[f"{flat}.lora_down.weight"] = down
+            kohya[f"{flat}.lora_up.weight"] = tensors[f"{name}.lora_B.weight"]
+            kohya[f"{flat}.alpha"] = torch.tensor(scales[name] * down.shape[0])
+        save_file(kohya, out / "kohya.safetensors")
+        return out / "kohya.safetensors"
+    if kind == "scaled":
+        for name in layers:
+            tensors[f"{name}.lora_B.weight"] = tensors[f"{name}.lora_B.weight"] * scales[name]
+    metadata = {} if kind == "scaled" else {"unet_lora_adapter_metadata": dict(config.to_dict())}
+    StableDiffusionPipeline.save_lora_weights(out, unet_lora_layers=tensors, **metadata)
+    return out / "pytorch_lora_weights.safetensors"
+
+
+def tensors_by_diffusers(file: Path, config: Any) -> tuple[dict[str, torch.Tensor], Any, Any]:
+    """Return what ``pipe.load_lora_weights`` reads from a file: tensors, alphas and PEFT's settings."""
+    from diffusers import StableDiffusionPipeline
+
+    tensors, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
+        file.parent, weight_name=file.name, unet_config=config, return_lora_metadata=True
+    )
+    return tensors, alphas, metadata
 
 
 def save_lora_for_both(pipeline: Path, out: Path, *, seed: int = 0, rank: int = 4, alpha: float = 2.0) -> Path:
