@@ -19,13 +19,12 @@ if TYPE_CHECKING:
     from .runtime.calibration import Calibration
     from .runtime.deepcache import DeepCacheSDHelper
     from .runtime.generation.forecast import Extrapolate
-    from .runtime.generation.schedule import Adaptive, Quad, Steps, Uniform
+    from .runtime.generation.schedule import Quad, Steps, Uniform
     from .runtime.pipeline import attach, load
     from .runtime.tuning.artifact import Tuned
     from .runtime.unet import UNet
 
 _MODULES = {
-    "Adaptive": "runtime.generation.schedule",
     "Bundle": "engines.bundle.bundle",
     "Calibration": "runtime.calibration",
     "DeepCacheSDHelper": "runtime.deepcache",
@@ -46,7 +45,6 @@ _MODULES = {
 }
 
 __all__ = [
-    "Adaptive",
     "Bundle",
     "Calibration",
     "DeepCacheSDHelper",

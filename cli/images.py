@@ -46,7 +46,7 @@ class CachingOptions:
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="Schedule in place of --interval and --warmup, e.g. quad:5, steps:0,1,2,10 or adaptive:0.2; auto or "
+            help="Schedule in place of --interval and --warmup, e.g. quad:5 or steps:0,1,2,10; auto or "
             "tuned:NAME for a schedule from offcut tune. Costs quality."
         ),
     ] = None

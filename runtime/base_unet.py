@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CutError, InternalError, ScheduleError, UserError
+from ..errors import CutError, ScheduleError, UserError
 from ..exporter.cut import canonical_name
 from ..exporter.families import family_of
 from ..exporter.ip_adapter import CONFIG_KEY, IMAGE_EMBEDS
@@ -24,11 +24,14 @@ from ..exporter.residuals import flatten
 from ..exporter.specs import Shape, TensorSpec, solve
 from ..exporter.trace.export import SAMPLE
 from .bound import Shapes
-from .generation.advice import caching_advice
+from .generation.advice import caching_advice, trajectory_advice
+from .generation.features import CachedFeatures
 from .generation.forecast import Forecast
+from .generation.guidance import GuidanceReuse
 from .generation.schedule import SKIP, Schedule
 from .generation.state import Calls, GenerationState, Guided, Run
-from .inputs import conditioning_by_name, engine_inputs, refuse_unsupported, timestep_shape, timestep_value
+from .generation.trajectory import Call
+from .inputs import conditioning_by_name, engine_inputs, has_rows, refuse_unsupported, timestep_shape
 from .ip_adapter import BuiltInIPAdapters
 from .model import EngineModel, output_class
 
@@ -107,13 +110,22 @@ class BaseUNet(EngineModel):
         self._announced: GenerationState | None = None
         self._announced_by: int | None = None  # id of the thread that announced the generation
         self._unannounced: GenerationState | None = None
+        self._unannounced_by: int | None = None
         self._latest: GenerationState | None = None
+        self._trajectory_key: Hashable = None
+        self._batched = {name for name, spec in inputs.items() if has_rows(spec, inputs)}
+        self._warned_of_order = False
         self._busy = threading.Lock()
         self._in_use = IN_USE
 
     @abstractmethod
-    def _call(self, tensors: Mapping[str, torch.Tensor], timestep: torch.Tensor | float) -> torch.Tensor:
-        """Call the engines, and return the noise prediction in the sample's dtype and in memory of its own."""
+    def _call(
+        self, tensors: Mapping[str, torch.Tensor], timestep: torch.Tensor | float, conditioning: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Make a call of the present generation, and return the output in the sample's dtype and memory of its own.
+
+        An implementation calls ``_begin``, runs the engines unless the call is skipped, and calls ``_finish``.
+        """
 
     def _generation_ended(self) -> None:
         """Clean up after an announced generation, whether it succeeded or not."""
@@ -193,13 +205,19 @@ class BaseUNet(EngineModel):
 
         Raises:
             CutError: the UNet was not built with this cut, or with a cut that the schedule uses.
-            ScheduleError: a generation is under way; or the schedule is adaptive and the cut is ``"skip"``.
+            ScheduleError: a generation is under way; or ``reuse_guidance`` with engines of a fixed batch size.
         """
         if self._announced is not None:
             raise ScheduleError("the schedule cannot change during a generation: set it before the pipeline is called")
-        self._caching = CachingSettings() if schedule is None else self._settings(schedule, cut, forecast)
-        self._caching = replace(self._caching, reuse_guidance=reuse_guidance and schedule is not None)
-        self._unannounced = None
+        reuse_guidance = reuse_guidance and schedule is not None
+        if reuse_guidance and isinstance(self._specs[SAMPLE].shape[0], int):
+            raise ScheduleError(
+                f"reuse_guidance makes calls of half the batch, and these engines take {self._specs[SAMPLE].shape[0]} "
+                "rows only: build the bundle with a batch size that may vary"
+            )
+        settings = CachingSettings() if schedule is None else self._settings(schedule, cut, forecast)
+        self._caching = replace(settings, reuse_guidance=reuse_guidance)
+        self._end_unannounced()
 
     def _settings(self, schedule: Schedule, cut: str | None, forecast: Forecast | None) -> CachingSettings:
         """Return the settings for a schedule, after checking that the UNet has its cuts."""
@@ -210,11 +228,6 @@ class BaseUNet(EngineModel):
         if default not in self._cuts and default != SKIP:
             raise CutError(f"this UNet was not built with the cut {cut!r}; it has {known}")
         cuts = tuple(dict.fromkeys(default if name is None else name for name in schedule.cuts))
-        if schedule.adaptive and SKIP in cuts:
-            raise ScheduleError(
-                f"{schedule!r} decides from what its shallow calls compute, and with the cut {SKIP!r} they compute "
-                "nothing: give a cut of the UNet"
-            )
         if missing := [name for name in cuts if name not in self._cuts and name != SKIP]:
             raise CutError(f"this schedule has calls at the cut {missing[0]!r}, and this UNet has only {known}")
         features = tuple(dict.fromkeys(feature for name in cuts for feature in self._cuts.get(name, ())))
@@ -230,7 +243,8 @@ class BaseUNet(EngineModel):
 
         Args:
             calls: number of calls, or a function that returns it at the first call; None if it is unknown, which
-                only some schedules allow. Calls beyond the number are full.
+                only some schedules allow. Calls beyond the number are full. Where the loop calls the UNet several
+                times a step, for several latents or passes, the number of calls of each of them.
             scheduler: the pipeline's scheduler, used only by ``generation.advice``.
             guided: whether each call holds the same latents twice, without the prompt and with it, or a function that
                 returns this at the first call. Used by ``reuse_guidance``.
@@ -239,20 +253,59 @@ class BaseUNet(EngineModel):
             ScheduleError: the schedule needs the number of calls.
             UserError: another generation is under way.
         """
-        state = GenerationState(self._caching.schedule, self._caching.cut, self._with_advice(calls, scheduler), guided)
+        state = self._new_state(self._with_advice(calls, scheduler), guided)
         with self._exclusively():
             if self._announced is not None:
                 raise UserError(
                     "this UNet is already in a generation: make one pipeline call at a time, with no unet.generation() "
                     "around a pipeline of offcut.load or offcut.attach; for another thread, open another UNet"
                 )
-            self._announced, self._announced_by, self._unannounced = state, threading.get_ident(), None
+            self._end_unannounced()
+            self._announced, self._announced_by = state, threading.get_ident()
         try:
             yield state
         finally:
             self._generation_ended()
             state.release()
             self._announced = self._announced_by = None
+
+    @contextmanager
+    def trajectory(self, key: Hashable) -> Iterator[None]:
+        """Say that the UNet calls in this block belong to one latent on its way from noise to image.
+
+        For a loop of your own that denoises several latents, or makes several passes, step by step. Each key has
+        cached features and a count of calls of its own. Without keys, calls of one step are told apart by their text
+        embeddings and their order, which fails where the order changes:
+
+            for t in scheduler.timesteps:
+                for number in random.sample(range(len(tiles)), len(tiles)):
+                    with unet.trajectory(number):
+                        noise = unet(tiles[number], t, text).sample
+
+        Args:
+            key: identifies the latent within the generation; any hashable value except None.
+
+        Raises:
+            UserError: the key is None.
+        """
+        if key is None:
+            raise UserError("a trajectory's key is None: give another value, such as the number of the tile")
+        before, self._trajectory_key = self._trajectory_key, key
+        try:
+            yield
+        finally:
+            self._trajectory_key = before
+
+    def _new_state(self, calls: Calls = None, guided: Guided = False, *, announced: bool = True) -> GenerationState:
+        caching = self._caching
+        return GenerationState(
+            caching.schedule, caching.cut, calls, guided, forecast=caching.forecast, announced=announced
+        )
+
+    def _end_unannounced(self) -> None:
+        if self._unannounced is not None:
+            self._unannounced.release()
+        self._unannounced = None
 
     def _with_advice(self, calls: Calls, scheduler: object) -> Calls:
         """Return the same number of calls; once it is known, log advice if caching is unlikely to pay."""
@@ -275,20 +328,22 @@ class BaseUNet(EngineModel):
 
     def reset(self) -> None:
         """Make the next call full; an unannounced generation ends, and the next call begins a new one."""
-        self._unannounced = None
+        self._end_unannounced()
         if self._announced is not None:
             self._announced.invalidate()
 
     _reset_stateful_cache = reset  # diffusers calls this at the end of a pipeline call
 
-    @property
-    def next_is_full(self) -> bool:
-        """Whether the next call runs the full graph, if its shapes are those of the last call.
+    def next_is_full(self, timestep: torch.Tensor | float) -> bool:
+        """Return whether the next call is surely full, if its shapes are those of the last call.
 
         For code that computes inputs of the UNet that a shallow call hardly reads; see ``runtime.controlnet``. True
-        where no generation was announced.
+        where no generation was announced, and where the generation has several trajectories.
+
+        Args:
+            timestep: timestep of the next call.
         """
-        return self._announced is None or self._announced.next_is_full
+        return self._announced is None or self._announced.next_is_full(timestep)
 
     @property
     def last_run(self) -> Run | None:
@@ -364,10 +419,7 @@ class BaseUNet(EngineModel):
             arguments |= self.ip_adapters.inputs(added_cond_kwargs or {}) | {IMAGE_EMBEDS: None}
         tensors = engine_inputs(arguments, self._specs, self._device)
         with self._exclusively(), torch.no_grad():
-            noise_pred = self._call(tensors, timestep)
-            if SKIP in self._caching.cuts and self._latest is not None:
-                self._latest.last_output = noise_pred.clone()
-            noise_pred = self._correct(tensors[SAMPLE], noise_pred)
+            noise_pred = self._call(tensors, timestep, encoder_hidden_states)
         return self._output_class(sample=noise_pred) if return_dict else (noise_pred,)
 
     def _shapes(self, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Shape], list[str]]:
@@ -380,36 +432,65 @@ class BaseUNet(EngineModel):
             shapes |= {name: self._specs[name].resolve(dims) for name in not_passed}
         return shapes, not_passed
 
-    def _begin(self, shapes: Shapes, timestep: torch.Tensor | float) -> tuple[GenerationState, bool]:
-        """Begin a call: return the generation that it belongs to, and whether the call is full."""
+    def _begin(
+        self, shapes: Shapes, timestep: torch.Tensor | float, sample: torch.Tensor, conditioning: torch.Tensor | None
+    ) -> Call:
+        """Begin a call of the present generation."""
+        state = self._present_state(shapes, timestep)
+        self._latest = state
+        call = state.begin(shapes, timestep, conditioning, self._trajectory_key, self._has_features)
+        trajectory = call.trajectory
+        if call.number == 0:
+            guided = self._caching.reuse_guidance and state.guided
+            trajectory.guidance = GuidanceReuse(sample) if guided else None
+            correction = None if self._caching.forecast is None else self._caching.forecast.correction
+            announced = state is self._announced
+            trajectory.correction = correction.begin() if correction is not None and announced else None
+        return call
+
+    def _present_state(self, shapes: Shapes, timestep: torch.Tensor | float) -> GenerationState:
+        """Return the generation that a call belongs to."""
         thread = threading.get_ident()
         if self._announced is not None:
             if thread != self._announced_by:
                 raise UserError("another thread is in a generation with this UNet: open another one for each thread")
-            self._latest = self._announced
-            return self._announced, self._announced.begin(shapes)
-        key = (thread, shapes)  # the features of another thread belong to another image
-        value = timestep_value(timestep)
-        if self._unannounced is None or not self._unannounced.continues(key, value):
-            self._unannounced = GenerationState(self._caching.schedule, self._caching.cut)
-        self._latest = self._unannounced
-        return self._unannounced, self._unannounced.begin(key, value)
+            return self._announced
+        if (
+            self._unannounced is None
+            or self._unannounced_by != thread  # the features of another thread belong to another image
+            or not self._unannounced.continues(shapes, timestep, self._trajectory_key)
+        ):
+            self._end_unannounced()
+            self._unannounced, self._unannounced_by = self._new_state(announced=False), thread
+        return self._unannounced
 
-    def _repeat_output(self, generation: GenerationState) -> torch.Tensor:
-        """Return the output of a skipped call: a copy of the previous call's output before its correction."""
-        if generation.last_output is None:
-            raise InternalError("a skipped call has no earlier output of its generation to repeat")
-        return generation.last_output.clone()
+    def _finish(
+        self, call: Call, sample: torch.Tensor, output: torch.Tensor, seconds: float | None = None
+    ) -> torch.Tensor:
+        """Record that a call has completed, and return its output, corrected by the forecast.
 
-    def _correct(self, sample: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
-        """Return a call's output after the forecast's correction; unannounced generations have no correction."""
-        generation = self._announced
-        correction = None if self._caching.forecast is None else self._caching.forecast.correction
-        if generation is None or correction is None:
-            return noise_pred
-        if generation.correction is None:
-            generation.correction = correction.begin()
-        return generation.correction.correct(generation.last_was_full, sample, noise_pred)
+        Args:
+            sample: [batch, channels, ...], the UNet's input.
+            output: [batch, channels, ...], the output before its correction.
+            seconds: the engine's time; None where times are not recorded.
+        """
+        assert self._latest is not None
+        trajectory = call.trajectory
+        if trajectory.guidance is not None and call.full and trajectory.guidance.applies_to(sample):
+            trajectory.guidance.record(output)
+        if SKIP in self._caching.cuts:
+            trajectory.last_output = output.clone()
+        if trajectory.correction is not None:
+            output = trajectory.correction.correct(call.full, sample, output)
+        self._latest.end(call, seconds)
+        if self.advise and not self._warned_of_order and self._latest.order_changed is not None:
+            self._warned_of_order = True
+            logger.warning(trajectory_advice(*self._latest.order_changed))
+        return output
+
+    def _has_features(self, features: CachedFeatures) -> bool:
+        """Return whether the features for a shallow call still exist."""
+        return not self._caching.features or bool(features.latest)
 
     @contextmanager
     def _exclusively(self) -> Iterator[None]:

@@ -48,7 +48,8 @@ class _ReusingControlNet:
         unet = self._offcut_unet()
         key = _call_key(args, kwargs)
         last = self._offcut_last
-        if unet is not None and last is not None and last[0] == key and not unet.next_is_full:
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        if unet is not None and last is not None and last[0] == key and not unet.next_is_full(timestep):
             return _copy_of(last[1])
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
         self._offcut_last = (key, _copy_of(output))

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 
 from ..errors import ShapeError, UserError
+from ..exporter.ip_adapter import SCALE
 from ..exporter.residuals import argument_of
-from ..exporter.specs import TensorSpec
+from ..exporter.specs import TensorSpec, factors
+from ..exporter.trace.export import SAMPLE
+from .generation.steps import timestep_value
 
 _REMEDIES = {
     "attention_mask": "leave it out",
@@ -82,13 +85,23 @@ def same_device(one: torch.device, other: torch.device) -> bool:
 
 def timestep_shape(specs: Mapping[str, TensorSpec], batch: int) -> tuple[int, ...]:
     """Return the shape of the engine's timestep: [batch] in offcut's own exports, [1] or [] in some foreign ONNX."""
-    symbol = specs["sample"].shape[0]
+    symbol = specs[SAMPLE].shape[0]
     return tuple(dim if isinstance(dim, int) else batch if dim == symbol else 1 for dim in specs["timestep"].shape)
 
 
-def timestep_value(timestep: torch.Tensor | float) -> float:
-    """Return the timestep as a number; on a GPU this waits for the device."""
-    return float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
+def has_rows(spec: TensorSpec, specs: Mapping[str, TensorSpec]) -> bool:
+    """Return whether each row of a batch has its own part of a tensor, in the tensor's first dimension.
+
+    Args:
+        spec: the tensor, an input or an output.
+        specs: inputs of the full graph.
+    """
+    if not spec.shape or spec.name == SCALE:
+        return False
+    first, batch = spec.shape[0], specs[SAMPLE].shape[0]
+    if isinstance(batch, str):
+        return isinstance(first, str) and batch in factors(first).symbols
+    return isinstance(first, int) and first % batch == 0
 
 
 def _is_fractional(timestep: torch.Tensor | float) -> bool:

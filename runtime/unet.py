@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -20,10 +21,9 @@ from ..exporter.trace.export import SAMPLE
 from .base_unet import IN_USE, BaseUNet
 from .bound import BoundPairs
 from .generation.advice import lora_advice
-from .generation.feature_drift import FeatureDriftEstimator
-from .generation.forecast import FeatureHistory
-from .generation.guidance import GuidanceReuse
-from .generation.state import GenerationState
+from .generation.features import CachedFeatures, CallPart, FeatureBuffers
+from .generation.guidance import second_half
+from .generation.trajectory import Call
 from .inputs import write_timestep
 from .loras import LoraMethods
 from .profiler_ranges import ProfilerRanges
@@ -31,6 +31,8 @@ from .profiler_ranges import ProfilerRanges
 if TYPE_CHECKING:
     from ..engines.bundle.bundle import Bundle
     from ..exporter.trace.parameters import StoredWeights
+
+logger = logging.getLogger(__name__)
 
 
 class UNet(LoraMethods, BaseUNet):
@@ -41,13 +43,16 @@ class UNet(LoraMethods, BaseUNet):
 
     The UNet has no parameters: the weights are in the engines. Pipelines of ``offcut.load`` and ``offcut.attach``
     announce each generation; in a loop of your own, use ``generation``. Without an announcement, the UNet detects a
-    new generation by the timesteps and shapes, and reads the timestep on the host at every call.
+    new generation by the timesteps and shapes. Timesteps should be elements of the scheduler's ``timesteps``; others
+    are read on the host at every call.
 
     Only one thread may use a UNet at a time. For several threads, open one UNet each, from the same bundle or not.
 
     Attributes:
         record_times: whether ``last_run`` has the seconds of each call; on a GPU, each call then waits for the device.
         precision: precision in which the engines compute; None where it is unknown.
+        cache_bytes: device memory for copies of cached features, which a generation with several trajectories (the
+            views of a panorama, passes apart) or with a forecast needs. Trajectories without room make full calls only.
 
     Args:
         pair: the opened engines, which this object then owns and closes.
@@ -76,6 +81,10 @@ class UNet(LoraMethods, BaseUNet):
         )
         self.record_times = False
         self.precision: str | None = None
+        self.cache_bytes = 2**30
+        self._warned_of_memory = False
+        self._features = FeatureBuffers(in_place=True)
+        self._feature_names = {name for names in pair.cuts.values() for name in names}
         self._pair: EnginePair | None = pair
         self._output_name = next(iter(pair.outputs))
         self._loras = {}
@@ -131,38 +140,39 @@ class UNet(LoraMethods, BaseUNet):
         """Outputs of the full graph by name."""
         return self._open_pair().outputs
 
-    def _call(self, tensors: Mapping[str, torch.Tensor], timestep: torch.Tensor | float) -> torch.Tensor:
+    def _call(
+        self, tensors: Mapping[str, torch.Tensor], timestep: torch.Tensor | float, conditioning: torch.Tensor | None
+    ) -> torch.Tensor:
+        sample = tensors[SAMPLE]
         shapes, not_passed = self._shapes(tensors)
         if self._family.is_video and tuple(shapes.items()) not in self._bound:
             self._family.check_limits(self.config, solve(self._specs, shapes))
         bound = self._bound.get_or_bind(self._open_pair(), shapes)
+        call = self._begin(tuple(shapes.items()), timestep, sample, conditioning)
+        if call.skipped:
+            output = call.trajectory.repeated_output()
+            return self._finish(call, sample, output, 0.0 if self.record_times else None)
+
+        guidance = call.trajectory.guidance
+        half = guidance is not None and not call.full and guidance.applies_to(sample)
+        if half:
+            tensors = second_half(tensors, self._batched)
+            if isinstance(timestep, torch.Tensor) and timestep.numel() > 1:
+                timestep = timestep.chunk(2)[1]
+            shapes, not_passed = self._shapes(tensors)
+            bound = self._bound.get_or_bind(self._open_pair(), shapes)
         for name, tensor in tensors.items():
             bound.buffers[name].copy_(tensor)
         self._zero_residuals(bound, tensors, not_passed)
         write_timestep(bound.buffers["timestep"], timestep)
-
-        generation, full = self._begin(tuple(shapes.items()), timestep)
-        if not full and generation.skips(generation.completed):
-            output = self._repeat_output(generation)
-            generation.end(full, 0.0 if self.record_times else None)
-            return output
-        if generation.completed == 0:
-            self._prepare(generation, tensors[SAMPLE])
-        guidance = generation.guidance
-        if guidance is not None and guidance.batch_size != tensors[SAMPLE].shape[0]:
-            guidance = None  # the pipeline no longer guides
-        half = None
-        if guidance is not None and not full:
-            half = self._bound.get_or_bind(self._open_pair(), guidance.half_shapes(shapes))
-        cut = None if full else generation.cut_of(generation.completed)
-        assert full or cut is not None
-        with self._ranges.call(full, more=generation is self._announced):
-            seconds = self._timed(partial(self._enqueue, generation, bound, half, cut, guidance))
-        generation.end(full, seconds)
-        if half is not None and guidance is not None:
-            return guidance.whole_output(half).to(tensors[SAMPLE].dtype)
+        part = CallPart(call.trajectory.features, call.number, tensors[SAMPLE].shape[0], half)
+        with self._ranges.call(call.full, more=self._announced is not None):
+            seconds = self._timed(partial(self._enqueue, call, part, bound))
         # Copied, because schedulers keep outputs: PNDM without guidance would see its history overwritten.
-        return bound.buffers[self._output_name].to(tensors[SAMPLE].dtype, copy=True)
+        output = bound.buffers[self._output_name].to(sample.dtype, copy=True)
+        if half and guidance is not None:
+            output = guidance.whole_output(output)
+        return self._finish(call, sample, output, seconds)
 
     def _zero_residuals(self, bound: BoundPair, passed: Iterable[str], not_passed: Iterable[str]) -> None:
         """Zero the residuals that an earlier call passed and this one does not; new buffers are zero."""
@@ -183,51 +193,49 @@ class UNet(LoraMethods, BaseUNet):
         self._wait()
         return time.perf_counter() - begin
 
-    def _enqueue(
-        self,
-        generation: GenerationState,
-        bound: BoundPair,
-        half: BoundPair | None,
-        cut: str | None,
-        guidance: GuidanceReuse | None,
-    ) -> None:
-        """Enqueue the device work of a call: the engine, and the features and guidance before and after it.
+    def _enqueue(self, call: Call, part: CallPart, bound: BoundPair) -> None:
+        """Enqueue the device work of a call: the engine, and copies of cached features before or after it.
 
         Args:
-            bound: engines bound to the buffers of the whole batch, which hold the inputs.
-            half: engines bound to buffers of half the batch, for a shallow call that reuses the guidance; else None.
-            cut: cut of a shallow call; None for a full call.
-            guidance: the generation's guidance state; None for a call without guidance.
+            bound: engines bound to buffers, which hold the inputs.
         """
-        history, drift, call = generation.history, generation.drift, generation.completed
-        if cut is None:
-            bound.full()
-            if history is not None:
-                history.record(bound, call)
-            if guidance is not None:
-                guidance.record(bound)
-            if drift is not None:
-                drift.record_full(bound)
+        owner = self._features.owner(bound)
+        if owner is not None and owner is not part.features and self._may_copy(bound):
+            self._features.copy_out(bound, owner, self._caching.features)
+        elif owner is not None and owner is not part.features:
+            owner.drop()
+        if call.cut is not None:
+            self._features.fill(bound, [part], part.rows, self._cuts[call.cut])
+            bound.shallow(call.cut)
             return
-        if drift is not None:
-            drift.record_shallow(bound, call)
-        if history is not None:
-            history.predict(bound, call, self._cuts[cut])
-        if half is not None and guidance is not None:
-            guidance.copy_half(half, bound, self._cuts[cut])
-        (half or bound).shallow(cut)
+        self._features.overwrite(bound)
+        bound.full()
+        if self._caching.features:
+            if part.features.latest or (self.forecast is not None and self._may_copy(bound)):
+                part.features.allocate(bound, self._caching.features)
+            self._features.record_full(bound, [part], part.rows, self._feature_names)
 
-    def _prepare(self, generation: GenerationState, sample: torch.Tensor) -> None:
-        """Create the state that a generation's shallow calls will need; runs at the first call."""
-        caching = self._caching
-        generation.history = generation.guidance = generation.drift = None  # a first call that failed may have set them
-        if caching.forecast is not None:
-            generation.history = FeatureHistory(caching.forecast, caching.features)
-        if caching.reuse_guidance and generation.guided:
-            generation.guidance = GuidanceReuse(self._specs, self._output_name)
-            generation.guidance.check_batch(sample)
-        if caching.schedule is not None and caching.schedule.adaptive:
-            generation.drift = FeatureDriftEstimator(caching.features)
+    def _may_copy(self, bound: BoundPair) -> bool:
+        """Return whether ``cache_bytes`` has room for copies of the features of one more trajectory."""
+        assert self._latest is not None
+        copies = 1 if self.forecast is None else 2
+        size = copies * sum(bound.buffers[name].nbytes for name in self._caching.features)
+        used = self._latest.copied_bytes
+        if not used or used + size <= self.cache_bytes:
+            return True
+        if not self._warned_of_memory:
+            self._warned_of_memory = True
+            logger.warning(
+                "the cached features of this generation's trajectories need more than %.0f MiB, so some trajectories "
+                "make full calls only: raise unet.cache_bytes to cache them all",
+                self.cache_bytes / 2**20,
+            )
+        return False
+
+    def _has_features(self, features: CachedFeatures) -> bool:
+        bound = features.in_buffers
+        in_place = bound is not None and any(bound is other for other in self._bound.values())
+        return in_place or super()._has_features(features)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -252,7 +260,7 @@ class UNet(LoraMethods, BaseUNet):
         with self._exclusively():
             self._open_pair().refit(weights)
             self._bound.close()
-        self._unannounced = None
+        self._end_unannounced()
 
     def _release(self) -> None:
         if self._latest is not None:
@@ -271,7 +279,7 @@ class UNet(LoraMethods, BaseUNet):
                 raise UserError("this UNet is in a generation: let the pipeline call finish first")
             self._bound.close()
             self._release()
-            self._unannounced = None
+            self._end_unannounced()
         self._busy.acquire()
         self._in_use = "a worker runs this UNet's engines: submit requests to it, or close it first"
         return pair

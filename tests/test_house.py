@@ -23,7 +23,6 @@ ROOT = Path(inspect.getfile(offcut)).parent
 # Layers of the package, the lowest first. A layer may import itself and the layers before it.
 LAYERS = ["errors", "exporter", "engines", "runtime", "benchmarks", "cli"]
 PUBLIC = {
-    "Adaptive",
     "Bundle",
     "Calibration",
     "DeepCacheSDHelper",

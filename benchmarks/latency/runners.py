@@ -16,7 +16,9 @@ import torch
 from ...engines.base import EngineOptions
 from ...engines.bundle.bundle import Bundle, open_entry
 from ...exporter.load import load_unet, locate
-from ...runtime.generation.forecast import Coefficients, FeatureHistory, Forecast
+from ...exporter.trace.export import SAMPLE
+from ...runtime.generation.features import CachedFeatures, CallPart, FeatureBuffers
+from ...runtime.generation.forecast import Coefficients, Forecast
 from ...runtime.generation.schedule import parse
 from ...runtime.pipeline import attach
 from ...runtime.text_to_image import scheduler_named
@@ -109,13 +111,13 @@ class OffcutRunner(PipelineRunner):
         bound = self._unet.bound
         if bound is None or self._cut is None:
             return None
-        history = FeatureHistory(
-            _ChannelForecast({name: bound.buffers[name] for name in self._features}), self._features
-        )
+        features = CachedFeatures(_ChannelForecast({name: bound.buffers[name] for name in self._features}))
+        features.allocate(bound, self._features)
+        buffers, rows = FeatureBuffers(in_place=True), bound.buffers[SAMPLE].shape[0]
 
         def keep_and_predict() -> None:
-            history.record(bound, 0)
-            history.predict(bound, 1)
+            buffers.record_full(bound, [CallPart(features, 0, rows)], rows, self._features)
+            buffers.fill(bound, [CallPart(features, 1, rows)], rows, self._features)
 
         return keep_and_predict
 

@@ -18,11 +18,12 @@ import torch
 
 from ...engines.base import BoundPair, EnginePair
 from ...errors import DeadlineError, EngineFaultError, RequestError, ShapeError
+from ..generation.features import CachedFeatures
 from .calls import EngineCalls
 from .lanes import Lanes
 from .modules import ModuleCall, ModuleCalls
 from .policy import Pick, Policy, WaitingCall
-from .pool import SlotPool
+from .pool import Layout, SlotPool
 from .request import UNetCall, WorkerRequest
 from .statistics import CallLog
 
@@ -85,8 +86,9 @@ class Batcher:
         self.turn.acquire()
 
     def leave(self, request: WorkerRequest) -> None:
-        """End a request: give its slot and the turn back."""
-        self._release_slot(request)
+        """End a request: give its slots and the turn back."""
+        for features in list(request.slots):
+            self._release_slot(request, features)
         self.turn.release()
         with self._changed:
             self._running -= 1
@@ -187,7 +189,7 @@ class Batcher:
             waiting = [_waiting_call(call) for call in ready.values()]
         pick = self._policy.choose(waiting, limits)
         calls = [ready[key] for key in pick.members]
-        lane, rows = calls[0].lane, sum(call.rows for call in calls)
+        lane, rows = calls[0].lane, sum(call.part.rows for call in calls)
         try:
             bound, size = self.lanes.bind(lane, rows)
         except ShapeError as error:
@@ -228,7 +230,7 @@ class Batcher:
             raise
         for call in calls:
             if call.last:
-                self._release_slot(call.request)
+                self._release_slot(call.request, call.part.features)
         with self._changed:
             for call, result in zip(calls, results, strict=True):
                 stop_error = call.request.stop_error
@@ -241,27 +243,43 @@ class Batcher:
             expires = call.request.expires
             if expires is not None and now > expires:
                 call.request.stop_error = DeadlineError(
-                    f"the request was not done by its deadline, at step {call.number}: allow more time, or send fewer "
-                    "requests at once"
+                    f"the request was not done by its deadline, at step {call.part.call}: allow more time, or send "
+                    "fewer requests at once"
                 )
                 self._finish(self._waiting_unet_calls.pop(call.request.key), copy_of(call.request.stop_error))
         has_room = True
         ready = {}
         for call in sorted(self._waiting_unet_calls.values(), key=lambda call: (call.request.due, call.request.key)):
-            if call.layout:
-                slot = call.request.slot
-                if slot is None or not slot.fits(call.layout):
-                    self._release_slot(call.request)
-                    try:
-                        call.request.slot = self.pool.take(call.layout) if has_room else None
-                    except RequestError as error:
-                        self._finish(self._waiting_unet_calls.pop(call.request.key), error)
-                        continue
-                if call.request.slot is None:
+            try:
+                if call.layout is not None and not self._reserve(call, call.layout, has_room):
                     has_room = False  # no slot for later requests, or a large request might never get one
                     continue
+            except RequestError as error:
+                self._finish(self._waiting_unet_calls.pop(call.request.key), error)
+                continue
             ready[call.request.key] = call
         return ready
+
+    def _reserve(self, call: UNetCall, layout: Layout, has_room: bool) -> bool:
+        """Reserve the slot of a call's trajectory, and return whether the call can be made.
+
+        A request waits for its first slot only, so that no two requests wait for each other's: a further trajectory
+        without room is not cached, and its next call is full again.
+
+        Raises:
+            CapacityError: the slot is larger than all the memory for slots.
+        """
+        slots, features = call.request.slots, call.part.features
+        for other in list(slots):
+            if other.released or (other is features and slots[other].layout != layout):
+                self._release_slot(call.request, other)
+        if features in slots:
+            return True
+        slot = self.pool.take(layout) if has_room else None
+        if slot is not None:
+            slots[features] = slot
+            features.latest, features.earlier = slot.copies if layout.copies == 2 else (*slot.copies, {})
+        return bool(slots)
 
     def _withdraw(self, calls: Sequence[UNetCall]) -> list[UNetCall]:
         """Remove calls from the waiting calls, and return those that were still waiting."""
@@ -272,10 +290,11 @@ class Batcher:
         call.result = result
         call.done.set()
 
-    def _release_slot(self, request: WorkerRequest) -> None:
-        if request.slot is not None:
-            self.pool.give_back(request.slot)
-            request.slot, request.last_full, request.earlier_full = None, -1, None
+    def _release_slot(self, request: WorkerRequest, features: CachedFeatures) -> None:
+        slot = request.slots.pop(features, None)
+        if slot is not None:
+            self.pool.give_back(slot)
+            features.drop()
 
     def _fail(self, error: Exception) -> None:
         self.fault = EngineFaultError(f"the {self._pair.name} engine failed: {type(error).__name__}: {error}")
@@ -302,7 +321,7 @@ class _WithoutTurn:
 
 def _waiting_call(call: UNetCall) -> WaitingCall:
     request = call.request
-    return WaitingCall(request.key, call.lane.number, call.cut, call.rows, request.due, call.passed_over)
+    return WaitingCall(request.key, call.lane.number, call.cut, call.part.rows, request.due, call.passed_over)
 
 
 def copy_of(error: Exception) -> Exception:

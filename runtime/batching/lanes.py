@@ -10,12 +10,11 @@ import torch
 
 from ...engines.base import BoundPair, EnginePair
 from ...errors import ShapeError
-from ...exporter.ip_adapter import SCALE
-from ...exporter.specs import Shape, TensorSpec, factors, solve
+from ...exporter.specs import Shape, solve
 from ...exporter.trace.export import SAMPLE
 from ..bound import BoundPairs
-from ..inputs import timestep_shape
-from .pool import FeatureSpec, Layout, earlier_name
+from ..inputs import has_rows, timestep_shape
+from .pool import FeatureSpec, Layout
 
 _MAX_PADDING = 32
 """Largest number of padding rows of a call; engines that take certain batch sizes only need padding."""
@@ -81,7 +80,6 @@ class Lanes:
         self._numbers = itertools.count()
         self._bound = BoundPairs(max_bound)
         batch = pair.inputs[SAMPLE].shape[0]
-        self._batch_symbol = batch if isinstance(batch, str) else None
         self._fixed_batch = batch if isinstance(batch, int) else None
 
     def lane_for(self, tensors: Mapping[str, torch.Tensor]) -> Lane:
@@ -102,7 +100,7 @@ class Lanes:
                 shape, batch = timestep_shape(specs, size), size
             else:  # residuals of an adapter that the pipeline did not pass
                 shape, batch = spec.resolve(solve({SAMPLE: specs[SAMPLE]}, {SAMPLE: sample})), size
-            if self._has_rows(spec):
+            if has_rows(spec, specs):
                 per_row[name], rest[name] = shape[0] // batch, shape[1:]
             else:
                 rest[name] = shape
@@ -112,7 +110,7 @@ class Lanes:
         if key not in self._lanes:
             outputs = self._pair.outputs.values()
             exclusive = (
-                self._exclusive or "timestep" not in per_row or not all(self._has_rows(spec) for spec in outputs)
+                self._exclusive or "timestep" not in per_row or not all(has_rows(spec, specs) for spec in outputs)
             )
             max_rows = self._fixed_batch or self._max_batch
             lane = Lane(next(self._numbers), exclusive, per_row, rest, self._fixed_batch, max_rows)
@@ -121,7 +119,7 @@ class Lanes:
         return self._lanes[key]
 
     def layout(self, lane: Lane, features: Sequence[str], rows: int, *, keep_earlier: bool = False) -> Layout:
-        """Return the features that a request keeps for its shallow calls.
+        """Return the features that a trajectory keeps for its shallow calls.
 
         Args:
             features: names of the features that the shallow calls read.
@@ -130,12 +128,12 @@ class Lanes:
         """
         size = self._fixed_batch or rows
         dims = solve(self._pair.inputs, lane.shapes(size))
-        layout = {}
+        specs = {}
         for name in features:
             spec = self._pair.outputs[name]
             first, *others = spec.resolve(dims)
-            layout[name] = FeatureSpec((first // size * rows, *others), spec.torch_dtype())
-        return layout | {earlier_name(name): spec for name, spec in layout.items()} if keep_earlier else layout
+            specs[name] = FeatureSpec((first // size * rows, *others), spec.torch_dtype())
+        return Layout(specs, 2 if keep_earlier else 1)
 
     def bind(self, lane: Lane, rows: int) -> tuple[BoundPair, int]:
         """Return engines bound to buffers for at least this number of rows, and the number of rows of the buffers.
@@ -168,13 +166,3 @@ class Lanes:
         sizes = [size for size in self._batch_sizes or () if size >= rows]
         yield from sizes or [rows]
         yield from range(rows, min(self._max_batch, rows + _MAX_PADDING) + 1)
-
-    def _has_rows(self, spec: TensorSpec) -> bool:
-        """Return whether each row of a batch has its own part of this tensor."""
-        if not spec.shape or spec.name == SCALE:
-            return False
-        first = spec.shape[0]
-        if self._batch_symbol is not None:
-            return isinstance(first, str) and self._batch_symbol in factors(first).symbols
-        assert self._fixed_batch is not None
-        return isinstance(first, int) and first % self._fixed_batch == 0

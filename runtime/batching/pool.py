@@ -13,10 +13,10 @@ from ...exporter.specs import Shape
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Shape and dtype of one cached feature of one request.
+    """Shape and dtype of one cached feature of one trajectory.
 
     Attributes:
-        shape: shape with all rows of the request.
+        shape: shape with all rows of the trajectory.
     """
 
     shape: Shape
@@ -27,38 +27,40 @@ class FeatureSpec:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-Layout = Mapping[str, FeatureSpec]
-"""Features that a request keeps from a full call for its shallow calls, by name."""
+@dataclass(frozen=True)
+class Layout:
+    """Features that a trajectory keeps from its full calls for its shallow calls.
 
+    Attributes:
+        features: shape and dtype by name.
+        copies: number of full calls whose features are kept: 1, or 2 for a forecast.
+    """
 
-def earlier_name(feature: str) -> str:
-    """Return the name under which a slot keeps this feature of the full call before the last one."""
-    return f"{feature}, before"
+    features: Mapping[str, FeatureSpec]
+    copies: int = 1
+
+    @property
+    def bytes(self) -> int:
+        return self.copies * sum(spec.bytes for spec in self.features.values())
 
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """Memory of one request for its cached features; no other request reads or writes it.
+    """Memory of one trajectory for its cached features; no other trajectory reads or writes it.
 
     Attributes:
-        features: contiguous tensors on the device, by name.
-        bytes: size of all features.
+        layout: the features that it has room for.
+        copies: for each copy, contiguous tensors on the device by name.
     """
 
-    features: Mapping[str, torch.Tensor]
-    bytes: int
-
-    def fits(self, layout: Layout) -> bool:
-        """Return whether the slot has exactly the features of this layout."""
-        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.features.items()} == {
-            name: (tuple(spec.shape), spec.dtype) for name, spec in layout.items()
-        }
+    layout: Layout
+    copies: tuple[Mapping[str, torch.Tensor], ...]
 
 
 class SlotPool:
     """Slots whose total size stays within a limit.
 
-    The memory of a new slot is not cleared: the first call of a request is full, and writes all of the slot before
+    The memory of a new slot is not cleared: the first call of a trajectory is full, and writes all of the slot before
     anything is read.
 
     Args:
@@ -84,7 +86,7 @@ class SlotPool:
         Raises:
             CapacityError: the features are larger than the limit.
         """
-        size = sum(spec.bytes for spec in layout.values())
+        size = layout.bytes
         if size > self.limit:
             raise CapacityError(
                 f"this request keeps {size / 2**20:.1f} MiB of features between its steps, and all requests together "
@@ -94,10 +96,14 @@ class SlotPool:
         if self.used + size > self.limit:
             return None
         with torch.inference_mode(False):
-            features = {
-                name: torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for name, spec in layout.items()
-            }
-        slot = Slot(features, size)
+            copies = tuple(
+                {
+                    name: torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
+                    for name, spec in layout.features.items()
+                }
+                for _ in range(layout.copies)
+            )
+        slot = Slot(layout, copies)
         self._in_use.add(slot)
         self.used += size
         return slot
@@ -107,4 +113,4 @@ class SlotPool:
         if slot not in self._in_use:
             raise InternalError("a slot of the feature pool was given back twice")
         self._in_use.remove(slot)
-        self.used -= slot.bytes
+        self.used -= slot.layout.bytes

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..generation.features import CachedFeatures, CallPart
 from ..generation.forecast import Forecast
 from ..generation.schedule import Schedule
 from .lanes import Lane
@@ -49,10 +50,7 @@ class WorkerRequest:
         submitted: time of submission, on ``time.monotonic``.
         expires: time at which the request is given up, on ``time.monotonic``; None without a deadline.
         due: time by which requests are ordered, on ``time.monotonic``.
-        slot: memory of its cached features.
-        last_full: index of the full call whose features the slot holds; -1 before the first one.
-        earlier_full: index of the full call before that one, whose features the slot also holds if the request has a
-            forecast; None if there was none.
+        slots: memory for the cached features of its trajectories.
     """
 
     key: int
@@ -60,6 +58,7 @@ class WorkerRequest:
     schedule: Schedule | None
     cut: str | None
     forecast: Forecast | None
+    reuse_guidance: bool
     scheduler: Any
     pipeline: type | None
     submitted: float
@@ -69,9 +68,7 @@ class WorkerRequest:
     future: Future[Any] = field(default_factory=Future)
     started: float | None = None
     """Time at which a request runner took the request, on ``time.monotonic``."""
-    slot: Slot | None = None
-    last_full: int = -1
-    earlier_full: int | None = None
+    slots: dict[CachedFeatures, Slot] = field(default_factory=dict)
     stop_error: Exception | None = None
     """Error that the request's next call raises: the request was cancelled, or its deadline passed."""
 
@@ -83,11 +80,10 @@ class UNetCall:
     Attributes:
         tensors: inputs of the engines, without the timestep.
         timestep: timestep input of the engines for the rows of this call.
-        rows: batch size.
+        part: features of the call's trajectory, index of the call in it, and batch size.
         cut: cut of a shallow call; None for a full call.
-        number: index of the call in its request, from 0.
         layout: features to keep after a full call; None for a shallow call, or if no shallow call follows.
-        last: whether the request makes no engine call after this one.
+        last: whether the trajectory makes no engine call after this one.
         arrived: time at which the call began to wait, on ``time.monotonic``.
         passed_over: number of engine calls made while this call waited.
     """
@@ -96,9 +92,8 @@ class UNetCall:
     lane: Lane
     tensors: Mapping[str, torch.Tensor]
     timestep: torch.Tensor
-    rows: int
+    part: CallPart
     cut: str | None
-    number: int
     layout: Layout | None
     last: bool
     arrived: float

@@ -17,7 +17,6 @@ from ...errors import (
     QueueFullError,
     RequestCancelledError,
     RequestError,
-    ScheduleError,
     UserError,
     WorkerClosedError,
 )
@@ -150,6 +149,7 @@ class Worker:
         schedule: Schedule | None = None,
         cut: str | None = None,
         forecast: Forecast | None = None,
+        reuse_guidance: bool = False,
         scheduler: Any = None,
         pipeline: type | None = None,
         deadline: float | None = None,
@@ -164,23 +164,19 @@ class Worker:
                 quality.
             cut: name of the cut of the shallow calls; None for the bundle's first.
             forecast: prediction of the cached features, which doubles the memory for them; None reuses the features.
+            reuse_guidance: on shallow calls, compute only the half of a guided batch with the prompt; see
+                ``UNet.set_schedule``.
             scheduler: diffusers scheduler, which is copied; None for the pipeline's own.
             pipeline: another diffusers pipeline class with the same modules, e.g. ``StableDiffusionImg2ImgPipeline``.
             deadline: seconds from now after which the request is given up. Requests that are due earlier go first.
             on_step: called after each UNet call of the request, in the request's thread, while other requests run.
 
         Raises:
-            ScheduleError: the schedule is adaptive; requests that share calls must know their full calls in advance.
             QueueFullError: the queue is full.
             DeadlineError: the deadline is not in the future.
             WorkerClosedError: the worker is draining or closed.
             EngineFaultError: the engines failed earlier.
         """
-        if schedule is not None and schedule.adaptive:
-            raise ScheduleError(
-                f"{schedule!r} chooses its full calls as the image is made, and requests that share calls have to "
-                "know them before: submit it with another schedule, such as Uniform(5, warmup=2)"
-            )
         now = time.monotonic()
         with self._changed:
             self._admit(deadline)
@@ -191,6 +187,7 @@ class Worker:
                 schedule=schedule,
                 cut=cut,
                 forecast=forecast,
+                reuse_guidance=reuse_guidance,
                 scheduler=scheduler,
                 pipeline=pipeline,
                 submitted=now,

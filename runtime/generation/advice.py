@@ -34,7 +34,7 @@ def caching_advice(schedule: Schedule | None, calls: int, config: Mapping[str, A
         return None
     if calls < 1 or schedule is None or schedule.kind == _TUNED:
         return None
-    if not schedule.adaptive and len(schedule.full_calls(calls)) == calls:
+    if len(schedule.full_calls(calls)) == calls:
         return None
     return (
         f"caching is unlikely to pay here: {reason}, and the cached features change much from one call to the next; "
@@ -49,4 +49,17 @@ def lora_advice(schedule: Schedule | None, loras: Collection[str]) -> str | None
     return (
         f"this schedule was tuned without the LoRA {', '.join(loras)}: its image quality with LoRA was not measured; "
         "offcut build --lora and then offcut tune measure it"
+    )
+
+
+def trajectory_advice(before: int, after: int) -> str:
+    """Return advice for a loop whose number of UNet calls a step changes, where only their order told them apart.
+
+    Args:
+        before, after: numbers of calls of two consecutive steps.
+    """
+    return (
+        f"one step of this generation called the UNet {before} times and the next step {after} times, and only the "
+        "order of the calls shows which latent they belong to: if a call was left out or added before others, wrap the "
+        "calls of each latent in `with unet.trajectory(key):`"
     )

@@ -13,7 +13,6 @@ feature. So every engine and every bundle supports it, and other coefficients ne
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,6 @@ import torch
 from ...errors import ScheduleError
 
 if TYPE_CHECKING:
-    from ...engines.base import BoundPair
     from .correction import Correction
 
 Coefficient = float | torch.Tensor
@@ -89,53 +87,6 @@ class Extrapolate(Forecast):
         if before is None or self.damping == 0:
             return None
         return Coefficients(slope=self.damping * (call - last) / (last - before))
-
-
-class FeatureHistory:
-    """Features of the last two full calls of a generation.
-
-    Each full call costs one copy of its features, into the older of two buffers that the history owns.
-
-    Args:
-        forecast: forecast that gives the coefficients.
-        features: names of the features that shallow calls read.
-    """
-
-    def __init__(self, forecast: Forecast, features: Sequence[str]) -> None:
-        self._forecast, self._features = forecast, tuple(features)
-        self._bound: BoundPair | None = None
-        self._latest: dict[str, torch.Tensor] = {}
-        self._before: dict[str, torch.Tensor] = {}
-        self._calls: list[int] = []
-        self._predicted: set[str] = set()
-
-    def record(self, bound: BoundPair, call: int) -> None:
-        """Copy the features of a full call that was enqueued; the copy runs on the device after the call."""
-        if bound is not self._bound:  # other shapes
-            self._bound, self._calls, self._latest, self._before = bound, [], {}, {}
-        self._latest, self._before = self._before, self._latest
-        for name in self._features:
-            buffer = bound.buffers[name]
-            self._latest.setdefault(name, torch.empty_like(buffer)).copy_(buffer)
-        self._calls = [*self._calls[-1:], call]
-        self._predicted.clear()
-
-    def predict(self, bound: BoundPair, call: int, features: Sequence[str] | None = None) -> None:
-        """Write the predicted features into the buffers of a shallow call that is about to be enqueued.
-
-        Args:
-            features: names of the features that the call reads; None for all.
-        """
-        last, before = self._calls[-1], self._calls[-2] if len(self._calls) > 1 else None
-        for name in self._features if features is None else features:
-            coefficients = self._forecast.at(name, call, last, before)
-            if coefficients is not None:
-                earlier = self._before[name] if before is not None else self._latest[name]
-                write(bound.buffers[name], self._latest[name], earlier, coefficients)
-                self._predicted.add(name)
-            elif name in self._predicted:  # an earlier shallow call overwrote the feature
-                bound.buffers[name].copy_(self._latest[name])
-                self._predicted.discard(name)
 
 
 def write(out: torch.Tensor, latest: torch.Tensor, before: torch.Tensor, coefficients: Coefficients) -> None:

@@ -7,12 +7,11 @@ half as many. Call 0 is always full.
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -43,8 +42,6 @@ class Schedule(ABC):
 
     kind: ClassVar[str]
     """First word of the text form, e.g. ``"uniform"``."""
-    adaptive: ClassVar[bool] = False
-    """Whether full calls are chosen during the generation, and so unknown before it."""
 
     def __post_init__(self) -> None:
         self._check("warmup", least=0)
@@ -233,72 +230,6 @@ class Steps(Schedule):
         return self.calls[bisect_right(self.calls, call) - 1]
 
 
-@dataclass(frozen=True, repr=False)
-class Adaptive(Schedule):
-    """Schedule that makes a call full where the estimated error of reusing the features exceeds a bound.
-
-    ``feature_drift`` describes the estimate. The number of full calls at a given bound depends on the sampler and the
-    number of steps: with an ancestral sampler the features change several times as much from one call to the next. If
-    sampler and steps are known beforehand, a schedule of ``offcut tune`` is better.
-
-    Attributes:
-        bound: bound of the error, relative to the features' norm; a larger bound makes fewer full calls.
-        least: number of calls after each full call that are always shallow. At least 1, since the first one has no
-            estimate.
-        warmup: number of first calls that are full; the estimate needs two full calls.
-        max_shallow: largest number of consecutive shallow calls, whatever the estimate.
-
-    Examples:
-        >>> Adaptive(0.3, max_shallow=6)
-        Adaptive(0.3, max_shallow=6)
-    """
-
-    bound: float
-    least: int = 1
-    warmup: int = field(default=2, kw_only=True)
-    max_shallow: int | None = field(default=8, kw_only=True)
-    kind: ClassVar[str] = "adaptive"
-    adaptive: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check("least", least=1)
-        if isinstance(self.bound, bool) or not isinstance(self.bound, int | float) or not 0 < self.bound < math.inf:
-            raise ScheduleError(f"bound is {self.bound!r}, but Adaptive needs one above 0, e.g. 0.2")
-        if self.max_shallow is not None and self.max_shallow < self.least:
-            raise ScheduleError(f"max_shallow is {self.max_shallow}, but must be at least least, which is {self.least}")
-
-    def decide(self, call: int, calls: int | None, last: int | None, error: Callable[[], float | None]) -> bool:
-        """Return whether this call is full.
-
-        Args:
-            call: the call's index.
-            calls: number of calls; None where it is unknown.
-            last: the last full call; None before the first full call.
-            error: function that returns the estimated error of a shallow call, None where it is unknown. It is called
-                only where the decision depends on it.
-
-        Raises:
-            ScheduleError: the schedule needs the number of calls, which is unknown.
-        """
-        if self._in_warmup_or_cooldown(call, calls) or last is None:
-            return True
-        shallow = call - last - 1
-        if self.max_shallow is not None and shallow >= self.max_shallow:
-            return True
-        if shallow < self.least:
-            return False
-        estimate = error()
-        return estimate is None or not estimate <= self.bound  # full where the estimate is NaN
-
-    def _last_on_grid(self, call: int, calls: int | None) -> int:
-        """Raise an error: the full calls are unknown before the generation; see ``decide``."""
-        raise ScheduleError(
-            f"{self!r} chooses its full calls during the generation, so they are unknown before it: "
-            "use another schedule here, such as Uniform(5, warmup=2)"
-        )
-
-
 def parse(text: str, **modifiers: int | None) -> Schedule:
     """Return the schedule of a text such as ``"uniform:5"``, ``"quad:5:center=12"`` or ``"steps:0,3:warmup=2"``.
 
@@ -313,9 +244,7 @@ def parse(text: str, **modifiers: int | None) -> Schedule:
     word, *rest = text.strip().split(":")
     kind = _KINDS.get(word.strip().lower())
     if kind is None or not rest:
-        raise ScheduleError(
-            f"{text!r} is not a schedule: write uniform:5, quad:5:center=15, steps:0,3,9 or adaptive:0.2"
-        )
+        raise ScheduleError(f"{text!r} is not a schedule: write uniform:5, quad:5:center=15 or steps:0,3,9")
     known = {item.name: _READERS.get(item.name, int) for item in fields(kind)}
     first = next(item.name for item in fields(kind) if not item.kw_only)
     values: dict[str, Any] = {}
@@ -340,12 +269,11 @@ def _optional(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text.lower() == "none" else read(text)
 
 
-_KINDS: dict[str, type[Schedule]] = {schedule.kind: schedule for schedule in (Uniform, Quad, Steps, Adaptive)}
+_KINDS: dict[str, type[Schedule]] = {schedule.kind: schedule for schedule in (Uniform, Quad, Steps)}
 _READERS: dict[str, Callable[[str], Any]] = {
     "max_shallow": _optional(int),
     "center": _optional(int),
     "power": _optional(float),
-    "bound": float,
     "calls": lambda text: [int(call) for call in text.split(",")],
 }
 

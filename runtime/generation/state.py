@@ -1,25 +1,25 @@
-"""State of one generation: the UNet calls for one batch of images, and the data that later calls read.
+"""State of one generation: the UNet calls of one pipeline call, told apart by the latents that they belong to.
 
-Each generation starts with a new ``GenerationState``, whose tensors are released at the end of the generation.
+Each generation starts with a new ``GenerationState``, whose tensors are released at the end of the generation. Most
+generations have one trajectory. A panorama has one for each view, and a pipeline that calls the UNet twice a step has
+one for each of the two calls. FreeInit runs several trajectories one after another.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ...errors import ScheduleError
-from .schedule import SKIP, Adaptive, Schedule
+from .features import CachedFeatures
+from .forecast import Forecast
+from .schedule import SKIP, Schedule
+from .steps import StepChange, StepTracker
+from .trajectory import Call, Trajectory
 
 if TYPE_CHECKING:
     import torch
-
-    from .correction import CorrectionState
-    from .feature_drift import FeatureDriftEstimator
-    from .forecast import FeatureHistory
-    from .guidance import GuidanceReuse
 
 Calls = int | Callable[[], int] | None
 """The number of calls, or a function that returns it at the first call; None where it is unknown."""
@@ -37,8 +37,10 @@ class Run:
         seconds: for each call the engine's own time if ``unet.record_times`` was set; otherwise empty.
         schedule: schedule of the generation; None if every call is full.
         cut: cut of the shallow calls for which the schedule has no cut.
-        calls: announced number of calls; None if it was not announced.
+        calls: announced number of calls of each trajectory; None if it was not announced.
         cuts: for each call the cut of the shallow graph that ran; None for a full call, ``SKIP`` for a skipped one.
+        trajectories: for each call the index of its trajectory.
+        copied_bytes: largest size of the copies of cached features, which several trajectories or a forecast need.
     """
 
     full: tuple[bool, ...]
@@ -47,6 +49,8 @@ class Run:
     cut: str | None
     calls: int | None
     cuts: tuple[str | None, ...]
+    trajectories: tuple[int, ...]
+    copied_bytes: int
 
     @property
     def full_calls(self) -> tuple[int, ...]:
@@ -60,71 +64,61 @@ class Run:
         return "".join("#" if full else "_" if cut == SKIP else "." for full, cut in calls)
 
 
+@dataclass(eq=False)
+class _Group:
+    """Trajectories whose calls are told apart by their order within a step; see ``GenerationState.begin``."""
+
+    steps: StepTracker
+    trajectories: list[Trajectory] = field(default_factory=list)
+    called: list[Trajectory] = field(default_factory=list)  # in the present step, in the order of the calls
+    ordered: bool = False  # whether only the order told a call of the present step from other trajectories
+    calls_of_last_step: int = 0
+
+
 class GenerationState:
-    """Decides which calls of one generation are full, and holds the data of earlier calls that later calls need.
-
-    A shallow call is allowed only after a completed full call of the same generation and shapes. So the cached features
-    of another image, of other shapes, or of a failed call are never read:
-
-        begin(shapes) -> True     a full call begins
-        end(True)                 the call completed: its features may be read
-        begin(shapes) -> False    a shallow call begins, as the schedule says
-        ...                       the call failed, so end is not called
-        begin(shapes) -> True     a full call begins, whatever the schedule says
-
-    The UNet sets the attributes below at the first call; each is None if no call needs it.
+    """Tells the calls of a generation apart by trajectory, and holds the trajectories.
 
     Attributes:
-        history: features of the last two full calls, from which a forecast predicts.
-        guidance: difference of the two halves of a guided batch, which shallow calls reuse.
-        drift: estimate of the change of the features, from which an adaptive schedule decides.
-        correction: inputs and outputs of earlier calls, from which outputs are corrected.
-        last_output: copy of the last call's noise prediction before correction, which a skipped call repeats.
+        order_changed: numbers of calls of two consecutive steps if they differ and only the order of the calls told
+            the trajectories apart; otherwise None.
 
     Args:
         schedule: None makes every call full.
         cut: cut of the shallow calls for which the schedule has no cut.
-        calls: number of calls. A function is called at the first call, because a pipeline knows the number only then.
+        calls: number of calls of each trajectory. A function is called when the sampler starts, and again when it
+            starts again, because a pipeline knows the number only then.
         guided: whether calls are made with classifier-free guidance. A function is called at the first call.
+        forecast: prediction of the cached features; None reuses the features.
+        announced: whether all calls are known to belong to one generation.
 
     Raises:
         ScheduleError: the schedule needs to know the number of calls.
     """
 
     def __init__(
-        self, schedule: Schedule | None, cut: str | None = None, calls: Calls = None, guided: Guided = False
+        self,
+        schedule: Schedule | None,
+        cut: str | None = None,
+        calls: Calls = None,
+        guided: Guided = False,
+        *,
+        forecast: Forecast | None = None,
+        announced: bool = True,
     ) -> None:
-        self.history: FeatureHistory | None = None
-        self.guidance: GuidanceReuse | None = None
-        self.drift: FeatureDriftEstimator | None = None
-        self.correction: CorrectionState | None = None
-        self.last_output: torch.Tensor | None = None
-        self._schedule = schedule
-        self._cut = cut
-        self._calls = calls
-        self._guided = guided
-        self._shapes: Hashable = None
-        self._features_valid = False
-        self._timesteps: deque[float] = deque(maxlen=2)
+        self.order_changed: tuple[int, int] | None = None
+        self._schedule, self._cut, self._forecast = schedule, cut, forecast
+        self._calls, self._guided, self._announced = calls, guided, announced
+        self._resolved_calls: int | None = None
+        self._groups: dict[Hashable, _Group] = {}
+        self._begun: tuple[Call, _Group, StepChange, torch.Tensor | float] | None = None
         self._full: list[bool] = []
+        self._cuts: list[str | None] = []
+        self._indices: list[int] = []
         self._seconds: list[float] = []
-        self._plan: tuple[bool, ...] | None = None
-        self._last_full: int | None = None
-        self._decision: tuple[int, bool] | None = None  # by an adaptive schedule: the call, and whether it is full
+        self._trajectories = 0
+        self._peak_bytes = 0
         if schedule is not None and calls is None:
-            self._is_full(schedule, 0, None)  # raises where the schedule needs the number of calls
-
-    @property
-    def next_is_full(self) -> bool:
-        """Whether the next call is full if it has the shapes of the last call.
-
-        Raises:
-            ScheduleError: as ``begin``.
-        """
-        calls = self._resolve_calls()
-        return (
-            self._schedule is None or self._is_full(self._schedule, self.completed, calls) or not self._features_valid
-        )
+            schedule.is_full(0, None)  # raises where the schedule needs the number of calls
 
     @property
     def guided(self) -> bool:
@@ -134,113 +128,171 @@ class GenerationState:
         return self._guided
 
     @property
-    def completed(self) -> int:
-        """Number of calls that completed."""
-        return len(self._full)
+    def trajectories(self) -> list[Trajectory]:
+        """Trajectories that have not ended, in the order of their first calls."""
+        return [trajectory for group in self._groups.values() for trajectory in group.trajectories]
 
     @property
-    def last_was_full(self) -> bool:
-        """Whether the last call that completed ran the full graph."""
-        return self._full[-1]
+    def copied_bytes(self) -> int:
+        """Size of the copies of cached features."""
+        return sum(trajectory.features.bytes for trajectory in self.trajectories)
 
-    @property
-    def plan(self) -> tuple[bool, ...] | None:
-        """Whether the schedule makes each call full; None if the number of calls or the choice is unknown.
+    def next_is_full(self, timestep: torch.Tensor | float) -> bool:
+        """Return whether a call is surely full; True where the trajectory of the call is not yet known.
 
         Raises:
             ScheduleError: as ``begin``.
         """
-        calls = self._resolve_calls()
-        schedule = self._schedule
-        if self._plan is None and calls is not None and not (schedule is not None and schedule.adaptive):
-            self._plan = tuple(schedule is None or schedule.is_full(call, calls) for call in range(calls))
-        return self._plan
+        trajectories = self.trajectories
+        if len(trajectories) != 1 or None not in self._groups:
+            return True
+        group = self._groups[None]
+        return group.steps.change(timestep) is not StepChange.NEXT or trajectories[0].next_is_full
 
-    def cut_of(self, call: int) -> str | None:
-        """Return the cut of a call, if the call is shallow."""
-        cut = None if self._schedule is None else self._schedule.cut_of(call)
-        return self._cut if cut is None else cut
+    def begin(
+        self,
+        shapes: Hashable,
+        timestep: torch.Tensor | float,
+        conditioning: torch.Tensor | None = None,
+        key: Hashable = None,
+        features_kept: Callable[[CachedFeatures], bool] = lambda features: True,
+    ) -> Call:
+        """Begin a call of the UNet.
 
-    def skips(self, call: int) -> bool:
-        """Return whether a call is skipped (runs no engine), if it is not full."""
-        return self.cut_of(call) == SKIP
-
-    def begin(self, shapes: Hashable, timestep: float | None = None) -> bool:
-        """Begin a call, and return whether it is full.
+        Calls at one step belong to different trajectories. A call belongs to the trajectory whose earlier calls were
+        passed the same conditioning tensor. Where several or none were, the order tells: the n-th call of a step
+        belongs to the n-th trajectory. A key makes both unnecessary.
 
         Args:
             shapes: value that identifies the input shapes, and so the buffers.
-            timestep: timestep of the call, for ``continues``; None if the generation was announced.
+            timestep: the call's timestep, as passed to the UNet.
+            conditioning: text embeddings or similar, as passed to the UNet.
+            key: identifies the trajectory; None to tell it as above.
+            features_kept: function that returns whether cached features still exist.
 
         Raises:
             ScheduleError: the schedule does not fit the number of calls, or the number of calls is below 1.
         """
-        full = self.next_is_full or shapes != self._shapes
-        self._features_valid = False  # until this call has completed
-        self._shapes = shapes
-        if timestep is not None:
-            self._timesteps.append(timestep)
-        return full
+        group = self._groups.get(key) or _Group(StepTracker(announced=self._announced))
+        change = group.steps.change(timestep)
+        if change is StepChange.RESTART:
+            self._release(group)
+            group, change = _Group(StepTracker(announced=self._announced)), StepChange.NEXT
+            if key is None:
+                self._resolved_calls = None
+        self._groups[key] = group
+        if key is not None:
+            trajectory = group.trajectories[0] if group.trajectories else self._add_to(group)
+        else:
+            trajectory = self._trajectory_of(group, change, conditioning)
+        trajectory.remember(conditioning)
+        call = trajectory.begin(shapes, features_kept(trajectory.features))
+        self._begun = call, group, change, timestep
+        return call
 
-    def end(self, full: bool, seconds: float | None = None) -> None:
-        """Record that the current call has completed."""
-        self._features_valid = True
-        if full:
-            self._last_full = len(self._full)
-        self._full.append(full)
+    def end(self, call: Call, seconds: float | None = None) -> None:
+        """Record that a call has completed."""
+        assert self._begun is not None
+        assert self._begun[0] is call
+        _, group, change, timestep = self._begun
+        self._begun = None
+        if change is not StepChange.SAME:
+            group.called.clear()
+        group.called.append(call.trajectory)
+        group.steps.record(timestep, change)
+        call.trajectory.end()
+        self._full.append(call.full)
+        self._cuts.append(call.cut)
+        self._indices.append(call.trajectory.index)
+        self._peak_bytes = max(self._peak_bytes, self.copied_bytes)
         if seconds is not None:
             self._seconds.append(seconds)
 
+    def continues(self, shapes: Hashable, timestep: torch.Tensor | float, key: Hashable = None) -> bool:
+        """Return whether an unannounced call belongs to this generation.
+
+        It does not if the sampler starts again, if the last call failed, or if its trajectory had other shapes.
+
+        Some calls of one generation are taken for new generations, which only costs full calls. One new generation is
+        missed: if an exception outside the UNet ended the last one, and the new one begins at or below the last
+        timestep, with timesteps that are no elements of a longer tensor. ``unet.reset()`` or an announced generation
+        avoids that.
+        """
+        if self._begun is not None:
+            return False
+        if key is not None or None not in self._groups:
+            return True
+        group = self._groups[None]
+        change = group.steps.change(timestep)
+        if change is StepChange.RESTART:
+            return False
+        index = len(group.called) if change is StepChange.SAME else 0
+        return index >= len(group.trajectories) or group.trajectories[index].has_shapes(shapes)
+
     def invalidate(self) -> None:
-        """Make the next call full."""
-        self._features_valid = False
+        """Make the next call of every trajectory full."""
+        for trajectory in self.trajectories:
+            trajectory.invalidate()
 
     def release(self) -> None:
         """Drop all tensors, and make the next call full; the record of the calls stays."""
-        self.invalidate()
-        self.history = self.guidance = self.drift = self.correction = self.last_output = None
-
-    def continues(self, shapes: Hashable, timestep: float) -> bool:
-        """Return whether an unannounced call belongs to this generation, from its shapes and timestep.
-
-        Timesteps fall during a generation, with two exceptions: they repeat in Heun and PNDM, and in KDPM2 a midpoint
-        may be slightly below the rounded step that follows it. So a new generation begins if the timestep rises by 1 or
-        more. It also begins if the timestep rises above both of the last two; this rule serves schedulers whose
-        timesteps are not 0 to 1000, such as EDM.
-
-        Some calls of one generation are taken for new generations, which only costs full calls: with inverse
-        schedulers, whose timesteps rise, and at RePaint's jumps back. One new generation is missed: if an exception
-        outside the UNet ended the last one, and the new one begins at or below the last timestep. ``unet.reset()`` or
-        an announced generation avoids that.
-        """
-        if not self._features_valid or shapes != self._shapes:
-            return False
-        before, last = self._timesteps[0], self._timesteps[-1]
-        return timestep <= last or (timestep < last + 1 and timestep <= before)
+        for group in self._groups.values():
+            self._release(group)
+        self._groups = {}
 
     def run(self) -> Run:
         """Return the record of the calls so far."""
-        calls = self._calls if isinstance(self._calls, int) else None
-        cuts = tuple(None if full else self.cut_of(call) for call, full in enumerate(self._full))
-        return Run(tuple(self._full), tuple(self._seconds), self._schedule, self._cut, calls, cuts)
+        calls = self._calls if isinstance(self._calls, int) else self._resolved_calls
+        return Run(
+            tuple(self._full),
+            tuple(self._seconds),
+            self._schedule,
+            self._cut,
+            calls,
+            tuple(self._cuts),
+            tuple(self._indices),
+            self._peak_bytes,
+        )
 
-    def _is_full(self, schedule: Schedule, call: int, calls: int | None) -> bool:
-        """Return whether the schedule makes this call full; an adaptive schedule decides once for each call."""
-        if not isinstance(schedule, Adaptive):
-            return schedule.is_full(call, calls)
-        if self._decision is None or self._decision[0] != call:
-            last = self._last_full
+    def _trajectory_of(self, group: _Group, change: StepChange, conditioning: torch.Tensor | None) -> Trajectory:
+        """Return the trajectory of a call, by its conditioning or its order in the step."""
+        if self._begun is not None and self._begun[1] is group and change is self._begun[2]:
+            return self._begun[0].trajectory  # the last call failed, and this one repeats it
+        called = group.called if change is StepChange.SAME else []
+        if change is StepChange.NEXT:
+            self._compare_steps(group)
+        free = [trajectory for trajectory in group.trajectories if trajectory not in called]
+        index = len(called)
+        by_order = group.trajectories[index] if index < len(group.trajectories) else None
+        if by_order not in free:
+            by_order = free[0] if free else None
+        known = [trajectory for trajectory in free if trajectory.knows(conditioning)]
+        if known and by_order not in known:
+            by_order = known[0]
+        if by_order is None:
+            return self._add_to(group)
+        group.ordered = group.ordered or len(known) != 1
+        return by_order
 
-            def predicted_error() -> float | None:
-                return None if self.drift is None or last is None else self.drift.predicted_error(call, last)
+    def _compare_steps(self, group: _Group) -> None:
+        """Note a step whose number of calls differs from that of the step before; called when the next step begins."""
+        calls = len(group.called)
+        if group.calls_of_last_step and calls != group.calls_of_last_step and group.ordered:
+            self.order_changed = self.order_changed or (group.calls_of_last_step, calls)
+        group.calls_of_last_step, group.ordered = calls, False
 
-            self._decision = call, schedule.decide(call, calls, last, predicted_error)
-        return self._decision[1]
+    def _add_to(self, group: _Group) -> Trajectory:
+        if self._resolved_calls is None and self._calls is not None:
+            calls = self._calls if isinstance(self._calls, int) else self._calls()
+            if calls < 1:
+                raise ScheduleError(f"{calls} UNet calls were announced, but a generation has at least 1")
+            self._resolved_calls = calls
+        features = CachedFeatures(self._forecast)
+        trajectory = Trajectory(self._trajectories, self._schedule, self._cut, self._resolved_calls, features)
+        self._trajectories += 1
+        group.trajectories.append(trajectory)
+        return trajectory
 
-    def _resolve_calls(self) -> int | None:
-        """Return the number of calls, which is resolved when the first call begins."""
-        if self._calls is not None and not isinstance(self._calls, int):
-            self._calls = self._calls()
-        if self._calls is not None and self._calls < 1:
-            raise ScheduleError(f"{self._calls} UNet calls were announced, but a generation has at least 1")
-        return self._calls
+    def _release(self, group: _Group) -> None:
+        for trajectory in group.trajectories:
+            trajectory.release()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import offcut
-from offcut.errors import CutError, ScheduleError
+from offcut.errors import CutError
 from offcut.runtime.batching import Worker
 from offcut.runtime.batching.request import Step
 from offcut.runtime.generation.correction import Convolutions, Correction, Kernel
@@ -90,9 +90,7 @@ def test_the_call_after_a_reset_is_full(unet: offcut.UNet) -> None:
     assert unet.last_run.timeline == "##_"
 
 
-def test_adaptive_schedules_and_unknown_cuts_are_refused(unet: offcut.UNet) -> None:
-    with pytest.raises(ScheduleError, match="decides from what its shallow calls compute"):
-        unet.set_schedule(offcut.Adaptive(0.2), SKIP)
+def test_unknown_cuts_are_refused(unet: offcut.UNet) -> None:
     with pytest.raises(CutError, match="was not built with the cut 'skipped'"):
         unet.set_schedule(offcut.Uniform(2), "skipped")
 

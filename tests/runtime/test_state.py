@@ -174,12 +174,18 @@ def test_from_the_second_call_on_only_the_result_is_allocated_and_nothing_is_rea
         assert operations == ["copy_", "copy_", "view", "copy_", "_to_copy"]
 
 
-def test_an_unannounced_call_reads_the_timestep(pipe: Any, generate: Generate) -> None:
+def test_unannounced_calls_read_only_timesteps_that_are_no_elements_of_a_tensor(pipe: Any, generate: Generate) -> None:
     pipe.unet.set_schedule(Uniform(3))
     pipe.__class__ = type(pipe).__mro__[2]
     with recorded_operations(pipe.unet) as calls:
         generate(pipe)
-    assert all("_local_scalar_dense" in operations for operations in calls)
+        assert not any("_local_scalar_dense" in operations for operations in calls[1:])
+        forward = pipe.unet.forward
+        pipe.unet.forward = lambda sample, timestep, *args, **kwargs: forward(sample, timestep.clone(), *args, **kwargs)
+        calls.clear()
+        generate(pipe)
+        assert all("_local_scalar_dense" in operations for operations in calls)
+        assert pipe.unet.last_run.timeline == "#..#..#..#"
 
 
 def test_buffers_keep_their_addresses(pipe: Any, generate: Generate, monkeypatch: pytest.MonkeyPatch) -> None:

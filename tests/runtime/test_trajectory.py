@@ -207,9 +207,7 @@ def test_rising_timesteps_of_an_inversion_follow_an_announced_schedule(
     assert pipe.unet.last_run.timeline == "#..#..#."
     with cached_by_call(eager.unet, 0, (0, 3, 6)):
         assert decibels(announced, invert(eager.unet)) > SAME
-    assert (
-        decibels(invert(pipe.unet), invert(eager.unet)) > SAME
-    )  # unannounced: every call full, because the timesteps rise
+    assert torch.equal(invert(pipe.unet), announced)  # unannounced: the places of the timesteps show the steps
 
 
 def test_a_cut_with_stale_skips_runs_and_differs_from_a_cut_without(

@@ -290,7 +290,7 @@ def calls(unet: UNet, timesteps: Any, **more: Any) -> None:
 
 def test_announced_calls_follow_the_schedule_whatever_the_timesteps(unet: UNet, pair: ArithmeticPair) -> None:
     unet.set_schedule(Uniform(3), cut="deepcache:1")
-    for timesteps in ([9, 8, 7, 6], [9, 9, 9, 9], [1, 2, 3, 4]):
+    for timesteps in ([9, 8, 7, 6], [9, 8, 8, 7], [1, 2, 3, 4]):
         pair.log.clear()
         with unet.generation(calls=4):
             calls(unet, timesteps)
@@ -298,6 +298,20 @@ def test_announced_calls_follow_the_schedule_whatever_the_timesteps(unet: UNet, 
         assert unet.last_run is not None
         assert unet.last_run.timeline == "#..#"
         assert (unet.last_run.calls, unet.last_run.schedule, unet.last_run.cut) == (4, Uniform(3), "deepcache:1")
+
+
+def test_calls_at_one_constant_timestep_need_a_key(unet: UNet, pair: ArithmeticPair) -> None:
+    """Without a key they could belong to several latents, so that every call is full."""
+    unet.set_schedule(Uniform(3), cut="deepcache:1")
+    with unet.generation(calls=4):
+        calls(unet, [9, 9, 9, 9])
+    assert pair.log == ["full"] * 4
+    pair.log.clear()
+    with unet.generation(calls=4), unet.trajectory("only"):
+        calls(unet, [9, 9, 9, 9])
+    assert pair.log == ["full", "deepcache:1", "deepcache:1", "full"]
+    with pytest.raises(UserError, match="key is None"), unet.trajectory(None):
+        pass
 
 
 def test_a_schedule_may_give_calls_cuts_of_their_own(unet: UNet, pair: ArithmeticPair) -> None:
@@ -314,7 +328,7 @@ def test_a_schedule_may_give_calls_cuts_of_their_own(unet: UNet, pair: Arithmeti
 def test_the_number_of_calls_is_optional_for_schedules_that_do_not_need_it(unet: UNet) -> None:
     unet.set_schedule(Uniform(2))
     with unet.generation():
-        calls(unet, [1, 1, 1])
+        calls(unet, [3, 2, 1])
     assert unet.last_run is not None
     assert unet.last_run.timeline == "#.#"
     unet.set_schedule(Quad(2))

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from offcut.errors import CapacityError, InternalError
-from offcut.runtime.batching.pool import FeatureSpec, SlotPool
+from offcut.runtime.batching.pool import FeatureSpec, Layout, SlotPool
 
-LAYOUT = {"hidden": FeatureSpec((2, 4, 8, 8), torch.float16), "skip": FeatureSpec((2, 1, 8, 8), torch.float32)}
+FEATURES = {"hidden": FeatureSpec((2, 4, 8, 8), torch.float16), "skip": FeatureSpec((2, 1, 8, 8), torch.float32)}
+LAYOUT, SKIP_ONLY = Layout(FEATURES), Layout({"skip": FEATURES["skip"]})
 BYTES = 2 * 4 * 64 * 2 + 2 * 64 * 4
 
 
@@ -18,23 +19,25 @@ def test_slots_are_given_while_there_is_room() -> None:
     assert first is not None
     assert second is not None
     assert (pool.slots, pool.used) == (2, 2 * BYTES)
-    assert {name: (tuple(t.shape), t.dtype) for name, t in first.features.items()} == {
-        name: (spec.shape, spec.dtype) for name, spec in LAYOUT.items()
+    (features,) = first.copies
+    assert {name: (tuple(t.shape), t.dtype) for name, t in features.items()} == {
+        name: (spec.shape, spec.dtype) for name, spec in FEATURES.items()
     }
     assert pool.take(LAYOUT) is None
     pool.give_back(first)
     assert (pool.slots, pool.used) == (1, BYTES)
-    assert pool.take({"skip": LAYOUT["skip"]}) is not None
+    assert pool.take(SKIP_ONLY) is not None
     with pytest.raises(InternalError, match="twice"):
         pool.give_back(first)
 
 
-def test_a_slot_fits_its_own_features_only() -> None:
-    slot = SlotPool(BYTES, torch.device("cpu")).take(LAYOUT)
+def test_a_slot_for_two_full_calls_has_two_copies_and_twice_the_bytes() -> None:
+    pool = SlotPool(2 * BYTES, torch.device("cpu"))
+    slot = pool.take(Layout(FEATURES, copies=2))
     assert slot is not None
-    assert slot.fits(LAYOUT)
-    assert not slot.fits({"skip": LAYOUT["skip"]})
-    assert not slot.fits(LAYOUT | {"skip": FeatureSpec((4, 1, 8, 8), torch.float32)})
+    assert pool.used == 2 * BYTES
+    pointers = {tensor.data_ptr() for copy in slot.copies for tensor in copy.values()}
+    assert len(pointers) == 4
 
 
 def test_features_above_the_limit_are_refused() -> None:

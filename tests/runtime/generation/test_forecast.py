@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import offcut
 from offcut.engines.base import BoundPair
 from offcut.errors import ScheduleError
-from offcut.runtime.generation.forecast import Coefficients, Extrapolate, FeatureHistory, Forecast, write
+from offcut.runtime.generation.features import CachedFeatures, CallPart, FeatureBuffers
+from offcut.runtime.generation.forecast import Coefficients, Extrapolate, Forecast, write
 
 FEATURE, CUT, CALLS = "deep_feature_0", "deepcache:0", 10
 
@@ -157,19 +158,20 @@ def test_numbers_and_tensors_give_the_same_prediction(
 
 
 def test_full_calls_cost_one_copy_into_two_buffers() -> None:
-    """The buffers of the last two full calls alternate, and none is allocated after the second full call."""
+    """The buffers of the last two full calls alternate, and none is allocated after the first full call."""
 
     class Bound:
         def __init__(self) -> None:
             self.buffers = {FEATURE: torch.zeros(1, 2, 2, 2)}
 
     bound: BoundPair = Bound()  # type: ignore[assignment]
-    history = FeatureHistory(Extrapolate(1.0), [FEATURE])
+    features, buffers = CachedFeatures(Extrapolate(1.0)), FeatureBuffers(in_place=True)
     addresses = []
     for call in range(4):
         bound.buffers[FEATURE].fill_(call)
-        history.record(bound, call)
-        addresses.append(history._latest[FEATURE].data_ptr())
+        features.allocate(bound, [FEATURE])
+        buffers.record_full(bound, [CallPart(features, call, 1)], 1, [FEATURE])
+        addresses.append(features.latest[FEATURE].data_ptr())
     assert addresses[0] == addresses[2] != addresses[1] == addresses[3]
-    history.predict(bound, 5)
+    assert buffers.fill(bound, [CallPart(features, 5, 1)], 1, [FEATURE])
     assert torch.equal(bound.buffers[FEATURE], torch.full((1, 2, 2, 2), 5.0))

@@ -1,13 +1,15 @@
-"""State of a generation without engines: random calls, failures and shapes, and the timesteps of real schedulers."""
+"""State of a generation without engines: which call is full, of which trajectory, and how steps are told apart."""
 
 from __future__ import annotations
 
 import inspect
+import random
 import warnings
 from typing import Any
 
 import diffusers
 import pytest
+import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, SchedulerMixin
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,12 +26,25 @@ schedules = st.one_of(
 events = st.lists(st.tuples(st.sampled_from(["call", "fails", "invalidate"]), st.sampled_from("AAAB")), max_size=60)
 
 
+def call(generation: GenerationState, timestep: torch.Tensor | float, shapes: str = "A", **options: Any) -> bool:
+    """Make one call, and return whether it was full."""
+    begun = generation.begin(shapes, timestep, **options)
+    generation.end(begun)
+    return begun.full
+
+
+def elements(count: int) -> list[torch.Tensor]:
+    """Return timesteps as a pipeline passes them: elements of one tensor."""
+    return list(torch.linspace(999, 0, count))
+
+
 @settings(max_examples=1000, deadline=None)
 @given(schedules, st.integers(1, 40), events)
 def test_features_are_read_only_after_a_completed_call_with_the_same_shapes(
     schedule: Uniform | Steps | Quad, calls: int, events: list[tuple[str, str]]
 ) -> None:
     generation = GenerationState(schedule, calls=calls)
+    timesteps = elements(100)
     readable: str | None = None  # shapes whose features may be read
     completed = 0
     for event, shapes in events:
@@ -37,10 +52,10 @@ def test_features_are_read_only_after_a_completed_call_with_the_same_shapes(
             generation.invalidate()
             readable = None
             continue
-        full = generation.begin(shapes)
-        assert full == (readable != shapes or completed >= calls or completed in schedule.full_calls(calls))
+        begun = generation.begin(shapes, timesteps[completed])
+        assert begun.full == (readable != shapes or completed >= calls or completed in schedule.full_calls(calls))
         if event == "call":
-            generation.end(full)
+            generation.end(begun)
             readable = shapes
             completed += 1
         else:
@@ -49,8 +64,8 @@ def test_features_are_read_only_after_a_completed_call_with_the_same_shapes(
 
 
 def run_calls(generation: GenerationState, calls: int) -> tuple[bool, ...]:
-    for _ in range(calls):
-        generation.end(generation.begin("A"))
+    for timestep in elements(calls):
+        call(generation, timestep)
     return generation.run().full
 
 
@@ -78,9 +93,12 @@ def test_the_error_for_a_missing_number_of_calls_says_how_to_give_it() -> None:
     with pytest.raises(ScheduleError, match=r"unet\.generation\(calls=n\)"):
         GenerationState(Quad(5))
     with pytest.raises(ScheduleError, match="0 UNet calls were announced"):
-        GenerationState(Uniform(5), calls=0).begin("A")
+        GenerationState(Uniform(5), calls=0).begin("A", 999.0)
     with pytest.raises(ScheduleError, match="smaller center"):
-        GenerationState(Quad(5), calls=10).begin("A")
+        GenerationState(Quad(5), calls=10).begin("A", 999.0)
+
+
+# Steps of real schedulers
 
 
 def _settings(scheduler: type[SchedulerMixin]) -> list[dict[str, Any]]:
@@ -106,21 +124,21 @@ def _compatible() -> list[type[SchedulerMixin]]:
     )
 
 
-def _timesteps(scheduler: type[SchedulerMixin], steps: int, **options: Any) -> list[float]:
+def _timesteps(scheduler: type[SchedulerMixin], steps: int, **options: Any) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         instance = scheduler(**options)
         instance.set_timesteps(steps)
-    return [float(timestep) for timestep in instance.timesteps]
+    return torch.as_tensor(instance.timesteps)
 
 
-def unannounced(timesteps: list[float], schedule: Uniform) -> list[list[bool]]:
+def unannounced(timesteps: list[Any], schedule: Uniform) -> list[list[bool]]:
     """Split timesteps into generations as a bare UNet does; return for each its calls, True for full ones."""
     generations: list[GenerationState] = []
     for timestep in timesteps:
         if not generations or not generations[-1].continues("A", timestep):
-            generations.append(GenerationState(schedule))
-        generations[-1].end(generations[-1].begin("A", timestep))
+            generations.append(GenerationState(schedule, announced=False))
+        call(generations[-1], timestep)
     return [list(generation.run().full) for generation in generations]
 
 
@@ -130,35 +148,141 @@ def test_unannounced_generations_follow_every_schedulers_timesteps(scheduler: ty
     for options in _settings(scheduler):
         for steps in (1, 2, 3, 12, 50) if options in ({}, {"use_karras_sigmas": True}) else (3, 12):
             try:
-                timesteps = _timesteps(scheduler, steps, **options)
+                tensor = _timesteps(scheduler, steps, **options)
             except ImportError:
                 pytest.skip("needs a package that is not installed")
             except ValueError:
                 continue  # the scheduler refuses so many steps or these options
-            if len(timesteps) < 2:
+            if len(tensor) < 2:
                 continue
             tried += 1
-            n = len(timesteps)
+            n = len(tensor)
+            values = [float(value) for value in tensor]
             expected = [call in Uniform(3).full_calls(n) for call in range(n)]
-            assert unannounced(timesteps * 2, Uniform(3)) == [expected] * 2, (options, steps, timesteps)
-            later = timesteps[n // 4 * 2 :]  # as img2img begins; a whole step of second-order schedulers
-            if later[0] >= timesteps[-1] + 1:
-                assert unannounced(timesteps + later, Uniform(3)) == [expected, expected[: len(later)]]
+            for timesteps in (list(tensor), values):
+                if timesteps is values and n > 2 and values[-1] == values[-2] and values[1] != values[2]:
+                    continue  # KDPM2 ancestral repeats its last timestep only: by value, that call is full
+                assert unannounced(timesteps * 2, Uniform(3)) == [expected] * 2, (options, steps, timesteps)
+                later = timesteps[n // 4 * 2 :]  # as img2img begins; a whole step of second-order schedulers
+                if values[n // 4 * 2] >= values[-1] + 1:
+                    assert unannounced(timesteps + later, Uniform(3)) == [expected, expected[: len(later)]]
     assert tried
 
 
-def test_rising_timesteps_are_full_unless_the_generation_is_announced() -> None:
-    timesteps = _timesteps(DDIMInverseScheduler, 10)
-    assert unannounced(timesteps, Uniform(3)) == [[True]] * 10
+def test_rising_timesteps_of_an_inversion_follow_the_schedule() -> None:
+    tensor = _timesteps(DDIMInverseScheduler, 10)
+    expected = [call in (0, 3, 6, 9) for call in range(10)]
+    assert unannounced(list(tensor), Uniform(3)) == [expected]
+    values = [float(value) for value in tensor]
+    assert unannounced(values, Uniform(3)) == [[True]] * 10  # nothing shows that they are one generation
     generation = GenerationState(Uniform(3), calls=10)
-    assert run_calls(generation, 10) == tuple(call in (0, 3, 6, 9) for call in range(10))
+    assert [call(generation, value) for value in values] == expected
 
 
 def test_an_unannounced_generation_ends_with_other_shapes_or_a_failed_call() -> None:
-    generation = GenerationState(Uniform(3))
-    generation.end(generation.begin("A", 999.0))
+    generation = GenerationState(Uniform(3), announced=False)
+    call(generation, 999.0)
     assert generation.continues("A", 900.0)
     assert generation.continues("A", 999.0)
     assert not generation.continues("B", 900.0)
     generation.begin("A", 900.0)  # no end: the call failed
     assert not generation.continues("A", 800.0)
+
+
+def test_a_call_that_failed_is_repeated_by_its_trajectory() -> None:
+    generation, timesteps = GenerationState(Uniform(3), calls=4), elements(4)
+    first = generation.begin("A", timesteps[0])
+    again = generation.begin("A", timesteps[0])
+    assert again.trajectory is first.trajectory
+    generation.end(again)
+    assert not call(generation, timesteps[1])
+
+
+# Several trajectories
+
+
+@pytest.mark.parametrize("passes", [2, 3])
+@pytest.mark.parametrize("announced", [True, False])
+@pytest.mark.parametrize("by_value", [False, True])
+def test_calls_of_one_step_belong_to_different_trajectories(passes: int, announced: bool, by_value: bool) -> None:
+    generation = GenerationState(Uniform(3), calls=6 if announced else None, announced=announced)
+    for timestep in elements(6):
+        for number in range(passes):
+            begun = generation.begin("A", float(timestep) if by_value else timestep)
+            assert begun.trajectory.index == number
+            generation.end(begun)
+    run = generation.run()
+    assert run.timeline == "".join(mark * passes for mark in "#..#..")
+    assert run.trajectories == tuple(range(passes)) * 6
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+def test_a_pass_that_begins_later_is_a_trajectory_of_its_own(by_value: bool) -> None:
+    generation, timeline = GenerationState(Uniform(3), calls=8), []
+    for step, element in enumerate(elements(8)):
+        timestep = float(element) if by_value else element
+        timeline.append([call(generation, timestep) for _ in range(2 if step >= 2 else 1)])
+    assert [full[0] for full in timeline] == [step % 3 == 0 for step in range(8)]
+    assert [full[1] for full in timeline[2:]] == [number % 3 == 0 for number in range(6)]
+
+
+def test_a_sampler_that_repeats_timesteps_has_one_trajectory_by_value_too() -> None:
+    heun = [float(value) for value in _timesteps(diffusers.HeunDiscreteScheduler, 6)]
+    assert heun[1] == heun[2]
+    generation = GenerationState(Uniform(3), calls=len(heun))
+    assert [call(generation, value) for value in heun] == [number % 3 == 0 for number in range(len(heun))]
+    assert set(generation.run().trajectories) == {0}
+
+
+def test_text_embeddings_tell_passes_apart_whose_order_changes() -> None:
+    """The first of two passes is left out from the fourth step on, as where guidance ends early."""
+    texts = torch.randn(2, 7, 16)
+    generation = GenerationState(Uniform(4), calls=8)
+    for step, timestep in enumerate(elements(8)):
+        for number in (0, 1) if step < 3 else (1,):
+            begun = generation.begin("A", timestep, texts[number : number + 1])
+            assert begun.trajectory.index == number
+            assert begun.full == (step % 4 == 0)
+            generation.end(begun)
+    assert generation.order_changed is None
+
+
+def test_a_changed_number_of_calls_without_embeddings_is_noted() -> None:
+    generation = GenerationState(Uniform(4), calls=8)
+    for step, timestep in enumerate(elements(8)):
+        for _ in range(2 if step < 3 else 1):
+            call(generation, timestep)
+    assert generation.order_changed == (2, 1)
+
+
+def test_a_restarted_sampler_begins_new_trajectories_with_its_own_number_of_calls() -> None:
+    """FreeInit's fast sampling: 2, 4 and 6 steps, with new timesteps each time."""
+    counts = iter([2, 4, 6])
+    generation = GenerationState(Uniform(3, cooldown=1), calls=lambda: next(counts))
+    for steps in (2, 4, 6):
+        for timestep in elements(steps):
+            call(generation, timestep)
+    assert generation.run().timeline == "##" + "#..#" + "#..#.#"
+    same_timesteps = GenerationState(Uniform(3), calls=4)
+    for timestep in elements(4) * 3:
+        call(same_timesteps, timestep)
+    assert same_timesteps.run().timeline == "#..#" * 3
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 12), st.integers(1, 4), st.randoms(use_true_random=False), st.booleans())
+def test_keys_tell_trajectories_apart_in_any_order(
+    count: int, steps: int, interval: int, rng: random.Random, announced: bool
+) -> None:
+    """Trajectories advance in random order, each by its own timesteps, and each follows the schedule by its count."""
+    generation = GenerationState(Uniform(interval), calls=steps if announced else None, announced=announced)
+    timesteps = elements(steps + 1)
+    completed = [0] * count
+    while unfinished := [key for key in range(count) if completed[key] < steps]:
+        key = rng.choice(unfinished)
+        begun = generation.begin("A", timesteps[completed[key]], key=f"tile {key}")
+        assert begun.number == completed[key]
+        assert begun.full == (completed[key] % interval == 0)
+        generation.end(begun)
+        completed[key] += 1
+    assert len(set(generation.run().trajectories)) == count
