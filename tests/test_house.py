@@ -205,6 +205,7 @@ LIBRARY_INTERNALS = {
     "pipe._encode_image": "diffusers: an input of Stable Video Diffusion's UNet",
     "pipe._encode_vae_image": "diffusers: an input of Stable Video Diffusion's UNet",
     "pipeline._interrupt": "diffusers: ends a denoising loop from a callback",
+    "tensor._base": "the tensor that a view belongs to",
     "torch._C._autograd._profiler_enabled": "whether a profiler records",
     "torch._C._nn._parse_to": "reads the arguments of torch.nn.Module.to",
     "torch._check": "a condition that torch.export may assume",
