@@ -7,6 +7,7 @@
     │   ├── BundleError           a bundle that is damaged, altered, too new, or does not fit
     │   ├── EngineError           an engine that is missing, unusable here, or built for another machine
     │   │   └── MissingExtraError     a package of one of offcut's extras is not installed
+    │   ├── MissingLayerError     code that uses the layers of a compiled UNet
     │   ├── ShapeError            an input outside the shapes that the engine was built for
     │   ├── ScheduleError         a schedule that cannot be followed
     │   ├── ParityError           an engine's output differs from PyTorch's by more than its bound
@@ -59,6 +60,10 @@ class MissingExtraError(EngineError):
         super().__init__(
             f"{feature} needs the package {package}, which is not installed: pip install 'offcut[{extra}]'"
         )
+
+
+class MissingLayerError(UserError, AttributeError):
+    """The code uses a layer of a UNet whose layers are compiled into engines; ``hasattr`` is False for such a layer."""
 
 
 class ShapeError(UserError):

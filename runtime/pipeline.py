@@ -20,6 +20,7 @@ from .components import open_components
 from .controlnet import reuse_controlnets
 from .override import override_method
 from .unet import UNet
+from .unsupported import refuse_layer_guidance
 
 if TYPE_CHECKING:
     from ..engines.bundle.bundle import Bundle
@@ -163,6 +164,7 @@ class _AnnouncingPipeline:
         call = super().__call__  # type: ignore[misc]
         if not isinstance(unet, BaseUNet):
             return call(*args, **kwargs)
+        refuse_layer_guidance(self, args, kwargs)
         scheduler = getattr(self, "scheduler", None)
         with unet.generation(lambda: _unet_calls(self), scheduler, lambda: _is_guided(self)):
             return call(*args, **kwargs)

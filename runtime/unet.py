@@ -18,8 +18,9 @@ from ..errors import EngineError, UserError
 from ..exporter.residuals import argument_of
 from ..exporter.specs import TensorSpec, solve
 from ..exporter.trace.export import SAMPLE
-from .base_unet import IN_USE, BaseUNet
+from .base_unet import BaseUNet
 from .bound import BoundPairs
+from .cached_model import IN_USE
 from .generation.advice import lora_advice
 from .generation.features import CachedFeatures, CallPart, FeatureBuffers
 from .generation.guidance import second_half

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from ..errors import ShapeError, UserError
@@ -32,6 +33,23 @@ _offload = _refusal(
 )
 _chunking = _refusal("forward chunking runs a UNet's feed-forward layers piece by piece", "leave it out")
 _training = _refusal("training changes a UNet's weights", "train the eager UNet and build a bundle from it")
+
+
+def refuse_layer_guidance(pipe: Any, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+    """Refuse a pipeline call with perturbed-attention guidance, which changes attention layers.
+
+    Raises:
+        UserError: the guidance is on.
+    """
+    if not getattr(pipe, "pag_applied_layers", None):
+        return
+    call = inspect.signature(type(pipe).__call__).bind(pipe, *arguments, **keywords)
+    call.apply_defaults()
+    if call.arguments.get("pag_scale"):
+        raise UserError(
+            "perturbed-attention guidance changes the UNet's attention layers, but this UNet's layers are compiled "
+            "into engines: pass pag_scale=0, or use an eager UNet"
+        )
 
 
 class UnsupportedMethods:

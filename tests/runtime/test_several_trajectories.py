@@ -14,11 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPanoramaPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPAGPipeline,
+    StableDiffusionPanoramaPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionSAGPipeline,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import offcut
+from offcut.errors import UserError
 from offcut.runtime.batching import Worker
 from offcut.runtime.generation.schedule import Schedule, Steps, Uniform
 
@@ -337,3 +345,21 @@ def models_of_the_random_test(tiny_pipeline: Any, tiny_bundle: Path) -> Iterator
     _EAGER["unet"], _ENGINE["unet"] = tiny_pipeline.unet, unet
     yield
     unet.close()
+
+
+def test_guidance_that_changes_attention_layers_is_refused(tiny_pipeline: Any, unet: offcut.UNet) -> None:
+    settings = {"prompt": "a", "num_inference_steps": 2, "output_type": "latent"}
+    names = ("vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
+    components = {name: tiny_pipeline.components[name] for name in names} | {"unet": unet}
+    sag = offcut.attach(StableDiffusionSAGPipeline(**components, requires_safety_checker=False), unet)
+    with pytest.raises(UserError, match="uses the UNet's mid_block"):
+        sag(**settings, sag_scale=0.75)
+    pag = offcut.attach(StableDiffusionPAGPipeline(**components, requires_safety_checker=False), unet)
+    with pytest.raises(UserError, match="pass pag_scale=0"):
+        pag(**settings)
+    plain = pag(**settings, pag_scale=0.0, generator=torch.Generator().manual_seed(0)).images
+    expected = offcut.attach(StableDiffusionPipeline(**components, requires_safety_checker=False), unet)(
+        **settings, generator=torch.Generator().manual_seed(0)
+    ).images
+    assert torch.equal(plain, expected)
+    assert not hasattr(unet, "up_blocks")
