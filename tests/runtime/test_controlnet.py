@@ -164,6 +164,30 @@ def test_reused_controlnets_run_on_full_calls_only(
     assert len(runs) == 2 * count * len(full)  # no output is reused in the next generation
 
 
+def test_a_loop_with_two_latents_runs_the_controlnet_for_each(
+    with_controlnet: Callable[..., Any], unet: offcut.UNet, control: torch.Tensor
+) -> None:
+    """Outputs of a ControlNet are reused with one latent only: those of one latent never reach the other."""
+    latents = [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    text = torch.zeros(1, 7, unet.config["cross_attention_dim"])
+    unet.set_schedule(SCHEDULE)
+
+    def run(reuse: bool) -> list[torch.Tensor]:
+        pipe = offcut.attach(with_controlnet(), unet, reuse_controlnet=reuse)
+        pipe.scheduler.set_timesteps(4)
+        outputs = []
+        with torch.no_grad(), unet.generation(4):
+            for timestep in pipe.scheduler.timesteps:
+                for latent in latents:
+                    down, middle = pipe.controlnet(latent, timestep, text, control, return_dict=False)
+                    residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+                    outputs.append(unet(latent, timestep, text, **residuals).sample)
+        return outputs
+
+    for expected, actual in zip(run(False), run(True), strict=True):
+        assert torch.equal(expected, actual)
+
+
 def test_a_controlnet_runs_again_when_its_scale_changes(
     with_controlnet: Callable[..., Any],
     unet: offcut.UNet,

@@ -264,6 +264,23 @@ def test_two_passes_a_step_reuse_their_own_features(
     assert unet.last_run.timeline == "##....##....##"
 
 
+@pytest.mark.parametrize("forecast", [offcut.Extrapolate(1.0), offcut.Extrapolate(0.5)], ids=str)
+def test_latents_in_one_loop_equal_each_latent_alone(
+    unet: offcut.UNet, decibels: Decibels, forecast: offcut.Extrapolate
+) -> None:
+    unet.set_schedule(Uniform(3, warmup=2), forecast=forecast)
+    alone = []
+    for number in (0, 1):
+        with unet.generation(9):
+            alone += denoise(unet, 9, lambda step, number=number: [number])  # type: ignore[misc]
+    with unet.generation(9):
+        together = denoise(unet, 9, lambda step: [0, 1])
+    check(decibels, together, alone)
+    unet.set_schedule(Uniform(3, warmup=2))
+    with unet.generation(9):
+        assert decibels(denoise(unet, 9, lambda step: [0, 1])[0], alone[0]) < OTHER
+
+
 def test_text_embeddings_tell_the_passes_apart_where_the_first_one_ends_early(
     eager: Any, unet: offcut.UNet, decibels: Decibels
 ) -> None:

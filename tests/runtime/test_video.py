@@ -122,6 +122,32 @@ def test_a_cached_video_equals_the_same_caching_in_eager_pytorch(
     assert decibels(uncached, expected) < match - 20  # caching changes the video
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["whole rounds", "fast sampling"])
+def test_each_round_of_freeinit_follows_the_schedule(
+    fast: bool,
+    engine: str,
+    loaded: Callable[[str, str], Any],
+    video_dir: Callable[[str], Path],
+    decibels: Callable[[torch.Tensor, torch.Tensor], float],
+) -> None:
+    eager, pipe = diffusers.DiffusionPipeline.from_pretrained(video_dir("animatediff")), loaded("animatediff", engine)
+    for each in (eager, pipe):
+        each.enable_free_init(method="butterworth", num_iters=3, use_fast_sampling=fast)
+    rounds = [STEPS // 3, STEPS * 2 // 3, STEPS] if fast else [STEPS] * 3
+    uncached = video_latents(eager)
+    pipe.unet.set_schedule(None)
+    assert decibels(video_latents(pipe), uncached) > 100
+    pipe.unet.set_schedule(SCHEDULE, cut="deepcache:1")
+    full = [call for calls in rounds for call in (number in SCHEDULE.full_calls(calls) for number in range(calls))]
+    with reusing(eager.unet, tuple(index for index, is_full in enumerate(full) if is_full)):
+        expected = video_latents(eager)
+    assert decibels(video_latents(pipe), expected) > 90
+    assert decibels(expected, uncached) < 80
+    assert pipe.unet.last_run.full == tuple(full)
+    pipe.disable_free_init()
+    pipe.unet.set_schedule(None)
+
+
 def test_a_video_of_another_length_and_size_equals_eager_pytorch(
     eager: Any, cached: Any, decibels: Callable[[torch.Tensor, torch.Tensor], float]
 ) -> None:

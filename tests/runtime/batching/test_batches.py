@@ -165,6 +165,33 @@ def test_a_forecast_keeps_the_features_of_two_full_calls(
     assert max(sizes) == 3 * 2 * 16 * 16 * 16 * 4
 
 
+@pytest.mark.parametrize("forecast", [None, Corrected()], ids=str)
+def test_requests_may_reuse_the_guidance_difference(
+    forecast: Forecast | None, shared_pipe: Any, send: Send, latents_alone: LatentsAlone
+) -> None:
+    """Shallow calls with half of the batch are shared with those of other requests with the whole batch."""
+    request = {"arguments": {"seed": 1}, "schedule": Uniform(3), "forecast": forecast}
+    other = {"arguments": {"seed": 2}, "schedule": Uniform(3)}
+    unguided = {"arguments": {"seed": 3, "guidance_scale": 1.0}, "schedule": Uniform(3)}
+    shared_pipe.unet.set_schedule(Uniform(3), None, forecast, reuse_guidance=True)
+    generator = torch.Generator().manual_seed(1)
+    arguments = {"prompt": "a red square", "num_inference_steps": 6, "guidance_scale": 5.0, "output_type": "latent"}
+    expected = shared_pipe(**arguments, generator=generator).images
+    shared_pipe.unet.set_schedule(None)
+    whole = [latents_alone(each) for each in (request, other, unguided)]
+    with Worker(shared_pipe) as worker:
+        tickets = [
+            send(worker, request, reuse_guidance=True),
+            send(worker, other),
+            send(worker, unguided, reuse_guidance=True),
+        ]
+        images = [ticket.future.result().images for ticket in tickets]
+        assert ("shallow", 4) in worker.statistics().ticks  # 1 + 2 + 1 rows
+    for actual, latents in zip(images, [expected, *whole[1:]], strict=True):
+        assert difference(actual, latents) <= TOLERANCE
+    assert difference(images[0], whole[0]) > 10 * TOLERANCE
+
+
 @pytest.mark.parametrize("forecast", [None, Extrapolate(1.0), Corrected()], ids=str)
 def test_calls_have_cuts_of_their_own(
     forecast: Forecast | None, shared_pipe: Any, latents_alone: LatentsAlone, send: Send
