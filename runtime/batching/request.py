@@ -58,13 +58,13 @@ class WorkerRequest:
     schedule: Schedule | None
     cut: str | None
     forecast: Forecast | None
-    reuse_guidance: bool
     scheduler: Any
     pipeline: type | None
     submitted: float
     expires: float | None
     due: float
     on_step: OnStep | None
+    reuse_guidance: bool = False
     future: Future[Any] = field(default_factory=Future)
     started: float | None = None
     """Time at which a request runner took the request, on ``time.monotonic``."""

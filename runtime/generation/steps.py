@@ -112,4 +112,4 @@ def _position(timestep: torch.Tensor | float) -> tuple[int, int] | None:
         return None  # a number, or one timestep for each image
     storage = timestep.untyped_storage()
     is_element = storage.nbytes() > timestep.element_size()
-    return (storage.data_ptr(), timestep.storage_offset()) if is_element else None
+    return (storage.data_ptr(), int(timestep.storage_offset())) if is_element else None
