@@ -37,7 +37,8 @@ class Statistics:
     Attributes:
         healthy: whether the engines work; ``fault`` says why they do not.
         queued, in_flight: current number of requests.
-        slots, cache_bytes, cache_limit: current use of the memory for cached features.
+        slots: number of trajectories that hold cached features; most requests have one trajectory.
+        cache_bytes, cache_limit: bytes of the cached features, and the most that they may take.
         ticks: engine calls by kind and number of rows (without padding), with the time inside the engines.
         overhead: engine calls, with the time that the engine thread spent on each outside the engines.
         gathers, gathers_skipped: shallow calls whose features were copied into the buffers, or were already there.

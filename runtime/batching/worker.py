@@ -58,7 +58,8 @@ class Worker:
         max_in_flight: largest number of requests in progress.
         max_queue: largest number of requests that wait in addition.
         cache_bytes: device memory for the cached features of all requests in flight. A request that finds no room waits
-            at its first step.
+            at its first step; in a request with several trajectories, such as a panorama, further trajectories without
+            room make full calls only.
         max_batch: largest number of rows of an engine call; a request has two rows for each image with guidance,
             otherwise one.
         batch_sizes: batch sizes that calls are padded to, e.g. for CUDA graphs; by default calls are not padded.

@@ -144,7 +144,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[Statistics], float]], ...] = (
     ("offcut_healthy", "Whether the engines work.", lambda statistics: statistics.healthy),
     ("offcut_queued_requests", "Requests in the queue.", lambda statistics: statistics.queued),
     ("offcut_in_flight_requests", "Requests in progress.", lambda statistics: statistics.in_flight),
-    ("offcut_cache_slots", "Requests that hold cached features.", lambda statistics: statistics.slots),
+    ("offcut_cache_slots", "Trajectories that hold cached features.", lambda statistics: statistics.slots),
     ("offcut_cache_bytes", "Device memory of all cached features.", lambda statistics: statistics.cache_bytes),
     (
         "offcut_cache_limit_bytes",
