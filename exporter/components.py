@@ -21,6 +21,7 @@ from .load import PRECISIONS
 from .specs import TensorSpec, factors
 from .trace.convert import quiet, save, to_onnx
 from .trace.reference import REFERENCE_FILE
+from .weight_files import chosen_variant
 
 if TYPE_CHECKING:
     import torch
@@ -179,7 +180,11 @@ def load_component(library: Any, folder: Path, kind: str, precision: str, varian
     dtype = getattr(torch, PRECISIONS[precision])
     try:
         model = getattr(library, kind).from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, variant=variant, local_files_only=True
+            folder,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            variant=chosen_variant(folder, variant),
+            local_files_only=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

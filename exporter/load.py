@@ -15,6 +15,7 @@ from .foreign.find import OPTIMUM_CLASSES, is_foreign
 from .ip_adapter import IPAdapter, load_into, with_adapters
 from .lora import ScaledLora, fuse
 from .trace.attention import ATTENTION, PIPELINES
+from .weight_files import chosen_variant
 
 if TYPE_CHECKING:
     import torch
@@ -161,14 +162,14 @@ def load_unet(source: ModelSource, precision: str = "fp32") -> torch.nn.Module:
     if not any(source.folder.glob("*.safetensors")):
         raise ModelError(
             f"{source.name} has no safetensors weights in {source.subfolder or '.'}; "
-            "offcut loads no pickled weights: convert them with diffusers' save_pretrained"
+            "offcut loads no pickled weights: convert them with diffusers' save_pretrained, or name a variant"
         )
     try:
         unet, loading_info = unet_class.from_pretrained(
             source.folder,
             torch_dtype=getattr(torch, PRECISIONS[precision]),
             use_safetensors=True,
-            variant=source.variant,
+            variant=source.variant or chosen_variant(source.folder, None),
             local_files_only=True,
             output_loading_info=True,
         )

@@ -71,7 +71,7 @@ def load(
         inference_precision=inference_precision,
         **options,
     )
-    settings: dict[str, Any] = {"local_files_only": True, "variant": _variant(opened), **dtype_argument(unet.dtype)}
+    settings: dict[str, Any] = {"local_files_only": True, **dtype_argument(unet.dtype)}
     if {"dtype", "torch_dtype"} & set(arguments):
         settings = {key: value for key, value in settings.items() if key not in ("dtype", "torch_dtype")}
     networks: dict[str, Any] = {}
@@ -210,13 +210,6 @@ def _tuple_to_list(value: Any) -> Any:
 def _device_name(device: torch.device) -> str:
     """Return a device as text; ``cuda`` for the first GPU."""
     return device.type if not device.index else str(device)
-
-
-def _variant(bundle: Bundle) -> str | None:
-    """Return the variant of the weight files: the source's, if the bundle has pipeline files of that variant."""
-    variant = bundle.manifest.source.variant
-    has_files = any(f".{variant}." in part or f".{variant}-" in part for part in bundle.manifest.parts)
-    return variant if has_files else None
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -49,7 +49,6 @@ def build_pipeline(case: Case, bundle: Bundle, unet: Any, dtype: torch.dtype) ->
             bundle.path,
             unet=unet,
             torch_dtype=dtype,
-            variant=_variant(bundle),
             local_files_only=True,
             **(left_out if "safety_checker" in parameters else {}),
         )
@@ -131,7 +130,7 @@ def _encoders(bundle: Bundle, **left_out: None) -> Any:
 
     bundle.verify_files(bundle.manifest.parts)
     kind = getattr(diffusers, pipeline_name(bundle))
-    return kind.from_pretrained(bundle.path, unet=None, variant=_variant(bundle), local_files_only=True, **left_out)
+    return kind.from_pretrained(bundle.path, unet=None, local_files_only=True, **left_out)
 
 
 def read_inputs(case: Case, dtype: torch.dtype) -> dict[str, Any]:
@@ -225,9 +224,3 @@ def call_dims(bundle: Bundle, size: int | None = None) -> dict[str, int]:
         return dims
     side = size // vae_scale(bundle)
     return dims | {"height": side, "width": side, "sequence": 77}
-
-
-def _variant(bundle: Bundle) -> str | None:
-    """Return the file name variant of the bundle's components, where their files have one."""
-    variant = bundle.manifest.source.variant
-    return variant if any(f".{variant}." in part for part in bundle.manifest.parts) else None

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from ...engines.builder.resolve import weights_digest
 from ...engines.bundle.bundle import Bundle
-from ...engines.bundle.pipeline_files import weight_files
 from ...engines.profiles import trained_side
 from ...errors import CutError, ModelError, UserError
 from ...exporter.cut import canonical_name
 from ...exporter.families import FAMILIES
 from ...exporter.load import ModelSource, locate
+from ...exporter.weight_files import weight_files
 from ...runtime.generation.schedule import parse
 from ...runtime.text_to_image import scheduler_named
 from .case import Case, Entrant, LatencyRequest

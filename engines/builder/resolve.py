@@ -18,10 +18,11 @@ from ...exporter.foreign.unet import check_precision, fixed_dims
 from ...exporter.load import PRECISIONS, ModelSource, locate, read_index
 from ...exporter.lora import find, read
 from ...exporter.quantize.qdq import Scheme
+from ...exporter.weight_files import chosen_variant, weight_files
 from ..base import Progress, Setting, Settings
 from ..bundle.bundle import Bundle, devices_of, digest_file
 from ..bundle.manifest import MANIFEST_FILE, EngineEntry
-from ..bundle.pipeline_files import weight_files
+from ..bundle.pipeline_files import pipeline_files
 from ..bundle.store import LOCK_FILE
 from ..precision import LOW_PRECISIONS, bounds, scheme_of
 from ..profiles import Profile, trained_side
@@ -115,6 +116,8 @@ def resolve(request: BuildRequest, progress: Progress) -> BuildPlan:
         ip_adapters=list(request.ip_adapters),
         attention=request.attention,
     )
+    if source.variant is None and not source.onnx and (variant := chosen_variant(source.folder, None)):
+        progress(f"{source.name} has its UNet as {variant} only: take these weights, as --variant {variant} does")
     networks = compilable(source)
     foreign = _check_foreign(request, source, engines, scheme, networks) if source.onnx else None
     for lora in request.loras:
@@ -126,6 +129,8 @@ def resolve(request: BuildRequest, progress: Progress) -> BuildPlan:
         raise ModelError(
             f"{request.model} has no networks around its UNet that offcut can compile: leave --compile-all out"
         )
+    if source.is_pipeline:
+        pipeline_files(source, networks if request.compile_all or source.onnx else ())  # before any long work
     adapters = _adapters_of(source) if request.adapters is None else request.adapters
     adapters = tuple(dict.fromkeys(adapters))
     if scheme and adapters:

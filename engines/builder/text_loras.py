@@ -19,7 +19,7 @@ from ...errors import InternalError, ModelError
 from ...exporter.components import load_component
 from ...exporter.load import ModelSource, read_index
 from ...exporter.lora import TEXT_ENCODERS, Lora, LowRank, check, read
-from ..bundle.pipeline_files import small_files, weight_files
+from ...exporter.weight_files import component_files
 
 if TYPE_CHECKING:
     import torch
@@ -124,10 +124,11 @@ def _write(folder: Path, variant: str | None, changed: Mapping[str, torch.Tensor
     from safetensors.torch import save_file
 
     out.mkdir(parents=True)
-    for file in small_files(folder):
-        shutil.copyfile(file, out / file.name)
     written: set[str] = set()
-    for file in weight_files(folder, variant):
+    for file in component_files(folder, variant):
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, out / file.name)
+            continue
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             header = opened.metadata()

@@ -99,6 +99,14 @@ def test_a_variant_has_weights_of_its_own(unet: Path) -> None:
     assert not torch.equal(plain, bias)
 
 
+def test_the_only_variant_is_taken_without_being_named(unet: Path) -> None:
+    file = unet / "diffusion_pytorch_model.safetensors"
+    expected = load_unet(locate(unet)).state_dict()
+    file.rename(unet / "diffusion_pytorch_model.fp16.safetensors")
+    weights = load_unet(locate(unet)).state_dict()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
 def test_a_variant_that_is_not_there_is_refused(unet: Path) -> None:
     message = refusal(lambda: load_unet(locate(unet, variant="fp16")))
     assert "fp16" in message

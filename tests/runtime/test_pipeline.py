@@ -55,6 +55,26 @@ def test_load_returns_the_whole_pipeline(
     pipe.unet.close()
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["named", "found"])
+def test_a_bundle_of_half_precision_files_is_loaded(
+    named: bool, small_pipeline_dir: Path, tmp_path: Path, generate: Generate, decibels: Callable[..., float]
+) -> None:
+    """diffusers saves ``*.fp16.safetensors``; a bundle's own copies have no variant in their names."""
+    StableDiffusionPipeline.from_pretrained(small_pipeline_dir).to(torch.float16).save_pretrained(
+        tmp_path / "model", variant="fp16"
+    )
+    messages: list[str] = []
+    variant = "fp16" if named else None
+    offcut.build(tmp_path / "model", tmp_path / "b", engine="onnxruntime", variant=variant, progress=messages.append)
+    assert any("has its UNet as fp16 only" in message for message in messages) != named
+    pipe = offcut.load(tmp_path / "b", threads=1)
+    eager = StableDiffusionPipeline.from_pretrained(tmp_path / "model", variant="fp16", torch_dtype=torch.float32)
+    for each in (pipe, eager):
+        each.set_progress_bar_config(disable=True)
+    assert decibels(generate(pipe), generate(eager)) > 100
+    pipe.unet.close()
+
+
 def test_load_passes_arguments_on(tiny_bundle: Path) -> None:
     scheduler = HeunDiscreteScheduler(steps_offset=1)
     pipe = offcut.load(offcut.Bundle.open(tiny_bundle), "onnxruntime", threads=1, scheduler=scheduler)

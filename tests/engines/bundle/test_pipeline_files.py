@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 
-from offcut.engines.bundle.pipeline_files import copy_pipeline_files, pipeline_class, weight_files
+from offcut.engines.bundle.pipeline_files import copy_pipeline_files, pipeline_class
 from offcut.errors import ModelError
-from offcut.exporter.load import locate
+from offcut.exporter.load import load_unet, locate
 
 
 @pytest.fixture
@@ -47,19 +49,52 @@ def test_the_variants_weights_are_copied_if_they_exist(pipeline: Path, tmp_path:
     names = copy_pipeline_files(locate(pipeline, variant="fp16"), tmp_path / "out")
     assert [name for name in names if name.endswith(".safetensors")] == [
         "text_encoder/model.safetensors",
-        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
     ]
     plain = copy_pipeline_files(locate(pipeline), tmp_path / "plain")
-    assert "vae/diffusion_pytorch_model.fp16.safetensors" not in plain
+    assert names == plain
+    assert (tmp_path / "out" / names[-1]).exists()
 
 
-def test_shards_of_a_variant_belong_to_it(tmp_path: Path) -> None:
-    names = ["m.safetensors", "m.fp16-00001-of-00002.safetensors", "m.fp16-00002-of-00002.safetensors"]
-    for name in names:
-        (tmp_path / name).touch()
-    assert [file.name for file in weight_files(tmp_path, "fp16")] == names[1:]
-    assert [file.name for file in weight_files(tmp_path, None)] == names[:1]
-    assert [file.name for file in weight_files(tmp_path, "bf16")] == names[:1]
+def save_as(pipeline: Path, variant: str | None, shard_size: str = "10GB", remove: bool = True) -> None:
+    """Save the weights of the pipeline's models again, as files of a variant and in shards."""
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline)
+    for name in ("unet", "vae", "text_encoder"):
+        if remove:
+            (file,) = (pipeline / name).glob("*.safetensors")
+            file.unlink()
+        getattr(pipe, name).save_pretrained(pipeline / name, variant=variant, max_shard_size=shard_size)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("shard_size", ["10GB", "20KB"], ids=["whole", "shards"])
+def test_copies_are_loaded_without_a_variant(
+    pipeline: Path, tmp_path: Path, variant: str | None, shard_size: str
+) -> None:
+    expected = StableDiffusionPipeline.from_pretrained(pipeline).text_encoder.state_dict()
+    save_as(pipeline, variant, shard_size)
+    sharded = list((pipeline / "text_encoder").glob("*-00001-of-*.safetensors"))
+    assert bool(sharded) == (shard_size == "20KB")
+    names = copy_pipeline_files(locate(pipeline, variant=variant), tmp_path / "out")
+    assert not any("fp16" in name for name in names)
+    unet = load_unet(locate(pipeline, variant=variant))
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "out", unet=unet)
+    for name, weight in pipe.text_encoder.state_dict().items():
+        assert torch.equal(weight, expected[name])
+
+
+def test_a_missing_shard_is_refused(pipeline: Path, tmp_path: Path) -> None:
+    save_as(pipeline, None, "20KB")
+    next((pipeline / "vae").glob("*-00001-of-*.safetensors")).unlink()
+    with pytest.raises(ModelError, match=r"vae lacks the shard diffusion_pytorch_model-00001-of"):
+        copy_pipeline_files(locate(pipeline), tmp_path / "out")
+
+
+def test_a_model_without_weights_is_refused(pipeline: Path, tmp_path: Path) -> None:
+    (pipeline / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ModelError, match="nothing to load in vae"):
+        copy_pipeline_files(locate(pipeline), tmp_path / "out")
+    assert "vae/config.json" in copy_pipeline_files(locate(pipeline), tmp_path / "graphs", without_weights=("vae",))
 
 
 def test_pickled_weights_are_not_copied(pipeline: Path, tmp_path: Path) -> None:
