@@ -78,10 +78,9 @@ def save(name: str, path: Path, dtype: torch.dtype | None = None) -> Path:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from .shapes.tokenizer import write_tokenizer
+    from .shapes.model import model_path
 
-    write_tokenizer(path / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer", model_max_length=77)
+    tokenizer = CLIPTokenizer.from_pretrained(model_path() / "tokenizer", model_max_length=77)
     text: Mapping[str, Any] = {
         "hidden_size": 768,
         "intermediate_size": 3072,

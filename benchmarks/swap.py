@@ -204,17 +204,12 @@ def _rebuild(row: SwapRow, bundle: Bundle, entry: EngineEntry, request: SwapRequ
 
 def _calls(pair: EnginePair, cut: str, dims: Mapping[str, int]) -> tuple[float, list[torch.Tensor]]:
     """Return the seconds of a full and a shallow call in new buffers, and their outputs."""
-    from ..exporter.families import example_inputs
+    from .gpu.exercise import run, write
 
-    inputs = example_inputs(tuple(pair.inputs.values()), dims)
     began = time.perf_counter()
-    bound = pair.prepare({name: tuple(value.shape) for name, value in inputs.items()})
-    for name, value in inputs.items():
-        bound.buffers[name].copy_(value)
-    bound.full()
-    outputs = [bound.buffers["noise_pred"].cpu().clone()]
-    bound.shallow(cut)
-    outputs.append(bound.buffers["noise_pred"].cpu().clone())
+    bound = pair.prepare({name: spec.resolve(dims) for name, spec in pair.inputs.items()})
+    write(pair, bound, seed=0)
+    outputs = [run(bound).cpu(), run(bound, cut).cpu()]
     seconds = time.perf_counter() - began
     bound.close()
     return seconds, outputs

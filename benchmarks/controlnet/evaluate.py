@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ..quality import metrics
 from ..quality.pictures import Progress
@@ -14,7 +13,7 @@ from ..schema.controlnet import ControlNetReuse, ControlNetRow, ReuseChange
 from ..shapes import silhouettes
 from ..shapes.judge_net.reader import JudgeNet, obeyed
 from ..stats import mean_of
-from .pipelines import ControlNetMeter, Pipelines, SceneImages, make
+from .pipelines import ControlNetMeter, Pipelines, SceneImages, generate_images
 from .settings import CUT, UNCACHED, ControlNetSetting, SceneTask
 
 Times = tuple[list[float], list[float]]
@@ -34,7 +33,6 @@ def evaluate(
     pipes: Pipelines,
     task: SceneTask,
     settings: Sequence[ControlNetSetting],
-    folder: Path,
     *,
     rounds: int,
     model: str,
@@ -46,19 +44,15 @@ def evaluate(
 
     Args:
         settings: the uncached one with the ControlNet among them, and each reused one with its counterpart.
-        folder: of ``result.json``; gets the images (``pictures/``).
         rounds: of the times; 0 takes none.
         model, controlnet: names in the result.
         on_step: called at every denoising step.
         stage: called with the name of each stage.
-
-    Raises:
-        UserError: `folder` cannot be written, or a file in it is damaged.
     """
     images: dict[ControlNetSetting, SceneImages] = {}
     for setting in settings:
         stage(setting.name)
-        images[setting] = make(pipes, task, setting, folder / "pictures", on_step)
+        images[setting] = generate_images(pipes, task, setting, on_step)
     stage("times")
     times = _times(pipes, task, settings, rounds, on_step)
     stage("scores")

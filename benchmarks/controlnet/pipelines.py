@@ -1,8 +1,7 @@
-"""Pipelines with and without a ControlNet on one open UNet, and the images that they generate, cached on disk."""
+"""Pipelines with and without a ControlNet on one open UNet, and the images that they generate."""
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ import numpy as np
 from ...errors import InternalError, UserError
 from ...runtime.pipeline import attach
 from ...runtime.unet import UNet
-from ..quality import npz_cache
 from ..quality.metrics import Pictures
 from ..quality.pictures import Progress, batch
 from .settings import CUT, ControlNetSetting, SceneTask
@@ -45,11 +43,16 @@ class Pipelines:
         unet: of a bundle with inputs for a ControlNet's residuals.
         model: directory of the pipeline.
         controlnet: directory of the ControlNet, which runs in eager PyTorch.
+
+    Raises:
+        UserError: the directory holds no ControlNet.
     """
 
     def __init__(self, unet: UNet, model: Path, controlnet: Path) -> None:
         from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
+        if not (controlnet / "config.json").is_file():
+            raise UserError(f"{controlnet} holds no ControlNet in diffusers' format: give another directory")
         self.unet = unet
         whole = StableDiffusionPipeline.from_pretrained(model)
         components = whole.components | {"scheduler": type(whole.scheduler).from_config(whole.scheduler.config)}
@@ -114,47 +117,21 @@ def _metered(net: Any, meter: ControlNetMeter) -> Iterator[None]:
             hook.remove()
 
 
-def make(pipes: Pipelines, task: SceneTask, setting: ControlNetSetting, folder: Path, on_step: Progress) -> SceneImages:
-    """Return a setting's images: read from `folder` if they are there, else generated and written there.
+def generate_images(pipes: Pipelines, task: SceneTask, setting: ControlNetSetting, on_step: Progress) -> SceneImages:
+    """Return the images of a setting, generated in batches.
 
     Raises:
-        UserError: `folder` cannot be written, or the file in it is damaged.
+        InternalError: two batches ran different calls.
     """
-    path = folder / f"{task.key(setting)}.npz"
-    stored = npz_cache.read(path, "pictures", "timeline", "passes")
-    if stored is not None:
-        return SceneImages(*stored)
     pictures: list[Pictures] = []
-    ran: set[tuple[str, int]] = set()
+    calls: set[tuple[str, int]] = set()
     for start in range(0, len(task.prompts), task.batch):
         places, meter = range(start, min(start + task.batch, len(task.prompts))), ControlNetMeter()
         pictures.append(pipes.generate(task, setting, places, on_step, meter))
         run = pipes.unet.last_run
         if run is None:
             raise InternalError("the pipeline did not call the UNet")
-        ran.add((run.timeline, meter.passes))
-    if len(ran) != 1:
-        raise InternalError(f"{setting.name}: batches of one setting ran different calls: {sorted(ran)}")
-    made = SceneImages(np.concatenate(pictures), *ran.pop())
-    npz_cache.write(path, pictures=made.pictures, timeline=made.timeline, passes=made.passes)
-    return made
-
-
-def digest(controlnet: Path) -> str:
-    """Return a digest of a ControlNet's weights and configuration.
-
-    Raises:
-        UserError: the directory holds no ControlNet.
-    """
-    digest = hashlib.sha256()
-    try:
-        for name in ("config.json", "diffusion_pytorch_model.safetensors"):
-            digest.update((controlnet / name).read_bytes())
-    except OSError as error:
-        raise UserError(f"{controlnet} holds no ControlNet as diffusers saves it ({error}): give another") from error
-    return digest.hexdigest()
-
-
-def missing(task: SceneTask, setting: ControlNetSetting, folder: Path) -> int:
-    """Return how many images of a setting are still to be generated."""
-    return 0 if (folder / f"{task.key(setting)}.npz").exists() else len(task.prompts)
+        calls.add((run.timeline, meter.passes))
+    if len(calls) != 1:
+        raise InternalError(f"{setting.name}: batches of one setting ran different calls: {sorted(calls)}")
+    return SceneImages(np.concatenate(pictures), *calls.pop())

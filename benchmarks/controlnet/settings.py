@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,7 +62,6 @@ class SceneTask:
         silhouettes: uint8 (N, 64, 64, 3).
         drawn: the rendered scenes, likewise.
         batch: images of one call of the pipeline.
-        identity: of all else that images depend on: bundle, engine and ControlNet.
     """
 
     prompts: tuple[str, ...]
@@ -74,16 +71,9 @@ class SceneTask:
     guidance: float
     seed: int
     batch: int
-    identity: str
-
-    def key(self, setting: ControlNetSetting) -> str:
-        """Return a short digest of everything that a setting's images depend on."""
-        digest = hashlib.sha256(self.silhouettes.tobytes()).hexdigest()
-        parts = [self.identity, self.steps, self.guidance, self.seed, self.batch, setting.name, setting.warmup]
-        return hashlib.sha256(json.dumps([*parts, self.prompts, digest]).encode()).hexdigest()[:16]
 
 
-def task(count: int, *, steps: int, guidance: float, seed: int, batch: int, identity: str) -> SceneTask:
+def task(count: int, *, steps: int, guidance: float, seed: int, batch: int) -> SceneTask:
     """Return random scenes: one object, two, and a pair of colour and shape that was never trained, in turn.
 
     The prompts leave sizes and places open; only the silhouette gives them.
@@ -98,5 +88,4 @@ def task(count: int, *, steps: int, guidance: float, seed: int, batch: int, iden
         guidance=guidance,
         seed=seed,
         batch=batch,
-        identity=identity,
     )

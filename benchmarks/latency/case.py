@@ -18,8 +18,7 @@ class LatencyRequest:
         engines: of the bundle; all by default.
         peers: of ``contestants.PEERS``, or ``all`` or ``none``.
         pythons: interpreters of other environments, by peer.
-        steps, guidance, scheduler, height, width, frames, images, schedule, cut, threads, device, end_to_end: see
-            ``Case``.
+        steps, guidance, scheduler, height, width, frames, images, schedule, cut, threads, device: see ``Case``.
     """
 
     model: Path | None = None
@@ -38,7 +37,6 @@ class LatencyRequest:
     cut: str | None = None
     threads: int | None = None
     device: str = "cpu"
-    end_to_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,7 @@ class Case:
         schedule, cut: of the cached contestants, as text and by its canonical name.
         threads: of each contestant.
         device: as PyTorch spells it.
-        end_to_end: whether text encoder and VAE are loaded too, for calls of the whole pipeline.
-        prompt: of those calls, and of the embeddings.
+        prompt: of the embeddings.
         seed: of the latents, and of the images that videos start from.
         frames: of each video; None for images.
     """
@@ -77,7 +74,6 @@ class Case:
     cut: str
     threads: int
     device: str = "cpu"
-    end_to_end: bool = False
     prompt: str = "a photograph of a lighthouse in a storm"
     seed: int = 0
     frames: int | None = None

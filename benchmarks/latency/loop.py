@@ -1,4 +1,4 @@
-"""The measured work: a diffusers pipeline's denoising loop from prepared tensors, and calls of the whole pipeline."""
+"""The measured work: a diffusers pipeline's denoising loop from prepared tensors."""
 
 from __future__ import annotations
 
@@ -36,29 +36,18 @@ def clock(case: Case) -> str:
     )
 
 
-def build_pipeline(case: Case, bundle: Bundle, unet: Any, dtype: torch.dtype) -> Any:
-    """Return the pipeline around a UNet, with the case's scheduler; other components only for calls from end to end."""
+def build_pipeline(case: Case, bundle: Bundle, unet: Any) -> Any:
+    """Return the pipeline around a UNet, with the case's scheduler and without other components."""
     import diffusers
 
     kind = getattr(diffusers, pipeline_name(bundle))
     parameters = inspect.signature(kind).parameters
-    if case.end_to_end:
-        bundle.verify_files(bundle.manifest.parts)
-        left_out = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipe = kind.from_pretrained(
-            bundle.path,
-            unet=unet,
-            torch_dtype=dtype,
-            local_files_only=True,
-            **(left_out if "safety_checker" in parameters else {}),
-        )
-    else:
-        components: dict[str, Any] = {
-            name: None if each.default is inspect.Parameter.empty else each.default for name, each in parameters.items()
-        }
-        if "requires_safety_checker" in components:
-            components["requires_safety_checker"] = False
-        pipe = kind(**{**components, "unet": unet, "scheduler": _bundle_scheduler(bundle)})
+    components: dict[str, Any] = {
+        name: None if each.default is inspect.Parameter.empty else each.default for name, each in parameters.items()
+    }
+    if "requires_safety_checker" in components:
+        components["requires_safety_checker"] = False
+    pipe = kind(**{**components, "unet": unet, "scheduler": _bundle_scheduler(bundle)})
     pipe.scheduler = scheduler_named(pipe.scheduler, case.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -170,19 +159,6 @@ def denoise(pipe: Any, case: Case, inputs: Mapping[str, Any], *, calls: int | No
             return _call(pipe, case, calls, image=empty, latents=inputs["latents"], output_type="latent")
     except _EnoughSteps as enough:
         return enough.latents
-
-
-def generate(pipe: Any, case: Case, *, calls: int | None = None) -> None:
-    """Call the whole pipeline, from the prompt or image to pictures; ``calls`` as in ``denoise``."""
-    import torch
-
-    generator = torch.Generator("cpu").manual_seed(case.seed)
-    images = {"prompt": [case.prompt] * case.images} if case.frames is None else {"image": video.pictures(case)}
-    try:
-        _call(pipe, case, calls, **images, generator=generator)
-    except _EnoughSteps as enough:
-        with torch.no_grad():
-            pipe.decode_latents(enough.latents, case.frames)
 
 
 def _call(pipe: Any, case: Case, calls: int | None, **arguments: Any) -> Any:

@@ -38,8 +38,6 @@ def resolve(bundle: Bundle, request: LatencyRequest, folder: Path) -> tuple[Case
     import diffusers
 
     pipeline = PIPELINES[pipeline_name(bundle)]
-    if request.end_to_end and bundle.manifest.pipeline is None:
-        raise UserError(f"{bundle.path} was built from a bare UNet, which generates no images: omit --end-to-end")
     scheduler = request.scheduler or pipeline.scheduler
     scheduler_named(diffusers.DDIMScheduler(), scheduler)  # raises for unknown names
     schedule, cut = str(parse(request.schedule)), _cut(bundle, request.cut)
@@ -60,7 +58,6 @@ def resolve(bundle: Bundle, request: LatencyRequest, folder: Path) -> tuple[Case
         cut=cut,
         threads=request.threads or _cores(),
         device=request.device,
-        end_to_end=request.end_to_end,
         frames=_frames(bundle, request.frames),
     )
     warm_up_calls(case)  # raises for schedules without a shallow call

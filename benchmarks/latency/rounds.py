@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ...errors import UserError
 from ...runtime.generation.schedule import parse
@@ -14,11 +15,13 @@ from ..worker_process import Answer, RequestFailed, WorkerProcess
 from .case import Case, Entrant
 from .ceiling import DTYPES
 from .loop import clock
-from .ratios import fill_in
 
 WORKER = "offcut.benchmarks.latency.worker"
 RESERVE = 2**30
 """Bytes of memory that are left to the rest of the machine."""
+
+NOT_CACHED = "nothing was cached: its latents are those of the uncached run, bit for bit"
+REFERENCE = "diffusers eager fp32"
 
 
 @dataclass(frozen=True)
@@ -224,10 +227,6 @@ class _Run:
             answer = process.request("alone", name=entrant.name, repeats=self.options.alone)
             row.full_alone, row.shallow_alone = answer.get("full", []), answer.get("shallow", [])
             row.forecast_alone = answer.get("forecast", [])
-        if self.case.end_to_end:
-            answer = process.request("image", name=entrant.name)
-            row.images.append(answer["image"])
-            _note_memory(row, answer)
 
     def _open_contestant(self, process: WorkerProcess, entrant: Entrant, row: Contestant) -> None:
         case, contestant, warm_up = self.case.as_json(), entrant.as_json(), self.options.warm_up
@@ -267,3 +266,37 @@ def _note_memory(row: Contestant, answer: Answer) -> None:
     row.host_peak_bytes = max(row.host_peak_bytes or 0, answer["host_peak"] or 0)
     if answer["device"] is not None:
         row.device_peak_bytes = max(row.device_peak_bytes or 0, answer["device"])
+
+
+def fill_in(latency: Latency, latents: Mapping[str, Path], twins: Mapping[str, str | None]) -> None:
+    """Add the rows' differences, and withdraw cached contestants that did not cache.
+
+    Args:
+        latents: safetensors file with the final latents of each measured contestant.
+        twins: for a cached contestant the uncached one of the same process.
+    """
+    from safetensors.torch import load_file
+
+    tensors = {name: load_file(path)["latents"] for name, path in latents.items()}
+    rows = {row.name: row for row in latency.contestants}
+    for name, twin in twins.items():
+        if name in tensors and twin in tensors and tensors[name].equal(tensors[twin]):
+            rows[name].withdraw(NOT_CACHED)
+    latency.reference = _reference(latency, tensors)
+    if latency.reference is not None:
+        for name, tensor in tensors.items():
+            rows[name].difference = relative_difference(tensor, tensors[latency.reference])
+
+
+def relative_difference(ours: Any, theirs: Any) -> float:
+    """Return the norm of the difference over the norm of ``theirs``; infinite where a value is not finite."""
+    difference = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+    return difference if difference == difference else float("inf")
+
+
+def _reference(latency: Latency, tensors: Mapping[str, Any]) -> str | None:
+    """Return eager fp32, else the first uncached contestant in fp32, else the first uncached one."""
+    uncached = [row for row in latency.contestants if row.caching is None and row.name in tensors]
+    exact = [row.name for row in uncached if row.precision == "fp32"]
+    eager = [REFERENCE] if REFERENCE in tensors else []
+    return next(iter([*eager, *exact, *(row.name for row in uncached)]), None)

@@ -26,7 +26,7 @@ from ...runtime.unet import UNet
 from ..turns import Clock, LoopRunner, Marks, mark_calls
 from .case import Case, Entrant
 from .contestants import branch_of, interval_of
-from .loop import build_pipeline, denoise, generate, read_inputs
+from .loop import build_pipeline, denoise, read_inputs
 
 
 @dataclass
@@ -71,10 +71,6 @@ class PipelineRunner(LoopRunner):
     def loop(self, calls: int | None = None) -> torch.Tensor:
         """Run the loop inside a turn; ``calls`` ends it after so many steps."""
         return torch.as_tensor(denoise(self.pipe, self._case, self._inputs, calls=calls))
-
-    def image(self, calls: int | None = None) -> None:
-        """Run the whole pipeline inside a turn, from the prompt or image to pictures."""
-        generate(self.pipe, self._case, calls=calls)
 
     @abstractmethod
     def call_alone(self, full: bool) -> Callable[[], object] | None:
@@ -224,7 +220,7 @@ def open_offcut(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
         return UNet(pair, bundle.unet_config), marks, pair.cuts[case.cut]
 
     unet, marks, features = shared.get("engine", open_unet)
-    pipe = build_pipeline(case, bundle, unet, unet.dtype)
+    pipe = build_pipeline(case, bundle, unet)
     return OffcutRunner(attach(pipe.to(unet.device), unet), marks, unet, features, case, entrant.cached)
 
 
@@ -330,7 +326,7 @@ def _eager_unet(entrant: Entrant, shared: SharedParts) -> Any:
 
 def _peer(shared: SharedParts, unet: Any, **options: Any) -> PeerRunner:
     case = shared.case
-    pipe = build_pipeline(case, shared.bundle, unet, unet.dtype).to(case.device)
+    pipe = build_pipeline(case, shared.bundle, unet).to(case.device)
     return PeerRunner(pipe, Marks(Clock(case.device)), unet.dtype, case, **options)
 
 

@@ -1,7 +1,7 @@
 """The process in which contestants that share weights run; ``WorkerProcess`` sends the requests.
 
 Requests: ``inputs`` (case), ``product`` (case, precision), ``open`` (case, entrant, calls, warm_up), ``loop`` (name,
-calls), ``alone`` (name, repeats), ``image`` (name).
+calls), ``alone`` (name, repeats).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LatencyWorker:
 
     @property
     def handlers(self) -> dict[str, Callable[..., Answer]]:
-        methods = (self.inputs, self.product, self.open, self.loop, self.alone, self.image)
+        methods = (self.inputs, self.product, self.open, self.loop, self.alone)
         return {method.__name__: method for method in methods}
 
     def inputs(self, case: dict[str, Any]) -> Answer:
@@ -83,9 +83,6 @@ class LatencyWorker:
         for stop_after in (*whole_loops, *[calls] * warm_up):
             with runner.turn():
                 runner.loop(stop_after)
-        if self._case.end_to_end:
-            with runner.turn():
-                runner.image(calls)
         return {"load": load, "warm_up": time.perf_counter() - began, "versions": versions(), **self._memory()}
 
     def loop(self, name: str, calls: int = 1) -> Answer:
@@ -130,13 +127,6 @@ class LatencyWorker:
                     call()
                     seconds[kind] = [runner.marks.clock.time(call) for _ in range(repeats)]
         return seconds
-
-    def image(self, name: str) -> Answer:
-        """Measure one call of the whole pipeline."""
-        runner = self._runners[name]
-        with runner.turn():
-            seconds = runner.marks.clock.time(runner.image)
-        return {"image": seconds, **self._memory()}
 
     @property
     def _case(self) -> Case:

@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from ...errors import MissingExtraError, UserError
 from ..schema.mlperf import MlPerf, Scenario, ScenarioRun
-from ..shapes import judge, prompts
+from ..shapes import prompts
+from ..shapes.judge_net.reader import JudgeNet, obeyed
 
 if TYPE_CHECKING:
     from ...runtime.generation.schedule import Schedule
@@ -328,11 +329,11 @@ def summarize(text: str) -> LoadGenSummary:
 
 
 def _share_right(library: SampleLibrary, rules: ShortenedRules, batch: int, logs: Path) -> float:
-    """Return the share of the logged images that show what their caption says, by the judge."""
+    """Return the share of the logged images that show what their caption says, by the judge network."""
     shape = library.generate([0])[0].shape
     images = accuracy("Offline", library.generate, len(library.prompts), rules, batch, logs, shape)
-    verdicts = [judge.judge(image, library.prompts[index]) for index, image in images.items()]
-    return sum(verdict.right for verdict in verdicts) / len(verdicts)
+    texts = [library.prompts[index] for index in images]
+    return float(obeyed(JudgeNet.load(), np.stack(list(images.values())), texts).mean())
 
 
 def _folder(output: Path, schedule: Schedule | None, name: str) -> Path:

@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..schema.quality import Quality, QualityRow
-from ..shapes.judge_net.reader import JudgeNet
+from ..shapes.judge_net.reader import JudgeNet, obeyed
 from ..stats import mean_of, require
-from . import metrics, pictures, plan, pool
+from . import metrics, pictures, plan
 from .external import ExternalNetworks
 from .pictures import ImageTask, SettingImages
 from .plan import QualitySetting
-from .scores import Scored, score
 
 SAMPLES = 4
 """Number of prompts whose images are saved as PNG files."""
 
 Stage = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One value for each image, in the prompts' order.
+
+    Attributes:
+        psnr, ssim, distance: to the reference's image of the same prompt and seed, (N,); the distance is perceptual, of
+            the judge network's features.
+        right: 1 where the prompt was obeyed in full, by the judge network, (N,).
+        features: of the judge network, for the Fréchet distance, (N, D).
+    """
+
+    psnr: metrics.Values
+    ssim: metrics.Values
+    distance: metrics.Values
+    right: metrics.Values
+    features: metrics.Values
 
 
 def evaluate(
@@ -33,8 +51,6 @@ def evaluate(
     ratios: Mapping[str, float],
     model: str,
     external: ExternalNetworks | None = None,
-    workers: int = 1,
-    threads: int | None = None,
     on_call: pictures.Progress = lambda count: None,
     stage: Stage = lambda text: None,
 ) -> Quality:
@@ -47,8 +63,6 @@ def evaluate(
         ratios: a shallow call's time over a full one's on Stable Diffusion 1.5, by cut.
         model: name in the result.
         external: networks of the user, for further figures.
-        workers: number of processes that judge the images.
-        threads: of each process; by default the cores are divided among them.
         on_call: called at every UNet call.
         stage: called with the name of each stage.
 
@@ -66,21 +80,10 @@ def evaluate(
     net = JudgeNet.load()
     truth = pictures.drawn(task.prompts, task.seed)
     features = net.pooled(truth)
-    if workers > 1:
-        stage(f"judge in {workers} processes")
-        scored = pool.score(
-            task,
-            settings,
-            folder / "pictures",
-            workers=workers,
-            threads=threads,
-            done=lambda setting: stage(f"judged: {setting.name}"),
-        )
-    else:
-        scored = {}
-        for setting in settings:
-            stage(f"judge: {setting.name}")
-            scored[setting] = score(net, task, made[setting], made[plan.reference(setting, settings)])
+    scored = {}
+    for setting in settings:
+        stage(f"judge: {setting.name}")
+        scored[setting] = score(net, task, made[setting], made[plan.reference(setting, settings)])
     stage("confidence intervals")
     rows = []
     for setting in settings:
@@ -103,6 +106,18 @@ def evaluate(
         ratios_here=here,
         rows=rows,
         sample_prompts=list(task.prompts[:SAMPLES]),
+    )
+
+
+def score(net: JudgeNet, task: ImageTask, made: SettingImages, base: SettingImages) -> Scored:
+    """Return the scores of a setting's images, compared with those of its reference."""
+    own, other = made.pictures, base.pictures
+    return Scored(
+        psnr=metrics.psnr(own, other),
+        ssim=metrics.ssim(own, other),
+        distance=net.distance(own, other),
+        right=obeyed(net, own, task.prompts),
+        features=net.pooled(own),
     )
 
 
@@ -150,7 +165,6 @@ def _row(
         distance=None if own else mean_of(scored.distance),
         accuracy=mean_of(scored.right),
         accuracy_change=None if own else mean_of(scored.right - base.right),
-        accuracy_by_rules=mean_of(scored.right_by_rules),
         frechet=metrics.frechet(scored.features, features),
         timeline=timeline,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +11,6 @@ from ...exporter.cut import canonical_name
 from ...runtime.generation.forecast import Extrapolate, Forecast
 from ...runtime.generation.schedule import Quad, Schedule, Uniform, parse
 from ...runtime.tuning.search import cost_in_full_calls
-from ..schema.latency import Latency
 
 SAMPLERS = ("ddim", "dpm++ 2m", "euler ancestral")
 """Two deterministic samplers, and one that adds fresh noise at every step."""
@@ -31,7 +28,7 @@ SHALLOW_OVER_FULL: Mapping[str, float] = {
 """A shallow call's time over a full one's on Stable Diffusion 1.5 at 512x512 with guidance.
 
 The ratio of `deepcache:0` was measured (ONNX Runtime, fp32, CPU); the others are shares of the floating-point
-operations, as ``offcut cuts`` counts them. ``--latency`` and ``--shallow-ratio`` give an engine's own ratios.
+operations, as ``offcut cuts`` counts them. ``--shallow-ratio`` gives an engine's own ratio.
 """
 
 _BASE = 5  # the interval around which the other axes vary
@@ -252,24 +249,6 @@ def reference_ratios(settings: Sequence[QualitySetting], given: Mapping[str, flo
         if not 0 < ratio < 1:
             raise UserError(f"the shallow ratio of {cut} is {ratio:g}, but must lie between 0 and 1")
     return ratios
-
-
-def measured_ratios(latency: Latency) -> dict[str, float]:
-    """Return the same from a run of ``offcut bench latency``: medians of calls outside the loops, else inside.
-
-    Raises:
-        UserError: the run has no cached contestant.
-    """
-    ratios: dict[str, list[float]] = {}
-    for row in latency.contestants:
-        named = re.search(r"(deepcache|paper):\d+|mlperf", row.caching or "")
-        full, shallow = row.full_alone or row.full, row.shallow_alone or row.shallow
-        if row.family == "offcut" and named and full and shallow:
-            ratio = statistics.median(shallow) / statistics.median(full)
-            ratios.setdefault(canonical_name(named[0]), []).append(ratio)
-    if not ratios:
-        raise UserError("the latency result has no cached row of offcut's: measure one with offcut bench latency")
-    return {cut: statistics.median(values) for cut, values in ratios.items()}
 
 
 def _fits(fewer: QualitySetting, setting: QualitySetting, ratios: Mapping[str, float]) -> bool:

@@ -1,4 +1,4 @@
-"""Processes that generate and judge the images of a run, each with engines of its own.
+"""Processes that generate the images of a run, each with its own engines.
 
 A small model gains more from images side by side than from threads inside one call.
 """
@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ..shapes.judge_net.reader import JudgeNet
-from . import pictures, scores
+from . import pictures
 from .pictures import ImageTask, Progress, missing_parts
-from .plan import QualitySetting, reference
-from .scores import Scored
+from .plan import QualitySetting
 
 
 def make(
@@ -47,31 +45,6 @@ def make(
     jobs = [(task, setting, first, folder) for setting in settings for first in missing_parts(task, setting, folder)]
     opening = (_open, bundle, engine, threads or _share(workers))
     _run(workers, opening, _part, jobs, lambda place, images: on_call(images * jobs[place][1].steps))
-
-
-def score(
-    task: ImageTask,
-    settings: Sequence[QualitySetting],
-    folder: Path,
-    *,
-    workers: int,
-    threads: int | None = None,
-    done: Callable[[QualitySetting], None] = lambda setting: None,
-) -> dict[QualitySetting, Scored]:
-    """Judge every setting's images, which are all in `folder`, as `scores.score` does; `done` is called after each.
-
-    Raises:
-        UserError: a process was killed, as a rule for lack of memory.
-    """
-    jobs = [(task, setting, reference(setting, settings), folder) for setting in settings]
-    results: dict[QualitySetting, Scored] = {}
-
-    def store(place: int, scored: Scored) -> None:
-        results[settings[place]] = scored
-        done(settings[place])
-
-    _run(workers, (_open_judge, threads or _share(workers)), _score, jobs, store)
-    return {setting: results[setting] for setting in settings}
 
 
 def _share(workers: int) -> int:
@@ -113,8 +86,7 @@ def _run(
             raise
 
 
-_pipe: Any = None  # of a process that generates images
-_net: JudgeNet | None = None  # of a process that judges them
+_pipe: Any = None  # the pipeline of this process
 
 
 def _prepare(threads: int) -> None:
@@ -147,15 +119,3 @@ def _open(bundle: Path, engine: str, threads: int) -> None:
 def _part(task: ImageTask, setting: QualitySetting, first: int, folder: Path) -> int:
     """Generate a part and return its number of images."""
     return len(pictures.make_part(_pipe, task, setting, first, folder).pictures)
-
-
-def _open_judge(threads: int) -> None:
-    global _net
-    _prepare(threads)
-    _net = JudgeNet.load()
-
-
-def _score(task: ImageTask, setting: QualitySetting, base: QualitySetting, folder: Path) -> Scored:
-    assert _net is not None
-    own, other = (pictures.make(None, task, each, folder) for each in (setting, base))
-    return scores.score(_net, task, own, other)

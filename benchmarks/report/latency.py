@@ -142,7 +142,6 @@ def _calls(latency: Latency, rows: Sequence[Contestant]) -> Block:
         Column("shallow / full", share_of_full, "in the loop"),
         Column("forecast / shallow", lambda row: percent(row.forecast_over_shallow, 1),
                "upper bound of what predicting features adds, measured alone; no loop here predicts", terminal=False),
-        Column("whole image", lambda row: median_seconds(row.images), "whole pipeline calls"),
         Column("warm-up", lambda row: seconds(row.warm_up_seconds), "calls before the first round, with compilation",
                terminal=False),
     ]  # fmt: skip

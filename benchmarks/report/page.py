@@ -14,7 +14,6 @@ from ..record import Result, write_whole
 from ..stats import require
 from . import latency, plots, quality, sections
 from .blocks import NONE, Section
-from .csv_files import write_csv
 from .formatting import count, listed, model, seconds
 
 NAME = "report.html"
@@ -27,7 +26,7 @@ _TIMED = ("latency", "quality", "mlperf", "swap", "serving", "controlnet", "prec
 
 
 def write_report(results: Sequence[Result], folder: Path, *, samples: Sequence[Path] | None = None) -> Path:
-    """Write ``report.html``, ``latency.csv`` and ``quality.csv`` into a folder; return the page's path.
+    """Write ``report.html`` into a folder; return its path.
 
     Args:
         results: in the order in which the page shows them.
@@ -35,12 +34,10 @@ def write_report(results: Sequence[Result], folder: Path, *, samples: Sequence[P
         samples: folder of each result's sample images; ``folder`` by default.
 
     Raises:
-        UserError: there is nothing to show, or a file cannot be written.
+        UserError: there is nothing to show, or the file cannot be written.
         MissingExtraError: Jinja2 or matplotlib is missing.
     """
-    path = write_whole(folder / NAME, page(results, samples or [folder] * len(results)))
-    write_csv(results, folder)
-    return path
+    return write_whole(folder / NAME, page(results, samples or [folder] * len(results)))
 
 
 def page(results: Sequence[Result], samples: Sequence[Path]) -> str:

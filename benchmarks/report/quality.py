@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ...runtime.images.picture import difference
 from ..schema.quality import Quality, QualityRow
 from ..stats import Estimate
-from . import samples
 from .blocks import Block, Cell, Column, Group, Note, Pair, Picture, Plot, Section, Table
 from .findings import reference, speed
 from .formatting import digits, fixed, interval, model, percent, times
 from .plots import ScatterPoint, scatter
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+GAIN = 4.0
+"""How much brighter a difference is shown than it is."""
+
+_LARGEST = 384  # pixels; larger images are scaled down, so that a page of many stays light
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,7 @@ def _samples(quality: Quality, folder: Path) -> list[Block]:
     for against in (row for row in quality.rows if row.kind == "uncached" and row.samples):
         others = [row for row in quality.rows if row is not against and reference(quality.rows, row) is against]
         tables.append(_sample_table(quality, against, [row for row in others if row.samples], folder))
-    note = f"Each image with its difference to the uncached image of the same seed, {samples.GAIN:g} times as bright."
+    note = f"Each image with its difference to the uncached image of the same seed, {GAIN:g} times as bright."
     blocks: list[Block] = [Note(note), tables[0]]
     if tables[1:]:
         blocks.append(Group("Other samplers", tables[1:], folded=True))
@@ -110,14 +121,14 @@ def _sample_table(quality: Quality, against: QualityRow, others: Sequence[Qualit
         return quality.sample_prompts[place] if place < len(quality.sample_prompts) else f"sample {place + 1}"
 
     def uncached(place: int) -> Picture:
-        return samples.picture(samples.read(folder, against.samples[place]), f"{prompt(place)}, uncached")
+        return _picture(_read(folder, against.samples[place]), f"{prompt(place)}, uncached")
 
     def cached(row: QualityRow, place: int) -> Cell:
-        whole = samples.read(folder, against.samples[place])
-        image = samples.read(folder, row.samples[place]) if place < len(row.samples) else None
+        whole = _read(folder, against.samples[place])
+        image = _read(folder, row.samples[place]) if place < len(row.samples) else None
         text = f"{prompt(place)}, {row.name}"
-        apart = samples.differences(whole, image)
-        return samples.picture(image, text), samples.picture(apart, f"{text}: difference to the uncached image")
+        apart = _differences(whole, image)
+        return _picture(image, text), _picture(apart, f"{text}: difference to the uncached image")
 
     columns = [Column("prompt", prompt), Column("uncached", uncached, numeric=False)]
     for row in others:
@@ -125,6 +136,39 @@ def _sample_table(quality: Quality, against: QualityRow, others: Sequence[Qualit
         heading = f"{short(row)}, {times(speed(quality.rows, row))}{psnr}"
         columns.append(Column(heading, partial(cached, row), row.name, numeric=False))
     return Table(f"Samples of {against.name}", columns, range(len(against.samples)), terminal=False)
+
+
+def _read(folder: Path, name: str) -> Image | None:
+    """Return a sample image; None where the file is missing, is not a PNG, or lies outside of the folder."""
+    from PIL import Image, UnidentifiedImageError
+
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+        return None
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            picture = image.convert("RGB")
+    except (OSError, UnidentifiedImageError):
+        return None
+    picture.thumbnail((_LARGEST, _LARGEST))
+    return picture
+
+
+def _differences(first: Image | None, second: Image | None) -> Image | None:
+    """Return the difference of two images, brightened; None where one is missing or their sizes differ."""
+    if first is None or second is None or first.size != second.size:
+        return None
+    return difference(first, second, GAIN)
+
+
+def _picture(image: Image | None, text: str) -> Picture:
+    """Return an image for a table's cell; ``text`` describes it."""
+    if image is None:
+        return Picture(text)
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", optimize=True)
+    address = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
+    return Picture(text, address, image.width, image.height)
 
 
 def _figures(rows: Sequence[QualityRow]) -> Table:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from ..stats import percentile
 
-TIMES = ("loops", "images", "full", "shallow", "full_alone", "shallow_alone", "forecast_alone")
+TIMES = ("loops", "full", "shallow", "full_alone", "shallow_alone", "forecast_alone")
 """The lists of times that a row has."""
 
 
@@ -17,13 +17,13 @@ class Contestant(BaseModel):
     """One row: an engine or a peer, with or without caching.
 
     Times are in seconds. ``loops`` are the denoising loops (scheduler, guidance and UNet calls; text encoder and VAE
-    outside), one for each round; ``images`` are whole pipeline calls. ``full`` and ``shallow`` are the engine's own
-    calls inside those loops, ``full_alone`` and ``shallow_alone`` the same calls back to back outside of them.
-    ``forecast_alone`` is what a forecast adds to them at the most: to keep the features of a full call, and to predict
-    those of a shallow one with coefficients for each channel; nothing was predicted in the loops.
+    outside), one for each round. ``full`` and ``shallow`` are the engine's own calls inside those loops; ``full_alone``
+    and ``shallow_alone`` are the same calls back to back, outside of the loops. ``forecast_alone`` is an upper bound of
+    what a forecast adds to a full and a shallow call: to store the features of the full call, and to predict those of
+    the shallow call with coefficients for each channel. The loops themselves make no forecast.
     """
 
-    model_config = ConfigDict(extra="ignore")  # the derived figures are written beside the measured ones
+    model_config = ConfigDict(extra="ignore")  # derived figures are in the file too
 
     name: str = Field(description="unique in a run, e.g. 'offcut openvino fp32' or 'diffusers eager bf16'")
     family: str = Field(description="'offcut' for ours, else the peer: diffusers, DeepCache, torch.compile, optimum...")
@@ -35,7 +35,6 @@ class Contestant(BaseModel):
     settings: dict[str, str] = Field(default_factory=dict, description="fixed before the run, one entry each")
     not_run: str | None = Field(default=None, description="the exact reason, where it could not be measured")
     loops: list[float] = []
-    images: list[float] = []
     full: list[float] = []
     shallow: list[float] = []
     full_alone: list[float] = []
@@ -53,12 +52,6 @@ class Contestant(BaseModel):
     difference: float | None = Field(
         default=None,
         description="of its final latents from Latency.reference's: the norm of the difference over the norm",
-    )
-    speed_ups: dict[str, float] = Field(default_factory=dict, description="over the contestants named, round by round")
-    best_peer: str | None = Field(default=None, description="the fastest of the same precision that is not offcut")
-    best_caching_peer: str | None = Field(default=None, description="the fastest of those that cache")
-    of_ideal: float | None = Field(
-        default=None, description="the speed-up over the same engine uncached, of the one that its own calls allow"
     )
 
     @computed_field  # type: ignore[prop-decorator]
@@ -95,8 +88,7 @@ class Contestant(BaseModel):
 
     def cut_short(self, rounds: int) -> None:
         """Forget what was measured after so many rounds."""
-        for times in (self.loops, self.images):
-            del times[rounds:]
+        del self.loops[rounds:]
         del self.full[rounds * self.full_calls :]
         del self.shallow[rounds * self.shallow_calls :]
 
@@ -165,14 +157,3 @@ class Latency(BaseModel):
         """The same as a share of the matrix product's in that precision: 1 is about the limit."""
         rate, product = self.rate(row), self.products.get(row.precision)
         return rate / product if rate and product else None
-
-    def speed_up(self, name: str, base: str) -> float | None:
-        """How many times faster ``name``'s loop is than ``base``'s: the median over rounds of the ratio within a round.
-
-        None where one of them was not measured.
-        """
-        rows = {row.name: row for row in self.contestants}
-        ours, theirs = rows[name].loops, rows[base].loops
-        if not ours or not theirs:
-            return None
-        return statistics.median(b / a for a, b in zip(ours, theirs, strict=False))

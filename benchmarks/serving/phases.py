@@ -246,7 +246,7 @@ def _closed(url: str, body: Body, count: int, seconds: float, settle: float, lea
 
 def _open(url: str, body: Body, rate: float, seconds: float, settle: float, seed: int) -> Window:
     count = int(rate * (seconds + settle) * 2) + 20  # more than arrive in that time
-    moments = [moment for moment in arrivals("poisson", rate, count, seed) if moment < settle + seconds]
+    moments = [moment for moment in arrivals(rate, count, seed) if moment < settle + seconds]
     return _with_client(url, body, lambda client: open_loop(client, moments, seconds, settle))
 
 

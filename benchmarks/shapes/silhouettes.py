@@ -33,8 +33,7 @@ def open_caption(scene: scenes.Scene) -> str:
 def overlaps(pictures: npt.NDArray[np.uint8], wanted: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
     """Return the intersection over union of the objects' pixels in each image and in its silhouette.
 
-    An image's objects are the pixels that differ from the background, as in `judge.look`. The result is 1 where neither
-    has an object.
+    `judge.object_pixels` finds the objects' pixels. The result is 1 where neither image nor silhouette has an object.
 
     Args:
         pictures, wanted: uint8 (N, 64, 64, 3).

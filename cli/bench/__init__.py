@@ -21,7 +21,7 @@ _COMMANDS: dict[Callable[..., None], str] = {
     compare.compare: "offcut bench compare before/ after/ --threshold 5%",
     latency.latency: "offcut bench latency sd15.offcut --steps 20 --interval 5 --iterations 5\n\n"
     "offcut bench latency sd15.offcut --model stable-diffusion-v1-5 --peer deepcache --peer diffusers --height 256 "
-    "--width 256 --export-times times.csv -o bench-sd15",
+    "--width 256 -o bench-sd15",
     quality.quality: "offcut bench quality\n\noffcut bench quality --plan full -o bench-quality\n\n"
     "offcut bench quality --interval 3 --interval 10 --sampler ddim --schedule quad --images 200",
     swap.swap: "offcut bench swap sd15.offcut --model stable-diffusion-v1-5 --size 512 -o bench-swap",

@@ -23,7 +23,7 @@ def controlnet(
     ] = Path("shapes-controlnet.offcut"),
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", help="Directory to write result.json to; an interrupted run continues there."),
+        typer.Option("-o", "--output", help="Directory to write result.json to."),
     ] = Path("bench-controlnet"),
     controlnet: Annotated[
         Path | None, typer.Option(help="Directory of a ControlNet for silhouettes; by default the shapes model's.")
@@ -63,23 +63,19 @@ def controlnet(
     try:
         pipes = pipelines.Pipelines(unet, model_path(), net)
         compared = settings.compared_settings(interval or [3, 5], warmup)
-        versions = [f"{name} {outcome.environment.packages.get(name)}" for name in ("diffusers", unet.engine)]
         task = settings.task(
             images,
             steps=steps,
             guidance=guidance,
             seed=seed,
             batch=batch,
-            identity=" ".join([opened.digest, pipelines.digest(net), *versions]),
         )
-        pictures = sum(pipelines.missing(task, way, output / "pictures") for way in compared)
-        timed = (rounds + 1 if rounds else 0) * len(compared) * min(batch, images)
-        with calls_bar(steps * (pictures + timed)) as (on_step, stage):
+        timed = (rounds + 1 if rounds else 0) * min(batch, images)
+        with calls_bar(steps * len(compared) * (images + timed)) as (on_step, stage):
             measured = evaluate(
                 pipes,
                 task,
                 compared,
-                output,
                 rounds=rounds,
                 model="shapes",
                 controlnet=net.name,

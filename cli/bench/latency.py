@@ -37,9 +37,6 @@ _LOOP = {
     "width": typer.Option(help="Image width in pixels; the model's own by default."),
     "frames": typer.Option(help="Frames of each video; the model's own by default.", min=2),
     "images": typer.Option(help="Images of one pipeline call, or videos.", min=1),
-    "end_to_end": typer.Option(
-        "--end-to-end", help="Also time calls of the whole pipeline, from prompt or image to pictures."
-    ),
 }
 for _panel, _options in (("Contestants", _CONTESTANTS), ("Denoising loop", _LOOP)):
     for _option in _options.values():
@@ -61,9 +58,6 @@ class MeasureOptions:
     percentile: Annotated[
         str, typer.Option(help="Percentiles of the loops that the terminal shows, separated by commas.")
     ] = "50,90,99"
-    export_times: Annotated[
-        Path | None, typer.Option("--export-times", help="Write every single time to this CSV file.")
-    ] = None
     timeout: Annotated[float, typer.Option(help="Seconds that one loop or compilation may take.")] = 3600
 
 
@@ -96,7 +90,6 @@ def latency(
     from ...benchmarks.latency.resolve import model_name, resolve
     from ...benchmarks.latency.rounds import RoundOptions, measure
     from ...benchmarks.report.blocks import for_terminal
-    from ...benchmarks.report.csv_files import write_times
     from ...benchmarks.report.latency import section
     from ...engines.bundle.bundle import Bundle
     from ...errors import UserError
@@ -137,8 +130,6 @@ def latency(
         for block in for_terminal(section(measured, percents)):
             out.print(block, highlight=False)
         out.print(f"[bold]{path}[/]")
-    if options.export_times is not None:
-        write_times(measured, options.export_times)
     if measured.interrupted:
         err.print("[bold red]error[/]: interrupted before the last round", highlight=False)
         raise typer.Exit(130)

@@ -27,7 +27,7 @@ class BenchRun:
         self.environment = record.environment(packages)
 
     def save(self, output: Path, title: str, **measured: Any) -> tuple[Result, Path]:
-        """Write ``result.json``, the page and its CSV into a folder; return the result and the path of its file.
+        """Write ``result.json`` and its page into a folder; return the result and the path of its file.
 
         Where Jinja2 or matplotlib is missing, the page is left out and a message says so.
 

@@ -90,15 +90,10 @@ def quality(
     batch: Annotated[int, typer.Option(help="Images of one pipeline call.", min=1)] = 16,
     engine: EngineName = "auto",
     threads: Threads = None,
-    workers: Annotated[
-        int, typer.Option(help="Processes that generate and judge the images; they share the cores.", min=1)
-    ] = 1,
+    workers: Annotated[int, typer.Option(help="Processes that generate the images; they share the cores.", min=1)] = 1,
     shallow_ratio: Annotated[
         list[str] | None,
         typer.Option(metavar="CUT=RATIO", help="A shallow call's time over a full one's, for equal latency."),
-    ] = None,
-    latency: Annotated[
-        Path | None, typer.Option(help="Take these ratios from a result of offcut bench latency on Stable Diffusion.")
     ] = None,
     lpips: Annotated[
         Path | None, typer.Option(help="Also LPIPS: torchvision's weights of AlexNet, VGG-16 or SqueezeNet 1.1.")
@@ -125,7 +120,7 @@ def quality(
     require("offcut bench quality", "torchmetrics", "scipy")
     outcome = BenchRun(_PACKAGES)
     asked = _settings(plan, steps, sampler, schedule, interval, cut, warmup, forecast)
-    ratios = reference_ratios(asked, _given(shallow_ratio or [], latency))
+    ratios = reference_ratios(asked, _given(shallow_ratio or []))
     networks = ExternalNetworks(lpips=lpips, clip=clip, fid=fid) if lpips or clip or fid else None
     _build(bundle, engine, list(dict.fromkeys(setting.cut for setting in asked if setting.cut)))
     opened = Bundle.open(bundle)
@@ -173,8 +168,6 @@ def quality(
             ratios=ratios,
             model="shapes",
             external=networks,
-            workers=workers,
-            threads=threads,
             on_call=on_call,
             stage=stage,
         )
@@ -214,18 +207,9 @@ def _settings(
     return rows if samplers is None else of_samplers(rows, samplers)
 
 
-def _given(texts: Sequence[str], latency: Path | None) -> dict[str, float]:
-    """Ratios by cut: those of a latency result, then those given by hand."""
-    from ...benchmarks import record
-    from ...benchmarks.quality.plan import measured_ratios
-    from ...errors import UserError
-
+def _given(texts: Sequence[str]) -> dict[str, float]:
+    """Return the ratio of each cut from texts such as ``deepcache:0=0.1``."""
     ratios: dict[str, float] = {}
-    if latency is not None:
-        measured = record.read(latency).latency
-        if measured is None:
-            raise UserError(f"{latency} holds no latency: give what offcut bench latency wrote")
-        ratios |= measured_ratios(measured)
     for text in texts:
         name, _, value = text.rpartition("=")
         try:

@@ -21,7 +21,7 @@ def report(
         Path | None, typer.Option("-o", "--output", help="Output directory; the first DIR by default.")
     ] = None,
 ) -> None:
-    """Write report.html, a self-contained page, with latency.csv and quality.csv."""
+    """Write report.html, a self-contained page."""
     from ...benchmarks import record
     from ...benchmarks.report.page import write_report
 

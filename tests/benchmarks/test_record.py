@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offcut.benchmarks import record
+from offcut.benchmarks.report.findings import gain
 from offcut.benchmarks.schema.latency import Contestant, Latency
 from offcut.benchmarks.stats import percentile
 from offcut.errors import UserError
@@ -61,8 +62,9 @@ def test_derived_figures_are_in_the_file_for_readers_without_offcut(tmp_path: Pa
 def test_ratios_are_taken_within_a_round_and_missing_where_nothing_was_measured() -> None:
     latency = result().latency
     assert latency is not None
-    assert latency.speed_up(ROW.name, "eager") == 2.0
-    assert latency.speed_up("x", "eager") is None
+    rows = {row.name: row for row in latency.contestants}
+    assert gain(rows[ROW.name], rows["eager"]) == 2.0
+    assert gain(rows["x"], rows["eager"]) is None
     assert BASE.wall_over_ideal is None
     assert dict(ROW.percentiles((0, 50, 100))) == {0: 2.2, 50: 2.3, 100: 2.4}
 

@@ -34,7 +34,7 @@ class Reading:
     objects: tuple[judge.SeenObject, ...]
 
     def verdict(self, text: str) -> judge.SceneVerdict:
-        """Return which parts of a caption the image obeys, as `judge.judge` does.
+        """Return which parts of a caption the image obeys.
 
         Raises:
             ValueError: `text` is not a caption of `scenes`.
@@ -103,7 +103,7 @@ class JudgeNet:
                     )
                     for row, column in peaks[index].nonzero().tolist()
                 ]
-                found.sort(key=lambda seen: -seen.overlap)
+                found.sort(key=lambda seen: -seen.certainty)
                 readings.append(Reading(list(scenes.BACKGROUNDS)[ground], tuple(found)))
         return readings
 

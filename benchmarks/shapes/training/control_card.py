@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import judge, scenes, silhouettes
-from . import checkpoint, control_stage, export, vae_stage
+from .. import scenes, silhouettes
+from . import checkpoint, control_stage, export, rule_judge, vae_stage
 from .card import curve
 
 _BATCH = 16
@@ -55,7 +55,7 @@ It knows silhouettes of these shapes, one or two in a picture, and no others.
 _OBEYED = """\
 {judged} scenes that were not trained on, captions without sizes, {steps} DDIM steps, guidance {guidance}. Overlap:
 intersection over union of the drawn objects' pixels with the silhouette's. Right: captions obeyed in full, by
-`judge.py`.
+`training/rule_judge.py`.
 
 | | overlap | right |
 |---|---|---|
@@ -132,7 +132,7 @@ def obeyed(pictures: Any, asked: list[scenes.Scene]) -> Obeyed:
     """How well pictures, uint8 (N, 64, 64, 3), follow the silhouettes and captions of their scenes."""
     wanted = np.stack([silhouettes.silhouette(scene) for scene in asked])
     captions = [silhouettes.open_caption(scene) for scene in asked]
-    right = [judge.judge(picture, text).right for picture, text in zip(pictures, captions, strict=True)]
+    right = [rule_judge.judge_by_rules(picture, text).right for picture, text in zip(pictures, captions, strict=True)]
     return Obeyed(float(silhouettes.overlaps(pictures, wanted).mean()), float(np.mean(right)))
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import scenes, silhouettes, tokenizer
-from . import checkpoint, export, seeing, vae_stage
+from .. import scenes, silhouettes
+from . import checkpoint, export, seeing, tokenizer, vae_stage
 from .denoiser_stage import timesteps
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import scenes, tokenizer
+from .. import scenes
 from . import architecture as networks
-from . import checkpoint, reading, seeing, vae_stage
+from . import checkpoint, reading, seeing, tokenizer, vae_stage
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ....exporter.load import INDEX_FILE, PROMPTS_FILE
-from .. import model, prompts, tokenizer
+from .. import model, prompts
 from . import architecture as networks
-from . import card, checkpoint, score, vae_stage
+from . import card, checkpoint, score, tokenizer, vae_stage
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .. import scenes, tokenizer
+from .. import scenes
 from . import architecture as networks
+from . import tokenizer
 
 if TYPE_CHECKING:
     import torch

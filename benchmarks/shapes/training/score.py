@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import judge
+from . import rule_judge
 
 Draw = Callable[[Sequence[str]], Sequence[npt.NDArray[np.uint8]]]
 """Generates one uint8 image (64, 64, 3) for each prompt."""
@@ -36,6 +37,6 @@ def score(draw: Draw, texts: Sequence[str], *, batch: int = 16) -> Score:
     verdicts: list[judge.SceneVerdict] = []
     for first in range(0, len(texts), batch):
         part = texts[first : first + batch]
-        verdicts += [judge.judge(picture, text) for picture, text in zip(draw(part), part, strict=True)]
+        verdicts += [rule_judge.judge_by_rules(picture, text) for picture, text in zip(draw(part), part, strict=True)]
     parts = ("background", "count", "colours", "shapes", "relation", "right")
     return Score(len(verdicts), **{p: float(np.mean([getattr(v, p) for v in verdicts])) for p in parts})

@@ -12,8 +12,8 @@ from support.worker_processes import latents_in_fp32
 from offcut.benchmarks.latency.case import LatencyRequest
 from offcut.benchmarks.latency.loop import INPUTS
 from offcut.benchmarks.latency.pipelines import pipeline_name
-from offcut.benchmarks.latency.ratios import relative_difference
 from offcut.benchmarks.latency.resolve import resolve
+from offcut.benchmarks.latency.rounds import relative_difference
 from offcut.benchmarks.latency.worker import LatencyWorker
 from offcut.engines.bundle.bundle import Bundle
 from offcut.errors import UserError

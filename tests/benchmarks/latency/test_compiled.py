@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from offcut.benchmarks.latency.case import Case, Entrant, LatencyRequest
-from offcut.benchmarks.latency.ratios import relative_difference
 from offcut.benchmarks.latency.resolve import resolve
+from offcut.benchmarks.latency.rounds import relative_difference
 from offcut.benchmarks.latency.worker import LatencyWorker
 from offcut.engines.bundle.bundle import Bundle
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 import sys
@@ -20,8 +19,9 @@ from offcut.benchmarks.latency.contestants import OPTIMUM_MISSING, PEERS
 from offcut.benchmarks.latency.resolve import resolve
 from offcut.benchmarks.latency.rounds import RoundOptions, measure
 from offcut.benchmarks.report.blocks import for_terminal
+from offcut.benchmarks.report.findings import Rivals, gain, uncached_twin
 from offcut.benchmarks.report.latency import section
-from offcut.benchmarks.schema.latency import TIMES, Contestant, Latency
+from offcut.benchmarks.schema.latency import Contestant, Latency
 from offcut.cli import app
 from offcut.cli.bench import _COMMANDS
 from offcut.engines.bundle.bundle import Bundle
@@ -46,7 +46,7 @@ def done(tiny_bundle: Path, tiny_pipeline_dir: Path, once: Once) -> Path:
             "latency", tiny_bundle, "--model", tiny_pipeline_dir, "--engine", "onnxruntime",
             "--peer", "diffusers", "--peer", "deepcache", "--peer", "engine", "--peer", "optimum",
             "--steps", str(STEPS), "--interval", str(INTERVAL), "--iterations", str(ROUNDS), "--threads", "1",
-            "--end-to-end", "-o", folder, "--export-times", folder / "times.csv", "--json",
+            "-o", folder, "--json",
         )  # fmt: skip
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout) == json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -78,7 +78,7 @@ def test_every_contestant_is_measured_or_says_why_not(rows: dict[str, Contestant
             continue
         assert row.not_run is None, row.not_run
         cached = row.caching is not None
-        assert len(row.loops) == len(row.images) == ROUNDS
+        assert len(row.loops) == ROUNDS
         assert (row.full_calls, row.shallow_calls) == ((2, 4) if cached else (6, 0))
         assert (len(row.full), len(row.shallow)) == (ROUNDS * row.full_calls, ROUNDS * row.shallow_calls)
         assert len(row.full_alone) == 5
@@ -120,27 +120,15 @@ def test_the_limit_stands_beside_the_calls(rows: dict[str, Contestant], latency:
 
 
 @pytest.mark.slow
-def test_the_ratios_follow_from_the_loops(rows: dict[str, Contestant]) -> None:
-    ours = rows[OURS]
+def test_the_ratios_follow_from_the_loops(rows: dict[str, Contestant], latency: Latency) -> None:
+    ours, rivals = rows[OURS], Rivals.of(latency, "fp32")
     pairs = zip(rows[EAGER].loops, ours.loops, strict=True)
-    assert ours.speed_ups[EAGER] == pytest.approx(statistics.median(theirs / our for theirs, our in pairs))
-    assert ours.best_caching_peer == HELPER
-    assert ours.best_peer in (EAGER, HELPER, UNCACHED, "optimum onnxruntime fp32")
-    assert set(ours.speed_ups) >= {EAGER, "diffusers eager bf16", HELPER, UNCACHED, ours.best_peer}
-    ideal = ours.ideal(ours.full, ours.shallow)
-    assert ideal is not None
-    possible = STEPS * statistics.median(ours.full) / ideal
-    assert ours.of_ideal == pytest.approx(ours.speed_ups[UNCACHED] / possible)
-    assert rows[EAGER].of_ideal is None
-
-
-@pytest.mark.slow
-def test_every_time_is_exported(done: Path, latency: Latency) -> None:
-    with (done / "times.csv").open(encoding="utf-8", newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == sum(len(getattr(row, kind)) for row in latency.contestants for kind in TIMES)
-    loops = [float(line["seconds"]) for line in lines if (line["contestant"], line["kind"]) == (OURS, "loops")]
-    assert loops == next(row for row in latency.contestants if row.name == OURS).loops
+    assert gain(ours, rows[EAGER]) == pytest.approx(statistics.median(theirs / our for theirs, our in pairs))
+    assert rivals.base == rows[EAGER]
+    assert rivals.caching_peer == rows[HELPER]
+    assert rivals.peer is not None
+    assert rivals.peer.name in (EAGER, UNCACHED, "optimum onnxruntime fp32")
+    assert uncached_twin(latency, ours) == rows[UNCACHED]
 
 
 @pytest.mark.slow
@@ -179,7 +167,6 @@ def test_an_interrupt_keeps_the_rounds_that_are_complete(unet_bundle: Path, tmp_
         assert len(row.loops) == 1
         assert (len(row.full), len(row.shallow)) == (row.full_calls, row.shallow_calls)
         assert len(row.full_alone) == 5
-    assert latency.contestants[0].speed_ups
 
 
 def planned(bundle: Path, folder: Path, **wanted: object) -> list[Entrant]:
@@ -234,7 +221,6 @@ def test_houses_share_weights_and_hold_only_their_own(
         ({"height": 65}, UserError, "an image side of 65 pixels does not fit"),
         ({"scheduler": "NoScheduler"}, UserError, "diffusers has no scheduler NoScheduler"),
         ({"model": Path("/no/model")}, UserError, "/no/model is not a directory"),
-        ({"end_to_end": True}, UserError, "generates no images"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(

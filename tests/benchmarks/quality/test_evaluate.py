@@ -167,25 +167,6 @@ def test_processes_make_what_one_makes(pipe: Any, shapes_bundle: Path, task: Ima
     pool.make(shapes_bundle, "no engine", task, SETTINGS[1:3], several, workers=2)  # nothing is left to make
 
 
-def test_processes_judge_as_one_does(whole: tuple[Path, Quality], pipe: Any, task: ImageTask) -> None:
-    folder, quality = whole
-    said: list[str] = []
-    again = evaluate(
-        pipe, task, SETTINGS, folder, ratios=plan.SHALLOW_OVER_FULL, model="shapes", workers=2, threads=1,
-        stage=said.append,
-    )  # fmt: skip
-    assert sorted(each for each in said if each.startswith("judged: ")) == sorted(f"judged: {s.name}" for s in SETTINGS)
-    for one, other in zip(quality.rows, again.rows, strict=True):
-        assert one.name == other.name
-        assert one.accuracy == other.accuracy
-        assert one.accuracy_by_rules == other.accuracy_by_rules
-        for figure in ("psnr", "ssim", "distance"):
-            first, second = getattr(one, figure), getattr(other, figure)
-            assert (first is None) == (second is None)
-            if first is not None:
-                assert first.mean == pytest.approx(second.mean, rel=1e-5)
-
-
 def test_a_worker_s_error_is_the_caller_s(shapes_bundle: Path, task: ImageTask, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="give another directory"):

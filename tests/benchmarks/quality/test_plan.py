@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from offcut.benchmarks.quality import plan
 from offcut.benchmarks.quality.plan import SHALLOW_OVER_FULL, QualitySetting
-from offcut.benchmarks.schema.latency import Contestant, Latency
 from offcut.errors import UserError
 from offcut.runtime.generation.forecast import Extrapolate
 
@@ -90,28 +89,7 @@ def test_what_cannot_be_planned_is_refused() -> None:
         plan.reference_ratios([plan.cached("ddim", 50, "uniform", 5, "deepcache:7")], {})
 
 
-def latency(**row: object) -> Latency:
-    contestant = {"name": "a", "family": "offcut", "engine": "openvino", "precision": "fp32", **row}
-    return Latency(
-        model="sd15",
-        steps=3,
-        height=512,
-        width=512,
-        images_per_call=1,
-        guidance=7.5,
-        scheduler="DDIMScheduler",
-        rounds=3,
-        clock="monotonic",
-        contestants=[Contestant(**contestant)],
-    )
-
-
-def test_ratios_come_from_a_latency_run_and_those_given_by_hand_go_before_them() -> None:
-    row = {"caching": "uniform:5, paper:0", "full_alone": [1.0, 1.2, 1.1], "shallow_alone": [0.22], "full": [9.0]}
-    ratios = plan.measured_ratios(latency(**row))
-    assert ratios == {"deepcache:1": pytest.approx(0.2)}
-    asked = [plan.cached("ddim", 50, "uniform", 5, "deepcache:1")]
-    assert plan.reference_ratios(asked, ratios)["deepcache:1"] == pytest.approx(0.2)
-    assert plan.reference_ratios(asked, ratios)["deepcache:0"] == SHALLOW_OVER_FULL["deepcache:0"]
-    with pytest.raises(UserError, match="no cached row"):
-        plan.measured_ratios(latency(full_alone=[1.0]))
+def test_ratios_given_by_hand_replace_the_measured_ones() -> None:
+    settings = [plan.cached("ddim", 50, "uniform", 5, "deepcache:1")]
+    assert plan.reference_ratios(settings, {"paper:0": 0.2})["deepcache:1"] == pytest.approx(0.2)
+    assert plan.reference_ratios(settings, {"paper:0": 0.2})["deepcache:0"] == SHALLOW_OVER_FULL["deepcache:0"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import inspect
 import io
 import json
@@ -221,31 +220,18 @@ def test_recorded_results_still_make_pages(path: Path) -> None:
     assert result_.title in "".join(Reader(page([result_], [path.parent])).text)
 
 
-def test_files_are_written_whole_and_csv_has_what_the_result_has(both: tuple[Result, Path], tmp_path: Path) -> None:
+def test_the_page_is_the_only_file(both: tuple[Result, Path], tmp_path: Path) -> None:
     made, folder = both
-    assert made.latency is not None
-    assert made.quality is not None
     path = write_report([made, result()], tmp_path / "new", samples=[folder, folder])
-    assert sorted(file.name for file in path.parent.iterdir()) == ["latency.csv", "quality.csv", "report.html"]
-    with (path.parent / "latency.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * len(made.latency.contestants)
-    for row, contestant_ in zip(rows, made.latency.contestants, strict=False):
-        assert row["name"] == contestant_.name
-        assert row["loop_p50"] == ("" if contestant_.loop is None else str(contestant_.loop))
-        assert row["not_run"] == (contestant_.not_run or "")
-    with (path.parent / "quality.csv").open(encoding="utf-8", newline="") as file:
-        (first, second, *_) = csv.DictReader(file)
-    assert (first["psnr"], first["times_cheaper"]) == ("", "1.0")
-    assert (second["psnr"], second["psnr_low"], second["reference"]) == ("46.9", "46.0", "ddim 50")
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="give another directory"):
         write_report([result()], tmp_path / "file")
-    (tmp_path / "latency.csv").mkdir()
-    with pytest.raises(UserError, match=r"latency\.csv"):
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(UserError, match=r"report\.html"):
         write_report([result()], tmp_path)
 
 

@@ -15,7 +15,7 @@ from offcut.benchmarks.quality.metrics import frechet
 from offcut.benchmarks.shapes import judge, model, scenes
 from offcut.benchmarks.shapes.judge_net.network import CELL
 from offcut.benchmarks.shapes.judge_net.reader import DIRECTORY, WEIGHTS, JudgeNet, Reading, verdicts
-from offcut.benchmarks.shapes.training import checkpoint, vae_stage
+from offcut.benchmarks.shapes.training import checkpoint, rule_judge, vae_stage
 from offcut.benchmarks.shapes.training import judge_data as data
 from offcut.benchmarks.shapes.training import judge_stage as stage
 from offcut.benchmarks.shapes.training.judge_evaluate import NONE, evaluate
@@ -59,7 +59,7 @@ def test_it_agrees_with_the_rules_on_drawn_scenes(net: JudgeNet, pictures: np.nd
     """Asked for the caption and for another one's, both judges say the same."""
     captions = [scenes.caption(scene) for scene in DRAWN[:8]]
     for texts in (captions, captions[1:] + captions[:1]):
-        ruled = [judge.judge(picture, text) for picture, text in zip(pictures, texts, strict=False)]
+        ruled = [rule_judge.judge_by_rules(picture, text) for picture, text in zip(pictures, texts, strict=False)]
         assert verdicts(net, pictures[:8], texts) == ruled
 
 

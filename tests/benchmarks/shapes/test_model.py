@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from offcut.benchmarks.shapes import judge, model, scenes
+from offcut.benchmarks.shapes import model, scenes
+from offcut.benchmarks.shapes.training import rule_judge
 from offcut.errors import ModelError
 
 
@@ -66,7 +67,8 @@ def test_a_red_circle_on_white_is_red_and_on_white(pipe: StableDiffusionPipeline
 
 def test_single_objects_have_their_colours_and_but_for_one_their_shapes(pipe: StableDiffusionPipeline) -> None:
     prompts = [text for text in model.PROMPTS if not any(f" {r} " in text for r in scenes.RELATIONS)]
-    verdicts = [judge.judge(picture, text) for picture, text in zip(draw(pipe, prompts), prompts, strict=True)]
+    pictures = draw(pipe, prompts)
+    verdicts = [rule_judge.judge_by_rules(picture, text) for picture, text in zip(pictures, prompts, strict=True)]
     assert all(v.background and v.count and v.colours for v in verdicts), verdicts
     assert sum(v.right for v in verdicts) >= len(prompts) - 1, verdicts  # one shape in six by chance
 

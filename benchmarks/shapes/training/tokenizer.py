@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import scenes
+from .. import scenes
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

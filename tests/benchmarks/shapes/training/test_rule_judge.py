@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from offcut.benchmarks.shapes import judge, scenes
+from offcut.benchmarks.shapes import scenes
+from offcut.benchmarks.shapes.training import rule_judge
 
 
 def drawn(text: str, seed: int = 0) -> np.ndarray:
@@ -15,7 +16,7 @@ def test_drawn_scenes_are_judged_right(held_out: bool) -> None:
     rng = np.random.default_rng(11)
     for _ in range(40):
         scene = scenes.sample_scene(rng, held_out=held_out)
-        verdict = judge.judge(scenes.render(scene), scenes.caption(scene))
+        verdict = rule_judge.judge_by_rules(scenes.render(scene), scenes.caption(scene))
         assert verdict.right, (scenes.caption(scene), verdict)
 
 
@@ -23,7 +24,7 @@ def test_faint_noise_does_not_change_the_verdict() -> None:
     text = "a small blue star above a large red cross on a pink background"
     noise = np.random.default_rng(0).normal(0, 5, (64, 64, 3))
     picture = np.clip(drawn(text) + noise, 0, 255).astype(np.uint8)
-    assert judge.judge(picture, text).right
+    assert rule_judge.judge_by_rules(picture, text).right
 
 
 @pytest.mark.parametrize(
@@ -36,29 +37,29 @@ def test_faint_noise_does_not_change_the_verdict() -> None:
     ],
 )
 def test_a_wrong_picture_is_told_from_a_right_one(shown: str, wrong: str) -> None:
-    verdict = judge.judge(drawn(shown), "a red circle on a white background")
+    verdict = rule_judge.judge_by_rules(drawn(shown), "a red circle on a white background")
     assert not verdict.right
     assert not getattr(verdict, wrong)
 
 
 def test_relations_and_the_assignment_of_shapes_are_judged() -> None:
     asked = "a red circle left of a blue square on a white background"
-    turned = judge.judge(drawn("a red circle right of a blue square on a white background"), asked)
+    turned = rule_judge.judge_by_rules(drawn("a red circle right of a blue square on a white background"), asked)
     assert turned.shapes
     assert not turned.relation
-    swapped = judge.judge(drawn("a red square left of a blue circle on a white background"), asked)
+    swapped = rule_judge.judge_by_rules(drawn("a red square left of a blue circle on a white background"), asked)
     assert swapped.relation
     assert not swapped.shapes
 
 
 def test_an_empty_picture_has_no_objects() -> None:
     picture = np.full((64, 64, 3), 250, dtype=np.uint8)
-    assert judge.look(picture) == ("white", ())
-    assert not judge.judge(picture, "a red circle on a white background").count
+    assert rule_judge.look(picture) == ("white", ())
+    assert not rule_judge.judge_by_rules(picture, "a red circle on a white background").count
 
 
 def test_other_arrays_are_refused() -> None:
     with pytest.raises(ValueError, match="uint8"):
-        judge.look(np.zeros((64, 64, 3), dtype=np.float32))
+        rule_judge.look(np.zeros((64, 64, 3), dtype=np.float32))
     with pytest.raises(ValueError, match="not the caption"):
-        judge.judge(np.zeros((64, 64, 3), dtype=np.uint8), "a cat")
+        rule_judge.judge_by_rules(np.zeros((64, 64, 3), dtype=np.uint8), "a cat")

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offcut.benchmarks.shapes import scenes, tokenizer
+from offcut.benchmarks.shapes import scenes
 from offcut.benchmarks.shapes.training import architecture as networks
+from offcut.benchmarks.shapes.training import tokenizer
 
 
 @pytest.fixture(scope="module")
