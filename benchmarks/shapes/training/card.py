@@ -108,7 +108,7 @@ def _scores(scores: Mapping[str, Score]) -> str:
     ]
     head = "| prompts | pictures | background | count | colours | shapes | relation | all right |"
     lines = [head, "|---" * 8 + "|", *rows]
-    text = "Shares of random prompts that `training/rule_judge.py`, which reads drawn scenes without fault, found obeyed:"
+    text = "Shares of random prompts obeyed, by `training/rule_judge.py`, which reads rendered scenes without fault:"
     return "\n" + text + "\n\n" + "\n".join(lines) + "\n"
 
 
