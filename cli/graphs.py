@@ -57,33 +57,39 @@ def export(
 
 def split(
     graph: Annotated[Path, typer.Argument(help="ONNX file of a UNet from any exporter.")],
-    cut: Annotated[str, typer.Option(help="deepcache:K, paper:K or mlperf.")] = "deepcache:0",
+    cut: Annotated[
+        list[str] | None, typer.Option(help="deepcache:K, paper:K or mlperf; repeatable. deepcache:0 by default.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Output directory; by default that of the graph.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Cut an ONNX UNet into full.onnx and shallow-*.onnx, for trtexec or an engine of your own."""
-    from ..exporter.cut import split as run_split
+    from ..exporter.cut import split_all
     from ..exporter.graph import contract
 
-    pair = run_split(graph, cut, output)
-    full, shallow = contract(pair.full), contract(pair.shallow)
+    pairs = split_all(graph, cut or ["deepcache:0"], output)
+    full = contract(pairs[0].full)
+    shallow = {
+        pair.cut.name: {
+            "cached": [spec.name for spec in pair.cached],
+            "shallow": {"path": str(pair.shallow), **contract_json(contract(pair.shallow))},
+        }
+        for pair in pairs
+    }
     if as_json:
-        print_json(
-            {
-                "cut": pair.cut.name,
-                "cached": [spec.name for spec in pair.cached],
-                "full": {"path": str(pair.full), **contract_json(full)},
-                "shallow": {"path": str(pair.shallow), **contract_json(shallow)},
-            }
-        )
+        first = pairs[0].cut.name
+        described_full = {"path": str(pairs[0].full), **contract_json(full)}
+        print_json({"cut": first, **shallow[first], "full": described_full, "cuts": shallow})
         return
-    for path, described in ((pair.full, full), (pair.shallow, shallow)):
+    for path, described in ((pairs[0].full, full), *((pair.shallow, contract(pair.shallow)) for pair in pairs)):
         out.print(f"[bold]{path}[/]")
         print_contract(described)
-    names = ", ".join(spec.name for spec in pair.cached)
-    out.print(f"Feed {names} from the full graph to the shallow graph; both read the weights file next to them.")
+    for pair in pairs:
+        names = ", ".join(spec.name for spec in pair.cached)
+        out.print(f"Feed {names} from the full graph to {pair.shallow.name}.")
+    out.print("All graphs read the weights file next to them.")
 
 
 def cuts(

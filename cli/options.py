@@ -20,12 +20,17 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 from typer.models import OptionInfo, ParameterInfo
+
+from ..errors import UserError
 
 Model = Annotated[str, typer.Argument(help="Hub id, directory of a diffusers pipeline, or directory of a bare UNet.")]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle directory that offcut build wrote.")]
@@ -93,6 +98,19 @@ class EngineChoice:
     device: Device = "cpu"
     provider: Provider = None
     threads: Threads = None
+
+
+class SingleValueCommand(TyperCommand):
+    """Command that refuses an option given twice, unless the option is a list; click would take the last value."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        options = itertools.takewhile(lambda token: token != "--", args)
+        counts = Counter(token.partition("=")[0] for token in options if token.startswith("-"))
+        for parameter in self.params:
+            names = [*parameter.opts, *parameter.secondary_opts]
+            if parameter.param_type_name == "option" and not parameter.multiple and sum(counts[n] for n in names) > 1:
+                raise UserError(f"{parameter.opts[-1]} is given twice, but takes one value: leave one out")
+        return super().parse_args(ctx, args)
 
 
 def unpack(command: Callable[..., None]) -> Callable[..., None]:

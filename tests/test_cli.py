@@ -163,6 +163,30 @@ def test_split_prints_the_contract(unet_bundle: Path, tmp_path: Path, command: C
     assert "no cut 'deepcache:9'" in output
 
 
+def test_split_writes_every_cut(unet_bundle: Path, tmp_path: Path, command: Command) -> None:
+    graph = next(unet_bundle.rglob("full.onnx"))
+    cuts = ("deepcache:0", "deepcache:1")
+    report = json.loads(command("split", graph, "--cut", cuts[0], "--cut", cuts[1], "-o", tmp_path / "out", "--json"))
+    assert tuple(report["cuts"]) == cuts
+    assert [spec["name"] for spec in report["full"]["outputs"]] == ["noise_pred", "deep_feature_0", "deep_feature_1"]
+    for number, cut in enumerate(cuts):
+        assert Path(report["cuts"][cut]["shallow"]["path"]).is_file()
+        assert report["cuts"][cut]["cached"] == [f"deep_feature_{number}"]
+    assert report["shallow"] == report["cuts"][cuts[0]]["shallow"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("cuts", "x.onnx", "--height", "8", "--height=16"),
+        ("run", "b", "a", "-o", "x.png", "--output", "y.png"),
+        ("bench", "latency", "b", "--steps", "3", "--steps", "4"),
+    ],
+)
+def test_an_option_given_twice_is_refused(arguments: tuple[str, ...], command: Command) -> None:
+    assert "is given twice" in command(*arguments, fails=True)
+
+
 def test_prune_removes_only_files_that_the_manifest_does_not_name(
     unet_bundle: Path, copied: Callable[[Path], Path], command: Command
 ) -> None:
