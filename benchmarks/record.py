@@ -123,8 +123,8 @@ def json_schema() -> dict[str, Any]:
 
 def command_line(arguments: Sequence[str] | None = None) -> str:
     """Return the command as a user types it: ``sys.argv`` without the path to its program."""
-    given = list(sys.argv if arguments is None else arguments)
-    return shlex.join([Path(given[0]).name, *given[1:]])
+    program, *options = sys.argv if arguments is None else arguments
+    return shlex.join([Path(program).name, *options])
 
 
 def now() -> datetime:
@@ -133,7 +133,7 @@ def now() -> datetime:
 
 
 def environment(packages: Sequence[str]) -> Environment:
-    """This machine, with the versions of those of ``packages`` that are installed."""
+    """Return a description of this machine, with the versions of the packages that are installed."""
     import platform
 
     import psutil
@@ -141,7 +141,7 @@ def environment(packages: Sequence[str]) -> Environment:
 
     return Environment(
         cpu=_cpu(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=available_cores(),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
@@ -149,6 +149,11 @@ def environment(packages: Sequence[str]) -> Environment:
         packages=installed_versions(packages),
         load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     )
+
+
+def available_cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def installed_versions(packages: Sequence[str]) -> dict[str, str]:

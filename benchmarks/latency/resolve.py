@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from ...exporter.load import ModelSource, locate
 from ...exporter.weight_files import weight_files
 from ...runtime.generation.schedule import parse
 from ...runtime.text_to_image import scheduler_named
+from ..record import available_cores
 from .case import Case, Entrant, LatencyRequest
 from .contestants import PEERS, catalogue
 from .loop import vae_scale
@@ -56,7 +56,7 @@ def resolve(bundle: Bundle, request: LatencyRequest, folder: Path) -> tuple[Case
         images=request.images,
         schedule=schedule,
         cut=cut,
-        threads=request.threads or _cores(),
+        threads=request.threads or available_cores(),
         device=request.device,
         frames=_frames(bundle, request.frames),
     )
@@ -178,7 +178,3 @@ def _pythons(pythons: Mapping[str, str]) -> dict[str, str]:
             raise UserError(f"{python} is not an executable program: give the Python of optimum's environment")
         paths[peer] = str(Path(path).absolute())
     return paths
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +25,6 @@ class LatencyWorker:
         self._shared: SharedParts | None = None
         self._runners: dict[str, PipelineRunner] = {}
         self._device_before = 0
-
-    def answer(self, request: str, **arguments: Any) -> Answer:
-        """Do a request of the module's docstring."""
-        return self.handlers[request](**arguments)
-
-    @property
-    def handlers(self) -> dict[str, Callable[..., Answer]]:
-        methods = (self.inputs, self.product, self.open, self.loop, self.alone)
-        return {method.__name__: method for method in methods}
 
     def inputs(self, case: dict[str, Any]) -> Answer:
         """Write the tensors that all loops begin with, and count the operations of the UNet's calls."""
@@ -178,7 +168,9 @@ def main() -> None:
     from ...runtime.quiet import quiet_libraries
 
     quiet_libraries()
-    channel.answer(LatencyWorker().handlers)
+    worker = LatencyWorker()
+    methods = (worker.inputs, worker.product, worker.open, worker.loop, worker.alone)
+    channel.answer({method.__name__: method for method in methods})
 
 
 if __name__ == "__main__":

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
-from ...errors import InternalError
+from ...errors import InternalError, UserError
 from ...runtime.tuning.artifact import Tuned
-from . import npz_cache
 from .metrics import Pictures
 from .plan import QualitySetting
 
@@ -170,16 +172,38 @@ def _part(pipe: Any, task: ImageTask, setting: QualitySetting, first: int, on_ca
 
 
 def _read(path: Path) -> SettingImages | None:
-    stored = npz_cache.read(path, "pictures", "full", "shallow", "timeline")
-    if stored is None:
+    """Read a stored part; None if the file is missing.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.exists():
         return None
-    pictures, full, shallow, timeline = stored
-    return SettingImages(pictures, (full,), (shallow,), timeline)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            full, shallow = float(arrays["full"]), float(arrays["shallow"])
+            return SettingImages(arrays["pictures"], (full,), (shallow,), str(arrays["timeline"]))
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, and its images are generated again") from error
 
 
 def _write(path: Path, part: SettingImages) -> None:
-    times = {"full": part.full[0], "shallow": part.shallow[0]}
-    npz_cache.write(path, pictures=part.pictures, timeline=part.timeline, **times)
+    """Write a part to a temporary file and rename it, so that the file is always complete.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    arrays: dict[str, Any] = {"pictures": part.pictures, "timeline": part.timeline}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, full=part.full[0], shallow=part.shallow[0], **arrays)
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):  # where the folder itself cannot be created
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; give another directory with -o") from error
 
 
 def batch(

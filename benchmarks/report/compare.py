@@ -194,14 +194,11 @@ def _over(values: Sequence[float], base: Sequence[float]) -> list[float]:
     return [value / other for value, other in zip(values, base, strict=False)]
 
 
-def _interval(mean: float, low: float, high: float) -> Estimate:
-    return Estimate(mean=mean, low=low, high=high)
-
-
 def _percent(interval: Estimate | None) -> Estimate | None:
     if interval is None:
         return None
-    return _interval(*(100 * (value - 1) for value in (interval.mean, interval.low, interval.high)))
+    mean, low, high = (100 * (value - 1) for value in (interval.mean, interval.low, interval.high))
+    return Estimate(mean=mean, low=low, high=high)
 
 
 _ESTIMATES = (("psnr", "dB"), ("ssim", ""), ("distance", ""), ("accuracy", ""))
@@ -233,21 +230,22 @@ def _quality(old: Quality, new: Quality, threshold: float) -> Iterator[FigureCha
 def _calls(name: str, first: QualityRow, second: QualityRow, threshold: float) -> FigureChange:
     """Return the change of a row's cost, a count without noise."""
     percent = 100 * (second.cost / first.cost - 1)
-    exact = _interval(percent, percent, percent)
+    exact = Estimate(mean=percent, low=percent, high=percent)
     return _judged("quality", name, "cost, full calls", first.cost, second.cost, exact, threshold)
 
 
 def _loss(metric: str, old: Estimate, new: Estimate) -> Estimate:
     """Return the change in percent or percentage points, positive if worse."""
     apart = difference(old, new)
+    bounds = (apart.mean, apart.high, apart.low)
     if metric == "distance":
         scale = 100 / old.mean if old.mean else math.inf
-        values = [value * scale if value else 0.0 for value in (apart.mean, apart.low, apart.high)]
-        return _interval(*values)
-    if metric == "psnr":  # 20 log10 of the error, so that a difference in dB is a ratio of errors
-        values = [100 * (10 ** (-value / 20) - 1) for value in (apart.mean, apart.high, apart.low)]
-        return _interval(*values)
-    return _interval(-100 * apart.mean, -100 * apart.high, -100 * apart.low)
+        mean, low, high = (value * scale if value else 0.0 for value in (apart.mean, apart.low, apart.high))
+    elif metric == "psnr":  # 20 log10 of the error, so that a difference in dB is a ratio of errors
+        mean, low, high = (100 * (10 ** (-value / 20) - 1) for value in bounds)
+    else:
+        mean, low, high = (-100 * value for value in bounds)
+    return Estimate(mean=mean, low=low, high=high)
 
 
 def _judged(

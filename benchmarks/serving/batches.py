@@ -8,8 +8,10 @@ from typing import Any
 
 from ..schema.serving import BatchRow
 from ..shapes.model import PROMPTS
-from .goals import AT_LOAD
 from .load_plan import ServerSetting
+
+AT_LOAD = 0.7
+"""Rate of the simulated open loop, as a share of the capacity."""
 
 
 @dataclass(frozen=True)

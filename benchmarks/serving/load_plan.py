@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
-Way = Literal["steps", "single", "whole"]
-"""``steps``: the worker as it is; ``single``: one request at a time; ``whole``: batches of whole requests."""
+from ..schema.serving import Way
 
 PARTS = ("load", "overload", "soak")
 
@@ -50,7 +49,7 @@ class LoadPlan:
 
     Attributes:
         parts: of ``PARTS``.
-        clients: numbers of clients of the closed loops; the goals are about the last.
+        clients: numbers of clients of the closed loops.
         loads: rates of the open loops, as shares of the capacity.
         rounds: in which the ways to batch take turns.
         closed, open: windows of a closed and of an open loop.

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from ...errors import InternalError, UserError
+from ..schema.serving import Way
 from ..worker_process import Channel, RequestFailed, WorkerProcess, describe_error
-from .load_plan import ServerSetting, Way
+from .load_plan import ServerSetting
 
 if TYPE_CHECKING:
     from ...runtime.batching import Worker

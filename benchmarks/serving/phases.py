@@ -14,13 +14,12 @@ from typing import Any, get_args
 
 from ...errors import UserError
 from ..planning.capacity import arrivals
-from ..schema.serving import ClosedRow, OpenRow, Overload, Percentiles, ServingLoad, Soak
+from ..schema.serving import ClosedRow, OpenRow, Overload, Percentiles, ServingLoad, Soak, Way
 from ..shapes.model import PROMPTS
 from . import monitor
 from .batches import measure_batches
 from .client import LEFT, Body, Client, Leaving, Reply, Window, closed_loop, open_loop
-from .goals import goals
-from .load_plan import LoadPlan, ServerSetting, Way
+from .load_plan import LoadPlan, ServerSetting
 from .measured_server import MeasuredServer
 
 Stage = Callable[[str], None]
@@ -70,7 +69,6 @@ def run(setting: ServerSetting, plan: LoadPlan, stage: Stage = lambda text: None
         measured.soak = _soak(setting, plan, plan.soak, 0, measured, stage)
         if plan.control:
             measured.control = _soak(setting, plan, plan.control, plan.leak, measured, stage)
-    measured.goals = goals(measured)
     return measured
 
 

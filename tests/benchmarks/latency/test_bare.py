@@ -36,8 +36,8 @@ def test_a_bare_unet_is_measured_in_its_familys_pipeline(
         peers=("diffusers", "engine"),
     )
     case, entrants = resolve(bundle, wanted, tmp_path)
-    house = LatencyWorker()
-    house.answer("inputs", case=case.as_json())
+    worker = LatencyWorker()
+    worker.inputs(case=case.as_json())
     assert load_file(tmp_path / INPUTS)["latents"].shape[0] == 2
     latents = latents_in_fp32(case, entrants)
     assert relative_difference(latents["onnxruntime"], latents["diffusers"]) < 1e-4

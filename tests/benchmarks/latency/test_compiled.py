@@ -35,7 +35,7 @@ def answers(
     made = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-        LatencyWorker().answer("inputs", case=case.as_json())
+        LatencyWorker().inputs(case=case.as_json())
         for entrant in entrants:
             if entrant.precision == "bf16" and entrant.kind != "offcut":
                 made[entrant.name] = _loop(case, entrant)
@@ -47,13 +47,13 @@ def answers(
 def _loop(case: Case, entrant: Entrant) -> dict[str, Any]:
     torch._dynamo.reset()  # each has a process of its own in a run
     torch._dynamo.utils.counters.clear()
-    house = LatencyWorker()
-    opened = house.answer("open", case=case.as_json(), entrant=entrant.as_json(), calls=2, warm_up=1)
+    worker = LatencyWorker()
+    opened = worker.open(case=case.as_json(), entrant=entrant.as_json(), calls=2, warm_up=1)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    answer = house.answer("loop", name=entrant.name, calls=2)
+    answer = worker.loop(name=entrant.name, calls=2)
     answer["compiled"] = compiled
     answer["compiled late"] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled
-    answer["alone"] = house.answer("alone", name=entrant.name, repeats=2)
+    answer["alone"] = worker.alone(name=entrant.name, repeats=2)
     assert opened["warm_up"] > 0
     return answer
 

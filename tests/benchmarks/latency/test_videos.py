@@ -119,7 +119,7 @@ def test_a_bare_unet_runs_with_the_published_models_scheduler(bare: Bundle, tmp_
     assert (case.frames, case.scheduler) == (3, "EulerDiscreteScheduler")
     scheduler = loop.build_pipeline(case, bare, None).scheduler
     assert PIPELINES["StableVideoDiffusionPipeline"].noise.items() <= dict(scheduler.config).items()
-    LatencyWorker().answer("inputs", case=case.as_json())
+    LatencyWorker().inputs(case=case.as_json())
     latents = latents_in_fp32(case, entrants)
     assert latents["diffusers"].shape == (2, 3, 4, 8, 8)
     assert relative_difference(latents["onnxruntime"], latents["diffusers"]) < 1e-4

@@ -107,9 +107,7 @@ def test_every_way_is_measured_and_kept(tiny_bundle: Path, tmp_path: Path) -> No
             *map(str, SHORT + SMALL),
         ],
     )
-    # 1: a goal is missed, as may be on such a model
-    assert done.exit_code in (0, 1), done.output
-    assert isinstance(done.exception, SystemExit | None), done.exception
+    assert done.exit_code == 0, done.output
     found = record.read(tmp_path).serving
     assert found is not None
     assert json.loads(done.stdout)["serving"] == json.loads(found.model_dump_json())
@@ -124,7 +122,6 @@ def test_every_way_is_measured_and_kept(tiny_bundle: Path, tmp_path: Path) -> No
     assert found.allowed > 0.3
     assert found.allowed_latency is not None
     assert found.allowed_latency > 0.1
-    assert len(found.goals) == 3
     assert "The server under load" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -157,5 +154,5 @@ def test_overload_is_refused_and_memory_is_watched(tiny_bundle: Path) -> None:
     assert (soak.unexpected, soak.held) == (0, 0), soak.statuses
     assert 0 < soak.left < soak.requests
     assert control.growth > soak.growth
-    assert next(goal for goal in found.goals if "is noticed" in goal.name).met
+    assert control.growth > 50_000_000
     assert any(text.startswith("  ") and "MB" in text for text in said)
