@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CutError, InternalError, ModelError
 from .families import NOISE_PRED
-from .graph import PROBE_DIMS, UNetGraph, infer_shapes, read
+from .graph import CONVOLUTIONS, PROBE_DIMS, UNetGraph, infer_shapes, read, weight_of
 from .specs import Dim, Factors, Shape, TensorSpec, factors
 from .trace.convert import WEIGHTS_FILE
 from .trace.export import ExportedUNet
@@ -209,7 +209,7 @@ def find_joins(model: ir.Model) -> list[Join]:
         for value in node.inputs:
             if value is not None:
                 bits |= upstream.get(value, 0)
-        if node.op_type == "Conv":
+        if node.op_type in CONVOLUTIONS:
             bits |= 1 << count
             count += 1
         for output in node.outputs:
@@ -228,11 +228,21 @@ def find_joins(model: ir.Model) -> list[Join]:
         raise CutError(
             "no skip connection found: looked for a two-input Concat on axis 1, one input computed from a strict "
             f"subset of the other's convolutions, among {len(model.graph)} nodes with {count} convolutions; "
-            "is this a UNet?"
+            + (_remedy_for_runtime_operators(model) or "is this a UNet?")
         )
     # A join that depends on more convolutions is further out.
     joins.sort(key=lambda entry: -entry[0])
     return [join for _, join in joins]
+
+
+def _remedy_for_runtime_operators(model: ir.Model) -> str | None:
+    """Return the remedy for a graph with operators of ONNX Runtime, which ONNX's shape inference does not know."""
+    names = sorted({node.op_type for node in model.graph if node.domain.startswith("com.microsoft")})
+    if not names:
+        return None
+    if any(name.startswith("QLinear") for name in names):
+        return f"it has ONNX Runtime's {names[0]}: quantize with QuantFormat.QDQ, or Conv and MatMul only"
+    return f"it has ONNX Runtime's {names[0]}: give the graph from before ONNX Runtime optimized it"
 
 
 def is_strict_subset(bits: int, of: int) -> bool:
@@ -270,8 +280,8 @@ def _deduce_from_skips(joins: Sequence[Join], shapes: dict[str, Shape]) -> None:
             continue
         batch, channels, *spatial = shapes[skip]
         for use in join.node.outputs[0].uses():
-            weight = use.node.inputs[1] if len(use.node.inputs) > 1 else None
-            if use.node.op_type == "Conv" and weight is not None and weight.shape is not None:
+            weight = weight_of(use.node) if use.node.op_type in CONVOLUTIONS else None
+            if weight is not None and weight.shape is not None:
                 joined_channels = int(weight.shape[1])  # type: ignore[arg-type]
                 shapes[hidden] = (batch, joined_channels - channels, *spatial)
 
@@ -279,8 +289,10 @@ def _deduce_from_skips(joins: Sequence[Join], shapes: dict[str, Shape]) -> None:
 def _cached(name: str, value: ir.Value, unet: UNetGraph, shapes: dict[str, Shape]) -> CachedTensor:
     shape = shapes.get(str(value.name))
     if shape is None:
+        remedy = _remedy_for_runtime_operators(unet.model)
         raise CutError(
-            f"cannot tell the shape of {value.name}; export the UNet with shape inference, or with offcut export"
+            f"cannot tell the shape of {value.name}; "
+            + (remedy or "export the UNet with shape inference, or with offcut export")
         )
     sample = unet.inputs["sample"]
     dims: list[Dim] = [_batch_dim(sample, shape[0]), shape[1]]

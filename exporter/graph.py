@@ -51,6 +51,16 @@ class UNetGraph:
     output: TensorSpec
 
 
+CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv")
+"""Operators of convolutions, in floating point and quantized."""
+
+_WEIGHT_INPUTS = {
+    **{"Conv": 1, "ConvInteger": 1, "QLinearConv": 3},
+    **{"MatMul": 1, "MatMulInteger": 1, "QLinearMatMul": 3, "Gemm": 1},
+}
+_CASTS = ("Cast", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+
+
 def read(path: str | Path) -> UNetGraph:
     """Open the ONNX file of a UNet from any exporter.
 
@@ -171,27 +181,37 @@ def _dtype(value: ir.Value) -> str:
     return names[value.dtype]
 
 
+def weight_of(node: ir.Node) -> ir.Value | None:
+    """Return the weight of a convolution or matrix product, quantized or not, in the shape that is stored."""
+    index = _WEIGHT_INPUTS.get(node.op_type)
+    weight = node.inputs[index] if index is not None and index < len(node.inputs) else None
+    producer = None if weight is None else weight.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        weight = producer.inputs[0]
+    return weight
+
+
 def _channels_of_consumer(value: ir.Value) -> int:
     """Return the size of a channel axis that a foreign exporter left symbolic, from the weight that reads the input."""
     for use in value.uses():
-        for weight in use.node.inputs[1:2]:
-            if weight is None or weight.shape is None or not weight.is_initializer():
-                continue
-            axis = {"Conv": 1, "MatMul": 0}.get(use.node.op_type)
-            if axis is not None:
-                return int(weight.shape[axis])  # type: ignore[arg-type]
+        weight = weight_of(use.node)
+        if weight is not None and weight.shape is not None and weight.is_initializer():
+            axis = 1 if use.node.op_type in CONVOLUTIONS else 0
             if use.node.op_type == "Gemm":
-                by_row = use.node.attributes.get_int("transB", 0)
-                return int(weight.shape[by_row])  # type: ignore[arg-type]
-        if use.node.op_type == "Cast":
+                axis = use.node.attributes.get_int("transB", 0)
+            return int(weight.shape[axis])  # type: ignore[arg-type]
+        if use.node.op_type in _CASTS:
             return _channels_of_consumer(use.node.outputs[0])
     raise ModelError(f"cannot tell how many channels {value.name} has; export it with that dimension fixed")
 
 
 def _channels_of_producer(value: ir.Value) -> int:
-    node = value.producer()
-    if node is not None and node.op_type == "Cast" and node.inputs[0] is not None:
-        return _channels_of_producer(node.inputs[0])
-    if node is None or node.op_type != "Conv" or node.inputs[1] is None or node.inputs[1].shape is None:
+    node, operators = value.producer(), CONVOLUTIONS
+    while node is not None and node.op_type in (*_CASTS, "Mul", "Add") and node.inputs[0] is not None:
+        if node.op_type in ("Mul", "Add"):
+            operators = ("ConvInteger",)  # which is followed by a multiplication with its scale, and its bias
+        node = node.inputs[0].producer()
+    weight = weight_of(node) if node is not None and node.op_type in operators else None
+    if weight is None or weight.shape is None:
         raise ModelError(f"the output {value.name} is not made by a convolution: this is not a UNet's graph")
-    return int(node.inputs[1].shape[0])  # type: ignore[arg-type]
+    return int(weight.shape[0])  # type: ignore[arg-type]

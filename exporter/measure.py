@@ -113,9 +113,11 @@ def _node_flops(node: ir.Node, shapes: Mapping[str, Shape]) -> int:
 
     out = math.prod(shapes.get(str(node.outputs[0].name), ()))
     match node.op_type:
-        case "Conv":  # weight: [out, in / groups, *kernel]
+        case "Conv" | "ConvInteger":  # weight: [out, in / groups, *kernel]
             return 2 * out * math.prod(shape(1)[1:])
-        case "MatMul":
+        case "QLinearConv":
+            return 2 * out * math.prod(shape(3)[1:])
+        case "MatMul" | "MatMulInteger" | "QLinearMatMul":
             return 2 * out * (shape(0)[-1] if shape(0) else 0)
         case "Gemm":
             by_row = node.attributes.get_int("transA", 0)

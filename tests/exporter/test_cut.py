@@ -9,9 +9,11 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
 from support.models import save_stable_diffusion
 from support.unets import SKIPS, eager, largest_difference, random_inputs, run
 
@@ -529,6 +531,63 @@ def test_a_torchscript_export_has_the_same_cuts(engine: str, torchscript: Path, 
     expected = eager(plain.model, inputs)
     for pair in split_all(torchscript, cuts, tmp_path):
         assert largest_difference(assert_exact(pair, inputs, engine), expected) <= 1e-4
+
+
+class CalibrationInputs(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is untyped
+    """Random inputs for ONNX Runtime's static quantization."""
+
+    def __init__(self, model: Path) -> None:
+        inputs = random_inputs(model, batch=2, height=8, width=8)
+        self._inputs = iter([{name: tensor.numpy() for name, tensor in inputs.items()}])
+
+    def get_next(self) -> Any:
+        return next(self._inputs, None)
+
+
+QUANTIZED = {
+    "dynamic": ("ConvInteger", {}),
+    "qdq": ("DequantizeLinear", {"quant_format": QuantFormat.QDQ}),
+    "qoperator": ("QLinearConv", {"quant_format": QuantFormat.QOperator, "op_types_to_quantize": ["Conv", "MatMul"]}),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_graphs_that_onnx_runtime_quantized_are_cut(
+    kind: str, torchscript: Path, plain: Family, tmp_path: Path
+) -> None:
+    operator, options = QUANTIZED[kind]
+    path = tmp_path / "int8.onnx"
+    if kind == "dynamic":
+        quantize_dynamic(torchscript, path)
+    else:
+        quantize_static(torchscript, path, CalibrationInputs(plain.model), **options)
+    assert operator in {node.op_type for node in onnx.load(path).graph.node}
+    cuts = find_cuts(path)
+    assert [cut.name for cut in cuts] == [cut.name for cut in find_cuts(plain.graph)]
+    inputs = random_inputs(plain.model, **SHAPE)
+    (expected,) = run("onnxruntime", path, inputs).values()
+    for pair in split_all(path, cuts, tmp_path / "split"):
+        assert torch.equal(assert_exact(pair, inputs, "onnxruntime"), expected)
+
+
+def test_graphs_with_operators_of_onnx_runtime_are_refused_with_the_remedy(
+    torchscript: Path, plain: Family, tmp_path: Path
+) -> None:
+    quantize_static(
+        torchscript, tmp_path / "all.onnx", CalibrationInputs(plain.model), quant_format=QuantFormat.QOperator
+    )
+    with pytest.raises(CutError, match=r"quantize with QuantFormat\.QDQ, or Conv and MatMul only"):
+        find_cuts(tmp_path / "all.onnx")
+    for level, refused in (("ORT_ENABLE_BASIC", False), ("ORT_ENABLE_EXTENDED", True), ("ORT_ENABLE_ALL", True)):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+        options.optimized_model_filepath = str(tmp_path / f"{level}.onnx")
+        onnxruntime.InferenceSession(torchscript, options)
+        if refused:
+            with pytest.raises(CutError, match="give the graph from before ONNX Runtime optimized it"):
+                find_cuts(tmp_path / f"{level}.onnx")
+        else:
+            assert find_cuts(tmp_path / f"{level}.onnx")
 
 
 @pytest.fixture(scope="module")
