@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# Configs of the UNets, as far as they differ from the defaults of their class in diffusers.
+# UNet configs: the fields that differ from the defaults of the class in diffusers.
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": {
         "sample_size": 64,
@@ -45,21 +45,21 @@ def random_unet(name: str, dtype: torch.dtype | None = None, seed: int = 0) -> t
     """Return the UNet of an architecture with random weights.
 
     Args:
-        name: one of ``UNETS``.
-        dtype: of the weights, which are made in this dtype to save memory; float32 by default.
+        name: a key of ``UNETS``.
+        dtype: dtype in which the weights are created, to save memory; float32 by default.
     """
     import diffusers
     import torch
 
     config = dict(UNETS[name])
-    kind = getattr(diffusers, config.pop("_class_name", "UNet2DConditionModel"))
+    unet_class = getattr(diffusers, config.pop("_class_name", "UNet2DConditionModel"))
     torch.manual_seed(seed)
-    before = torch.get_default_dtype()
+    default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype or torch.float32)
     try:
-        unet = kind(**config)
+        unet = unet_class(**config)
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(default_dtype)
     assert isinstance(unet, torch.nn.Module)
     return unet.eval()
 
@@ -67,8 +67,8 @@ def random_unet(name: str, dtype: torch.dtype | None = None, seed: int = 0) -> t
 def save(name: str, path: Path, dtype: torch.dtype | None = None) -> Path:
     """Save an architecture: ``sd15`` as a whole pipeline, the others as a bare UNet.
 
-    The pipeline's text encoder and VAE have Stable Diffusion 1.5's sizes. Its tokenizer is that of the shapes model,
-    because a vocabulary cannot be random.
+    The pipeline's text encoder and VAE have Stable Diffusion 1.5's sizes. It has the tokenizer of the shapes
+    model, because a vocabulary cannot be random.
     """
     unet: Any = random_unet(name, dtype)
     if name != "sd15":

@@ -1,4 +1,4 @@
-"""Prove or disprove offcut on this machine's GPU: run every GPU check, write ``result.json`` and ``report.md``."""
+"""Command that runs every GPU check on this machine and writes ``result.json`` and ``report.md``."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ app = typer.Typer(
 def gpu_check(
     output: Annotated[Path, typer.Option(help="Directory for result.json, report.md and the log.")] = Path("gpu-check"),
     only: Annotated[
-        str | None, typer.Option(metavar="GLOB", help="Run checks whose id matches; --list shows the ids.")
+        str | None, typer.Option(metavar="GLOB", help="Run only checks whose id matches; --list shows the ids.")
     ] = None,
     list_only: Annotated[
-        bool, typer.Option("--list", help="Print the checks, and why some cannot run; run none.")
+        bool, typer.Option("--list", help="Only print the checks, with the reasons why some cannot run.")
     ] = False,
     engines: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Engines under test; by default all that support CUDA.")
@@ -63,20 +63,21 @@ def gpu_check(
         str, typer.Option(help="Precisions of the correctness checks; performance is measured in the first.")
     ] = "fp16,bf16,fp32",
     every_cut: Annotated[
-        bool, typer.Option("--every-cut", help="Compare all 13 cuts, not four; takes longer.")
+        bool, typer.Option("--every-cut", help="Compare all 13 cuts instead of four; takes longer.")
     ] = False,
     performance: Annotated[bool, typer.Option("--performance", help="Also measure speed; takes minutes.")] = False,
     architectures: Annotated[str, typer.Option(help="For --performance: sd15, sdxl, small.")] = "sd15",
     batches: Annotated[str, typer.Option(help="For --performance: numbers of images in one call.")] = "1",
     steps: Annotated[int, typer.Option(min=2, help="For --performance: steps of the denoising loop.")] = 50,
-    interval: Annotated[int, typer.Option(min=2, help="For --performance: full UNet every N calls.")] = 5,
-    rounds: Annotated[int, typer.Option(min=1, help="For --performance: turns of each contestant.")] = 5,
+    interval: Annotated[int, typer.Option(min=2, help="For --performance: one full UNet call in every N calls.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="For --performance: measured loops of each model.")] = 5,
     device: Annotated[
-        str, typer.Option(help="cuda, cuda:1; cpu tests the checks and proves nothing of a GPU.")
+        str, typer.Option(help="cuda or cuda:1; cpu tests the checks, and proves nothing about a GPU.")
     ] = "cuda",
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that one check may take.")] = 3600,
     work: Annotated[
-        Path | None, typer.Option(help="Directory that keeps models and engines; a temporary one by default.")
+        Path | None,
+        typer.Option(help="Directory for models and engines to reuse; a temporary one by default."),
     ] = None,
     require_gpu: Annotated[bool, typer.Option("--require-gpu", help="Exit with 1 if no check could run.")] = False,
     as_json: Annotated[
@@ -85,9 +86,9 @@ def gpu_check(
 ) -> None:
     """Run every GPU check on this machine and write [bold]result.json[/] and [bold]report.md[/].
 
-    Each check passes, fails, ends with an error, or is not run and says why.
-    Without a GPU no check runs and nothing is proven. Exit code 1 if a check failed or ended with an error.
-    Models are made here, with random weights: no network is needed.
+    A check passes, fails, ends with an error, or is not run for a stated reason.
+    Without a GPU no check runs. The exit code is 1 if a check failed or ended with an error.
+    The command creates its models with random weights, so that it needs no network.
     """
     from ..engines.registry import ENGINES as KNOWN
     from .gpu.catalog import catalog
@@ -111,7 +112,7 @@ def gpu_check(
     )
     checks = select(catalog(options), only)
     if not checks:
-        raise UserError(f"no check matches {only!r}: see them with --list, performance/... with --performance too")
+        raise UserError(f"no check matches {only!r}: --list shows the checks, with --performance also those of speed")
     if list_only:
         for check in checks:
             obstacle = f"  [not run: {check.obstacle}]" if check.obstacle else ""
@@ -161,7 +162,7 @@ def gpu_check(
 
 
 def main() -> None:
-    """Run the command; a user's error is printed as one sentence, with exit code 1."""
+    """Run the command; print a user's error as one sentence and exit with code 1."""
     try:
         app()
     except UserError as error:
@@ -172,7 +173,7 @@ def main() -> None:
 def _names(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     if unknown := [name for name in names if name not in known]:
-        raise typer.BadParameter(f"{', '.join(unknown)} is none of {', '.join(known)}", param_hint=option)
+        raise typer.BadParameter(f"{', '.join(unknown)} is not one of {', '.join(known)}", param_hint=option)
     return names
 
 
@@ -183,7 +184,7 @@ def _number(text: str) -> int:
 
 
 def _print(results: Sequence[CheckResult]) -> None:
-    """Print every figure with its bound, and the checks that were not run by their reason."""
+    """Print every figure with its bound, then the checks that were not run, grouped by reason."""
     not_run: dict[str, list[str]] = {}
     for result in results:
         if result.status == "not run":

@@ -6,5 +6,5 @@ from collections.abc import Callable
 
 
 def indented(progress: Callable[[str], None]) -> Callable[[str], None]:
-    """Return a callback whose stages are shown as details of the current stage; see ``cli.shell.stages``."""
+    """Return a callback that shows its messages as details of the current stage; see ``cli.shell.stages``."""
     return lambda sentence: progress(f"  {sentence.strip()}")

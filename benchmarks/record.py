@@ -1,4 +1,4 @@
-"""``result.json``: figures, command and environment of one run of ``offcut bench``."""
+"""``result.json``: the figures, the command and the environment of one run of ``offcut bench``."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .schema.serving import ServingLoad
 from .swap import Swap
 
 SCHEMA: Literal[1] = 1
-"""Version of ``result.json``; later versions are refused."""
+"""Schema version of ``result.json``; files with another version are refused."""
 
 NAME = "result.json"
 
-_FORMER = ("growth", "drift")  # sections of benchmarks that are gone
+_FORMER = ("growth", "drift")  # sections of removed benchmarks
 
 
 class Environment(BaseModel):
@@ -42,9 +42,9 @@ class Environment(BaseModel):
     python: str
     gpu: str | None = None
     packages: dict[str, str] = Field(
-        description="version by distribution name, of the packages that matter to the figures"
+        description="versions of the packages that influence the figures, by distribution name"
     )
-    load: float | None = Field(None, description="the system's 1-minute load average when the run began")
+    load: float | None = Field(None, description="the system's 1-minute load average at the start of the run")
 
 
 class Result(BaseModel):
@@ -56,7 +56,7 @@ class Result(BaseModel):
     title: str
     command: str = Field(description="command line of the run")
     started: datetime
-    seconds: float = Field(ge=0, description="of the whole run")
+    seconds: float = Field(ge=0, description="duration of the whole run")
     environment: Environment
     latency: Latency | None = None
     quality: Quality | None = None
@@ -69,7 +69,7 @@ class Result(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_former_fields(cls, fields: Any) -> Any:
-        """Leave out the empty sections and the verdicts on claims that earlier versions wrote."""
+        """Remove the empty sections and the verdicts on claims that earlier versions wrote."""
         if not isinstance(fields, dict):
             return fields
         fields = {name: value for name, value in fields.items() if name not in _FORMER or value is not None}
@@ -88,20 +88,20 @@ def write_whole(path: Path, text: str) -> Path:
     Raises:
         UserError: the file cannot be written.
     """
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
     except OSError as error:
         with suppress(OSError):
-            beside.unlink()
+            temporary.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}; give another directory with -o") from error
     return path
 
 
 def read(path: Path) -> Result:
-    """Read a ``result.json``, or the one in a folder.
+    """Read a ``result.json`` file, or the ``result.json`` in a folder.
 
     Raises:
         UserError: the file is missing, or this version of offcut cannot read it.
@@ -110,7 +110,7 @@ def read(path: Path) -> Result:
     try:
         return Result.model_validate_json(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}; give what offcut bench wrote") from error
+        raise UserError(f"cannot read {file}: {error.strerror}; give the directory that offcut bench wrote") from error
     except (ValidationError, UnicodeDecodeError) as error:
         first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise UserError(f"{file} is not a result of this version's offcut bench: {first}") from error
@@ -122,7 +122,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def command_line(arguments: Sequence[str] | None = None) -> str:
-    """Return the command as a user types it: ``sys.argv`` without the path to its program."""
+    """Return ``sys.argv`` as one command line, without the directory of its program."""
     program, *options = sys.argv if arguments is None else arguments
     return shlex.join([Path(program).name, *options])
 
@@ -157,7 +157,7 @@ def available_cores() -> int:
 
 
 def installed_versions(packages: Sequence[str]) -> dict[str, str]:
-    """Return the versions of those packages that are installed."""
+    """Return the version of each package that is installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
@@ -168,7 +168,7 @@ def installed_versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def _cpu() -> str:
-    """Return the processor's name, with the matrix and vector extensions that matter to figures."""
+    """Return the processor's name, with the matrix and vector extensions that influence its speed."""
     import platform
 
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""

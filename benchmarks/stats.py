@@ -17,7 +17,7 @@ _RESAMPLES = 2000
 
 
 class Estimate(BaseModel):
-    """A figure with its confidence interval; 95 % unless the caller says otherwise."""
+    """A figure with its confidence interval, 95 % by default."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -26,12 +26,12 @@ class Estimate(BaseModel):
     high: float
 
     def excludes(self, value: float) -> bool:
-        """Return whether the value lies outside of the interval."""
+        """Return whether the value lies outside the interval."""
         return not self.low <= value <= self.high
 
 
 def require(feature: str, *packages: str) -> None:
-    """Check, before hours of work, that packages of the extra ``bench`` are installed.
+    """Check that packages of the extra ``bench`` are installed; called before hours of work.
 
     Raises:
         MissingExtraError: one of them is missing.
@@ -42,13 +42,13 @@ def require(feature: str, *packages: str) -> None:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Return the value that ``percent`` % of the values do not exceed, interpolated linearly between neighbours.
+    """Return a percentile of the values, interpolated linearly between neighbours.
 
     Raises:
         ValueError: there are no values, or the percentage is outside 0..100.
     """
     if not len(values) or not 0 <= percent <= 100:
-        raise ValueError(f"there is no {percent} % percentile of {len(values)} values")
+        raise ValueError(f"{len(values)} values have no percentile {percent}")
     import numpy as np
 
     return float(np.percentile(values, percent))
@@ -57,8 +57,8 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def mean_of(values: Any, *, seed: int = 0) -> Estimate:
     """Return the mean of independent values with its 95 % interval, by a percentile bootstrap.
 
-    Paired values, such as the differences of two settings for the same prompts and seeds, give a paired interval.
-    The interval depends on the values and ``seed`` only.
+    Paired values give a paired interval, e.g. the differences between two settings for the same prompts and seeds.
+    The interval depends only on the values and ``seed``.
     """
     import numpy as np
 
@@ -75,15 +75,19 @@ def mean_of(values: Any, *, seed: int = 0) -> Estimate:
 
 
 def ratio_of_means(old: Sequence[float], new: Sequence[float], confidence: float) -> Estimate | None:
-    """Return ``new / old`` of the geometric means of positive values, by Welch's t-interval on the logarithms.
+    """Return the ratio ``new / old`` of geometric means with Welch's t-interval on the logarithms.
 
-    The rounds of two runs are not pairs, and there are few of them. A bootstrap of three values knows only three
-    values, and a rank test of three against three can never be sure. Welch's interval holds for as few as two rounds
-    a side, is wide where rounds are few, and an outlier widens it more than it moves it. It cannot see what differs
-    between runs but not between rounds, such as the room's temperature.
+    The rounds of two runs are not paired, and they are few. A bootstrap of three values can only repeat these three
+    values, and a rank test of three values against three never reaches a high confidence. Welch's interval holds for
+    two or more rounds on each side and is wide where rounds are few. An outlier widens the interval more than it moves
+    the ratio. The interval does not cover differences between runs, such as the room's temperature.
+
+    Args:
+        old, new: positive values, e.g. seconds of each round.
+        confidence: of the interval, from 0 to 1.
 
     Returns:
-        None where one side has fewer than two values, so that the noise is unknown.
+        The estimate; None where one side has fewer than two values, so that the noise is unknown.
     """
     if len(old) < 2 or len(new) < 2:
         return None
@@ -93,16 +97,17 @@ def ratio_of_means(old: Sequence[float], new: Sequence[float], confidence: float
     before, after = ([math.log(value) for value in values] for values in (old, new))
     change = low = high = statistics.fmean(after) - statistics.fmean(before)
     if statistics.variance(before) + statistics.variance(after) > 0:
-        found = ttest_ind(after, before, equal_var=False).confidence_interval(confidence)
-        low, high = float(found.low), float(found.high)
+        interval = ttest_ind(after, before, equal_var=False).confidence_interval(confidence)
+        low, high = float(interval.low), float(interval.high)
     return Estimate(mean=math.exp(change), low=math.exp(low), high=math.exp(high))
 
 
 def difference(old: Estimate, new: Estimate) -> Estimate:
-    """Return ``new - old`` of two estimates whose intervals have the same confidence.
+    """Return the difference ``new - old`` of two estimates whose intervals have the same confidence.
 
-    Each bound adds in quadrature the distances that could have moved it there (Zou and Donner 2008, method of variance
-    estimates recovery), so that asymmetric intervals, such as those of shares, stay asymmetric.
+    Each bound is the root of a sum of squares: the distances from both means to the bounds that move the difference in
+    its direction (Zou and Donner 2008, method of variance estimates recovery). Asymmetric intervals, such as those of
+    shares, stay asymmetric.
     """
     change = new.mean - old.mean
     below = math.hypot(new.mean - new.low, old.high - old.mean)
@@ -111,7 +116,7 @@ def difference(old: Estimate, new: Estimate) -> Estimate:
 
 
 def by_round(calls: Sequence[float], rounds: int) -> list[float]:
-    """Return the median of each round's calls: calls within a round are not independent readings.
+    """Return the median of each round's calls, because calls within a round are not independent.
 
     Args:
         calls: consecutive calls, the same number in each round.

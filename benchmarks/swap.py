@@ -25,55 +25,56 @@ _ATTENTION = (".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight"
 
 
 class SwapRow(BaseModel):
-    """One engine; durations in seconds, lists have one for each round."""
+    """The times of one engine in seconds; lists have one entry for each round."""
 
     model_config = ConfigDict(extra="forbid")
 
     engine: str
-    precision: str = Field(description="of the computation")
-    opened: float = Field(description="from a closed bundle to an open UNet, its files' digests checked")
-    loaded: list[float] = Field(description="unet.load_lora: the file read, the weights exchanged in all graphs")
+    precision: str = Field(description="precision of the computation")
+    opened: float = Field(description="seconds to open the UNet, with the check of its files' digests")
+    loaded: list[float] = Field(description="unet.load_lora: reads the file and exchanges the weights in all graphs")
     rescaled: list[float] = Field(description="unet.set_loras with another scale")
     unloaded: list[float] = Field(description="unet.unload_lora")
-    first_calls: list[float] = Field(description="a full and a shallow call right after a load, buffers made anew")
+    first_calls: list[float] = Field(description="a full and a shallow call right after a load, with new buffers")
     later_calls: list[float] = Field(default_factory=list, description="the same calls once more, with the LoRA")
     calls: float = Field(description="the same two calls before any LoRA was loaded, median over the rounds")
     restored: bool = Field(
-        description="outputs without and with the LoRA were the same, bit for bit, after each unload and load"
+        description="whether outputs with and without the LoRA were the same bit for bit after each load and unload"
     )
     rebuilt: float | None = Field(
-        default=None, description="offcut build of the model with the LoRA fused, verification included"
+        default=None, description="offcut build of the model with the LoRA fused, with verification"
     )
-    rebuilt_opened: float | None = Field(default=None, description="to open that bundle")
+    rebuilt_opened: float | None = Field(default=None, description="seconds to open that bundle")
 
     @property
     def swap(self) -> float:
-        """Median seconds of loading."""
+        """Median seconds of a load."""
         return statistics.median(self.loaded)
 
 
 class Swap(BaseModel):
-    """The engines of one bundle."""
+    """The measurements of one bundle's engines."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str
     lora: str = Field(description="name of the file, or description of the random LoRA")
-    layers: int = Field(description="number of the UNet's layers that it changes")
+    layers: int = Field(description="number of the UNet's layers that the LoRA changes")
     cut: str
-    sizes: dict[str, int] = Field(description="of the calls; height and width are the latent's")
+    sizes: dict[str, int] = Field(description="dimensions of the calls; height and width are those of the latent")
     rounds: int
     rows: list[SwapRow]
 
 
 @dataclass(frozen=True)
 class SwapRequest:
-    """The exchanges to measure.
+    """The exchanges that a run measures.
 
     Attributes:
-        engines: of the bundle; all by default.
+        engines: names of the bundle's engines; all by default.
         model: the model that the bundle was built from, to time a rebuild; None omits the rebuild.
-        lora: a file; None makes a random one of this rank for all attention layers.
+        lora: a LoRA file; None creates a random LoRA for all attention layers.
+        rank: rank of the random LoRA.
         size: side in pixels of the square image that the calls are for; a tiny one by default.
         rounds: number of exchanges.
     """
@@ -102,13 +103,13 @@ def random_lora(bundle: Bundle, entry: EngineEntry, rank: int, path: Path) -> Pa
         tensors[f"{stem}.lora_A.weight"] = 0.01 * torch.randn(rank, shape[1], generator=generator)
         tensors[f"{stem}.lora_B.weight"] = 0.01 * torch.randn(shape[0], rank, generator=generator)
     if not tensors:
-        raise UserError(f"{bundle.path} has a UNet without attention: give a LoRA for it with --lora")
+        raise UserError(f"{bundle.path} has a UNet without attention layers: give a LoRA with --lora")
     save_file(tensors, path)
     return path
 
 
 def measure(bundle: Bundle, request: SwapRequest, progress: Callable[[str], None] = lambda step: None) -> Swap:
-    """Exchange the weights of each engine's build, and measure it.
+    """Load a LoRA into each engine, unload it, and measure both.
 
     Raises:
         UserError: an engine or its weights are missing, or the LoRA is for another model.
@@ -147,7 +148,7 @@ def _exchange(bundle: Bundle, entry: EngineEntry, file: Path, dims: Mapping[str,
     unet = UNet(pair, bundle.unet_config, stored=lambda: bundle.weights(entry))
     opened = time.perf_counter() - began
     _calls(pair, entry.cuts[0], dims)
-    usual, built = zip(*(_calls(pair, entry.cuts[0], dims) for _ in range(request.rounds)), strict=True)
+    without_lora, outputs_before = zip(*(_calls(pair, entry.cuts[0], dims) for _ in range(request.rounds)), strict=True)
     loaded, rescaled, unloaded, first, later = [], [], [], [], []
     with_lora: list[list[torch.Tensor]] = []
     try:
@@ -162,7 +163,7 @@ def _exchange(bundle: Bundle, entry: EngineEntry, file: Path, dims: Mapping[str,
         after = _calls(pair, entry.cuts[0], dims)[1]
     finally:
         unet.close()
-    same = [_same(after, built[0]), *(_same(each, with_lora[0]) for each in with_lora)]
+    same = [_same(after, outputs_before[0]), *(_same(each, with_lora[0]) for each in with_lora)]
     variant = bundle.manifest.variants[entry.variant]
     return SwapRow(
         engine=entry.engine,
@@ -173,8 +174,8 @@ def _exchange(bundle: Bundle, entry: EngineEntry, file: Path, dims: Mapping[str,
         unloaded=unloaded,
         first_calls=first,
         later_calls=later,
-        calls=statistics.median(usual),
-        restored=all(same) and not _same(with_lora[0], built[0]),
+        calls=statistics.median(without_lora),
+        restored=all(same) and not _same(with_lora[0], outputs_before[0]),
     )
 
 
@@ -203,7 +204,7 @@ def _rebuild(row: SwapRow, bundle: Bundle, entry: EngineEntry, request: SwapRequ
 
 
 def _calls(pair: EnginePair, cut: str, dims: Mapping[str, int]) -> tuple[float, list[torch.Tensor]]:
-    """Return the seconds of a full and a shallow call in new buffers, and their outputs."""
+    """Return the seconds of a full and a shallow call in new buffers, and the outputs of both."""
     from .gpu.exercise import run, write
 
     began = time.perf_counter()
@@ -215,9 +216,9 @@ def _calls(pair: EnginePair, cut: str, dims: Mapping[str, int]) -> tuple[float, 
     return seconds, outputs
 
 
-def _timed(act: Callable[[], object]) -> float:
+def _timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
-    act()
+    work()
     return time.perf_counter() - began
 
 

@@ -1,4 +1,4 @@
-"""The harness that times denoising loops in turns: a clock, marks around a UNet's calls, and the turns themselves."""
+"""Timing of denoising loops in turns: a clock, marks around the UNet's calls, and the turns themselves."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """CUDA events on a GPU, and the host's monotonic clock elsewhere.
+    """A clock that reads CUDA events on a GPU and the host's monotonic clock elsewhere.
 
     Args:
-        device: as PyTorch spells it, e.g. ``cuda:1``.
+        device: PyTorch's name of the device, e.g. ``cuda:1``.
     """
 
     def __init__(self, device: str) -> None:
@@ -31,7 +31,7 @@ class Clock:
         self._cuda = torch.device(device).type == "cuda"
 
     def mark(self) -> Any:
-        """Return a point on the current stream's timeline; the host does not wait."""
+        """Return a mark at the present end of the current stream; the host does not wait."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -46,7 +46,7 @@ class Clock:
         return float(begin.elapsed_time(end)) / 1000
 
     def time(self, work: Callable[[], object]) -> float:
-        """Return the seconds of some work that begins on an idle device."""
+        """Return the seconds of some work, which starts when the device is idle."""
         if self._cuda:
             torch.cuda.synchronize(self._device)
         begin = self.mark()
@@ -67,7 +67,7 @@ class Clock:
 
 @dataclass
 class Marks:
-    """Begin and end of each full and each shallow call, recorded while ``on`` is true."""
+    """The begin and end of each full and each shallow call, recorded while ``on`` is true."""
 
     clock: Clock
     on: bool = False
@@ -75,7 +75,7 @@ class Marks:
     shallow: list[tuple[Any, Any]] = field(default_factory=list)
 
     def around(self, call: Callable[[], None], kind: list[tuple[Any, Any]]) -> None:
-        """Make a call and record its begin and end."""
+        """Make a call; record its begin and end in ``kind``, which is ``full`` or ``shallow``."""
         if not self.on:
             call()
             return
@@ -84,7 +84,7 @@ class Marks:
         kind.append((begin, self.clock.mark()))
 
     def seconds(self) -> tuple[list[float], list[float]]:
-        """Return the seconds of the full calls and of the shallow calls, and forget the marks."""
+        """Return the seconds of the full calls and of the shallow calls, and delete the marks."""
         full, shallow = ([self.clock.between(*pair) for pair in kind] for kind in (self.full, self.shallow))
         self.full.clear()
         self.shallow.clear()
@@ -92,7 +92,7 @@ class Marks:
 
 
 def mark_calls(pair: EnginePair, marks: Marks) -> None:
-    """Mark the calls of all pairs that this one binds from now on."""
+    """Make a pair record marks around the calls of every pair that it binds from now on."""
     prepare = pair.prepare
 
     def prepare_marked(shapes: Mapping[str, Shape]) -> BoundPair:
@@ -109,13 +109,13 @@ class LoopRunner(ABC):
     """An engine or a peer that runs the denoising loop.
 
     Attributes:
-        marks: of its UNet's calls.
+        marks: marks around the calls of its UNet.
     """
 
     marks: Marks
 
     def turn(self) -> AbstractContextManager[object]:
-        """Return a context in which a model that several runners share is in this runner's state."""
+        """Return a context for one turn; it sets up a model that several runners share."""
         return nullcontext()
 
     @abstractmethod
@@ -125,12 +125,12 @@ class LoopRunner(ABC):
 
 @dataclass(frozen=True)
 class LoopTimes:
-    """One measured denoising loop.
+    """The times of one denoising loop.
 
     Attributes:
-        seconds: of the whole loop.
-        full, shallow: seconds of each UNet call in the loop.
-        latents: its result.
+        seconds: duration of the whole loop.
+        full, shallow: seconds of each full and each shallow call in the loop.
+        latents: final latents.
     """
 
     seconds: float
@@ -153,10 +153,10 @@ def timed_loop(runner: LoopRunner) -> LoopTimes:
 
 
 def in_turns(runners: Sequence[LoopRunner], rounds: int) -> list[list[LoopTimes]]:
-    """Measure the loops of all runners in turns, A B C A B C, so that a slow moment of the machine affects all alike.
+    """Measure the loops of all runners in turns, A B C A B C, so that a slow moment of the machine affects all of them.
 
-    Two loops of each runner come first and are not measured: engines choose kernels in the first loop, and capture
-    CUDA graphs in the first or the second.
+    Each runner first runs two loops that are not measured: engines choose kernels in the first loop and capture CUDA
+    graphs in the first or the second.
     """
     for _ in range(2):
         for runner in runners:

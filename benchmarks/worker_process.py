@@ -1,6 +1,6 @@
-"""A Python module in a child process: it answers requests in JSON lines, and ends with its parent.
+"""A Python module in a child process, which answers requests in JSON lines and ends with its parent.
 
-A request is ``{"request": name, **arguments}``. The child answers with any number of ``{"progress": text}`` lines and
+A request is ``{"request": name, **arguments}``. The child replies with any number of ``{"progress": text}`` lines and
 then with ``{"ok": result}`` or ``{"error": reason}``.
 """
 
@@ -23,19 +23,19 @@ Handler = Callable[..., Any]
 
 
 class RequestFailed(Exception):
-    """A request without a result; the message is the handler's error or how the process ended."""
+    """A request failed; the message is the handler's error, or says how the process ended."""
 
 
 class WorkerProcess:
     """A child process that runs ``python -m module`` and answers requests one after the other.
 
     Args:
-        module: calls ``Channel.answer`` in its ``main``.
-        log: file to which everything is appended that the child and its libraries print.
-        timeout: seconds that the child may take for one line of its answer.
-        python: interpreter; the running one by default.
-        threads: of the child's libraries. They read it from the environment when they are loaded.
-        command: replaces ``python -m module``.
+        module: name of a module whose ``main`` calls ``Channel.answer``.
+        log: file to which the output of the child and its libraries is appended.
+        timeout: seconds that the child may take for one line of its reply.
+        python: Python interpreter; the current one by default.
+        threads: number of threads of the child's libraries, which read it from the environment when they are loaded.
+        command: command in place of ``python -m module``.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class WorkerProcess:
         """Send a request and wait for its result.
 
         Raises:
-            RequestFailed: the child could not do it, took too long or ended.
+            RequestFailed: the handler raised an error, or the child took too long or ended.
         """
         process = self._process
         if process is None:
             raise RequestFailed(self._start_error)
         assert process.stdin is not None
-        with suppress(BrokenPipeError):  # the child has ended already: its exit code is reported below
+        with suppress(BrokenPipeError):  # the child has ended: its exit code is reported below
             process.stdin.write(json.dumps({"request": request, **arguments}) + "\n")
             process.stdin.flush()
         while line := self._read_line(process):
@@ -115,7 +115,7 @@ class WorkerProcess:
         return None if self._process is None else self._process.pid
 
     def mapped_bytes(self) -> int:
-        """Memory that is mapped from files; 0 where the system does not report it, or the child has ended."""
+        """Return the bytes of memory mapped from files; 0 where they are unknown or the child has ended."""
         import psutil
 
         try:
@@ -124,7 +124,7 @@ class WorkerProcess:
             return 0
 
     def cpu_seconds(self) -> float:
-        """Processor time of all threads so far."""
+        """Return the processor time in seconds of all threads so far; 0 where the child has ended."""
         import psutil
 
         try:
@@ -134,10 +134,10 @@ class WorkerProcess:
         return 0.0 if times is None else float(times.user + times.system)
 
     def close(self, grace: float = 30.0) -> int | None:
-        """End the child by closing its input, and wait until its memory is free again.
+        """Close the child's input, which ends the child, and wait until its memory is free.
 
         Args:
-            grace: seconds after which the child is killed.
+            grace: seconds until the child is killed.
 
         Returns:
             The exit code; None where no process could be started.
@@ -163,18 +163,18 @@ class WorkerProcess:
 
     def _ending(self, code: int) -> str:
         if code == -signal.SIGKILL:
-            return f"its process was killed: memory ran out, or {self._timeout:g} s were over"
+            return f"its process was killed: memory ran out, or {self._timeout:g} s were exceeded"
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return f"its process {how}; its last line in {self._log.name}: {self.last_log_line()}"
 
 
 class Channel:
-    """The child's end: an iterator over requests, and a way to answer them.
+    """The child's side of the connection, which iterates over requests and sends replies.
 
-    Standard output carries answers only; what libraries print there goes to standard error.
+    Standard output carries replies only; the output of libraries goes to standard error.
 
     Args:
-        parent_gone: called in a thread when the parent has closed the input or ended; ends this process by default,
+        parent_gone: called in a thread once the parent has closed the input or ended. By default it ends this process,
             even in the middle of a request.
     """
 
@@ -190,23 +190,23 @@ class Channel:
             yield json.loads(self._requests.get())
 
     def send(self, kind: str, value: Any) -> None:
-        """Write one line: ``progress``, ``ok`` or ``error`` with its value."""
+        """Write one line of the given kind, which is ``progress``, ``ok`` or ``error``."""
         self._answers.write(json.dumps({kind: value}) + "\n")
         self._answers.flush()
 
     def answer(self, handlers: Mapping[str, Handler]) -> None:
-        """Call the handler that each request names, with its arguments, until the parent is gone."""
+        """Call the handler that each request names, with the request's arguments, until the parent has ended."""
         for arguments in self:
             try:
                 self.send("ok", handlers[arguments.pop("request")](**arguments))
-            except Exception as error:  # of any library: the parent decides what to do
+            except Exception as error:  # from any library: the parent decides what to do
                 import traceback
 
                 traceback.print_exc()
                 self.send("error", describe_error(error))
 
     def _read(self) -> None:
-        # Not sys.stdin, whose lock the interpreter wants when it exits.
+        # Not sys.stdin: the interpreter waits for its lock when it exits.
         with os.fdopen(os.dup(0), encoding="utf-8") as stream:
             for line in stream:
                 self._requests.put(line)
@@ -214,7 +214,7 @@ class Channel:
 
 
 def describe_error(error: BaseException) -> str:
-    """The error in one line; its class is named where it is not offcut's own."""
+    """Return the error in one line; the class is named unless it is offcut's own."""
     text = " ".join(str(error).split())
     own = type(error).__module__.startswith("offcut.")
     return text if own and text else f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -1,4 +1,4 @@
-"""The list of checks for a run, and why some of them cannot run here."""
+"""The checks of a run, with the reasons why some of them cannot run here."""
 
 from __future__ import annotations
 
@@ -14,39 +14,34 @@ from .workbench import GpuOptions, Workbench, usable_precision
 
 _Run = Callable[..., CheckOutcome]
 
-# Run for each engine and precision.
+# Checks for each engine and precision.
 _BY_PRECISION: tuple[tuple[str, str, _Run], ...] = (
     ("parity", "every graph agrees with eager PyTorch and across the cut", correctness.parity),
-    ("trajectory", "ten cached steps agree with eager PyTorch cached alike", correctness.trajectory),
+    ("trajectory", "ten cached steps agree with eager PyTorch that follows the same schedule", correctness.trajectory),
 )
-# Run for each engine, in the first precision that it supports. The last entry: what the check needs.
+# Checks for each engine, in the first precision that the engine supports. The last field is what the check needs.
 _BY_ENGINE: tuple[tuple[str, str, _Run, str | None], ...] = (
-    ("correctness/interleaved", "two shapes in turns do not disturb each other", correctness.interleaved, None),
+    ("correctness/interleaved", "calls of two shapes in turns stay independent", correctness.interleaved, None),
     ("streams/no-sync", "UNet.forward never waits for the device", streams.no_sync, "cuda"),
-    ("streams/side-stream", "a caller's own stream is in order with the engine's", streams.side_stream, "cuda"),
-    ("streams/cuda-graphs", "replayed calls equal launched ones, buffers stay", streams.cuda_graphs, "graphs"),
-    (
-        "streams/moved-buffers",
-        "graphs captured for buffers that are gone are not replayed for others",
-        streams.moved_buffers,
-        "graphs",
-    ),
-    ("memory/allocations", "steady state allocates noise_pred and nothing else", lifetime.allocations, "cuda"),
-    ("memory/close", "closing gives the memory back", lifetime.close, "cuda"),
-    ("threads/two", "two threads with a UNet each do not disturb each other", lifetime.threads, None),
+    ("streams/side-stream", "a caller's own stream is ordered with the engine's", streams.side_stream, "cuda"),
+    ("streams/cuda-graphs", "replayed calls equal launched ones, no buffer moves", streams.cuda_graphs, "graphs"),
+    ("streams/moved-buffers", "graphs of freed buffers are not replayed for new ones", streams.moved_buffers, "graphs"),
+    ("memory/allocations", "in steady state only noise_pred is allocated", lifetime.allocations, "cuda"),
+    ("memory/close", "closing frees the memory", lifetime.close, "cuda"),
+    ("threads/two", "two threads with a UNet each stay independent", lifetime.threads, None),
 )
-# Run for each architecture, number of images and engine.
+# Checks for each architecture, number of images and engine.
 _PERFORMANCE: tuple[tuple[str, str, _Run, str | None], ...] = (
-    ("loop", "the loop costs little beyond its engine calls", performance.loop, None),
+    ("loop", "the loop takes little more time than its engine calls", performance.loop, None),
     ("deepcache", "faster than DeepCache's helper on eager PyTorch", performance.against_helper, "DeepCache"),
     ("compiled", "as fast as two modules of torch.compile", performance.against_compiled, "triton"),
-    ("memory", "memory beyond the uncached engine", performance.memory, "cuda"),
-    ("roofline", "FLOP/s and bytes/s below the machine's ceilings", performance.roofline, None),
+    ("memory", "caching adds little more memory than the shallow weights and features", performance.memory, "cuda"),
+    ("roofline", "FLOP/s stay below the machine's ceiling", performance.roofline, None),
 )
 
 
 def catalog(options: GpuOptions) -> list[GpuCheck]:
-    """Return every check that these options select, in the order in which they run."""
+    """Return the checks that these options select, in the order in which they run."""
     checks = []
 
     def add(id: str, title: str, run: Callable[[Workbench], CheckOutcome], engine: str, obstacle: str | None) -> None:
@@ -87,7 +82,7 @@ def catalog(options: GpuOptions) -> list[GpuCheck]:
 
 
 def no_device(device: str) -> str | None:
-    """Return why nothing can run on this device here; None where it can."""
+    """Return why no check can run on this device here; None where checks can run."""
     import torch
 
     if not device.startswith("cuda") or torch.cuda.is_available():
@@ -113,11 +108,11 @@ def _obstacle(options: GpuOptions, engine: str, precisions: tuple[str, ...]) -> 
 
 
 def _missing(need: str | None, options: GpuOptions, engine: str) -> str | None:
-    """Return why a need of a check is not met; None where it is."""
+    """Return why a requirement of a check is not met; None where it is met."""
     cuda = options.device.startswith("cuda")
     if need in ("cuda", "graphs"):
         if not cuda:
-            return f"it is about CUDA, and this run is on {options.device}"
+            return f"this check needs CUDA, and this run is on {options.device}"
         return f"{engine} records no CUDA graphs" if need == "graphs" and engine not in streams.RECORDING else None
     if need is None or (need == "triton" and not cuda):  # torch.compile writes C++ for a CPU
         return None

@@ -1,4 +1,4 @@
-"""A GPU check: figures compared with bounds, and one of four results."""
+"""A GPU check, which compares figures with bounds, and its result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HOLDS: dict[Sign, Callable[[float, float], bool]] = {
 
 
 def _finite_or_text(figure: Any) -> Any:
-    """Return the figure; JSON has no infinity and no NaN, so those become text."""
+    """Return the figure for JSON, which has no infinity and no NaN: those become text."""
     return str(figure) if isinstance(figure, float) and not math.isfinite(figure) else figure
 
 
@@ -38,16 +38,16 @@ _Figure = Annotated[Figure, PlainSerializer(_finite_or_text)]
 
 
 class NotRun(Exception):
-    """A check found while running that it cannot run here; the message is the reason."""
+    """A running check found that it cannot run here; the message is the reason."""
 
 
 class BoundedFigure(BaseModel):
-    """A measured figure with the bound that it has to keep. NaN keeps no bound.
+    """A measured figure with its bound. NaN meets no bound.
 
     Attributes:
-        name: of the figure, with its unit.
-        value: the measured one.
-        sign, bound: the check needs ``value sign bound``.
+        name: name of the figure, with its unit.
+        value: measured value.
+        sign, bound: the check passes if ``value sign bound`` holds, e.g. ``value <= 2``.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -63,6 +63,7 @@ class BoundedFigure(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def holds(self) -> bool:
+        """Whether the value meets the bound."""
         return not math.isnan(self.value) and _HOLDS[self.sign](self.value, self.bound)
 
     def __str__(self) -> str:
@@ -89,9 +90,9 @@ class GpuCheck:
     Attributes:
         id: ``group/subject/...``, as ``--only`` matches it.
         title: the statement that passes or fails.
-        run: measures; raises ``NotRun`` where it finds that it cannot run here.
+        run: function that measures; it raises ``NotRun`` where it cannot run here.
         engine: the engine under test. Checks of different engines run in different processes.
-        obstacle: why it cannot run here, as far as that is known before it runs.
+        obstacle: why the check cannot run here, where this is known beforehand; else None.
     """
 
     id: str
@@ -105,7 +106,7 @@ class CheckResult(BaseModel):
     """The result of a check.
 
     Attributes:
-        reason: why it was not run, failed or ended with an error; empty where it passed.
+        reason: why the check was not run, failed or ended with an error; empty where it passed.
         seconds: duration.
         trace: the traceback of an error; empty otherwise.
     """
@@ -127,7 +128,7 @@ class CheckResult(BaseModel):
 
 
 def perform(check: GpuCheck, bench: Workbench) -> CheckResult:
-    """Run a check and return its result, whatever it raises short of an interrupt."""
+    """Run a check and return its result; exceptions become results too, an interrupt does not."""
     began = time.perf_counter()
 
     def result(status: Status, reason: str = "", **measured: Any) -> CheckResult:
@@ -146,20 +147,20 @@ def perform(check: GpuCheck, bench: Workbench) -> CheckResult:
         return result("failed", first_line(error), trace=traceback.format_exc())
     except Exception as error:
         return result("error", first_line(error), trace=traceback.format_exc())
-    broken = "; ".join(str(claim) for claim in outcome.claims if not claim.holds)
+    failures = "; ".join(str(claim) for claim in outcome.claims if not claim.holds)
     measured: dict[str, Any] = {"claims": outcome.claims, "figures": dict(outcome.figures)}
-    return result("failed", broken, **measured) if broken else result("passed", **measured)
+    return result("failed", failures, **measured) if failures else result("passed", **measured)
 
 
 def select(checks: list[GpuCheck], pattern: str | None) -> list[GpuCheck]:
-    """Return the checks whose id matches a shell pattern or lies below it: ``memory``, ``memory/*``, ``*/inductor``."""
+    """Return the checks whose id matches a shell pattern or begins with it, e.g. ``memory``, ``*/inductor``."""
     if pattern is None:
         return checks
     return [check for check in checks if any(fnmatchcase(check.id, each) for each in (pattern, f"{pattern}/*"))]
 
 
 def first_line(error: BaseException) -> str:
-    """Return the error's first line; its class is named where it is not offcut's own."""
+    """Return the first line of an error; the class is named unless it is offcut's own."""
     line, _, _ = str(error).strip().partition("\n")
     own = type(error).__module__.startswith("offcut.")
     return line if own and line else f"{type(error).__name__}: {line}".removesuffix(": ")

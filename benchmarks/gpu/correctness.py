@@ -16,10 +16,10 @@ from .workbench import CUT, Workbench
 
 STEPS = 10
 SCHEDULE = Uniform(3)
-# Eager PyTorch in half precision comes within 66 dB (fp16) and 49 dB (bf16) of itself in fp32 on this trajectory, and a
-# trajectory without the cache is 34 dB away: each bound lies between.
+# On this trajectory eager PyTorch in fp16 has 66 dB to itself in fp32, and 49 dB in bf16. A trajectory without the
+# cache has 34 dB. Each bound lies in between.
 TRAJECTORY = {"fp32": 80.0, "fp16": 50.0, "bf16": 40.0}
-"""Least PSNR in dB between the cached trajectories of an engine and of eager PyTorch in the same precision."""
+"""Minimum PSNR in dB between the cached trajectories of an engine and of eager PyTorch, by precision."""
 
 
 def parity(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
@@ -42,7 +42,7 @@ def parity(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
 
 
 def trajectory(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
-    """Compare latents of the engine with those of eager PyTorch cached by hand, from the same noise."""
+    """Compare the engine's latents with those of eager PyTorch with a hand-written cache, from the same noise."""
     bundle = bench.bundle(engine, precision)
     eager = CachedUNet(eager_unet(bench.model("small", precision), precision, bench.device))
     dtype = dtype_of(precision)
@@ -63,7 +63,7 @@ def trajectory(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
             BoundedFigure(
                 "uncached trajectory, PSNR to eager PyTorch, dB", decibels(ours_uncached, uncached), ">=", bound
             ),
-            # Else the first figure could not tell a cached trajectory from an uncached one.
+            # Otherwise the first figure would not distinguish a cached trajectory from an uncached one.
             BoundedFigure("PSNR between eager PyTorch's two trajectories, dB", decibels(cached, uncached), "<=", bound),
         ),
         {"timeline": "" if last is None else last.timeline, "schedule": str(SCHEDULE)},
@@ -71,7 +71,7 @@ def trajectory(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
 
 
 def interleaved(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
-    """Run two bound pairs of different shapes in turns; each computes what it computes alone."""
+    """Run two bound pairs of different shapes in turns, and compare each with its outputs alone."""
     with bench.pair(bench.bundle(engine, precision), engine) as pair:
         shapes = ((2, SIDE["small"]), (4, 2 * SIDE["small"]))
         alone = []

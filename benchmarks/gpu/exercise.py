@@ -1,4 +1,4 @@
-"""Helpers of many checks: bind a pair to a shape, write inputs, run it, compare outputs."""
+"""Functions that bind a pair to a shape, write its inputs, run it and compare its outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ...engines.base import BoundPair, EnginePair
 
 STALE = 1000
-"""Added to the seed of a shallow call, so that its inputs differ from those of the full call before it."""
+"""Number added to the seed of a shallow call, so that its inputs differ from those of the full call before it."""
 
 
 def bind(pair: EnginePair, batch: int, side: int, tokens: int = TOKENS) -> BoundPair:
@@ -26,7 +26,7 @@ def bind(pair: EnginePair, batch: int, side: int, tokens: int = TOKENS) -> Bound
 
 
 def write(pair: EnginePair, bound: BoundPair, seed: int) -> None:
-    """Fill the input buffers with random values that depend on the seed only."""
+    """Fill the input buffers with random values that depend only on the seed."""
     for name, tensor in example_inputs(tuple(pair.inputs.values()), bound.dims, seed).items():
         bound.buffers[name].copy_(tensor)
 
@@ -41,7 +41,7 @@ def run(bound: BoundPair, cut: str | None = None) -> torch.Tensor:
 
 
 def stale_outputs(pair: EnginePair, bound: BoundPair, cut: str, seeds: tuple[int, ...]) -> list[torch.Tensor]:
-    """Return the outputs of a full call and a shallow call on other inputs, for each seed."""
+    """Return two outputs for each seed: of a full call, and of a shallow call on other inputs."""
     outputs = []
     for seed in seeds:
         write(pair, bound, seed)
@@ -51,17 +51,17 @@ def stale_outputs(pair: EnginePair, bound: BoundPair, cut: str, seeds: tuple[int
     return outputs
 
 
-def apart(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest difference over the largest value; infinite where a value is not finite."""
-    ours, theirs = got.double(), expected.double()
+def apart(output: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference divided by the largest expected value; infinite if a value is not finite."""
+    ours, theirs = output.double(), expected.double()
     if not bool(torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
         return math.inf
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def farthest(got: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Return the largest ``apart`` of corresponding outputs."""
-    return max(apart(ours, theirs) for ours, theirs in zip(got, expected, strict=True))
+def farthest(outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Return the largest relative difference, as ``apart`` measures it, between corresponding outputs."""
+    return max(apart(ours, theirs) for ours, theirs in zip(outputs, expected, strict=True))
 
 
 def addresses(bound: BoundPair) -> Mapping[str, int]:

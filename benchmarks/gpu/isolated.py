@@ -1,7 +1,7 @@
-"""Checks in worker processes, one engine a process, so that a check that breaks its process does not fail the others.
+"""Checks in worker processes, one process for each engine, so that a crash of one check does not fail the others.
 
-An illegal access makes a process's CUDA context unusable, TensorRT and TensorRT-RTX exclude one another, and a crash
-ends its process. The check that was running then is an error, and a new process runs the next one.
+An illegal memory access makes the CUDA context of a process unusable, TensorRT and TensorRT-RTX cannot share a process,
+and a crash ends a process. The check that was running is then an error, and a new process runs the next check.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def perform_isolated(
     finished: Callable[[CheckResult], None],
     command: Sequence[str] | None = None,
 ) -> None:
-    """Run checks of one engine in a worker process, and in a new one after each that a check has ended.
+    """Run checks of one engine in a worker process; a new process replaces one that a check has ended.
 
     Args:
-        folder: for models and bundles.
+        folder: directory for models and bundles.
         log: file for the output of the processes.
         timeout: seconds that a check may take.
-        progress: called with a sentence as something slow begins.
+        progress: called with a sentence before each slow step.
         finished: called with each result.
-        command: replaces the command that starts a worker process.
+        command: command in place of the one that starts a worker process.
     """
     process: WorkerProcess | None = None
     try:
@@ -60,7 +60,7 @@ def perform_isolated(
 
 
 class CheckWorker:
-    """The checks of one process; they share a workbench."""
+    """The worker process's checks, which share a workbench."""
 
     def __init__(self, progress: Callable[[str], None]) -> None:
         self._progress = progress
@@ -79,7 +79,7 @@ class CheckWorker:
 
         if options.device.startswith("cuda"):
             torch.cuda.set_device(options.device)
-        torch.backends.cudnn.allow_tf32 = False  # the references in fp32 are exact
+        torch.backends.cudnn.allow_tf32 = False  # the fp32 references need full precision
         torch.backends.cuda.matmul.allow_tf32 = False
         return Workbench(options, folder, self._progress)
 

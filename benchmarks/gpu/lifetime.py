@@ -1,4 +1,4 @@
-"""Checks of memory and threads: allocations in steady state, memory after closing, two UNets at once."""
+"""Checks of memory and threads: allocations in steady state, memory after closing, and two UNets in two threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 
 def allocations(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
-    """Count allocations of calls in steady state, by PyTorch's allocator and by the driver."""
+    """Count the allocations of calls in steady state, in PyTorch's allocator and in the driver."""
     device = bench.device
     with bench.unet(bench.bundle(engine, precision), engine) as unet:
         sample, arguments = inputs(unet, precision, device)
@@ -51,7 +51,7 @@ def allocations(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
 
 
 def close(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
-    """Open, run and close repeatedly: the memory comes back, by PyTorch's count and by the driver's."""
+    """Open, run and close an engine repeatedly, and compare the memory after each closing."""
     device = bench.device
     bundle = bench.bundle(engine, precision)
     closed: list[int] = []
@@ -68,7 +68,7 @@ def close(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
         del unet, sample, arguments, timestep
         closed.append(used_memory(device))
         allocated.append(torch.cuda.memory_allocated(device))
-    # The first cycle also loads libraries and kernels, which stay loaded.
+    # The first cycle also loads libraries and kernels, which stay in memory.
     driver, pytorch = closed[-1] - closed[0], allocated[-1] - allocated[0]
     return CheckOutcome(
         (
@@ -81,7 +81,7 @@ def close(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
 
 
 def threads(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
-    """Run two threads with a UNet each at the same time, and the same UNets one after the other."""
+    """Compare the latents of two UNets that run in two threads with those of the same UNets one after the other."""
     bundle = bench.bundle(engine, precision)
     dtype = dtype_of(precision)
     with bench.unet(bundle, engine) as first, bench.unet(bundle, engine) as second:
@@ -115,7 +115,7 @@ def threads(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
     return CheckOutcome(
         (
             BoundedFigure("latents of two threads, least PSNR to one after the other, dB", closeness, ">=", bound),
-            # Else swapped results would go unnoticed.
+            # Otherwise swapped results would not be noticed.
             BoundedFigure("PSNR between the two threads' latents, dB", decibels(in_turn[0], in_turn[1]), "<=", bound),
         ),
         {
@@ -126,12 +126,12 @@ def threads(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
 
 
 def _allocations(device: str) -> int:
-    """Return the number of blocks that PyTorch's allocator has handed out so far."""
+    """Return the number of blocks that PyTorch's allocator has allocated so far."""
     return int(torch.cuda.memory_stats(device)["allocation.all.allocated"])
 
 
 def used_memory(device: str) -> int:
-    """Return the bytes of the device that all programs use, after PyTorch has given its spare blocks back."""
+    """Return the bytes of device memory that all programs use, after PyTorch has freed its cached blocks."""
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Models and inputs of the checks: a small UNet and published architectures, all with random weights."""
+"""Models and inputs for the checks: a small UNet and published architectures, all with random weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .peers import Conditioning
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""PyTorch's names of the precisions."""
+"""PyTorch's dtype names by precision."""
 
 SMALL: dict[str, Any] = {
     # Stable Diffusion 1.5's levels, layers and 12 skip connections, with few channels.
@@ -31,10 +31,10 @@ SMALL: dict[str, Any] = {
 SMALL_CUTS = ("deepcache:0", "deepcache:1", "deepcache:4", "mlperf")
 EVERY_CUT = (*(f"deepcache:{k}" for k in range(12)), "mlperf")
 SIDE = {"small": 16, "sd15": 64, "sdxl": 128}
-"""Height and width of the latent that each architecture was made for."""
+"""Height and width of the latent that each architecture was trained on."""
 
 TOKENS = 77
-# Deep features of random weights hardly change the output. Larger decoder weights make a wrong cache visible.
+# With random weights the deep features hardly change the output. Larger decoder weights make a wrong cache visible.
 _GAIN = 2.0
 
 
@@ -57,7 +57,7 @@ def small_unet() -> Any:
         unet = UNet2DConditionModel(**SMALL)
         with torch.no_grad():
             for parameter in unet.parameters():
-                # Norms that differ, as in a trained model. Equal norms would hide swapped initializers.
+                # Norms differ in a trained model too. Equal norms would hide swapped initializers.
                 if parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
             for parameter in unet.up_blocks.parameters():
@@ -83,7 +83,7 @@ def eager_unet(folder: Path, precision: str, device: str, *, channels_last: bool
 
 
 def meta_unet(architecture: str) -> Any:
-    """Return the architecture on the meta device, without weights, for counting."""
+    """Return the architecture on the meta device, without weights, to count its operations."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -102,11 +102,11 @@ def noise(config: Any, images: int, side: int, dtype: torch.dtype, device: str, 
 def conditioning(
     config: Any, batch: int, dtype: torch.dtype, device: str, tokens: int = TOKENS, seed: int = 1
 ) -> Conditioning:
-    """Return random inputs of the UNet next to sample and timestep: text, and what SDXL adds to it.
+    """Return random inputs of a UNet, without sample and timestep: text embeddings, and SDXL's additional inputs.
 
     Args:
-        config: the UNet's.
-        batch: of a UNet call.
+        config: the UNet's configuration.
+        batch: number of rows of a UNet call.
     """
     import torch
 
@@ -125,6 +125,6 @@ def conditioning(
 
 
 def dims(specs: list[TensorSpec], batch: int, side: int, tokens: int = TOKENS) -> dict[str, int]:
-    """Return sizes for the free dimensions of these specs."""
+    """Return the sizes of the dynamic dimensions in these specs."""
     sizes = {"batch": batch, "height": side, "width": side, "sequence": tokens}
     return {name: sizes[name] for name in symbols(specs)}

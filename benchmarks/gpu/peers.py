@@ -1,6 +1,6 @@
-"""The denoising loop of the GPU checks, and who runs it: offcut, eager PyTorch, DeepCache's helper, torch.compile.
+"""The denoising loop of the GPU checks, and the models that run it: offcut, eager PyTorch, DeepCache, torch.compile.
 
-Everything runs the same DDIM loop with classifier-free guidance, without a host synchronisation.
+All of them run the same DDIM loop with classifier-free guidance, without a host synchronisation.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 GUIDANCE = 5.0
 Conditioning = Mapping[str, Any]
-"""Inputs of a UNet's ``forward`` next to sample and timestep, by name."""
+"""Inputs of a UNet's ``forward`` by name, without sample and timestep."""
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Returns the noise in a sample [batch, channels, height, width] at a timestep []."""
+"""Function that returns the noise in a sample [batch, channels, height, width] at a timestep []."""
 
 
 class DenoisingLoop:
     """A denoising loop from fixed noise.
 
     Args:
-        noise: [images, channels, height, width]; the loop runs in its dtype and on its device. A UNet call has a batch
-            of twice as many.
-        steps: of the scheduler.
+        noise: [images, channels, height, width]; the loop runs in its dtype and on its device. A UNet call has two rows
+            for each image.
+        steps: number of scheduler steps.
     """
 
     def __init__(self, noise: torch.Tensor, steps: int) -> None:
@@ -42,10 +42,10 @@ class DenoisingLoop:
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
         )
         self._scheduler.set_timesteps(steps)
-        # The scheduler reads numbers and the UNet a device tensor, so nothing is read back.
+        # The scheduler gets numbers and the UNet a device tensor, so that the host reads nothing from the device.
         self._numbers = [int(timestep) for timestep in self._scheduler.timesteps]
         self.timesteps: torch.Tensor = self._scheduler.timesteps.to(noise.device)
-        """[steps], on the device."""
+        """Timesteps [steps], on the device."""
         self.noise = noise
 
     @torch.no_grad()
@@ -61,7 +61,10 @@ class DenoisingLoop:
 
 
 def decibels(latents: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the PSNR relative to the reference's range: infinite where equal, minus infinity where not finite."""
+    """Return the PSNR in dB relative to the range of the reference; infinite where both are equal.
+
+    The result is minus infinity where a value is not finite.
+    """
     ours, theirs = latents.double(), reference.double()
     if not bool(torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
         return -math.inf
@@ -74,10 +77,10 @@ class LoopDenoiser(LoopRunner):
     """A model that predicts noise in a ``DenoisingLoop``.
 
     Args:
-        trajectory: the loop.
-        model: called like diffusers' UNet.
-        conditioning: of every UNet call.
-        marks: of the UNet's calls; empty ones by default.
+        trajectory: the denoising loop.
+        model: model that is called like diffusers' UNet.
+        conditioning: conditioning of every UNet call.
+        marks: marks around the UNet's calls; without calls by default.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class LoopDenoiser(LoopRunner):
         self.marks = marks or Marks(Clock(str(trajectory.noise.device)))
 
     def predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Return the noise in a sample [batch, channels, height, width] at a timestep [], in memory of its own."""
+        """Return the noise in a sample [batch, channels, height, width] at a timestep [], as a new tensor."""
         noise_pred = self.model(sample, timestep, return_dict=False, **self.conditioning)[0]
         assert isinstance(noise_pred, torch.Tensor)
         return noise_pred
@@ -96,16 +99,17 @@ class LoopDenoiser(LoopRunner):
         return self.trajectory.run(self.predict)
 
     def generate(self) -> torch.Tensor:
-        """Run one turn; return the final latents."""
+        """Run one turn and return the final latents."""
         with self.turn():
             return self.loop()
 
 
 class EngineDenoiser(LoopDenoiser):
-    """offcut: a pair of engines in its UNet.
+    """A pair of engines in offcut's UNet.
 
     Args:
-        schedule, cut: None makes every call full.
+        schedule: schedule of the cached loop; None makes every call full.
+        cut: cut of the shallow calls.
     """
 
     def __init__(
@@ -127,7 +131,7 @@ class EngineDenoiser(LoopDenoiser):
 
 
 class HelperDenoiser(LoopDenoiser):
-    """DeepCache's own helper (PyPI ``DeepCache``) around an eager UNet, with branch 0."""
+    """An eager UNet with DeepCache's own helper (PyPI ``DeepCache``) and its branch 0."""
 
     def __init__(self, trajectory: DenoisingLoop, unet: Any, conditioning: Conditioning, interval: int) -> None:
         from DeepCache import DeepCacheSDHelper
@@ -147,9 +151,9 @@ class HelperDenoiser(LoopDenoiser):
 
 
 class CachedUNet:
-    """DeepCache's branch 0 written by hand: a UNet's forward in two halves, of which the second reads the cache.
+    """A UNet with a hand-written cache like DeepCache's branch 0: a function each for full and shallow calls.
 
-    It shares no code with the graph surgery.
+    The class shares no code with the graph surgery.
 
     Args:
         unet: diffusers' ``UNet2DConditionModel``, without ControlNet or IP-Adapter.
@@ -188,7 +192,7 @@ class CachedUNet:
     def shallow(
         self, sample: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning, feature: torch.Tensor
     ) -> torch.Tensor:
-        """Return the noise prediction, from the cached feature, the first convolution and the last decoder layer."""
+        """Return the noise prediction from the cached feature, the first convolution and the last decoder layer."""
         embedding = self._embed(sample, timestep, conditioning)
         skip = self.unet.conv_in(sample)
         return self._outermost(feature, skip, embedding, conditioning["encoder_hidden_states"])
@@ -233,11 +237,11 @@ def _text(block: Any, text: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 class CachedDenoiser(LoopDenoiser):
-    """A ``CachedUNet`` that follows a schedule, eagerly or with both halves compiled.
+    """A ``CachedUNet`` that follows a schedule, in eager mode or compiled.
 
     Args:
-        schedule: None makes every call full.
-        compile: compiles each half; None leaves both eager.
+        schedule: schedule of the loop; None makes every call full.
+        compile: function that compiles the full and the shallow function; None leaves both eager.
     """
 
     def __init__(
@@ -272,12 +276,12 @@ class CachedDenoiser(LoopDenoiser):
             noise_pred = self._shallow(sample, timestep, self.conditioning, self._feature)
         assert isinstance(noise_pred, torch.Tensor)
         assert self._feature is not None
-        if self._replays:  # the next replay overwrites its outputs
+        if self._replays:  # the next replay overwrites these outputs
             noise_pred = noise_pred.clone()
             self._feature = self._feature.clone() if full else self._feature
         return noise_pred
 
 
-def max_autotune(half: Any) -> Any:
-    """Compile one half of a ``CachedUNet`` with ``mode="max-autotune"`` for the one shape of the run."""
-    return torch.compile(half, mode="max-autotune", fullgraph=True, dynamic=False)
+def max_autotune(function: Any) -> Any:
+    """Compile the full or the shallow function of a ``CachedUNet`` with ``mode="max-autotune"`` for one shape."""
+    return torch.compile(function, mode="max-autotune", fullgraph=True, dynamic=False)

@@ -1,4 +1,4 @@
-"""Checks of speed: the loop against its own engine calls, against the uncached engine, and against peers."""
+"""Checks of speed: the loop compared with its engine calls, with the uncached engine, and with peers."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from .peers import (
 from .workbench import CUT, Workbench
 
 _ALONE = 20
-"""Calls of a graph back to back, for its time alone."""
-_COPIED = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes: more than any cache holds
+"""Number of calls back to back, which give the time of a call alone."""
+_COPIED = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes: more than any processor cache holds
 
 
 @dataclass(frozen=True)
 class Contest:
-    """An engine with an architecture and a number of images, whose speed is checked.
+    """The engine, architecture and number of images of a performance check.
 
     Attributes:
-        images: a UNet call has a batch of twice as many.
+        images: number of images; a UNet call has two rows for each.
     """
 
     architecture: str
@@ -72,7 +72,7 @@ class Contest:
                 unet.close()
 
     def eager(self, bench: Workbench) -> Any:
-        """Return the eager UNet: channels_last, PyTorch's attention, the contest's precision."""
+        """Return the eager UNet in this precision, with channels_last and PyTorch's attention."""
         model = bench.model(self.architecture, self.precision)
         return eager_unet(model, self.precision, bench.device, channels_last=True)
 
@@ -146,11 +146,11 @@ def against_compiled(bench: Workbench, contest: Contest) -> CheckOutcome:
 
 
 def memory(bench: Workbench, contest: Contest) -> CheckOutcome:
-    """Compare the device memory that the cached engine takes at its peak with the uncached engine's."""
+    """Compare the peak device memory of the cached engine with that of the uncached engine."""
     taken: list[int] = []
     features = 0
     schedule = Uniform(bench.options.interval)
-    # The first round also loads libraries and kernels, which stay loaded.
+    # The first round also loads libraries and kernels, which stay in memory.
     for cuts in (None, (), None):
         before = used_memory(bench.device)
         with contest.open(bench, cuts=cuts) as (unet, pair):
@@ -159,14 +159,14 @@ def memory(bench: Workbench, contest: Contest) -> CheckOutcome:
             for _ in range(2):
                 ours.generate()
             wait(bench.device)
-            free, total = torch.cuda.mem_get_info(bench.device)  # with spare blocks, which the peak has left
+            free, total = torch.cuda.mem_get_info(bench.device)  # cached blocks count: the peak needed them
             taken.append(total - free - before)
             assert unet.bound is not None
             features = sum(unet.bound.buffers[name].nbytes for name in list(pair.outputs)[1:])
         del unet, pair, trajectory, inputs, ours
     shallow = CachedUNet(meta_unet(contest.architecture)).shallow_parameters()
     weights = sum(parameter.numel() for parameter in shallow) * dtype_of(contest.precision).itemsize
-    # The engine opened without its shallow graph writes the features too.
+    # The engine without its shallow graph writes the features too.
     more = taken[2] - (taken[1] - features)
     return CheckOutcome(
         (
@@ -188,7 +188,7 @@ def memory(bench: Workbench, contest: Contest) -> CheckOutcome:
 
 
 def roofline(bench: Workbench, contest: Contest) -> CheckOutcome:
-    """Compare FLOP/s and bytes/s of both graphs with the machine's ceilings."""
+    """Compare the FLOP/s and bytes/s of both graphs with the machine's ceilings."""
     clock, precision, images = Clock(bench.device), contest.precision, contest.images
     with contest.open(bench) as (unet, _):
         trajectory, inputs = contest.loop(bench, unet.config)
@@ -208,7 +208,7 @@ def roofline(bench: Workbench, contest: Contest) -> CheckOutcome:
     figures: dict[str, float] = {"matrix product, TFLOP/s": compute / 1e12, "copy, GB/s": bandwidth / 1e9}
     for name, graph in work.items():
         achieved = graph.flops / seconds[name]
-        # More than the ceiling would mean that work was left out or time was not measured.
+        # More than the ceiling means that operations were skipped or time was not measured.
         claims.append(BoundedFigure(f"{name}: FLOP/s, of the matrix product's", achieved / compute, "<=", 1.05))
         figures[f"{name}, ms"] = 1e3 * seconds[name]
         figures[f"{name}, GFLOP"] = graph.flops / 1e9
@@ -219,11 +219,11 @@ def roofline(bench: Workbench, contest: Contest) -> CheckOutcome:
 
 @dataclass(frozen=True)
 class CallWork:
-    """The least work of one call of a graph.
+    """The minimum work of one call of a graph.
 
     Attributes:
-        flops: two for each multiply-add of convolutions, matrix products and attention.
-        bytes: weights, inputs and outputs, each moved once; activations inside the graph are not counted.
+        flops: floating-point operations of convolutions, matrix products and attention, two for each multiply-add.
+        bytes: bytes of weights, inputs and outputs, each moved once; activations inside the graph do not count.
     """
 
     flops: int
@@ -234,7 +234,7 @@ def count(architecture: str, precision: str, batch: int) -> tuple[CallWork, Call
     """Count the work of the full graph and of the shallow graph of ``deepcache:0``, without weights or a device.
 
     Args:
-        batch: of a UNet call.
+        batch: number of rows of a UNet call.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -279,7 +279,7 @@ def _median(loops: list[LoopTimes]) -> float:
 
 
 def _duel(bench: Workbench, contest: Contest, other: LoopDenoiser) -> tuple[float, float]:
-    """Return the median seconds of the engine's cached loop and of the other's."""
+    """Return the median seconds of the engine's cached loop and of the other model's loop."""
     with contest.open(bench) as (unet, _):
         ours = EngineDenoiser(other.trajectory, unet, other.conditioning, Uniform(bench.options.interval), CUT)
         first, second = in_turns((ours, other), bench.options.rounds)

@@ -1,4 +1,4 @@
-"""The files that a run writes: ``result.json`` for machines, ``report.md`` for people, ``tracebacks.txt``."""
+"""The files of a run: ``result.json`` for programs, ``report.md`` for people, and ``tracebacks.txt``."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _PACKAGES = ("offcut", "onnx", "onnxscript", "polygraphy", "triton", "DeepCache"
 
 
 class GpuReport(BaseModel):
-    """A run.
+    """The report of a run.
 
     Attributes:
-        date: in UTC, ISO 8601.
+        date: start in UTC, as ISO 8601.
         command: the command line.
-        machine: its facts, by name.
-        checks: results of all checks that were listed.
+        machine: facts about the machine, by name.
+        checks: results of all selected checks.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -58,7 +58,7 @@ class GpuReport(BaseModel):
         return f"All that was run passed: {counts['passed']} passed, {counts['not run']} not run"
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content of ``result.json``: without tracebacks, whose file it names."""
+        """Return the content of ``result.json``, which names the file of tracebacks instead of repeating them."""
         content = self.model_dump(mode="json")
         for check in content["checks"]:
             if check.pop("trace"):
@@ -67,7 +67,7 @@ class GpuReport(BaseModel):
 
 
 def write(report: GpuReport, folder: Path) -> None:
-    """Write all three files; an old ``tracebacks.txt`` is removed where there are no tracebacks."""
+    """Write all three files; without tracebacks an old ``tracebacks.txt`` is removed."""
     import json
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def read(file: Path) -> GpuReport:
 
 
 def facts(device: str) -> dict[str, str]:
-    """Describe the machine: the GPU, its driver, and the versions of the libraries between."""
+    """Return facts about the machine: the GPU, its driver, and the versions of the libraries."""
     import torch
 
     known = {"device": device, **machine()}
@@ -120,7 +120,7 @@ def _driver() -> str:
 
 
 def markdown(report: GpuReport) -> str:
-    """Return the report: a table for the machine and one for each group of checks."""
+    """Return the report in Markdown: a table of the machine and one for each group of checks."""
     lines = ["# offcut: GPU check", "", f"**{report.verdict}.**", "", f"`{report.command}`, {report.date}", ""]
     lines += ["| machine | |", "|---|---|", *(f"| {name} | {_cell(fact)} |" for name, fact in report.machine.items())]
     for group in dict.fromkeys(result.group for result in report.checks):
@@ -138,7 +138,7 @@ def _status(result: CheckResult) -> str:
 
 
 def _measured(result: CheckResult) -> str:
-    """Return the figures with bounds, those that failed in bold, then the other figures."""
+    """Return the figures with bounds, then the other figures; failed ones are marked in bold."""
     claims = [
         f"{'' if claim.holds else '**FAILED** '}{_cell(claim.name)}: {claim.value:.4g} ({claim.sign} {claim.bound:.4g})"
         for claim in result.claims

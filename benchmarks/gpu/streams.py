@@ -1,4 +1,4 @@
-"""Checks of streams and CUDA graphs: the host never waits, and work on the device is in order."""
+"""Checks that the host never waits, that streams are ordered, and that CUDA graphs compute the same."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ RECORDING = ("tensorrt", "tensorrt-rtx", "inductor", "onnxruntime")
 """Engines whose pairs replay calls from CUDA graphs."""
 
 _OWN_CAPTURE = ("onnxruntime",)
-"""Engines that capture graphs by themselves, in the third run; PyTorch captures the others' in the second."""
+"""Engines that capture their graphs themselves, in the third call; PyTorch captures the others in the second."""
 
 CALLS = 8
 _NEW_OWNER = 7
-"""Value written to memory that has a new owner."""
+"""Value written to freed memory, as a new owner would."""
 
 # Longer than any launch: about a tenth of a second on GPUs of 1 to 2 GHz.
 _SLEEP_CYCLES = 200_000_000
 
 
 def no_sync(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
-    """Run ``UNet.forward`` in steady state while PyTorch reports synchronisations, then behind a sleeping device."""
+    """Call ``UNet.forward`` while PyTorch reports synchronisations, then while the device sleeps."""
     with bench.unet(bench.bundle(engine, precision), engine) as unet:
         sample, arguments = inputs(unet, precision, bench.device)
         timesteps = list(torch.linspace(900, 100, CALLS, device=bench.device).unbind())
@@ -54,7 +54,7 @@ def no_sync(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
         (
             BoundedFigure(f"synchronising calls of {CALLS}, timestep on the device", len(by_tensor), "==", 0),
             BoundedFigure(f"synchronising calls of {CALLS}, timestep a number", len(by_number), "==", 0),
-            # An engine without CUDA graphs may fill the queue of launches in a full call, and wait for that.
+            # Without CUDA graphs a full call may fill the queue of launches, and the host then waits for free places.
             BoundedFigure(
                 f"shallow calls of {len(shallow)} that returned before the device began with them",
                 sum(ahead[call] for call in shallow),
@@ -71,7 +71,7 @@ def no_sync(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
 
 
 def side_stream(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
-    """Call the UNet on the caller's own stream, with inputs written late and an output read at once."""
+    """Call the UNet on the caller's own stream; inputs are written late, and outputs are read at once."""
     with bench.unet(bench.bundle(engine, precision), engine) as unet:
         first, arguments = inputs(unet, precision, bench.device)
         samples = [first, *(inputs(unet, precision, bench.device, seed)[0] for seed in (1, 2, 3))]
@@ -102,7 +102,7 @@ def side_stream(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
     return CheckOutcome(
         (
             BoundedFigure("relative difference to the default stream", difference, "<=", across),
-            # Else an output for earlier inputs would pass.
+            # Otherwise the output for earlier inputs would pass.
             BoundedFigure("relative difference between outputs for different inputs", spread, ">", across),
         )
     )
@@ -162,7 +162,7 @@ def moved_buffers(bench: Workbench, engine: str, precision: str) -> CheckOutcome
         (
             BoundedFigure("relative difference of the second pair to launched calls", difference, "<=", repeated),
             BoundedFigure("values overwritten where the first pair's buffers were", overwritten, "==", 0),
-            # Else the buffers did not move, and the check has shown nothing.
+            # If the buffers did not move, the check has shown nothing.
             BoundedFigure("buffers of the second pair at an address of the first", in_place, "==", 0),
         )
     )
@@ -177,7 +177,7 @@ def inputs(unet: UNet, precision: str, device: str, seed: int = 0) -> tuple[torc
 def _launched(
     bench: Workbench, bundle: Bundle, engine: str, seeds: tuple[int, ...]
 ) -> tuple[list[torch.Tensor], float]:
-    """Return the outputs of calls launched one by one, and the difference of the same calls' second outputs."""
+    """Return the outputs of calls launched one by one, and the largest difference when the calls are repeated."""
     with bench.pair(bundle, engine, cuda_graphs=False) as pair:
         bound = bind(pair, 2, SIDE["small"])
         plain = stale_outputs(pair, bound, CUT, seeds)
@@ -188,7 +188,7 @@ def _launched(
 
 @contextmanager
 def _counting_replays() -> Iterator[list[None]]:
-    """Yield a list that gets an entry for each CUDA graph that PyTorch replays."""
+    """Yield a list to which each CUDA graph that PyTorch replays adds an entry."""
     replays: list[None] = []
     original = torch.cuda.CUDAGraph.replay
 
@@ -205,7 +205,7 @@ def _counting_replays() -> Iterator[list[None]]:
 
 @contextmanager
 def _counting_launches(device: str) -> Iterator[list[None]]:
-    """Yield the same list for graphs of any library, as PyTorch's profiler sees them; it is filled at the end.
+    """Yield a list with an entry for each launch of a CUDA graph by any library; it is filled at the end.
 
     Raises:
         NotRun: the profiler sees no CUDA calls here.
@@ -241,7 +241,7 @@ def _synchronisations(
 def _ahead_of_a_sleeping_device(
     unet: UNet, sample: torch.Tensor, timesteps: Sequence[torch.Tensor], arguments: Conditioning
 ) -> list[bool]:
-    """Return whether each call returned while the device still slept: then neither offcut nor the engine waited."""
+    """Return for each call whether it returned while the device slept, so that no library waited for the device."""
     ahead = []
     with unet.generation(calls=len(timesteps)):
         for timestep in timesteps:

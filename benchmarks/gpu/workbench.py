@@ -1,4 +1,4 @@
-"""The models, bundles and open engines that the checks share."""
+"""The models, bundles and engines that the checks share."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ ENGINES = ("tensorrt", "tensorrt-rtx", "onnxruntime", "inductor")
 
 PRECISIONS = ("fp16", "bf16", "fp32")
 CUT = "deepcache:0"
-"""The cut of every check that needs one. The parity checks cover deeper cuts."""
+"""Cut that all checks except parity use."""
 
 DONE = ".done"
-"""Name of a file next to a model that is complete."""
+"""Name of the file that marks a complete model."""
 
 _PROFILED = ("tensorrt", "tensorrt-rtx")
-# All shapes of the small model's checks, and those of the export's own reference.
+# All shapes of the small model's checks and of the reference that the export stores.
 _SMALL_PROFILE = Profile.of(
     {"batch": (1, 2, 4), "height": (16, 16, 32), "width": (16, 16, 32), "sequence": (7, TOKENS, TOKENS)}
 )
-# Settings of a user who wants speed and builds once.
+# Build settings for speed.
 _FAST: dict[str, Settings] = {"inductor": {"max_autotune": True}}
 
 
@@ -42,15 +42,15 @@ class GpuOptions:
     """The options of a run.
 
     Attributes:
-        device: ``"cuda"``; ``"cpu"`` tests the checks that need no GPU.
-        engines: under test.
-        precisions: of the correctness checks; the performance checks use the first.
-        every_cut: build and compare all cuts of the small model, not four of them.
+        device: ``"cuda"``; ``"cpu"`` runs the checks that need no GPU.
+        engines: engines under test.
+        precisions: precisions of the correctness checks; the performance checks use the first.
+        every_cut: whether to build and compare all cuts of the small model, instead of four.
         performance: whether to run the performance checks.
-        architectures, batches: of the performance checks; a batch is a number of images, and a UNet call has two rows
-            for each.
-        steps, interval: of the timed denoising loops.
-        rounds: turns of each contestant.
+        architectures: architectures of the performance checks.
+        batches: numbers of images of the performance checks; a UNet call has two rows for each image.
+        steps, interval: number of steps and caching interval of the timed denoising loops.
+        rounds: number of measured loops of each model.
     """
 
     device: str = "cuda"
@@ -66,7 +66,7 @@ class GpuOptions:
 
     @classmethod
     def of_json(cls, values: dict[str, Any]) -> GpuOptions:
-        """Return the options from their fields; JSON has lists in place of tuples."""
+        """Return the options with these fields; lists, which JSON has in place of tuples, become tuples."""
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
@@ -74,12 +74,12 @@ class GpuOptions:
 
 
 class Workbench:
-    """Makes models and bundles once, in a folder that outlives the process, and opens engines.
+    """A cache of models and bundles in a folder that outlives the process; it also opens engines.
 
     Args:
-        options: of the run.
-        folder: for models and bundles.
-        progress: called with a sentence as something slow begins.
+        options: options of the run.
+        folder: directory for models and bundles.
+        progress: called with a sentence before each slow step.
     """
 
     def __init__(self, options: GpuOptions, folder: Path, progress: Callable[[str], None] = lambda step: None) -> None:
@@ -95,7 +95,7 @@ class Workbench:
         return EVERY_CUT if self.options.every_cut else SMALL_CUTS
 
     def model(self, architecture: str, precision: str) -> Path:
-        """Return the directory of a UNet with random weights; made at the first call."""
+        """Return the directory of a UNet with random weights, which the first call creates."""
         folder = self.folder / f"{architecture}-{'fp32' if architecture == 'small' else precision}"
         if not (folder / DONE).exists():
             self._progress(f"make {architecture} with random weights")
@@ -104,7 +104,7 @@ class Workbench:
         return folder
 
     def bundle(self, engine: str, precision: str) -> Bundle:
-        """Return the small model's bundle with this engine and dynamic shapes; built at the first call.
+        """Return the small model's bundle with this engine and dynamic shapes, which the first call builds.
 
         Raises:
             OffcutError: the build failed; later calls raise the same error.
@@ -116,7 +116,7 @@ class Workbench:
         """Return an architecture's bundle for one shape, compiled for speed.
 
         Args:
-            batch: of a UNet call.
+            batch: number of rows of a UNet call.
 
         Raises:
             OffcutError: the build failed; later calls raise the same error.
@@ -155,10 +155,10 @@ class Workbench:
     def pair(
         self, bundle: Bundle, engine: str, *, cuda_graphs: bool = True, cuts: tuple[str, ...] | None = None
     ) -> Iterator[EnginePair]:
-        """Open the bundle's engine on the device; closed at the end.
+        """Open the bundle's engine on the device; the end of the context closes it.
 
         Args:
-            cuts: open only these shallow graphs; None for all.
+            cuts: cuts whose shallow graphs are opened; None opens all.
         """
         entry = bundle.entry(engine)
         if cuts is not None:
@@ -172,7 +172,7 @@ class Workbench:
 
     @contextmanager
     def unet(self, bundle: Bundle, engine: str, **how: Any) -> Iterator[UNet]:
-        """Open the bundle's engine in offcut's UNet; closed at the end."""
+        """Open the bundle's engine in offcut's UNet; the end of the context closes it."""
         from ...runtime.unet import UNet
 
         with self.pair(bundle, engine, **how) as pair:
@@ -184,10 +184,10 @@ class Workbench:
 
 
 def usable_precision(engine: str, precisions: tuple[str, ...]) -> str:
-    """Return the first of these precisions that this engine runs.
+    """Return the first of these precisions that the engine supports.
 
     Raises:
-        EngineError: the engine runs none of them.
+        EngineError: the engine supports none of them.
     """
     from ...engines.precision import bounds
 

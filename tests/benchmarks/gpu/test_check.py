@@ -213,7 +213,7 @@ def test_a_crash_is_the_error_of_one_check_and_the_others_go_on(tmp_path: Path) 
     ]
     assert found["a/crashes"].reason.startswith("its process was ended by SIGSEGV")
     assert found["a/crashes"].reason.endswith("; see log.txt")
-    assert "2 s were over" in found["a/hangs"].reason
+    assert "2 s were exceeded" in found["a/hangs"].reason
 
 
 def test_a_process_that_does_not_begin_is_an_error_of_every_check(tmp_path: Path) -> None:
