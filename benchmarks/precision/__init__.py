@@ -1,1 +1,1 @@
-"""``offcut bench precision``: what low precision saves and costs, alone and together with caching."""
+"""``offcut bench precision``: speed and quality of low precision, alone and together with caching."""

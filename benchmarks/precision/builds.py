@@ -1,4 +1,4 @@
-"""Builds that ``offcut bench precision`` compares: CPU engines in each of their precisions."""
+"""The builds that ``offcut bench precision`` compares: CPU engines in each of their precisions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Build:
     """An engine with the precision of its graphs.
 
     Attributes:
-        computed_in: another precision that the engine computes in, by its hint.
+        computed_in: the precision of an engine's hint, in which it computes; None for the precision of the graphs.
     """
 
     engine: str
@@ -46,20 +46,23 @@ BUILDS = (
     Build("openvino", computed_in="bf16"),
     Build("openvino", "int8"),
 )
-"""All builds, fp32 before those that are compared with it."""
+"""All builds; of each engine, fp32 comes before the builds that are compared with it."""
 
 
 def builds_of(engines: Sequence[str], precisions: Sequence[str]) -> list[Build]:
-    """Return the builds of some engines and low precisions, all by default, with fp32 of each engine.
+    """Return the builds with these engines and low precisions, and the fp32 build of each engine.
+
+    Args:
+        engines, precisions: names in `BUILDS`; empty for all.
 
     Raises:
-        UserError: there is no such engine or precision among `BUILDS`, or no engine of these computes in these.
+        UserError: a name is not in `BUILDS`, or none of these engines computes in these precisions.
     """
-    for given, known in (
+    for names, known in (
         (engines, dict.fromkeys(each.engine for each in BUILDS)),
         (precisions, dict.fromkeys(each.computes_in for each in BUILDS if each.computes_in != EXACT)),
     ):
-        for name in given:
+        for name in names:
             if name not in known:
                 raise UserError(f"{name} is not compared: choose {' or '.join(known)}")
     chosen = [
@@ -68,29 +71,29 @@ def builds_of(engines: Sequence[str], precisions: Sequence[str]) -> list[Build]:
         if (not engines or each.engine in engines) and (not precisions or each.computes_in in (EXACT, *precisions))
     ]
     if all(each.computes_in == EXACT for each in chosen):
-        raise UserError(f"{' and '.join(engines)} cannot compute in {' or '.join(precisions)}: leave --engine out")
+        raise UserError(f"{' and '.join(engines)} cannot compute in {' or '.join(precisions)}: omit --engine")
     return chosen
 
 
 def builds_in(bundle: Bundle, engines: Sequence[str] = ()) -> list[tuple[Build, EngineEntry]]:
-    """Return the builds of a bundle, of some engines or of all.
+    """Return the builds in a bundle with these engines, or with all engines if none is given.
 
     Raises:
         UserError: the bundle has no such build.
     """
     manifest = bundle.manifest
-    found = [
+    builds = [
         (Build(entry.engine, manifest.variants[entry.variant].precision, entry.inference_precision), entry)
         for entry in manifest.engines.values()
         if not engines or entry.engine in engines
     ]
-    if not found:
+    if not builds:
         raise UserError(f"{bundle.path} has builds of {', '.join(bundle.engines)}, not of {' or '.join(engines)}")
-    return found
+    return builds
 
 
 def make(model: Path, out: Path, builds: Sequence[Build], cut: str, progress: Callable[[str], None]) -> Bundle:
-    """Add the builds to a bundle and open it; int8 is calibrated on the model's own prompts."""
+    """Add the builds to a bundle and open the bundle; int8 is calibrated on the model's own prompts."""
     for each in builds:
         progress(f"build {each.engine} {each.name}")
         build(

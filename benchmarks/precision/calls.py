@@ -1,4 +1,4 @@
-"""Times of a full and a shallow call of every build of a bundle, measured in turns."""
+"""Times of full and shallow calls with every build of a bundle, measured in turns."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ def measure(
     threads: int | None,
     progress: Callable[[str], None],
 ) -> Calls:
-    """Time every call once a round, after one round that is not measured.
+    """Time every call once in each round, after one round that is not measured.
 
     Args:
-        engines: of the bundle; all by default.
+        bundle: the bundle with the builds.
+        engines: names of the bundle's engines; all by default.
         size: side of the image that the calls are for, in pixels.
 
     Raises:
-        UserError: the bundle has no build of these engines.
+        UserError: the bundle has no build with these engines.
         EngineError: a build cannot be opened here.
-        ShapeError: the UNet does not take this size.
+        ShapeError: the UNet does not support this size.
     """
     dims = call_dims(bundle, size)
-    acts: dict[tuple[Build, str], Callable[[], object]] = {}
+    calls: dict[tuple[Build, str], Callable[[], object]] = {}
     with ExitStack() as opened:
         for build, entry in builds_in(bundle, engines):
             progress(f"open {build.engine} {build.name}")
@@ -48,13 +49,13 @@ def measure(
             opened.callback(bound.close)
             write(pair, bound, seed=0)
             cut = entry.cuts[0]
-            acts[build, FULL], acts[build, cut] = bound.full, partial(bound.shallow, cut)
-        times: dict[tuple[Build, str], list[float]] = {call: [] for call in acts}
+            calls[build, FULL], calls[build, cut] = bound.full, partial(bound.shallow, cut)
+        times: dict[tuple[Build, str], list[float]] = {call: [] for call in calls}
         for turn in range(rounds + 1):
             progress(f"round {turn} of {rounds}" if turn else "warm up")
-            for call, act in acts.items():
+            for call, run in calls.items():
                 began = time.perf_counter()
-                act()
+                run()
                 if turn:
                     times[call].append(time.perf_counter() - began)
     return Calls(sizes=dims, rounds=rounds, rows=[_row(*call, times) for call in times])

@@ -1,4 +1,4 @@
-"""Images of the same prompts with every build and schedule: distance to fp32, and prompts obeyed."""
+"""Images of the same prompts with every build and schedule, compared with fp32 and judged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WARMUP = 2
 
 
 def settings(steps: int, intervals: Sequence[int]) -> list[QualitySetting]:
-    """Return the uncached setting, then every interval after two full calls."""
+    """Return the uncached setting, then a setting for each interval with two warm-up calls."""
     rows = [cached(SAMPLER, steps, "uniform", interval, CUTS[0], WARMUP) for interval in intervals]
     return [QualitySetting(SAMPLER, steps), *rows]
 
@@ -27,10 +27,10 @@ def settings(steps: int, intervals: Sequence[int]) -> list[QualitySetting]:
 def tasks(
     bundle: Bundle, builds: Sequence[Build], count: int, *, guidance: float, seed: int, batch: int, versions: str
 ) -> dict[Build, pictures.ImageTask]:
-    """Return the same prompts and seeds for every build.
+    """Return the task of every build; all have the same prompts and seeds.
 
     Args:
-        versions: of the packages that compute; they and the build's name are part of the key of stored images.
+        versions: versions of the packages; the key of stored images contains them and the name of the build.
     """
     prompts = pictures.prompts(count, 1000 + seed)
     return {
@@ -41,9 +41,9 @@ def tasks(
     }
 
 
-def draw(
+def generate(
     bundle: Bundle,
-    asked: Mapping[Build, pictures.ImageTask],
+    tasks: Mapping[Build, pictures.ImageTask],
     compared: Sequence[QualitySetting],
     folder: Path,
     *,
@@ -51,18 +51,18 @@ def draw(
     on_call: pictures.Progress,
     stage: Callable[[str], None],
 ) -> Images:
-    """Generate and judge the images; those that `folder` has already are read from there.
+    """Generate and judge the images; images that `folder` has already are read from there.
 
     Args:
-        asked: the task of every build; each engine has fp32 among its builds.
-        compared: as ``settings`` returns them.
+        tasks: the task of every build, with the fp32 build of each engine.
+        compared: result of ``settings``.
 
     Raises:
         UserError: `folder` cannot be written, or a file in it is damaged.
         EngineError: a build cannot be opened here.
     """
-    drawn: dict[tuple[Build, QualitySetting], metrics.Pictures] = {}
-    for build, task in asked.items():
+    images: dict[tuple[Build, QualitySetting], metrics.Pictures] = {}
+    for build, task in tasks.items():
         stage(f"{build.engine} {build.name}")
         pipe = load(
             bundle,
@@ -73,25 +73,25 @@ def draw(
         )
         try:
             for setting in compared:
-                drawn[build, setting] = pictures.make(pipe, task, setting, folder, on_call).pictures
+                images[build, setting] = pictures.make(pipe, task, setting, folder, on_call).pictures
         finally:
             pipe.unet.close()
     stage("scores")
-    net, task = JudgeNet.load(), next(iter(asked.values()))
-    right = {each: obeyed(net, made, task.prompts) for each, made in drawn.items()}
+    net, task = JudgeNet.load(), next(iter(tasks.values()))
+    right = {each: obeyed(net, pixels, task.prompts) for each, pixels in images.items()}
 
     def row(build: Build, setting: QualitySetting) -> ImageRow:
         own, exact, uncached = (build, setting), (Build(build.engine), setting), (Build(build.engine), compared[0])
-        near = None if own == exact else metrics.psnr(drawn[own], drawn[exact])
+        to_fp32 = None if own == exact else metrics.psnr(images[own], images[exact])
         return ImageRow(
             engine=build.engine,
             precision=build.name,
             schedule=setting.schedule,
             accuracy=mean_of(right[own]),
             accuracy_change=None if own == exact else mean_of(right[own] - right[exact]),
-            psnr=None if near is None else mean_of(near),
-            psnr_worst=None if near is None else float(near.min()),
-            psnr_uncached=None if own == uncached else mean_of(metrics.psnr(drawn[own], drawn[uncached])),
+            psnr=None if to_fp32 is None else mean_of(to_fp32),
+            psnr_worst=None if to_fp32 is None else float(to_fp32.min()),
+            psnr_uncached=None if own == uncached else mean_of(metrics.psnr(images[own], images[uncached])),
         )
 
     return Images(
@@ -100,5 +100,5 @@ def draw(
         guidance=task.guidance,
         images=len(task.prompts),
         cut=CUTS[0],
-        rows=[row(*each) for each in drawn],
+        rows=[row(*each) for each in images],
     )

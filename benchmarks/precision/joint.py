@@ -1,8 +1,9 @@
-"""Caching and low precision together: CacheQuant's ablation (CVPR 2025), with tuned schedules as one more way.
+"""Caching and low precision together: CacheQuant's ablation (CVPR 2025), with tuned schedules in addition.
 
-{fp32, int8} x {reuse, DP, DP + correction, ours}: plain reuse at an interval; the schedule of its dynamic programming;
-with its correction, a scale and a shift for each call and channel, fitted on uncached images; and ``offcut tune`` at
-the same cost. All are compared with the uncached images in fp32, and in int8 all coefficients aim at fp32's features.
+The rows are {fp32, int8} x {reuse, DP, DP + correction, ours}. "reuse" reuses features at an interval. "DP" follows the
+schedule of CacheQuant's dynamic programming. "correction" adds a scale and a shift for each call and channel, fitted on
+uncached images. "ours" is ``offcut tune`` at the same cost. All rows are compared with the uncached images in fp32. In
+int8 all coefficients are fitted to the features of fp32.
 """
 
 from __future__ import annotations
@@ -41,12 +42,11 @@ class AblationTask:
     """Images and settings of the ablation.
 
     Attributes:
-        interval: of reuse; the other ways have as many full calls.
-        samples: number of images that corrections are fitted to, and of images that schedules are tuned with; their
-            prompts are those that tuning uses by default.
-        images: number of images of each row, of other prompts and seeds.
-        probes, positions: as those of ``TuningRequest``.
-        seed: of the first image and of the prompts.
+        interval: interval of reuse; the other rows have the same number of full calls.
+        samples: number of images for fitting corrections, and for tuning; their prompts are tuning's defaults.
+        images: number of images of each row, with other prompts and seeds.
+        probes, positions: see ``TuningRequest``.
+        seed: seed of the first image and of the prompts.
     """
 
     interval: int = 5
@@ -68,11 +68,11 @@ def ablation(
     *,
     threads: int | None = None,
 ) -> Joint:
-    """Measure every precision with every way.
+    """Measure every precision with every way of caching.
 
     Args:
-        bundle: with builds of the engine in fp32 and in all precisions.
-        precisions: as ``offcut.load``'s ``inference_precision``.
+        bundle: bundle with builds of the engine in fp32 and in all precisions.
+        precisions: values of ``inference_precision`` in ``offcut.load``.
     """
     exact = _load(bundle, engine, EXACT, threads)
     rows: list[JointRow] = []
@@ -82,11 +82,11 @@ def ablation(
         test.uncached = [_pipeline(exact, task).generate(image) for image in test.images]
         for precision in precisions:
             if precision == EXACT:
-                rows += _of(exact, None, bundle, precision, task, test, progress)
+                rows += _rows(exact, None, bundle, precision, task, test, progress)
                 continue
             pipe = _load(bundle, engine, precision, threads)
             try:
-                rows += _of(pipe, exact, bundle, precision, task, test, progress)
+                rows += _rows(pipe, exact, bundle, precision, task, test, progress)
             finally:
                 pipe.unet.close()
     finally:
@@ -116,7 +116,7 @@ def _pipeline(pipe: Any, task: AblationTask) -> TuningPipeline:
     return TuningPipeline(pipe, task.steps, None, {CUT: pipe.unet.cut_features[CUT]})
 
 
-def _of(
+def _rows(
     pipe: Any,
     exact: Any,
     bundle: Bundle,
@@ -163,14 +163,14 @@ def _of(
     rows = []
     for way, (schedule, forecast) in ways.items():
         progress(f"{precision}: {way}")
-        near = np.array(pipeline.psnr(test, schedule, forecast))
+        psnr = np.array(pipeline.psnr(test, schedule, forecast))
         rows.append(
             JointRow(
                 precision=precision,
                 way=way,
                 timeline=pipeline.last_run.timeline,
-                psnr=mean_of(near),
-                psnr_worst=float(near.min()),
+                psnr=mean_of(psnr),
+                psnr_worst=float(psnr.min()),
             )
         )
     return rows
@@ -183,18 +183,20 @@ def _set(texts: Sequence[str], seed: int, task: AblationTask) -> ImageSet:
 def corrections(
     moments: Mapping[str, FeatureMoments], full: Sequence[int], calls: int, *, reference: bool
 ) -> dict[int, dict[str, Coefficients]]:
-    """CacheQuant's: for each shallow call and channel the scale and shift of least squares, from the last full call.
+    """Return CacheQuant's corrections: by least squares a scale and shift for each shallow call and channel.
+
+    They map the features of the last full call to those of the shallow call.
 
     Args:
-        reference: whether the moments have a reference's calls behind the engine's own, to aim at.
+        reference: whether the moments contain a reference's calls after the engine's own; the fit then aims at them.
     """
-    plain, behind = Ridge(0.0, slopes=False), calls if reference else 0
-    made: dict[int, dict[str, Coefficients]] = {}
+    ridge, offset = Ridge(0.0, slopes=False), calls if reference else 0
+    coefficients: dict[int, dict[str, Coefficients]] = {}
     for call in (each for each in range(calls) if each not in full):
         last = max(each for each in full if each < call)
-        made[call] = {}
+        coefficients[call] = {}
         for name, each in moments.items():
-            fitted = plain.fit(each, range(call + behind, call + behind + 1), last, last)
+            fitted = ridge.fit(each, range(call + offset, call + offset + 1), last, last)
             scale, shift = (value[:, 0].clone() for value in (fitted.scale, fitted.shift))  # type: ignore[index]
-            made[call][name] = Coefficients(scale, 0.0, shift)
-    return made
+            coefficients[call][name] = Coefficients(scale, 0.0, shift)
+    return coefficients

@@ -1,1 +1,1 @@
-"""``offcut bench quality``: what caching costs, and what fewer steps would have cost at the same latency."""
+"""``offcut bench quality``: the image quality that caching costs, compared with fewer steps at the same latency."""

@@ -1,4 +1,4 @@
-"""Quality of every setting: distance to the uncached images, prompts obeyed, and distance to rendered scenes."""
+"""Quality of each setting: distance to the uncached images, share of prompts obeyed, distance to rendered scenes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Stage = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Scored:
-    """One value for each image, in the prompts' order.
+    """The scores of a setting's images, in the order of the prompts.
 
     Attributes:
-        psnr, ssim, distance: to the reference's image of the same prompt and seed, (N,); the distance is perceptual, of
-            the judge network's features.
-        right: 1 where the prompt was obeyed in full, by the judge network, (N,).
-        features: of the judge network, for the Fréchet distance, (N, D).
+        psnr, ssim: similarity to the reference's image of the same prompt and seed, (N,).
+        distance: perceptual distance to that image, by the judge network's features, (N,).
+        right: 1 where the judge network finds the prompt obeyed in full, else 0, (N,).
+        features: features of the judge network for the Fréchet distance, (N, D).
     """
 
     psnr: metrics.Values
@@ -58,11 +58,11 @@ def evaluate(
 
     Args:
         pipe: from ``offcut.load``, of the shapes model.
-        settings: each cached or shortened one with its sampler's uncached one among them.
-        folder: of ``result.json``; gets the images (``pictures/``) and the samples (``samples/``).
-        ratios: a shallow call's time over a full one's on Stable Diffusion 1.5, by cut.
-        model: name in the result.
-        external: networks of the user, for further figures.
+        settings: settings to compare, with the uncached setting of each sampler.
+        folder: directory of ``result.json``, for the images (``pictures/``) and the samples (``samples/``).
+        ratios: time of a shallow call divided by that of a full call on Stable Diffusion 1.5, by cut.
+        model: name of the model in the result.
+        external: networks of the user for additional figures.
         on_call: called at every UNet call.
         stage: called with the name of each stage.
 
@@ -71,11 +71,11 @@ def evaluate(
         MissingExtraError: torchmetrics or SciPy is missing.
     """
     require("the quality benchmark", "torchmetrics", "scipy")
-    made = {}
+    images = {}
     for setting in settings:
         stage(setting.name)
-        made[setting] = pictures.make(pipe, task, setting, folder / "pictures", on_call)
-    here = {cut: _ratio(cut, made) for cut in dict.fromkeys(setting.cut for setting in settings) if cut}
+        images[setting] = pictures.make(pipe, task, setting, folder / "pictures", on_call)
+    here = {cut: _ratio(cut, images) for cut in dict.fromkeys(setting.cut for setting in settings) if cut}
 
     net = JudgeNet.load()
     truth = pictures.drawn(task.prompts, task.seed)
@@ -83,16 +83,16 @@ def evaluate(
     scored = {}
     for setting in settings:
         stage(f"judge: {setting.name}")
-        scored[setting] = score(net, task, made[setting], made[plan.reference(setting, settings)])
+        scored[setting] = score(net, task, images[setting], images[plan.reference(setting, settings)])
     stage("confidence intervals")
     rows = []
     for setting in settings:
         base = plan.reference(setting, settings)
-        row = _row(setting, made[setting].timeline, scored[setting], scored[base], features, ratios, here)
-        row.samples = _samples(folder, setting, made[setting])
+        row = _row(setting, images[setting].timeline, scored[setting], scored[base], features, ratios, here)
+        row.samples = _samples(folder, setting, images[setting])
         if external:
-            uncached = None if setting == base else made[base].pictures
-            row.external = external.figures(made[setting].pictures, task.prompts, uncached, truth)
+            uncached = None if setting == base else images[base].pictures
+            row.external = external.figures(images[setting].pictures, task.prompts, uncached, truth)
         rows.append(row)
     first = next((setting.cut for setting in settings if setting.cut), plan.CUTS[0])
     return Quality(
@@ -109,9 +109,9 @@ def evaluate(
     )
 
 
-def score(net: JudgeNet, task: ImageTask, made: SettingImages, base: SettingImages) -> Scored:
+def score(net: JudgeNet, task: ImageTask, images: SettingImages, base: SettingImages) -> Scored:
     """Return the scores of a setting's images, compared with those of its reference."""
-    own, other = made.pictures, base.pictures
+    own, other = images.pictures, base.pictures
     return Scored(
         psnr=metrics.psnr(own, other),
         ssim=metrics.ssim(own, other),
@@ -121,11 +121,11 @@ def score(net: JudgeNet, task: ImageTask, made: SettingImages, base: SettingImag
     )
 
 
-def _ratio(cut: str, made: Mapping[QualitySetting, SettingImages]) -> float:
-    """Return shallow over full on this model: the median of the ratios within a part, over all rows with this cut."""
+def _ratio(cut: str, images: Mapping[QualitySetting, SettingImages]) -> float:
+    """Return this model's ratio of shallow to full call times: the median over all parts of settings with this cut."""
     pairs = [
         shallow / full
-        for setting, each in made.items()
+        for setting, each in images.items()
         if setting.cut == cut
         for full, shallow in zip(each.full, each.shallow, strict=True)
     ]
@@ -170,12 +170,13 @@ def _row(
     )
 
 
-def _samples(folder: Path, setting: QualitySetting, made: SettingImages) -> list[str]:
+def _samples(folder: Path, setting: QualitySetting, images: SettingImages) -> list[str]:
+    """Save the first images as PNG files; return their names relative to the folder."""
     from PIL import Image
 
     slug = re.sub(r"[^a-z0-9]+", "-", setting.name.lower()).strip("-")
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    names = [f"samples/{slug}-{index}.png" for index in range(min(SAMPLES, len(made.pictures)))]
-    for name, picture in zip(names, made.pictures, strict=False):
+    names = [f"samples/{slug}-{index}.png" for index in range(min(SAMPLES, len(images.pictures)))]
+    for name, picture in zip(names, images.pictures, strict=False):
         Image.fromarray(picture).save(folder / name, optimize=True)
     return names

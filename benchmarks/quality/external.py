@@ -1,4 +1,4 @@
-"""LPIPS, CLIP score and FID with networks that the user brings: nothing is downloaded."""
+"""LPIPS, CLIP score and FID with networks on the user's disk; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..stats import require
 from .metrics import Pictures
 
 _BACKBONES = {"alexnet": "alex", "vgg16": "vgg", "squeezenet1_1": "squeeze"}
-"""torchmetrics' names of backbones, by the start of torchvision's file name."""
+"""torchmetrics' names of the backbones, by the beginning of torchvision's file name."""
 
 _BATCH = 64
 
 
 class ExternalNetworks:
-    """Networks of the user, opened.
+    """The user's open networks.
 
     Args:
-        lpips: backbone weights as torchvision publishes them, e.g. ``alexnet-owt-7be5be79.pth``; torchmetrics has the
-            learned weights of the layers.
-        clip: directory of a CLIP model with its processor, as transformers saves them.
-        fid: a TorchScript file that maps uint8 [N, 3, H, W] to features [N, D].
+        lpips: weight file of a backbone as torchvision publishes it, e.g. ``alexnet-owt-7be5be79.pth``; torchmetrics
+            has the learned weights of the layers.
+        clip: directory of a CLIP model with its processor, in transformers' format.
+        fid: TorchScript file that maps uint8 [N, 3, H, W] to features [N, D].
 
     Raises:
         UserError: a network cannot be read.
@@ -42,11 +42,11 @@ class ExternalNetworks:
     def figures(
         self, pictures: Pictures, prompts: Sequence[str], uncached: Pictures | None, rendered: Pictures
     ) -> dict[str, float]:
-        """Return the figures by name: ``lpips``, ``clip score`` and ``fid``.
+        """Return the figures by name: ``lpips``, ``clip score`` and ``fid``, where the network is open.
 
         Args:
-            pictures: images of the prompts, uint8 (N, H, W, 3).
-            uncached: images of the uncached run, in the same order, for LPIPS; None leaves LPIPS out.
+            pictures: one image for each prompt, uint8 (N, H, W, 3).
+            uncached: images of the uncached run in the same order, for LPIPS; None omits LPIPS.
             rendered: rendered scenes of the prompts, for FID.
         """
         figures = {}
@@ -79,9 +79,9 @@ def _batches(pictures: Pictures) -> Iterator[torch.Tensor]:
 
 @torch.inference_mode()
 def _clip_score(model: Any, processor: Any, pictures: Pictures, prompts: Sequence[str]) -> float:
-    """Return 100 times the mean cosine of image and text, at least 0 (Hessel et al. 2021, as torchmetrics scales it).
+    """Return 100 times the mean cosine between image and text, at least 0 (Hessel et al. 2021, torchmetrics' scale).
 
-    torchmetrics 1.9 does not take the features of transformers 5, so that its CLIPScore cannot be used.
+    The CLIPScore of torchmetrics 1.9 does not accept the features of transformers 5.
     """
     cosines = []
     for first, batch in enumerate(_batches(pictures)):
@@ -101,14 +101,14 @@ def _open_lpips(weights: Path) -> Any:
         )
     try:
         import torchvision  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a build for another PyTorch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another PyTorch
         raise UserError(
             f"LPIPS needs torchvision, which cannot be imported ({_first_line(error)}): pip install torchvision"
         ) from error
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     before = torch.hub.get_dir()
-    with tempfile.TemporaryDirectory() as folder:  # torchvision finds the file where it would download it to
+    with tempfile.TemporaryDirectory() as folder:  # torchvision looks for the file in its download folder
         (Path(folder) / "checkpoints").mkdir()
         (Path(folder) / "checkpoints" / weights.name).symlink_to(weights.resolve())
         torch.hub.set_dir(folder)
@@ -124,7 +124,7 @@ def _open_clip(folder: Path) -> tuple[Any, Any]:
     from transformers import CLIPModel, CLIPProcessor
 
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a directory: give that of a CLIP model with its processor")
+        raise UserError(f"{folder} is not a directory: give the directory of a CLIP model with its processor")
     try:
         model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
         return model, CLIPProcessor.from_pretrained(folder, local_files_only=True)
@@ -135,7 +135,7 @@ def _open_clip(folder: Path) -> tuple[Any, Any]:
 def _open_fid(file: Path) -> Any:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    load: Any = torch.jit.load  # has no annotations
+    load: Any = torch.jit.load  # it has no annotations
     try:
         network = load(file, map_location="cpu").eval()
         with torch.inference_mode():

@@ -1,7 +1,7 @@
-"""Plan of the Pareto front of quality and speed: tuned schedules and other ways that are as fast.
+"""Settings for the Pareto front of quality and speed: tuned schedules, and other settings at the same cost.
 
-Each schedule is tuned for the ratio of Stable Diffusion 1.5, at the cost of an interval of DeepCache's, on prompts and
-seeds that the compared images do not have. The bundle stores it, so that an interrupted run continues.
+Each schedule is tuned at the cost of a uniform interval, with the ratio of shallow to full calls of Stable Diffusion
+1.5. The compared images have other prompts and seeds. The bundle stores the schedule for a run that continues later.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from . import pictures
 from .plan import CUTS, SAMPLERS, BundleSchedule, QualitySetting, cached, check
 
 INTERVALS = (2, 3, 5, 10)
-_DAMPING = {"ddim": 1.0}  # of forecasts, where not a half
+_DAMPING = {"ddim": 1.0}  # damping of forecasts; 0.5 for other samplers
 _OTHER_PROMPTS = 9000
 OTHER_SEEDS = 1_000_000
-"""First seed of the images for tuning; judged images have lower seeds."""
+"""Seed of the first image for tuning; judged images have lower seeds."""
 
 
 def known(steps: int, samplers: Sequence[str] = SAMPLERS) -> list[QualitySetting]:
-    """Return settings without tuning: for each sampler and interval reuse, with and without warm-up, and a forecast.
+    """Return the settings without tuning: for each sampler and interval reuse without and with warm-up, and a forecast.
 
     Args:
-        steps: of DDIM; other samplers have half of them.
+        steps: number of DDIM steps; other samplers have half as many.
 
     Raises:
         UserError: a sampler is unknown.
@@ -58,14 +58,14 @@ def front_plan(
     samples: int,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[QualitySetting]:
-    """Return the settings, and for each uniform one without warm-up a tuned schedule as fast, and CacheQuant's.
+    """Return the settings, and for each uniform one without warm-up a tuned and CacheQuant's schedule at its cost.
 
     Args:
-        pipe: of the bundle.
-        bundle: gets the schedules that it lacks.
-        settings: as ``known`` gives them.
-        ratios: a shallow call's time over a full one's, by cut.
-        samples: number of images that a schedule is tuned with.
+        pipe: pipeline of the bundle.
+        bundle: the bundle; missing schedules are tuned and added to it.
+        settings: result of ``known``.
+        ratios: time of a shallow call divided by that of a full call, by cut.
+        samples: number of images for tuning a schedule.
         progress: called with the name of each stage.
     """
     rows = list(settings)
@@ -83,7 +83,7 @@ def front_plan(
 
 
 def of_bundle(bundle: Bundle, tuned: Tuned, sampler: str) -> QualitySetting:
-    """Return the setting of a bundle's schedule."""
+    """Return the setting that uses a bundle's schedule."""
     document = tuned.document
     schedule = BundleSchedule(tuned.name, bundle.manifest.schedules[tuned.name].document, document.by_call)
     return QualitySetting(sampler, document.key.steps, f"tuned:{tuned.name}", document.cut, bundle_schedule=schedule)
@@ -98,7 +98,7 @@ def _tuned(
     samples: int,
     progress: Callable[[str], None],
 ) -> Tuned:
-    """Return a schedule as fast as a plain one: the bundle's, or a new one, tuned and added to the bundle."""
+    """Return the bundle's tuned schedule at the cost of a uniform one; a missing one is tuned and added."""
     name = f"front-{plain.sampler.replace('+', 'p').replace(' ', '-')}-{plain.steps}-n{plain.interval}-s{samples}"
     before = pipe.scheduler
     pipe.scheduler = pictures.scheduler(before.config, plain.sampler)
@@ -106,12 +106,12 @@ def _tuned(
         key = make_key(bundle, pipe.scheduler, plain.steps, (guidance, guidance))
         if name in bundle.manifest.schedules:
             try:
-                there = choose(bundle, key, name, pipe.unet.cuts)
+                stored = choose(bundle, key, name, pipe.unet.cuts)
             except ScheduleError:
-                there = None
-            if there is not None and there.document.shallow_over_full == ratios[CUTS[0]]:
-                return there
-            progress(f"{name} in the bundle was made for other settings: tune it again")
+                stored = None
+            if stored is not None and stored.document.shallow_over_full == ratios[CUTS[0]]:
+                return stored
+            progress(f"{name} in the bundle was tuned for other settings: tune it again")
         request = TuningRequest(
             speed_up=plain.steps / plain.cost(ratios),
             steps=plain.steps,
@@ -122,7 +122,7 @@ def _tuned(
             ratios={CUTS[0]: ratios[CUTS[0]]},
             seed=OTHER_SEEDS,
         )
-        progress(f"tune {plain.sampler}, {plain.steps} steps, as fast as every {plain.interval}th call full")
+        progress(f"tune {plain.sampler}, {plain.steps} steps, at the cost of interval {plain.interval}")
         tuned = tune(pipe, bundle, name, request, indented(progress))
     finally:
         pipe.scheduler = before

@@ -1,4 +1,4 @@
-"""Distances between images: PSNR, SSIM and the Fréchet distance of features."""
+"""Distances between images: PSNR, SSIM, and the Fréchet distance between features."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BATCH = 128
 
 
 def psnr(first: Pictures, second: Pictures) -> Values:
-    """Return the peak signal-to-noise ratio of each pair in dB; ``MAX_PSNR`` where two images are the same."""
+    """Return the peak signal-to-noise ratio of each pair in dB; ``MAX_PSNR`` where both images are equal."""
     _check_paired(first, second)
     return np.array([finite_psnr(one, other) for one, other in zip(first, second, strict=True)])
 
@@ -27,7 +27,7 @@ def psnr(first: Pictures, second: Pictures) -> Values:
 def ssim(first: Pictures, second: Pictures) -> Values:
     """Return the structural similarity of each pair, by torchmetrics with a Gaussian window of standard deviation 1.5.
 
-    It is computed in fp32, which is 30 times faster here than fp64 and keeps three digits.
+    The computation is in fp32, which is 30 times faster here than fp64 and has three correct digits.
 
     Raises:
         MissingExtraError: torchmetrics is not installed.
@@ -39,20 +39,20 @@ def ssim(first: Pictures, second: Pictures) -> Values:
     values = []
     for one, other in _batches(first, second):
         tensors = [torch.from_numpy(side).permute(0, 3, 1, 2).float() for side in (one, other)]
-        made = structural_similarity_index_measure(*tensors, data_range=255.0, reduction="none")
-        values.append(np.asarray(made.numpy()).reshape(-1))
+        similarity = structural_similarity_index_measure(*tensors, data_range=255.0, reduction="none")
+        values.append(np.asarray(similarity.numpy()).reshape(-1))
     return np.concatenate(values)
 
 
 def frechet(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> float:
-    """Return the Fréchet distance of the Gaussians that fit two sets of features, (N, D) and (M, D).
+    """Return the Fréchet distance between Gaussians fitted to two sets of features, (N, D) and (M, D).
 
-    ``|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` (arXiv 1706.08500, equation 6). The trace of the root is the sum of
-    the roots of the eigenvalues of ``C1^(1/2) C2 C1^(1/2)``, which is symmetric and has no negative ones. The value is
-    biased upward where N and M are small; compare only values of equal N and M.
+    ``|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` (arXiv 1706.08500, equation 6). The trace of the root is the sum
+    of the square roots of the eigenvalues of ``C1^(1/2) C2 C1^(1/2)``, a symmetric matrix without negative eigenvalues.
+    Small N and M bias the value upward: compare only values with the same N and M.
 
     Raises:
-        UserError: fewer than two vectors in a set.
+        UserError: a set has fewer than two vectors.
     """
     if min(len(first), len(second)) < 2:
         raise UserError("a Fréchet distance needs at least two images on each side: give --images 2 or more")
@@ -74,7 +74,9 @@ def _square_root(covariance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]
 
 def _check_paired(first: Pictures, second: Pictures) -> None:
     if first.shape != second.shape or not len(first):
-        raise ValueError(f"the images are {first.shape} and {second.shape}; pass as many of both, of one size.")
+        raise ValueError(
+            f"the images are {first.shape} and {second.shape}; pass the same number of both, of the same size."
+        )
 
 
 def _batches(first: Pictures, second: Pictures) -> list[tuple[Pictures, Pictures]]:

@@ -1,4 +1,4 @@
-"""Images of a setting, generated in batches and stored in parts, so that an interrupted run continues."""
+"""Images of a setting, generated in batches and stored in parts, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .metrics import Pictures
 from .plan import QualitySetting
 
 PART = 128
-"""Number of images of a part: an interrupted run repeats at most so many."""
+"""Number of images in a part, which is the most that an interrupted run generates again."""
 
 Progress = Callable[[int], None]
-"""Called at every UNet call, with the number of its images."""
+"""Function that is called at every UNet call with its number of images."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,12 @@ class ImageTask:
     """The images that every setting of a run generates.
 
     Attributes:
-        prompts: one for each image; image i starts from the noise of seed `seed + i`.
-        guidance: scale.
-        batch: images of one call of the pipeline.
-        identity: of all else that images depend on: the bundle and its engine.
-        bundle: has the schedules of settings with ``bundle_schedule``.
+        prompts: one prompt for each image.
+        guidance: guidance scale.
+        seed: seed of the first image; image i starts from the noise of seed `seed + i`.
+        batch: number of images in one pipeline call.
+        identity: text that identifies everything else that the images depend on: the bundle, the engine and versions.
+        bundle: bundle with the schedules of settings that have ``bundle_schedule``.
     """
 
     prompts: tuple[str, ...]
@@ -46,7 +47,7 @@ class ImageTask:
     bundle: Path | None = None
 
     def key(self, setting: QualitySetting, first: int) -> str:
-        """Return a short digest of everything that a part's images depend on; the part begins at image `first`."""
+        """Return a short digest of everything that the images of the part from image `first` on depend on."""
         prompts = self.prompts[first : first + PART]
         parts = [self.identity, self.guidance, self.seed, self.batch, first, prompts, setting.identity]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -58,8 +59,8 @@ class SettingImages:
 
     Attributes:
         pictures: uint8 (N, 64, 64, 3).
-        full, shallow: median seconds of one UNet call, for each part; NaN where a part has no such call.
-        timeline: of one generation, as `Run.timeline`.
+        full, shallow: median seconds of a full and of a shallow UNet call in each part; NaN without such a call.
+        timeline: the calls of one generation, as `Run.timeline` shows them.
     """
 
     pictures: Pictures
@@ -71,11 +72,11 @@ class SettingImages:
 def make(
     pipe: Any, task: ImageTask, setting: QualitySetting, folder: Path, on_call: Progress = lambda count: None
 ) -> SettingImages:
-    """Return the images of a setting; parts that `folder` lacks are generated and written there.
+    """Return the images of a setting; parts that are missing in `folder` are generated and stored there.
 
     Args:
-        pipe: from ``offcut.load``, any scheduler.
-        folder: has a file for each part.
+        pipe: result of ``offcut.load``, with any scheduler.
+        folder: directory with a file for each part.
 
     Raises:
         UserError: `folder` cannot be written.
@@ -100,7 +101,7 @@ def make_part(
     folder: Path,
     on_call: Progress = lambda count: None,
 ) -> SettingImages:
-    """Return the part that begins at image ``first``: read from ``folder``, or else generated and written there.
+    """Return the part that begins at image ``first``, from ``folder`` or newly generated and stored there.
 
     Raises:
         UserError: `folder` cannot be written, or the file there is damaged.
@@ -119,18 +120,18 @@ def part_path(task: ImageTask, setting: QualitySetting, first: int, folder: Path
 
 
 def missing_parts(task: ImageTask, setting: QualitySetting, folder: Path) -> list[int]:
-    """Return the first image of each part that is still to be generated."""
+    """Return the index of the first image of each missing part."""
     starts = range(0, len(task.prompts), PART)
     return [first for first in starts if not part_path(task, setting, first, folder).exists()]
 
 
 def missing(task: ImageTask, setting: QualitySetting, folder: Path) -> int:
-    """Return how many images of a setting are still to be generated."""
+    """Return the number of a setting's images that are missing in ``folder``."""
     return sum(len(task.prompts[first : first + PART]) for first in missing_parts(task, setting, folder))
 
 
 def scheduler(config: Any, sampler: str) -> Any:
-    """Return the scheduler of a name in `plan.SAMPLERS`, with the noise schedule of a pipeline's own."""
+    """Return the scheduler with a name of `plan.SAMPLERS` and the noise schedule in ``config``."""
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 
     classes = {
@@ -147,7 +148,7 @@ def _part(pipe: Any, task: ImageTask, setting: QualitySetting, first: int, on_ca
     if setting.bundle_schedule is None:
         pipe.unet.set_schedule(setting.parsed, setting.cut, setting.forecast)
     elif task.bundle is None:
-        raise InternalError(f"{setting.name} is a schedule of a bundle, and the task has no bundle")
+        raise InternalError(f"{setting.name} is a bundle's schedule, and the task has no bundle")
     else:
         Tuned.load(task.bundle, setting.bundle_schedule.name).apply(pipe.unet)
     pipe.unet.record_times = True
@@ -217,12 +218,14 @@ def batch(
     guidance: float,
     **options: Any,
 ) -> Pictures:
-    """Return the images of these places among all prompts, by one call of the pipeline: uint8 (N, 64, 64, 3).
+    """Generate the images with these indices by one pipeline call: uint8 (N, 64, 64, 3).
 
     Args:
+        prompts: all prompts.
         seed: image i starts from the noise of seed ``seed + i``.
+        places: indices of the images.
         on_call: called at every step.
-        options: further arguments of the pipeline.
+        options: additional arguments of the pipeline.
     """
     import torch
 
@@ -243,16 +246,16 @@ def batch(
 
 
 def prompts(count: int, seed: int) -> tuple[str, ...]:
-    """Return captions, kinds in turn: one object, two objects, a pair of colour and shape that was never trained."""
+    """Return captions of one object, of two, and of a colour and shape never trained together, in turns."""
     from ..shapes.prompts import KINDS
-    from ..shapes.prompts import prompts as of_kind
+    from ..shapes.prompts import prompts as prompts_of_kind
 
-    each = [of_kind(kind, -(-count // len(KINDS)), seed + index) for index, kind in enumerate(KINDS)]
+    each = [prompts_of_kind(kind, -(-count // len(KINDS)), seed + index) for index, kind in enumerate(KINDS)]
     return tuple(text for row in zip(*each, strict=True) for text in row)[:count]
 
 
 def drawn(texts: Sequence[str], seed: int) -> Pictures:
-    """Render a scene for each caption; what a caption leaves open is random, from `seed`."""
+    """Render a scene for each caption: uint8 (N, 64, 64, 3); `seed` decides what a caption leaves open."""
     from ..shapes import scenes
 
     random = np.random.default_rng(seed)
@@ -260,8 +263,8 @@ def drawn(texts: Sequence[str], seed: int) -> Pictures:
 
 
 def time_full_call(pipe: Any, task: ImageTask) -> float:
-    """Return the seconds of a full UNet call for one image of a batch: the median of a short generation."""
+    """Return the seconds of a full UNet call, divided by the images of a batch: the median of a short generation."""
     setting = QualitySetting("ddim", 8)
     one = ImageTask(task.prompts[: task.batch], task.guidance, task.seed, task.batch, task.identity)
-    made = _part(pipe, one, setting, 0, lambda count: None)
-    return made.full[0] / len(made.pictures)
+    part = _part(pipe, one, setting, 0, lambda count: None)
+    return part.full[0] / len(part.pictures)

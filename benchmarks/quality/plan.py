@@ -13,7 +13,7 @@ from ...runtime.generation.schedule import Quad, Schedule, Uniform, parse
 from ...runtime.tuning.search import cost_in_full_calls
 
 SAMPLERS = ("ddim", "dpm++ 2m", "euler ancestral")
-"""Two deterministic samplers, and one that adds fresh noise at every step."""
+"""Names of the samplers: two deterministic ones, and one that adds new noise at every step."""
 
 INTERVALS = (1, 2, 3, 5, 10)
 CUTS = ("deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3")
@@ -25,13 +25,13 @@ SHALLOW_OVER_FULL: Mapping[str, float] = {
     "deepcache:2": 0.38,
     "deepcache:3": 0.47,
 }
-"""A shallow call's time over a full one's on Stable Diffusion 1.5 at 512x512 with guidance.
+"""Time of a shallow call divided by that of a full call, on Stable Diffusion 1.5 at 512x512 with guidance.
 
-The ratio of `deepcache:0` was measured (ONNX Runtime, fp32, CPU); the others are shares of the floating-point
-operations, as ``offcut cuts`` counts them. ``--shallow-ratio`` gives an engine's own ratio.
+The ratio of `deepcache:0` was measured (ONNX Runtime, fp32, CPU); the others are ratios of
+floating-point operations, as ``offcut cuts`` counts them. ``--shallow-ratio`` gives an engine's own ratio.
 """
 
-_BASE = 5  # the interval around which the other axes vary
+_BASE = 5  # the interval at which the other parameters vary
 _TOLERANCE = 0.06  # largest relative difference of two costs that count as equal
 
 Kind = Literal["uniform", "quad"]
@@ -39,11 +39,12 @@ Kind = Literal["uniform", "quad"]
 
 @dataclass(frozen=True)
 class BundleSchedule:
-    """A schedule of the bundle.
+    """A schedule that a bundle stores.
 
     Attributes:
-        document: name of its file, which changes with its content.
-        by_call: the cut of each call, as ``Document.by_call``.
+        name: name of the schedule in the bundle.
+        document: name of the schedule's file, which changes with its content.
+        by_call: the cut of each call, as in ``Document.by_call``.
     """
 
     name: str
@@ -57,12 +58,12 @@ class QualitySetting:
 
     Attributes:
         sampler: one of `SAMPLERS`.
-        steps: of the sampler; each is one UNet call.
-        schedule: as text; None where every call is full, ``tuned:NAME`` for the bundle's.
-        cut: of the shallow calls; None without shallow calls.
-        fewer: whether this is an uncached run with fewer steps, at a cached run's latency.
-        damping: of the forecast of cached features; None reuses them.
-        bundle_schedule: set if the schedule is one of the bundle's.
+        steps: number of sampler steps; each is one UNet call.
+        schedule: schedule as text, ``tuned:NAME`` for a bundle's schedule; None makes every call full.
+        cut: cut of the shallow calls; None without shallow calls.
+        fewer: whether this is an uncached run with fewer steps, at the latency of a cached run.
+        damping: damping of the forecast of cached features; None reuses the features.
+        bundle_schedule: the bundle's schedule, if the setting uses one.
     """
 
     sampler: str
@@ -80,14 +81,14 @@ class QualitySetting:
 
     @property
     def name(self) -> str:
-        """Unique in a run, e.g. ``ddim 50, uniform:5:warmup=2, deepcache:0``."""
-        ways = "uncached" if self.schedule is None else f"{self.schedule}, {self.cut}"
+        """Name of the setting, unique in a run, e.g. ``ddim 50, uniform:5:warmup=2, deepcache:0``."""
+        caching = "uncached" if self.schedule is None else f"{self.schedule}, {self.cut}"
         forecast = "" if self.damping is None else f", forecast {self.damping:g}"
-        return f"{self.sampler} {self.steps}, {ways}{forecast}"
+        return f"{self.sampler} {self.steps}, {caching}{forecast}"
 
     @property
     def kind(self) -> str:
-        """As `QualityRow.kind`."""
+        """Kind of the setting, as in `QualityRow.kind`."""
         return "fewer steps" if self.fewer else "uncached" if self.schedule is None else "cached"
 
     @property
@@ -97,12 +98,12 @@ class QualitySetting:
 
     @property
     def forecast(self) -> Forecast | None:
-        """How shallow calls predict the cached features."""
+        """Forecast of the cached features in shallow calls; None where the features are reused."""
         return None if self.damping is None else Extrapolate(self.damping)
 
     @property
     def interval(self) -> int | None:
-        """N of a uniform or quad schedule; 1 where every call is full."""
+        """Interval of a uniform or quad schedule; 1 where every call is full, None for other schedules."""
         schedule = self.parsed
         if self.schedule is None:
             return 1
@@ -110,14 +111,14 @@ class QualitySetting:
 
     @property
     def full_calls(self) -> int:
-        """Full calls of one image."""
+        """Number of full calls for one image."""
         if self.bundle_schedule is not None:
             return self.bundle_schedule.by_call.count(None)
         schedule = self.parsed
         return self.steps if schedule is None else len(schedule.full_calls(self.steps))
 
     def cost(self, ratios: Mapping[str, float]) -> float:
-        """Return the cost of one image in full calls; a shallow call costs its cut's ratio."""
+        """Return the cost of one image in full calls; a shallow call counts as the ratio of its cut."""
         if self.bundle_schedule is not None:
             return cost_in_full_calls(self.bundle_schedule.by_call, ratios)
         shallow = self.steps - self.full_calls
@@ -133,9 +134,9 @@ def cached(
     warmup: int = 0,
     damping: float | None = None,
 ) -> QualitySetting:
-    """Return a setting with caching, or without if the interval is 1.
+    """Return a setting with caching, or the uncached setting if the interval is 1.
 
-    The centre of a quad schedule is the paper's, call 15 of 50, scaled to the steps.
+    A quad schedule has the paper's centre, call 15 of 50, scaled to the number of steps.
     """
     if interval == 1:
         return QualitySetting(sampler, steps)
@@ -145,9 +146,9 @@ def cached(
 
 
 def full_plan(steps: int) -> list[QualitySetting]:
-    """Return settings along each axis from DDIM, interval 5, uniform, `deepcache:0`, no warm-up.
+    """Return the uniform interval 5 with DDIM and `deepcache:0`, and settings that differ from it in one parameter.
 
-    Other samplers have half the steps. Forecasts have two warm-up calls, which give them a direction.
+    Other samplers have half the steps. Settings with a forecast have two warm-up calls, which the forecast needs.
     """
     rows = [cached("ddim", steps, "uniform", interval) for interval in INTERVALS]
     rows += [cached("ddim", steps, "quad", interval) for interval in (_BASE, 10)]
@@ -181,11 +182,11 @@ def product_plan(
     warmups: Sequence[int],
     dampings: Sequence[float | None] = (None,),
 ) -> list[QualitySetting]:
-    """Return every combination, and the uncached run of each sampler.
+    """Return every combination of these parameters, and the uncached setting of each sampler.
 
     Raises:
         UserError: a sampler is unknown.
-        ScheduleError, CutError: another value is not valid.
+        ScheduleError, CutError: another parameter is not valid.
     """
     check(samplers)
     rows = [QualitySetting(sampler, steps) for sampler in samplers]
@@ -210,40 +211,42 @@ def of_samplers(settings: Sequence[QualitySetting], samplers: Sequence[str]) -> 
     check(samplers)
     rows = [setting for setting in settings if setting.sampler in samplers]
     if not rows:
-        there = ", ".join(dict.fromkeys(setting.sampler for setting in settings))
-        raise UserError(f"this plan has {there}, not {', '.join(samplers)}: give --plan full, or leave --plan out")
+        samplers_of_plan = ", ".join(dict.fromkeys(setting.sampler for setting in settings))
+        raise UserError(
+            f"this plan has {samplers_of_plan}, not {', '.join(samplers)}: give --plan full, or omit --plan"
+        )
     return rows
 
 
 def with_fewer_steps(settings: Sequence[QualitySetting], ratios: Mapping[str, float]) -> list[QualitySetting]:
-    """Return the settings, then for each cached one the uncached run with the nearest number of steps at its cost.
+    """Return the settings, and for each cached one an uncached setting with fewer steps at about the same cost.
 
-    One such run counts for all cached settings whose costs differ from it by at most 6 %.
+    One such setting serves all cached settings whose costs differ from its own by at most 6 %.
     """
     rows = list(dict.fromkeys(settings))
-    made: list[QualitySetting] = []
+    shortened: list[QualitySetting] = []
     for setting in (row for row in rows if row.schedule):
         steps = max(1, round(setting.cost(ratios)))
-        if steps < setting.steps and not any(_fits(other, setting, ratios) for other in made):
-            made.append(QualitySetting(setting.sampler, steps, fewer=True))
-    return rows + made
+        if steps < setting.steps and not any(_fits(other, setting, ratios) for other in shortened):
+            shortened.append(QualitySetting(setting.sampler, steps, fewer=True))
+    return rows + shortened
 
 
 def reference_ratios(settings: Sequence[QualitySetting], given: Mapping[str, float]) -> dict[str, float]:
-    """Return a shallow call's time over a full one's on Stable Diffusion 1.5, by cut.
+    """Return the time of a shallow call divided by that of a full call on Stable Diffusion 1.5, by cut.
 
     Args:
-        given: ratios by cut that replace `SHALLOW_OVER_FULL`.
+        given: ratios that replace those of `SHALLOW_OVER_FULL`, by cut.
 
     Raises:
-        UserError: a ratio is not between 0 and 1, or none is known for a cut.
+        UserError: a ratio is not between 0 and 1, or a cut has no ratio.
     """
     ratios = {**SHALLOW_OVER_FULL, **{canonical_name(cut): ratio for cut, ratio in given.items()}}
     for setting in settings:
         if setting.cut and setting.cut not in ratios:
             raise UserError(
-                f"no shallow call of {setting.cut} was measured on Stable Diffusion 1.5: say what share of a full one "
-                f"it takes, e.g. --shallow-ratio {setting.cut}=0.2"
+                f"shallow calls of {setting.cut} were not measured on Stable Diffusion 1.5: give the ratio of a "
+                f"shallow to a full call, e.g. --shallow-ratio {setting.cut}=0.2"
             )
     for cut, ratio in ratios.items():
         if not 0 < ratio < 1:
@@ -257,16 +260,16 @@ def _fits(fewer: QualitySetting, setting: QualitySetting, ratios: Mapping[str, f
 
 
 def check(samplers: Sequence[str]) -> None:
-    """Check that these are names in ``SAMPLERS``.
+    """Check that all names are in ``SAMPLERS``.
 
     Raises:
-        UserError: one is not.
+        UserError: a name is not in ``SAMPLERS``.
     """
     for sampler in samplers:
         if sampler not in SAMPLERS:
-            raise UserError(f"{sampler!r} is not a sampler here: choose one of {', '.join(SAMPLERS)}")
+            raise UserError(f"{sampler!r} is not a sampler of this benchmark: choose one of {', '.join(SAMPLERS)}")
 
 
 def reference(setting: QualitySetting, rows: Iterable[QualitySetting]) -> QualitySetting:
-    """Return the uncached run with all steps of a row's sampler, which the row is compared with."""
+    """Return the uncached setting of the same sampler, with which this setting is compared."""
     return next(row for row in rows if row.kind == "uncached" and row.sampler == setting.sampler)

@@ -1,6 +1,6 @@
 """Processes that generate the images of a run, each with its own engines.
 
-A small model gains more from images side by side than from threads inside one call.
+With a small model, several images at the same time gain more than several threads in one call.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def make(
     threads: int | None = None,
     on_call: Progress = lambda count: None,
 ) -> None:
-    """Generate every part that `folder` lacks, as `pictures.make` does one after the other.
+    """Generate every part that is missing in `folder`, like `pictures.make`, in several processes.
 
     Args:
         workers: number of processes.
-        threads: of each process; by default the cores are divided among them.
-        on_call: called with a part's UNet calls, per image, once the part is written.
+        threads: number of threads in each process; by default the processes share the cores.
+        on_call: called once a part is written, with its UNet calls times its images.
 
     Raises:
-        UserError: `folder` cannot be written, or a process was killed, as a rule for lack of memory.
+        UserError: `folder` cannot be written, or a process was killed, usually for lack of memory.
     """
     jobs = [(task, setting, first, folder) for setting in settings for first in missing_parts(task, setting, folder)]
     opening = (_open, bundle, engine, threads or _share(workers))
@@ -61,8 +61,9 @@ def _run(
     """Run jobs in processes.
 
     Args:
-        opening: function that prepares a process, and its arguments.
-        jobs: arguments of `work`, for each job.
+        opening: the function that prepares a process, followed by its arguments.
+        work: function that does a job in a process.
+        jobs: arguments of `work` for each job.
         done: called with each job's index and result.
     """
     if not jobs:
@@ -76,7 +77,7 @@ def _run(
                 done(waiting[future], future.result())
         except BrokenProcessPool as error:
             raise UserError(
-                f"one of {workers} processes was killed, as a rule for lack of memory: ask for fewer with --workers; "
+                f"one of {workers} processes was killed, usually for lack of memory: give fewer --workers; "
                 "the same command continues where it stopped"
             ) from error
         except BaseException:
@@ -90,7 +91,7 @@ _pipe: Any = None  # the pipeline of this process
 
 
 def _prepare(threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal interrupts all processes; the parent ends the others
     import torch
 
     from ...runtime.quiet import quiet_libraries
@@ -101,7 +102,7 @@ def _prepare(threads: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    """End this process when its parent ends: a killed parent cannot, and the process would wait for jobs forever."""
+    """End this process when its parent ends, because a killed parent cannot end its processes."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -117,5 +118,5 @@ def _open(bundle: Path, engine: str, threads: int) -> None:
 
 
 def _part(task: ImageTask, setting: QualitySetting, first: int, folder: Path) -> int:
-    """Generate a part and return its number of images."""
+    """Generate a part and return the number of its images."""
     return len(pictures.make_part(_pipe, task, setting, first, folder).pictures)

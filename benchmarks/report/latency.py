@@ -23,8 +23,8 @@ def section(latency: Latency, percents: Sequence[float] = (50, 90, 99)) -> Secti
     if rows:
         blocks.insert(0, Plot("Denoising loops, fastest first", lambda: bars([bar_of(row) for row in rows])))
     if skipped := [row for row in latency.contestants if not row.loops]:
-        reasons = {row.name: row.not_run or "no loop was measured, and no reason was given" for row in skipped}
-        blocks.append(Group("Not run", [Facts(reasons)]))
+        reason = Column("reason", lambda row: row.not_run or "no loop was measured", numeric=False)
+        blocks.append(Table("Not run", [Column("contestant", lambda row: row.name), reason], skipped))
     blocks.append(Group("Settings, fixed before the run", [Group(row.name, [_settings(row)]) for row in
                                                            latency.contestants], folded=True))  # fmt: skip
     return Section("Latency", "Latency", _task(latency), blocks)

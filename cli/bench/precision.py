@@ -127,9 +127,9 @@ def _images(
     folder: Path,
     threads: int | None,
 ) -> Images:
-    from ...benchmarks.precision.images import draw
+    from ...benchmarks.precision.images import generate
     from ...benchmarks.quality.pictures import missing
 
     total = sum(setting.steps * missing(task, setting, folder) for task in tasks.values() for setting in compared)
     with calls_bar(total) as (on_call, stage):
-        return draw(bundle, tasks, compared, folder, threads=threads, on_call=on_call, stage=stage)
+        return generate(bundle, tasks, compared, folder, threads=threads, on_call=on_call, stage=stage)

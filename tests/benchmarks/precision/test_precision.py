@@ -178,7 +178,7 @@ def test_builds_are_chosen_by_engine_and_precision() -> None:
     [
         (["tensorrt"], [], "tensorrt is not compared: choose onnxruntime or openvino"),
         ([], ["fp8"], "fp8 is not compared: choose int8 or bf16"),
-        (["onnxruntime"], ["bf16"], "onnxruntime cannot compute in bf16: leave --engine out"),
+        (["onnxruntime"], ["bf16"], "onnxruntime cannot compute in bf16: omit --engine"),
     ],
 )
 def test_what_is_not_compared_is_refused(engines: list[str], precisions: list[str], says: str) -> None:

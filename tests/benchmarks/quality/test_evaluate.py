@@ -194,8 +194,8 @@ def test_a_dry_run_says_what_is_to_come_and_makes_nothing(shapes_bundle: Path, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sampler", "heun"], "is not a sampler here"),
-        (["--plan", "full", "--sampler", "heun"], "is not a sampler here"),
+        (["--sampler", "heun"], "is not a sampler of this benchmark"),
+        (["--plan", "full", "--sampler", "heun"], "is not a sampler of this benchmark"),
         (["--plan", "quick", "--sampler", "dpm++ 2m"], "this plan has ddim, euler ancestral"),
         (["--plan", "full", "--interval", "3"], "leave it or them out"),
         (["--shallow-ratio", "deepcache:0=2"], "between 0 and 1"),

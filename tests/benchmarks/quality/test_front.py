@@ -52,7 +52,7 @@ def test_what_needs_no_tuning() -> None:
             of_it = [row for row in own if row.interval == interval]
             assert [row.parsed.warmup if row.parsed else None for row in of_it] == [0, 2, 2]
             assert [row.damping is None for row in of_it] == [True, True, False]
-    with pytest.raises(UserError, match="'heun' is not a sampler here"):
+    with pytest.raises(UserError, match="'heun' is not a sampler of this benchmark"):
         front.known(50, ["heun"])
 
 
