@@ -1,1 +1,1 @@
-"""``offcut bench controlnet``: cost and gain of skipping a ControlNet on shallow calls."""
+"""``offcut bench controlnet``: quality and speed with a ControlNet that is skipped on shallow calls."""

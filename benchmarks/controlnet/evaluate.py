@@ -1,4 +1,4 @@
-"""Quality and speed of every setting on the same scenes."""
+"""Quality and speed of each setting on the same scenes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .pipelines import ControlNetMeter, Pipelines, SceneImages, generate_images
 from .settings import CUT, UNCACHED, ControlNetSetting, SceneTask
 
 Times = tuple[list[float], list[float]]
-"""Seconds per image, one a round: of the pipeline's call, and in the ControlNet."""
+"""Seconds per image in each round: of the whole pipeline call, and of the ControlNet."""
 
 
 @dataclass(frozen=True)
 class SceneScores:
-    """One value for each scene, (N,)."""
+    """The scores of a setting, with one value for each scene, (N,)."""
 
     psnr: metrics.Values
     overlap: metrics.Values
@@ -43,8 +43,8 @@ def evaluate(
     """Generate and score the scenes of all settings, then time a batch of each in turns.
 
     Args:
-        settings: the uncached one with the ControlNet among them, and each reused one with its counterpart.
-        rounds: of the times; 0 takes none.
+        settings: result of ``compared_settings``.
+        rounds: number of timing rounds; 0 measures no times.
         model, controlnet: names in the result.
         on_step: called at every denoising step.
         stage: called with the name of each stage.
@@ -85,7 +85,7 @@ def evaluate(
 def _times(
     pipes: Pipelines, task: SceneTask, settings: Sequence[ControlNetSetting], rounds: int, on_step: Progress
 ) -> Mapping[ControlNetSetting, Times]:
-    """Time the first batch of scenes with every setting in turn, in each round; the first round only warms up."""
+    """Time the first batch of scenes with every setting in turn; the first round is not measured."""
     places = range(min(task.batch, len(task.prompts)))
     times: dict[ControlNetSetting, Times] = {setting: ([], []) for setting in settings}
     for turn in range(rounds + 1 if rounds else 0):

@@ -21,7 +21,7 @@ from .settings import CUT, ControlNetSetting, SceneTask
 
 @dataclass
 class ControlNetMeter:
-    """Passes through a ControlNet's layers, and seconds of all its calls, skipped ones included."""
+    """Number of passes through a ControlNet's layers, and seconds of all its calls, also of skipped ones."""
 
     passes: int = 0
     seconds: float = 0.0
@@ -29,7 +29,7 @@ class ControlNetMeter:
 
 @dataclass(frozen=True)
 class SceneImages:
-    """Images of a setting, uint8 (N, 64, 64, 3), with the UNet's calls and the ControlNet's passes for one batch."""
+    """The images of a setting, uint8 (N, 64, 64, 3), with the UNet calls and ControlNet passes of one batch."""
 
     pictures: Pictures
     timeline: str
@@ -37,10 +37,10 @@ class SceneImages:
 
 
 class Pipelines:
-    """Diffusers' pipelines on one open UNet: without a ControlNet, with one, and with a reused one.
+    """Three diffusers pipelines on one open UNet: without a ControlNet, with one, and with a reused one.
 
     Args:
-        unet: of a bundle with inputs for a ControlNet's residuals.
+        unet: UNet of a bundle with inputs for a ControlNet's residuals.
         model: directory of the pipeline.
         controlnet: directory of the ControlNet, which runs in eager PyTorch.
 
@@ -67,13 +67,13 @@ class Pipelines:
 
     @property
     def scheduler(self) -> str:
-        """Class name of the pipelines' scheduler."""
+        """Class name of the scheduler."""
         return type(self._plain.scheduler).__name__
 
     def generate(
         self, task: SceneTask, setting: ControlNetSetting, places: range, on_step: Progress, meter: ControlNetMeter
     ) -> Pictures:
-        """Generate the images at these places of the task by one pipeline call: uint8 (N, 64, 64, 3)."""
+        """Generate the images with these indices by one pipeline call: uint8 (N, 64, 64, 3)."""
         import torch
 
         pipe: Any = self._controlled[setting.reused] if setting.control else self._plain
@@ -89,7 +89,7 @@ class Pipelines:
 
 @contextmanager
 def _metered(net: Any, meter: ControlNetMeter) -> Iterator[None]:
-    """Count a ControlNet's passes and its seconds; None for no ControlNet."""
+    """Record the passes and seconds of a ControlNet in ``meter``; a ``net`` of None records nothing."""
     if net is None:
         yield
         return

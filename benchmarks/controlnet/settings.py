@@ -21,7 +21,8 @@ class ControlNetSetting:
 
     Attributes:
         control: whether the pipeline has the ControlNet.
-        interval: one call in so many is full, after `warmup` full ones; None where every call is full.
+        interval: caching interval; None makes every call full.
+        warmup: number of full calls at the beginning.
         reused: whether the ControlNet is skipped on shallow calls.
     """
 
@@ -32,14 +33,14 @@ class ControlNetSetting:
 
     @property
     def name(self) -> str:
-        """Unique in a run."""
+        """Name of the setting, unique in a run."""
         cached = "uncached" if self.interval is None else f"interval {self.interval}"
         suffix = ", ControlNet reused" if self.reused else "" if self.control else " without ControlNet"
         return cached + suffix
 
     @property
     def schedule(self) -> Schedule | None:
-        """None where every call is full."""
+        """Schedule of the UNet; None where every call is full."""
         return None if self.interval is None else Uniform(self.interval, warmup=self.warmup)
 
 
@@ -48,7 +49,7 @@ UNCACHED = ControlNetSetting()
 
 
 def compared_settings(intervals: Sequence[int], warmup: int) -> list[ControlNetSetting]:
-    """Return uncached without and with the ControlNet, then each interval with the ControlNet always and reused."""
+    """Return the settings: uncached without and with the ControlNet, then each interval without and with reuse."""
     cached = [ControlNetSetting(True, interval, warmup, reused) for interval in intervals for reused in (False, True)]
     return [PLAIN, UNCACHED, *cached]
 
@@ -58,10 +59,11 @@ class SceneTask:
     """The scenes that every setting generates.
 
     Attributes:
-        prompts: one for each image; image i starts from the noise of seed `seed + i`.
-        silhouettes: uint8 (N, 64, 64, 3).
-        drawn: the rendered scenes, likewise.
-        batch: images of one call of the pipeline.
+        prompts: one prompt for each image.
+        silhouettes: the ControlNet's inputs, uint8 (N, 64, 64, 3).
+        drawn: the rendered scenes, uint8 (N, 64, 64, 3).
+        seed: seed of the first image; image i starts from the noise of seed `seed + i`.
+        batch: number of images in one pipeline call.
     """
 
     prompts: tuple[str, ...]
@@ -74,16 +76,16 @@ class SceneTask:
 
 
 def task(count: int, *, steps: int, guidance: float, seed: int, batch: int) -> SceneTask:
-    """Return random scenes: one object, two, and a pair of colour and shape that was never trained, in turn.
+    """Return a task with random scenes: of one object, two, and a colour and shape never trained together, in turns.
 
-    The prompts leave sizes and places open; only the silhouette gives them.
+    The prompts state no sizes and places; only the silhouettes show them.
     """
     random = np.random.default_rng(seed)
-    specified = [scenes.scene_from_caption(text, random) for text in prompts(count, 1000 + seed)]
+    random_scenes = [scenes.scene_from_caption(text, random) for text in prompts(count, 1000 + seed)]
     return SceneTask(
-        prompts=tuple(silhouettes.open_caption(scene) for scene in specified),
-        silhouettes=np.stack([silhouettes.silhouette(scene) for scene in specified]),
-        drawn=np.stack([scenes.render(scene) for scene in specified]),
+        prompts=tuple(silhouettes.open_caption(scene) for scene in random_scenes),
+        silhouettes=np.stack([silhouettes.silhouette(scene) for scene in random_scenes]),
+        drawn=np.stack([scenes.render(scene) for scene in random_scenes]),
         steps=steps,
         guidance=guidance,
         seed=seed,

@@ -1,4 +1,4 @@
-"""Capacity planning: the arrivals of a load, and the number of devices that it needs."""
+"""Capacity planning: the arrivals of requests, and the number of devices that a load needs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .costs import DeviceCosts
 from .simulate import RequestKind, SimulatedLoad, WorkerSetting, simulate
 
 WARMUP = 0.1
-"""Share of the requests at the beginning that percentiles leave out: they find empty devices."""
+"""Share of the first requests that percentiles omit, because these requests find empty devices."""
 
 SHARES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
-"""Rates of the curve, as shares of a device's capacity."""
+"""Arrival rates of ``curve``, as shares of the capacity of one device."""
 
 
 def arrivals(rate: float, count: int, seed: int = 0) -> list[float]:
@@ -39,8 +39,8 @@ class RequestLoad:
     """A load of requests.
 
     Attributes:
-        kinds: each request is one of these, drawn at random.
-        requests: number of requests that are simulated for a figure.
+        kinds: kinds of requests; each request gets a random one.
+        requests: number of simulated requests.
     """
 
     kinds: Sequence[RequestKind]
@@ -48,19 +48,19 @@ class RequestLoad:
     seed: int = 0
 
     def on(self, costs: DeviceCosts, setting: WorkerSetting, rate: float) -> SimulatedLoad:
-        """Simulate the load at a rate of requests a second."""
+        """Simulate the load at this rate of requests a second."""
         times = arrivals(rate, self.requests, self.seed)
         return simulate(costs, self.kinds, times, setting, self.seed)
 
 
 def capacity(costs: DeviceCosts, load: RequestLoad, setting: WorkerSetting) -> float:
-    """Return the requests a second that one device can do when its queue is never empty."""
+    """Return the requests a second that one device completes when its queue is never empty."""
     one = replace(setting, devices=1, max_queue=load.requests)
     return simulate(costs, load.kinds, [0.0] * load.requests, one, load.seed).throughput
 
 
 def curve(costs: DeviceCosts, load: RequestLoad, setting: WorkerSetting) -> list[tuple[float, SimulatedLoad]]:
-    """Simulate one device at ``SHARES`` of its capacity; return the rates in requests a second with their results."""
+    """Simulate one device at ``SHARES`` of its capacity; return each rate in requests a second with its result."""
     most = capacity(costs, load, setting)
     one = replace(setting, devices=1)
     return [(most * share, load.on(costs, one, most * share)) for share in SHARES]
@@ -74,7 +74,7 @@ def meets(simulated: SimulatedLoad, p99: float) -> bool:
 def devices_for(
     costs: DeviceCosts, load: RequestLoad, setting: WorkerSetting, rate: float, p99: float, most: int = 4096
 ) -> tuple[int, SimulatedLoad]:
-    """Return the smallest number of devices that meets a p99, and the simulation with it.
+    """Return the smallest number of devices that meets a p99, and the simulation with this number.
 
     Raises:
         UserError: ``most`` devices are not enough; the message says why.
@@ -82,7 +82,7 @@ def devices_for(
     results: dict[int, SimulatedLoad] = {}
 
     def enough(devices: int) -> bool:
-        # Each of many devices needs some requests to tell anything.
+        # With many devices, each needs enough requests for a percentile.
         scaled = replace(load, requests=max(load.requests, 50 * devices))
         results[devices] = scaled.on(costs, replace(setting, devices=devices), rate)
         return meets(results[devices], p99)
@@ -90,8 +90,8 @@ def devices_for(
     alone = simulate(costs, load.kinds, [1e6 * index for index in range(100)], replace(setting, devices=1), load.seed)
     if alone.percentile(99) > p99:
         raise UserError(
-            f"a request alone on a device already takes {alone.percentile(99):.2f} s, so a p99 of {p99:g} s is out of "
-            "reach: allow more, take fewer steps or more caching, or use a faster device"
+            f"a request alone on a device already takes {alone.percentile(99):.2f} s, so a p99 of {p99:g} s is "
+            "impossible: allow more time, take fewer steps or more caching, or use a faster device"
         )
     high = 1
     while not enough(high):

@@ -1,4 +1,4 @@
-"""The measured times of one device, in a file that another machine can read."""
+"""The measured times of a device, in a file that other machines can read."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Seconds = dict[PositiveInt, float]
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Durations of engine calls by the number of rows: measured, and interpolated in between.
+    """Durations of engine calls by their number of rows, interpolated between the measured numbers.
 
     Attributes:
-        tables: seconds by number of rows, at least one; of full calls under None, of shallow calls under their cut.
+        tables: for each cut of shallow calls, and None for full calls, the seconds by number of rows.
     """
 
     tables: Mapping[str | None, Mapping[int, float]]
 
     def seconds(self, cut: str | None, rows: int) -> float:
-        """Return the duration of one call: linear between measured numbers of rows, and extended beyond the last two.
+        """Return the seconds of one call by linear interpolation, and by extrapolation beyond the measured numbers.
 
         Args:
             cut: cut of a shallow call; None for a full call.
@@ -44,28 +44,28 @@ class StepTimes:
         low, high = sizes[place - 1], sizes[place]
         slope = (table[high] - table[low]) / (high - low)
         estimate = table[low] + slope * (rows - low)
-        # Noise can give a short table a negative slope; a call with more rows always takes some time.
+        # Noise can make the slope negative, but every call takes some time.
         return estimate if estimate > 0 else table[high if rows > high else low]
 
 
 class DeviceCosts(BaseModel):
-    """Seconds on one device; tables are by the number of rows of an engine call."""
+    """The times of one device in seconds; each table has them by the number of rows of an engine call."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = 1
     model: str
     engine: str
-    device: str = Field(description="the machine that was measured, in words")
-    height: int = Field(description="of the images, in pixels")
+    device: str = Field(description="description of the measured machine")
+    height: int = Field(description="image height in pixels")
     width: int
-    cut: str = Field(description="of the shallow calls")
-    rows: int = Field(ge=1, description="of one request in an engine call: with guidance two for each image")
-    full: Seconds = Field(min_length=1, description="of a full engine call")
-    shallow: Seconds = Field(min_length=1, description="of a shallow engine call")
-    between: Seconds = Field(min_length=1, description="from one engine call to the next: schedulers, copies, threads")
-    encode: float = Field(ge=0, description="of one request before its first UNet call, e.g. the text encoder")
-    decode: float = Field(ge=0, description="of one request after its last one, e.g. the autoencoder")
+    cut: str = Field(description="cut of the shallow calls")
+    rows: int = Field(ge=1, description="rows of one request in an engine call; with guidance two for each image")
+    full: Seconds = Field(min_length=1, description="time of a full engine call")
+    shallow: Seconds = Field(min_length=1, description="time of a shallow engine call")
+    between: Seconds = Field(min_length=1, description="time between two engine calls: schedulers, copies, threads")
+    encode: float = Field(ge=0, description="time of a request before its first UNet call, e.g. in the text encoder")
+    decode: float = Field(ge=0, description="time of a request after its last UNet call, e.g. in the autoencoder")
 
     @model_validator(mode="after")
     def _takes_time(self) -> DeviceCosts:
@@ -84,7 +84,7 @@ class DeviceCosts(BaseModel):
         return StepTimes({None: {rows: max(seconds, 1e-9) for rows, seconds in self.between.items()}})
 
     def save(self, path: Path) -> Path:
-        """Write the times; an older file is replaced when the new one is complete."""
+        """Write the times to a file; an older file is replaced once the new one is complete."""
         return write_whole(path, self.model_dump_json(indent=1) + "\n")
 
 
@@ -92,12 +92,12 @@ def read(path: Path) -> DeviceCosts:
     """Read a file that ``DeviceCosts.save`` wrote.
 
     Raises:
-        UserError: the file cannot be read, or holds something else.
+        UserError: the file cannot be read, or has another content.
     """
     try:
         return DeviceCosts.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give what --export-times wrote") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; give the file that --export-times wrote") from error
     except (ValidationError, UnicodeDecodeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(map(str, first["loc"]))

@@ -1,4 +1,4 @@
-"""A device's times, measured with the worker itself: the same threads, copies and turns as in production."""
+"""Measurement of a device's times in a worker, with the threads, copies and turns of a server."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def measure(
     repeats: int = 3,
     stage: Callable[[str], None] = lambda text: None,
 ) -> DeviceCosts:
-    """Run groups of equal requests on a worker, in turns, and read its statistics.
+    """Run groups of equal requests on a worker in turns, and compute the times from its statistics.
 
     Args:
-        pipe: of ``offcut.load`` or ``offcut.attach``.
-        arguments: of one request's pipeline call.
-        schedule: has full and shallow calls in a request.
-        model, device: described in words.
+        pipe: result of ``offcut.load`` or ``offcut.attach``.
+        arguments: arguments of one request's pipeline call.
+        schedule: a schedule with full and shallow calls in each request.
+        model, device: descriptions for the result.
         together: numbers of requests that share engine calls.
-        repeats: rounds after one that is not measured; each time is the median over rounds.
+        repeats: number of measured rounds, whose median is the result; one more round comes first.
 
     Raises:
         UserError: the requests made no shallow calls, or shared no engine calls.
@@ -55,14 +55,16 @@ def measure(
     full, shallow, between = {}, {}, {}
     for count, groups in rounds.items():
         rows = per_request * count
-        # One of several short requests may run before the others have arrived.
+        # A short request may run before the others of its group have arrived.
         groups = [group for group in groups if {("full", rows), ("shallow", rows)} <= set(group.ticks)]
         if not groups:
-            raise UserError("these requests make no full and shallow calls together: give another schedule, or steps")
+            raise UserError(
+                "the requests of a group shared no full or no shallow calls: give another schedule or more steps"
+            )
         full[rows] = statistics.median(group.ticks["full", rows].mean for group in groups)
         shallow[rows] = statistics.median(group.ticks["shallow", rows].mean for group in groups)
         between[rows] = statistics.median(group.between(rows) for group in groups)
-    every = [group for groups in rounds.values() for group in groups]
+    all_groups = [group for groups in rounds.values() for group in groups]
     return DeviceCosts(
         model=model,
         engine=pipe.unet.engine,
@@ -74,16 +76,16 @@ def measure(
         full=full,
         shallow=shallow,
         between=between,
-        encode=statistics.median(group.encode(per_request) for group in every),
-        decode=statistics.median(group.decode for group in every),
+        encode=statistics.median(group.encode(per_request) for group in all_groups),
+        decode=statistics.median(group.decode for group in all_groups),
     )
 
 
 def _run(
     worker: Worker, arguments: Mapping[str, Any], schedule: Schedule, cut: str | None, count: int
 ) -> _RequestGroup:
-    """Run a number of equal requests at once, from submission until all are done."""
-    ends: list[float] = []  # of each step of each request
+    """Run equal requests at the same time and return their times."""
+    ends: list[float] = []  # end of each step of each request
 
     def mark(step: Step) -> None:
         ends.append(time.perf_counter())
@@ -94,19 +96,20 @@ def _run(
     images = [ticket.future.result().images for ticket in tickets]
     ended = time.perf_counter()
     ticks = _difference(before, worker.statistics())
-    last = ends[-count]  # the first end of a last step: some requests may reach the autoencoder before others
+    last = ends[-count]  # end of the first last step: some requests reach the autoencoder before others
     return _RequestGroup(count, ends[0] - began, last - ends[0], ended - last, ticks, images[0][0])
 
 
 @dataclass(frozen=True)
 class _RequestGroup:
-    """Equal requests that ran together.
+    """Times of equal requests that ran together.
 
     Attributes:
         count: number of requests.
-        before, within, after: seconds until the first end of a first step, from there until the first end of a last
-            step, and from there until all are done.
-        ticks: the engine calls, by kind and rows.
+        before: seconds until the first of the requests ends its first step.
+        within: seconds from then until the first of the requests ends its last step.
+        after: seconds from then until all requests are done.
+        ticks: number and seconds of the engine calls, by kind and rows.
         image: one of the generated images.
     """
 
@@ -127,7 +130,7 @@ class _RequestGroup:
         return self.after / self.count
 
     def between(self, rows: int) -> float:
-        """Return the seconds from one engine call to the next; the first call lies before the first end of a step."""
+        """Return the mean seconds between two engine calls; the first call is over before ``within`` begins."""
         engine = sum(total.seconds for total in self.ticks.values()) - self.ticks["full", rows].mean
         calls = sum(total.count for total in self.ticks.values()) - 1
         return max(self.within - engine, 0.0) / calls

@@ -1,7 +1,7 @@
-"""A discrete-event simulator of workers: the worker's policy and turns, with measured times in place of engines.
+"""A discrete-event simulator of workers, with the worker's policy, and measured times in place of engines.
 
-A device does one thing at a time, like ``runtime.batching.batcher``: the Python code of requests in the order in which
-they wait, or an engine call when every request in flight waits for the UNet. An event is the end of such a task.
+A device does one task at a time, like ``runtime.batching.batcher``: the Python code of a request, or an engine call
+once every request in flight waits for the UNet. An event is an arrival or the end of a task.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..stats import percentile
 from .costs import DeviceCosts
 
 HORIZON = 60.0
-"""Seconds after which a request without a deadline is due: ``runtime.batching.worker.HORIZON``."""
+"""Seconds after which a request without a deadline is due, as in ``runtime.batching.worker.HORIZON``."""
 
 _Effect = Callable[[float], None]
 
@@ -37,12 +37,13 @@ class RequestKind:
 
 @dataclass(frozen=True)
 class WorkerSetting:
-    """The workers.
+    """The settings of the simulated workers.
 
     Attributes:
-        devices: number of workers, one for each device; a request goes to the worker with the fewest requests.
-        max_in_flight, max_queue, max_batch: of each; see ``runtime.batching.Worker``.
-        whole_requests: batch as other servers do, for comparison: new requests wait until all in flight are done.
+        policy: batching policy.
+        devices: number of devices with a worker each; a request goes to the worker with the fewest requests.
+        max_in_flight, max_queue, max_batch: limits of each worker; see ``runtime.batching.Worker``.
+        whole_requests: whether new requests wait until all in flight are done, as in servers that batch whole requests.
     """
 
     policy: Policy
@@ -59,12 +60,12 @@ class SimulatedLoad:
 
     Attributes:
         latencies: seconds from arrival to image, in the order of arrival, without rejected requests.
-        queued: seconds from arrival until work began, in the same order.
+        queued: seconds from arrival until the work began, in the same order.
         rejected: number of requests that found the queue full.
-        seconds: from the first arrival to the last image.
-        busy: seconds that devices worked, summed over devices.
-        engine: the part of ``busy`` that was engine calls.
-        calls, rows: number of engine calls, and of their rows.
+        seconds: seconds from the first arrival to the last image.
+        busy: seconds that the devices worked, summed over the devices.
+        engine: seconds of ``busy`` in engine calls.
+        calls, rows: number of engine calls, and sum of their rows.
         devices: number of devices.
     """
 
@@ -85,15 +86,16 @@ class SimulatedLoad:
 
     @property
     def utilisation(self) -> float:
-        """Share of the time that devices work."""
+        """Share of the time in which the devices work."""
         return self.busy / (self.seconds * self.devices) if self.seconds else 0.0
 
     @property
     def mean_rows(self) -> float:
+        """Mean number of rows of an engine call."""
         return self.rows / self.calls if self.calls else 0.0
 
     def percentile(self, percent: float, skip: float = 0.0) -> float:
-        """Return a percentile of the latencies; ``skip`` leaves out the first requests, a share from 0 to 1."""
+        """Return a percentile of the latencies without the first requests, of which ``skip`` is the share."""
         latencies = self.latencies[int(len(self.latencies) * skip) :]
         return percentile(latencies, percent) if latencies else float("inf")
 
@@ -124,7 +126,7 @@ class _Device:
 
     @property
     def load(self) -> int:
-        """Number of requests, waiting or in flight."""
+        """Number of requests that wait or are in flight."""
         return len(self._queue) + self._in_flight
 
     def submit(self, request: _Request, now: float) -> bool:
@@ -137,7 +139,7 @@ class _Device:
         return True
 
     def next_task(self) -> tuple[float, _Effect] | None:
-        """Return the seconds of the task that begins now, and the effect of its end; None if there is no task."""
+        """Start the next task; return its seconds and the function to call at its end, or None without a task."""
         if self._tasks:
             task = self._tasks.popleft()
         elif self._at_unet:
@@ -189,8 +191,8 @@ class _Device:
         for request in members:
             request.call += 1
         done = [request for request in members if request.call == len(request.kind.full)]
-        going_on = [request for request in members if request not in done]
-        self._tasks.append((self._costs.gaps.seconds(None, rows), partial(self._reach_unet, going_on)))
+        unfinished = [request for request in members if request not in done]
+        self._tasks.append((self._costs.gaps.seconds(None, rows), partial(self._reach_unet, unfinished)))
         self._tasks += [(self._costs.decode, partial(self._finish, request)) for request in done]
 
     def _finish(self, request: _Request, now: float) -> None:
@@ -202,8 +204,8 @@ class _Device:
 def simulate(
     costs: DeviceCosts, kinds: Sequence[RequestKind], arrivals: Sequence[float], setting: WorkerSetting, seed: int = 0
 ) -> SimulatedLoad:
-    """Simulate requests that arrive at these seconds, each of a kind that is drawn at random."""
-    draw = random.Random(seed)
+    """Simulate requests that arrive at these seconds; each request is of a random kind."""
+    generator = random.Random(seed)
     devices = [_Device(costs, setting) for _ in range(setting.devices)]
     order = itertools.count()  # breaks ties between events of the same moment
     events: list[tuple[float, int, _Effect]] = []
@@ -247,7 +249,7 @@ def simulate(
             start_task(index, now)
 
     for key, moment in enumerate(arrivals):
-        schedule(moment, partial(arrive, _Request(key, draw.choice(kinds), moment)))
+        schedule(moment, partial(arrive, _Request(key, generator.choice(kinds), moment)))
     now = 0.0
     while events:
         now, _, effect = heapq.heappop(events)

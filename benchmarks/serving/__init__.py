@@ -1,1 +1,1 @@
-"""A load test of ``offcut serve``: closed and open loops, overload, soak, and two other ways to batch."""
+"""``offcut bench serve``: closed and open loops, overload and soak of the server, and two other ways to batch."""

@@ -1,12 +1,12 @@
-"""Durations of engine calls by the number of requests that share them, and the gain that sharing can bring at most."""
+"""Durations of engine calls by the number of requests that share them, and the largest gain that sharing allows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from ..schema.serving import BatchRow
+from ..schema.serving import BatchRow, ServingLoad
 from ..shapes.model import PROMPTS
 from .load_plan import ServerSetting
 
@@ -14,24 +14,11 @@ AT_LOAD = 0.7
 """Rate of the simulated open loop, as a share of the capacity."""
 
 
-@dataclass(frozen=True)
-class Batches:
-    """Measurements of the worker alone, without HTTP.
+def measure_batches(setting: ServerSetting, measured: ServingLoad, stage: Callable[[str], None]) -> None:
+    """Measure the worker without HTTP, simulate its limits, and store both in ``measured``.
 
-    Attributes:
-        rows: durations of engine calls.
-        allowed: throughput with all requests in flight over that with one, as simulated with these durations.
-        allowed_latency: p50 of batches of whole requests over that of shared steps at ``AT_LOAD``, simulated as if
-            only engine calls took time.
+    ``allowed_latency`` is simulated as if only engine calls took time, at the load ``AT_LOAD``.
     """
-
-    rows: list[BatchRow]
-    allowed: float
-    allowed_latency: float
-
-
-def measure_batches(setting: ServerSetting, stage: Callable[[str], None] = lambda text: None) -> Batches:
-    """Measure the worker and simulate its limits."""
     from ...engines.bundle.bundle import Bundle
     from ...runtime.batching.policy import Policy
     from ...runtime.generation.schedule import Uniform
@@ -72,17 +59,14 @@ def measure_batches(setting: ServerSetting, stage: Callable[[str], None] = lambd
     ways = (shared, replace(shared, whole_requests=True))
     rate = AT_LOAD * min(capacity(calls_only, load_of, each) for each in ways)
     p50, p50_whole = (load_of.on(calls_only, each, rate).percentile(50, WARMUP) for each in ways)
-    return Batches(
-        rows=[
-            BatchRow(
-                requests=rows // costs.rows,
-                rows=rows,
-                full=costs.full[rows],
-                shallow=costs.shallow[rows],
-                between=costs.between[rows],
-            )
-            for rows in sorted(costs.full)
-        ],
-        allowed=most / one,
-        allowed_latency=p50_whole / p50,
-    )
+    measured.batches = [
+        BatchRow(
+            requests=rows // costs.rows,
+            rows=rows,
+            full=costs.full[rows],
+            shallow=costs.shallow[rows],
+            between=costs.between[rows],
+        )
+        for rows in sorted(costs.full)
+    ]
+    measured.allowed, measured.allowed_latency = most / one, p50_whole / p50

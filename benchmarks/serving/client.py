@@ -1,4 +1,4 @@
-"""Clients of an image server: closed loops, in which each client waits for its image, and open loops."""
+"""Clients of an image server in closed loops, where each client waits for its image, and in open loops."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from typing import Any
 from ...errors import InternalError
 
 Body = Callable[[int], Mapping[str, Any]]
-"""Returns the JSON body of the n-th request."""
+"""Function that returns the JSON body of the n-th request."""
 
 Leaving = Callable[[int], float | None]
-"""Returns the seconds after which the client of the n-th request disconnects; None if it waits."""
+"""Function that returns the seconds after which the n-th request's client disconnects, or None if it waits."""
 
 LEFT, LOST = 0, -1
-"""In place of an HTTP status: the client disconnected before the reply; the connection failed."""
+"""Values in place of an HTTP status: the client disconnected before the reply, or the connection failed."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The reply to a request; moments are on ``time.perf_counter``.
+    """The reply to a request; times are readings of ``time.perf_counter``.
 
     Attributes:
-        due: when the request was to be sent.
-        sent, ended: when it was sent, and when the whole reply had arrived.
-        status: of HTTP, ``LEFT`` or ``LOST``.
-        code: of an error.
-        retry_after: whether a refusal has the header Retry-After.
+        due: when the request should have been sent.
+        sent: when the request was sent.
+        ended: when the whole reply had arrived.
+        status: HTTP status, ``LEFT`` or ``LOST``.
+        code: code of an error.
+        retry_after: whether the reply has the header Retry-After.
     """
 
     due: float
@@ -45,7 +46,7 @@ class Reply:
 
     @property
     def latency(self) -> float:
-        """Seconds since the request was due, so that a late client does not flatter the server."""
+        """Seconds from when the request was due until the reply had arrived, so that delays of the client count."""
         return self.ended - self.due
 
     @property
@@ -59,13 +60,13 @@ class Reply:
 
 
 class Client:
-    """Sends requests over connections that stay open; a context.
+    """An HTTP client that keeps its connections open; an asynchronous context.
 
-    aiohttp costs half of httpx's processor time, which the server on the same machine would lack.
+    It uses aiohttp, which takes half of httpx's processor time: client and server share the processor.
 
     Args:
-        url: of the server.
-        body: of each request.
+        url: URL of the server.
+        body: function that returns the body of each request.
     """
 
     def __init__(self, url: str, body: Body) -> None:
@@ -86,11 +87,11 @@ class Client:
         """Send the n-th request and wait for its reply.
 
         Args:
-            due: when it should be sent; now by default.
-            leave: seconds after which the client disconnects.
+            due: when the request should be sent; now by default.
+            leave: seconds after which the client disconnects; None if it waits.
 
         Raises:
-            InternalError: a reply with status 200 holds no image.
+            InternalError: a reply with status 200 has no image.
         """
         import aiohttp
 
@@ -122,11 +123,11 @@ def _code(content: bytes) -> str:
 
 @dataclass(frozen=True)
 class Window:
-    """The measurement between two moments, and the replies around it.
+    """A measured span of time with its replies.
 
     Attributes:
-        replies: all of them, also those that began before the window or ended after it.
-        began, ended: of the window.
+        replies: all replies, also to requests that began before the window or ended after it.
+        began, ended: begin and end of the window.
     """
 
     replies: tuple[Reply, ...]
@@ -137,14 +138,14 @@ class Window:
     def throughput(self) -> float:
         """Images a second.
 
-        An image that crosses an edge of the window counts with its share inside. So batches that end together do not
-        make the figure jump.
+        An image at an edge of the window counts with the share of its time inside. Otherwise batches that end together
+        would make the figure jump.
         """
         return sum(self._share(reply) for reply in self.replies if reply.has_image) / (self.ended - self.began)
 
     @property
     def latencies(self) -> list[float]:
-        """Seconds of the images whose requests were due inside the window."""
+        """Latencies of the images whose requests were due inside the window."""
         return [reply.latency for reply in self.replies if reply.has_image and self.began <= reply.due < self.ended]
 
     def _share(self, reply: Reply) -> float:
@@ -155,13 +156,14 @@ class Window:
 async def closed_loop(
     client: Client, count: int, seconds: float, settle: float, leaving: Leaving | None = None
 ) -> Window:
-    """Run clients each of which sends its next request once it has its image.
+    """Run clients that each send the next request once they have their image.
 
-    They go on until every request that began inside the window is done, so that its last images are generated under
-    the same load as its first ones.
+    The clients continue until every request that began inside the window is done, so that the last images of the
+    window are generated under the same load as the first.
 
     Args:
         count: number of clients.
+        seconds: duration of the window.
         settle: seconds before the window.
         leaving: decides which clients disconnect early.
     """
@@ -188,10 +190,12 @@ async def closed_loop(
 
 
 async def open_loop(client: Client, moments: Sequence[float], seconds: float, settle: float) -> Window:
-    """Send requests at these moments, whether or not earlier ones are done.
+    """Send requests at these moments, whether or not earlier requests are done.
 
     Args:
-        moments: in seconds, from 0 to ``settle + seconds``.
+        moments: seconds from the start, from 0 to ``settle + seconds``.
+        seconds: duration of the window.
+        settle: seconds before the window.
     """
     start = time.perf_counter()
 

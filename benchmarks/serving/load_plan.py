@@ -1,4 +1,4 @@
-"""The settings of a load test: the servers and the phases."""
+"""The settings of a load test: its servers and its phases."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class ServerSetting:
     """The settings of the measured servers.
 
     Attributes:
-        bundle: the bundle that they serve.
-        steps, interval, warmup, guidance: defaults of requests; the clients' requests name none.
-        size: side of the images in pixels, which requests name; None for the model's own.
-        in_flight: requests that run at the same time, or in one batch of whole requests.
-        queue: requests that wait.
-        rows: most rows of an engine call.
+        bundle: the bundle to serve.
+        steps, interval, warmup, guidance: defaults for requests that do not set them.
+        size: side of the images in pixels; None for the model's own.
+        in_flight: maximum number of requests that run at the same time, or in one batch of whole requests.
+        queue: maximum number of waiting requests.
+        rows: maximum number of rows in an engine call.
     """
 
     bundle: Path = Path()
@@ -39,27 +39,28 @@ class ServerSetting:
 
     @property
     def places(self) -> int:
-        """Number of requests that the server takes, running and waiting; the same for all ways to batch."""
+        """Number of requests that run or wait in the server; the same for all ways to batch."""
         return self.in_flight + self.queue
 
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """The phases and their lengths, in seconds where nothing else is said.
+    """The phases of a load test, with durations in seconds.
 
     Attributes:
-        parts: of ``PARTS``.
+        parts: names in ``PARTS``.
         clients: numbers of clients of the closed loops.
         loads: rates of the open loops, as shares of the capacity.
-        rounds: in which the ways to batch take turns.
-        closed, open: windows of a closed and of an open loop.
-        settle: before each window.
+        rounds: number of rounds in which the ways to batch take turns.
+        closed, open: duration of the window of a closed and of an open loop.
+        settle: duration before each window.
         times: rate under overload, as a multiple of the capacity.
-        overload, capacity: the window of overload, and the one before it with every place taken.
-        soak, control: the long run, and the same on a server that leaks.
-        soak_clients: of both.
-        leaving: share of their requests whose client disconnects.
-        leak: bytes that the control's server keeps at each request.
+        capacity: duration of the window with every place taken, which comes before the overload.
+        overload: duration of the overload.
+        soak, control: duration of the soak, and of a soak on a server that leaks memory on purpose.
+        soak_clients: number of clients of both soaks.
+        leaving: share of the soaks' requests whose client disconnects.
+        leak: bytes that the leaking server keeps at each request.
     """
 
     parts: tuple[str, ...] = PARTS
@@ -80,7 +81,7 @@ class LoadPlan:
 
     @property
     def estimate(self) -> float:
-        """Seconds of all phases, without the start of servers."""
+        """Seconds of all phases, without the start of the servers."""
         ways = len(get_args(Way))
         closed, opened = (len(each) for each in (self.clients, self.loads))
         each = {

@@ -1,4 +1,4 @@
-"""The server under test, in a child process: that of ``offcut serve``, and the same with other ways to batch."""
+"""The server under test in a child process: the server of ``offcut serve``, also with other ways to batch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from ...runtime.server.service import WorkerService
 
 NAME = "measured"
-"""Model name for clients."""
+"""Name of the served model."""
 
 _TIMEOUT = 3600.0
-"""Seconds until a request is given up: longer than any queue here, so that none is."""
+"""Seconds until the server gives a request up; longer than any queue here."""
 
 _GRACE = 60.0
 """Seconds that a server may take to end."""
@@ -30,9 +30,9 @@ class MeasuredServer:
     """A server that runs inside its context.
 
     Args:
-        setting: of the server.
-        way: how it batches.
-        leak: bytes that it keeps for good at each request: a control that growing memory is noticed.
+        setting: settings of the server.
+        way: how the server batches.
+        leak: bytes that the server leaks at each request, as a control that growing memory is noticed.
 
     Raises:
         UserError: the server does not start; the message has the reason.
@@ -53,7 +53,7 @@ class MeasuredServer:
         except RequestFailed as error:
             self._process.close()
             self._folder.cleanup()
-            raise UserError(f"the server that was to be measured did not start: {error}") from error
+            raise UserError(f"the measured server did not start: {error}") from error
         self.url, self.engine = f"http://127.0.0.1:{started['port']}", str(started["engine"])
         self.pid = self._process.pid or 0
         return self
@@ -67,7 +67,7 @@ class MeasuredServer:
 
 
 def main() -> int:
-    """Serve until the parent closes the input; the answer to the one request is the port."""
+    """Serve until the parent closes the input; the reply to the only request is the port."""
     from ...runtime.server.run import listen, serve
 
     service: WorkerService | None = None
@@ -115,7 +115,7 @@ def _worker(pipe: Any, setting: ServerSetting, way: Way) -> Worker:
 
     if way == "whole":
         inner = Worker(pipe, max_in_flight=1, max_queue=0, max_batch=setting.rows)
-        # WholeRequests has the methods of Worker that a server calls.
+        # WholeRequests has the methods of Worker that the server calls.
         return cast("Worker", WholeRequests(inner, setting.in_flight, setting.queue))
     in_flight = 1 if way == "single" else setting.in_flight
     return Worker(pipe, max_in_flight=in_flight, max_queue=setting.places - in_flight, max_batch=setting.rows)
@@ -126,7 +126,7 @@ def _leak_at_each_request(service: WorkerService, count: int) -> None:
     submit = service.submit
 
     def leaking(body: Any) -> Any:
-        leaked.append(b"\1" * count)  # written to, or the system would not count it
+        leaked.append(b"\1" * count)  # written bytes, because the system counts no others
         return submit(body)
 
     service.submit = leaking  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Observation of a server under load from outside: its memory, and the gauges of its ``/metrics``."""
+"""Observation of a server under load: its memory, and the gauges of its ``/metrics``."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ QUEUED, IN_FLIGHT, SLOTS = "offcut_queued_requests", "offcut_in_flight_requests"
 
 @dataclass(frozen=True)
 class MemorySample:
-    """One observation.
+    """One observation of a server.
 
     Attributes:
-        at: on ``time.perf_counter``.
-        resident: bytes of the process in memory.
-        gauges: by name: requests that wait, that run, and that hold cached features.
+        at: reading of ``time.perf_counter``.
+        resident: resident memory of the process in bytes.
+        gauges: values of the gauges by name: requests that wait, that run, and that hold cached features.
     """
 
     at: float
@@ -31,12 +31,12 @@ class MemorySample:
 
 
 class ServerMonitor:
-    """A thread that observes a server at intervals inside its context.
+    """A thread that observes a server at intervals, while its context is open.
 
     Args:
-        url, pid: of the server.
+        url, pid: URL and process id of the server.
         interval: seconds between samples.
-        on_sample: called with each sample in the thread.
+        on_sample: called in the thread with each sample.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ServerMonitor:
             raise InternalError(f"the server's metrics could not be read: {self._error}") from self._error
 
     def most(self, *names: str) -> int:
-        """Return the largest sum of these gauges in one sample."""
+        """Return the largest sum of these gauges in any sample."""
         return int(max((sum(sample.gauges[name] for name in names) for sample in self.samples), default=0))
 
     def _observe(self) -> None:
@@ -72,7 +72,7 @@ class ServerMonitor:
                 sample = MemorySample(time.perf_counter(), self._process.memory_info().rss, gauges(text))
                 self.samples.append(sample)
                 self._on_sample(sample)
-        except Exception as error:  # raised at the end of the context
+        except Exception as error:  # `__exit__` raises it
             self._error = error
 
 

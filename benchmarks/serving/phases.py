@@ -1,4 +1,4 @@
-"""The phases of a load test one after the other: closed and open loops, overload, soak."""
+"""The phases of a load test: closed and open loops, overload, and soak."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .measured_server import MeasuredServer
 Stage = Callable[[str], None]
 
 _WARM_UP = 0.2
-"""Share of a soak after which its memory counts."""
+"""Share of a soak that counts as warm-up."""
 
 _SAMPLE_SECONDS = 1.0
 """Seconds between samples of a soak's memory."""
@@ -43,7 +43,7 @@ def run(setting: ServerSetting, plan: LoadPlan, stage: Stage = lambda text: None
     if "load" in plan.parts and max(plan.clients) > setting.places:
         raise UserError(
             f"{max(plan.clients)} clients find only {setting.places} places in the servers, so some would be refused: "
-            "give fewer, or a longer queue"
+            "give fewer clients or a longer queue"
         )
     request = {name: getattr(setting, name) for name in ("steps", "interval", "warmup", "guidance", "size")}
     measured = ServingLoad(
@@ -59,9 +59,7 @@ def run(setting: ServerSetting, plan: LoadPlan, stage: Stage = lambda text: None
     )
     if "load" in plan.parts:
         stage("measure engine calls by the number of requests that share them")
-        batches = measure_batches(setting, lambda text: stage(f"  {text}"))
-        measured.batches, measured.allowed = batches.rows, batches.allowed
-        measured.allowed_latency = batches.allowed_latency
+        measure_batches(setting, measured, lambda text: stage(f"  {text}"))
         _load(setting, plan, measured, stage)
     if "overload" in plan.parts:
         measured.overload = _overload(setting, plan, measured, stage)
@@ -73,7 +71,7 @@ def run(setting: ServerSetting, plan: LoadPlan, stage: Stage = lambda text: None
 
 
 def _load(setting: ServerSetting, plan: LoadPlan, measured: ServingLoad, stage: Stage) -> None:
-    """Run closed and open loops; the ways to batch take turns within a round, so that a slow moment affects all."""
+    """Run closed and open loops; the ways to batch take turns in each round, so that a slow moment affects all."""
     ways: tuple[Way, ...] = get_args(Way)
     body = _simple(setting)
     with ExitStack() as stack:
@@ -89,8 +87,8 @@ def _load(setting: ServerSetting, plan: LoadPlan, measured: ServingLoad, stage: 
         measured.closed = [_closed_row(way, count, windows) for (way, count), windows in loops.items()]
 
         most = max(plan.clients)
-        most_of = {way: statistics.median(each.throughput for each in loops[way, most]) for way in ways}
-        capacity = min(most_of["steps"], most_of["whole"])
+        throughputs = {way: statistics.median(each.throughput for each in loops[way, most]) for way in ways}
+        capacity = min(throughputs["steps"], throughputs["whole"])
         stage(f"open loops at {' and '.join(f'{load:.0%}' for load in plan.loads)} of {capacity:.2f} images a second")
         streams: dict[tuple[Way, float], list[Window]] = {(way, load): [] for load in plan.loads for way in ways}
         for index in range(plan.rounds):
@@ -194,7 +192,7 @@ def _soak(
 
 
 def _held(server: MeasuredServer) -> int:
-    """Return the requests and cache slots that an idle server still holds, after time to finish abandoned steps."""
+    """Return the number of requests and cache slots that the idle server still holds once abandoned steps are over."""
     deadline = time.perf_counter() + _QUIET
     while True:
         held = int(sum(monitor.gauges(monitor.read(f"{server.url}/metrics")).values()))
@@ -209,7 +207,7 @@ def _simple(setting: ServerSetting) -> Body:
 
 
 def _mixed(setting: ServerSetting, url: str) -> Body:
-    """Return bodies with three sizes around the usual one, three numbers of steps, cached and uncached."""
+    """Return bodies of cached and uncached requests with three image sizes and three numbers of steps."""
     model = json.loads(monitor.read(f"{url}/v1/models"))["data"][0]["offcut"]
     width, height = (setting.size,) * 2 if setting.size else map(int, model["size"].split("x"))
     multiple = model["multiple"]
@@ -217,23 +215,23 @@ def _mixed(setting: ServerSetting, url: str) -> Body:
     lengths = [setting.steps, max(setting.steps * 3 // 4, 2), max(setting.steps // 2, 2)]
 
     def body(number: int) -> Mapping[str, Any]:
-        draw = random.Random(number)
+        generator = random.Random(number)
         return {
             **_simple(setting)(number),
-            "size": draw.choice(sizes),
-            "num_inference_steps": draw.choice(lengths),
-            "interval": draw.choice([setting.interval, setting.interval, 1]),
+            "size": generator.choice(sizes),
+            "num_inference_steps": generator.choice(lengths),
+            "interval": generator.choice([setting.interval, setting.interval, 1]),
         }
 
     return body
 
 
 def _leaving(share: float, usual: float) -> Leaving:
-    """Make a share of the clients disconnect, at any moment of an image's usual seconds."""
+    """Make a share of the clients disconnect at a random moment of the usual latency."""
 
     def leave(number: int) -> float | None:
-        draw = random.Random(-1 - number)
-        return draw.uniform(0.01, max(usual, 0.02)) if draw.random() < share else None
+        generator = random.Random(-1 - number)
+        return generator.uniform(0.01, max(usual, 0.02)) if generator.random() < share else None
 
     return leave
 
@@ -243,7 +241,7 @@ def _closed(url: str, body: Body, count: int, seconds: float, settle: float, lea
 
 
 def _open(url: str, body: Body, rate: float, seconds: float, settle: float, seed: int) -> Window:
-    count = int(rate * (seconds + settle) * 2) + 20  # more than arrive in that time
+    count = int(rate * (seconds + settle) * 2) + 20  # more requests than arrive in that time
     moments = [moment for moment in arrivals(rate, count, seed) if moment < settle + seconds]
     return _with_client(url, body, lambda client: open_loop(client, moments, seconds, settle))
 

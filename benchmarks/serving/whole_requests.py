@@ -1,4 +1,4 @@
-"""Batches of whole requests, as other servers make them: a baseline behind the same HTTP server."""
+"""A worker that batches whole requests, as other servers do: a baseline behind the same HTTP server."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from ...runtime.generation.schedule import Schedule
 
 _VARYING = ("prompt", "negative_prompt", "generator")
-"""Arguments in which the requests of one batch may differ."""
+"""Names of the arguments in which the requests of a batch may differ."""
 
 
 class WholeRequests:
     """A worker that runs a batch of requests as one pipeline call, from the first step to the last.
 
-    An idle worker takes up to ``most`` waiting requests with the same sizes, steps, guidance and schedule, first come
-    first served. Later requests wait until the batch is done. A client that disconnects does not free its rows, and
-    deadlines are not kept.
+    An idle worker takes up to ``most`` waiting requests with the same sizes, steps, guidance and schedule, in the order
+    of arrival. Later requests wait until the batch is done. The rows of a client that disconnects stay in the batch.
+    Deadlines are ignored.
 
     Args:
-        inner: runs a batch as one request; closed with this worker.
-        most: requests of a batch.
-        max_queue: further requests that may wait.
+        inner: worker that runs each batch as one request; ``close`` closes it too.
+        most: maximum number of requests in a batch.
+        max_queue: maximum number of waiting requests.
     """
 
     def __init__(self, inner: Worker, most: int, max_queue: int) -> None:
@@ -58,7 +58,7 @@ class WholeRequests:
         deadline: float | None = None,
         on_step: OnStep | None = None,
     ) -> Ticket:
-        """Do what ``Worker.submit`` does; the deadline is not kept.
+        """Queue a request like ``Worker.submit``; the deadline is ignored.
 
         Raises:
             QueueFullError: the queue is full.
@@ -85,7 +85,7 @@ class WholeRequests:
         return Ticket(request, self._cancel)
 
     def expect_room(self) -> None:
-        """Do what ``Worker.expect_room`` does."""
+        """Raise the errors of ``submit`` if the worker accepts no request now, like ``Worker.expect_room``."""
         with self._changed:
             self._check()
 
@@ -97,6 +97,7 @@ class WholeRequests:
 
     @property
     def healthy(self) -> bool:
+        """Whether the inner worker is healthy."""
         return self._inner.healthy
 
     @property
@@ -140,7 +141,7 @@ class WholeRequests:
             error: BaseException | None = None
             try:
                 images = self._generate(batch)
-            except BaseException as raised:  # reported to each request
+            except BaseException as raised:  # every request gets the error
                 error = raised
             each = len(images) // len(batch)
             with self._changed:
@@ -150,7 +151,7 @@ class WholeRequests:
                 self._end(request, SimpleNamespace(images=images[index * each : (index + 1) * each]), error)
 
     def _next(self) -> list[WorkerRequest]:
-        """Return the next batch; empty once the worker is closed."""
+        """Wait for the next batch and return it; the batch is empty once the worker is closed."""
         with self._changed:
             while not self._queue and not self._closing:
                 self._changed.wait()
@@ -195,7 +196,7 @@ class WholeRequests:
 
 
 def _compatible(one: WorkerRequest, other: WorkerRequest) -> bool:
-    """Return whether one pipeline call can generate the images of both."""
+    """Return whether one pipeline call can generate the images of both requests."""
     shared = [{name: value for name, value in each.arguments.items() if name not in _VARYING} for each in (one, other)]
     names = [set(each.arguments) & set(_VARYING) for each in (one, other)]
     settings = [(each.schedule, each.cut, each.forecast) for each in (one, other)]

@@ -152,7 +152,7 @@ def test_times_are_read_back_and_others_are_refused(tmp_path: Path) -> None:
     path.write_text(COSTS.model_copy(update={"full": {2: 0.0}}).model_dump_json())
     with pytest.raises(UserError, match="more than 0 seconds"):
         read(path)
-    with pytest.raises(UserError, match="give what --export-times wrote"):
+    with pytest.raises(UserError, match="give the file that --export-times wrote"):
         read(tmp_path / "none.json")
 
 
