@@ -1,1 +1,1 @@
-"""Latency of engines and peers on one denoising loop, measured in turns."""
+"""``offcut bench latency``: the denoising loop of engines and peers, timed in turns."""

@@ -1,4 +1,4 @@
-"""The options, the work and the contestants of a latency run; the latter two are sent to worker processes as JSON."""
+"""The options, the work and the contestants of a latency run; worker processes get the last two as JSON."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class LatencyRequest:
     Attributes:
         model: the diffusers directory that the bundle was built from.
         optimum: the directory of optimum's ONNX pipeline.
-        engines: of the bundle; all by default.
-        peers: of ``contestants.PEERS``, or ``all`` or ``none``.
-        pythons: interpreters of other environments, by peer.
+        engines: names of the bundle's engines; all by default.
+        peers: names in ``contestants.PEERS``, or ``all`` or ``none``.
+        pythons: Python interpreters of other environments, by peer.
         steps, guidance, scheduler, height, width, frames, images, schedule, cut, threads, device: see ``Case``.
     """
 
@@ -41,23 +41,24 @@ class LatencyRequest:
 
 @dataclass(frozen=True)
 class Case:
-    """The work, the same for all contestants.
+    """The work of a run, which is the same for all contestants.
 
     Attributes:
-        bundle: its directory.
-        model: the diffusers directory that the peers load; None if there is none.
-        folder: where the processes exchange embeddings and latents.
+        bundle: directory of the bundle.
+        model: the diffusers directory that the peers load; None without one.
+        folder: directory in which the processes exchange embeddings and latents.
         optimum: directory of optimum's ONNX pipeline, which is exported there if it does not exist.
-        steps, guidance, scheduler: of the denoising loop; the scheduler by its class in diffusers. A video's guidance
-            rises from 1 at the first frame to this scale at the last.
-        height, width: of the image, in pixels.
-        images: of one pipeline call, or videos; guidance doubles the UNet's batch.
-        schedule, cut: of the cached contestants, as text and by its canonical name.
-        threads: of each contestant.
-        device: as PyTorch spells it.
-        prompt: of the embeddings.
-        seed: of the latents, and of the images that videos start from.
-        frames: of each video; None for images.
+        steps: number of scheduler steps of the denoising loop.
+        guidance: guidance scale; that of a video rises from 1 at the first frame to this scale at the last.
+        scheduler: name of the scheduler's class in diffusers.
+        height, width: size of the image in pixels.
+        images: number of images or videos in one pipeline call; guidance doubles the UNet's batch.
+        schedule, cut: schedule as text and canonical name of the cut, for the cached contestants.
+        threads: number of threads of each contestant.
+        device: PyTorch's name of the device.
+        prompt: prompt for the embeddings.
+        seed: seed of the latents, and of the images that videos start from.
+        frames: number of frames of each video; None for images.
     """
 
     bundle: str
@@ -87,17 +88,17 @@ class Entrant:
     """A contestant before the run.
 
     Attributes:
-        name, family, engine, precision: as in ``measured.Contestant``.
-        kind: the key in ``runners.KINDS`` of the function that opens it.
-        cached: whether it follows the case's schedule; else every call is full.
-        process: contestants with the same name here share a process and the weights in it.
-        settings: fixed before the run.
+        name, family, engine, precision: see ``schema.latency.Contestant``.
+        kind: key in ``runners.KINDS`` of the function that opens the contestant.
+        cached: whether the contestant follows the case's schedule; otherwise every call is full.
+        process: name of the process; contestants in one process share its weights.
+        settings: settings that are fixed before the run.
         build: key of the engine in the bundle, for offcut's own contestants.
-        size: bytes of the files that it reads.
-        need: bytes of memory that its process is expected to take.
-        twin: the uncached contestant of the same process. A cached one with the same latents did not cache.
-        python: interpreter of another environment for its process.
-        not_run: why it cannot be measured here.
+        size: bytes of the files that the contestant reads.
+        need: expected memory of the contestant's process in bytes.
+        twin: uncached contestant in the same process; a cached one with equal latents did not cache.
+        python: Python interpreter of another environment for the process.
+        not_run: why the contestant cannot be measured here; None if it can.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The limit of the measured calls: operations that a call needs, and operations that the machine can do a second."""
+"""The limit of the measured calls: operations in a call, and operations a second of the machine."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from .case import Case
 from .loop import vae_scale
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""PyTorch's names of the precisions in which a matrix product can be timed."""
+"""PyTorch's dtype names of the precisions in which a matrix product can be timed."""
 
 _SIDE = {"cuda": 8192, "cpu": 2048}  # rows of both matrices: enough to keep the device busy
 _REPEATS = 12
 
 
 def work(case: Case, bundle: Bundle, tokens: int) -> dict[str, int]:
-    """Count the floating-point operations of a full and a shallow call; empty for bundles without ONNX graphs.
+    """Return the floating-point operations of a full and a shallow call; empty for a bundle without ONNX graphs.
 
     Args:
         tokens: length of the conditioning.
@@ -36,7 +36,7 @@ def work(case: Case, bundle: Bundle, tokens: int) -> dict[str, int]:
 
 
 def product(device: str, precision: str) -> float:
-    """Measure FLOP/s of PyTorch's product of two large square matrices, the best of 12."""
+    """Return the FLOP/s of PyTorch's product of two large square matrices, the best of 12 products."""
     import torch
 
     from ..turns import Clock

@@ -1,4 +1,4 @@
-"""The contestants of a latency run: their settings, and why one cannot run. All of it is fixed before the run."""
+"""The contestants of a latency run: their settings, and why some cannot run. Both are fixed before the run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .case import Case, Entrant
 from .loop import vae_scale
 
 PEERS = ("diffusers", "deepcache", "compile", "optimum", "engine")
-"""diffusers eager; DeepCache's helper; ``torch.compile``; optimum's pipeline; the bundle's engines, full graph only."""
+"""Peers: eager diffusers, DeepCache's helper, ``torch.compile``, optimum, and the bundle's engines without caching."""
 
 OPTIMUM_MISSING = (
-    "optimum-onnx is not installed in this environment, whose transformers it does not allow: make older, then "
+    "optimum-onnx is not installed here and does not support this version of transformers: run make older, then give "
     "--peer-python optimum=.venv-older/bin/python"
 )
 
-# Peak resident memory for each byte of weights: the largest ratio measured with SD 1.5, OpenVINO's. Others took 1.2 to
-# 1.4.
+# Peak resident memory for each byte of weights: the largest ratio measured with SD 1.5, by OpenVINO. Other engines took
+# 1.2 to 1.4.
 _NEED_PER_BYTE = 2.2
 _NEED_OF_LIBRARIES = 3 * 2**29
-# Activations of a video at their peak, in feature maps of the outermost level: eager PyTorch took 40 to 70.
+# Peak activations of a video, in feature maps of the outermost level: eager PyTorch took 40 to 70.
 _MAPS = 60
 _SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -40,7 +40,7 @@ def interval_of(schedule: str) -> int:
     """
     parsed = parse(schedule)
     if not isinstance(parsed, Uniform) or parsed != Uniform(parsed.interval):
-        raise UserError(f"DeepCache's helper knows uniform intervals without warm-up only, not {schedule}")
+        raise UserError(f"DeepCache's helper supports only uniform intervals without warm-up, not {schedule}")
     return parsed.interval
 
 
@@ -66,14 +66,14 @@ def catalogue(
     pythons: Mapping[str, str] | None = None,
     no_model: str = "",
 ) -> list[Entrant]:
-    """Return every contestant in the order of its turn; those that share a process are neighbours.
+    """Return the contestants in the order of their turns; those of one process are neighbours.
 
     Args:
-        parameters: of the UNet, which decide how much memory the peers need.
-        engines: of the bundle; all by default.
-        peers: of ``PEERS``.
-        pythons: interpreters of other environments, by the peer that runs there.
-        no_model: why the peers have no model to load, where ``case.model`` is None.
+        parameters: number of the UNet's parameters, for the memory that the peers need.
+        engines: names of the bundle's engines; all by default.
+        peers: names in ``PEERS``.
+        pythons: Python interpreters of other environments, by the peer that runs there.
+        no_model: why the peers have no model, where ``case.model`` is None.
 
     Raises:
         UserError: an engine is not in the bundle.
@@ -99,7 +99,7 @@ def catalogue(
 def _offcut(bundle: Bundle, case: Case, engines: Iterable[str], uncached: bool) -> Iterator[Entrant]:
     builds: dict[tuple[str, str], EngineEntry] = {}
     for entry in bundle.manifest.engines.values():
-        if entry.engine in engines:  # the newest of several builds with the same engine and precision
+        if entry.engine in engines:  # a later build replaces an earlier one with the same engine and precision
             precision = entry.inference_precision or bundle.manifest.variants[entry.variant].precision
             builds[entry.engine, precision] = entry
     for (engine, precision), entry in builds.items():
@@ -135,13 +135,13 @@ def _offcut(bundle: Bundle, case: Case, engines: Iterable[str], uncached: bool) 
         cached_twin = twin if uncached else None
         yield Entrant(name, "offcut", cached=True, settings=settings, size=size, twin=cached_twin, **common)
         if uncached:
-            settings = settings | {"graph": "also writes the cached features, which nobody reads"}
+            settings = settings | {"graph": "also writes the cached features, which are not read"}
             yield Entrant(twin, engine, cached=False, settings=settings, size=full_size, **common)
 
 
 def _pytorch(case: Case, peers: Sequence[str], precision: str, parameters: int) -> Iterator[Entrant]:
-    # SD 1.5's UNet on a CPU with AVX-512 bf16, 256x256: channels_last took 1.20 of contiguous in fp32, 1.00 in bf16.
-    # A video's UNet has weights of five dimensions, which PyTorch cannot lay out as channels_last.
+    # SD 1.5's UNet at 256x256 on a CPU with AVX-512 bf16: channels_last took 1.20 times as long as contiguous in fp32,
+    # and 1.00 times in bf16. PyTorch has no channels_last for the five-dimensional weights of a video's UNet.
     channels_last = case.frames is None and (case.device != "cpu" or precision != "fp32")
     settings = {
         "weights": f"torch_dtype={precision}",
@@ -165,7 +165,7 @@ def _pytorch(case: Case, peers: Sequence[str], precision: str, parameters: int) 
             twin=f"diffusers eager {precision}" if "diffusers" in peers else None,
             **helper | eager,
         )
-    if "compile" not in peers or precision == "fp32":  # users who compile for speed lower the precision first
+    if "compile" not in peers or precision == "fp32":  # users who compile for speed choose a lower precision first
         return
     more = "two more whole loops to warm up"
     yield Entrant(
@@ -219,7 +219,7 @@ def _optimum(case: Case, parameters: int, python: str | None) -> Entrant:
 
 
 def _helper_reason(case: Case) -> str | None:
-    """Return why DeepCache's helper cannot do the case's work; None if it can."""
+    """Return why DeepCache's helper cannot follow the case's schedule or cut; None if it can."""
     try:
         interval_of(case.schedule)
         branch_of(case.cut)
@@ -229,14 +229,14 @@ def _helper_reason(case: Case) -> str | None:
 
 
 def _activations(case: Case, bundle: Bundle) -> int:
-    """Return the bytes that the activations of all frames of a video need; 0 for images."""
+    """Return the bytes of the activations of all frames of a video; 0 for images."""
     pixels = case.height * case.width // vae_scale(bundle) ** 2
     batch = case.images * (2 if case.guidance > 1 else 1) * (case.frames or 0)
     return _MAPS * 4 * batch * pixels * int(bundle.unet_config["block_out_channels"][0])
 
 
 def _group_by_process(entrants: Sequence[Entrant]) -> list[Entrant]:
-    """Sort contestants so that those of one process are neighbours, and note the others in each one's settings."""
+    """Return the contestants grouped by process; the settings of each name the others in its process."""
     processes: dict[str, list[Entrant]] = {}
     for entrant in entrants:
         processes.setdefault(entrant.process, []).append(entrant)
@@ -244,6 +244,6 @@ def _group_by_process(entrants: Sequence[Entrant]) -> list[Entrant]:
     for members in processes.values():
         for entrant in members:
             others = [other.name for other in members if other is not entrant and other.not_run is None]
-            note = f"shared with {', '.join(others)}: so are load time and peak memory" if others else "its own"
+            note = f"shared with {', '.join(others)}, like load time and peak memory" if others else "its own"
             grouped.append(replace(entrant, settings={**entrant.settings, "process": note}))
     return grouped

@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 INPUTS = "inputs.safetensors"
 
 _IMAGE_LOOP = (
-    "prompt embeddings and initial latents given and the latent returned: the scheduler's set-up and steps, guidance "
-    "and UNet calls lie inside, text encoder and VAE outside"
+    "given prompt embeddings and initial latents; the time contains the scheduler's set-up and steps, guidance and "
+    "UNet calls, but not text encoder and VAE"
 )
 
 
 def clock(case: Case) -> str:
-    """Describe the clock, and what lies between its two readings."""
+    """Return a description of the clock, and of the work between its two readings."""
     source = "CUDA events" if case.device.startswith("cuda") else "the host's monotonic clock"
     inside = _IMAGE_LOOP if case.frames is None else video.VIDEO_LOOP
     return (
-        f"{source}; a loop is one call of the diffusers pipeline with {inside}; a short loop that is not measured "
-        "comes before each"
+        f"{source}; a loop is one call of the diffusers pipeline with {inside}; before each there is a "
+        "short loop that is not measured"
     )
 
 
@@ -40,14 +40,14 @@ def build_pipeline(case: Case, bundle: Bundle, unet: Any) -> Any:
     """Return the pipeline around a UNet, with the case's scheduler and without other components."""
     import diffusers
 
-    kind = getattr(diffusers, pipeline_name(bundle))
-    parameters = inspect.signature(kind).parameters
+    pipeline_class = getattr(diffusers, pipeline_name(bundle))
+    parameters = inspect.signature(pipeline_class).parameters
     components: dict[str, Any] = {
         name: None if each.default is inspect.Parameter.empty else each.default for name, each in parameters.items()
     }
     if "requires_safety_checker" in components:
         components["requires_safety_checker"] = False
-    pipe = kind(**{**components, "unet": unet, "scheduler": _bundle_scheduler(bundle)})
+    pipe = pipeline_class(**{**components, "unet": unet, "scheduler": _bundle_scheduler(bundle)})
     pipe.scheduler = scheduler_named(pipe.scheduler, case.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -66,7 +66,7 @@ def _bundle_scheduler(bundle: Bundle) -> Any:
 
 
 def prepare_inputs(case: Case, bundle: Bundle) -> dict[str, list[int]]:
-    """Encode the prompt or the image, make the latents, and write both in fp32 for all contestants.
+    """Encode the prompt or the image, create the latents, and write both in fp32 for all contestants.
 
     A bundle without an encoder gets random embeddings of the usual length.
 
@@ -114,7 +114,7 @@ def _has(bundle: Bundle, encoder: str) -> bool:
 
 
 def _encoders(bundle: Bundle, **left_out: None) -> Any:
-    """Return the bundle's pipeline without its UNet."""
+    """Return the bundle's pipeline without its UNet and without the components in ``left_out``."""
     import diffusers
 
     bundle.verify_files(bundle.manifest.parts)
@@ -123,7 +123,7 @@ def _encoders(bundle: Bundle, **left_out: None) -> Any:
 
 
 def read_inputs(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the tensors that every contestant's loop begins with, in its dtype and on its device."""
+    """Return the input tensors of the loop in this dtype, on the case's device."""
     from safetensors.torch import load_file
 
     tensors = load_file(Path(case.folder) / INPUTS)
@@ -133,7 +133,7 @@ def read_inputs(case: Case, dtype: torch.dtype) -> dict[str, Any]:
 
 
 class _EnoughSteps(Exception):
-    """Ends a loop early; diffusers' video pipeline has no other way."""
+    """The loop has run enough steps; diffusers' video pipeline has no other way to end early."""
 
     def __init__(self, latents: Any) -> None:
         super().__init__()
@@ -141,13 +141,13 @@ class _EnoughSteps(Exception):
 
 
 def denoise(pipe: Any, case: Case, inputs: Mapping[str, Any], *, calls: int | None = None) -> Any:
-    """Run one loop.
+    """Run one denoising loop.
 
     Args:
-        calls: end after so many steps; None runs the whole loop.
+        calls: number of steps after which the loop ends; None runs the whole loop.
 
     Returns:
-        The final latents [images, channels, height, width], for videos [images, frames, channels, height, width].
+        The final latents: [images, channels, height, width], or [videos, frames, channels, height, width].
     """
     import torch
 
@@ -166,7 +166,7 @@ def _call(pipe: Any, case: Case, calls: int | None, **arguments: Any) -> Any:
         if calls is not None and step + 1 >= calls:
             if case.frames is not None:
                 raise _EnoughSteps(tensors["latents"])
-            pipeline._interrupt = True  # diffusers' own way to end an image's loop early
+            pipeline._interrupt = True  # ends the loop of an image pipeline
         return tensors
 
     if case.frames is None:
@@ -184,7 +184,7 @@ def _call(pipe: Any, case: Case, calls: int | None, **arguments: Any) -> Any:
 
 
 def vae_scale(bundle: Bundle) -> int:
-    """Return how many pixels of the image one pixel of the latent covers, in each direction."""
+    """Return the ratio of the image's height and width to those of the latent."""
     name = "vae/config.json"
     if name not in bundle.manifest.parts:
         return 8
@@ -194,7 +194,11 @@ def vae_scale(bundle: Bundle) -> int:
 
 
 def call_dims(bundle: Bundle, size: int | None = None) -> dict[str, int]:
-    """Return the dimensions of a guided UNet call for one image with this side in pixels; tiny ones without a side."""
+    """Return the dimensions of a guided UNet call for one square image, or tiny dimensions.
+
+    Args:
+        size: side of the image in pixels; None for tiny dimensions.
+    """
     dims = example_dims(bundle.unet_config)
     if size is None:
         return dims

@@ -12,13 +12,13 @@ from ...errors import UserError
 
 @dataclass(frozen=True)
 class LoopPipeline:
-    """A pipeline class of diffusers and its defaults.
+    """The defaults of a pipeline class of diffusers.
 
     Attributes:
-        unet: the class of its UNet.
-        scheduler: by its class in diffusers.
-        noise: config of the published models' scheduler, for bare UNets.
-        guidance: scale; for videos that of the last frame.
+        unet: class name of the UNet.
+        scheduler: class name of the scheduler.
+        noise: configuration of the published models' scheduler, for bare UNets.
+        guidance: guidance scale; for videos that of the last frame.
     """
 
     unet: str
@@ -50,27 +50,27 @@ PIPELINES = {
     "StableDiffusionXLPipeline": _IMAGES,
     "StableVideoDiffusionPipeline": _VIDEOS,
 }
-"""Pipelines whose loop can start from prepared tensors, by their class in diffusers."""
+"""Pipelines whose loop can start from prepared tensors, by their class name in diffusers."""
 
 
 def pipeline_name(bundle: Bundle) -> str:
-    """Return the diffusers class that runs this bundle's loop; for a bare UNet its class and conditioning decide.
+    """Return the class name of the pipeline that runs the loop; a bare UNet's class and conditioning decide.
 
     Raises:
-        UserError: the pipeline is not one of ``PIPELINES``, or its UNet takes inputs that they do not pass.
+        UserError: the pipeline is not one of ``PIPELINES``, or its UNet has inputs that these pipelines do not pass.
     """
     config = bundle.unet_config
     name = bundle.manifest.pipeline
     if name is None:
         names = [each for each, pipeline in PIPELINES.items() if pipeline.unet == config["_class_name"]]
-        # Stable Diffusion comes before SDXL, the only one with embeddings of the image size.
+        # Stable Diffusion comes before SDXL; only SDXL has embeddings of the image size.
         name = next(iter(names[-1:] if config.get("addition_embed_type") == "text_time" else names[:1]), None)
     # A video's UNet takes the first image's latent as additional channels.
     channels = config.get("out_channels", 0) * (2 if name is not None and PIPELINES.get(name) is _VIDEOS else 1)
     if name not in PIPELINES or config["in_channels"] != channels:
         raise UserError(
-            f"offcut bench latency runs {', '.join(PIPELINES)} with a UNet that gets nothing but latents and "
-            f"embeddings, and {bundle.path} is of {name or config['_class_name']}: use offcut run, or "
+            f"offcut bench latency runs {', '.join(PIPELINES)} with a UNet that gets only latents and "
+            f"embeddings, and {bundle.path} has {name or config['_class_name']}: use offcut run, or "
             "unet.record_times in your own loop"
         )
     return name

@@ -1,4 +1,4 @@
-"""A user's request for a latency run, resolved to the case and its contestants; invalid requests are refused here."""
+"""Resolution of a user's request to the case and its contestants; invalid requests are refused here."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from .rounds import warm_up_calls
 
 
 def resolve(bundle: Bundle, request: LatencyRequest, folder: Path) -> tuple[Case, list[Entrant]]:
-    """Resolve and check a request.
+    """Return the case and the contestants of a request.
 
     Args:
-        folder: where the processes exchange embeddings and latents.
+        folder: directory in which the processes exchange embeddings and latents.
 
     Raises:
         UserError: the bundle, the model or a peer cannot do what is requested.
@@ -60,7 +60,7 @@ def resolve(bundle: Bundle, request: LatencyRequest, folder: Path) -> tuple[Case
         device=request.device,
         frames=_frames(bundle, request.frames),
     )
-    warm_up_calls(case)  # raises for schedules without a shallow call
+    warm_up_calls(case)  # raises if the schedule has no shallow call
     entrants = catalogue(
         bundle,
         case,
@@ -74,21 +74,21 @@ def resolve(bundle: Bundle, request: LatencyRequest, folder: Path) -> tuple[Case
 
 
 def model_name(bundle: Bundle) -> str:
-    """Return the hub id that the bundle was built from, or the name of the directory."""
+    """Return the hub id of the model that the bundle was built from, or the name of its directory."""
     name = bundle.manifest.source.model
     return Path(name).name if Path(name).is_absolute() else name
 
 
 def find_model(bundle: Bundle, directory: Path | None) -> tuple[Path | None, str]:
-    """Return the diffusers directory that the peers load, or None and the reason.
+    """Return the diffusers directory that the peers load; if there is none, return None and the reason.
 
-    The weights' digest proves that the bundle was built from it.
+    The digest of the weights proves that the bundle was built from this directory.
 
     Args:
         directory: the user's choice; None tries the directory that the bundle was built from.
 
     Raises:
-        UserError: the user's directory does not exist, or holds other weights than the bundle was built from.
+        UserError: the user's directory does not exist, or has other weights than those that the bundle was built from.
     """
     source = bundle.manifest.source
     folder = directory or Path(source.model)
@@ -96,14 +96,14 @@ def find_model(bundle: Bundle, directory: Path | None) -> tuple[Path | None, str
         raise UserError(f"{directory} is not a directory: give the diffusers directory that the bundle was built from")
     missing = f"the peers need the PyTorch weights of {source.model}: give their directory with --model"
     try:
-        found = locate(folder, variant=source.variant) if folder.is_dir() else None
+        source_model = locate(folder, variant=source.variant) if folder.is_dir() else None
     except ModelError:
         if directory is not None:
             raise
-        found = None
-    if found is None or found.onnx:
+        source_model = None
+    if source_model is None or source_model.onnx:
         return None, missing
-    if weights_digest(found) != source.weights_digest:
+    if weights_digest(source_model) != source.weights_digest:
         if directory is None:
             return None, missing
         raise UserError(
@@ -114,7 +114,7 @@ def find_model(bundle: Bundle, directory: Path | None) -> tuple[Path | None, str
 
 
 def parameters(source: ModelSource) -> int:
-    """Count a UNet's parameters from the headers of its safetensors files."""
+    """Return the number of a UNet's parameters, from the headers of its safetensors files."""
     total = 0
     for path in weight_files(source.folder, source.variant):
         with path.open("rb") as file:
@@ -150,7 +150,7 @@ def _frames(bundle: Bundle, frames: int | None) -> int | None:
     family = FAMILIES[config["_class_name"]]
     if not family.is_video:
         if frames is not None:
-            raise UserError(f"{bundle.path} makes images, which have no frames: leave --frames out")
+            raise UserError(f"{bundle.path} generates images, which have no frames: omit --frames")
         return None
     frames = frames or family.trained_frames(config)
     family.check_limits(config, {"frames": frames or 0})
@@ -163,7 +163,7 @@ def _peers(names: tuple[str, ...]) -> tuple[str, ...]:
     if names == ("all",):
         return PEERS
     if unknown := [name for name in names if name not in PEERS]:
-        raise UserError(f"there is no peer {unknown[0]!r}: write all, none, or some of {', '.join(PEERS)}")
+        raise UserError(f"there is no peer {unknown[0]!r}: give all, none, or some of {', '.join(PEERS)}")
     return names
 
 

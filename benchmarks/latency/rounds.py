@@ -1,4 +1,4 @@
-"""The rounds of a latency run: contestants take turns, A B C, A B C, each in its worker process."""
+"""The rounds of a latency run: contestants take turns, A B C A B C, in worker processes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .loop import clock
 
 WORKER = "offcut.benchmarks.latency.worker"
 RESERVE = 2**30
-"""Bytes of memory that are left to the rest of the machine."""
+"""Bytes of memory that stay free for the rest of the machine."""
 
-NOT_CACHED = "nothing was cached: its latents are those of the uncached run, bit for bit"
+NOT_CACHED = "nothing was cached: the latents equal those of the uncached run bit for bit"
 REFERENCE = "diffusers eager fp32"
 
 
@@ -30,12 +30,11 @@ class RoundOptions:
 
     Attributes:
         log: file for the output of the processes.
-        rounds: least number of rounds.
-        duration: least seconds of all rounds together.
-        warm_up: loops of each contestant before its first measured one; each ends once all graphs have run.
-        alone: calls back to back, for a call's time alone.
-        products: whether to time a large matrix product in each precision, as the limit of the calls.
-        timeout: seconds that a request to a process may take, compilation included.
+        rounds: minimum number of rounds.
+        duration: minimum duration of all rounds together, in seconds.
+        warm_up: number of loops of each contestant before its first measured loop; each ends once all graphs have run.
+        alone: number of calls back to back, which give the time of a call alone.
+        timeout: seconds that a request to a process may take, with compilation.
         progress: called with a sentence as each turn begins.
     """
 
@@ -44,7 +43,6 @@ class RoundOptions:
     duration: float = 0.0
     warm_up: int = 1
     alone: int = 5
-    products: bool = True
     timeout: float = 3600.0
     progress: Callable[[str], None] = lambda sentence: None
 
@@ -52,16 +50,16 @@ class RoundOptions:
 def measure(case: Case, entrants: Sequence[Entrant], options: RoundOptions, model: str) -> Latency:
     """Measure all contestants in turns.
 
-    A contestant that fails keeps its row, with the reason in place of figures. An interrupt ends the run after the
-    last complete round.
+    The row of a contestant that fails has the reason in place of figures. An interrupt ends the run with the complete
+    rounds.
 
     Raises:
-        UserError: the schedule has no shallow call in so few steps, or the common inputs cannot be made.
-        KeyboardInterrupt: in the first round.
+        UserError: the schedule has no shallow call in so few steps, or the common inputs cannot be created.
+        KeyboardInterrupt: the interrupt came in the first round.
     """
     run = _Run(case, options, {entrant.name: _row(entrant, case) for entrant in entrants})
     try:
-        run.prepare([entrant.precision for entrant in run.running(entrants)] if options.products else [])
+        run.prepare([entrant.precision for entrant in run.running(entrants)])
         rounds, interrupted = run.rounds(entrants)
     finally:
         run.close()
@@ -90,7 +88,7 @@ def measure(case: Case, entrants: Sequence[Entrant], options: RoundOptions, mode
 
 
 def warm_up_calls(case: Case) -> int:
-    """Return the number of calls after which a cached loop has run both graphs.
+    """Return the number of calls after which a cached loop has run the full and the shallow graph.
 
     Raises:
         UserError: the loop never runs the shallow graph.
@@ -103,14 +101,14 @@ def warm_up_calls(case: Case) -> int:
 
 
 def make_room(processes: dict[str, WorkerProcess], need: int, available: Callable[[], int]) -> list[str]:
-    """Close processes until a new one has the memory that it needs, and return their names.
+    """Close processes until enough memory is free for a new one; return the names of the closed ones.
 
-    The process that was used last goes first: where turns repeat, its next turn is furthest away.
+    The process that was used last is closed first: its next turn is furthest away.
 
     Args:
-        processes: the open ones, in the order of their last use; those that are closed are removed.
-        need: bytes.
-        available: returns the bytes that are free now.
+        processes: open processes in the order of their last use; closed ones are removed.
+        need: bytes of memory that the new process needs.
+        available: returns the number of free bytes.
     """
     closed = []
     while processes and available() < need:
@@ -135,7 +133,7 @@ def _row(entrant: Entrant, case: Case) -> Contestant:
 
 @dataclass
 class _Run:
-    """The state of a run: its rows, its open processes and the contestants that are open in them."""
+    """The state of a run: rows, open processes, and open contestants of each process."""
 
     case: Case
     options: RoundOptions
@@ -157,11 +155,11 @@ class _Run:
         return [entrant for entrant in entrants if self.rows[entrant.name].not_run is None]
 
     def prepare(self, precisions: Sequence[str]) -> None:
-        """Make the common inputs, and time a large matrix product in each of these precisions."""
+        """Create the common inputs, and time a large matrix product in each precision."""
         self.options.progress("encode the prompt" if self.case.frames is None else "encode the image")
         case = self.case.as_json()
         process = self._start(None)
-        task = "the common inputs cannot be made"
+        task = "the common inputs cannot be created"
         try:
             self.work = process.request("inputs", case=case)["work"]
             for precision in dict.fromkeys(each for each in precisions if each in DTYPES):
@@ -174,7 +172,7 @@ class _Run:
             process.close()
 
     def rounds(self, entrants: Sequence[Entrant]) -> tuple[int, bool]:
-        """Run all rounds. Returns the number of complete ones, and whether an interrupt came before the last."""
+        """Run all rounds; return the number of complete rounds, and whether an interrupt ended them."""
         complete, began = 0, time.perf_counter()
         try:
             while self.running(entrants) and (
@@ -192,7 +190,7 @@ class _Run:
         return complete, False
 
     def take(self, entrant: Entrant, number: int) -> None:
-        """Run a contestant's turn in the round with this number."""
+        """Run the turn of a contestant in the round with this number."""
         row = self.rows[entrant.name]
         self.options.progress(f"round {number}: {entrant.name}")
         process = self._process(entrant)
@@ -240,20 +238,20 @@ class _Run:
         _note_memory(row, answer)
 
     def _process(self, entrant: Entrant) -> WorkerProcess:
-        """Return the contestant's open process; others are closed first if memory is short."""
+        """Return the contestant's process, open; other processes are closed first if memory is short."""
         name = entrant.process
         if name not in self._processes:
             self._closed.update(make_room(self._processes, entrant.need, self._available))
             self.reopened += name in self._closed
             self._closed.discard(name)
             self._processes[name], self._opened[name] = self._start(entrant.python), set()
-        self._processes[name] = self._processes.pop(name)  # to the end: in the order of their last use
+        self._processes[name] = self._processes.pop(name)  # the dictionary has the order of the last use
         return self._processes[name]
 
     def _available(self) -> int:
         import psutil
 
-        # The system counts mapped files as available memory, but waiting contestants need theirs again soon.
+        # The system counts mapped files as available memory, but waiting contestants will read their files again.
         mapped = sum(process.mapped_bytes() for process in self._processes.values())
         return int(psutil.virtual_memory().available) - mapped - RESERVE
 
@@ -269,11 +267,12 @@ def _note_memory(row: Contestant, answer: Answer) -> None:
 
 
 def fill_in(latency: Latency, latents: Mapping[str, Path], twins: Mapping[str, str | None]) -> None:
-    """Add the rows' differences, and withdraw cached contestants that did not cache.
+    """Add the differences between latents to the rows, and withdraw cached contestants that did not cache.
 
     Args:
-        latents: safetensors file with the final latents of each measured contestant.
-        twins: for a cached contestant the uncached one of the same process.
+        latency: the result, whose rows are changed.
+        latents: safetensors file with the final latents of each measured contestant, by name.
+        twins: name of the uncached contestant in the same process, by the name of the cached one.
     """
     from safetensors.torch import load_file
 
@@ -289,13 +288,13 @@ def fill_in(latency: Latency, latents: Mapping[str, Path], twins: Mapping[str, s
 
 
 def relative_difference(ours: Any, theirs: Any) -> float:
-    """Return the norm of the difference over the norm of ``theirs``; infinite where a value is not finite."""
+    """Return the norm of the difference divided by the norm of ``theirs``; infinite if a value is not finite."""
     difference = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
     return difference if difference == difference else float("inf")
 
 
 def _reference(latency: Latency, tensors: Mapping[str, Any]) -> str | None:
-    """Return eager fp32, else the first uncached contestant in fp32, else the first uncached one."""
+    """Return the name of eager fp32, or of the first uncached contestant, in fp32 if there is one."""
     uncached = [row for row in latency.contestants if row.caching is None and row.name in tensors]
     exact = [row.name for row in uncached if row.precision == "fp32"]
     eager = [REFERENCE] if REFERENCE in tensors else []

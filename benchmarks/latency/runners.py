@@ -1,4 +1,4 @@
-"""Contestants that are open: an engine or a peer in its diffusers pipeline, ready to run the denoising loop."""
+"""Open contestants: an engine or a peer in a diffusers pipeline, ready to run the denoising loop."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ from .loop import build_pipeline, denoise, read_inputs
 
 @dataclass
 class SharedParts:
-    """Objects that the contestants of one process share; each is made once."""
+    """Objects that the contestants of a process share; each is created once."""
 
     case: Case
     _parts: dict[str, tuple[Any, float]] = field(default_factory=dict)
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return the object with this name; the first call creates it with ``make``."""
         if name not in self._parts:
             began = time.perf_counter()
             part = make()
@@ -51,7 +52,7 @@ class SharedParts:
 
     @property
     def seconds(self) -> float:
-        """Seconds that it took to make all parts so far."""
+        """Seconds that the creation of all objects has taken so far."""
         return sum(seconds for _, seconds in self._parts.values())
 
 
@@ -60,7 +61,7 @@ class PipelineRunner(LoopRunner):
 
     Attributes:
         pipe: the pipeline.
-        dtype: of the latents.
+        dtype: dtype of the latents.
     """
 
     def __init__(self, pipe: Any, marks: Marks, dtype: torch.dtype, case: Case) -> None:
@@ -69,20 +70,20 @@ class PipelineRunner(LoopRunner):
         self._inputs = read_inputs(case, dtype)
 
     def loop(self, calls: int | None = None) -> torch.Tensor:
-        """Run the loop inside a turn; ``calls`` ends it after so many steps."""
+        """Run the loop inside a turn, and return the latents; ``calls`` limits the number of steps."""
         return torch.as_tensor(denoise(self.pipe, self._case, self._inputs, calls=calls))
 
     @abstractmethod
     def call_alone(self, full: bool) -> Callable[[], object] | None:
-        """Return the UNet's last full or shallow call, to be repeated inside a turn; None if there was none."""
+        """Return a function that repeats the UNet's last full or shallow call inside a turn, or None without one."""
 
     def forecast(self) -> Callable[[], object] | None:
-        """Return what a forecast adds to a full and a shallow call; None for contestants without forecasts."""
+        """Return a function that does what a forecast adds to a full and a shallow call; None without forecasts."""
         return None
 
 
 class OffcutRunner(PipelineRunner):
-    """An engine of the bundle, cached or with every call full."""
+    """An engine of the bundle, with caching or with only full calls."""
 
     def __init__(
         self, pipe: Any, marks: Marks, unet: UNet, features: tuple[str, ...], case: Case, cached: bool
@@ -111,15 +112,15 @@ class OffcutRunner(PipelineRunner):
         features.allocate(bound, self._features)
         buffers, rows = FeatureBuffers(in_place=True), bound.buffers[SAMPLE].shape[0]
 
-        def keep_and_predict() -> None:
+        def record_and_predict() -> None:
             buffers.record_full(bound, [CallPart(features, 0, rows)], rows, self._features)
             buffers.fill(bound, [CallPart(features, 1, rows)], rows, self._features)
 
-        return keep_and_predict
+        return record_and_predict
 
 
 class _ChannelForecast(Forecast):
-    """Half of a linear extrapolation, with coefficients for each channel, the shape that ``offcut tune`` fits."""
+    """A linear extrapolation with damping 0.5 and coefficients for each channel, as ``offcut tune`` fits them."""
 
     def __init__(self, features: Mapping[str, torch.Tensor]) -> None:
         self._coefficients = {
@@ -132,11 +133,13 @@ class _ChannelForecast(Forecast):
 
 
 class PeerRunner(PipelineRunner):
-    """Another project's UNet, whose calls are marked as the pipeline makes them.
+    """A peer's UNet, whose calls are marked as the pipeline makes them.
 
     Args:
-        is_full: returns whether a loop's call, counted from 0, recomputes everything.
-        enabled: context in which the model does what this contestant does; by default it always does.
+        is_full: returns whether a call of the loop, counted from 0, is full.
+
+    Attributes:
+        enabled: returns a context in which the peer's caching is enabled; None if nothing has to be enabled.
     """
 
     def __init__(
@@ -181,13 +184,13 @@ class PeerRunner(PipelineRunner):
 
 @dataclass
 class _CallInterceptor:
-    """The function that makes a UNet's calls in the UNet's place; None lets the UNet make them."""
+    """Holder of the function that makes a UNet's calls; None lets the UNet make them itself."""
 
     listener: Callable[[Callable[[], Any]], Any] | None = None
 
 
 def _intercept_calls(unet: Any) -> _CallInterceptor:
-    """Let a function make a UNet's calls. Python looks ``__call__`` up in the class, so the object gets a subclass."""
+    """Replace a UNet's class by a subclass whose ``__call__`` an interceptor can handle; return the interceptor."""
     kind = type(unet)
     if hasattr(kind, "offcut_interceptor"):
         interceptor = kind.offcut_interceptor
@@ -201,7 +204,9 @@ def _intercept_calls(unet: Any) -> _CallInterceptor:
 
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     subclass = type(kind.__name__, (kind,), {**names, "__call__": call, "offcut_interceptor": interceptor})
-    object.__setattr__(unet, "__class__", subclass)  # torch.compile's wrapper forwards attributes to what it wraps
+    object.__setattr__(
+        unet, "__class__", subclass
+    )  # torch.compile's wrapper would set the attribute of the wrapped module
     return interceptor
 
 
@@ -212,7 +217,7 @@ def open_offcut(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
 
     def open_unet() -> tuple[UNet, Marks, tuple[str, ...]]:
         entry = bundle.manifest.engines[entrant.build or ""]
-        # Shallow graphs of other cuts would only take memory. The full graph writes the features of all cuts.
+        # Shallow graphs of other cuts would waste memory. The full graph writes the features of all cuts.
         entry = entry.model_copy(update={"shallow": {case.cut: entry.shallow[case.cut]}})
         options = EngineOptions(case.device, case.threads, inference_precision=entry.inference_precision)
         pair, marks = open_entry(bundle, entry, options), Marks(Clock(case.device))
@@ -225,12 +230,12 @@ def open_offcut(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
 
 
 def open_eager(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
-    """Open eager diffusers with the settings of the catalogue."""
+    """Open eager diffusers with the entrant's settings."""
     return _peer(shared, _eager_unet(entrant, shared))
 
 
 def open_deepcache(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
-    """Open DeepCache's own helper around the same eager UNet; each turn restores the UNet."""
+    """Open DeepCache's own helper around the same eager UNet, which is restored after each turn."""
     runner = _peer(shared, _eager_unet(entrant, shared), is_full=_helper_is_full(shared))
     helper = _helper(shared, runner)
 
@@ -247,20 +252,20 @@ def open_deepcache(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
 
 
 def open_compiled(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
-    """Open the whole UNet in ``torch.compile``, for the run's only shape."""
+    """Open the UNet compiled as a whole by ``torch.compile``, for the shape of the run."""
     return _peer(shared, torch.compile(_torch_unet(entrant, shared), fullgraph=True, dynamic=False))
 
 
 def open_deepcache_compiled(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
-    """Open DeepCache's helper around a compiled UNet; PyTorch recompiles it for each path through the helper."""
-    # dynamic=False would compile the UNet once for each step, because the helper's code reads the step's number.
+    """Open DeepCache's helper around a compiled UNet; PyTorch recompiles the UNet for each path in the helper."""
+    # dynamic=False would compile the UNet for each step, because the helper's code reads the step number.
     runner = _peer(shared, torch.compile(_torch_unet(entrant, shared)), is_full=_helper_is_full(shared))
-    _helper(shared, runner).enable()  # never disabled: compiled code is lost when the helper's hooks change
+    _helper(shared, runner).enable()  # never disabled: a change of the helper's hooks discards the compiled code
     return runner
 
 
 def open_deepcache_regional(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
-    """Open DeepCache's helper around a UNet whose repeated blocks, below the helper's hooks, are compiled."""
+    """Open DeepCache's helper around a UNet with compiled repeated blocks, which lie below the helper's hooks."""
     unet = _torch_unet(entrant, shared)
     unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
     runner = _peer(shared, unet, is_full=_helper_is_full(shared))
@@ -269,7 +274,7 @@ def open_deepcache_regional(entrant: Entrant, shared: SharedParts) -> PipelineRu
 
 
 def open_optimum(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
-    """Open optimum's ONNX Runtime pipeline; optimum exports it first where the directory has none."""
+    """Open optimum's ONNX Runtime pipeline; optimum exports the pipeline first if the directory is empty."""
     import onnxruntime
     from optimum.onnxruntime import ORTPipelineForText2Image
 
@@ -291,7 +296,7 @@ def open_optimum(entrant: Entrant, shared: SharedParts) -> PipelineRunner:
 
 
 def export_with_optimum(model: str, folder: Path) -> None:
-    """Write optimum's ONNX pipeline; the directory appears when the export is complete."""
+    """Export optimum's ONNX pipeline; the directory appears once the export is complete."""
     from optimum.exporters.onnx import main_export
 
     folder.parent.mkdir(parents=True, exist_ok=True)

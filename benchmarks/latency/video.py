@@ -1,4 +1,4 @@
-"""The measured work for Stable Video Diffusion: its loop from an image's encodings and noise."""
+"""The measured work for Stable Video Diffusion: its loop from prepared encodings and noise."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 VIDEO_LOOP = (
-    "the images' embeddings, their latents and initial latents given and the latents returned: the scheduler's set-up "
-    "and steps, guidance, UNet calls, and what the pipeline does to an empty image before it would encode it lie "
-    "inside, image encoder and VAE outside"
+    "given embeddings and latents of the images and initial latents; the time contains the scheduler's set-up and "
+    "steps, guidance, UNet calls and the preprocessing of an empty image, but not image encoder and VAE"
 )
 
-_NOISE = 0.02  # the pipeline's own noise_aug_strength
+_NOISE = 0.02  # the pipeline's default of noise_aug_strength
 
 
 def random_inputs(case: Case, bundle: Bundle, latent: tuple[int, int], generator: Any) -> dict[str, torch.Tensor]:
-    """Return a loop's inputs with random encodings of the image: [images, 1, width], [images, channels, height, width].
+    """Return the inputs of a loop, with random encodings [videos, 1, width] and [videos, channels, height, width].
 
     Args:
-        latent: its height and width.
+        latent: height and width of the latent.
     """
     import torch
 
@@ -41,7 +40,7 @@ def random_inputs(case: Case, bundle: Bundle, latent: tuple[int, int], generator
 
 
 def encode(pipe: Any, case: Case, generator: Any) -> dict[str, torch.Tensor]:
-    """Return the pipeline's own encodings of ``pictures``, without guidance's empty halves."""
+    """Return the pipeline's encodings of ``pictures``, without the zeros for guidance."""
     import torch
 
     images = pictures(case)
@@ -56,7 +55,7 @@ def encode(pipe: Any, case: Case, generator: Any) -> dict[str, torch.Tensor]:
 
 @cache
 def pictures(case: Case) -> list[Image]:
-    """Return the images that the videos start from: smooth colours, by the case's seed."""
+    """Return the images that the videos start from: smooth random colours from the case's seed."""
     import torch
     from PIL import Image
 
@@ -66,7 +65,7 @@ def pictures(case: Case) -> list[Image]:
 
 
 class _VaeWithoutWeights:
-    """Takes the VAE's place: the pipeline reads its dtype before it would encode."""
+    """A stub of the VAE, whose dtype the pipeline reads."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -74,7 +73,7 @@ class _VaeWithoutWeights:
 
 @contextmanager
 def prepared_encodings(pipe: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Make the pipeline, which takes no encodings, use prepared ones where it would encode an image."""
+    """Make the pipeline use prepared encodings instead of encoding an image; it has no argument for them."""
     import torch
 
     def prepared(tensor: torch.Tensor) -> Callable[..., torch.Tensor]:
@@ -94,7 +93,7 @@ def prepared_encodings(pipe: Any, inputs: Mapping[str, torch.Tensor]) -> Iterato
     }
     try:
         for name, value in replacements.items():
-            object.__setattr__(pipe, name, value)  # not through diffusers' own, which would change the config
+            object.__setattr__(pipe, name, value)  # diffusers' own __setattr__ would change the config
         yield
     finally:
         object.__setattr__(pipe, "vae", vae)

@@ -1,4 +1,4 @@
-"""The process in which contestants that share weights run; ``WorkerProcess`` sends the requests.
+"""The worker process of contestants that share weights; ``WorkerProcess`` sends the requests.
 
 Requests: ``inputs`` (case), ``product`` (case, precision), ``open`` (case, entrant, calls, warm_up), ``loop`` (name,
 calls), ``alone`` (name, repeats).
@@ -27,7 +27,7 @@ class LatencyWorker:
         self._device_before = 0
 
     def inputs(self, case: dict[str, Any]) -> Answer:
-        """Write the tensors that all loops begin with, and count the operations of the UNet's calls."""
+        """Write the input tensors of all loops, and count the operations of the UNet's calls."""
         from ...engines.bundle.bundle import Bundle
         from .ceiling import work
         from .loop import prepare_inputs
@@ -39,7 +39,7 @@ class LatencyWorker:
         return {"inputs": shapes, "work": work(run, bundle, tokens)}
 
     def product(self, case: dict[str, Any], precision: str) -> Answer:
-        """Measure a large matrix product: about the most that the machine computes."""
+        """Measure a large matrix product, whose FLOP/s are about the machine's limit."""
         import torch
 
         from .ceiling import product
@@ -51,8 +51,8 @@ class LatencyWorker:
         """Open a contestant and warm it up.
 
         Args:
-            calls: of each loop that warms up: enough that both graphs run.
-            warm_up: number of such loops.
+            calls: number of calls in each warm-up loop, so that both graphs run.
+            warm_up: number of warm-up loops.
         """
         import torch
 
@@ -63,12 +63,12 @@ class LatencyWorker:
             self._shared = SharedParts(Case(**case))
             torch.set_num_threads(self._case.threads)
             self._device_before = _device_bytes(self._case.device)
-        shared_seconds = self._shared.seconds  # of parts that another contestant of this process has made
+        shared_seconds = self._shared.seconds  # of objects that earlier contestants of this process created
         began = time.perf_counter()
         runner = self._runners[contestant.name] = KINDS[contestant.kind](contestant, self._shared)
         load = time.perf_counter() - began + shared_seconds
         began = time.perf_counter()
-        # Compilation as the loop runs happens again for step numbers and paths that come later in the loop.
+        # torch.compile compiles again at step numbers and paths that only whole loops reach.
         whole_loops: list[int | None] = [None, None] if "compile" in contestant.settings else []
         for stop_after in (*whole_loops, *[calls] * warm_up):
             with runner.turn():
@@ -79,8 +79,8 @@ class LatencyWorker:
         """Measure one loop and the UNet's calls in it.
 
         Args:
-            calls: of a loop before it that is not measured. Libraries map weights from their files, and the system may
-                have dropped them from memory during other contestants' turns.
+            calls: number of calls in a preceding loop that is not measured. It brings mapped weights back to memory,
+                which the system may have dropped during other contestants' turns.
         """
         from safetensors.torch import save_file
 
@@ -101,7 +101,7 @@ class LatencyWorker:
         }
 
     def alone(self, name: str, repeats: int) -> Answer:
-        """Measure the UNet's calls, and what a forecast adds to them, back to back: seconds of each, by kind."""
+        """Measure the UNet's calls back to back, and what a forecast adds to them; return the seconds by kind."""
         import torch
 
         runner = self._runners[name]
@@ -124,7 +124,7 @@ class LatencyWorker:
         return self._shared.case
 
     def _memory(self) -> Answer:
-        """Return the process's peak resident memory, and the device memory in use since the first contestant opened."""
+        """Return the peak resident memory of the process, and the device memory that its contestants have taken."""
         device = self._case.device
         used = max(0, _device_bytes(device) - self._device_before) if device != "cpu" else None
         return {"host_peak": peak_memory(), "device": used}
@@ -133,7 +133,7 @@ class LatencyWorker:
 def peak_memory() -> int:
     """Return the peak resident memory of this process in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage begins with the peak of the parent process
+    if status.exists():  # getrusage would count the peak of the parent process
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     import resource
@@ -143,7 +143,7 @@ def peak_memory() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages in this environment that decide what a peer does."""
+    """Return the versions of the packages in this environment that influence a peer."""
     from ..record import installed_versions
 
     return installed_versions(("torch", "diffusers", "transformers", "onnxruntime", "optimum-onnx"))

@@ -1,1 +1,1 @@
-"""MLPerf's load generator on offcut: SingleStream, Offline and Server, like its text-to-image benchmark."""
+"""``offcut bench mlperf``: MLPerf's load generator in its scenarios SingleStream, Offline and Server."""

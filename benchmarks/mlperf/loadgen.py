@@ -1,6 +1,6 @@
-"""MLPerf's LoadGen on offcut: its scenarios, uncached and cached, on the shapes model's prompts.
+"""Runs of MLPerf's LoadGen with the shapes model, uncached and cached, in each scenario.
 
-LoadGen (``mlcommons-loadgen``) draws the queries, times them and judges the run; its logs stay next to the result.
+LoadGen (``mlcommons-loadgen``) chooses the queries, times them and judges the run. Its logs stay next to the result.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 Pixels = npt.NDArray[np.uint8]
 Generate = Callable[[Sequence[int]], Sequence[Pixels]]
-"""Makes one image, uint8 [H, W, 3], for each index into the sample library."""
+"""Function that generates one image, uint8 [H, W, 3], for each index into the sample library."""
 
 Complete = Callable[[Sequence[tuple[int, Pixels | None]]], None]
-"""Returns (query id, image) pairs to LoadGen; None where no image could be made."""
+"""Function that returns (query id, image) pairs to LoadGen, with None in place of an image that failed."""
 
 # Results of single-stream, offline and server, as LoadGen prints them.
 _METRIC = re.compile(r"[\d.]+th percentile latency \(ns\)|Samples per second|Completed samples per second")
@@ -44,11 +44,11 @@ class ShortenedRules:
     """LoadGen's settings where MLPerf's text-to-image rules require more.
 
     Attributes:
-        seconds: least duration; MLPerf: 600.
-        queries: least number of queries; MLPerf: 1024 single-stream, 5000 offline samples.
-        percentile: of the latency that single-stream reports and server compares with its limit; MLPerf: 90 and 99.
-        latency: limit of a server's queries in seconds; MLPerf: 20.
-        rate: images a second that are expected offline and offered to the server.
+        seconds: minimum duration; MLPerf requires 600.
+        queries: minimum number of queries; MLPerf requires 1024 in SingleStream and 5000 samples in Offline.
+        percentile: percentile of the latency in SingleStream and Server; MLPerf has 90 and 99.
+        latency: latency limit of Server in seconds; MLPerf has 20.
+        rate: images a second that are expected in Offline and offered in Server.
     """
 
     seconds: float = 10.0
@@ -58,7 +58,7 @@ class ShortenedRules:
     rate: float = 1.0
 
     def describe(self, scenario: Scenario) -> dict[str, str]:
-        """Return the settings that matter to a scenario, with MLPerf's own in brackets."""
+        """Return the settings of a scenario, with MLPerf's own in brackets."""
         duration = {"least duration": f"{self.seconds:g} s (MLPerf: 600 s)"}
         if scenario == "Offline":
             return {"samples": f"{self.queries} or more (MLPerf: 5000)", **duration}
@@ -75,7 +75,7 @@ class ShortenedRules:
 
 @dataclass(frozen=True)
 class LoadGenSummary:
-    """LoadGen's summary of a performance run; see ``schema.mlperf.ScenarioRun`` for the fields."""
+    """LoadGen's summary of a performance run; ``schema.mlperf.ScenarioRun`` describes the fields."""
 
     valid: bool
     reasons: list[str]
@@ -85,13 +85,13 @@ class LoadGenSummary:
 
 
 class SystemUnderTest:
-    """Takes samples at any time, from any thread, and generates images in one thread.
+    """A system under test, which takes samples from any thread and generates images in one thread.
 
-    All samples that wait when the thread is free are generated together, the oldest first, at most ``batch`` at once:
-    a single stream one by one, an offline query in full batches, a server's as its load requires.
+    Samples that wait when the thread is free are generated together, the oldest first, up to ``batch`` of them. In
+    SingleStream that is one sample, in Offline a full batch.
 
-    After a failure every sample is completed without an image, so that LoadGen comes to its end, and ``close`` raises
-    the failure: a test with one has no figures.
+    After a failure every sample is completed without an image, so that LoadGen can end. ``close`` then raises the
+    failure, and the test has no figures.
     """
 
     def __init__(self, generate: Generate, complete: Complete, batch: int) -> None:
@@ -104,12 +104,12 @@ class SystemUnderTest:
         self._thread.start()
 
     def issue(self, samples: Iterable[Any]) -> None:
-        """Take LoadGen's samples: objects with ``id`` (of the query) and ``index`` (into the library)."""
+        """Queue LoadGen's samples: objects with the ``id`` of the query and the ``index`` into the library."""
         for sample in samples:
             self._waiting.put((sample.id, sample.index))
 
     def close(self) -> None:
-        """Finish waiting samples, end the thread, and raise its failure if it had one."""
+        """Finish the waiting samples, end the thread, and raise its failure if there was one."""
         self._waiting.put(None)
         self._thread.join()
         if self._failure is not None:
@@ -145,10 +145,11 @@ class SystemUnderTest:
 
 @dataclass(frozen=True)
 class SampleLibrary:
-    """The samples that LoadGen draws from: prompts, each with a seed of its own.
+    """The prompts that LoadGen chooses from; the index of a prompt is the seed of its image.
 
     Attributes:
-        steps, guidance: of every image.
+        pipe: pipeline of the shapes model.
+        steps, guidance: number of steps and guidance scale of every image.
     """
 
     pipe: Any
@@ -157,7 +158,7 @@ class SampleLibrary:
     guidance: float
 
     def generate(self, indices: Sequence[int]) -> list[Pixels]:
-        """Return one image for each index, uint8 [H, W, 3]; all share their UNet calls."""
+        """Generate one image for each index, uint8 [H, W, 3]; the images share their UNet calls."""
         import torch
 
         images = self.pipe(
@@ -170,7 +171,7 @@ class SampleLibrary:
         return [np.ascontiguousarray(np.rint(image * 255).astype(np.uint8)) for image in images]
 
     def rate(self, batch: int) -> float:
-        """Measure images a second in full batches, after one batch that is not measured."""
+        """Return the images a second in full batches, after one batch that is not measured."""
         indices = [index % len(self.prompts) for index in range(batch)]
         self.generate(indices)
         began = time.perf_counter()
@@ -217,10 +218,10 @@ def run(
     """Run every scenario with every schedule; LoadGen's logs go into folders under ``output``.
 
     Args:
-        pipe: from ``offcut.load``, of the shapes model.
-        samples: prompts in the sample library.
-        rules: their ``rate`` is measured here and replaced.
-        load: offered to the server, as a share of the images a second in full batches.
+        pipe: result of ``offcut.load`` for the shapes model.
+        samples: number of prompts in the sample library.
+        rules: rules of the runs; ``rate`` is replaced by the measured one.
+        load: rate offered in Server, as a share of the images a second in full batches.
         accuracy: whether to generate and judge every sample once for each schedule.
 
     Raises:
@@ -242,7 +243,7 @@ def run(
             right = _share_right(library, rules, batch, _folder(output, schedule, "accuracy"))
         for scenario in scenarios:
             stage(f"{caching or 'uncached'}: {scenario}")
-            # Offline, LoadGen makes one query of 1.1 times the expected rate times the duration.
+            # In Offline, LoadGen makes one query of 1.1 times the expected rate times the duration.
             scenario_rules = replace(rules, rate=rate * load if scenario == "Server" else rate * 1.2)
             folder = _folder(output, schedule, scenario)
             summary, batches = performance(scenario, library.generate, samples, scenario_rules, batch, folder)
@@ -276,7 +277,7 @@ def performance(
 
     Args:
         samples: number of samples in the library.
-        batch: most samples generated together.
+        batch: maximum number of samples generated together.
         logs: existing folder for LoadGen's logs.
 
     Returns:
@@ -298,7 +299,7 @@ def accuracy(
     """Make one accuracy run, which generates every sample of the library once.
 
     Args:
-        shape: of an image.
+        shape: shape of an image.
 
     Returns:
         The images by index, as LoadGen logged them.
@@ -317,7 +318,7 @@ def summarize(text: str) -> LoadGenSummary:
     fields = {name.strip(): value.strip() for name, value in re.findall(r"^\s*([^:\n]+?)\s*:\s*(.*)$", text, re.M)}
     metric = next((name for name in fields if _METRIC.fullmatch(name)), None)
     if "Result is" not in fields or metric is None:
-        raise UserError("LoadGen left no verdict: see mlperf_log_detail.txt beside its summary")
+        raise UserError("LoadGen left no verdict: see mlperf_log_detail.txt next to its summary")
     valid = fields["Result is"] == "VALID"
     return LoadGenSummary(
         valid=valid,
@@ -329,7 +330,7 @@ def summarize(text: str) -> LoadGenSummary:
 
 
 def _share_right(library: SampleLibrary, rules: ShortenedRules, batch: int, logs: Path) -> float:
-    """Return the share of the logged images that show what their caption says, by the judge network."""
+    """Return the share of the logged images that obey their caption, by the judge network."""
     shape = library.generate([0])[0].shape
     images = accuracy("Offline", library.generate, len(library.prompts), rules, batch, logs, shape)
     texts = [library.prompts[index] for index in images]
@@ -399,4 +400,4 @@ def _complete(loadgen: Any, images: Sequence[tuple[int, Pixels | None]]) -> None
 
 
 def _nothing(*_: Any) -> None:
-    """Serve as LoadGen's other callbacks: the library is in memory, and no query waits for a flush."""
+    """Do nothing, as LoadGen's other callbacks: the library is in memory, and no query waits for a flush."""

@@ -1,1 +1,1 @@
-"""One self-contained page for a run."""
+"""``offcut bench report`` and ``compare``: a self-contained page for results, and changes between two results."""

@@ -1,4 +1,4 @@
-"""Blocks of a report section, from which both the page and the terminal's tables are made."""
+"""Blocks of a report section, which the page and the terminal show."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NONE = "\N{EN DASH}"
 
 
 class Pair(NamedTuple):
-    """A figure, and smaller below it what qualifies it, such as an interval."""
+    """A cell with a figure, and in small print below it a qualification such as an interval."""
 
     main: str
     small: str
@@ -26,9 +26,9 @@ class Picture:
     """An image inside the page.
 
     Attributes:
-        text: description for readers who cannot see it.
+        text: description for readers who cannot see the image.
         address: data URL of a PNG; None where the file is missing.
-        width, height: pixels.
+        width, height: size in pixels.
     """
 
     text: str
@@ -45,8 +45,8 @@ class Column:
     """A column of a table.
 
     Attributes:
-        value: computes the cell of a row.
-        meaning: explanation, where the heading is not enough.
+        value: function that returns the cell of a row.
+        meaning: explanation of the heading; empty if the heading is enough.
         numeric: whether the column is aligned to the right.
         terminal: whether the terminal shows the column too.
     """
@@ -63,7 +63,7 @@ class Table:
     """A table; its first column names the row.
 
     Attributes:
-        ours: whether a row is set off as offcut's own.
+        ours: function that returns whether a row is highlighted as offcut's own.
         terminal: whether the terminal shows the table too.
     """
 
@@ -75,7 +75,7 @@ class Table:
     terminal: bool = True
 
     def filled(self) -> tuple[list[Column], list[list[Cell]]]:
-        """Return the columns in which some row has a figure, and the cells of each row."""
+        """Return the columns in which a row has a figure, and the cells of each row in these columns."""
         cells = [[column.value(row) for column in self.columns] for row in self.rows]
         places = [place for place in range(len(self.columns)) if place == 0 or any(row[place] != NONE for row in cells)]
         return [self.columns[place] for place in places], [[row[place] for place in places] for row in cells]
@@ -94,8 +94,8 @@ class Plot:
     """A plot, drawn when the page is made.
 
     Attributes:
-        title: caption and description.
-        draw: makes the matplotlib figure.
+        title: caption and description of the plot.
+        draw: function that returns the matplotlib figure.
     """
 
     kind = "plot"
@@ -105,7 +105,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names with their values."""
+    """A list of names with their values."""
 
     kind = "facts"
     values: Mapping[str, str]
@@ -113,7 +113,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Group:
-    """Blocks under a heading; on the page, ``folded`` ones are hidden until the reader opens them."""
+    """Blocks under a heading; on the page, a ``folded`` group is hidden until the reader opens it."""
 
     kind = "group"
     title: str
@@ -126,10 +126,11 @@ Block = Table | Note | Plot | Facts | Group
 
 @dataclass(frozen=True)
 class Section:
-    """All that a report says of one benchmark's result.
+    """The section of a report on the result of one benchmark.
 
     Attributes:
-        name: short, for the page's list of contents.
+        name: short name for the page's list of contents.
+        title: heading of the section.
         task: sentence that says what was measured.
     """
 
@@ -140,7 +141,7 @@ class Section:
 
 
 def for_terminal(section: Section) -> Iterator[RichTable | str]:
-    """Return the section's tables and notes for rich to print."""
+    """Yield the section's tables and notes in the form that rich prints."""
     from rich.box import SIMPLE
     from rich.markup import escape
     from rich.table import Table as RichTable

@@ -1,4 +1,4 @@
-"""Comparison of two results: changes beyond noise."""
+"""Comparison of two results, which finds the changes beyond noise."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ Verdict = Literal["worse", "better", "small", "noise", "unknown", "appeared", "v
 
 @dataclass(frozen=True)
 class FigureChange:
-    """Change of one figure of one row.
+    """The change of one figure in one row.
 
     Attributes:
         section: ``latency`` or ``quality``.
-        row: the row's name.
+        row: name of the row.
         figure: name of the figure, with the unit of ``old`` and ``new``.
-        old, new: values of the figure; None where it was not measured.
+        old, new: values of the figure; None where the figure was not measured.
         percent: the change in percent or percentage points, positive if worse (see ``compare``).
         low, high: interval of ``percent``; None without an estimate of the noise.
-        verdict: ``worse`` or ``better``: beyond noise and threshold; ``small``: beyond noise only; ``noise``;
-            ``unknown``: the noise is not known; ``appeared``, ``vanished``: only one result has the figure.
-        note: a reason, or empty.
+        verdict: ``worse`` or ``better``: the change exceeds noise and threshold; ``small``: it exceeds only the noise;
+            ``noise``: it does not exceed the noise; ``unknown``: the noise is unknown; ``appeared``, ``vanished``: only
+            one result has the figure.
+        note: a reason; empty without one.
     """
 
     section: str
@@ -48,13 +49,13 @@ class FigureChange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Changes of all figures; ``warnings`` say why the results may not be comparable."""
+    """The changes of all figures, with warnings that say why the results may not be comparable."""
 
     changes: tuple[FigureChange, ...]
     warnings: tuple[str, ...]
 
     def worse(self, *, allow_missing: bool = False) -> tuple[FigureChange, ...]:
-        """Return what should fail a user's CI: worse figures, and rows that are no longer measured."""
+        """Return the changes that should fail a user's CI: worse figures, and rows that are no longer measured."""
         bad = ("worse",) if allow_missing else ("worse", "vanished")
         return tuple(change for change in self.changes if change.verdict in bad)
 
@@ -62,13 +63,14 @@ class Comparison:
 def compare(old: Result, new: Result, threshold: float = 0.05, confidence: float = 0.99) -> Comparison:
     """Compare rows of the same name.
 
-    A change counts as ``worse`` or ``better`` where its interval excludes no change and the change itself exceeds the
-    threshold: of seconds relative; of PSNR relative, as root mean square error; of the perceptual distance relative; of
-    SSIM and accuracy in points. On another machine, loops are compared as ratios to a base row of the same round.
+    A change counts as ``worse`` or ``better`` if its interval excludes zero and the change exceeds the threshold.
+    Changes of seconds and of the perceptual distance are relative. A change of PSNR is the relative change of the root
+    mean square error. Changes of SSIM and accuracy are in percentage points. Between different machines, times are
+    compared as ratios to a base row of the same round.
 
     Args:
-        threshold: 0.05 is 5 %.
-        confidence: of the latency intervals. Those of quality are the result's own, 95 %.
+        threshold: smallest change that counts, e.g. 0.05 for 5 %.
+        confidence: confidence of the latency intervals; quality has the 95 % intervals of the results.
 
     Raises:
         UserError: the results share no section, or ran different tasks.
@@ -112,8 +114,8 @@ _QUALITY_TASK = ("model", "guidance")
 def _same_task(section: str, names: Sequence[str], old: Latency | Quality, new: Latency | Quality) -> None:
     apart = [name for name in names if getattr(old, name) != getattr(new, name)]
     if apart:
-        said = ", ".join(f"{name} {getattr(old, name)!r} and {getattr(new, name)!r}" for name in apart)
-        raise UserError(f"the two {section} results ran different tasks ({said}); compare runs of the same one")
+        differences = ", ".join(f"{name} {getattr(old, name)!r} and {getattr(new, name)!r}" for name in apart)
+        raise UserError(f"the two {section} results ran different tasks ({differences}); compare runs of the same one")
 
 
 def _environments(old: Environment, new: Environment) -> Iterator[str]:
@@ -228,7 +230,7 @@ def _quality(old: Quality, new: Quality, threshold: float) -> Iterator[FigureCha
 
 
 def _calls(name: str, first: QualityRow, second: QualityRow, threshold: float) -> FigureChange:
-    """Return the change of a row's cost, a count without noise."""
+    """Return the change of a row's cost, which has no noise."""
     percent = 100 * (second.cost / first.cost - 1)
     exact = Estimate(mean=percent, low=percent, high=percent)
     return _judged("quality", name, "cost, full calls", first.cost, second.cost, exact, threshold)

@@ -1,4 +1,4 @@
-"""Which rows are compared with each other, and which ones no other beats."""
+"""The rows with which other rows are compared, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ OURS = "offcut"
 
 
 def measured(rows: Iterable[Contestant]) -> list[Contestant]:
-    """Return the rows with a loop's time."""
+    """Return the rows with a measured loop."""
     return [row for row in rows if row.loops]
 
 
 def base_of(rows: Sequence[Contestant]) -> Contestant | None:
-    """Return the base of ratios: eager diffusers in fp32, else the first diffusers row, else an uncached row."""
+    """Return the base row of ratios: eager diffusers in fp32, or else another diffusers row or uncached row."""
     plain = [row for row in rows if row.loops and not row.caching]
     for fits in (
         lambda row: row.name == "diffusers eager fp32",
@@ -39,7 +39,7 @@ def fastest(rows: Iterable[Contestant], fits: Callable[[Contestant], bool]) -> C
 
 @dataclass(frozen=True)
 class Rivals:
-    """The rows that every row is compared with; None where there is no such row."""
+    """The rows with which the other rows are compared; None where there is no such row."""
 
     base: Contestant | None
     peer: Contestant | None
@@ -47,7 +47,7 @@ class Rivals:
 
     @classmethod
     def of(cls, latency: Latency, precision: str | None = None) -> Rivals:
-        """Return the base, the fastest peer without caching and the fastest with, of one precision if given."""
+        """Return the base row and the fastest peers without and with caching; ``precision`` restricts the peers."""
         peers = [row for row in latency.contestants if row.family != OURS and precision in (None, row.precision)]
         return cls(
             base_of(latency.contestants),
@@ -57,34 +57,34 @@ class Rivals:
 
 
 def uncached_twin(latency: Latency, row: Contestant) -> Contestant | None:
-    """Return the fastest uncached row of the same engine and precision, of the same family if there is one."""
-    kin = [other for other in measured(latency.contestants) if not other.caching]
-    same = [other for other in kin if (other.engine, other.precision) == (row.engine, row.precision)]
+    """Return the fastest uncached row of the same engine and precision, preferably of the same family."""
+    uncached = [other for other in measured(latency.contestants) if not other.caching]
+    same = [other for other in uncached if (other.engine, other.precision) == (row.engine, row.precision)]
     return min(same, key=lambda other: (other.family != row.family, other.loop), default=None)
 
 
 def gain(row: Contestant, over: Contestant) -> float | None:
-    """Return how many times faster a row is: the median of the ratios within a round; None if not measured."""
+    """Return how many times faster a row is than another: the median of the rounds' ratios; None if not measured."""
     ratios = [theirs / ours for ours, theirs in zip(row.loops, over.loops, strict=False)]
     return statistics.median(ratios) if ratios else None
 
 
 def reference(rows: Sequence[QualityRow], row: QualityRow) -> QualityRow | None:
-    """Return the uncached row that a row is measured against: its sampler's, with as many steps or else the most."""
+    """Return the uncached row of the same sampler with as many steps, or else with the most steps."""
     uncached = [other for other in rows if other.kind == "uncached" and other.sampler == row.sampler]
     return max(uncached, key=lambda other: (other.steps == row.steps and bool(row.schedule), other.steps), default=None)
 
 
 def speed(rows: Sequence[QualityRow], row: QualityRow) -> float | None:
-    """Return how many times cheaper a row is than its reference, by the reference ratio of shallow to full."""
+    """Return how many times cheaper a row is than its reference row, by the cost in full calls."""
     against = reference(rows, row)
     return against.cost / row.cost if against and row.cost > 0 else None
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return indices of the points that no other equals or beats in both, by falling first coordinate.
+    """Return the indices of the points on the Pareto front, by falling first coordinate.
 
-    More is better in both. Of equal points the first counts.
+    More is better in both coordinates. Of equal points only the first is on the front.
     """
     order = sorted(range(len(points)), key=lambda index: (-points[index][0], -points[index][1], index))
     best, indices = float("-inf"), []

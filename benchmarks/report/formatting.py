@@ -1,4 +1,4 @@
-"""Figures as text, with as many digits as they deserve."""
+"""Figures as text with a suitable number of digits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def digits(value: float | None, significant: int = 3) -> str:
-    """Return ``1234.5`` as ``1234``, ``0.012345`` as ``0.0123``: no exponent between a millionth and a billion."""
+    """Return ``1234.5`` as ``1234`` and ``0.012345`` as ``0.0123``; there is no exponent from 1e-6 to 1e9."""
     if value is None:
         return NONE
     if value == 0:
@@ -39,12 +39,12 @@ def seconds(value: float | None) -> str:
 
 
 def median_seconds(values: Sequence[float]) -> str:
-    """Return the median of durations."""
+    """Return the median of durations as text."""
     return seconds(statistics.median(values)) if values else NONE
 
 
 def seconds_range(values: Sequence[float]) -> Pair | str:
-    """Return the median of durations with their range."""
+    """Return the median and the range of durations as text."""
     if not values:
         return NONE
     return Pair(seconds(statistics.median(values)), f"{seconds(min(values))} to {seconds(max(values))}")
@@ -58,7 +58,7 @@ def times(value: float | None) -> str:
 
 
 def percent(share: float | None, places: int = 0) -> str:
-    """Return a share of 1 in percent."""
+    """Return a share from 0 to 1 in percent."""
     return NONE if share is None else f"{100 * share:.{places}f} %"
 
 

@@ -1,4 +1,4 @@
-"""Report section on latency: the loops of all contestants, the ratios between them, and their engine calls."""
+"""Report section on latency: denoising loops of all contestants, ratios between them, and engine calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .plots import Bar, bars
 
 
 def section(latency: Latency, percents: Sequence[float] = (50, 90, 99)) -> Section:
-    """Return the section of ``offcut bench latency``, with these percentiles of the loops."""
+    """Return the report section of ``offcut bench latency`` with these percentiles of the loops."""
     rows = sorted(measured(latency.contestants), key=lambda row: row.loop or 0.0)
     blocks: list[Block] = (
         [_loops(latency, rows, percents), _calls(latency, rows)] if rows else [Note("Nothing was measured.")]
@@ -44,18 +44,18 @@ def _task(latency: Latency) -> str:
 
 
 def _notes(latency: Latency) -> Iterator[str]:
-    """Yield the sentences without which the tables can mislead."""
+    """Yield the sentences that a reader needs to understand the tables."""
     yield f"Clock: {latency.clock}."
     shares = [row.forecast_over_shallow for row in latency.contestants if row.forecast_over_shallow is not None]
     if shares:
         yield (
-            f"A forecast would add up to {percent(max(shares), 1)} to a shallow call: the largest share of all "
-            "engines, with the copy that it needs of each full call's features."
+            f"A forecast would add up to {percent(max(shares), 1)} to a shallow call, including the copy of each full "
+            "call's features: the largest share of all engines."
         )
     if latency.reference is not None:
-        yield f"Difference: of the final latents from those of {latency.reference}, norm over norm."
+        yield f"Difference: between the final latents and those of {latency.reference}, relative to their norm."
     if latency.interrupted:
-        yield f"Interrupted: {count(latency.rounds, 'round')} complete; later times are left out."
+        yield f"Interrupted: {count(latency.rounds, 'round')} complete; later times are omitted."
     if latency.reopened:
         yield f"Memory was short: processes were closed and opened again {count(latency.reopened, 'time')}."
     if latency.idle_cpu_share is not None:
@@ -63,7 +63,7 @@ def _notes(latency: Latency) -> Iterator[str]:
 
 
 def bar_of(row: Contestant) -> Bar:
-    """Return the time of a loop and its parts, by the medians of the calls inside the loop."""
+    """Return the bar of a loop; its parts are the medians of the calls inside the loop."""
     full = row.full_calls * statistics.median(row.full) if row.full else None
     shallow = row.shallow_calls * statistics.median(row.shallow) if row.shallow else None
     if row.ideal(row.full, row.shallow) is None:

@@ -1,4 +1,4 @@
-"""Report page of one or several results: one HTML file that runs no script and fetches nothing, light and dark."""
+"""Report page of one or several results: an HTML file without scripts and downloads, light and dark."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .formatting import count, listed, model, seconds
 NAME = "report.html"
 
 BUSY = 0.5
-"""Load average above which a machine was not idle."""
+"""Load average above which a machine does not count as idle."""
 
 _TIMED = ("latency", "quality", "mlperf", "swap", "serving", "controlnet", "precision")
-"""Sections that hold times."""
+"""Sections with times."""
 
 
 def write_report(results: Sequence[Result], folder: Path, *, samples: Sequence[Path] | None = None) -> Path:
@@ -30,8 +30,8 @@ def write_report(results: Sequence[Result], folder: Path, *, samples: Sequence[P
 
     Args:
         results: in the order in which the page shows them.
-        folder: created if missing.
-        samples: folder of each result's sample images; ``folder`` by default.
+        folder: output directory, created if missing.
+        samples: directory of each result's sample images; ``folder`` by default.
 
     Raises:
         UserError: there is nothing to show, or the file cannot be written.
@@ -45,7 +45,7 @@ def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
     require("a report's page", "jinja2", "matplotlib")
     parts = [sections_of(result, folder) for result, folder in zip(results, samples, strict=True)]
     if not any(parts):
-        raise UserError("these results have no figures that a report could show: no latency, no quality, nor any other")
+        raise UserError("these results have no figures to show: give the directories of other results")
     named = [
         (f"{section.name.lower()}-{index}", f"{section.name}{f': {result.title}' if len(results) > 2 else ''}", section)
         for index, (result, sections) in enumerate(zip(results, parts, strict=True))
@@ -67,7 +67,7 @@ def page(results: Sequence[Result], samples: Sequence[Path]) -> str:
 
 def sections_of(result: Result, folder: Path) -> list[Section]:
     """Return the report sections of a result, in the page's order; ``folder`` holds its images."""
-    made: dict[str, Callable[[Any], Section]] = {
+    builders: dict[str, Callable[[Any], Section]] = {
         "latency": latency.section,
         "quality": lambda measured: quality.section(measured, folder),
         "controlnet": sections.controlnet,
@@ -76,11 +76,11 @@ def sections_of(result: Result, folder: Path) -> list[Section]:
         "swap": sections.swap,
         "serving": sections.serving,
     }
-    return [section(measured) for name, section in made.items() if (measured := getattr(result, name)) is not None]
+    return [section(measured) for name, section in builders.items() if (measured := getattr(result, name)) is not None]
 
 
 class _Plots:
-    """Draws a page's plots; numbers the identifiers of each, so that they are unique on the page."""
+    """A page's function for plots, which numbers the identifiers in each plot to make them unique on the page."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -115,12 +115,12 @@ def _warnings(results: Sequence[Result]) -> Iterator[str]:
         if load is not None and load > BUSY and any(getattr(result, section) for section in _TIMED):
             yield (
                 f"The machine was not idle: load average {load:g} when “{result.title}” began. Ratios within a round "
-                "suffer less than seconds, but do suffer."
+                "are affected less than seconds."
             )
         if result.latency and result.latency.rounds < 3:
-            yield f"“{result.title}” has {count(result.latency.rounds, 'round')}: too few to know its noise."
+            yield f"“{result.title}” has {count(result.latency.rounds, 'round')}: too few to estimate the noise."
     if len({(result.environment.cpu, result.environment.gpu) for result in results}) > 1:
-        yield "These results are of different machines: seconds of one cannot be compared with seconds of another."
+        yield "These results come from different machines, whose seconds cannot be compared."
 
 
 def _facts(result: Result) -> dict[str, str]:
@@ -142,17 +142,17 @@ def _facts(result: Result) -> dict[str, str]:
 
 
 def _limits(results: Sequence[Result]) -> Iterator[str]:
-    yield "One machine: ratios carry over to others better than seconds, and neither is sure to."
+    yield "One machine: on others, ratios may differ, and seconds differ more."
     latencies = [result.latency for result in results if result.latency]
     if latencies:
         fewest = min(each.rounds for each in latencies)
-        yield f"{count(fewest, 'round')}: the ranges are of the rounds, and hold no noise between runs."
+        yield f"{count(fewest, 'round')}: the ranges show the noise between rounds, not between runs."
         if any("random" in each.model.lower() for each in latencies):
-            yield "Random weights: the time of a call does not depend on them, the images mean nothing."
+            yield "Random weights: they do not change the time of a call, but the images are meaningless."
         if skipped := sum(not row.loops for each in latencies for row in each.contestants):
             yield f"{count(skipped, 'contestant')} did not run; the reasons are listed above."
     for measured in (result.quality for result in results if result.quality):
         yield (
             f"Quality is that of {model(measured.model)}, over {measured.images} images a row: PSNR and SSIM say how "
-            "far an image moved, not whether it got worse."
+            "much an image changed, not whether it got worse."
         )

@@ -1,4 +1,4 @@
-"""Plots by matplotlib, as SVG inside the page and in the page's colours, light and dark."""
+"""Plots by matplotlib as SVG in the page's colours, light and dark."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLOURS = {
     name: f"#0000{place:02x}"
     for place, name in enumerate(("ink", "muted", "line", "paper", "full", "shallow", "rest", "whole"), start=1)
 }
-"""Placeholders that `to_svg` replaces with the page's CSS variables of these names."""
+"""Placeholder colours, which `to_svg` replaces with the page's CSS variables of these names."""
 
 _STYLE: Any = {  # matplotlib's names of settings
     "axes.edgecolor": COLOURS["muted"],
@@ -39,7 +39,7 @@ _STYLE: Any = {  # matplotlib's names of settings
     "legend.edgecolor": "none",
     "legend.facecolor": "none",
     "legend.labelcolor": COLOURS["ink"],
-    "svg.fonttype": "none",  # text stays text, which takes the page's font
+    "svg.fonttype": "none",  # text stays text in the page's font
     "svg.hashsalt": "offcut",
     "text.color": COLOURS["ink"],
     "text.parse_math": False,
@@ -50,12 +50,12 @@ _STYLE: Any = {  # matplotlib's names of settings
 
 @dataclass(frozen=True)
 class Bar:
-    """A denoising loop's time in seconds, and what it is made of; None where a part is not known.
+    """The time of a denoising loop in seconds, with its parts.
 
     Attributes:
-        total: the median loop.
-        least, most: over the rounds.
-        full, shallow: sum of all full and of all shallow calls of a loop.
+        total: median of the loops.
+        least, most: minimum and maximum over the rounds.
+        full, shallow: sum of all full and of all shallow calls of a loop; None if unknown.
     """
 
     label: str
@@ -67,7 +67,7 @@ class Bar:
 
     @property
     def pieces(self) -> list[tuple[str, float, float]]:
-        """Colour, start and end of each piece; calls that take longer than the loop are cut off at its end."""
+        """Colour, start and end of each piece; calls that take longer than the loop end with it."""
         if self.full is None:
             return [("whole", 0.0, self.total)]
         calls = self.full + (self.shallow or 0.0)
@@ -77,13 +77,13 @@ class Bar:
 
     @property
     def ideal(self) -> float | None:
-        """Seconds of the calls alone."""
+        """Sum of the calls' seconds."""
         return None if self.full is None else self.full + (self.shallow or 0.0)
 
 
 @dataclass(frozen=True)
 class ScatterPoint:
-    """A setting in a plot of quality against speed; ``series`` is the kind of its row."""
+    """A setting in a plot of quality against speed; ``series`` is the kind of the row."""
 
     label: str
     speed: float
@@ -105,7 +105,7 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 @_styled
 def bars(rows: Sequence[Bar]) -> Figure:
-    """Return horizontal bars, the first on top: full calls, shallow calls, the rest, range of rounds and ideal."""
+    """Return horizontal bars of full calls, shallow calls and the rest, with range and ideal; the first is on top."""
     figure, axes = _figure(0.7 + 0.42 * len(rows))
     names = {"full": "full UNet calls", "shallow": "shallow calls", "rest": "rest of the loop", "whole": "not split"}
     for place, row in enumerate(rows):
@@ -128,7 +128,7 @@ def bars(rows: Sequence[Bar]) -> Figure:
 
 @_styled
 def scatter(points: Sequence[ScatterPoint], label: str, *, more_is_better: bool = True) -> Figure:
-    """Return quality against speed: points that no other beats are filled, and joined by the Pareto front."""
+    """Return a plot of quality against speed; points on the Pareto front are filled and joined."""
     figure, axes = _figure(3.6)
     colours = {"cached": ("full", "o"), "fewer steps": ("shallow", "D"), "uncached": ("ink", "s")}
     sign = 1 if more_is_better else -1
@@ -154,7 +154,7 @@ def scatter(points: Sequence[ScatterPoint], label: str, *, more_is_better: bool 
 
 
 def _name_points(axes: Axes, points: Sequence[ScatterPoint]) -> None:
-    """Write the labels that overlap no earlier one: the front's first."""
+    """Write each label that overlaps no earlier label."""
     placed: list[Any] = []
     for point in points:
         for x, y, align in ((6, 4, "left"), (-6, 4, "right"), (6, -10, "left"), (-6, -10, "right")):
@@ -169,7 +169,7 @@ def _name_points(axes: Axes, points: Sequence[ScatterPoint]) -> None:
 
 
 def to_svg(figure: Figure, title: str) -> str:
-    """Return a figure as an SVG element that takes its colours and font from the page."""
+    """Return a figure as an SVG element with the page's colours and font."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -182,7 +182,7 @@ def to_svg(figure: Figure, title: str) -> str:
     head, _, body = svg.partition(">")
     view = re.search(r'viewBox="[^"]*"', head)
     assert view is not None
-    body = re.sub(r'<g id="[^"]*"', "<g", body)  # of artists: only definitions are referred to
+    body = re.sub(r'<g id="[^"]*"', "<g", body)  # ids of artists, which nothing refers to
     for name, colour in COLOURS.items():
         body = body.replace(colour, f"var(--{name})")
     return f'<svg {view[0]} role="img" aria-label="{html.escape(title)}">{body.strip()}'

@@ -1,4 +1,4 @@
-"""Report section on quality: quality against speed with the Pareto front, samples and figures."""
+"""Report section on quality: plots of quality against speed, sample images and figures."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 GAIN = 4.0
-"""How much brighter a difference is shown than it is."""
+"""Factor by which differences are brightened."""
 
-_LARGEST = 384  # pixels; larger images are scaled down, so that a page of many stays light
+_LARGEST = 384  # pixels; larger images are scaled down to keep the page small
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a row that is plotted against speed."""
+    """A figure that is plotted against speed."""
 
     field: str
     label: str
@@ -69,13 +69,13 @@ def section(quality: Quality, folder: Path) -> Section:
 
 
 def _plots(rows: Sequence[QualityRow], metric: Metric) -> list[Plot]:
-    """Return one plot for each uncached row that others are measured against."""
+    """Return a plot for each uncached row with which other rows are compared."""
     plots = []
     for against in (row for row in rows if row.kind == "uncached"):
-        kin = [row for row in rows if reference(rows, row) is against]
+        compared = [row for row in rows if reference(rows, row) is against]
         points = [
             ScatterPoint(short(row), faster, value, row.kind)
-            for row in kin
+            for row in compared
             if (value := metric.of(row)) is not None and (faster := speed(rows, row)) is not None
         ]
         if points:
@@ -85,7 +85,7 @@ def _plots(rows: Sequence[QualityRow], metric: Metric) -> list[Plot]:
 
 
 def short(row: QualityRow) -> str:
-    """Return a few characters that name a row in a plot."""
+    """Return a short name of a row for a plot."""
     if row.kind == "uncached":
         return "uncached"
     if row.kind != "cached":
@@ -98,18 +98,18 @@ def short(row: QualityRow) -> str:
 
 
 def _samples(quality: Quality, folder: Path) -> list[Block]:
-    """Return a table for each uncached row: prompts down, settings across, each image with its difference."""
+    """Return a table for each uncached row, with a row for each prompt and a column for each setting."""
     names = [name for row in quality.rows for name in row.samples]
     absent = [name for name in names if not (folder / name).is_file()]
     if not names:
         return []
     if len(absent) == len(names):
-        return [Note(f"Left out: {len(names)} sample images, whose files are not kept with this result.")]
+        return [Note(f"{len(names)} sample images are omitted, because their files are not with this result.")]
     tables = []
     for against in (row for row in quality.rows if row.kind == "uncached" and row.samples):
         others = [row for row in quality.rows if row is not against and reference(quality.rows, row) is against]
         tables.append(_sample_table(quality, against, [row for row in others if row.samples], folder))
-    note = f"Each image with its difference to the uncached image of the same seed, {GAIN:g} times as bright."
+    note = f"Each image and its difference to the uncached image of the same seed, brightened {GAIN:g} times."
     blocks: list[Block] = [Note(note), tables[0]]
     if tables[1:]:
         blocks.append(Group("Other samplers", tables[1:], folded=True))
@@ -139,7 +139,7 @@ def _sample_table(quality: Quality, against: QualityRow, others: Sequence[Qualit
 
 
 def _read(folder: Path, name: str) -> Image | None:
-    """Return a sample image; None where the file is missing, is not a PNG, or lies outside of the folder."""
+    """Return a sample image; None if the file is missing, is not a PNG, or lies outside the folder."""
     from PIL import Image, UnidentifiedImageError
 
     path = folder / name
@@ -155,7 +155,7 @@ def _read(folder: Path, name: str) -> Image | None:
 
 
 def _differences(first: Image | None, second: Image | None) -> Image | None:
-    """Return the difference of two images, brightened; None where one is missing or their sizes differ."""
+    """Return the brightened difference between two images; None if one is missing or their sizes differ."""
     if first is None or second is None or first.size != second.size:
         return None
     return difference(first, second, GAIN)
@@ -200,16 +200,16 @@ def _figures(rows: Sequence[QualityRow]) -> Table:
 
 
 def _calls(rows: Sequence[QualityRow]) -> list[Block]:
-    """Return the calls of each schedule once, whichever samplers follow it."""
-    followed = {
+    """Return a table with the calls of each schedule."""
+    schedules = {
         row.timeline: row.schedule or "uncached" for row in reversed(rows) if row.timeline and row.kind != "fewer steps"
     }
-    if not followed:
+    if not schedules:
         return []
     columns = [
-        Column("schedule", lambda calls: followed[calls]),
+        Column("schedule", lambda calls: schedules[calls]),
         Column("full", lambda calls: f"{calls.count('#')} of {len(calls)}"),
         Column("calls", lambda calls: calls, numeric=False),
     ]
     caption = "UNet calls in their order: # full, . shallow, _ without an engine"
-    return [Table(caption, columns, list(followed)[::-1], terminal=False)]
+    return [Table(caption, columns, list(schedules)[::-1], terminal=False)]

@@ -1,4 +1,4 @@
-"""Report sections that are tables: precision, ControlNet, LoadGen, LoRAs and serving."""
+"""Report sections of precision, ControlNet, LoadGen, LoRAs and serving, which consist of tables."""
 
 from __future__ import annotations
 
@@ -13,18 +13,7 @@ from ..schema.precision import Calls, Images, Joint, Precision
 from ..schema.serving import Percentiles, ServingLoad
 from ..swap import Swap, SwapRow
 from .blocks import NONE, Block, Column, Note, Section, Table
-from .formatting import (
-    count,
-    digits,
-    fixed,
-    interval,
-    model,
-    percent,
-    seconds,
-    seconds_range,
-    size,
-    times,
-)
+from .formatting import count, digits, fixed, interval, model, percent, seconds, seconds_range, size, times
 
 
 def precision(measured: Precision) -> Section:
@@ -63,10 +52,7 @@ def _precision_images(images: Images) -> Table:
         Column("to uncached fp32, dB", lambda row: interval(row.psnr_uncached)),
         Column("right, %", lambda row: interval(row.accuracy, 1, 100), "prompts obeyed, by the judge network"),
         Column(
-            "change, points",
-            lambda row: interval(row.accuracy_change, 1, 100, sign=True),
-            "from fp32, paired",
-            terminal=False,
+            "change, points", lambda row: interval(row.accuracy_change, 1, 100, sign=True), "from fp32", terminal=False
         ),
     ]
     task = f"{images.steps} steps of {images.sampler}, guidance {images.guidance:g}, {images.cut}"
@@ -87,8 +73,8 @@ def _precision_joint(joint: Joint) -> Iterator[Block]:
     yield Note(
         f"Reuse: one call in {joint.interval} full, evenly. DP: as many full calls, placed by CacheQuant's dynamic "
         "programming; correction: with its scale and shift for each call and channel. Ours: offcut tune at that cost, "
-        f"where a shallow call is {digits(joint.shallow_over_full, 2)} of a full one. Corrections are fitted to, and "
-        f"schedules tuned with, {joint.samples} images each; none of them is judged."
+        f"where a shallow call counts as {digits(joint.shallow_over_full, 2)} of a full one. Corrections are fitted to "
+        f"{joint.samples} images and schedules are tuned with {joint.samples} images; none of these is judged."
     )
 
 
@@ -168,14 +154,14 @@ def swap(measured: Swap) -> Section:
     ]
     sizes = ", ".join(f"{name} {value}" for name, value in measured.sizes.items())
     task = (
-        f"{model(measured.model)}: a LoRA ({measured.lora}; {measured.layers} layers) goes onto the open engines and "
-        f"off again, {count(measured.rounds, 'time')}. The calls are full and {measured.cut}, with {sizes}."
+        f"{model(measured.model)}: a LoRA ({measured.lora}; {measured.layers} layers) is loaded into open engines and "
+        f"unloaded, {count(measured.rounds, 'time')}. The calls are full and {measured.cut}, with {sizes}."
     )
     return Section("LoRAs", "LoRAs", task, [Table("Medians with the range of the rounds", columns, measured.rows)])
 
 
 BATCHING = {"steps": "offcut", "single": "one at a time", "whole": "whole requests"}
-"""Ways to batch, by name."""
+"""Labels of the ways to batch, by name."""
 
 
 def serving(measured: ServingLoad) -> Section:
@@ -183,8 +169,8 @@ def serving(measured: ServingLoad) -> Section:
     request = ", ".join(f"{name} {value:g}" for name, value in measured.request.items() if not isinstance(value, str))
     task = (
         f"{model(measured.model)} on {measured.engine}; a request has {request}. At most {measured.in_flight} requests "
-        f"in flight, {measured.queue} waiting, {measured.rows} rows a call. Servers run in processes of their own and "
-        "are asked over HTTP; the ways to batch take turns."
+        f"in flight, {measured.queue} waiting, {measured.rows} rows a call. Servers run in their own processes and get "
+        "requests over HTTP; the ways to batch take turns."
     )
     return Section("Serving", "The server under load", task, list(_serving_tables(measured)))
 

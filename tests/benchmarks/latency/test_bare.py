@@ -47,5 +47,5 @@ def test_a_bare_unet_is_measured_in_its_familys_pipeline(
 @pytest.mark.slow
 def test_a_unet_that_no_prompt_drives_is_refused(family_bundle: Callable[[str], Path], tmp_path: Path) -> None:
     bundle = Bundle.open(family_bundle("unconditional"))
-    with pytest.raises(UserError, match=r"gets nothing but latents and embeddings, and .* is of UNet2DModel"):
+    with pytest.raises(UserError, match=r"gets only latents and embeddings, and .* has UNet2DModel"):
         resolve(bundle, LatencyRequest(), tmp_path)

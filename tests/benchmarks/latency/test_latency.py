@@ -91,7 +91,7 @@ def test_every_contestant_is_measured_or_says_why_not(rows: dict[str, Contestant
         assert row.settings["threads"] == "1"
         assert (row.host_peak_bytes or 0) > 2**26
         assert (row.size_bytes or 0) > 2**15
-    shared = f"shared with {UNCACHED}: so are load time and peak memory"
+    shared = f"shared with {UNCACHED}, like load time and peak memory"
     assert rows[OURS].settings["process"] == shared
 
 
@@ -141,7 +141,7 @@ def test_the_tables_show_every_row_whole(latency: Latency) -> None:
     for row in latency.contestants:
         assert row.name in text
     words = " ".join(text.split())
-    assert f"Difference: of the final latents from those of {EAGER}" in words
+    assert f"Difference: between the final latents and those of {EAGER}" in words
     assert "monotonic" in words
     assert "A forecast would add up to" in words
 
@@ -192,20 +192,20 @@ def test_the_helper_says_which_schedules_it_cannot_follow(
     wanted = LatencyRequest(tiny_pipeline_dir, steps=STEPS, schedule="quad:3:center=2", cut="mlperf")
     reasons = {entrant.name: entrant.not_run for entrant in resolve(Bundle.open(tiny_bundle), wanted, tmp_path)[1]}
     assert reasons[HELPER] is not None
-    assert reasons[HELPER].startswith("DeepCache's helper knows uniform intervals without warm-up only, not quad:3")
+    assert reasons[HELPER].startswith("DeepCache's helper supports only uniform intervals without warm-up, not quad:3")
     assert reasons[EAGER] is reasons[OURS] is None
 
 
-def test_houses_share_weights_and_hold_only_their_own(
+def test_contestants_of_a_process_share_engine_precision_and_interpreter(
     tiny_bundle: Path, tiny_pipeline_dir: Path, tmp_path: Path
 ) -> None:
-    houses: dict[str, list[Entrant]] = {}
+    processes: dict[str, list[Entrant]] = {}
     for entrant in planned(tiny_bundle, tmp_path, model=tiny_pipeline_dir):
-        houses.setdefault(entrant.process, []).append(entrant)
-    for members in houses.values():
+        processes.setdefault(entrant.process, []).append(entrant)
+    for members in processes.values():
         assert len({(member.engine, member.precision, member.python) for member in members}) == 1
-    assert {member.name for member in houses["eager bf16"]} == {"diffusers eager bf16", "DeepCache eager bf16"}
-    assert {member.kind for members in houses.values() for member in members} >= {"compiled", "deepcache-regional"}
+    assert {member.name for member in processes["eager bf16"]} == {"diffusers eager bf16", "DeepCache eager bf16"}
+    assert {member.kind for members in processes.values() for member in members} >= {"compiled", "deepcache-regional"}
 
 
 @pytest.mark.parametrize(
@@ -213,11 +213,11 @@ def test_houses_share_weights_and_hold_only_their_own(
     [
         ({"engines": ("inductor",)}, UserError, "not inductor: add it with offcut build"),
         ({"engines": ("abacus",)}, EngineError, "no engine 'abacus'"),
-        ({"peers": ("diffuser",)}, UserError, "there is no peer 'diffuser': write all, none"),
+        ({"peers": ("diffuser",)}, UserError, "there is no peer 'diffuser': give all, none"),
         ({"pythons": {"optimum": "/no/python"}}, UserError, "/no/python is not an executable program"),
         ({"pythons": {"diffusers": sys.executable}}, UserError, "needs no environment of its own"),
         ({"cut": "deepcache:7"}, CutError, "was not built with the cut deepcache:7"),
-        ({"frames": 3}, UserError, "makes images, which have no frames: leave --frames out"),
+        ({"frames": 3}, UserError, "generates images, which have no frames: omit --frames"),
         ({"height": 65}, UserError, "an image side of 65 pixels does not fit"),
         ({"scheduler": "NoScheduler"}, UserError, "diffusers has no scheduler NoScheduler"),
         ({"model": Path("/no/model")}, UserError, "/no/model is not a directory"),

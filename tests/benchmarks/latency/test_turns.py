@@ -98,7 +98,7 @@ def test_a_schedule_without_a_shallow_call_is_refused() -> None:
 @pytest.mark.parametrize("schedule", ["quad:3", "steps:0,2", "uniform:3:warmup=1", "uniform:3:max_shallow=1"])
 def test_deepcaches_helper_follows_plain_intervals_only(schedule: str) -> None:
     assert interval_of("uniform:4") == 4
-    with pytest.raises(UserError, match="uniform intervals without warm-up only"):
+    with pytest.raises(UserError, match="supports only uniform intervals without warm-up"):
         interval_of(schedule)
 
 

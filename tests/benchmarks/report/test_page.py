@@ -187,7 +187,7 @@ def test_a_page_of_little_is_still_a_page() -> None:
 
 def test_a_result_without_figures_is_refused() -> None:
     nothing = result().model_copy(update={"latency": None})
-    with pytest.raises(UserError, match="no latency, no quality, nor any other"):
+    with pytest.raises(UserError, match="no figures to show"):
         page([nothing], [NO_IMAGES])
 
 
@@ -195,7 +195,7 @@ def test_samples_whose_files_are_gone_are_named_as_left_out(tmp_path: Path) -> N
     measured = quality()
     text = page([result(quality=measured)], [tmp_path])
     names = [name for row in measured.rows for name in row.samples]
-    assert f"Left out: {len(names)} sample images" in "".join(Reader(text).text)
+    assert f"{len(names)} sample images are omitted" in "".join(Reader(text).text)
     assert ">missing<" not in text
 
 
