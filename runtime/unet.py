@@ -26,7 +26,7 @@ from .generation.features import CachedFeatures, CallPart, FeatureBuffers
 from .generation.guidance import second_half
 from .generation.trajectory import Call
 from .inputs import write_timestep
-from .loras import LoraMethods
+from .loras import LoraMethods, LoraSet
 from .profiler_ranges import ProfilerRanges
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class UNet(LoraMethods, BaseUNet):
         self._feature_names = {name for names in pair.cuts.values() for name in names}
         self._pair: EnginePair | None = pair
         self._output_name = next(iter(pair.outputs))
-        self._loras = {}
+        self._loras = LoraSet()
         self._stored = stored
         self._bound = BoundPairs(bound_shapes)
         self._residuals: WeakKeyDictionary[BoundPair, set[str]] = WeakKeyDictionary()  # residuals of the last call
@@ -251,7 +251,8 @@ class UNet(LoraMethods, BaseUNet):
         self._ranges.end()
 
     def _advice(self, calls: int, scheduler: object) -> str | None:
-        return lora_advice(self.schedule, self._loras) or super()._advice(calls, scheduler)
+        loras = [name for name, scale in self.loras.items() if scale]
+        return lora_advice(self.schedule, loras) or super()._advice(calls, scheduler)
 
     # The engines
 

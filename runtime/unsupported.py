@@ -22,6 +22,10 @@ _lora = _refusal(
     "PEFT wraps a UNet's layers",
     "load LoRAs with pipe.load_lora_weights or pipe.unet.load_lora, which change the weights themselves",
 )
+_fusing = _refusal(
+    "fusing adds LoRAs to a UNet's weights",
+    "leave it out, as loaded LoRAs are part of the engines' weights; pipe.set_adapters sets their scales",
+)
 _ip_adapter = _refusal(
     "an IP-Adapter replaces a UNet's attention layers", "build the bundle with it, offcut build --ip-adapter FILE"
 )
@@ -74,8 +78,8 @@ class UnsupportedMethods:
     disable_adapters = _lora
     enable_lora = _lora
     disable_lora = _lora
-    fuse_lora = _lora
-    unfuse_lora = _lora
+    fuse_lora = _fusing
+    unfuse_lora = _fusing
 
     _load_ip_adapter_weights = _ip_adapter
     _load_ip_adapter_loras = _ip_adapter

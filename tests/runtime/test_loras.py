@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from support.loras import save_lora
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from support.loras import random_adapter, save_adapter, save_lora
 
 import offcut
 from offcut.errors import ModelError, UserError
+from offcut.exporter.lora import read
 from offcut.runtime.generation.schedule import Uniform
+from offcut.runtime.loras import LoraSet
 from offcut.runtime.tuning.steps import TunedSteps
 
 STEPS = 6
@@ -153,3 +168,87 @@ def test_a_lora_that_cannot_be_loaded_leaves_the_weights_unchanged(
         unet.unload_lora()
     assert unet.loras == {"kohya": 1.0}
     assert equal(outputs(unet), before)
+
+
+class LoraSetMachine(RuleBasedStateMachine):
+    """``LoraSet`` and PEFT's layers in an eager UNet, given the same operations in random order."""
+
+    LORAS: ClassVar[dict[str, Path]] = {}
+    FOLDER: ClassVar[Path]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = UNet2DConditionModel.from_pretrained(self.FOLDER)
+        self.loras = LoraSet()
+
+    names = st.sampled_from(["a", "b", "c"])
+    scales = st.sampled_from([0.0, 0.5, 1.0, -2.0])
+
+    @initialize(names=st.permutations(["a", "b", "c"]))
+    def load_all(self, names: list[str]) -> None:
+        for name in names:
+            self.load(name)
+
+    @rule(name=names)
+    def load(self, name: str) -> None:
+        if name in self.loras.loras or not self.loras.enabled:
+            return
+        file = self.LORAS[name]
+        self.unet.load_lora_adapter(file.parent, weight_name=file.name, prefix="unet", adapter_name=name)
+        self.loras = self.loras.loaded(read(file, self.unet.config), name, 1.0, [name])
+
+    @precondition(lambda self: self.loras.loras)
+    @rule(chosen=st.dictionaries(names, scales, min_size=1, max_size=3))
+    def set_adapters(self, chosen: dict[str, float]) -> None:
+        self.unet.set_adapters(list(chosen), list(chosen.values()))
+        self.loras = self.loras.activated(chosen)
+
+    @precondition(lambda self: self.loras.loras)
+    @rule(name=names)
+    def set_adapter(self, name: str) -> None:
+        if name in self.loras.loras:
+            self.unet.set_adapter(name)
+            self.loras = self.loras.activated({name: self.loras.scales[name]})
+
+    @precondition(lambda self: len(self.loras.loras) > 1)
+    @rule(name=names)
+    def delete(self, name: str) -> None:
+        self.unet.delete_adapters(name)
+        self.loras = self.loras.deleted([name])
+
+    @rule()
+    def unload(self) -> None:
+        self.unet.unload_lora()
+        self.loras = LoraSet()
+
+    @precondition(lambda self: self.loras.loras)
+    @rule(enabled=st.sampled_from([True, True, False]))
+    def switch(self, enabled: bool) -> None:
+        (self.unet.enable_lora if enabled else self.unet.disable_lora)()
+        self.loras = replace(self.loras, enabled=enabled)
+
+    @invariant()
+    def products_are_equal(self) -> None:
+        terms = self.loras.terms()
+        expected = {
+            f"{name}.weight": sum(module.get_delta_weight(adapter) for adapter in active)
+            for name, module in self.unet.named_modules()
+            if isinstance(module, BaseTunerLayer) and not module.disable_adapters
+            if (active := [adapter for adapter in module.active_adapters if module.scaling.get(adapter)])
+        }
+        assert set(terms) == set(expected)
+        for name, delta in expected.items():
+            product = sum(low_rank.product(delta.shape) * scale for low_rank, scale in terms[name])
+            torch.testing.assert_close(product, delta.detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+def test_the_state_of_loras_is_that_of_peft(tiny_unet_dir: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate("abc"):
+        unet = UNet2DConditionModel.from_pretrained(tiny_unet_dir)
+        config = random_adapter(unet, Random(seed), layers=8)  # of 12 layers, so that some have several LoRAs
+        LoraSetMachine.LORAS[name] = save_adapter("diffusers", unet, config, tmp_path / name)
+    LoraSetMachine.FOLDER = tiny_unet_dir
+    run_state_machine_as_test(
+        LoraSetMachine, settings=settings(max_examples=40, stateful_step_count=12, deadline=None, derandomize=True)
+    )

@@ -97,12 +97,16 @@ PATTERNS = (
 """Keys of PEFT's patterns: names of layers, ends of names, and regular expressions that match names or their ends."""
 
 
-def random_adapter(unet: Any, random: Random, *, dora: bool = False) -> Any:
-    """Add a PEFT LoRA with random settings and weights to some layers of a UNet; return its ``LoraConfig``."""
+def random_adapter(unet: Any, random: Random, *, dora: bool = False, layers: int | None = None) -> Any:
+    """Add a PEFT LoRA with random settings and weights to some layers of a UNet; return its ``LoraConfig``.
+
+    Args:
+        layers: number of layers, out of the first 12; None for a random number of any layers.
+    """
     from peft import LoraConfig
 
-    layers = [name for name, module in unet.named_modules() if type(module).__name__ in ("Linear", "Conv2d")]
-    targets = random.sample(layers, random.randint(1, min(12, len(layers))))
+    names = [name for name, module in unet.named_modules() if type(module).__name__ in ("Linear", "Conv2d")]
+    targets = random.sample(names[:12], layers) if layers else random.sample(names, random.randint(1, 12))
     patterns = [*PATTERNS, *targets, *(f"^{name}" for name in targets)]
 
     def values(choices: list[Any]) -> dict[str, Any]:
