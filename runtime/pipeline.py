@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 from packaging.version import Version
 
 from ..engines.base import EngineOptions, OpenOptions
@@ -19,6 +20,7 @@ from .base_unet import BaseUNet
 from .components import open_components
 from .controlnet import reuse_controlnets
 from .override import override_method
+from .replacement import take_over
 from .unet import UNet
 from .unsupported import refuse_layer_guidance
 
@@ -109,6 +111,10 @@ def attach(
     A second pipeline from the same components (``AutoPipelineForImage2Image.from_pipe``) shares the UNet; it announces
     its own generations after ``offcut.attach(img2img, pipe.unet)``.
 
+    LoRAs that the pipeline's UNet has are taken over. What engines would not compute is refused: FreeU, other attention
+    processors, hooks and replaced layers, and other weights than the bundle's, fused LoRAs among them. The weights are
+    compared by the first row of each tensor, if the bundle holds its weights.
+
     Args:
         pipe: a diffusers pipeline with a ``unet``.
         bundle: an opened bundle, its directory, or an open ``UNet``.
@@ -123,29 +129,40 @@ def attach(
         The same pipeline.
 
     Raises:
-        UserError: the pipeline has no UNet, or no ControlNet to reuse.
-        BundleError: the bundle is damaged, or was built from another kind of UNet.
+        UserError: the pipeline has no UNet, or no ControlNet to reuse; or its UNet was changed as described above.
+        BundleError: the bundle is damaged, or was built from another UNet.
         EngineError: the engine is missing or cannot run here.
     """
     old_unet = getattr(pipe, "unet", None)
     if old_unet is None:
         raise UserError(f"{type(pipe).__name__} has no unet for offcut to replace: give a pipeline with one")
+    old_unet = getattr(old_unet, "_orig_mod", old_unet)  # torch.compile's wrapper
     if isinstance(bundle, BaseUNet):
-        unet = bundle
-    else:
-        unet = UNet.load(
-            bundle,
-            engine,
-            device=device or _device_name(pipe.device),
-            precision=precision,
-            inference_precision=inference_precision,
-            **options,
-        )
+        return _replace(pipe, old_unet, bundle, reuse_controlnet)
+    unet = UNet.load(
+        bundle,
+        engine,
+        device=device or _device_name(pipe.device),
+        precision=precision,
+        inference_precision=inference_precision,
+        **options,
+    )
+    try:
+        return _replace(pipe, old_unet, unet, reuse_controlnet)
+    except BaseException:
+        unet.close()
+        raise
+
+
+def _replace(pipe: Any, old_unet: Any, unet: BaseUNet, reuse_controlnet: bool) -> Any:
+    """Replace a pipeline's UNet, after everything that could be lost was taken over or refused."""
     if differing := _differences(old_unet, unet):
         raise BundleError(
             f"the bundle was built from another kind of UNet than this pipeline has ({'; '.join(differing)}): "
             "build a bundle from the pipeline's own UNet"
         )
+    if isinstance(unet, UNet) and isinstance(old_unet, ModelMixin) and not isinstance(old_unet, BaseUNet):
+        take_over(old_unet, unet)
     if unet.ip_adapters is not None and old_unet is not unet:
         unet.ip_adapters.copy_scales(getattr(old_unet, "attn_processors", {}))
     if reuse_controlnet:

@@ -14,7 +14,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - see EngineModel.save_pretrained
 
 from ..engines.base import BoundPair, EnginePair, OpenOptions
-from ..errors import EngineError, UserError
+from ..errors import BundleError, EngineError, UserError
 from ..exporter.residuals import argument_of
 from ..exporter.specs import TensorSpec, solve
 from ..exporter.trace.export import SAMPLE
@@ -52,6 +52,7 @@ class UNet(LoraMethods, BaseUNet):
     Attributes:
         record_times: whether ``last_run`` has the seconds of each call; on a GPU, each call then waits for the device.
         precision: precision in which the engines compute; None where it is unknown.
+        has_fused_loras: whether LoRAs were fused when the bundle was built.
         cache_bytes: device memory for copies of cached features, which a generation with several trajectories (the
             views of a panorama, passes apart) or with a forecast needs. Trajectories without room make full calls only.
 
@@ -88,6 +89,8 @@ class UNet(LoraMethods, BaseUNet):
         self._feature_names = {name for names in pair.cuts.values() for name in names}
         self._pair: EnginePair | None = pair
         self._output_name = next(iter(pair.outputs))
+        self.has_fused_loras = False
+        self._weights_to_compare: Callable[[], StoredWeights] | None = None
         self._loras = LoraSet()
         self._stored = stored
         self._bound = BoundPairs(bound_shapes)
@@ -129,7 +132,20 @@ class UNet(LoraMethods, BaseUNet):
         attention = opened.manifest.source.attention
         unet = cls(pair, opened.unet_config, attention=attention, stored=lambda: opened.weights(entry))
         unet.precision = opened.precision_of(entry)
+        unet.has_fused_loras = bool(opened.manifest.source.loras)
+        unet.set_weights_to_compare(lambda: opened.weights(entry, verify=False))
         return unet
+
+    def set_weights_to_compare(self, read: Callable[[], StoredWeights]) -> None:
+        """Set the function that opens the weights of the build, unverified, for comparisons."""
+        self._weights_to_compare = read
+
+    def weights_to_compare(self) -> StoredWeights | None:
+        """Return the weights that the engines were built with, for comparisons; None where the bundle lacks them."""
+        try:
+            return None if self._weights_to_compare is None else self._weights_to_compare()
+        except (BundleError, EngineError):
+            return None  # built for deployment, or in low precision
 
     @property
     def bound(self) -> BoundPair | None:

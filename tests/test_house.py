@@ -201,6 +201,9 @@ def test_every_package_has_a_docstring() -> None:
 # Private names of libraries that have no public equivalent.
 LIBRARY_INTERNALS = {
     "aten._to_copy": "the ATen operator of a cast",
+    "layer._active_adapter": "PEFT: the LoRAs that pipelines read as active",
+    "module._forward_hooks": "hooks of a layer, which engines would not run",
+    "module._forward_pre_hooks": "hooks of a layer, which engines would not run",
     "os._exit": "ends a worker process without the handlers of its parent",
     "pipe._encode_image": "diffusers: an input of Stable Video Diffusion's UNet",
     "pipe._encode_vae_image": "diffusers: an input of Stable Video Diffusion's UNet",

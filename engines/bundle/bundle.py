@@ -200,8 +200,11 @@ class Bundle:
             )
         return open_entry(self, entry, EngineOptions(device, inference_precision=entry.inference_precision, **options))
 
-    def weights(self, entry: EngineEntry) -> StoredWeights:
+    def weights(self, entry: EngineEntry, *, verify: bool = True) -> StoredWeights:
         """Return the weights that an engine was built with.
+
+        Args:
+            verify: whether to check the digests of the files, which reads them whole.
 
         Raises:
             BundleError: the bundle was built for deployment and holds no weights, or a file is damaged.
@@ -215,7 +218,8 @@ class Bundle:
                 f"the weights of {entry.key} are rounded to {variant.precision}, and nothing can be added to them: "
                 "fuse LoRAs when it is built"
             )
-        self.verify_files([variant.graphs.full, variant.graphs.weights, variant.graphs.parameters])
+        if verify:
+            self.verify_files([variant.graphs.full, variant.graphs.weights, variant.graphs.parameters])
         return StoredWeights(self.path / variant.graphs.full, self.path / variant.graphs.parameters)
 
     def graphs(self, entry: EngineEntry) -> Graphs:

@@ -69,6 +69,24 @@ class StoredWeights:
         tensor = torch.frombuffer(bytearray(stored.tobytes()), dtype=dtype).view(tuple(stored.shape.numpy()))
         return tensor.T.contiguous() if parameter.transposed else tensor
 
+    def is_transposed(self, name: str) -> bool:
+        """Return whether a parameter's matrix is stored transposed."""
+        return self._parameters[name].transposed
+
+    def read_row(self, name: str) -> torch.Tensor | None:
+        """Return the first row of a parameter as it is stored; None if it is stored quantized.
+
+        Only the row is read from disk. A transposed parameter's row is a column of PyTorch's matrix.
+        """
+        import torch
+
+        stored = self._initializers[self._parameters[name].initializer].const_value
+        if stored is None or stored.dtype.name not in _DTYPES:
+            return None
+        values = stored.numpy()
+        row = values if values.ndim < 2 else values[0]
+        return torch.frombuffer(bytearray(row.tobytes()), dtype=getattr(torch, _DTYPES[stored.dtype.name]))
+
     def _shape(self, parameter: Parameter) -> tuple[int, ...]:
         shape = self._initializers[parameter.initializer].shape
         assert shape is not None
