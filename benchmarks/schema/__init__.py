@@ -1,1 +1,1 @@
-"""Sections of ``result.json``, one module for each benchmark."""
+"""The sections of ``result.json``, in one module for each benchmark."""

@@ -1,4 +1,4 @@
-"""What ``offcut bench latency`` measured: a row for each contestant, and the ratios between them."""
+"""Result of ``offcut bench latency``, with a row for each contestant."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 from ..stats import percentile
 
 TIMES = ("loops", "full", "shallow", "full_alone", "shallow_alone", "forecast_alone")
-"""The lists of times that a row has."""
+"""Names of the lists of times in a row."""
 
 
 class Contestant(BaseModel):
@@ -26,32 +26,32 @@ class Contestant(BaseModel):
     model_config = ConfigDict(extra="ignore")  # derived figures are in the file too
 
     name: str = Field(description="unique in a run, e.g. 'offcut openvino fp32' or 'diffusers eager bf16'")
-    family: str = Field(description="'offcut' for ours, else the peer: diffusers, DeepCache, torch.compile, optimum...")
-    engine: str = Field(description="what computes: pytorch, onnxruntime, openvino, inductor, tensorrt...")
-    precision: str = Field(description="fp32, bf16..., as computed")
-    caching: str | None = Field(
-        default=None, description="the schedule and cut in words; None where every call is full"
-    )
-    settings: dict[str, str] = Field(default_factory=dict, description="fixed before the run, one entry each")
-    not_run: str | None = Field(default=None, description="the exact reason, where it could not be measured")
+    family: str = Field(description="'offcut', or the peer: diffusers, DeepCache, torch.compile, optimum...")
+    engine: str = Field(description="engine that computes: pytorch, onnxruntime, openvino, inductor, tensorrt...")
+    precision: str = Field(description="precision of the computation: fp32, bf16...")
+    caching: str | None = Field(default=None, description="schedule and cut as text; None where every call is full")
+    settings: dict[str, str] = Field(default_factory=dict, description="settings that were fixed before the run")
+    not_run: str | None = Field(default=None, description="why the contestant could not be measured; None if it was")
     loops: list[float] = []
     full: list[float] = []
     shallow: list[float] = []
     full_alone: list[float] = []
     shallow_alone: list[float] = []
     forecast_alone: list[float] = []
-    full_calls: int = Field(default=0, description="of one loop")
+    full_calls: int = Field(default=0, description="full calls in one loop")
     shallow_calls: int = 0
-    load_seconds: float | None = Field(default=None, description="to open it, before the first call")
-    warm_up_seconds: float | None = Field(
-        default=None, description="the calls that were not measured, compilation included"
+    load_seconds: float | None = Field(
+        default=None, description="seconds to open the contestant, before its first call"
     )
-    host_peak_bytes: int | None = Field(default=None, description="largest resident memory of its process")
+    warm_up_seconds: float | None = Field(
+        default=None, description="seconds of the calls before the first measured loop, with compilation"
+    )
+    host_peak_bytes: int | None = Field(default=None, description="largest resident memory of the process")
     device_peak_bytes: int | None = None
-    size_bytes: int | None = Field(default=None, description="of what it reads from disk")
+    size_bytes: int | None = Field(default=None, description="size of the files that the contestant reads")
     difference: float | None = Field(
         default=None,
-        description="of its final latents from Latency.reference's: the norm of the difference over the norm",
+        description="difference between the final latents and those of Latency.reference, relative to their norm",
     )
 
     @computed_field  # type: ignore[prop-decorator]
@@ -63,45 +63,45 @@ class Contestant(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def wall_over_ideal(self) -> float | None:
-        """The loop over the sum of its engine calls, medians inside the loop; 1 is the limit."""
+        """Ratio of the loop to the sum of its engine calls, by medians inside the loop; 1 is the limit."""
         return self._over(self.full, self.shallow)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def wall_over_ideal_alone(self) -> float | None:
-        """The same with the calls' times alone."""
+        """The same ratio with the times of the calls back to back."""
         return self._over(self.full_alone, self.shallow_alone)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def forecast_over_shallow(self) -> float | None:
-        """What a forecast adds to a shallow call, as a share of it; medians alone."""
+        """Time of a forecast as a share of a shallow call, by medians of the calls back to back."""
         if not self.forecast_alone or not self.shallow_alone:
             return None
         return statistics.median(self.forecast_alone) / statistics.median(self.shallow_alone)
 
     def withdraw(self, reason: str) -> None:
-        """It could not be measured after all: what was is no longer there."""
+        """Delete all times and record the reason why the contestant could not be measured."""
         self.not_run = reason
         for name in TIMES:
             getattr(self, name).clear()
 
     def cut_short(self, rounds: int) -> None:
-        """Forget what was measured after so many rounds."""
+        """Delete the times after this number of rounds."""
         del self.loops[rounds:]
         del self.full[rounds * self.full_calls :]
         del self.shallow[rounds * self.shallow_calls :]
 
     def percentiles(self, percents: Sequence[float] = (50, 90, 99)) -> Mapping[float, float]:
-        """Of the loops' seconds; empty where nothing was measured."""
+        """Return these percentiles of the loops' seconds; empty where nothing was measured."""
         return {percent: percentile(self.loops, percent) for percent in percents} if self.loops else {}
 
     def ideal(self, full: Sequence[float], shallow: Sequence[float]) -> float | None:
-        """``full_calls * t_full + shallow_calls * t_shallow`` with the medians of these; None where one is missing."""
+        """Return ``full_calls * t_full + shallow_calls * t_shallow`` by these times' medians; None without times."""
         if not full or (self.shallow_calls and not shallow):
             return None
-        cheap = self.shallow_calls * statistics.median(shallow) if self.shallow_calls else 0.0
-        return self.full_calls * statistics.median(full) + cheap
+        shallow_seconds = self.shallow_calls * statistics.median(shallow) if self.shallow_calls else 0.0
+        return self.full_calls * statistics.median(full) + shallow_seconds
 
     def _over(self, full: Sequence[float], shallow: Sequence[float]) -> float | None:
         ideal = self.ideal(full, shallow)
@@ -109,33 +109,33 @@ class Contestant(BaseModel):
 
 
 class Latency(BaseModel):
-    """One interleaved run of several contestants on one model."""
+    """The result of a run, in which several contestants with one model took turns."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str
     steps: int
-    height: int = Field(description="of the image, in pixels")
+    height: int = Field(description="image height in pixels")
     width: int
-    images_per_call: int = Field(description="or videos, where there are frames")
-    frames: int | None = Field(default=None, description="of each video; None for images")
-    guidance: float = Field(description="scale; of a video that of the last frame, and 1 of the first")
+    images_per_call: int = Field(description="images in one pipeline call, or videos")
+    frames: int | None = Field(default=None, description="frames of each video; None for images")
+    guidance: float = Field(description="guidance scale; for a video that of the last frame, while the first has 1")
     scheduler: str
-    rounds: int = Field(description="each round runs every contestant once, in turn")
-    interrupted: bool = Field(default=False, description="there were to be more rounds")
+    rounds: int = Field(description="rounds, each of which runs every contestant once")
+    interrupted: bool = Field(default=False, description="whether an interrupt ended the run early")
     threads: int | None = None
-    clock: str = Field(description="what was read, and what lies between its two readings")
+    clock: str = Field(description="the clock, and the work between its two readings")
     contestants: list[Contestant]
-    reference: str | None = Field(default=None, description="the contestant whose latents the others' are held against")
+    reference: str | None = Field(default=None, description="contestant with whose latents the others are compared")
     warm_up: int | None = Field(
-        default=None, description="loops before the first measured one, cut short once all graphs ran"
+        default=None, description="loops before the first measured one, each ended once all graphs had run"
     )
     idle_cpu_share: float | None = Field(
         default=None,
-        description="of a core: the most that waiting processes used together during another's measured loop",
+        description="largest share of a core that all waiting processes used during a measured loop",
     )
     reopened: int | None = Field(
-        default=None, description="how often a process was closed for want of memory, and came back"
+        default=None, description="how often a process was opened again after it was closed for lack of memory"
     )
 
     work: dict[str, int] = Field(
@@ -146,14 +146,14 @@ class Latency(BaseModel):
     products: dict[str, float] = Field(
         default_factory=dict,
         description="FLOP/s of PyTorch's product of two large matrices with the same threads, by precision, before the "
-        "first round: about what the machine can do",
+        "first round; about the limit of the machine",
     )
 
     def rate(self, row: Contestant) -> float | None:
-        """FLOP/s of a contestant's full calls in its loops; None where they were not counted or timed."""
+        """Return the FLOP/s of a contestant's full calls in its loops; None if they were not counted or timed."""
         return self.work["full"] / statistics.median(row.full) if row.full and "full" in self.work else None
 
     def of_product(self, row: Contestant) -> float | None:
-        """The same as a share of the matrix product's in that precision: 1 is about the limit."""
+        """Return these FLOP/s as a share of the matrix product's in that precision; 1 is about the limit."""
         rate, product = self.rate(row), self.products.get(row.precision)
         return rate / product if rate and product else None

@@ -1,4 +1,4 @@
-"""What ``offcut bench mlperf`` measured: LoadGen's own verdict and figures, beside the setting they hold for."""
+"""Result of ``offcut bench mlperf``: LoadGen's verdicts and figures, with the settings of the runs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ class ScenarioRun(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     scenario: Scenario
-    caching: str | None = Field(description="the schedule and cut in words; None where every call is full")
+    caching: str | None = Field(description="schedule and cut as text; None where every call is full")
     valid: bool = Field(description="LoadGen's verdict, for the shortened setting")
-    reasons: list[str] = Field(default_factory=list, description="LoadGen's, where it is not valid")
-    metric: str = Field(description="what LoadGen calls the scenario's result")
-    value: float = Field(description="of that metric: seconds for a latency, images per second otherwise")
-    images: int = Field(description="drawn for the queries that LoadGen issued")
+    reasons: list[str] = Field(default_factory=list, description="LoadGen's reasons where the run is not valid")
+    metric: str = Field(description="LoadGen's name of the result")
+    value: float = Field(description="the result: seconds for a latency, otherwise images a second")
+    images: int = Field(description="images generated for LoadGen's queries")
     latencies: dict[str, float] = Field(default_factory=dict, description="seconds by LoadGen's name: mean, 50.00, ...")
-    accuracy: float | None = Field(None, description="share of the prompts that the judge found obeyed, 0..1")
+    accuracy: float | None = Field(None, description="share of prompts obeyed, 0..1, by the judge network")
     accuracy_images: int = 0
-    settings: dict[str, str] = Field(description="of LoadGen, as they differ from MLPerf's")
+    settings: dict[str, str] = Field(description="LoadGen's settings, with MLPerf's own in brackets")
 
 
 class MlPerf(BaseModel):
-    """The runs on one model. Not a submission: the model, the data set and the durations are others."""
+    """The runs with one model; model, data set and durations are not MLPerf's, so this is no submission."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,6 +37,6 @@ class MlPerf(BaseModel):
     steps: int
     guidance: float
     scheduler: str
-    batch: int = Field(description="most images that share a UNet call")
-    loadgen: str = Field(description="its version")
+    batch: int = Field(description="maximum number of images that share a UNet call")
+    loadgen: str = Field(description="version of LoadGen")
     runs: list[ScenarioRun]

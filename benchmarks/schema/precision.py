@@ -1,4 +1,4 @@
-"""Result of ``offcut bench precision``: calls, images, and caching together with int8."""
+"""Result of ``offcut bench precision``: times of calls, quality of images, and caching together with int8."""
 
 from __future__ import annotations
 
@@ -10,62 +10,64 @@ from ..stats import Estimate
 
 
 class CallRow(BaseModel):
-    """A call of one build."""
+    """The times of one call with one build."""
 
     model_config = ConfigDict(extra="forbid")
 
     engine: str
-    precision: str = Field(description="of the graphs, and what they are computed in where that is another")
+    precision: str = Field(description="precision of the graphs, and that of the computation if it differs")
     call: str = Field(description="'full', or the cut of a shallow call")
-    seconds: list[float] = Field(description="one a round; each round has every call of every build in turn")
+    seconds: list[float] = Field(description="seconds in each round, in which the calls of all builds take turns")
     to_fp32: float | None = Field(
-        None, description="over the same call of the same engine in fp32: the median of the rounds' ratios"
+        None, description="ratio to the same call of the same engine in fp32; the median of the rounds"
     )
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median of the seconds."""
         return statistics.median(self.seconds)
 
 
 class Calls(BaseModel):
-    """The times of a bundle's builds."""
+    """The times of calls with a bundle's builds."""
 
     model_config = ConfigDict(extra="forbid")
 
-    sizes: dict[str, int] = Field(description="of the calls; height and width are the latent's")
+    sizes: dict[str, int] = Field(description="dimensions of the calls; height and width are those of the latent")
     rounds: int
     rows: list[CallRow]
 
 
 class ImageRow(BaseModel):
-    """The images of one build with one schedule."""
+    """The quality of the images of one build with one schedule."""
 
     model_config = ConfigDict(extra="forbid")
 
     engine: str
     precision: str
     schedule: str | None = Field(description="None where every call is full")
-    accuracy: Estimate = Field(description="share of prompts right, 0..1, by the judge network")
+    accuracy: Estimate = Field(description="share of prompts obeyed, 0..1, by the judge network")
     accuracy_change: Estimate | None = Field(
-        None, description="against the same engine in fp32 with the same schedule, paired"
+        None, description="change from the same engine in fp32 with the same schedule, paired"
     )
-    psnr: Estimate | None = Field(None, description="dB, to that one's image; None for fp32 itself")
+    psnr: Estimate | None = Field(
+        None, description="PSNR in dB to the image in fp32 with the same schedule; None for fp32"
+    )
     psnr_worst: float | None = None
     psnr_uncached: Estimate | None = Field(
-        None, description="dB, to the same engine's image in fp32 and uncached; None for that itself"
+        None, description="PSNR in dB to the same engine's uncached image in fp32; None for that image"
     )
 
 
 class Images(BaseModel):
-    """Images of the same prompts by each build."""
+    """The quality of images of the same prompts by each build."""
 
     model_config = ConfigDict(extra="forbid")
 
     sampler: str
     steps: int
     guidance: float
-    images: int = Field(description="of each row")
+    images: int = Field(description="images of each row")
     cut: str
     rows: list[ImageRow]
 
@@ -78,12 +80,12 @@ class JointRow(BaseModel):
     precision: str
     way: str = Field(description="uncached; reuse; DP; DP + correction; ours")
     timeline: str = Field(description="a character for each UNet call: '#' full, '.' shallow, '_' no engine")
-    psnr: Estimate = Field(description="dB, to the uncached image in fp32; 100 where they are the same")
+    psnr: Estimate = Field(description="PSNR in dB to the uncached image in fp32; 100 for equal images")
     psnr_worst: float
 
 
 class Joint(BaseModel):
-    """CacheQuant's ablation, with a tuned schedule as one more way."""
+    """CacheQuant's ablation, with a tuned schedule in addition."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -94,15 +96,13 @@ class Joint(BaseModel):
     interval: int
     cut: str
     samples: int = Field(description="images that corrections are fitted to and schedules are tuned with")
-    images: int = Field(description="of each row; none of them is a sample")
-    shallow_over_full: float = Field(
-        description="a shallow call's time over a full one's, that schedules are tuned for"
-    )
+    images: int = Field(description="images of each row, which are other images than the samples")
+    shallow_over_full: float = Field(description="ratio of a shallow to a full call for which schedules are tuned")
     rows: list[JointRow]
 
 
 class Precision(BaseModel):
-    """One run; a part that was not measured is None."""
+    """The result of a run; a part that was not measured is None."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -1,4 +1,4 @@
-"""The measurements of ``offcut bench serve``: throughput and latency of three ways to batch, overload, soak."""
+"""Result of ``offcut bench serve``: throughput and latency of three ways to batch, overload, and soak."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Percentiles(BaseModel):
 
 
 class ClosedRow(BaseModel):
-    """A closed loop: a number of clients, each of which waits for its image before its next request."""
+    """A closed loop, in which each client waits for its image before its next request."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -44,21 +44,21 @@ class ClosedRow(BaseModel):
 
 
 class OpenRow(BaseModel):
-    """An open loop: requests at random moments, at a share of the server's capacity."""
+    """An open loop, in which requests come at random moments."""
 
     model_config = ConfigDict(extra="forbid")
 
     way: Way
-    load: float = Field(description="rate as a share of the smaller throughput of steps and whole")
+    load: float = Field(description="rate as a share of the capacity, the smaller throughput of steps and whole")
     rates: list[float] = Field(description="requests a second, by round")
     p50: list[float] = Field(description="seconds from the moment a request was due, by round")
     latency: Percentiles | None = Field(description="of all rounds")
     refused: int
-    late: Percentiles | None = Field(description="how much after its moment the generator sent a request")
+    late: Percentiles | None = Field(description="seconds by which the client sent requests too late")
 
 
 class BatchRow(BaseModel):
-    """Seconds of engine calls that a number of requests share, measured in the worker alone."""
+    """Seconds of the engine calls that several requests share, measured without HTTP."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -82,9 +82,9 @@ class Overload(BaseModel):
     at_capacity: Percentiles | None = Field(description="latency with every place taken and nobody refused")
     accepted: Percentiles | None = Field(description="latency under overload")
     refusals: Percentiles | None = Field(description="seconds until a request was refused")
-    late: Percentiles | None = Field(description="how much after its moment the generator sent a request")
-    client: float | None = Field(default=None, description="cores that sending the requests took of this machine")
-    places: int = Field(description="number of requests that the server takes, running and waiting")
+    late: Percentiles | None = Field(description="seconds by which the client sent requests too late")
+    client: float | None = Field(default=None, description="number of this machine's cores that the client used")
+    places: int = Field(description="number of requests that can run or wait in the server")
     taken: int = Field(description="largest number of places taken in any sample")
     statuses: dict[str, int]
     unexpected: int = Field(description="replies that are neither an image nor a 429 or 503 with Retry-After")
@@ -97,19 +97,19 @@ class Overload(BaseModel):
 
 
 class Soak(BaseModel):
-    """A long run with requests of several sizes and lengths, some of whose clients disconnect."""
+    """A long run with requests of several sizes and lengths; some clients disconnect."""
 
     model_config = ConfigDict(extra="forbid")
 
     seconds: float
-    warm_up: float = Field(description="share of the samples at the beginning that does not count")
+    warm_up: float = Field(description="share of the first samples, which do not count")
     clients: int
-    leak: int = Field(description="bytes that the server kept at each request on purpose")
+    leak: int = Field(description="bytes that the server leaked on purpose at each request")
     requests: int
     left: int = Field(description="requests whose client disconnected")
     statuses: dict[str, int]
     unexpected: int = Field(
-        description="neither an image, nor a 429 or 503 with Retry-After, nor a client that disconnected"
+        description="replies to connected clients that are neither an image nor a 429 or 503 with Retry-After"
     )
     first_bytes: int = Field(description="resident memory after the warm-up")
     last_bytes: int
@@ -118,22 +118,22 @@ class Soak(BaseModel):
 
     @property
     def growth(self) -> int:
-        """Growth in bytes."""
+        """Growth of the resident memory in bytes."""
         return self.last_bytes - self.first_bytes
 
 
 class ServingLoad(BaseModel):
-    """One run."""
+    """The result of a run."""
 
     model_config = ConfigDict(extra="ignore")  # earlier versions compared the figures with goals
 
     model: str
     engine: str
-    threads: int | None = Field(description="of the engine; None for one per core")
+    threads: int | None = Field(description="threads of the engine; None for one per core")
     request: dict[str, int | float | str] = Field(description="defaults of each request, except in the soak")
     in_flight: int
     queue: int
-    rows: int = Field(description="most rows of an engine call")
+    rows: int = Field(description="maximum number of rows in an engine call")
     rounds: int
     seconds: dict[str, float] = Field(description="duration of each window, by its name")
     closed: list[ClosedRow] = []
@@ -141,12 +141,12 @@ class ServingLoad(BaseModel):
     batches: list[BatchRow] = []
     allowed: float | None = Field(
         default=None,
-        description="throughput with in_flight requests over that with one, simulated with these times",
+        description="ratio of the throughput with in_flight requests to that with one, simulated with these times",
     )
     allowed_latency: float | None = Field(
         default=None,
-        description="p50 of batches of whole requests over that of shared steps at 0.7 of the capacity, simulated with "
-        "the times of engine calls alone",
+        description="ratio of the p50 of batches of whole requests to that of shared steps at 0.7 of the capacity, "
+        "simulated with only the times of engine calls",
     )
     overload: Overload | None = None
     soak: Soak | None = None

@@ -29,7 +29,7 @@ class SeenObject:
 
 @dataclass(frozen=True)
 class SceneVerdict:
-    """Whether an image obeys each part of its caption."""
+    """The verdict on an image: for each part of the caption, whether the image obeys it."""
 
     background: bool
     count: bool
@@ -39,7 +39,7 @@ class SceneVerdict:
 
     @property
     def right(self) -> bool:
-        """Whether the whole caption was obeyed."""
+        """Whether the image obeys the whole caption."""
         return self.background and self.count and self.colours and self.shapes and self.relation
 
 
@@ -56,7 +56,7 @@ def background_colour(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]
 
 
 def intersection_over_union(one: Mask, other: Mask) -> float:
-    """Return the pixels in both as a share of those in either; 1 if both are empty."""
+    """Return the number of pixels in both masks divided by the number in either; 1 if both are empty."""
     either = int((one | other).sum())
     return float((one & other).sum() / either) if either else 1.0
 
@@ -70,7 +70,7 @@ def compare(text: str, background: str, objects: tuple[SeenObject, ...]) -> Scen
     scene = scenes.scene_from_caption(text, np.random.default_rng(0))
 
     def fits(matches: Callable[[scenes.Item, SeenObject], bool], *, related: bool = False) -> bool:
-        """Return whether some assignment of the objects to the caption's items satisfies `matches` for all."""
+        """Return whether the objects can be assigned to the caption's items so that all of them match."""
         return any(
             all(matches(item, seen) for item, seen in zip(scene.items, order, strict=True))
             and (not related or scene.relation is None or stands(scene.relation, order[0], order[1]))
@@ -88,7 +88,7 @@ def compare(text: str, background: str, objects: tuple[SeenObject, ...]) -> Scen
 
 
 def stands(relation: scenes.Relation, first: SeenObject, second: SeenObject) -> bool:
-    """Return whether the first object is in this relation to the second, within 45 degrees."""
+    """Return whether the first object is in this relation to the second, up to 45 degrees off."""
     right, down = second.x - first.x, second.y - first.y
     return {
         "above": down > abs(right),

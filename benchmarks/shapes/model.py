@@ -1,4 +1,4 @@
-"""Directories of the shipped model and its ControlNet, and prompts for the model."""
+"""Directories of the packaged model and its ControlNet, and prompts for the model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model_path() -> Path:
     """Return the directory of the trained model, a diffusers `StableDiffusionPipeline`.
 
     Raises:
-        ModelError: the installation lacks it.
+        ModelError: the installation has no such directory.
     """
     if not (DIRECTORY / "model_index.json").exists():
         raise ModelError(f"the shapes model is missing from {DIRECTORY}: reinstall offcut")
@@ -38,7 +38,7 @@ def control_path() -> Path:
     """Return the directory of the model's ControlNet for silhouettes, a diffusers `ControlNetModel`.
 
     Raises:
-        ModelError: the installation lacks it.
+        ModelError: the installation has no such directory.
     """
     if not (CONTROL / "config.json").exists():
         raise ModelError(f"the shapes model's ControlNet is missing from {CONTROL}: reinstall offcut")

@@ -1,7 +1,7 @@
 """Procedural scenes: coloured shapes on a plain background, with captions and anti-aliased pictures.
 
-A `Scene` holds one object, or two with a relation. It can be said (`caption`), drawn (`render`) and drawn at random
-(`sample_scene`). Everything is a pure function of the scene or of the random generator passed in.
+A `Scene` has one object, or two with a relation. `caption` describes it, `render` draws it, and `sample_scene` returns
+a random scene. All functions are pure functions of the scene or the random generator.
 
 The coordinate system is the picture's: x to the right, y downward, in pixels, pixel centres at half-integers.
 """
@@ -43,7 +43,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "pink": (248, 190, 205),
     "teal": (20, 105, 110),
 }
-"""Colours of backgrounds, as 8-bit sRGB. Those that share a name with an object's colour have its value."""
+"""Colours of backgrounds, as 8-bit sRGB. Backgrounds and objects of the same name have the same colour."""
 
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 SIZES: tuple[Size, ...] = get_args(Size)
@@ -59,16 +59,16 @@ _RADII: dict[int, dict[Size, tuple[float, float]]] = {
     1: {"small": (9.5, 12.5), "large": (18.0, 22.0)},
     2: {"small": (8.0, 9.5), "large": (12.0, 14.0)},
 }
-_CIRCLE = 0.9  # a circle's radius, where polygons have their corners at 1
-_MARGIN = 2.0  # pixels kept free between an object and the picture's edge, and between two objects
-_TILT = math.radians(8)  # objects lean by up to this much
+_CIRCLE = 0.9  # radius of a circle, relative to the circumradius of polygons
+_MARGIN = 2.0  # minimum pixels between an object and the picture's edge, and between two objects
+_TILT = math.radians(8)  # maximum angle of objects
 _SAY_SIZE = 0.5  # probability that a caption states an object's size
 _TWO_OBJECTS = 0.4  # probability of a second object
 
 
 @dataclass(frozen=True)
 class Item:
-    """One object: what its caption says, and its place (pixels and radians)."""
+    """One object: the words of its caption, and its place in pixels and angle in radians."""
 
     colour: str
     shape: str
@@ -82,14 +82,14 @@ class Item:
     def __post_init__(self) -> None:
         for value, allowed in ((self.colour, COLOURS), (self.shape, SHAPES), (self.size, SIZES)):
             if value not in allowed:
-                raise ValueError(f"{value!r} is none of {', '.join(allowed)}; use one of these words.")
+                raise ValueError(f"{value!r} is not one of {', '.join(allowed)}; use one of these words.")
         if not self.radius > 0:
             raise ValueError(f"the radius is {self.radius}; give a positive number of pixels.")
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One object on a plain background, or two, the first in `relation` to the second."""
+    """One object on a plain background, or two, of which the first is in `relation` to the second."""
 
     items: tuple[Item, ...]
     background: str
@@ -97,7 +97,7 @@ class Scene:
 
     def __post_init__(self) -> None:
         if self.background not in BACKGROUNDS:
-            raise ValueError(f"{self.background!r} is no background; use one of {', '.join(BACKGROUNDS)}.")
+            raise ValueError(f"{self.background!r} is not a background; use one of {', '.join(BACKGROUNDS)}.")
         if len(self.items) not in (1, 2) or (len(self.items) == 2) != (self.relation in RELATIONS):
             raise ValueError("a scene has one object, or two and a relation; pass one of these.")
         if any(item.colour == self.background for item in self.items):
@@ -119,7 +119,7 @@ def _say(item: Item) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """Return the scene in words, such as "a small red circle above an orange star on a grey background"."""
+    """Return the caption, such as "a small red circle above an orange star on a grey background"."""
     objects = f" {scene.relation} ".join(_say(item) for item in scene.items)
     return f"{objects} on {_with_article(scene.background)} background"
 
@@ -135,14 +135,14 @@ def _choose(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 
 
 def _place(rng: np.random.Generator, radii: tuple[float, ...], relation: Relation | None) -> list[tuple[float, float]]:
-    """Return centres for one object, or for two in their relation, inside the image and apart from each other."""
+    """Return the centres of one object, or of two in their relation, which lie inside the image and do not overlap."""
     low = [radius + _MARGIN for radius in radii]
     high = [IMAGE_SIZE - edge for edge in low]
     if relation is None:
         # One object stays near the middle: half of the free range.
         middle, reach = IMAGE_SIZE / 2, (high[0] - low[0]) / 4
         return [(middle + float(rng.uniform(-reach, reach)), middle + float(rng.uniform(-reach, reach)))]
-    # `along` is the axis of the relation; the object nearer the origin comes first on it.
+    # `along` is the axis of the relation, on which `first` is the object nearer to the origin.
     first, second = (0, 1) if relation in ("above", "left of") else (1, 0)
     gap = radii[0] + radii[1] + _MARGIN
     near = float(rng.uniform(low[first], high[second] - gap))
@@ -161,7 +161,7 @@ def _arrange(
     relation: Relation | None,
     background: str,
 ) -> Scene:
-    """Choose what a caption leaves open: sizes that it does not state, radii, places and angles."""
+    """Return a scene with random values for all that the words leave open."""
     sizes = [size or SIZES[int(rng.integers(2))] for _, _, size in words]
     radii = tuple(float(rng.uniform(*_RADII[len(words)][size])) for size in sizes)
     places = _place(rng, radii, relation)
@@ -176,21 +176,21 @@ def sample_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
     """Return a random scene.
 
     Args:
-        rng: the source of randomness; equal states give equal scenes.
-        held_out: False draws training scenes, which contain no pair of `HELD_OUT`;
-            True draws scenes whose first object is such a pair.
+        rng: random generator; equal states give equal scenes.
+        held_out: False returns training scenes, which contain no pair of `HELD_OUT`;
+            True returns scenes whose first object is such a pair.
     """
     background = _choose(rng, tuple(BACKGROUNDS))
     relation = RELATIONS[int(rng.integers(len(RELATIONS)))] if rng.random() < _TWO_OBJECTS else None
     words: list[tuple[str, str, Size | None]] = []
     for index in range(1 if relation is None else 2):
-        wanted = held_out and index == 0
+        is_held_out = held_out and index == 0
         pairs = tuple(
             (colour, shape)
             for colour in COLOURS
             for shape in SHAPES
             if colour != background
-            and ((colour, shape) in HELD_OUT) == wanted
+            and ((colour, shape) in HELD_OUT) == is_held_out
             and (colour, shape) not in [word[:2] for word in words]
         )
         colour, shape = pairs[int(rng.integers(len(pairs)))]
@@ -200,10 +200,10 @@ def sample_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
 
 
 def scene_from_caption(text: str, rng: np.random.Generator) -> Scene:
-    """Return a scene that `text` describes; what the caption leaves open is random, from `rng`.
+    """Return a scene that `text` describes; `rng` decides what the caption leaves open.
 
     Raises:
-        ValueError: the text is not a caption that `caption` could have written.
+        ValueError: the text is not a caption that `caption` can return.
     """
     objects, _, ground = text.removesuffix(" background").rpartition(" on ")
     relation = next((r for r in RELATIONS if f" {r} " in objects), None)
@@ -266,7 +266,7 @@ def mask(shape: str, x: float, y: float, area: float, angle: float) -> npt.NDArr
     if unit is None:
         radius, centre = math.sqrt(area / math.pi) / _CIRCLE, np.zeros(2)
     else:
-        # Area and centroid of a polygon (shoelace formula), then the scale that gives the wanted area.
+        # Area and centroid of a polygon (shoelace formula), then the scale for the given area.
         following = np.roll(unit, -1, axis=0)
         cross = unit[:, 0] * following[:, 1] - following[:, 0] * unit[:, 1]
         radius = math.sqrt(area / abs(float(cross.sum()) / 2))
@@ -280,7 +280,7 @@ def mask(shape: str, x: float, y: float, area: float, angle: float) -> npt.NDArr
 
 
 def render(scene: Scene) -> npt.NDArray[np.uint8]:
-    """Render the scene, edges anti-aliased by their signed distance to the pixel centre.
+    """Return the picture of a scene; the signed distance to pixel centres anti-aliases the edges.
 
     Returns:
         uint8 array (64, 64, 3), sRGB.

@@ -1,1 +1,1 @@
-"""The judge network, which reads an image of a scene, and whose features give two distances between images."""
+"""The judge network, which finds the objects in an image and measures distances between images."""

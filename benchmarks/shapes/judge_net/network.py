@@ -1,4 +1,4 @@
-"""The judge's network: finds the objects of an image and its background."""
+"""The layers of the judge network, which finds the objects and the background of an image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CELLS = scenes.IMAGE_SIZE // CELL
 
 
 class Maps(NamedTuple):
-    """Logits: whether an object's centre is in a cell, the colour and shape of the object there, the background."""
+    """Logits for each cell (object centre, colour, shape) and for the image (background)."""
 
     centre: torch.Tensor  # [B, 16, 16]
     colour: torch.Tensor  # [B, 8, 16, 16]
@@ -28,19 +28,19 @@ class Maps(NamedTuple):
 
 
 class Features(NamedTuple):
-    """Outputs of the layers, from fine to coarse and back, and the vector for the Fréchet distance."""
+    """Outputs of four layers, and the vector for the Fréchet distance."""
 
     maps: tuple[torch.Tensor, ...]  # [B, 32, 32, 32], [B, 64, 16, 16], [B, 96, 8, 8], [B, 64, 16, 16]
     pooled: torch.Tensor  # [B, 160]
 
 
-def _layer(channels: int, made: int, size: int = 3, stride: int = 1) -> nn.Sequential:
-    convolution = nn.Conv2d(channels, made, size, stride=stride, padding=size // 2, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(made), nn.ReLU())
+def _layer(channels: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(channels, outputs, size, stride=stride, padding=size // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 class JudgeNetwork(nn.Module):
-    """A convolutional network that goes down to cells of 8 pixels, to see whole objects, and back up to 4."""
+    """A convolutional network with cells of 2, 4 and 8 pixels; the coarse cells see whole objects."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The trained judge network, which reads images and whose features measure distances between them."""
+"""The trained judge network, which reads images and measures distances between them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ WEIGHTS = "judge.safetensors"
 Pictures = npt.NDArray[np.uint8]
 """uint8 (N, 64, 64, 3), sRGB."""
 
-_SEEN = 0.5  # least heat of a cell that holds an object's centre
+_SEEN = 0.5  # minimum heat of a cell that contains the centre of an object
 _APART = 5  # side, in cells, of the square in which only the hottest cell counts; objects are further apart
 _BATCH = 128
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Content of one image: the background, and the objects, the most certain first."""
+    """The content of an image: its background, and its objects with the most certain first."""
 
     background: str
     objects: tuple[judge.SeenObject, ...]
@@ -43,17 +43,17 @@ class Reading:
 
 
 class JudgeNet:
-    """The network with its weights, in fp32 on the CPU; the same image always gives the same result."""
+    """The network with its weights in fp32 on the CPU; equal images have equal results."""
 
     def __init__(self, network: JudgeNetwork) -> None:
         self._network = network.eval()
 
     @classmethod
     def load(cls, directory: Path = DIRECTORY) -> JudgeNet:
-        """Return the network stored in a directory, by default the one that comes with offcut.
+        """Return the network in a directory, by default the one in the package.
 
         Raises:
-            ModelError: the directory has no network, or another version's.
+            ModelError: the directory has no network, or that of another version.
         """
         from safetensors.torch import load_file
 
@@ -64,12 +64,12 @@ class JudgeNet:
         state = network.state_dict()
         weights = load_file(path)
         if weights.keys() != {name for name, value in state.items() if value.is_floating_point()}:
-            raise ModelError(f"{path} holds another network than this version's: reinstall offcut")
+            raise ModelError(f"{path} has the network of another version: reinstall offcut")
         network.load_state_dict(state | {name: value.float() for name, value in weights.items()})
         return cls(network)
 
     def save(self, directory: Path) -> Path:
-        """Write the weights in fp16; return their path."""
+        """Write the weights in fp16 and return the path of their file."""
         from safetensors.torch import save_file
 
         directory.mkdir(parents=True, exist_ok=True)
@@ -80,10 +80,10 @@ class JudgeNet:
         return directory / WEIGHTS
 
     def read(self, pictures: Pictures) -> list[Reading]:
-        """What is to be seen in each picture.
+        """Return the content of each image.
 
         Raises:
-            ValueError: another shape or dtype than uint8 (N, 64, 64, 3).
+            ValueError: the images are not uint8 (N, 64, 64, 3).
         """
         readings = []
         for signal in _signals(pictures):
@@ -94,7 +94,7 @@ class JudgeNet:
             peaks = (heat == highest) & (heat > _SEEN)
             colours, shapes = maps.colour.argmax(dim=1), maps.shape.argmax(dim=1)
             for index, ground in enumerate(maps.background.argmax(dim=1).tolist()):
-                found = [
+                objects = [
                     judge.SeenObject(
                         list(scenes.COLOURS)[int(colours[index, row, column])],
                         scenes.SHAPES[int(shapes[index, row, column])],
@@ -103,15 +103,15 @@ class JudgeNet:
                     )
                     for row, column in peaks[index].nonzero().tolist()
                 ]
-                found.sort(key=lambda seen: -seen.certainty)
-                readings.append(Reading(list(scenes.BACKGROUNDS)[ground], tuple(found)))
+                objects.sort(key=lambda seen: -seen.certainty)
+                readings.append(Reading(list(scenes.BACKGROUNDS)[ground], tuple(objects)))
         return readings
 
     def pooled(self, pictures: Pictures) -> npt.NDArray[np.float64]:
         """Return features for the Fréchet distance, (N, 160): means over each image of the two deepest layers.
 
         Raises:
-            ValueError: another shape or dtype than uint8 (N, 64, 64, 3).
+            ValueError: the images are not uint8 (N, 64, 64, 3).
         """
         parts = [features.pooled for features in self._features(pictures)]
         return np.asarray(torch.cat(parts).double().numpy())
@@ -119,15 +119,15 @@ class JudgeNet:
     def distance(self, first: Pictures, second: Pictures) -> npt.NDArray[np.float64]:
         """Return the perceptual distance of each pair of images, (N,): 0 for equal ones, at most 2.
 
-        It is LPIPS without learned weights (arXiv 1801.03924, equation 1): in each of four layers, features of each
-        place are brought to length 1; squared differences are summed over channels, then averaged over places and
-        layers.
+        This is LPIPS without learned weights (arXiv 1801.03924, equation 1). In each of four layers the feature vector
+        at each place is normalized to length 1. The squared differences are summed over channels, then averaged over
+        places and layers.
 
         Raises:
-            ValueError: another shape or dtype than uint8 (N, 64, 64, 3), or not as many of both.
+            ValueError: the images are not uint8 (N, 64, 64, 3), or their numbers differ.
         """
         if first.shape != second.shape:
-            raise ValueError(f"the pictures are {first.shape} and {second.shape}; pass as many of both.")
+            raise ValueError(f"the pictures are {first.shape} and {second.shape}; pass the same number of both.")
         parts = []
         for one, other in zip(self._features(first), self._features(second), strict=True):
             layers = [
@@ -139,7 +139,7 @@ class JudgeNet:
 
     def _features(self, pictures: Pictures) -> Iterator[Features]:
         for signal in _signals(pictures):
-            with torch.inference_mode():  # closed before the yield: it would hold in the caller, too
+            with torch.inference_mode():  # ends before the yield, so that it does not affect the caller
                 features = self._network.features(signal)
             yield features
 
@@ -164,10 +164,10 @@ def _middle(heat: torch.Tensor, row: int, column: int) -> tuple[float, float]:
 
 
 def verdicts(net: JudgeNet, pictures: Pictures, texts: Sequence[str]) -> list[judge.SceneVerdict]:
-    """Return whether each image obeys its caption, by the network."""
+    """Return the network's verdict on each image and its caption."""
     return [reading.verdict(text) for reading, text in zip(net.read(pictures), texts, strict=True)]
 
 
 def obeyed(net: JudgeNet, pictures: Pictures, texts: Sequence[str]) -> npt.NDArray[np.float64]:
-    """Return 1 where an image obeys its caption in full, by the network, else 0: (N,)."""
+    """Return 1 for each image that obeys its whole caption, by the network, and 0 for the others: (N,)."""
     return np.array([verdict.right for verdict in verdicts(net, pictures, texts)], dtype=np.float64)

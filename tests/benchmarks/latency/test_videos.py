@@ -68,7 +68,7 @@ def test_videos_are_measured_cached_and_uncached_beside_the_peers(latency: Laten
 def test_the_case_is_named_with_its_frames(latency: Latency) -> None:
     assert (latency.frames, latency.height, latency.guidance) == (4, 32, 3.0)
     assert latency.scheduler == "EulerDiscreteScheduler"
-    assert "image encoder and VAE outside" in latency.clock
+    assert "but not image encoder and VAE" in latency.clock
     assert "4 steps of EulerDiscreteScheduler, 32 by 32 pixels" in section(latency).task
     assert "1 video of 4 frames a call, guidance rising from 1 to 3" in section(latency).task
 
