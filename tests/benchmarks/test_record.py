@@ -1,4 +1,4 @@
-"""``result.json``: what is written is read back, what is not ours is refused, derived figures follow the measured."""
+"""``result.json``: results are read as they were written, other files are refused, derived figures are right."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_ratios_are_taken_within_a_round_and_missing_where_nothing_was_measured(
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"schema_version": 2}', "[1]", "\xff"])
-def test_what_is_no_result_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
+def test_files_that_are_no_result_are_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "result.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match="is not a result"):
         record.read(tmp_path)
@@ -90,12 +90,12 @@ def test_a_missing_file_and_a_folder_that_cannot_be_written_are_refused(tmp_path
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.floats(0, 100))
-def test_a_percentile_lies_between_the_values_as_numpy_has_it(values: list[float], percent: float) -> None:
+def test_a_percentile_is_numpys(values: list[float], percent: float) -> None:
     numpy = pytest.importorskip("numpy")
     assert percentile(values, percent) == pytest.approx(numpy.percentile(values, percent), abs=1e-6)
 
 
-def test_there_is_no_percentile_of_nothing() -> None:
+def test_no_values_have_no_percentile() -> None:
     for values, percent in (([], 50), ([1.0], 101)):
         with pytest.raises(ValueError, match="percentile"):
             percentile(values, percent)

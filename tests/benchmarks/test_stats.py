@@ -13,7 +13,7 @@ SECONDS = st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=8)
 
 
 @given(SECONDS)
-def test_a_run_is_no_different_from_itself_in_any_order(values: list[float]) -> None:
+def test_a_run_does_not_differ_from_itself_in_another_order(values: list[float]) -> None:
     interval = ratio_of_means(values, values[::-1], 0.99)
     assert interval is not None
     assert not interval.excludes(1)
@@ -21,9 +21,7 @@ def test_a_run_is_no_different_from_itself_in_any_order(values: list[float]) -> 
 
 
 @given(SECONDS, st.floats(0.1, 10), SECONDS)
-def test_a_scaled_run_is_estimated_at_its_scale_and_its_interval_holds_it(
-    values: list[float], scale: float, other: list[float]
-) -> None:
+def test_the_interval_of_a_scaled_run_contains_the_scale(values: list[float], scale: float, other: list[float]) -> None:
     interval = ratio_of_means(values, [value * scale for value in values], 0.99)
     assert interval is not None
     assert interval.mean == pytest.approx(scale)
@@ -34,7 +32,7 @@ def test_a_scaled_run_is_estimated_at_its_scale_and_its_interval_holds_it(
     assert there.low * back.high == pytest.approx(1, rel=1e-6)
 
 
-def test_nothing_is_known_of_the_noise_of_one_round() -> None:
+def test_one_round_has_no_estimate() -> None:
     assert ratio_of_means([1.0], [2.0, 2.0], 0.99) is None
     assert ratio_of_means([1.0, 1.0], [], 0.99) is None
 
@@ -51,7 +49,7 @@ def test_false_alarms_are_as_rare_as_the_confidence_says(rounds: int) -> None:
     assert alarms / trials < 0.06
 
 
-def test_lopsided_intervals_stay_lopsided() -> None:
+def test_asymmetric_intervals_stay_asymmetric() -> None:
     apart = difference(Estimate(mean=1.0, low=0.97, high=1.0), Estimate(mean=0.9, low=0.8, high=0.94))
     assert apart.mean == pytest.approx(-0.1)
     assert apart.low == pytest.approx(-0.2)
@@ -59,7 +57,7 @@ def test_lopsided_intervals_stay_lopsided() -> None:
 
 
 @given(st.lists(st.floats(0.1, 9), max_size=40), st.integers(1, 9))
-def test_calls_are_shared_out_among_rounds_in_order(calls: list[float], rounds: int) -> None:
+def test_calls_are_divided_among_the_rounds_in_order(calls: list[float], rounds: int) -> None:
     medians = by_round(calls, rounds)
     assert len(medians) == min(rounds, len(calls))
     assert by_round(sorted(calls), rounds) == sorted(by_round(sorted(calls), rounds))

@@ -21,7 +21,7 @@ def measured(unet_bundle: Path) -> Swap:
     return measure(offcut.Bundle.open(unet_bundle), SwapRequest(rounds=2, rank=4, threads=1, size=128))
 
 
-def test_each_engine_takes_the_weights_and_gives_them_back(measured: Swap) -> None:
+def test_each_engine_loads_the_lora_and_restores_its_weights(measured: Swap) -> None:
     assert [row.engine for row in measured.rows] == ["onnxruntime", "openvino"]
     assert measured.sizes == {"batch": 2, "height": 16, "width": 16, "sequence": 77}
     assert measured.layers == 32
@@ -46,7 +46,7 @@ def test_the_page_shows_every_row(measured: Swap, tmp_path: Path) -> None:
     assert ">NO<" in write_report([result(swap=broken)], tmp_path).read_text(encoding="utf-8")
 
 
-def test_what_is_not_there_is_said(unet_bundle: Path, tmp_path: Path) -> None:
+def test_missing_engines_and_files_are_reported(unet_bundle: Path, tmp_path: Path) -> None:
     bundle = offcut.Bundle.open(unet_bundle)
     with pytest.raises(ModelError, match="is not there: give the safetensors file"):
         measure(bundle, SwapRequest(lora=tmp_path / "none.safetensors", engines=("onnxruntime",)))

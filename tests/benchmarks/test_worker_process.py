@@ -1,4 +1,4 @@
-"""Worker processes: answers, errors, how a process ends, and the resources it uses."""
+"""Worker processes: replies, errors, the end of a process, and its resources."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_each_way_has_its_calls_and_passes(whole: ControlNetReuse) -> None:
     assert whole.scheduler == "DDIMScheduler"
 
 
-def test_each_row_has_the_figures_that_are_its_own(whole: ControlNetReuse) -> None:
+def test_figures_depend_on_the_kind_of_row(whole: ControlNetReuse) -> None:
     plain, uncached, cached, reused = whole.rows
     assert plain.psnr is uncached.psnr is plain.change is uncached.change is cached.change is None
     assert cached.psnr is not None

@@ -1,4 +1,4 @@
-"""One workbench on the CPU for all the checks that need no GPU."""
+"""A workbench on the CPU, which all checks that need no GPU share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ON_CPU = GpuOptions(
 
 @pytest.fixture(scope="session")
 def bench(once: Callable[[str, Callable[[Path], object]], Path]) -> Workbench:
-    """Builds the small model's bundle at the first check that asks for it."""
+    """Return the shared workbench, which builds the small model's bundle for the first check."""
 
     def build(folder: Path) -> None:
         made = Workbench(ON_CPU, folder)

@@ -58,7 +58,7 @@ def results(tmp_path: Path) -> list[CheckResult]:
     return [perform(each, bench) for each in checks]
 
 
-def test_each_check_ends_in_one_of_four_ways_and_none_stops_the_next(results: list[CheckResult]) -> None:
+def test_each_check_has_one_of_four_results_and_none_stops_the_next(results: list[CheckResult]) -> None:
     assert [result.status for result in results] == [
         "passed",
         "failed",
@@ -99,7 +99,7 @@ def test_a_claim_holds_or_not(value: float, sign: str, bound: float, holds: bool
     assert BoundedFigure("x", value, sign, bound).holds is holds  # type: ignore[arg-type]
 
 
-def test_an_errors_first_line_names_a_class_that_is_not_ours() -> None:
+def test_the_first_line_of_an_error_names_a_class_of_another_package() -> None:
     assert first_line(EngineError("no engine\nmore")) == "no engine"
     assert first_line(KeyError("x")) == "KeyError: 'x'"
     assert first_line(RuntimeError()) == "RuntimeError"
@@ -116,12 +116,12 @@ def test_an_errors_first_line_names_a_class_that_is_not_ours() -> None:
         ("c", []),
     ],
 )
-def test_a_pattern_chooses_by_id(pattern: str | None, chosen: list[str]) -> None:
+def test_a_pattern_selects_checks_by_id(pattern: str | None, chosen: list[str]) -> None:
     checks = [check(identifier, TRUE) for identifier in ("a/x/1", "a/y/1", "b/x/2")]
     assert [each.id for each in select(checks, pattern)] == chosen
 
 
-def test_a_report_comes_back_as_it_was_written(results: list[CheckResult], tmp_path: Path) -> None:
+def test_a_report_is_read_as_it_was_written(results: list[CheckResult], tmp_path: Path) -> None:
     report = report_of(results, {"gpu": "none", "odd": "a|b"})
     write(report, tmp_path)
     back = read(tmp_path / "result.json")
@@ -167,7 +167,7 @@ def test_the_reports_tables_hold_every_check_claim_and_reason(results: list[Chec
         ([], "Nothing was proven, no check was run: no check was chosen"),
     ],
 )
-def test_a_verdict_says_no_more_than_was_run(statuses: list[str], verdict: str) -> None:
+def test_a_verdict_covers_only_checks_that_were_run(statuses: list[str], verdict: str) -> None:
     reasons = {"not run": "no GPU", "passed": ""}
     results = [CheckResult(id="a/b", title="t", status=each, reason=reasons[each]) for each in statuses]  # type: ignore[arg-type]
     assert report_of(results).verdict == verdict
@@ -203,7 +203,7 @@ def apart(identifiers: list[str], worker: str, tmp_path: Path) -> dict[str, Chec
     return {result.id: result for result in results}
 
 
-def test_a_crash_is_the_error_of_one_check_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_crash_is_the_error_of_one_check_and_the_others_run(tmp_path: Path) -> None:
     found = apart(["a/one", "a/crashes", "a/hangs", "a/two"], WORKER, tmp_path)
     assert [found[name].status for name in ("a/one", "a/crashes", "a/hangs", "a/two")] == [
         "passed",
@@ -216,7 +216,7 @@ def test_a_crash_is_the_error_of_one_check_and_the_others_go_on(tmp_path: Path) 
     assert "2 s were exceeded" in found["a/hangs"].reason
 
 
-def test_a_process_that_does_not_begin_is_an_error_of_every_check(tmp_path: Path) -> None:
+def test_a_process_that_does_not_start_is_an_error_of_every_check(tmp_path: Path) -> None:
     found = apart(["a/one", "a/two"], "raise SystemExit(3)", tmp_path)
     assert all(result.reason.startswith("its process ended with exit code 3") for result in found.values())
     assert {result.status for result in found.values()} == {"error"}

@@ -1,4 +1,4 @@
-"""The whole command: without a GPU it runs to its end and proves nothing; on the CPU its checks run for real."""
+"""The whole command: without a GPU it ends and proves nothing; on the CPU its checks run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_list_names_every_check_once() -> None:
     assert groups == {"correctness", "streams", "memory", "threads", "performance"}
 
 
-def test_what_the_table_of_precisions_refuses_is_not_run_with_its_reason() -> None:
+def test_precisions_that_an_engine_refuses_are_not_run_with_the_reason() -> None:
     checks = catalog(GpuOptions(device="cpu", engines=("onnxruntime",), precisions=("bf16", "fp32")))
     obstacles = {check.id: check.obstacle for check in checks}
     assert "does not load bf16" in str(obstacles["correctness/parity/onnxruntime/bf16"])
@@ -73,7 +73,7 @@ def test_what_the_table_of_precisions_refuses_is_not_run_with_its_reason() -> No
         (["--batches", "0"], "not a number of images"),
     ],
 )
-def test_a_wrong_option_is_told(arguments: list[str], message: str) -> None:
+def test_a_wrong_option_is_reported(arguments: list[str], message: str) -> None:
     done = call(*arguments)
     assert done.exit_code == 2
     assert message in done.output.replace("\n", " ")

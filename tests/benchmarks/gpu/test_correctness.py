@@ -1,4 +1,4 @@
-"""The device-neutral checks on the CPU: they pass on a sound engine, and each fails on an unsound one."""
+"""The checks that need no GPU, on the CPU: they pass with a correct engine, and each fails with a wrong one."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def test_a_sound_engine_passes(check: Callable[..., CheckOutcome], engine: str, 
     assert broken(check(bench, engine, "fp32")) == []
 
 
-def test_replays_equal_launches_and_an_engine_that_records_none_is_found(bench: Workbench) -> None:
+def test_replays_equal_launches_and_an_engine_without_replays_fails(bench: Workbench) -> None:
     assert broken(streams.cuda_graphs(bench, "onnxruntime", "fp32")) == ["calls of 10 that were replayed"]
 
 
-class _Spoilt:
-    """A bound pair whose calls are spoilt by a test."""
+class _WrongPair:
+    """A bound pair whose calls a test makes wrong."""
 
     def __init__(self, bound: BoundPair, spoil: Callable[[BoundPair, str | None], None]) -> None:
         self.buffers, self.dims = bound.buffers, bound.dims
@@ -61,7 +61,7 @@ class _Spoilt:
 
 @pytest.fixture
 def spoil(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make every pair that the workbench opens misbehave; ``when`` chooses among them by ``cuda_graphs``."""
+    """Make pairs of the workbench wrong; ``when`` decides by ``cuda_graphs`` which of them."""
     original = bench.pair
 
     def apply(change: Callable[[BoundPair, str | None], None], when: Callable[[bool], bool] = lambda _: True) -> None:
@@ -70,7 +70,7 @@ def spoil(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
             with original(*arguments, cuda_graphs=cuda_graphs, **how) as opened:
                 prepare = opened.prepare
                 if when(cuda_graphs):
-                    opened.prepare = lambda shapes: _Spoilt(prepare(shapes), change)  # type: ignore[method-assign]
+                    opened.prepare = lambda shapes: _WrongPair(prepare(shapes), change)  # type: ignore[method-assign]
                 yield opened
 
         monkeypatch.setattr(bench, "pair", pair)
@@ -79,13 +79,13 @@ def spoil(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
 
 
 def nudge_shallow(bound: BoundPair, cut: str | None) -> None:
-    """Shallow calls that ignore the cache by a hair."""
+    """Change the output of shallow calls slightly."""
     if cut is not None:
         bound.buffers["noise_pred"].mul_(1.02)
 
 
 def forget_the_features(bound: BoundPair, cut: str | None) -> None:
-    """Features that are not those of the last full call."""
+    """Overwrite the features of the last full call."""
     if cut is None:
         bound.buffers["deep_feature_0"].zero_()
 
@@ -119,7 +119,7 @@ def test_pairs_that_share_their_features_fail_when_they_take_turns(
     seen: list[BoundPair] = []
 
     def overwrite(bound: BoundPair, cut: str | None) -> None:
-        """A full call of one bound pair leaves nothing of the others' features."""
+        """Make a full call of one bound pair overwrite the features of the others."""
         if bound not in seen:
             seen.append(bound)
         for other in seen:
@@ -145,7 +145,7 @@ def test_a_replay_that_differs_fails(spoil: Callable[..., None], bench: Workbenc
     assert "relative difference of replayed to launched calls" in failed
 
 
-def test_threads_that_meet_fail(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_share_features_fail(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     from offcut.benchmarks.gpu.peers import EngineDenoiser
 
     original, seen = EngineDenoiser.predict, []
@@ -169,8 +169,8 @@ def test_values_that_are_not_finite_are_infinitely_far_apart() -> None:
     assert CUT == "deepcache:0"
 
 
-def test_calls_that_reach_the_memory_of_closed_buffers_are_found(spoil: Callable[..., None], bench: Workbench) -> None:
-    """As a graph does that is replayed for another pair than it was captured for."""
+def test_calls_that_write_to_freed_buffers_fail(spoil: Callable[..., None], bench: Workbench) -> None:
+    """A graph that is replayed for another pair than it was captured for does this."""
     captured: dict[str, torch.Tensor] = {}
 
     def replay(bound: BoundPair, cut: str | None) -> None:

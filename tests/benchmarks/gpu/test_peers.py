@@ -1,4 +1,4 @@
-"""The peers compute what they should: by hand, by DeepCache's helper, and through a compiler's front end."""
+"""The peers compute the same: the hand-written cache, DeepCache's helper, and the compiled functions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ XL = {
 
 @pytest.fixture(scope="module", params=["small", "xl"])
 def unet(request: pytest.FixtureRequest) -> Any:
-    """One UNet with attention in its outermost layer, and one without, with SDXL's conditioning."""
+    """Return a UNet with attention in its outermost layer, or one without and with SDXL's conditioning."""
     if request.param == "small":
         return models.small_unet()
     from diffusers import UNet2DConditionModel
@@ -48,7 +48,9 @@ def setting(unet: Any) -> tuple[DenoisingLoop, peers.Conditioning]:
 
 
 @pytest.mark.parametrize("interval", [1, 2, 3])
-def test_the_unet_cached_by_hand_is_deepcaches_helper(unet: Any, setting: Any, interval: int) -> None:
+def test_the_hand_written_cache_computes_what_deepcaches_helper_computes(
+    unet: Any, setting: Any, interval: int
+) -> None:
     loop, given = setting
     theirs = peers.HelperDenoiser(loop, unet, given, interval).generate()
     ours = peers.CachedDenoiser(loop, peers.CachedUNet(unet), given, Uniform(interval)).generate()
@@ -57,7 +59,7 @@ def test_the_unet_cached_by_hand_is_deepcaches_helper(unet: Any, setting: Any, i
     assert decibels(uncached, ours) >= SAME if interval == 1 else decibels(uncached, ours) < 80
 
 
-def test_the_full_half_is_diffusers_own_forward(unet: Any, setting: Any) -> None:
+def test_the_full_function_computes_diffusers_forward(unet: Any, setting: Any) -> None:
     loop, given = setting
     sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
@@ -76,7 +78,7 @@ def test_the_helper_leaves_the_unet_as_it_was(unet: Any, setting: Any) -> None:
     assert unet.forward == forward
 
 
-def test_the_shallow_weights_are_those_that_the_shallow_half_reads(unet: Any, setting: Any) -> None:
+def test_the_shallow_weights_are_those_that_the_shallow_function_reads(unet: Any, setting: Any) -> None:
     loop, given = setting
     cached = peers.CachedUNet(unet)
     sample = torch.zeros(2, 4, 16, 16)
@@ -91,7 +93,7 @@ def test_the_shallow_weights_are_those_that_the_shallow_half_reads(unet: Any, se
 
 
 @pytest.mark.slow
-def test_both_halves_go_through_the_compilers_front_end_whole(unet: Any, setting: Any) -> None:
+def test_both_functions_compile_without_graph_breaks(unet: Any, setting: Any) -> None:
     loop, given = setting
     cached = peers.CachedUNet(unet)
 
@@ -104,7 +106,7 @@ def test_both_halves_go_through_the_compilers_front_end_whole(unet: Any, setting
 
 
 def test_half_precision_lies_between_the_bounds_of_the_trajectory_check() -> None:
-    """The bound must let eager PyTorch in half precision pass, and a loop without the cache fail."""
+    """Eager PyTorch in half precision must meet the bound, and a loop without the cache must not."""
     from offcut.benchmarks.gpu.correctness import SCHEDULE, STEPS, TRAJECTORY
 
     def latents(dtype: torch.dtype, cached: bool) -> torch.Tensor:

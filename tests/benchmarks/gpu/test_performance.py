@@ -1,4 +1,4 @@
-"""Timing, counting and interleaving, on the CPU: what the figures mean, and that their claims can fail."""
+"""The performance checks on the CPU: their figures are right, and their claims can fail."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONTEST = Contest("small", "onnxruntime", "fp32", 1)
 
 
 class _SleepingDenoiser(LoopDenoiser):
-    """A denoiser whose calls take a number of seconds; it notes its turns."""
+    """A denoiser whose calls take a number of seconds, and which records its turns."""
 
     def __init__(self, name: str, seconds: float, order: list[str]) -> None:
         super().__init__(DenoisingLoop(torch.randn(1, 4, 8, 8), 2), None, {})
@@ -48,7 +48,7 @@ def test_contestants_take_turns_after_their_warm_up() -> None:
 
 
 @pytest.mark.slow
-def test_the_loops_figures_belong_together(bench: Workbench) -> None:
+def test_the_figures_of_a_loop_are_consistent(bench: Workbench) -> None:
     outcome = performance.loop(bench, CONTEST)
     figures: Any = outcome.figures
     claims = {claim.name: claim for claim in outcome.claims}
@@ -64,7 +64,7 @@ def test_the_loops_figures_belong_together(bench: Workbench) -> None:
 
 
 @pytest.mark.slow
-def test_a_loop_with_work_beside_its_engine_calls_fails(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_with_work_between_its_engine_calls_fails(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     original = DenoisingLoop.run
 
     def dawdle(self: DenoisingLoop, predict: Any) -> torch.Tensor:
@@ -77,7 +77,7 @@ def test_a_loop_with_work_beside_its_engine_calls_fails(bench: Workbench, monkey
 
 
 @pytest.mark.slow
-def test_deepcaches_helper_is_raced_on_the_same_loop(bench: Workbench) -> None:
+def test_deepcaches_helper_runs_the_same_loop(bench: Workbench) -> None:
     outcome = performance.against_helper(bench, CONTEST)
     (claim,) = outcome.claims
     figures: Any = outcome.figures

@@ -1,4 +1,4 @@
-"""Bundles of bare UNets, which have no pipeline: they run in diffusers' own, SDXL's too, several images at once."""
+"""Bundles of bare UNets, which run in a pipeline of diffusers, also SDXL's, with several images at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from offcut.errors import UserError
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
-def test_a_bare_unet_is_measured_in_its_familys_pipeline(
+def test_a_bare_unet_is_measured_in_the_pipeline_of_its_family(
     pipeline: str, unet_bundle: Path, family_bundle: Callable[[str], Path], tmp_path: Path
 ) -> None:
     bundle = Bundle.open(family_bundle("sdxl") if "XL" in pipeline else unet_bundle)
@@ -45,7 +45,7 @@ def test_a_bare_unet_is_measured_in_its_familys_pipeline(
 
 
 @pytest.mark.slow
-def test_a_unet_that_no_prompt_drives_is_refused(family_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_unet_without_prompts_is_refused(family_bundle: Callable[[str], Path], tmp_path: Path) -> None:
     bundle = Bundle.open(family_bundle("unconditional"))
     with pytest.raises(UserError, match=r"gets only latents and embeddings, and .* has UNet2DModel"):
         resolve(bundle, LatencyRequest(), tmp_path)

@@ -1,4 +1,4 @@
-"""Contestants that are compiled as they run, through the compiler's front end alone: do they compute and cache?"""
+"""Contestants with torch.compile, run with its eager backend: their latents, and which calls are cached."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMPILED, BLOCKS, WHOLE = "torch.compile bf16", "DeepCache compile-blocks bf16",
 def answers(
     tiny_bundle: Path, tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, dict[str, Any]]]:
-    """One measured loop of each, with its final latents."""
+    """Return one measured loop of each contestant, with its final latents."""
     from safetensors.torch import load_file
 
     folder = tmp_path_factory.mktemp("compiled")
@@ -45,7 +45,7 @@ def answers(
 
 
 def _loop(case: Case, entrant: Entrant) -> dict[str, Any]:
-    torch._dynamo.reset()  # each has a process of its own in a run
+    torch._dynamo.reset()  # in a run each has its own process
     torch._dynamo.utils.counters.clear()
     worker = LatencyWorker()
     opened = worker.open(case=case.as_json(), entrant=entrant.as_json(), calls=2, warm_up=1)
@@ -59,7 +59,7 @@ def _loop(case: Case, entrant: Entrant) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_all_are_there_and_the_compiled_ones_are_compiled_before_they_are_measured(
+def test_compiled_contestants_are_compiled_before_they_are_measured(
     answers: dict[str, dict[str, Any]],
 ) -> None:
     assert set(answers) == {EAGER, HELPER, COMPILED, BLOCKS, WHOLE}
@@ -69,7 +69,7 @@ def test_all_are_there_and_the_compiled_ones_are_compiled_before_they_are_measur
 
 
 @pytest.mark.slow
-def test_the_compiled_ones_compute_what_the_eager_ones_do(answers: dict[str, dict[str, Any]]) -> None:
+def test_compiled_contestants_compute_what_eager_ones_compute(answers: dict[str, dict[str, Any]]) -> None:
     uncached, cached = answers[EAGER]["latents"], answers[HELPER]["latents"]
     apart = relative_difference(cached, uncached)
     assert apart > 1e-2
@@ -80,7 +80,7 @@ def test_the_compiled_ones_compute_what_the_eager_ones_do(answers: dict[str, dic
 
 
 @pytest.mark.slow
-def test_their_calls_are_told_apart(answers: dict[str, dict[str, Any]]) -> None:
+def test_full_and_shallow_calls_are_distinguished(answers: dict[str, dict[str, Any]]) -> None:
     for name, answer in answers.items():
         cached = name in (HELPER, BLOCKS, WHOLE)
         assert (len(answer["full"]), len(answer["shallow"])) == ((2, 4) if cached else (6, 0))

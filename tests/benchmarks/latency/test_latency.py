@@ -1,4 +1,4 @@
-"""The run for real, on a small pipeline: engines, eager PyTorch and DeepCache's helper in turns."""
+"""Runs on a small pipeline: engines, eager PyTorch and DeepCache's helper in turns."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def offcut(*arguments: str | Path) -> Result:
 
 @pytest.fixture(scope="module")
 def done(tiny_bundle: Path, tiny_pipeline_dir: Path, once: Once) -> Path:
-    """A run of the command; its directory."""
+    """Run the command and return its output directory."""
 
     def run(folder: Path) -> None:
         result = offcut(
@@ -96,8 +96,8 @@ def test_every_contestant_is_measured_or_says_why_not(rows: dict[str, Contestant
 
 
 @pytest.mark.slow
-def test_all_compute_the_same_loop(rows: dict[str, Contestant], latency: Latency) -> None:
-    """Cached runs are far from the uncached ones and near each other; bf16 lies in between."""
+def test_all_contestants_compute_the_same_loop(rows: dict[str, Contestant], latency: Latency) -> None:
+    """Cached runs differ much from uncached ones and little from each other; bf16 lies in between."""
     differences = {name: row.difference for name, row in rows.items() if row.not_run is None}
     assert latency.reference == EAGER
     assert differences[EAGER] == 0
@@ -108,7 +108,7 @@ def test_all_compute_the_same_loop(rows: dict[str, Contestant], latency: Latency
 
 
 @pytest.mark.slow
-def test_the_limit_stands_beside_the_calls(rows: dict[str, Contestant], latency: Latency) -> None:
+def test_the_limit_is_measured_with_the_calls(rows: dict[str, Contestant], latency: Latency) -> None:
     assert latency.work["full"] > latency.work["shallow"] > 0
     assert set(latency.products) == {"fp32", "bf16"}
     assert min(latency.products.values()) > 1e9
@@ -116,7 +116,7 @@ def test_the_limit_stands_beside_the_calls(rows: dict[str, Contestant], latency:
     assert latency.rate(rows[OURS]) == pytest.approx(latency.work["full"] / seconds)
     for row in rows.values():
         if row.loops:
-            assert 0 < (latency.of_product(row) or 0) < 1.05  # more would mean that work was left out
+            assert 0 < (latency.of_product(row) or 0) < 1.05  # more would mean that operations were skipped
 
 
 @pytest.mark.slow
@@ -223,7 +223,7 @@ def test_contestants_of_a_process_share_engine_precision_and_interpreter(
         ({"model": Path("/no/model")}, UserError, "/no/model is not a directory"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_sentence(
+def test_invalid_requests_are_refused_in_one_sentence(
     unet_bundle: Path, tmp_path: Path, wanted: dict[str, object], error: type[Exception], says: str
 ) -> None:
     with pytest.raises(error, match=says):

@@ -33,7 +33,7 @@ CASE = Case(
 
 
 class _Process:
-    """A process that only remembers whether it was closed."""
+    """A process stub that records whether it was closed."""
 
     def __init__(self, resident: int) -> None:
         self.resident, self.open = resident, True
@@ -46,7 +46,7 @@ SIZES = st.dictionaries(st.sampled_from("ABCDEF"), st.integers(1, 50), max_size=
 
 
 @given(SIZES, st.integers(0, 200), st.integers(0, 200))
-def test_only_as_many_are_closed_as_must_be_the_last_used_first(
+def test_only_as_many_processes_are_closed_as_necessary_the_last_used_first(
     resident: dict[str, int], need: int, available: int
 ) -> None:
     used = {name: _Process(size) for name, size in resident.items()}
@@ -62,7 +62,7 @@ def test_only_as_many_are_closed_as_must_be_the_last_used_first(
 
 
 def openings(rounds: int, last_used: bool) -> int:
-    """Count how often one of three processes is opened where two have room; else the one unused longest is closed."""
+    """Return how often three processes are opened where two have room; without ``last`` the oldest is closed."""
     resident: Any = {}
     opened = 0
     for name in list("ABC") * rounds:
@@ -76,7 +76,7 @@ def openings(rounds: int, last_used: bool) -> int:
     return opened
 
 
-def test_closing_the_last_used_reopens_less_than_closing_the_one_unused_longest() -> None:
+def test_closing_the_last_used_process_reopens_fewer_than_closing_the_least_recently_used() -> None:
     assert openings(10, last_used=False) == 30
     assert openings(10, last_used=True) < 20
 
@@ -96,7 +96,7 @@ def test_a_schedule_without_a_shallow_call_is_refused() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["quad:3", "steps:0,2", "uniform:3:warmup=1", "uniform:3:max_shallow=1"])
-def test_deepcaches_helper_follows_plain_intervals_only(schedule: str) -> None:
+def test_deepcaches_helper_supports_only_intervals_without_warm_up(schedule: str) -> None:
     assert interval_of("uniform:4") == 4
     with pytest.raises(UserError, match="supports only uniform intervals without warm-up"):
         interval_of(schedule)

@@ -1,4 +1,4 @@
-"""Stable Video Diffusion in turns: the loop is its pipeline's own, from what was encoded beforehand."""
+"""Stable Video Diffusion in turns: the loop of its pipeline, from prepared encodings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Video = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def latency(video_dir: Video, video_bundle: Video, once: Callable[[str, Callable[[Path], object]], Path]) -> Latency:
-    """A run of the command."""
+    """Run the command and return its result."""
 
     def run(folder: Path) -> None:
         command = [
@@ -50,7 +50,7 @@ def latency(video_dir: Video, video_bundle: Video, once: Callable[[str, Callable
     return measured
 
 
-def test_videos_are_measured_cached_and_uncached_beside_the_peers(latency: Latency) -> None:
+def test_videos_are_measured_cached_uncached_and_with_peers(latency: Latency) -> None:
     rows = {row.name: row for row in latency.contestants}
     assert list(rows) == [EAGER, HELPER, "diffusers eager bf16", "DeepCache eager bf16", OURS, UNCACHED]
     for row in rows.values():
@@ -65,7 +65,7 @@ def test_videos_are_measured_cached_and_uncached_beside_the_peers(latency: Laten
     assert rows[OURS].difference == pytest.approx(rows[HELPER].difference, rel=1e-3)
 
 
-def test_the_case_is_named_with_its_frames(latency: Latency) -> None:
+def test_the_task_names_the_number_of_frames(latency: Latency) -> None:
     assert (latency.frames, latency.height, latency.guidance) == (4, 32, 3.0)
     assert latency.scheduler == "EulerDiscreteScheduler"
     assert "but not image encoder and VAE" in latency.clock
@@ -79,7 +79,7 @@ def case_of(bundle: Path, folder: Path, **wanted: object) -> Case:
 
 
 @pytest.mark.parametrize("guidance", [None, 1.0])
-def test_a_loop_is_what_diffusers_makes_of_the_image(
+def test_a_loop_from_encodings_equals_diffusers_from_the_image(
     guidance: float | None, video_dir: Video, video_bundle: Video, tmp_path: Path
 ) -> None:
     import diffusers
@@ -103,7 +103,7 @@ def test_a_loop_is_what_diffusers_makes_of_the_image(
 
 @pytest.fixture
 def bare(video_bundle: Video, copied: Callable[[Path], Path]) -> Bundle:
-    """The same graphs as if they had been built from the UNet alone, which would take long to export once more."""
+    """Return the same bundle as if it had been built from the UNet alone, without another export."""
     path = copied(video_bundle("svd"))
     manifest = json.loads((path / "offcut.json").read_text(encoding="utf-8"))
     manifest |= {"pipeline": None, "parts": []}

@@ -1,4 +1,4 @@
-"""LoadGen judges small systems: its verdicts are parsed as it prints them, and a failure has no figures."""
+"""LoadGen with small systems: its verdicts are parsed, and a failed system has no figures."""
 
 import time
 from collections.abc import Sequence
@@ -42,13 +42,13 @@ def test_each_scenario_ends_with_loadgens_own_verdict(scenario: Scenario, metric
 
 
 def test_too_few_queries_are_not_valid_and_loadgen_says_why(tmp_path: Path) -> None:
-    # Ten samples in all: offline wants at least its rate times its duration.
+    # Ten samples: Offline needs at least the rate times the duration.
     verdict, _ = loadgen.performance("Offline", generate, 8, ShortenedRules(seconds=2, queries=10, rate=1), 8, tmp_path)
     assert not verdict.valid
     assert any("expected QPS" in reason for reason in verdict.reasons)
 
 
-def test_the_accuracy_run_gives_every_picture_back(tmp_path: Path) -> None:
+def test_the_accuracy_run_returns_every_image(tmp_path: Path) -> None:
     pictures = loadgen.accuracy("Offline", generate, 5, BRIEF, 2, tmp_path, (2, 2, 3))
     assert {index: int(drawn[1, 1, 2]) for index, drawn in pictures.items()} == {n: n for n in range(5)}
 

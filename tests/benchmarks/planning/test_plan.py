@@ -1,4 +1,4 @@
-"""``offcut bench plan``, and its simulator beside a real worker."""
+"""``offcut bench plan``, and its simulator compared with a real worker."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_the_simulator_predicts_what_a_worker_does(pipe: Any) -> None:
     pytest.fail(f"errors of throughput, latency and rows: {errors}")
 
 
-def test_devices_for_a_load_from_times_of_elsewhere(times: Path) -> None:
+def test_devices_for_a_load_with_times_from_a_file(times: Path) -> None:
     done = plan("--times", times, "--arrival-rate", 20, "--p99", 3, "--steps", 20, "--requests", 400, "--json")
     assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout)
@@ -140,7 +140,7 @@ def test_devices_for_a_load_from_times_of_elsewhere(times: Path) -> None:
     assert f"{answer['devices']} devices for 20 requests a second within 3 s" in " ".join(words.stdout.split())
 
 
-def test_mistakes_are_told(times: Path, tmp_path: Path) -> None:
+def test_invalid_options_are_reported(times: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ((), "give a bundle to measure, or --times FILE"),
         (("--times", times, "--export-times", tmp_path / "x"), "--times measures nothing"),
@@ -154,7 +154,7 @@ def test_mistakes_are_told(times: Path, tmp_path: Path) -> None:
 
 
 def test_a_slow_autoencoder_is_not_between_the_calls(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of requests that end together one is at the autoencoder before others are told of their last step."""
+    """One of several requests that end together reaches the autoencoder before others learn of their last step."""
     decode = pipe.vae.decode
 
     def slowly(*args: Any, **kwargs: Any) -> Any:

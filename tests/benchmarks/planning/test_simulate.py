@@ -1,4 +1,4 @@
-"""The simulator does what the worker does, with times in the place of engines."""
+"""The simulator follows the worker's policy, with times in place of engines."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LOAD = capacity.RequestLoad([KIND], requests=300)
 
 def test_a_request_alone_takes_the_sum_of_its_parts() -> None:
     outcome = simulate(COSTS, [KIND], [3.0], ONE)
-    # The last gap is not part of it: nothing comes between the last call and the autoencoder.
+    # The last gap does not count: the autoencoder follows the last call at once.
     assert outcome.latencies == pytest.approx([0.1 + 2 * 1.0 + 3 * 0.2 + 5 * 0.01 + 0.3])
     assert outcome.seconds == pytest.approx(outcome.latencies[0])
     assert outcome.utilisation == pytest.approx(1)
@@ -63,7 +63,7 @@ def test_devices_share_the_load_and_the_queue_is_bounded() -> None:
     assert sorted(full.queued)[2] > 0
 
 
-def test_requests_without_deadlines_count_as_due_when_the_worker_has_them_due() -> None:
+def test_the_simulators_horizon_is_the_workers() -> None:
     assert HORIZON == worker.HORIZON
 
 
@@ -99,7 +99,7 @@ def test_arrivals_come_in_order_and_at_their_rate(rate: float, count: int, seed:
     assert times[-1] * rate == pytest.approx(count, rel=0.3)
 
 
-def test_the_smallest_number_of_devices_that_does() -> None:
+def test_the_smallest_number_of_devices_that_is_enough() -> None:
     load = capacity.RequestLoad([KIND], requests=300)
     devices, outcome = capacity.devices_for(COSTS, load, ONE, rate=4.0, p99=9.0)
     assert devices > 1
@@ -111,7 +111,7 @@ def test_the_smallest_number_of_devices_that_does() -> None:
         capacity.devices_for(COSTS, load, ONE, rate=4.0, p99=3.0)
 
 
-def test_the_curve_rises_towards_what_a_device_can_do() -> None:
+def test_latency_rises_towards_the_capacity_of_a_device() -> None:
     load = capacity.RequestLoad([KIND], requests=400)
     points = capacity.curve(COSTS, load, replace(ONE, max_queue=400))
     p99 = [result.percentile(99) for _, result in points]
@@ -121,7 +121,7 @@ def test_the_curve_rises_towards_what_a_device_can_do() -> None:
     assert points[-1][0] == pytest.approx(capacity.capacity(COSTS, load, ONE))
 
 
-def test_batches_of_whole_requests_let_nobody_join() -> None:
+def test_no_request_joins_a_batch_of_whole_requests() -> None:
     times = [0.0, 0.5, 0.5]
     joining, whole = (simulate(COSTS, [KIND], times, replace(ONE, whole_requests=each)) for each in (False, True))
     alone = simulate(COSTS, [KIND], [0.0], ONE).latencies[0]
@@ -136,7 +136,7 @@ def test_batches_of_whole_requests_let_nobody_join() -> None:
     assert LOAD.on(COSTS, replace(ONE, max_in_flight=1), rate).mean_rows == 2
 
 
-def test_thousands_of_devices() -> None:
+def test_thousands_of_devices_are_simulated() -> None:
     load = capacity.RequestLoad([KIND], requests=6000)
     outcome = load.on(COSTS, replace(ONE, devices=3000), 900.0)
     assert outcome.rejected == 0

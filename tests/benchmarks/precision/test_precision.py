@@ -1,4 +1,4 @@
-"""``offcut bench precision`` on the shapes model: every part for real, what it leaves, bad input."""
+"""``offcut bench precision`` on the shapes model: every part, its files, and invalid input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from offcut.cli import app
 from offcut.errors import BundleError, UserError
 from offcut.runtime.tuning.prediction import FeatureMoments
 
-ENGINE, LOW = "openvino", "fp32 computed in bf16"  # int8 goes the same way, and takes minutes to calibrate
+ENGINE, LOW = "openvino", "fp32 computed in bf16"  # int8 has the same code path, and takes minutes to calibrate
 STEPS, IMAGES = 6, 4
 SMALL = (
     "--engine", ENGINE, "--precision", "bf16", "--steps", str(STEPS), "--interval", "3", "--images", str(IMAGES),
@@ -36,7 +36,7 @@ def offcut(*arguments: str | Path) -> Result:
 
 @pytest.fixture(scope="module")
 def done(shapes_bundle: Path, once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
-    """A run of the command, ``bundle`` and ``out`` in a directory."""
+    """Run the command and return the directory with ``bundle`` and ``out``."""
 
     def run(folder: Path) -> None:
         shutil.copytree(shapes_bundle, folder / "bundle")
@@ -73,7 +73,7 @@ def test_every_build_of_the_engine_is_timed(measured: Precision) -> None:
 
 
 @pytest.mark.slow
-def test_images_are_held_against_fp32_of_the_same_engine(measured: Precision, done: Path) -> None:
+def test_images_are_compared_with_fp32_of_the_same_engine(measured: Precision, done: Path) -> None:
     assert measured.images is not None
     assert measured.images.images == IMAGES
     rows = {(row.precision, row.schedule): row for row in measured.images.rows}
@@ -92,13 +92,13 @@ def test_images_are_held_against_fp32_of_the_same_engine(measured: Precision, do
     assert rows["fp32", cached].psnr_uncached is not None
     assert both.psnr is not None
     assert both.psnr_uncached is not None
-    assert both.psnr_uncached.mean < both.psnr.mean  # caching moves an image further than bf16 does
+    assert both.psnr_uncached.mean < both.psnr.mean  # caching changes an image more than bf16
     kept = list((done / "out" / "pictures").glob("*.npz"))
     assert len(kept) == 4
 
 
 @pytest.mark.slow
-def test_caching_and_low_precision_have_every_cell(measured: Precision) -> None:
+def test_every_precision_is_measured_with_every_way_of_caching(measured: Precision) -> None:
     joint = measured.joint
     assert joint is not None
     assert (joint.engine, joint.samples, joint.images, joint.interval) == (ENGINE, 4, IMAGES, 3)
@@ -119,7 +119,7 @@ def _cost(timeline: str, ratio: float) -> float:
 
 
 @pytest.mark.slow
-def test_a_second_run_draws_no_picture_again(done: Path, tmp_path: Path) -> None:
+def test_a_second_run_generates_no_image_again(done: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(done, tmp_path / "copy"))
     before = {file.name: file.stat().st_mtime_ns for file in (folder / "out" / "pictures").iterdir()}
     result = offcut(folder / "bundle", "-o", folder / "out", *SMALL, "--part", "images")
@@ -159,9 +159,7 @@ def test_the_calls_of_any_bundle_can_be_timed(tiny_bundle: Path, tmp_path: Path)
     assert "has builds of onnxruntime, openvino, not of tensorrt" in str(none.exception)
 
 
-def test_other_parts_are_for_the_shapes_model(
-    tiny_bundle: Path, tmp_path: Path, copied: Callable[[Path], Path]
-) -> None:
+def test_other_parts_need_the_shapes_model(tiny_bundle: Path, tmp_path: Path, copied: Callable[[Path], Path]) -> None:
     result = offcut(copied(tiny_bundle), "-o", tmp_path / "out", "--part", "images")
     assert isinstance(result.exception, BundleError)
     assert not (tmp_path / "out").exists()
@@ -181,7 +179,7 @@ def test_builds_are_chosen_by_engine_and_precision() -> None:
         (["onnxruntime"], ["bf16"], "onnxruntime cannot compute in bf16: omit --engine"),
     ],
 )
-def test_what_is_not_compared_is_refused(engines: list[str], precisions: list[str], says: str) -> None:
+def test_unknown_engines_and_precisions_are_refused(engines: list[str], precisions: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
         builds_of(engines, precisions)
 

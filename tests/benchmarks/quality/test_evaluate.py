@@ -1,4 +1,4 @@
-"""``offcut bench quality`` on the shapes model: rows, pictures, going on after a cut, bad input."""
+"""``offcut bench quality`` on the shapes model: rows, images, continued runs, invalid input."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_each_row_has_its_figures_and_pictures(whole: tuple[Path, Quality], task
     assert 0 < quality.ratios_here["deepcache:0"] < 1
 
 
-def test_a_picture_does_not_depend_on_its_place_in_a_batch(pipe: Any, task: ImageTask, tmp_path: Path) -> None:
+def test_an_image_does_not_depend_on_its_place_in_a_batch(pipe: Any, task: ImageTask, tmp_path: Path) -> None:
     small = ImageTask(task.prompts, task.guidance, task.seed, 1, task.identity)
     for setting in SETTINGS[1:3]:
         together = pictures.make(pipe, task, setting, tmp_path).pictures
@@ -79,7 +79,7 @@ def test_a_picture_does_not_depend_on_its_place_in_a_batch(pipe: Any, task: Imag
         assert np.abs(together.astype(int) - alone).max() <= 1
 
 
-def test_the_uncached_row_is_what_diffusers_draws(pipe: Any, whole: tuple[Path, Quality], task: ImageTask) -> None:
+def test_the_uncached_images_are_those_of_diffusers(pipe: Any, whole: tuple[Path, Quality], task: ImageTask) -> None:
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -96,7 +96,7 @@ def test_the_uncached_row_is_what_diffusers_draws(pipe: Any, whole: tuple[Path, 
     assert np.abs(np.rint(made * 255) - kept).max() <= 2
 
 
-def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(
+def test_an_interrupted_run_continues_with_the_same_result(
     pipe: Any, task: ImageTask, whole: tuple[Path, Quality], tmp_path: Path
 ) -> None:
     calls = []
@@ -124,7 +124,7 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(
                 assert first_figure.model_dump() == pytest.approx(second_figure.model_dump(), rel=1e-4), name
 
 
-def test_the_command_leaves_a_result_and_does_nothing_twice(shapes_bundle: Path, tmp_path: Path) -> None:
+def test_the_command_writes_a_result_and_generates_nothing_twice(shapes_bundle: Path, tmp_path: Path) -> None:
     arguments = [
         "quality",
         str(shapes_bundle),
@@ -152,7 +152,9 @@ def test_the_command_leaves_a_result_and_does_nothing_twice(shapes_bundle: Path,
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
-def test_processes_make_what_one_makes(pipe: Any, shapes_bundle: Path, task: ImageTask, tmp_path: Path) -> None:
+def test_several_processes_generate_the_images_of_one(
+    pipe: Any, shapes_bundle: Path, task: ImageTask, tmp_path: Path
+) -> None:
     one, several = tmp_path / "one", tmp_path / "several"
     for setting in SETTINGS[1:3]:
         pictures.make(pipe, task, setting, one)
@@ -164,16 +166,16 @@ def test_processes_make_what_one_makes(pipe: Any, shapes_bundle: Path, task: Ima
         first, second = (pictures.make(None, task, setting, folder) for folder in (one, several))
         assert first.timeline == second.timeline
         assert (first.pictures == second.pictures).all()
-    pool.make(shapes_bundle, "no engine", task, SETTINGS[1:3], several, workers=2)  # nothing is left to make
+    pool.make(shapes_bundle, "no engine", task, SETTINGS[1:3], several, workers=2)  # all images exist
 
 
-def test_a_worker_s_error_is_the_caller_s(shapes_bundle: Path, task: ImageTask, tmp_path: Path) -> None:
+def test_the_error_of_a_process_is_raised_in_the_caller(shapes_bundle: Path, task: ImageTask, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="give another directory"):
         pool.make(shapes_bundle, "onnxruntime", task, SETTINGS[:2], tmp_path / "file", workers=2, threads=1)
 
 
-def test_a_dry_run_says_what_is_to_come_and_makes_nothing(shapes_bundle: Path, tmp_path: Path) -> None:
+def test_a_dry_run_lists_the_settings_and_generates_nothing(shapes_bundle: Path, tmp_path: Path) -> None:
     arguments = [
         "quality",
         str(shapes_bundle),
@@ -205,7 +207,9 @@ def test_a_dry_run_says_what_is_to_come_and_makes_nothing(shapes_bundle: Path, t
         (["--lpips", "absent.pth"], "torchvision"),
     ],
 )
-def test_bad_input_is_one_sentence(shapes_bundle: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_invalid_input_is_refused_in_one_sentence(
+    shapes_bundle: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     command = ["quality", str(shapes_bundle), "-o", str(tmp_path / "out"), *arguments]
     result = CliRunner().invoke(app, command)
     assert result.exit_code != 0

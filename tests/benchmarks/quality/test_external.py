@@ -1,4 +1,4 @@
-"""LPIPS, CLIP score and FID with networks of the user: small ones with random weights."""
+"""LPIPS, CLIP score and FID with small networks that have random weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pictures(seed: int, count: int = 3) -> np.ndarray:
 
 
 class Pooled(nn.Module):
-    """Means of the quarters of a picture: features [N, 12]."""
+    """A network whose features [N, 12] are the means of an image's quarters."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return nn.functional.adaptive_avg_pool2d(images.float() / 255, (2, 2)).flatten(1)
@@ -32,7 +32,7 @@ class Pooled(nn.Module):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP model of one layer with its processor."""
+    """Return the directory of a CLIP model with one layer, and its processor."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("clip")
@@ -104,7 +104,7 @@ def test_lpips_by_a_local_backbone(tmp_path: Path) -> None:
     assert opened.figures(first, PROMPTS, None, first) == {}
 
 
-def test_a_network_that_cannot_be_opened_gives_one_sentence(tmp_path: Path, network: Path) -> None:
+def test_a_network_that_cannot_be_opened_is_refused_in_one_sentence(tmp_path: Path, network: Path) -> None:
     text = tmp_path / "text.pt"
     text.write_text("no network")
     flat = tmp_path / "flat.pt"

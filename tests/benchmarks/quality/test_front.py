@@ -1,4 +1,4 @@
-"""``--plan front``: what stands beside a tuned schedule, that it is tuned once, and its row in a result."""
+"""``--plan front``: the settings at equal cost, tuning once, and the row of a tuned schedule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RATIOS = plan.SHALLOW_OVER_FULL
 
 @pytest.fixture(scope="module")
 def shapes(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of its own, since schedules are added to it."""
+    """Return a new bundle, because schedules are added to it."""
     return Path(shutil.copytree(shapes_bundle, tmp_path_factory.mktemp("front") / "shapes.offcut"))
 
 
@@ -42,7 +42,7 @@ def settings(pipe: Any, shapes: Path) -> list[plan.QualitySetting]:
     return front.front_plan(pipe, Bundle.open(shapes), known, 3.0, RATIOS, samples=4)
 
 
-def test_what_needs_no_tuning() -> None:
+def test_settings_without_tuning() -> None:
     rows = front.known(50)
     assert {(row.sampler, row.steps) for row in rows} == {("ddim", 50), ("dpm++ 2m", 25), ("euler ancestral", 25)}
     for sampler in plan.SAMPLERS:
@@ -67,7 +67,7 @@ def test_a_tuned_schedule_is_as_fast_as_the_plain_one(settings: list[plan.Qualit
     assert theirs.full_calls == 3
 
 
-def test_it_is_tuned_once(settings: list[plan.QualitySetting], pipe: Any, shapes: Path) -> None:
+def test_a_schedule_is_tuned_once(settings: list[plan.QualitySetting], pipe: Any, shapes: Path) -> None:
     bundle, said = Bundle.open(shapes), list[str]()
     known = [row for row in settings if row.bundle_schedule is None and not (row.schedule or "").startswith("steps")]
     assert front.front_plan(pipe, bundle, known, 3.0, RATIOS, samples=4, progress=said.append) == settings
@@ -80,11 +80,11 @@ def test_it_is_tuned_once(settings: list[plan.QualitySetting], pipe: Any, shapes
     task = ImageTask(("a",), 3.0, 0, 1, "")
     for now, before in zip(changed, (row for row in settings if row.bundle_schedule is not None), strict=True):
         assert now.name == before.name
-        assert task.key(now, 0) != task.key(before, 0)  # pictures of one are not taken for the other's
+        assert task.key(now, 0) != task.key(before, 0)  # images of one are not used for the other
     front.front_plan(pipe, bundle, known, 3.0, RATIOS, samples=4)
 
 
-def test_pictures_are_the_same_with_and_without_schedules_in_the_bundle(
+def test_images_are_the_same_with_and_without_schedules_in_the_bundle(
     settings: Any, shapes: Path, shapes_bundle: Path
 ) -> None:
     with_them, without = Bundle.open(shapes), Bundle.open(shapes_bundle)
@@ -93,7 +93,9 @@ def test_pictures_are_the_same_with_and_without_schedules_in_the_bundle(
     assert with_them.built_digest == without.built_digest == without.digest
 
 
-def test_its_row_in_the_result(settings: list[plan.QualitySetting], pipe: Any, shapes: Path, tmp_path: Path) -> None:
+def test_the_row_of_a_tuned_schedule(
+    settings: list[plan.QualitySetting], pipe: Any, shapes: Path, tmp_path: Path
+) -> None:
     known = [row for row in settings if row.bundle_schedule is None and not (row.schedule or "").startswith("steps")]
     now = front.front_plan(pipe, Bundle.open(shapes), known, 3.0, RATIOS, samples=4)
     task = ImageTask(pictures.prompts(4, 1000), guidance=3.0, seed=0, batch=4, identity="test", bundle=shapes)

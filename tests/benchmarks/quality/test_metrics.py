@@ -1,4 +1,4 @@
-"""Figures of pictures: against closed forms, and intervals against theory."""
+"""Distances between images compared with closed forms, and intervals compared with theory."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_psnr_is_that_of_offcut_run_and_finite_for_equal_pictures() -> None:
     assert (metrics.psnr(first, least) < MAX_PSNR).all()
 
 
-def test_ssim_is_one_for_equals_and_falls_with_noise() -> None:
+def test_ssim_is_one_for_equal_images_and_falls_with_noise() -> None:
     first = np.repeat(np.repeat(noise(0)[:, :8, :8], 8, axis=1), 8, axis=2)
     random = np.random.default_rng(1)
 
@@ -81,7 +81,7 @@ def test_frechet_is_biased_upward_by_few_pictures() -> None:
     assert few > 5 * many
 
 
-def test_an_estimate_is_that_of_theory_and_repeats_itself() -> None:
+def test_an_estimate_agrees_with_theory_and_is_reproducible() -> None:
     values = np.random.default_rng(0).normal(size=400)
     made = mean_of(values)
     half = 1.96 * values.std() / np.sqrt(400)
@@ -92,7 +92,7 @@ def test_an_estimate_is_that_of_theory_and_repeats_itself() -> None:
     assert made != mean_of(values, seed=1)
 
 
-def test_pairing_tells_apart_what_two_means_cannot() -> None:
+def test_a_paired_interval_shows_a_change_that_two_means_hide() -> None:
     random = np.random.default_rng(0)
     base = random.normal(scale=5, size=300)
     better = base + 0.2 + random.normal(scale=0.1, size=300)
@@ -100,6 +100,6 @@ def test_pairing_tells_apart_what_two_means_cannot() -> None:
     assert mean_of(better - base).low > 0.15
 
 
-def test_pictures_that_do_not_pair_are_refused() -> None:
+def test_unequal_numbers_of_images_are_refused() -> None:
     with pytest.raises(ValueError, match="same number"):
         metrics.psnr(noise(0, 2), noise(0, 3))

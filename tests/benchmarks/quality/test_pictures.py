@@ -1,4 +1,4 @@
-"""Pictures are kept in parts: each is made once, and only what a part depends on makes it anew."""
+"""Images are stored in parts: each part is generated once, and again only if something it depends on changes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TASK = ImageTask(pictures.prompts(9, 1000), guidance=3.0, seed=0, batch=4, ident
 SETTING = QualitySetting("ddim", 8)
 
 
-def test_prompts_are_balanced_distinct_and_the_same_again() -> None:
+def test_prompts_are_balanced_distinct_and_reproducible() -> None:
     texts = pictures.prompts(30, 1000)
     assert texts == pictures.prompts(30, 1000) != pictures.prompts(30, 1001)
     assert texts[:7] == pictures.prompts(7, 1000)
@@ -27,7 +27,7 @@ def test_prompts_are_balanced_distinct_and_the_same_again() -> None:
     assert [bool(scene.pairs & scenes.HELD_OUT) for scene in made] == [False, False, True] * 10
 
 
-def test_a_drawn_scene_is_of_its_caption() -> None:
+def test_a_rendered_scene_obeys_its_caption() -> None:
     drawn = pictures.drawn(TASK.prompts, 1)
     assert drawn.shape == (9, 64, 64, 3)
     assert (drawn == pictures.drawn(TASK.prompts, 1)).all()
@@ -35,7 +35,7 @@ def test_a_drawn_scene_is_of_its_caption() -> None:
     assert tuple(drawn[0, 0, 0]) == scenes.BACKGROUNDS[ground]
 
 
-def test_every_cause_of_a_picture_is_in_its_key() -> None:
+def test_the_key_depends_on_everything_that_changes_an_image() -> None:
     keys = [
         TASK.key(SETTING, 0),
         TASK.key(SETTING, pictures.PART),
@@ -46,17 +46,17 @@ def test_every_cause_of_a_picture_is_in_its_key() -> None:
     changes = {"prompts": TASK.prompts[:8], "guidance": 2.0, "seed": 1, "batch": 3, "identity": "another"}
     keys += [dataclasses.replace(TASK, **{name: value}).key(SETTING, 0) for name, value in changes.items()]
     assert len(set(keys)) == len(keys)
-    assert TASK.key(dataclasses.replace(SETTING, fewer=True), 0) == keys[0]  # the same pictures under another name
+    assert TASK.key(dataclasses.replace(SETTING, fewer=True), 0) == keys[0]  # the same images under another name
 
 
-def test_what_was_kept_is_read_back_and_damage_is_named(tmp_path: Path) -> None:
+def test_stored_parts_are_read_and_damaged_ones_are_refused(tmp_path: Path) -> None:
     part = SettingImages(pictures.drawn(TASK.prompts, 0), (0.5,), (float("nan"),), "#" * 8)
     path = tmp_path / f"{TASK.key(SETTING, 0)}.npz"
     assert pictures.missing(TASK, SETTING, tmp_path) == 9
     pictures._write(path, part)
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
     assert pictures.missing(TASK, SETTING, tmp_path) == 0
-    again = pictures.make(None, TASK, SETTING, tmp_path)  # without a pipeline: nothing is to be made
+    again = pictures.make(None, TASK, SETTING, tmp_path)  # without a pipeline: all images exist
     assert (again.pictures == part.pictures).all()
     assert again.full == part.full
     assert np.isnan(again.shallow[0])

@@ -1,4 +1,4 @@
-"""Plans: what they vary, what rows cost, and which runs with fewer steps stand beside them."""
+"""Plans: their parameters, the costs of settings, and the settings with fewer steps."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from offcut.runtime.generation.forecast import Extrapolate
 PLANS = {"full": plan.full_plan(50), "quick": plan.quick_plan(50)}
 
 
-def test_the_full_plan_varies_every_axis() -> None:
+def test_the_full_plan_varies_every_parameter() -> None:
     rows = PLANS["full"]
     cached = [row for row in rows if row.kind == "cached"]
     assert {row.interval for row in rows} == set(plan.INTERVALS)
@@ -30,7 +30,7 @@ def test_the_full_plan_varies_every_axis() -> None:
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("steps", [8, 16, 50])
-def test_every_cached_row_has_an_uncached_one_and_fewer_steps_at_its_cost(name: str, steps: int) -> None:
+def test_every_cached_setting_has_an_uncached_one_and_fewer_steps_at_its_cost(name: str, steps: int) -> None:
     made = {"full": plan.full_plan, "quick": plan.quick_plan}[name](steps)
     rows = plan.with_fewer_steps(made, SHALLOW_OVER_FULL)
     assert len({row.name for row in rows}) == len(rows)
@@ -45,8 +45,8 @@ def test_every_cached_row_has_an_uncached_one_and_fewer_steps_at_its_cost(name: 
             assert min(abs(steps - cost) for steps in fewer) <= max(0.5, 0.06 * cost)
 
 
-def test_a_plan_by_samplers_is_the_whole_plan_in_pieces() -> None:
-    """So that a long run may be made, and published, a sampler at a time."""
+def test_plans_of_single_samplers_make_up_the_whole_plan() -> None:
+    """A long run can be done sampler by sampler."""
     whole = plan.with_fewer_steps(PLANS["full"], SHALLOW_OVER_FULL)
     pieces = [
         plan.with_fewer_steps(plan.of_samplers(PLANS["full"], [each]), SHALLOW_OVER_FULL) for each in plan.SAMPLERS
@@ -80,7 +80,7 @@ def test_interval_one_is_the_uncached_run() -> None:
     assert [row.kind for row in made] == ["uncached", "cached", "cached"]
 
 
-def test_what_cannot_be_planned_is_refused() -> None:
+def test_invalid_plans_are_refused() -> None:
     with pytest.raises(UserError, match="not a sampler"):
         plan.product_plan(20, ["heun"], ["uniform"], [3], ["deepcache:0"], [0])
     with pytest.raises(UserError, match="between 0 and 1"):

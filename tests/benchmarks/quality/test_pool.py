@@ -1,4 +1,4 @@
-"""Processes that share a run's work: they end with the one that they work for."""
+"""Processes that share the work of a run end with their parent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if __name__ == "__main__":
 """
 
 
-def test_no_process_outlives_the_first_one() -> None:
+def test_no_process_outlives_its_parent() -> None:
     first = subprocess.Popen([sys.executable, "-c", _FIRST], stdout=subprocess.PIPE, text=True)
     assert first.stdout is not None
     worker = int(first.stdout.readline())
@@ -32,7 +32,7 @@ def test_no_process_outlives_the_first_one() -> None:
 
 
 def _runs(pid: int) -> bool:
-    """Whether it is there, and not only because nobody has asked yet how it ended."""
+    """Return whether the process runs; one that ended and was not waited for does not."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
-# Contrast by WCAG 2.2 of each text with what lies behind it; [ratio, text] of those below 4.5.
+# Contrast of each text with its background by WCAG 2.2: [ratio, text] where the ratio is below 4.5.
 CONTRAST = """() => {
   const context = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
   const rgba = colour => {
@@ -51,7 +51,7 @@ CONTRAST = """() => {
   return [seen, poor];
 }"""
 
-# What sticks out of the window and does not lie in a frame that scrolls.
+# Elements that are wider than the window and not inside a frame that scrolls.
 STICKING_OUT = """() => [...document.querySelectorAll('body *')].filter(element =>
   !element.closest('.scroll, .skip') && element.checkVisibility() &&
   element.getBoundingClientRect().right > innerWidth + 1).map(element => element.outerHTML.slice(0, 120))"""
@@ -123,7 +123,7 @@ def test_the_colours_follow_the_buttons_and_frames_take_the_keyboard(browser: An
     frame = page.locator(".scroll").first
     frame.focus()
     page.keyboard.press("ArrowRight")
-    # The page's policy forbids what wait_for_function does where it has to wait.
+    # The page's policy forbids the script that wait_for_function would need.
     deadline = time.monotonic() + 10
     while not page.evaluate("document.querySelector('.scroll').scrollLeft > 0"):
         assert time.monotonic() < deadline, "the arrow key does not scroll the table"

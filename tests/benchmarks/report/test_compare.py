@@ -1,4 +1,4 @@
-"""``offcut bench compare``: reports what is beyond noise, stays silent on what is not, and says so by its exit code."""
+"""``offcut bench compare`` reports changes beyond noise and has an exit code for them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ ROWS = st.builds(
 
 @given(ROWS)
 @settings(deadline=None, max_examples=30)
-def test_a_result_is_no_different_from_itself(row: Contestant) -> None:
+def test_a_result_does_not_differ_from_itself(row: Contestant) -> None:
     once = result(latency=runs(row), quality=QUALITY)
     for environment in (None, machine(cpu="another")):
         comparison = compare(once, result(latency=runs(row), quality=QUALITY, environment=environment))
@@ -64,9 +64,7 @@ def test_a_result_is_no_different_from_itself(row: Contestant) -> None:
 
 @given(st.floats(1.1, 3), st.integers(0, 99))
 @settings(deadline=None, max_examples=30)
-def test_what_is_slower_by_more_than_noise_and_threshold_is_worse_and_the_other_way_round_better(
-    scale: float, seed: int
-) -> None:
+def test_a_change_beyond_noise_and_threshold_is_worse_or_better(scale: float, seed: int) -> None:
     fast = result(latency=runs(ROW, BASE))
     slow = result(latency=runs(scaled(ROW, scale, noise=0.003, seed=seed), BASE))
     for figure in ("loop, s", "full call, s", "shallow call, s"):
@@ -90,14 +88,14 @@ def test_a_sure_change_within_the_threshold_is_small() -> None:
     assert verdicts(compare(old, new, threshold=0.03))[ROW.name, "full call, s"] == "worse"
 
 
-def test_one_round_tells_nothing() -> None:
+def test_the_noise_of_one_round_is_unknown() -> None:
     one = ROW.model_copy(update={"loops": ROW.loops[:1], "full": [], "shallow": []})
     two = one.model_copy(update={"loops": [9.0]})
     (change,) = compare(result(latency=runs(one)), result(latency=runs(two))).changes
     assert (change.verdict, change.note) == ("unknown", "one round only")
 
 
-def test_rows_that_come_and_go_are_told_and_one_that_no_longer_runs_is_a_failure() -> None:
+def test_new_and_missing_rows_are_reported_and_a_missing_one_is_a_failure() -> None:
     gone = ROW.model_copy(update={"loops": [], "not_run": "out of memory"})
     comparison = compare(result(latency=runs(ROW, BASE)), result(latency=runs(gone, BASE)))
     assert [(change.row, change.verdict, change.note) for change in comparison.worse()] == [
@@ -120,13 +118,13 @@ def test_on_another_machine_ratios_to_the_base_are_compared() -> None:
     assert verdicts(compare(fast, regressed))[ROW.name, "loop, of diffusers eager fp32"] == "worse"
 
 
-def test_on_another_machine_without_a_base_nothing_is_told() -> None:
+def test_on_another_machine_without_a_base_the_change_is_unknown() -> None:
     comparison = compare(result(latency=runs(ROW)), result(latency=runs(scaled(ROW, 3)), environment=machine(cores=64)))
     assert {change.verdict for change in comparison.changes} == {"unknown"}
     assert any("no row is in both" in warning for warning in comparison.warnings)
 
 
-def test_what_else_differs_is_warned_about() -> None:
+def test_other_differences_are_warnings() -> None:
     other = ROW.model_copy(update={"settings": {"threads": "4"}, "precision": "bf16"})
     new = result(
         latency=latency(contestants=[other], threads=4), environment=machine(packages={"torch": "2.14.0"}, load=3.5)
@@ -180,7 +178,7 @@ def moved(measured: Quality, metric: str, by: float, half: float | None = None) 
         ("accuracy", -0.05, "noise"),
     ],
 )
-def test_quality_moves_beyond_its_intervals_or_not_at_all(metric: str, by: float, verdict: str) -> None:
+def test_changes_of_quality_are_compared_with_their_intervals(metric: str, by: float, verdict: str) -> None:
     old, new = result(quality=QUALITY), result(quality=moved(QUALITY, metric, by))
     for change in compare(old, new).changes:
         touched = change.figure.startswith(metric) and "uniform" in change.row
@@ -199,7 +197,7 @@ def run(*arguments: str | Path) -> Any:
     return CliRunner().invoke(app, ["bench", "compare", *map(str, arguments)])
 
 
-def test_the_command_tells_by_its_exit_code(tmp_path: Path) -> None:
+def test_the_exit_code_says_whether_a_figure_is_worse(tmp_path: Path) -> None:
     for name, row in (("old", ROW), ("slow", scaled(ROW, 1.3))):
         result(latency=runs(row, BASE)).save(tmp_path / name)
     same = run(tmp_path / "old", tmp_path / "old" / "result.json")
@@ -227,7 +225,7 @@ def test_json_has_what_scripts_need(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", [["--threshold", "much"], ["--threshold", "-1%"], ["--confidence", "100%"]])
-def test_trouble_is_two_not_one(tmp_path: Path, option: list[str]) -> None:
+def test_an_error_has_exit_code_two(tmp_path: Path, option: list[str]) -> None:
     result().save(tmp_path / "old")
     assert run(tmp_path / "old", tmp_path / "old", *option).exit_code == 2
     missing = run(tmp_path / "old", tmp_path / "none")

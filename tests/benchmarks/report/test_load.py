@@ -1,4 +1,4 @@
-"""LoadGen's verdicts on the page: as it gave them, escaped, and never passed for a submission."""
+"""LoadGen's verdicts on the page are escaped and are not presented as a submission."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def run(**changed: object) -> ScenarioRun:
     return ScenarioRun.model_validate(given | changed)
 
 
-def test_the_page_says_what_loadgen_said(tmp_path: Path) -> None:
+def test_the_page_shows_loadgens_verdicts(tmp_path: Path) -> None:
     late = run(
         scenario="SingleStream",
         caching=None,

@@ -1,4 +1,4 @@
-"""The page is well-formed, self-contained and escapes every value; its figures are the result's."""
+"""The page is well-formed and self-contained, escapes every value, and has the figures of the result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NO_IMAGES = Path("none")
 
 
 class Reader(HTMLParser):
-    """Checks the nesting, and keeps elements and the text of each."""
+    """An HTML parser that checks the nesting and stores the elements with their text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def test_the_page_is_well_formed_and_its_ids_are_unique(both: tuple[Result, Path
     assert len(read.all("section")) == len(links) - 1  # all but the link to the content itself
 
 
-def test_nothing_is_fetched_and_nothing_runs(both: tuple[Result, Path]) -> None:
+def test_the_page_downloads_nothing_and_has_no_script(both: tuple[Result, Path]) -> None:
     made, folder = both
     text = page([made], [folder])
     read = Reader(text)
@@ -96,7 +96,7 @@ def test_nothing_is_fetched_and_nothing_runs(both: tuple[Result, Path]) -> None:
 
 
 def test_every_value_is_escaped() -> None:
-    """A result in which each text is markup gives a page with the same elements as one of plain texts."""
+    """A result whose texts are markup has a page with the same elements as a result with plain texts."""
 
     def marked(value: Any, kind: str = "") -> Any:
         if isinstance(value, dict):
@@ -118,7 +118,7 @@ def test_every_value_is_escaped() -> None:
         assert value in text
 
 
-def test_bars_name_every_measured_contestant_and_the_rest_says_why_not() -> None:
+def test_bars_name_measured_contestants_and_the_others_have_reasons() -> None:
     made = latency()
     read = Reader(page([result(latency=made)], [NO_IMAGES]))
     for row in made.contestants:
@@ -128,7 +128,7 @@ def test_bars_name_every_measured_contestant_and_the_rest_says_why_not() -> None
     assert "optimum-onnx is not installed: pip install 'offcut[optimum]'" in read.text
 
 
-def test_samples_stand_in_the_page_beside_their_differences(both: tuple[Result, Path]) -> None:
+def test_the_page_has_samples_with_their_differences(both: tuple[Result, Path]) -> None:
     made, folder = both
     assert made.quality is not None
     images = {attributes["alt"]: attributes["src"] for attributes in Reader(page([made], [folder])).all("img")}
@@ -156,12 +156,12 @@ def test_a_sample_outside_of_the_folder_or_no_image_is_missing(tmp_path: Path) -
     first = measured.rows[0]
     first.samples = ["../secret.png", "text.png", "absent.png"]
     read = Reader(page([result(quality=measured)], [tmp_path / "in"]))
-    assert read.text.count("missing") == 3 + 3 * 3  # themselves, and the differences to them
+    assert read.text.count("missing") == 3 + 3 * 3  # the images, and the differences to them
     shown = [attributes["alt"] for attributes in read.all("img")]
     assert shown.count("a red circle, uncached") == 2  # of three samplers
 
 
-def test_doubts_are_visible() -> None:
+def test_the_page_shows_warnings_and_limits() -> None:
     busy = result(latency=latency(rounds=2), environment=machine(load=3.2))
     elsewhere = result(quality=quality(), environment=machine(cpu="another"))
     text = " ".join(Reader(page([busy, elsewhere], [NO_IMAGES] * 2)).text)
@@ -171,7 +171,7 @@ def test_doubts_are_visible() -> None:
     assert "not idle" not in page([result()], [NO_IMAGES])
 
 
-def test_a_page_of_little_is_still_a_page() -> None:
+def test_a_small_result_has_a_page() -> None:
     nobody = Contestant(name="x", family="x", engine="x", precision="fp32", not_run="no x here")
     lonely = contestant("offcut openvino fp32", 1.0, rounds=1)
     bare = quality(rows=quality().rows[:1])
@@ -191,7 +191,7 @@ def test_a_result_without_figures_is_refused() -> None:
         page([nothing], [NO_IMAGES])
 
 
-def test_samples_whose_files_are_gone_are_named_as_left_out(tmp_path: Path) -> None:
+def test_missing_sample_files_are_reported(tmp_path: Path) -> None:
     measured = quality()
     text = page([result(quality=measured)], [tmp_path])
     names = [name for row in measured.rows for name in row.samples]
@@ -199,7 +199,7 @@ def test_samples_whose_files_are_gone_are_named_as_left_out(tmp_path: Path) -> N
     assert ">missing<" not in text
 
 
-def test_a_page_is_the_same_each_time(both: tuple[Result, Path]) -> None:
+def test_a_page_is_reproducible(both: tuple[Result, Path]) -> None:
     made, folder = both
     assert page([made], [folder]) == page([made], [folder])
 

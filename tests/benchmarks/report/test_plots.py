@@ -1,4 +1,4 @@
-"""Plots show what the figures say: fronts against brute force, bars as long as their parts."""
+"""Plots agree with the figures: fronts with brute force, bars with their parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POINTS = st.lists(
 
 
 @given(POINTS)
-def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> None:
+def test_no_point_beats_a_point_on_the_front(points: list[tuple[float, float]]) -> None:
     kept = front(points)
     for index, point in enumerate(points):
         beaten = [o for o in points if o != point and o[0] >= point[0] and o[1] >= point[1]]
@@ -74,7 +74,7 @@ def test_an_svg_has_no_colour_of_its_own_and_escapes_its_title() -> None:
     assert "$y$" in svg
 
 
-def test_rows_are_compared_with_whom_they_should() -> None:
+def test_rows_are_compared_with_the_right_rivals() -> None:
     rows = latency().contestants
     base = base_of(rows)
     assert base is not None
@@ -93,9 +93,9 @@ def test_rows_are_compared_with_whom_they_should() -> None:
     ("value", "text"),
     [(1234.5, "1234"), (12.345, "12.3"), (0.012345, "0.0123"), (0.0, "0"), (-0.5, "-0.500"), (100, "100")],
 )
-def test_digits(value: float, text: str) -> None:
+def test_figures_have_three_digits(value: float, text: str) -> None:
     assert digits(value) == text
 
 
-def test_sizes() -> None:
+def test_sizes_have_decimal_units() -> None:
     assert [size(value) for value in (None, 12, 3_438_000_000, 36_000_000)] == ["–", "12 bytes", "3.44 GB", "36.0 MB"]  # noqa: RUF001

@@ -20,13 +20,13 @@ def replies(*spans: tuple[float, float], status: int = 200) -> tuple[Reply, ...]
 
 
 def test_throughput_counts_shares_at_the_edges() -> None:
-    """Two clients, images of 4 s, a window of 10 s: 5 images each way, wherever the window begins."""
+    """Two clients with images of 4 s get 5 images in a window of 10 s, wherever the window begins."""
     for shift in (0.0, 1.0, 2.5, 3.9):
         spans = [(4.0 * place, 4.0 * place + 4) for place in range(6)] * 2
         assert Window(replies(*spans), shift, shift + 10).throughput == pytest.approx(0.5)
 
 
-def test_batches_that_end_together_do_not_make_it_jump() -> None:
+def test_batches_that_end_together_do_not_change_the_throughput() -> None:
     spans = [(8.0 * place, 8.0 * place + 8) for place in range(4) for _ in range(8)]
     assert {round(Window(replies(*spans), at, at + 12).throughput, 6) for at in (0, 3, 7, 8, 12)} == {1.0}
 
@@ -49,7 +49,7 @@ def test_percentiles() -> None:
     assert Percentiles.of([]) is None
 
 
-def test_growth_leaves_the_warm_up_out() -> None:
+def test_growth_omits_the_warm_up() -> None:
     steady = [MemorySample(place, 100 + (50 if place < 20 else 100) + place % 3, {}) for place in range(100)]
     first, last = growth(steady, 0.2)
     assert last - first == pytest.approx(0, abs=2)
@@ -68,7 +68,7 @@ def seconds(value: float) -> Percentiles:
 
 
 def measured(**changed: Any) -> ServingLoad:
-    """Everything as it should be."""
+    """Return the result of a server without faults."""
     steady: dict[str, Any] = {"seconds": 1200, "warm_up": 0.2, "clients": 8, "requests": 900, "left": 40, "held": 0}
     steady |= {"statuses": {"0": 40, "200": 860}, "unexpected": 0}
     given: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""``offcut bench serve`` on a small model: real servers, real clients, short windows; and its baseline alone."""
+"""``offcut bench serve`` on a small model with short windows, and its baseline alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def asked(seed: int, **changed: Any) -> dict[str, Any]:
     return {**given, "generator": [torch.Generator().manual_seed(seed)]}
 
 
-def test_whole_requests_run_as_one_batch_and_draw_what_each_asked_for(pipe: Any) -> None:
+def test_whole_requests_run_as_one_batch_with_the_images_of_each(pipe: Any) -> None:
     pipe.unet.set_schedule(Uniform(2))
     alone = [np.asarray(pipe(**asked(seed)).images[0], dtype=int) for seed in (1, 2)]
     pipe.unet.set_schedule(None)
@@ -59,7 +59,7 @@ def test_whole_requests_run_as_one_batch_and_draw_what_each_asked_for(pipe: Any)
         assert [len(each) for each in images] == [1] * 4
         for drawn, expected in zip(images[1:3], alone, strict=True):
             assert np.abs(np.asarray(drawn[0], dtype=int) - expected).max() <= 1
-        # The first request was alone, or they would have had six rows; both tell each step of the batch.
+        # The first request ran alone, otherwise there were six rows; each request is told every step of its batch.
         assert made in ([4] * 8, [6] * 8)
         counted = whole.statistics()
         assert counted.requests["done"].count == 4
@@ -99,7 +99,7 @@ def test_more_clients_than_places_are_refused(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_way_is_measured_and_kept(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_every_way_to_batch_is_measured(tiny_bundle: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(
         app,
         [
@@ -126,7 +126,7 @@ def test_every_way_is_measured_and_kept(tiny_bundle: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_overload_is_refused_and_memory_is_watched(tiny_bundle: Path) -> None:
+def test_overload_is_refused_and_a_leak_is_noticed(tiny_bundle: Path) -> None:
     serving = ServerSetting(tiny_bundle, steps=4, warmup=1, in_flight=2, queue=1, threads=1, engine="onnxruntime")
     plan = LoadPlan(
         parts=("overload", "soak"),

@@ -1,4 +1,4 @@
-"""The judge network: it reads drawn scenes, its distances order disturbances, its training repeats itself."""
+"""The judge network reads rendered scenes, its distances grow with disturbances, its training is reproducible."""
 
 import dataclasses
 import re
@@ -34,18 +34,18 @@ def pictures() -> np.ndarray:
     return np.stack([scenes.render(scene) for scene in DRAWN])
 
 
-def test_it_takes_less_than_a_megabyte() -> None:
+def test_the_judge_network_takes_less_than_a_megabyte() -> None:
     assert sum(path.stat().st_size for path in DIRECTORY.iterdir()) < 1_000_000
 
 
-def test_it_reads_drawn_scenes_with_all_pairs(net: JudgeNet, pictures: np.ndarray) -> None:
+def test_the_judge_network_reads_rendered_scenes_with_all_pairs(net: JudgeNet, pictures: np.ndarray) -> None:
     result = evaluate(DRAWN, net.read(pictures))
     assert result.scenes == 200
     assert {"one object", "two objects", "held-out pair"} == result.by_kind.keys()
     assert result.right >= 0.98, result.by_kind
 
 
-def test_its_card_publishes_what_it_reads() -> None:
+def test_the_card_has_the_figures_of_the_judge_network() -> None:
     text = (DIRECTORY / "README.md").read_text(encoding="utf-8")
     row = next(line for line in text.splitlines() if line.startswith("| as drawn |"))
     assert float(row.split("|")[-2].strip(" %")) >= 98
@@ -55,8 +55,8 @@ def test_its_card_publishes_what_it_reads() -> None:
         assert f"\n| {word} | " in text
 
 
-def test_it_agrees_with_the_rules_on_drawn_scenes(net: JudgeNet, pictures: np.ndarray) -> None:
-    """Asked for the caption and for another one's, both judges say the same."""
+def test_both_judges_agree_on_rendered_scenes(net: JudgeNet, pictures: np.ndarray) -> None:
+    """Both judges agree on the right caption and on another one."""
     captions = [scenes.caption(scene) for scene in DRAWN[:8]]
     for texts in (captions, captions[1:] + captions[:1]):
         ruled = [rule_judge.judge_by_rules(picture, text) for picture, text in zip(pictures, texts, strict=False)]
@@ -68,7 +68,7 @@ def test_an_empty_picture_has_no_object(net: JudgeNet) -> None:
     assert reading == Reading("teal", ())
 
 
-def test_distances_are_zero_between_equals_and_grow_with_blur_shift_and_noise(
+def test_distances_are_zero_between_equal_images_and_grow_with_blur_shift_and_noise(
     net: JudgeNet, pictures: np.ndarray
 ) -> None:
     few = pictures[:16]
@@ -95,14 +95,14 @@ def test_distances_are_zero_between_equals_and_grow_with_blur_shift_and_noise(
         assert 0 < means[0] < means[1] < means[2] <= 2, means
 
 
-def test_reading_leaves_gradients_as_they_were(net: JudgeNet, pictures: np.ndarray) -> None:
+def test_reading_does_not_change_the_gradient_mode(net: JudgeNet, pictures: np.ndarray) -> None:
     for act in (net.read, net.pooled, lambda some: net.distance(some, some)):
         act(pictures[:2])
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
 
 
-def test_the_frechet_distance_grows_with_what_is_wrong(net: JudgeNet, pictures: np.ndarray) -> None:
+def test_the_frechet_distance_grows_with_the_number_of_wrong_images(net: JudgeNet, pictures: np.ndarray) -> None:
     first, other = net.pooled(pictures[:100]), net.pooled(pictures[100:])
     noise = np.random.default_rng(0).normal(scale=40, size=pictures[:100].shape)
     noisy = np.clip(pictures[:100] + noise, 0, 255).astype(np.uint8)
@@ -113,7 +113,7 @@ def test_the_frechet_distance_grows_with_what_is_wrong(net: JudgeNet, pictures: 
     assert frechet(net.pooled(one_colour), other) > undisturbed
 
 
-def test_evaluation_counts_each_kind_of_fault() -> None:
+def test_the_evaluation_counts_each_kind_of_fault() -> None:
     scene = next(scene for scene in DRAWN if scene.relation == "above")
     seen = tuple(judge.SeenObject(item.colour, item.shape, item.x, item.y, 1.0) for item in scene.items)
     right = Reading(scene.background, seen)
@@ -175,7 +175,7 @@ def test_softened_pictures_are_near_the_drawn_ones(pictures: np.ndarray) -> None
     assert 0 < np.abs(soft.astype(int) - drawn).mean() < 8
 
 
-def test_what_it_cannot_read_is_refused(net: JudgeNet, tmp_path: Path) -> None:
+def test_invalid_images_and_weights_are_refused(net: JudgeNet, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="uint8"):
         net.read(np.zeros((1, 64, 64, 3), dtype=np.float32))
     with pytest.raises(ValueError, match="64"):

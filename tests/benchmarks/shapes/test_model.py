@@ -1,4 +1,4 @@
-"""The shipped model: small, loadable, of Stable Diffusion's layout, and it draws what it is asked for."""
+"""The packaged model is small, has Stable Diffusion's layout, and obeys its prompts."""
 
 import json
 from pathlib import Path
@@ -26,14 +26,14 @@ def test_all_files_together_take_at_most_12_megabytes() -> None:
     assert {"README.md", "samples.png", "model_index.json"} <= {path.name for path in sizes}
 
 
-def test_its_files_name_no_path_of_the_machine_that_made_it() -> None:
+def test_the_model_files_contain_no_path_of_another_machine() -> None:
     for path in model.model_path().rglob("*.json"):
         text = path.read_text(encoding="utf-8")
         assert str(Path.home()) not in text
         assert "_name_or_path" not in json.loads(text), path
 
 
-def test_it_loads_in_single_precision_with_twelve_skip_connections(pipe: StableDiffusionPipeline) -> None:
+def test_the_model_loads_in_single_precision_with_twelve_skip_connections(pipe: StableDiffusionPipeline) -> None:
     for part in (pipe.unet, pipe.text_encoder, pipe.vae):
         assert part.dtype == torch.float32
     skips = 1 + sum(len(block.resnets) + len(block.downsamplers or ()) for block in pipe.unet.down_blocks)
@@ -42,7 +42,7 @@ def test_it_loads_in_single_precision_with_twelve_skip_connections(pipe: StableD
     assert pipe.safety_checker is None
 
 
-def test_sampling_starts_from_what_it_was_trained_on(pipe: StableDiffusionPipeline) -> None:
+def test_sampling_starts_from_the_noise_level_of_the_training(pipe: StableDiffusionPipeline) -> None:
     pipe.scheduler.set_timesteps(20)
     first = pipe.scheduler.timesteps[0]
     signal = pipe.scheduler.alphas_cumprod[first].sqrt()
@@ -65,7 +65,7 @@ def test_a_red_circle_on_white_is_red_and_on_white(pipe: StableDiffusionPipeline
     assert middle[:, 0].mean() - middle[:, 1:].mean() > 80
 
 
-def test_single_objects_have_their_colours_and_but_for_one_their_shapes(pipe: StableDiffusionPipeline) -> None:
+def test_single_objects_have_the_right_colour_and_all_but_one_the_right_shape(pipe: StableDiffusionPipeline) -> None:
     prompts = [text for text in model.PROMPTS if not any(f" {r} " in text for r in scenes.RELATIONS)]
     pictures = draw(pipe, prompts)
     verdicts = [rule_judge.judge_by_rules(picture, text) for picture, text in zip(pictures, prompts, strict=True)]

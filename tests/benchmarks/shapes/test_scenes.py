@@ -1,4 +1,4 @@
-"""Scenes: captions say what is drawn, pictures depend on nothing but the scene, held-out pairs stay out."""
+"""Scenes: captions describe the pictures, pictures depend only on the scene, held-out pairs are not sampled."""
 
 from dataclasses import replace
 
@@ -55,7 +55,7 @@ def test_training_scenes_never_contain_a_held_out_pair() -> None:
     assert {word for scene in drawn for word in scenes.caption(scene).split()} == set(scenes.vocabulary())
 
 
-def test_held_out_scenes_are_drawn_on_request() -> None:
+def test_held_out_scenes_are_sampled_on_request() -> None:
     rng = np.random.default_rng(8)
     for _ in range(200):
         assert scenes.sample_scene(rng, held_out=True).pairs & scenes.HELD_OUT
@@ -72,7 +72,7 @@ def test_a_picture_has_the_named_colours_and_soft_edges() -> None:
 
 
 @pytest.mark.parametrize("shape", scenes.SHAPES)
-def test_a_mask_has_the_area_and_the_centre_that_were_asked_for(shape: str) -> None:
+def test_a_mask_has_the_given_area_and_centre(shape: str) -> None:
     mask = scenes.mask(shape, 30.0, 34.0, 600.0, 0.1)
     rows, columns = np.nonzero(mask)
     assert mask.sum() == pytest.approx(600, rel=0.05)
@@ -101,7 +101,7 @@ def test_moving_a_shape_by_whole_pixels_moves_its_picture() -> None:
         "a red circle above a blue square above a green star on a white background",
     ],
 )
-def test_other_texts_are_refused(text: str) -> None:
+def test_texts_that_are_not_captions_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not the caption of a scene"):
         scenes.scene_from_caption(text, np.random.default_rng(0))
 

@@ -1,4 +1,4 @@
-"""Silhouettes show what a scene's renderer draws, and overlaps are those of known masks."""
+"""Silhouettes agree with the rendered scenes, and overlaps with known masks."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_a_silhouette_is_white_where_the_object_covers_a_pixel_by_half() -> None
     assert agree.mean() > 0.995  # one object's colour also lies a little along the other's
 
 
-def test_the_caption_for_a_silhouette_leaves_sizes_open() -> None:
+def test_the_caption_for_a_silhouette_states_no_size() -> None:
     assert silhouettes.open_caption(scene()) == "a red circle above a blue star on a grey background"
     assert silhouettes.open_caption(scene("an orange cross on a teal background")) == (
         "an orange cross on a teal background"
@@ -54,12 +54,12 @@ def test_overlaps_are_those_of_the_masks(ground: int) -> None:
     assert found == pytest.approx([value for _, value in drawn.values()])
 
 
-def test_an_empty_picture_agrees_with_an_empty_silhouette() -> None:
+def test_an_empty_image_agrees_with_an_empty_silhouette() -> None:
     empty = picture(slice(0, 0), slice(0, 0))[None]
     assert silhouettes.overlaps(empty, empty) == [1.0]
 
 
-def test_drawn_scenes_overlap_with_their_own_silhouettes_only() -> None:
+def test_rendered_scenes_overlap_only_with_their_own_silhouettes() -> None:
     rng = np.random.default_rng(5)
     asked = [scenes.sample_scene(rng) for _ in range(20)]
     masks = np.stack([silhouettes.silhouette(each) for each in asked])
