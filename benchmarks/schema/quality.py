@@ -39,7 +39,7 @@ class QualityRow(BaseModel):
         None, description="change from the uncached run, paired by prompt and seed"
     )
     accuracy_by_rules: Estimate | None = Field(
-        None, description="share of prompts obeyed by the rule-based judge of earlier versions, of 200 images"
+        default=None, description="share of prompts obeyed by the rule-based judge of earlier versions, of 200 images"
     )
     frechet: float | None = Field(None, description="Fréchet distance to rendered scenes of the same captions")
     samples: list[str] = Field(

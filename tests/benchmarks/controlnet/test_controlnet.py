@@ -107,8 +107,8 @@ def test_the_page_shows_every_row(whole: ControlNetReuse, tmp_path: Path) -> Non
 
 
 def test_the_command_writes_its_result(bundle: Path, tmp_path: Path) -> None:
-    asked = ["controlnet", str(bundle), "-o", str(tmp_path), "--images", "2", "--steps", "4", "--interval", "2"]
-    done = CliRunner().invoke(app, [*asked, "--warmup", "0", "--rounds", "1", "--threads", "1", "--json"])
+    arguments = ["controlnet", str(bundle), "-o", str(tmp_path), "--images", "2", "--steps", "4", "--interval", "2"]
+    done = CliRunner().invoke(app, [*arguments, "--warmup", "0", "--rounds", "1", "--threads", "1", "--json"])
     assert done.exit_code == 0, done.output
     measured = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["controlnet"]
     assert [row["passes"] for row in measured["rows"]] == [0, 4, 4, 2]

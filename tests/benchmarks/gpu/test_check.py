@@ -204,19 +204,19 @@ def apart(identifiers: list[str], worker: str, tmp_path: Path) -> dict[str, Chec
 
 
 def test_a_crash_is_the_error_of_one_check_and_the_others_run(tmp_path: Path) -> None:
-    found = apart(["a/one", "a/crashes", "a/hangs", "a/two"], WORKER, tmp_path)
-    assert [found[name].status for name in ("a/one", "a/crashes", "a/hangs", "a/two")] == [
+    by_id = apart(["a/one", "a/crashes", "a/hangs", "a/two"], WORKER, tmp_path)
+    assert [by_id[name].status for name in ("a/one", "a/crashes", "a/hangs", "a/two")] == [
         "passed",
         "error",
         "error",
         "passed",
     ]
-    assert found["a/crashes"].reason.startswith("its process was ended by SIGSEGV")
-    assert found["a/crashes"].reason.endswith("; see log.txt")
-    assert "2 s were exceeded" in found["a/hangs"].reason
+    assert by_id["a/crashes"].reason.startswith("its process was ended by SIGSEGV")
+    assert by_id["a/crashes"].reason.endswith("; see log.txt")
+    assert "2 s were exceeded" in by_id["a/hangs"].reason
 
 
 def test_a_process_that_does_not_start_is_an_error_of_every_check(tmp_path: Path) -> None:
-    found = apart(["a/one", "a/two"], "raise SystemExit(3)", tmp_path)
-    assert all(result.reason.startswith("its process ended with exit code 3") for result in found.values())
-    assert {result.status for result in found.values()} == {"error"}
+    by_id = apart(["a/one", "a/two"], "raise SystemExit(3)", tmp_path)
+    assert all(result.reason.startswith("its process ended with exit code 3") for result in by_id.values())
+    assert {result.status for result in by_id.values()} == {"error"}

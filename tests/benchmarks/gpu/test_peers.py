@@ -51,41 +51,41 @@ def setting(unet: Any) -> tuple[DenoisingLoop, peers.Conditioning]:
 def test_the_hand_written_cache_computes_what_deepcaches_helper_computes(
     unet: Any, setting: Any, interval: int
 ) -> None:
-    loop, given = setting
-    theirs = peers.HelperDenoiser(loop, unet, given, interval).generate()
-    ours = peers.CachedDenoiser(loop, peers.CachedUNet(unet), given, Uniform(interval)).generate()
+    loop, inputs = setting
+    theirs = peers.HelperDenoiser(loop, unet, inputs, interval).generate()
+    ours = peers.CachedDenoiser(loop, peers.CachedUNet(unet), inputs, Uniform(interval)).generate()
     assert decibels(ours, theirs) >= SAME
-    uncached = peers.CachedDenoiser(loop, peers.CachedUNet(unet), given, None).generate()
+    uncached = peers.CachedDenoiser(loop, peers.CachedUNet(unet), inputs, None).generate()
     assert decibels(uncached, ours) >= SAME if interval == 1 else decibels(uncached, ours) < 80
 
 
 def test_the_full_function_computes_diffusers_forward(unet: Any, setting: Any) -> None:
-    loop, given = setting
+    loop, inputs = setting
     sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        expected = unet(sample, loop.timesteps[2], return_dict=False, **given)[0]
-        got, feature = peers.CachedUNet(unet).full(sample, loop.timesteps[2], given)
-        again = peers.CachedUNet(unet).shallow(sample, loop.timesteps[2], given, feature)
+        expected = unet(sample, loop.timesteps[2], return_dict=False, **inputs)[0]
+        got, feature = peers.CachedUNet(unet).full(sample, loop.timesteps[2], inputs)
+        again = peers.CachedUNet(unet).shallow(sample, loop.timesteps[2], inputs, feature)
     assert torch.equal(got, expected)
     assert torch.equal(again, expected)
 
 
 def test_the_helper_leaves_the_unet_as_it_was(unet: Any, setting: Any) -> None:
-    loop, given = setting
+    loop, inputs = setting
     forward = unet.forward
-    with peers.HelperDenoiser(loop, unet, given, 2).turn():
+    with peers.HelperDenoiser(loop, unet, inputs, 2).turn():
         assert unet.forward is not forward
     assert unet.forward == forward
 
 
 def test_the_shallow_weights_are_those_that_the_shallow_function_reads(unet: Any, setting: Any) -> None:
-    loop, given = setting
+    loop, inputs = setting
     cached = peers.CachedUNet(unet)
     sample = torch.zeros(2, 4, 16, 16)
     with torch.no_grad():
-        feature = cached.full(sample, loop.timesteps[0], given)[1]
+        feature = cached.full(sample, loop.timesteps[0], inputs)[1]
     unet.requires_grad_(True)
-    cached.shallow(sample, loop.timesteps[0], given, feature).sum().backward()
+    cached.shallow(sample, loop.timesteps[0], inputs, feature).sum().backward()
     read = {id(parameter) for parameter in unet.parameters() if parameter.grad is not None}
     unet.zero_grad(set_to_none=True)
     unet.requires_grad_(False)
@@ -94,14 +94,14 @@ def test_the_shallow_weights_are_those_that_the_shallow_function_reads(unet: Any
 
 @pytest.mark.slow
 def test_both_functions_compile_without_graph_breaks(unet: Any, setting: Any) -> None:
-    loop, given = setting
+    loop, inputs = setting
     cached = peers.CachedUNet(unet)
 
     def compile(half: Any) -> Any:
         return torch.compile(half, backend="eager", fullgraph=True, dynamic=False)
 
-    eager = peers.CachedDenoiser(loop, cached, given, Uniform(2)).generate()
-    through = peers.CachedDenoiser(loop, cached, given, Uniform(2), compile).generate()
+    eager = peers.CachedDenoiser(loop, cached, inputs, Uniform(2)).generate()
+    through = peers.CachedDenoiser(loop, cached, inputs, Uniform(2), compile).generate()
     assert decibels(through, eager) >= SAME
 
 
@@ -112,9 +112,9 @@ def test_half_precision_lies_between_the_bounds_of_the_trajectory_check() -> Non
     def latents(dtype: torch.dtype, cached: bool) -> torch.Tensor:
         unet = models.small_unet().to(dtype)
         loop = DenoisingLoop(models.noise(unet.config, 1, 16, dtype, "cpu"), STEPS)
-        given = models.conditioning(unet.config, 2, dtype, "cpu")
+        inputs = models.conditioning(unet.config, 2, dtype, "cpu")
         schedule = SCHEDULE if cached else None
-        return peers.CachedDenoiser(loop, peers.CachedUNet(unet), given, schedule).generate()
+        return peers.CachedDenoiser(loop, peers.CachedUNet(unet), inputs, schedule).generate()
 
     exact = latents(torch.float32, True)
     uncached = decibels(latents(torch.float32, False), exact)

@@ -26,7 +26,7 @@ def test_a_bare_unet_is_measured_in_the_pipeline_of_its_family(
 ) -> None:
     bundle = Bundle.open(family_bundle("sdxl") if "XL" in pipeline else unet_bundle)
     assert pipeline_name(bundle) == pipeline
-    wanted = LatencyRequest(
+    request = LatencyRequest(
         steps=4,
         schedule="uniform:2",
         images=2,
@@ -35,7 +35,7 @@ def test_a_bare_unet_is_measured_in_the_pipeline_of_its_family(
         engines=("onnxruntime",),
         peers=("diffusers", "engine"),
     )
-    case, entrants = resolve(bundle, wanted, tmp_path)
+    case, entrants = resolve(bundle, request, tmp_path)
     worker = LatencyWorker()
     worker.inputs(case=case.as_json())
     assert load_file(tmp_path / INPUTS)["latents"].shape[0] == 2

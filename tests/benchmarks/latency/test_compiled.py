@@ -28,19 +28,19 @@ def answers(
     from safetensors.torch import load_file
 
     folder = tmp_path_factory.mktemp("compiled")
-    wanted = LatencyRequest(
+    request = LatencyRequest(
         tiny_pipeline_dir, steps=6, schedule="uniform:3", threads=1, peers=("diffusers", "deepcache", "compile")
     )
-    case, entrants = resolve(Bundle.open(tiny_bundle), wanted, folder)
-    made = {}
+    case, entrants = resolve(Bundle.open(tiny_bundle), request, folder)
+    loops = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
         LatencyWorker().inputs(case=case.as_json())
         for entrant in entrants:
             if entrant.precision == "bf16" and entrant.kind != "offcut":
-                made[entrant.name] = _loop(case, entrant)
-                made[entrant.name]["latents"] = load_file(made[entrant.name]["latents"])["latents"]
-    yield made
+                loops[entrant.name] = _loop(case, entrant)
+                loops[entrant.name]["latents"] = load_file(loops[entrant.name]["latents"])["latents"]
+    yield loops
     torch._dynamo.reset()
 
 

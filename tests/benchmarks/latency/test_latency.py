@@ -148,8 +148,8 @@ def test_the_tables_show_every_row_whole(latency: Latency) -> None:
 
 @pytest.mark.slow
 def test_an_interrupt_keeps_the_rounds_that_are_complete(unet_bundle: Path, tmp_path: Path) -> None:
-    wanted = LatencyRequest(steps=STEPS, schedule="uniform:3", engines=("onnxruntime",), peers=("engine",), threads=1)
-    case, entrants = resolve(Bundle.open(unet_bundle), wanted, tmp_path)
+    request = LatencyRequest(steps=STEPS, schedule="uniform:3", engines=("onnxruntime",), peers=("engine",), threads=1)
+    case, entrants = resolve(Bundle.open(unet_bundle), request, tmp_path)
 
     def interrupt(at: str) -> Latency:
         def progress(sentence: str) -> None:
@@ -169,8 +169,8 @@ def test_an_interrupt_keeps_the_rounds_that_are_complete(unet_bundle: Path, tmp_
         assert len(row.full_alone) == 5
 
 
-def planned(bundle: Path, folder: Path, **wanted: object) -> list[Entrant]:
-    return resolve(Bundle.open(bundle), LatencyRequest(steps=STEPS, schedule="uniform:3", **wanted), folder)[1]  # type: ignore[arg-type]
+def planned(bundle: Path, folder: Path, **request: object) -> list[Entrant]:
+    return resolve(Bundle.open(bundle), LatencyRequest(steps=STEPS, schedule="uniform:3", **request), folder)[1]  # type: ignore[arg-type]
 
 
 def test_without_the_model_the_engines_still_run_and_the_peers_say_so(
@@ -189,8 +189,8 @@ def test_without_the_model_the_engines_still_run_and_the_peers_say_so(
 def test_the_helper_says_which_schedules_it_cannot_follow(
     tiny_bundle: Path, tiny_pipeline_dir: Path, tmp_path: Path
 ) -> None:
-    wanted = LatencyRequest(tiny_pipeline_dir, steps=STEPS, schedule="quad:3:center=2", cut="mlperf")
-    reasons = {entrant.name: entrant.not_run for entrant in resolve(Bundle.open(tiny_bundle), wanted, tmp_path)[1]}
+    request = LatencyRequest(tiny_pipeline_dir, steps=STEPS, schedule="quad:3:center=2", cut="mlperf")
+    reasons = {entrant.name: entrant.not_run for entrant in resolve(Bundle.open(tiny_bundle), request, tmp_path)[1]}
     assert reasons[HELPER] is not None
     assert reasons[HELPER].startswith("DeepCache's helper supports only uniform intervals without warm-up, not quad:3")
     assert reasons[EAGER] is reasons[OURS] is None
@@ -209,7 +209,7 @@ def test_contestants_of_a_process_share_engine_precision_and_interpreter(
 
 
 @pytest.mark.parametrize(
-    ("wanted", "error", "says"),
+    ("changes", "error", "says"),
     [
         ({"engines": ("inductor",)}, UserError, "not inductor: add it with offcut build"),
         ({"engines": ("abacus",)}, EngineError, "no engine 'abacus'"),
@@ -224,10 +224,10 @@ def test_contestants_of_a_process_share_engine_precision_and_interpreter(
     ],
 )
 def test_invalid_requests_are_refused_in_one_sentence(
-    unet_bundle: Path, tmp_path: Path, wanted: dict[str, object], error: type[Exception], says: str
+    unet_bundle: Path, tmp_path: Path, changes: dict[str, object], error: type[Exception], says: str
 ) -> None:
     with pytest.raises(error, match=says):
-        planned(unet_bundle, tmp_path, **wanted)
+        planned(unet_bundle, tmp_path, **changes)
 
 
 def test_another_models_weights_are_refused(unet_bundle: Path, tiny_unet_dir: Path, tmp_path: Path) -> None:

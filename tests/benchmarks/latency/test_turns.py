@@ -62,7 +62,7 @@ def test_only_as_many_processes_are_closed_as_necessary_the_last_used_first(
 
 
 def openings(rounds: int, last_used: bool) -> int:
-    """Return how often three processes are opened where two have room; without ``last`` the oldest is closed."""
+    """Return how often three processes are opened where two have room; closes the last or the least recently used."""
     resident: Any = {}
     opened = 0
     for name in list("ABC") * rounds:

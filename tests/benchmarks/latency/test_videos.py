@@ -74,8 +74,8 @@ def test_the_task_names_the_number_of_frames(latency: Latency) -> None:
 
 
 def case_of(bundle: Path, folder: Path, **wanted: object) -> Case:
-    asked = LatencyRequest(steps=4, schedule="uniform:2", threads=1, **wanted)  # type: ignore[arg-type]
-    return resolve(Bundle.open(bundle), asked, folder)[0]
+    request = LatencyRequest(steps=4, schedule="uniform:2", threads=1, **wanted)  # type: ignore[arg-type]
+    return resolve(Bundle.open(bundle), request, folder)[0]
 
 
 @pytest.mark.parametrize("guidance", [None, 1.0])

@@ -37,15 +37,15 @@ class Completions:
 def test_every_sample_is_completed_once_with_its_own_image(queries: list[list[int]], batch: int) -> None:
     completions = Completions()
     system = SystemUnderTest(lambda indices: [picture(index) for index in indices], completions, batch)
-    wanted = {}
+    expected = {}
     for query in queries:
-        samples = [Sample(len(wanted) + place, index) for place, index in enumerate(query)]
-        wanted |= {sample.id: sample.index for sample in samples}
+        samples = [Sample(len(expected) + place, index) for place, index in enumerate(query)]
+        expected |= {sample.id: sample.index for sample in samples}
         system.issue(samples)
     system.close()
     given_back = {name: int(drawn[0, 0, 0]) for name, drawn in completions.images.items() if drawn is not None}
-    assert given_back == wanted
-    assert sum(system.batches) == len(wanted)
+    assert given_back == expected
+    assert sum(system.batches) == len(expected)
     assert all(1 <= size <= batch for size in system.batches)
 
 

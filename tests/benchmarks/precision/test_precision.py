@@ -93,8 +93,8 @@ def test_images_are_compared_with_fp32_of_the_same_engine(measured: Precision, d
     assert both.psnr is not None
     assert both.psnr_uncached is not None
     assert both.psnr_uncached.mean < both.psnr.mean  # caching changes an image more than bf16
-    kept = list((done / "out" / "pictures").glob("*.npz"))
-    assert len(kept) == 4
+    stored = list((done / "out" / "pictures").glob("*.npz"))
+    assert len(stored) == 4
 
 
 @pytest.mark.slow
@@ -192,11 +192,11 @@ def test_cachequants_correction_is_a_regression_on_the_last_full_call() -> None:
     found = corrections({"f": sums}, (0, 3), calls, reference=True)
     assert sorted(found) == [1, 2, 4]
     for call, last in ((1, 0), (2, 0), (4, 3)):
-        made = found[call]["f"]
+        coefficients = found[call]["f"]
         for channel in range(channels):
             x, y = random[channel, last].numpy(), random[channel, calls + call].numpy()
             slope, intercept = np.polyfit(x, y, 1)
-            assert isinstance(made.scale, torch.Tensor)
-            assert isinstance(made.shift, torch.Tensor)
-            assert float(made.scale[channel]) == pytest.approx(slope, abs=1e-9)
-            assert float(made.shift[channel]) == pytest.approx(intercept, abs=1e-9)
+            assert isinstance(coefficients.scale, torch.Tensor)
+            assert isinstance(coefficients.shift, torch.Tensor)
+            assert float(coefficients.scale[channel]) == pytest.approx(slope, abs=1e-9)
+            assert float(coefficients.shift[channel]) == pytest.approx(intercept, abs=1e-9)

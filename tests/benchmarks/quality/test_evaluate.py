@@ -92,8 +92,8 @@ def test_the_uncached_images_are_those_of_diffusers(pipe: Any, whole: tuple[Path
         generator=[torch.Generator().manual_seed(index) for index in range(2)],
         output_type="np",
     ).images
-    kept = pictures.make(pipe, task, SETTINGS[0], whole[0] / "pictures").pictures[:2]
-    assert np.abs(np.rint(made * 255) - kept).max() <= 2
+    stored = pictures.make(pipe, task, SETTINGS[0], whole[0] / "pictures").pictures[:2]
+    assert np.abs(np.rint(made * 255) - stored).max() <= 2
 
 
 def test_an_interrupted_run_continues_with_the_same_result(
@@ -108,10 +108,10 @@ def test_an_interrupted_run_continues_with_the_same_result(
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(pipe, task, SETTINGS, tmp_path, ratios=plan.SHALLOW_OVER_FULL, model="shapes", on_call=cut_off)
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
-    assert len(kept) == 1
+    stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
+    assert len(stored) == 1
     again = evaluate(pipe, task, SETTINGS, tmp_path, ratios=plan.SHALLOW_OVER_FULL, model="shapes")
-    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
+    assert all(path.stat().st_mtime_ns == written for path, written in stored.items())
     for setting in SETTINGS:
         first, second = (pictures.make(None, task, setting, folder / "pictures") for folder in (whole[0], tmp_path))
         assert (first.pictures == second.pictures).all()
@@ -159,8 +159,8 @@ def test_several_processes_generate_the_images_of_one(
     for setting in SETTINGS[1:3]:
         pictures.make(pipe, task, setting, one)
     calls: list[int] = []
-    asked = {"workers": 2, "threads": 1, "on_call": calls.append}
-    pool.make(shapes_bundle, "onnxruntime", task, SETTINGS[1:3], several, **asked)  # type: ignore[arg-type]
+    options = {"workers": 2, "threads": 1, "on_call": calls.append}
+    pool.make(shapes_bundle, "onnxruntime", task, SETTINGS[1:3], several, **options)  # type: ignore[arg-type]
     assert sum(calls) == sum(6 * setting.steps for setting in SETTINGS[1:3])
     for setting in SETTINGS[1:3]:
         first, second = (pictures.make(None, task, setting, folder) for folder in (one, several))

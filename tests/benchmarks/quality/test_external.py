@@ -82,12 +82,12 @@ def test_fid_is_the_frechet_distance_of_the_networks_features(network: Path) -> 
     made, real = pictures(1, 40), pictures(2, 40)
     opened = ExternalNetworks(fid=network)
     # The second distance does not include the images of the first.
-    found = [opened.figures(made, PROMPTS, None, real)["fid"] for _ in range(2)]
+    distances = [opened.figures(made, PROMPTS, None, real)["fid"] for _ in range(2)]
 
     def features(some: np.ndarray) -> np.ndarray:
         return Pooled()(torch.from_numpy(some).permute(0, 3, 1, 2)).double().numpy()
 
-    assert found == pytest.approx([metrics.frechet(features(made), features(real))] * 2, rel=1e-4)
+    assert distances == pytest.approx([metrics.frechet(features(made), features(real))] * 2, rel=1e-4)
 
 
 def test_lpips_by_a_local_backbone(tmp_path: Path) -> None:

@@ -68,13 +68,14 @@ def test_a_tuned_schedule_is_as_fast_as_the_plain_one(settings: list[plan.Qualit
 
 
 def test_a_schedule_is_tuned_once(settings: list[plan.QualitySetting], pipe: Any, shapes: Path) -> None:
-    bundle, said = Bundle.open(shapes), list[str]()
+    bundle, messages = Bundle.open(shapes), list[str]()
     known = [row for row in settings if row.bundle_schedule is None and not (row.schedule or "").startswith("steps")]
-    assert front.front_plan(pipe, bundle, known, 3.0, RATIOS, samples=4, progress=said.append) == settings
-    assert said == []
+    assert front.front_plan(pipe, bundle, known, 3.0, RATIOS, samples=4, progress=messages.append) == settings
+    assert messages == []
     assert Bundle.open(shapes).digest == bundle.digest
-    other = front.front_plan(pipe, bundle, known, 3.0, {**RATIOS, plan.CUTS[0]: 0.3}, samples=4, progress=said.append)
-    assert any("made for other settings" in each for each in said)
+    ratios = {**RATIOS, plan.CUTS[0]: 0.3}
+    other = front.front_plan(pipe, bundle, known, 3.0, ratios, samples=4, progress=messages.append)
+    assert any("tuned for other settings" in each for each in messages)
     assert other != settings
     changed = [row for row in other if row.bundle_schedule is not None]
     task = ImageTask(("a",), 3.0, 0, 1, "")

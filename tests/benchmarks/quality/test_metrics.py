@@ -83,13 +83,13 @@ def test_frechet_is_biased_upward_by_few_pictures() -> None:
 
 def test_an_estimate_agrees_with_theory_and_is_reproducible() -> None:
     values = np.random.default_rng(0).normal(size=400)
-    made = mean_of(values)
+    estimate = mean_of(values)
     half = 1.96 * values.std() / np.sqrt(400)
-    assert made.mean == pytest.approx(values.mean())
-    assert made.low == pytest.approx(values.mean() - half, abs=0.15 * half)
-    assert made.high == pytest.approx(values.mean() + half, abs=0.15 * half)
-    assert made == mean_of(values)
-    assert made != mean_of(values, seed=1)
+    assert estimate.mean == pytest.approx(values.mean())
+    assert estimate.low == pytest.approx(values.mean() - half, abs=0.15 * half)
+    assert estimate.high == pytest.approx(values.mean() + half, abs=0.15 * half)
+    assert estimate == mean_of(values)
+    assert estimate != mean_of(values, seed=1)
 
 
 def test_a_paired_interval_shows_a_change_that_two_means_hide() -> None:

@@ -22,9 +22,9 @@ def test_prompts_are_balanced_distinct_and_reproducible() -> None:
     texts = pictures.prompts(30, 1000)
     assert texts == pictures.prompts(30, 1000) != pictures.prompts(30, 1001)
     assert texts[:7] == pictures.prompts(7, 1000)
-    made = [scenes.scene_from_caption(text, np.random.default_rng(0)) for text in texts]
-    assert [len(scene.items) for scene in made] == [1, 2, 1] * 10
-    assert [bool(scene.pairs & scenes.HELD_OUT) for scene in made] == [False, False, True] * 10
+    results = [scenes.scene_from_caption(text, np.random.default_rng(0)) for text in texts]
+    assert [len(scene.items) for scene in results] == [1, 2, 1] * 10
+    assert [bool(scene.pairs & scenes.HELD_OUT) for scene in results] == [False, False, True] * 10
 
 
 def test_a_rendered_scene_obeys_its_caption() -> None:
@@ -71,9 +71,9 @@ def test_a_sampler_keeps_the_models_noise_schedule(sampler: str) -> None:
     from offcut.benchmarks.shapes.training.architecture import new_scheduler
 
     own = new_scheduler()
-    made = pictures.scheduler(own.config, sampler)
-    assert made.config.prediction_type == "v_prediction"
-    assert made.config.timestep_spacing == "trailing"
-    assert (made.alphas_cumprod == own.alphas_cumprod).all()
-    made.set_timesteps(20)
-    assert float(made.timesteps[0]) == 999
+    results = pictures.scheduler(own.config, sampler)
+    assert results.config.prediction_type == "v_prediction"
+    assert results.config.timestep_spacing == "trailing"
+    assert (results.alphas_cumprod == own.alphas_cumprod).all()
+    results.set_timesteps(20)
+    assert float(results.timesteps[0]) == 999

@@ -70,8 +70,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     long = contestant("offcut " + "x" * 120, 1.0, settings={"y" * 90: "z" * 200})
     timed = latency()
     timed = timed.model_copy(update={"contestants": [*timed.contestants, long]})
-    made = result(latency=timed, quality=measured, environment=machine(load=2.0))
-    return write_report([made], folder).as_uri()
+    combined = result(latency=timed, quality=measured, environment=machine(load=2.0))
+    return write_report([combined], folder).as_uri()
 
 
 @pytest.fixture(scope="module")

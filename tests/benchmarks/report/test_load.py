@@ -10,7 +10,7 @@ from offcut.benchmarks.schema.mlperf import MlPerf, ScenarioRun
 
 
 def run(**changed: object) -> ScenarioRun:
-    given = {
+    fields = {
         "scenario": "Server",
         "caching": "uniform:5:warmup=2, deepcache:0",
         "valid": True,
@@ -21,7 +21,7 @@ def run(**changed: object) -> ScenarioRun:
         "accuracy_images": 32,
         "settings": {"least duration": "10 s (MLPerf: 600 s)"},
     }
-    return ScenarioRun.model_validate(given | changed)
+    return ScenarioRun.model_validate(fields | changed)
 
 
 def test_the_page_shows_loadgens_verdicts(tmp_path: Path) -> None:

@@ -63,15 +63,15 @@ class Reader(HTMLParser):
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     folder = tmp_path_factory.mktemp("both")
-    made = result(latency=latency(), quality=quality())
+    combined = result(latency=latency(), quality=quality())
     draw_samples(quality(), folder)
-    made.save(folder)
-    return made, folder
+    combined.save(folder)
+    return combined, folder
 
 
 def test_the_page_is_well_formed_and_its_ids_are_unique(both: tuple[Result, Path]) -> None:
-    made, folder = both
-    read = Reader(page([made, made, result()], [folder] * 3))
+    combined, folder = both
+    read = Reader(page([combined, combined, result()], [folder] * 3))
     ids = [attributes["id"] for _, attributes in read.elements if "id" in attributes]
     assert len(set(ids)) == len(ids)
     links = {attributes["href"] for attributes in read.all("a")}
@@ -83,8 +83,8 @@ def test_the_page_is_well_formed_and_its_ids_are_unique(both: tuple[Result, Path
 
 
 def test_the_page_downloads_nothing_and_has_no_script(both: tuple[Result, Path]) -> None:
-    made, folder = both
-    text = page([made], [folder])
+    combined, folder = both
+    text = page([combined], [folder])
     read = Reader(text)
     for _, attributes in read.elements:
         for name in ("src", "href", "action", "data", "xlink:href", "srcset", "xmlns"):
@@ -103,8 +103,8 @@ def test_every_value_is_escaped() -> None:
             return {key: marked(each, key) for key, each in value.items()}
         if isinstance(value, list):
             return [marked(each, kind) for each in value]
-        kept = ("kind", "family", "timeline", "started", "samples", "caching")
-        return f"{value}{HOSTILE}" if isinstance(value, str) and kind not in kept else value
+        unchanged = ("kind", "family", "timeline", "started", "samples", "caching")
+        return f"{value}{HOSTILE}" if isinstance(value, str) and kind not in unchanged else value
 
     plain = result(latency=latency(), quality=quality())
     hostile = Result.model_validate(marked(plain.model_dump(mode="json")))
@@ -119,21 +119,21 @@ def test_every_value_is_escaped() -> None:
 
 
 def test_bars_name_measured_contestants_and_the_others_have_reasons() -> None:
-    made = latency()
-    read = Reader(page([result(latency=made)], [NO_IMAGES]))
-    for row in made.contestants:
+    combined = latency()
+    read = Reader(page([result(latency=combined)], [NO_IMAGES]))
+    for row in combined.contestants:
         assert sum(text.startswith(f"{row.name} ") and text.endswith(" s") for text in read.text) == bool(row.loops)
-    drawn = [bar_of(row) for row in made.contestants if row.loops]
-    assert sum(bar.ideal is not None for bar in drawn) == sum(bool(row.full) for row in made.contestants)
+    drawn = [bar_of(row) for row in combined.contestants if row.loops]
+    assert sum(bar.ideal is not None for bar in drawn) == sum(bool(row.full) for row in combined.contestants)
     assert "optimum-onnx is not installed: pip install 'offcut[optimum]'" in read.text
 
 
 def test_the_page_has_samples_with_their_differences(both: tuple[Result, Path]) -> None:
-    made, folder = both
-    assert made.quality is not None
-    images = {attributes["alt"]: attributes["src"] for attributes in Reader(page([made], [folder])).all("img")}
+    combined, folder = both
+    assert combined.quality is not None
+    images = {attributes["alt"]: attributes["src"] for attributes in Reader(page([combined], [folder])).all("img")}
     assert len([alt for alt in images if alt and alt.startswith("a red circle, uncached")]) == 1
-    row = next(row for row in made.quality.rows if row.interval == 5)
+    row = next(row for row in combined.quality.rows if row.interval == 5)
 
     def drawn(alt: str) -> Image.Image:
         address = images[alt]
@@ -175,14 +175,14 @@ def test_a_small_result_has_a_page() -> None:
     nobody = Contestant(name="x", family="x", engine="x", precision="fp32", not_run="no x here")
     lonely = contestant("offcut openvino fp32", 1.0, rounds=1)
     bare = quality(rows=quality().rows[:1])
-    for made in (
+    for combined in (
         result(latency=latency(contestants=[nobody])),
         result(latency=latency(contestants=[])),
         result(latency=latency(contestants=[lonely], rounds=1)),
         result(quality=bare),
         result(quality=quality(rows=[])),
     ):
-        Reader(page([made], [NO_IMAGES]))
+        Reader(page([combined], [NO_IMAGES]))
 
 
 def test_a_result_without_figures_is_refused() -> None:
@@ -200,8 +200,8 @@ def test_missing_sample_files_are_reported(tmp_path: Path) -> None:
 
 
 def test_a_page_is_reproducible(both: tuple[Result, Path]) -> None:
-    made, folder = both
-    assert page([made], [folder]) == page([made], [folder])
+    combined, folder = both
+    assert page([combined], [folder]) == page([combined], [folder])
 
 
 RECORDED = sorted((Path(inspect.getfile(record)).parent / "results").glob("*/result.json"))
@@ -221,8 +221,8 @@ def test_recorded_results_still_make_pages(path: Path) -> None:
 
 
 def test_the_page_is_the_only_file(both: tuple[Result, Path], tmp_path: Path) -> None:
-    made, folder = both
-    path = write_report([made, result()], tmp_path / "new", samples=[folder, folder])
+    combined, folder = both
+    path = write_report([combined, result()], tmp_path / "new", samples=[folder, folder])
     assert list(path.parent.iterdir()) == [path]
 
 

@@ -19,11 +19,11 @@ POINTS = st.lists(
 
 @given(POINTS)
 def test_no_point_beats_a_point_on_the_front(points: list[tuple[float, float]]) -> None:
-    kept = front(points)
+    on_front = front(points)
     for index, point in enumerate(points):
         beaten = [o for o in points if o != point and o[0] >= point[0] and o[1] >= point[1]]
-        assert (point in [points[place] for place in kept]) is (not beaten), index
-    assert [points[place][0] for place in kept] == sorted({points[place][0] for place in kept}, reverse=True)
+        assert (point in [points[place] for place in on_front]) is (not beaten), index
+    assert [points[place][0] for place in on_front] == sorted({points[place][0] for place in on_front}, reverse=True)
 
 
 def test_a_bar_is_as_long_as_its_parts_with_the_ideal_at_the_end_of_the_calls() -> None:

@@ -38,8 +38,8 @@ def pipe(tiny_bundle: Path) -> Iterator[Any]:
 
 
 def asked(seed: int, **changed: Any) -> dict[str, Any]:
-    given = {"prompt": "a red square", "num_inference_steps": 4, "guidance_scale": 3.0, **changed}
-    return {**given, "generator": [torch.Generator().manual_seed(seed)]}
+    arguments = {"prompt": "a red square", "num_inference_steps": 4, "guidance_scale": 3.0, **changed}
+    return {**arguments, "generator": [torch.Generator().manual_seed(seed)]}
 
 
 def test_whole_requests_run_as_one_batch_with_the_images_of_each(pipe: Any) -> None:
@@ -139,8 +139,8 @@ def test_overload_is_refused_and_a_leak_is_noticed(tiny_bundle: Path) -> None:
         leaving=0.3,
         leak=60_000_000,
     )
-    said: list[str] = []
-    found = run(serving, plan, said.append)
+    messages: list[str] = []
+    found = run(serving, plan, messages.append)
     over, soak, control = found.overload, found.soak, found.control
     assert over is not None
     assert soak is not None
@@ -155,4 +155,4 @@ def test_overload_is_refused_and_a_leak_is_noticed(tiny_bundle: Path) -> None:
     assert 0 < soak.left < soak.requests
     assert control.growth > soak.growth
     assert control.growth > 50_000_000
-    assert any(text.startswith("  ") and "MB" in text for text in said)
+    assert any(text.startswith("  ") and "MB" in text for text in messages)

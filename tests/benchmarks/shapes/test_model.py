@@ -52,8 +52,8 @@ def test_sampling_starts_from_the_noise_level_of_the_training(pipe: StableDiffus
 
 def draw(pipe: StableDiffusionPipeline, prompts: list[str], steps: int = 15) -> list[np.ndarray]:
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-    made = pipe(prompts, num_inference_steps=steps, guidance_scale=3.0, generator=generators, output_type="np")
-    return list((made.images * 255).round().astype(np.uint8))
+    output = pipe(prompts, num_inference_steps=steps, guidance_scale=3.0, generator=generators, output_type="np")
+    return list((output.images * 255).round().astype(np.uint8))
 
 
 def test_a_red_circle_on_white_is_red_and_on_white(pipe: StableDiffusionPipeline) -> None:

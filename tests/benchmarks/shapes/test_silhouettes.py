@@ -13,19 +13,19 @@ def scene(text: str = TEXT) -> scenes.Scene:
 
 
 def picture(rows: slice, columns: slice, ground: int = 0) -> np.ndarray:
-    made = np.full((64, 64, 3), ground, dtype=np.uint8)
-    made[rows, columns] = 255 - ground
-    return made
+    images = np.full((64, 64, 3), ground, dtype=np.uint8)
+    images[rows, columns] = 255 - ground
+    return images
 
 
 def test_a_silhouette_is_white_where_the_object_covers_a_pixel_by_half() -> None:
-    asked = scene()
-    mask = silhouettes.silhouette(asked)
+    expected = scene()
+    mask = silhouettes.silhouette(expected)
     assert mask.shape == (64, 64, 3)
     assert set(np.unique(mask)) == {0, 255}
-    plain = scenes.render(asked).astype(float) - scenes.BACKGROUNDS["grey"]
+    plain = scenes.render(expected).astype(float) - scenes.BACKGROUNDS["grey"]
     inside = np.zeros((64, 64), dtype=bool)
-    for item in asked.items:
+    for item in expected.items:
         colour = np.array(scenes.COLOURS[item.colour], dtype=float) - scenes.BACKGROUNDS["grey"]
         inside |= (plain @ colour) / (colour @ colour) > 0.5
     agree = inside == (mask[..., 0] > 0)
@@ -49,8 +49,8 @@ def test_overlaps_are_those_of_the_masks(ground: int) -> None:
         "elsewhere": (picture(slice(35, 55), slice(35, 55), ground), 0.0),
         "nothing": (picture(slice(0, 0), slice(0, 0), ground), 0.0),
     }
-    made = np.stack([shown for shown, _ in drawn.values()])
-    found = silhouettes.overlaps(made, np.stack([wanted] * len(drawn)))
+    images = np.stack([shown for shown, _ in drawn.values()])
+    found = silhouettes.overlaps(images, np.stack([wanted] * len(drawn)))
     assert found == pytest.approx([value for _, value in drawn.values()])
 
 
@@ -61,9 +61,9 @@ def test_an_empty_image_agrees_with_an_empty_silhouette() -> None:
 
 def test_rendered_scenes_overlap_only_with_their_own_silhouettes() -> None:
     rng = np.random.default_rng(5)
-    asked = [scenes.sample_scene(rng) for _ in range(20)]
-    masks = np.stack([silhouettes.silhouette(each) for each in asked])
-    drawn = np.stack([scenes.render(each) for each in asked])
+    expected = [scenes.sample_scene(rng) for _ in range(20)]
+    masks = np.stack([silhouettes.silhouette(each) for each in expected])
+    drawn = np.stack([scenes.render(each) for each in expected])
     own, others = silhouettes.overlaps(drawn, masks), silhouettes.overlaps(drawn, np.roll(masks, 1, axis=0))
     assert own.min() > 0.7
     assert own.mean() > 0.85
