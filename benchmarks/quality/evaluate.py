@@ -78,7 +78,7 @@ def evaluate(
     here = {cut: _ratio(cut, images) for cut in dict.fromkeys(setting.cut for setting in settings) if cut}
 
     net = JudgeNet.load()
-    truth = pictures.drawn(task.prompts, task.seed)
+    truth = pictures.render_scenes(task.prompts, task.seed)
     features = net.pooled(truth)
     scored = {}
     for setting in settings:

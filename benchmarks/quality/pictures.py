@@ -254,7 +254,7 @@ def prompts(count: int, seed: int) -> tuple[str, ...]:
     return tuple(text for row in zip(*each, strict=True) for text in row)[:count]
 
 
-def drawn(texts: Sequence[str], seed: int) -> Pictures:
+def render_scenes(texts: Sequence[str], seed: int) -> Pictures:
     """Render a scene for each caption: uint8 (N, 64, 64, 3); `seed` decides what a caption leaves open."""
     from ..shapes import scenes
 

@@ -77,9 +77,9 @@ class Overload(BaseModel):
     times: float = Field(description="offered rate as a multiple of the capacity")
     rate: float
     seconds: float
-    capacity: float = Field(description="images a second with every place taken and nobody refused")
+    capacity: float = Field(description="images a second with every place taken and no request refused")
     throughput: float
-    at_capacity: Percentiles | None = Field(description="latency with every place taken and nobody refused")
+    at_capacity: Percentiles | None = Field(description="latency with every place taken and no request refused")
     accepted: Percentiles | None = Field(description="latency under overload")
     refusals: Percentiles | None = Field(description="seconds until a request was refused")
     late: Percentiles | None = Field(description="seconds by which the client sent requests too late")

@@ -28,9 +28,9 @@ def test_prompts_are_balanced_distinct_and_reproducible() -> None:
 
 
 def test_a_rendered_scene_obeys_its_caption() -> None:
-    drawn = pictures.drawn(TASK.prompts, 1)
+    drawn = pictures.render_scenes(TASK.prompts, 1)
     assert drawn.shape == (9, 64, 64, 3)
-    assert (drawn == pictures.drawn(TASK.prompts, 1)).all()
+    assert (drawn == pictures.render_scenes(TASK.prompts, 1)).all()
     ground = scenes.scene_from_caption(TASK.prompts[0], np.random.default_rng(0)).background
     assert tuple(drawn[0, 0, 0]) == scenes.BACKGROUNDS[ground]
 
@@ -50,7 +50,7 @@ def test_the_key_depends_on_everything_that_changes_an_image() -> None:
 
 
 def test_stored_parts_are_read_and_damaged_ones_are_refused(tmp_path: Path) -> None:
-    part = SettingImages(pictures.drawn(TASK.prompts, 0), (0.5,), (float("nan"),), "#" * 8)
+    part = SettingImages(pictures.render_scenes(TASK.prompts, 0), (0.5,), (float("nan"),), "#" * 8)
     path = tmp_path / f"{TASK.key(SETTING, 0)}.npz"
     assert pictures.missing(TASK, SETTING, tmp_path) == 9
     pictures._write(path, part)
