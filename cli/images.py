@@ -73,7 +73,7 @@ def run(
     caching: Annotated[CachingOptions, "Caching"],
     engine: Annotated[EngineChoice, "Engine"],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="PNG file to write; for a video .png, .webp or .gif.")
+        Path, typer.Option("-o", "--output", help="File to write: .png, .jpg or .webp; a video .png, .webp or .gif.")
     ] = Path("out.png"),
     sampler: Annotated[
         str | None, typer.Option(help="Class name of a diffusers scheduler; by default the model's own.")
@@ -92,9 +92,11 @@ def run(
     from ..errors import UserError
     from ..runtime.generation.forecast import Extrapolate
     from ..runtime.images.compare import generate_to_file
+    from ..runtime.images.image_files import check_suffix
     from ..runtime.text_to_image import scheduler_named
     from ..runtime.tuning.artifact import tuned_name
 
+    check_suffix(output)
     cut = caching.cut
     tuned = tuned_name(caching.schedule)
     schedule = None if tuned is not None else _parse_schedule(caching)
@@ -139,7 +141,9 @@ def run(
 
 
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file to write.")] = Path("offcut-demo.png"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write: .png, .jpg or .webp.")] = Path(
+        "offcut-demo.png"
+    ),
     bundle: Annotated[Path, typer.Option(help="Directory of the demo's bundle; built there if absent.")] = Path(
         "shapes.offcut"
     ),

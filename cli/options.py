@@ -87,7 +87,7 @@ Provider = Annotated[
         help="ONNX Runtime's provider on cuda: cuda, tensorrt or tensorrt-rtx. The TensorRT providers compile first."
     ),
 ]
-Threads = Annotated[int | None, typer.Option(help="Threads of a CPU engine; by default one per core.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of a CPU engine; by default one per core.", min=1)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,10 +112,12 @@ class Family:
 
 def _latent_inputs(config: Config, dtype: str) -> list[TensorSpec]:
     # The timestep is a vector, so that a batch may hold requests at different steps. It is float32, because some
-    # schedulers (Euler with continuous timesteps, flow matching) have fractional timesteps.
+    # schedulers (Euler with continuous timesteps, flow matching) have fractional timesteps. A learned embedding is a
+    # table, so its timesteps are integers.
+    timestep = "int64" if config.get("time_embedding_type") == "learned" else "float32"
     return [
         TensorSpec("sample", dtype, ("batch", config["in_channels"], "height", "width")),
-        TensorSpec("timestep", "float32", ("batch",)),
+        TensorSpec("timestep", timestep, ("batch",)),
     ]
 
 
@@ -185,6 +187,8 @@ def _text(config: Config, dtype: str, batch: str = "batch") -> TensorSpec:
 
 def _text_width(config: Config) -> int:
     width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
+    if not isinstance(width, int) and len(set(width)) == 1:  # one for each block, all equal
+        width = width[0]
     if not isinstance(width, int):
         raise ModelError("cross_attention_dim differs from block to block, which offcut cannot export yet")
     return width

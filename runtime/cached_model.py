@@ -172,18 +172,29 @@ class CachedModel(EngineModel):
                 f"reuse_guidance makes calls of half the batch, and these engines take {self._specs[SAMPLE].shape[0]} "
                 "rows only: build the bundle with a batch size that may vary"
             )
+        if cut is not None:
+            self._own_name(cut)  # raises for a cut that is not used either
         settings = CachingSettings() if schedule is None else self._settings(schedule, cut, forecast)
         self._caching = replace(settings, reuse_guidance=reuse_guidance)
         self._end_unannounced()
+
+    def _own_name(self, cut: str) -> str:
+        """Return this UNet's own name for a cut.
+
+        Raises:
+            CutError: the UNet was not built with this cut.
+        """
+        name = canonical_name(cut)
+        if name not in self._cuts and name != SKIP:
+            raise CutError(f"this UNet was not built with the cut {cut!r}; it has {', '.join(self._cuts) or 'none'}")
+        return name
 
     def _settings(self, schedule: Schedule, cut: str | None, forecast: Forecast | None) -> CachingSettings:
         """Return the settings for a schedule, after checking that the UNet has its cuts."""
         known = ", ".join(self._cuts) or "none"
         if cut is None and not self._cuts:
             raise CutError("this bundle was built without a cut, so it has no shallow graph: build it with --cut")
-        default = next(iter(self._cuts)) if cut is None else canonical_name(cut)
-        if default not in self._cuts and default != SKIP:
-            raise CutError(f"this UNet was not built with the cut {cut!r}; it has {known}")
+        default = next(iter(self._cuts)) if cut is None else self._own_name(cut)
         cuts = tuple(dict.fromkeys(default if name is None else name for name in schedule.cuts))
         if missing := [name for name in cuts if name not in self._cuts and name != SKIP]:
             raise CutError(f"this schedule has calls at the cut {missing[0]!r}, and this UNet has only {known}")

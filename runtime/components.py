@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from diffusers import AutoencoderKL
@@ -90,6 +90,17 @@ class _TextEncoder(EngineComponent):
     """Methods of a CLIP text encoder, mixed into transformers' class, which pipelines expect."""
 
     config: Any
+
+    def get_input_embeddings(self) -> NoReturn:
+        """Refuse textual inversion, which adds rows to the text encoder's table of embeddings.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "textual inversion adds embeddings to the text encoder, but this one is compiled into an engine: load it "
+            "on a bundle that was built without --compile-all"
+        )
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any) -> Any:
         if attention_mask is not None and not bool(attention_mask.bool().all()):

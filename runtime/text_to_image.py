@@ -49,12 +49,25 @@ def scheduler_named(scheduler: Any, name: str) -> Any:
     """Return a scheduler of another class, by its name in diffusers, with the same noise schedule.
 
     Raises:
-        UserError: diffusers has no scheduler of this name.
+        UserError: diffusers has no scheduler of this name, or it is for another kind of model: flow matching, sigmas of
+            EDM, inversions.
     """
     import diffusers
+    from diffusers.schedulers import KarrasDiffusionSchedulers
 
     kind = getattr(diffusers, name, None)
-    if not hasattr(kind, "from_config"):
+    if not hasattr(kind, "from_config") or not hasattr(kind, "set_timesteps"):
         raise UserError(f"diffusers has no scheduler {name}: give the name of a class, e.g. DDIMScheduler")
     assert kind is not None
+    if kind is type(scheduler):
+        return kind.from_config(scheduler.config)
+    suitable = {*KarrasDiffusionSchedulers.__members__, *_OTHER_SCHEDULERS}
+    if name not in suitable or "beta_schedule" not in scheduler.config or "beta_schedule" not in kind().config:
+        raise UserError(
+            f"{name} does not fit a model for {type(scheduler).__name__}: give a scheduler that takes the same noise "
+            "schedule, e.g. DDIMScheduler or DPMSolverMultistepScheduler"
+        )
     return kind.from_config(scheduler.config)
+
+
+_OTHER_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
 from ..generation.forecast import Forecast
 from ..generation.schedule import Schedule
-from .animation import check_suffix, save
 from .generate import Generated, generate, warm_up
+from .image_files import check_suffix, replaced_when_done, save
 from .metrics import psnr_of_frames
 from .picture import Tile, difference, sheet
-from .request import ImageRequest, makes_videos, pipeline_arguments
+from .request import ImageRequest, check_request, makes_videos
 
 _GAIN = 4.0
 
@@ -46,20 +45,33 @@ def generate_to_file(
         UserError: the request does not fit the pipeline, or the file cannot be written; raised before anything is
             generated.
     """
-    pipeline_arguments(pipe, request)
-    if makes_videos(pipe):
-        check_suffix(output)
-    try:
-        with output.open("ab"):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}; give another path with -o") from error
+    check_request(pipe, request)
+    check_suffix(output, video=makes_videos(pipe))
+    with replaced_when_done(output) as file:
+        pictures, report = _generate(
+            pipe, request, schedule, cut, forecast, reuse_guidance, compare=compare, on_step=on_step
+        )
+        save(pictures, file, fps, output.suffix)
+    return {"output": str(output), **report}
+
+
+def _generate(
+    pipe: Any,
+    request: ImageRequest,
+    schedule: Schedule | None,
+    cut: str | None,
+    forecast: Forecast | None,
+    reuse_guidance: bool,
+    *,
+    compare: bool,
+    on_step: Callable[[], None],
+) -> tuple[Sequence[Any], dict[str, Any]]:
+    """Return the pictures to write, and the figures of the run."""
     if compare:
         warm_up(pipe, request, cut)
     uncached = generate(pipe, request, None, cut, on_step) if compare else None
     cached = generate(pipe, request, schedule, cut, on_step, forecast, reuse_guidance)
     report: dict[str, Any] = {
-        "output": str(output),
         "engine": pipe.unet.engine,
         "schedule": None if schedule is None else str(schedule),
         "forecast": None if schedule is None or forecast is None else str(forecast),
@@ -77,8 +89,7 @@ def generate_to_file(
         "unet_seconds": sum(cached.run.seconds),
     }
     if uncached is None:
-        save(cached.pictures, output, fps)
-        return report
+        return cached.pictures, report
     report |= {
         "uncached_seconds": uncached.seconds,
         "uncached_unet_seconds": sum(uncached.run.seconds),
@@ -87,8 +98,7 @@ def generate_to_file(
     }
     title = request.prompt or str(request.image)
     frames = range(len(cached.pictures))
-    save([_comparison(title, uncached, cached, report, frame) for frame in frames], output, fps)
-    return report
+    return [_comparison(title, uncached, cached, report, frame) for frame in frames], report
 
 
 def _comparison(title: str, uncached: Generated, cached: Generated, report: dict[str, Any], frame: int) -> Any:

@@ -6,14 +6,18 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..generation.forecast import Extrapolate
 from ..generation.schedule import Uniform
 from .generate import Generated, generate, warm_up
+from .image_files import check_suffix, replaced_when_done, save
 from .metrics import psnr
 from .picture import Tile, sheet
 from .request import ImageRequest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,24 @@ def demo(
         picture: PNG file to write.
         warmup: number of first calls that are always full.
     """
+    check_suffix(picture, video=False)
+    with replaced_when_done(picture) as file:
+        rows, image = _compare_settings(pipe, prompts, steps, settings, warmup, guidance, seed, on_step)
+        save([image], file, fps=1, suffix=picture.suffix)
+    return Demo(rows, picture, tuple(prompts), steps, warmup, pipe.unet.engine)
+
+
+def _compare_settings(
+    pipe: Any,
+    prompts: Sequence[str],
+    steps: int,
+    settings: Sequence[DemoSetting],
+    warmup: int,
+    guidance: float,
+    seed: int,
+    on_step: Callable[[], None],
+) -> tuple[tuple[DemoRow, ...], Image]:
+    """Return the rows of the table, and the picture of all images."""
     warm_up(pipe, ImageRequest(prompts[0], guidance=guidance))
     results: list[list[Generated]] = []
     for prompt in prompts:
@@ -111,8 +133,8 @@ def demo(
         _row(setting, [row[column] for row in results], [row[0] for row in results])
         for column, setting in enumerate([DemoSetting(1), *settings])
     )
-    sheet([(prompt, _tiles(images, settings)) for prompt, images in zip(prompts, results, strict=True)]).save(picture)
-    return Demo(rows, picture, tuple(prompts), steps, warmup, pipe.unet.engine)
+    tiles = [(prompt, _tiles(images, settings)) for prompt, images in zip(prompts, results, strict=True)]
+    return rows, sheet(tiles)
 
 
 def _row(setting: DemoSetting, images: Sequence[Generated], uncached: Sequence[Generated]) -> DemoRow:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ...errors import UserError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from ...errors import ShapeError, UserError
+from ...exporter.families import downsampling
+from .image_files import read_image
 
 # Parameters of video pipelines for the number of frames; the second is Text2Video-Zero's.
 _FRAME_PARAMETERS = ("num_frames", "video_length")
@@ -43,6 +44,24 @@ class ImageRequest:
     width: int | None = None
     image: Path | None = None
     frames: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values that no pipeline takes.
+
+        Raises:
+            UserError: a number is out of range, or a text cannot be encoded.
+        """
+        for name in ("steps", "height", "width", "frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}, but must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"the seed is {self.seed}, but must be between 0 and {2**63 - 1}")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise UserError(f"the guidance scale is {self.guidance}, but must be a finite number such as 7.5")
+        for text in (self.prompt, self.negative_prompt):
+            if text is not None and not text.isascii() and text.encode("utf-8", "ignore").decode() != text:
+                raise UserError("the prompt has characters that are not Unicode text: type it again")
 
 
 def makes_videos(pipe: Any) -> bool:
@@ -77,9 +96,12 @@ def pipeline_arguments(pipe: Any, request: ImageRequest) -> dict[str, Any]:
         raise UserError(
             f"{kind} starts from a {unread[0].replace('_', ' ')}, which offcut run does not read: use it from Python"
         )
-    guidance = "guidance_scale" if "guidance_scale" in parameters else "max_guidance_scale"
+    guidance = "max_guidance_scale" if "max_guidance_scale" in parameters else "guidance_scale"
     frames = next((name for name in _FRAME_PARAMETERS if name in parameters), _FRAME_PARAMETERS[0])
     optional = {
+        "height": request.height,
+        "width": request.width,
+        guidance: request.guidance,
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "image": request.image,
@@ -87,23 +109,57 @@ def pipeline_arguments(pipe: Any, request: ImageRequest) -> dict[str, Any]:
     }
     if unused := [name for name, value in optional.items() if value is not None and name not in parameters]:
         raise UserError(f"{kind} takes no {unused[0].replace('_', ' ').removeprefix('num ')}: leave it out")
+    size = _size_of(pipe, request)
     arguments = optional | {
-        "image": None if request.image is None else _read_image(request.image),
+        "image": None if request.image is None else read_image(request.image),
         "num_inference_steps": request.steps,
         guidance: guidance_of(pipe, request),
-        "height": request.height,
-        "width": request.width,
+        "height": size[0],
+        "width": size[1],
         "output_type": "pil",
     }
     return {name: value for name, value in arguments.items() if value is not None and name in parameters}
 
 
-def _read_image(file: Path) -> Image:
-    from PIL import Image, UnidentifiedImageError
+def check_request(pipe: Any, request: ImageRequest) -> None:
+    """Check that a pipeline can serve a request, before anything is generated.
 
+    Raises:
+        UserError: as ``pipeline_arguments``; or the scheduler does not take the number of steps.
+        ShapeError: a side of the image is not a valid multiple.
+    """
+    pipeline_arguments(pipe, request)
+    scheduler = copy.deepcopy(pipe.scheduler)
     try:
-        return Image.open(file).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise UserError(f"{file} is not an image that Pillow reads: give a PNG or JPEG") from error
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or 'it is damaged'}; give another image") from error
+        scheduler.set_timesteps(request.steps)
+    except (ValueError, IndexError) as error:
+        raise UserError(
+            f"{type(scheduler).__name__} does not take {request.steps} steps: give another number"
+        ) from error
+    if "height" not in pipeline_parameters(pipe):
+        return
+    multiple = image_scale(pipe) * downsampling(pipe.unet.config)
+    for side, pixels in (("height", request.height), ("width", request.width)):
+        if pixels is not None and pixels % multiple:
+            nearest = max(multiple, round(pixels / multiple) * multiple)
+            raise ShapeError(
+                f"the image's {side} is {pixels}, but this model needs a multiple of {multiple}: the nearest is "
+                f"{nearest}"
+            )
+
+
+def image_scale(pipe: Any) -> int:
+    """Return the number of pixels along a side of the image for each of the latent."""
+    return int(getattr(pipe, "vae_scale_factor", 1))
+
+
+def _size_of(pipe: Any, request: ImageRequest) -> tuple[int | None, int | None]:
+    """Return height and width; a side that was not given is the model's own, as diffusers ignores a single side."""
+    if (request.height is None) == (request.width is None):
+        return request.height, request.width
+    own = pipe.unet.config["sample_size"]
+    height, width = (own, own) if isinstance(own, int) or own is None else own
+    if height is None:
+        raise UserError("this model has no size of its own: give both --height and --width")
+    scale = image_scale(pipe)
+    return request.height or height * scale, request.width or width * scale

@@ -12,8 +12,8 @@ from PIL import Image
 
 import offcut
 from offcut.errors import UserError
-from offcut.runtime.images.animation import save
 from offcut.runtime.images.compare import generate_to_file
+from offcut.runtime.images.image_files import save
 from offcut.runtime.images.metrics import psnr_of_frames
 from offcut.runtime.images.request import ImageRequest, pipeline_arguments
 
@@ -47,11 +47,6 @@ def test_several_pictures_become_an_animation_with_the_frame_rate(suffix: str, t
         read.seek(2)
         assert read.convert("RGB").getpixel((4, 4)) == (160, 0, 0)
         assert read.info["duration"] == 100
-
-
-def test_one_picture_is_a_png_whatever_the_file_is_called(tmp_path: Path) -> None:
-    save(pictures(1), tmp_path / "out.jpg", fps=8)
-    assert Image.open(tmp_path / "out.jpg").format == "PNG"
 
 
 def test_the_psnr_of_a_video_is_over_all_frames() -> None:
@@ -107,7 +102,9 @@ def test_a_request_that_does_not_fit_the_pipeline_is_refused(change: dict[str, A
 
 @pytest.mark.slow
 def test_a_file_that_cannot_hold_a_video_is_refused_before_generating(svd: Any, start: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a video cannot be written to .*out\.jpg: name it \.png, \.webp, \.gif"):
+    with pytest.raises(
+        UserError, match=r"a video cannot be written to .*out\.jpg: give the file the suffix \.png, \.webp, \.gif"
+    ):
         generate_to_file(svd, replace(SMALL, image=start), None, None, tmp_path / "out.jpg")
     assert not (tmp_path / "out.jpg").exists()
 
