@@ -103,7 +103,7 @@ class EngineChoice:
 class SingleValueCommand(TyperCommand):
     """Command that refuses an option given twice, unless the option is a list; click would take the last value."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         options = itertools.takewhile(lambda token: token != "--", args)
         counts = Counter(token.partition("=")[0] for token in options if token.startswith("-"))
         for parameter in self.params:

@@ -206,7 +206,8 @@ def _channels_of_consumer(value: ir.Value) -> int:
 
 
 def _channels_of_producer(value: ir.Value) -> int:
-    node, operators = value.producer(), CONVOLUTIONS
+    node = value.producer()
+    operators: tuple[str, ...] = CONVOLUTIONS
     while node is not None and node.op_type in (*_CASTS, "Mul", "Add") and node.inputs[0] is not None:
         if node.op_type in ("Mul", "Add"):
             operators = ("ConvInteger",)  # which is followed by a multiplication with its scale, and its bias

@@ -73,11 +73,12 @@ class UnsupportedMethods:
     load_attn_procs = _lora
     save_lora_adapter = _lora
     add_adapter = _lora
-    set_adapter = _lora
-    enable_adapters = _lora
-    disable_adapters = _lora
-    enable_lora = _lora
-    disable_lora = _lora
+    # ``loras.LoraMethods`` defines these for UNets with engines of their own.
+    set_adapter: Any = _lora
+    enable_adapters: Any = _lora
+    disable_adapters: Any = _lora
+    enable_lora: Any = _lora
+    disable_lora: Any = _lora
     fuse_lora = _fusing
     unfuse_lora = _fusing
 

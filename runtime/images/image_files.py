@@ -36,10 +36,11 @@ def read_image(file: Path) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        image = Image.open(file)
+        image: Image.Image = Image.open(file)
         if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-        return load_image(image)
+        upright: Image.Image = load_image(image)
+        return upright
     except UnidentifiedImageError as error:
         raise UserError(f"{file} is not an image that Pillow reads: give a PNG or JPEG") from error
     except Image.DecompressionBombError as error:

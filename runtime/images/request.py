@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,9 +157,9 @@ def _size_of(pipe: Any, request: ImageRequest) -> tuple[int | None, int | None]:
     """Return height and width; a side that was not given is the model's own, as diffusers ignores a single side."""
     if (request.height is None) == (request.width is None):
         return request.height, request.width
-    own = pipe.unet.config["sample_size"]
-    height, width = (own, own) if isinstance(own, int) or own is None else own
-    if height is None:
+    own: int | Sequence[int] | None = pipe.unet.config["sample_size"]
+    if own is None:
         raise UserError("this model has no size of its own: give both --height and --width")
+    height, width = (own, own) if isinstance(own, int) else own
     scale = image_scale(pipe)
     return request.height or height * scale, request.width or width * scale
