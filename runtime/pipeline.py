@@ -22,7 +22,7 @@ from .controlnet import reuse_controlnets
 from .override import override_method
 from .replacement import take_over
 from .unet import UNet
-from .unsupported import refuse_layer_guidance
+from .unsupported import refuse_layer_guidance, refuse_pipeline
 
 if TYPE_CHECKING:
     from ..engines.bundle.bundle import Bundle
@@ -129,10 +129,12 @@ def attach(
         The same pipeline.
 
     Raises:
-        UserError: the pipeline has no UNet, or no ControlNet to reuse; or its UNet was changed as described above.
+        UserError: the pipeline has no UNet, or no ControlNet to reuse; or its UNet was changed as described above; or
+            the pipeline does more with its UNet than call it (Attend-and-Excite, LEdits++, self-attention guidance).
         BundleError: the bundle is damaged, or was built from another UNet.
         EngineError: the engine is missing or cannot run here.
     """
+    refuse_pipeline(pipe)
     old_unet = getattr(pipe, "unet", None)
     if old_unet is None:
         raise UserError(f"{type(pipe).__name__} has no unet for offcut to replace: give a pipeline with one")

@@ -39,6 +39,30 @@ _chunking = _refusal("forward chunking runs a UNet's feed-forward layers piece b
 _training = _refusal("training changes a UNet's weights", "train the eager UNet and build a bundle from it")
 
 
+_PIPELINES_THAT_NEED_LAYERS = {
+    "LEditsPPPipelineStableDiffusion": "reads the UNet's attention maps",
+    "LEditsPPPipelineStableDiffusionXL": "reads the UNet's attention maps",
+    "StableDiffusionAttendAndExcitePipeline": "computes gradients through the UNet",
+    "StableDiffusionModelEditingPipeline": "edits the weights of the UNet's attention",
+    "StableDiffusionPix2PixZeroPipeline": "computes gradients through the UNet",
+    "StableDiffusionSAGPipeline": "reads the UNet's attention maps",
+}
+
+
+def refuse_pipeline(pipe: Any) -> None:
+    """Refuse a pipeline that does more with its UNet than call it.
+
+    Raises:
+        UserError: the pipeline is one of these.
+    """
+    name = type(pipe).__name__
+    if name in _PIPELINES_THAT_NEED_LAYERS:
+        raise UserError(
+            f"{name} {_PIPELINES_THAT_NEED_LAYERS[name]}, but the UNet's layers are compiled into engines: use the "
+            "eager UNet for it"
+        )
+
+
 def refuse_layer_guidance(pipe: Any, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
     """Refuse a pipeline call with perturbed-attention guidance, which changes attention layers.
 

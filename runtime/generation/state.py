@@ -173,11 +173,11 @@ class GenerationState:
         Raises:
             ScheduleError: the schedule does not fit the number of calls, or the number of calls is below 1.
         """
-        group = self._groups.get(key) or _Group(StepTracker(announced=self._announced))
+        group = self._groups.get(key) or self._new_group(key)
         change = group.steps.change(timestep)
         if change is StepChange.RESTART:
             self._release(group)
-            group, change = _Group(StepTracker(announced=self._announced)), StepChange.NEXT
+            group, change = self._new_group(key), StepChange.NEXT
             if key is None:
                 self._resolved_calls = None
         self._groups[key] = group
@@ -253,6 +253,9 @@ class GenerationState:
             tuple(self._indices),
             self._peak_bytes,
         )
+
+    def _new_group(self, key: Hashable) -> _Group:
+        return _Group(StepTracker(announced=self._announced, keyed=key is not None))
 
     def _trajectory_of(self, group: _Group, change: StepChange, conditioning: torch.Tensor | None) -> Trajectory:
         """Return the trajectory of a call, by its conditioning or its order in the step."""

@@ -36,12 +36,13 @@ class StepTracker:
       not above the step before the last one, is a next step.
 
     Args:
+        keyed: whether all calls are known to belong to one trajectory, so that rows may be at different timesteps.
         announced: whether the calls are known to form one generation, so that a value that rises is no restart
             (inversions, RePaint).
     """
 
-    def __init__(self, *, announced: bool) -> None:
-        self._announced = announced
+    def __init__(self, *, announced: bool, keyed: bool = False) -> None:
+        self._announced, self._keyed = announced, keyed
         self._timestep: torch.Tensor | float | None = None  # of the last call; keeps the tensor's memory in use
         self._values: list[float] = []  # of the last two steps, as far as they were read
         self._steps = 0
@@ -53,6 +54,8 @@ class StepTracker:
         """Return the relation of a new call's step to that of the last recorded call."""
         if self._timestep is None:
             return StepChange.NEXT
+        if not self._keyed and _differs_by_row(timestep):
+            return StepChange.RESTART  # nothing shows which row was at which step before
         last, position = _position(self._timestep), _position(timestep)
         if last is not None and position is not None:
             if last[0] != position[0] or position[1] < last[1]:
@@ -97,6 +100,12 @@ class StepTracker:
 
     def _is_last_value(self, timestep: torch.Tensor | float) -> bool:
         return timestep_value(timestep) == self._last_value()
+
+
+def _differs_by_row(timestep: torch.Tensor | float) -> bool:
+    if not isinstance(timestep, torch.Tensor) or timestep.numel() < 2 or not any(timestep.stride()):
+        return False
+    return bool((timestep != timestep.flatten()[0]).any())
 
 
 def timestep_value(timestep: torch.Tensor | float) -> float:

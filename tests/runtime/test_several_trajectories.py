@@ -7,7 +7,7 @@ feature of the last full call of the same latent.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from diffusers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.reuse import EagerReuse
 
 import offcut
 from offcut.errors import UserError
@@ -37,44 +38,6 @@ SAME = 110.0
 
 OTHER = 80.0
 """PSNR in dB below which two results count as different."""
-
-
-class EagerReuse:
-    """The eager UNet with reuse of the outermost feature, by key.
-
-    Args:
-        unet: a diffusers UNet.
-        choose: function that returns for each UNet call, counted from 0, the key of its latent and whether it is full.
-    """
-
-    def __init__(self, unet: Any, choose: Callable[[int], tuple[Hashable, bool]]) -> None:
-        self._unet, self._choose = unet, choose
-        self._layer = [resnet for block in unet.up_blocks for resnet in block.resnets][-1]
-        self._channels = self._layer.in_channels - unet.conv_in.out_channels
-        self._features: dict[Hashable, torch.Tensor] = {}
-        self._calls = 0
-
-    def __enter__(self) -> EagerReuse:
-        self._hooks = [
-            self._unet.register_forward_hook(self._count),
-            self._layer.register_forward_pre_hook(self._replace),
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _count(self, *_: object) -> None:
-        self._calls += 1
-
-    def _replace(self, layer: Any, args: tuple[Any, ...]) -> Any:
-        hidden, *others = args
-        key, full = self._choose(self._calls)
-        if full:
-            self._features[key] = hidden[:, : self._channels].clone()
-            return None
-        return torch.cat([self._features[key], hidden[:, self._channels :]], 1), *others
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +331,9 @@ def test_guidance_that_changes_attention_layers_is_refused(tiny_pipeline: Any, u
     settings = {"prompt": "a", "num_inference_steps": 2, "output_type": "latent"}
     names = ("vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
     components = {name: tiny_pipeline.components[name] for name in names} | {"unet": unet}
-    sag = offcut.attach(StableDiffusionSAGPipeline(**components, requires_safety_checker=False), unet)
+    sag = StableDiffusionSAGPipeline(**components, requires_safety_checker=False)
+    with pytest.raises(UserError, match="reads the UNet's attention maps"):
+        offcut.attach(sag, unet)
     with pytest.raises(UserError, match="uses the UNet's mid_block"):
         sag(**settings, sag_scale=0.75)
     pag = offcut.attach(StableDiffusionPAGPipeline(**components, requires_safety_checker=False), unet)

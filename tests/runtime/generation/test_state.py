@@ -286,3 +286,14 @@ def test_keys_tell_trajectories_apart_in_any_order(
         generation.end(begun)
         completed[key] += 1
     assert len(set(generation.run().trajectories)) == count
+
+
+def test_rows_at_different_timesteps_make_full_calls_unless_a_key_says_that_they_belong_together() -> None:
+    """As in parallel sampling, where the rows of a batch move on from step to step."""
+    windows = [torch.tensor([900.0 - 100 * (start + row) for row in range(3)]) for start in range(4)]
+    generation = GenerationState(Uniform(3), calls=4)
+    assert [call(generation, window) for window in windows] == [True] * 4
+    keyed = GenerationState(Uniform(3), calls=4)
+    assert [call(keyed, window, key="rows") for window in windows] == [True, False, False, True]
+    equal = GenerationState(Uniform(3), calls=4)
+    assert [call(equal, torch.full((3,), 900.0 - step)) for step in range(4)] == [True, False, False, True]
