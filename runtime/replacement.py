@@ -90,7 +90,7 @@ def refuse_changes(unet: torch.nn.Module, *, attention: str | None, ip_adapters:
     for name, module in unet.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         # accelerate's hooks of CPU offloading replace forward too, and only move weights.
-        replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+        replaced = _forward_of(module) is not type(module).forward and not hasattr(module, "_hf_hook")
         if hooks or replaced:
             what = "hooks" if hooks else "a forward of its own"
             raise UserError(
@@ -98,6 +98,12 @@ def refuse_changes(unet: torch.nn.Module, *, attention: str | None, ip_adapters:
                 "not run: remove it first (disable DeepCache's helper, ToMe and the like), or use the eager UNet"
             )
     _refuse_other_layers(unet)
+
+
+def _forward_of(module: torch.nn.Module) -> Any:
+    """Return the function that computes a layer; DeepCache's helper leaves a layer's own method in the layer."""
+    forward = vars(module).get("forward")
+    return type(module).forward if forward is None else getattr(forward, "__func__", forward)
 
 
 def _refuse_other_layers(unet: torch.nn.Module) -> None:

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import EngineError, MissingExtraError
+from ...errors import BundleError, EngineError, MissingExtraError
 from ...exporter.specs import Shape
 from ..base import EngineOptions, EngineProbe, Graphs, check_contract
 from ..buffers import allocate_pair
@@ -277,6 +277,14 @@ def _bind(session: Any, buffers: Mapping[str, torch.Tensor]) -> Any:
     for bind, arguments in ((binding.bind_input, session.get_inputs()), (binding.bind_output, session.get_outputs())):
         for argument in arguments:
             buffer = buffers[argument.name]
+            fixed = [
+                (dim, size) for dim, size in zip(argument.shape, buffer.shape, strict=False) if isinstance(dim, int)
+            ]
+            if len(argument.shape) != buffer.dim() or any(dim != size for dim, size in fixed):
+                raise BundleError(
+                    f"{argument.name} has the shape {list(buffer.shape)} by the manifest, but {argument.shape} in the "
+                    "graph: the bundle was altered; build or copy it again"
+                )
             bind(
                 name=argument.name,
                 device_type=buffer.device.type,
