@@ -78,11 +78,6 @@ class StepTracker:
             self._calls_of_first_step = self._calls_of_step
         self._timestep = timestep
 
-    @property
-    def calls_of_step(self) -> int:
-        """Number of recorded calls of the present step."""
-        return self._calls_of_step
-
     def _change_of_value(self, value: float) -> StepChange:
         last = self._last_value()
         if value == last:
