@@ -5,33 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
+from support.models import LATENT_UNET, PIXEL_UNET, new_unet
 
 import offcut
 from offcut.errors import ModelError
 
-PLAIN: dict[str, Any] = {
-    "sample_size": 16,
-    "in_channels": 3,
-    "out_channels": 3,
-    "layers_per_block": 1,
-    "block_out_channels": (32, 64),
-    "norm_num_groups": 8,
-    "down_block_types": ("DownBlock2D",) * 2,
-    "up_block_types": ("UpBlock2D",) * 2,
-}
-CROSS: dict[str, Any] = {
-    "sample_size": 16,
-    "layers_per_block": 1,
-    "block_out_channels": (32, 64),
-    "norm_num_groups": 8,
-    "cross_attention_dim": 32,
-    "attention_head_dim": 4,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
 SIMPLE_CROSS = {
     "down_block_types": ("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
     "up_block_types": ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"),
@@ -41,47 +21,39 @@ CLASSES = torch.tensor([3, 4])
 NOISE = torch.randn(2, 24, generator=torch.Generator().manual_seed(9))
 
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
-    "learned time": (PLAIN | {"time_embedding_type": "learned", "num_train_timesteps": 1000}, {}),
-    "Fourier time": (PLAIN | {"time_embedding_type": "fourier"}, {}),
-    "centred input": (PLAIN | {"center_input_sample": True}, {}),
-    "classes": (PLAIN | {"num_class_embeds": 7}, {"class_labels": CLASSES}),
-    "ResNet sampling": (PLAIN | {"downsample_type": "resnet", "upsample_type": "resnet"}, {}),
-    "scale and shift": (PLAIN | {"resnet_time_scale_shift": "scale_shift"}, {}),
+    "learned time": (PIXEL_UNET | {"time_embedding_type": "learned", "num_train_timesteps": 1000}, {}),
+    "Fourier time": (PIXEL_UNET | {"time_embedding_type": "fourier"}, {}),
+    "centred input": (PIXEL_UNET | {"center_input_sample": True}, {}),
+    "classes": (PIXEL_UNET | {"num_class_embeds": 7}, {"class_labels": CLASSES}),
+    "ResNet sampling": (PIXEL_UNET | {"downsample_type": "resnet", "upsample_type": "resnet"}, {}),
+    "scale and shift": (PIXEL_UNET | {"resnet_time_scale_shift": "scale_shift"}, {}),
     "skip blocks": (
-        PLAIN | {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2},
+        PIXEL_UNET | {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2},
         {},
     ),
-    "one width for each block": (CROSS | {"cross_attention_dim": (32, 32)}, {}),
-    "heads for each block": (CROSS | {"attention_head_dim": (2, 4)}, {}),
-    "layers for each block": (CROSS | {"layers_per_block": (1, 1), "transformer_layers_per_block": (1, 1)}, {}),
-    "Fourier time with text": (CROSS | {"time_embedding_type": "fourier", "time_embedding_dim": 64}, {}),
+    "one width for each block": (LATENT_UNET | {"cross_attention_dim": (16, 16)}, {}),
+    "heads for each block": (LATENT_UNET | {"attention_head_dim": (2, 4)}, {}),
+    "layers for each block": (LATENT_UNET | {"layers_per_block": (1, 1), "transformer_layers_per_block": (1, 1)}, {}),
+    "Fourier time with text": (LATENT_UNET | {"time_embedding_type": "fourier", "time_embedding_dim": 64}, {}),
     "projected classes": (
-        CROSS | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 24},
+        LATENT_UNET | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 24},
         {"class_labels": NOISE},
     ),
-    "joined classes": (CROSS | {"num_class_embeds": 5, "class_embeddings_concat": True}, {"class_labels": CLASSES}),
-    "guidance embedding": (CROSS | {"time_cond_proj_dim": 24}, {"timestep_cond": NOISE}),
-    "linear projection": (CROSS | {"use_linear_projection": True}, {}),
-    "cross attention only": (CROSS | {"only_cross_attention": True}, {}),
-    "time activation": (CROSS | {"timestep_post_act": "silu"}, {}),
-    "no middle": (CROSS | {"mid_block_type": None}, {}),
-    "simple cross attention": (CROSS | SIMPLE_CROSS, {}),
-    "projected text": (CROSS | {"encoder_hid_dim": 20}, {"encoder_hidden_states": torch.ones(2, 7, 20)}),
-    "other kernels": (CROSS | {"conv_in_kernel": 5, "conv_out_kernel": 1}, {}),
-    "gated attention": (CROSS | {"attention_type": "gated"}, {}),
+    "joined classes": (
+        LATENT_UNET | {"num_class_embeds": 5, "class_embeddings_concat": True},
+        {"class_labels": CLASSES},
+    ),
+    "guidance embedding": (LATENT_UNET | {"time_cond_proj_dim": 24}, {"timestep_cond": NOISE}),
+    "linear projection": (LATENT_UNET | {"use_linear_projection": True}, {}),
+    "cross attention only": (LATENT_UNET | {"only_cross_attention": True}, {}),
+    "time activation": (LATENT_UNET | {"timestep_post_act": "silu"}, {}),
+    "no middle": (LATENT_UNET | {"mid_block_type": None}, {}),
+    "simple cross attention": (LATENT_UNET | SIMPLE_CROSS, {}),
+    "projected text": (LATENT_UNET | {"encoder_hid_dim": 20}, {"encoder_hidden_states": torch.ones(2, 7, 20)}),
+    "other kernels": (LATENT_UNET | {"conv_in_kernel": 5, "conv_out_kernel": 1}, {}),
+    "gated attention": (LATENT_UNET | {"attention_type": "gated"}, {}),
 }
 QUICK = ("learned time", "one width for each block")
-
-
-def new_unet(config: dict[str, Any]) -> Any:
-    kind = diffusers.UNet2DConditionModel if "cross_attention_dim" in config else diffusers.UNet2DModel
-    torch.manual_seed(1)
-    unet = kind(**config).eval()
-    with torch.no_grad():
-        for parameter in unet.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return unet
 
 
 @pytest.mark.parametrize(
@@ -96,7 +68,10 @@ def test_a_unet_of_this_config_equals_eager_pytorch(name: str, tmp_path: Path) -
     generator = torch.Generator().manual_seed(2)
     sample = torch.randn(2, eager.config.in_channels, 16, 16, generator=generator)
     if "cross_attention_dim" in config:
-        conditioning = {"encoder_hidden_states": torch.randn(2, 7, 32, generator=generator), **conditioning}
+        conditioning = {
+            "encoder_hidden_states": torch.randn(2, 7, LATENT_UNET["cross_attention_dim"], generator=generator),
+            **conditioning,
+        }
     for timestep in (torch.tensor([500, 20]), torch.tensor(7)):
         with torch.no_grad():
             expected = eager(sample, timestep, **conditioning).sample
@@ -108,10 +83,10 @@ def test_a_unet_of_this_config_equals_eager_pytorch(name: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     "config",
     [
-        PLAIN | {"class_embed_type": "timestep"},
-        CROSS | {"class_embed_type": "identity"},
-        CROSS | {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 24},
-        CROSS | {"addition_embed_type": "text", "addition_embed_type_num_heads": 4},
+        PIXEL_UNET | {"class_embed_type": "timestep"},
+        LATENT_UNET | {"class_embed_type": "identity"},
+        LATENT_UNET | {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 24},
+        LATENT_UNET | {"addition_embed_type": "text", "addition_embed_type_num_heads": 4},
     ],
     ids=lambda config: str(config.get("class_embed_type") or config.get("addition_embed_type")),
 )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from support.reuse import EagerReuse
 
 import offcut
 
@@ -108,9 +109,9 @@ def decibels() -> Callable[[torch.Tensor, torch.Tensor], float]:
 
 
 @pytest.fixture
-def cached_by_call() -> Callable[[Any, int, tuple[int, ...]], _CachingReference]:
+def cached_by_call() -> Callable[[Any, int, tuple[int, ...]], EagerReuse]:
     """DeepCache in eager PyTorch for any list of full calls, which DeepCache's own helper does not support."""
-    return _CachingReference
+    return lambda unet, branch, full_calls: EagerReuse(unet, lambda call: (0, call in full_calls), branch)
 
 
 def _pipeline(parts: dict[str, Any]) -> StableDiffusionPipeline:
@@ -118,44 +119,3 @@ def _pipeline(parts: dict[str, Any]) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline(**{**parts, "scheduler": scheduler}, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-class _CachingReference:
-    """Context manager in which the eager UNet reuses ``hidden`` at branch k from the last full call on shallow calls.
-
-    It computes the whole UNet at every call and replaces one tensor, so it shares no code with the splitting of graphs.
-    The decoder's layers are counted from the outermost inwards; ``hidden`` is the first part of their input.
-    """
-
-    def __init__(self, unet: Any, branch: int, full_calls: tuple[int, ...]) -> None:
-        layers = [layer for block in unet.up_blocks for layer in block.resnets]
-        # Each decoder layer concatenates the skip connection from the mirrored place in the encoder.
-        skips = [unet.conv_in.out_channels]
-        for block in unet.down_blocks:
-            skips += [layer.out_channels for layer in block.resnets]
-            skips += [layer.out_channels for layer in block.downsamplers or []]
-        self._unet, self._layer = unet, layers[-1 - branch]
-        self._hidden_channels = self._layer.in_channels - skips[branch]
-        self._full_calls = full_calls
-        self.calls = 0
-
-    def __enter__(self) -> _CachingReference:
-        self._hooks = [
-            self._unet.register_forward_hook(self._count),
-            self._layer.register_forward_pre_hook(self._replace),
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _count(self, *_: object) -> None:
-        self.calls += 1
-
-    def _replace(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        joined, *rest = inputs
-        if self.calls in self._full_calls:
-            self._hidden = joined[:, : self._hidden_channels].clone()
-            return None
-        return torch.cat([self._hidden, joined[:, self._hidden_channels :]], dim=1), *rest

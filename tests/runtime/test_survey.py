@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from support.models import new_unet
 from support.reuse import EagerReuse
-from support.survey import RECIPES, REFUSED, new_pipeline, new_unet, pipelines_with_a_unet, run
+from support.survey import RECIPES, REFUSED, new_pipeline, pipelines_with_a_unet, run
 
 import offcut
 from offcut.errors import UserError
@@ -43,7 +44,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
         key = str(sorted(RECIPES[name].unet.items(), key=str))
         if key not in made:
             folder = tmp_path_factory.mktemp("survey")
-            eager = new_unet(RECIPES[name])
+            eager = new_unet(RECIPES[name].unet)
             eager.save_pretrained(folder / "model")
             offcut.build(folder / "model", folder / "b", engine="onnxruntime")
             unet = offcut.UNet.load(folder / "b", threads=1)

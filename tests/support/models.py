@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+# Configs of UNets with 2 levels and 1 layer a block: for latents and text, and for pixels.
+LATENT_UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "layers_per_block": 1,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+PIXEL_UNET: dict[str, Any] = {
+    "sample_size": 16,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 1,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4,
+}
+
+
+def new_unet(config: Mapping[str, Any]) -> Any:
+    """Return a UNet with random weights; a config with a width of text is that of a UNet2DConditionModel."""
+    import diffusers
+
+    kind = diffusers.UNet2DConditionModel if "cross_attention_dim" in config else diffusers.UNet2DModel
+    torch.manual_seed(0)
+    return with_lively_weights(kind(**config)).eval()
+
 
 def save_unet(path: Path, **overrides: Any) -> Path:
     """Save a UNet2DConditionModel with 2 levels, 1 layer a block and random weights."""
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    settings: dict[str, Any] = {
-        "sample_size": 8,
-        "layers_per_block": 1,
-        "block_out_channels": (16, 32),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 16,
-        "attention_head_dim": 2,
-        "norm_num_groups": 4,
-    }
-    with_lively_weights(UNet2DConditionModel(**{**settings, **overrides})).save_pretrained(path)
+    new_unet(LATENT_UNET | overrides).save_pretrained(path)
     return path
 
 

@@ -9,19 +9,31 @@ import torch
 
 
 class EagerReuse:
-    """The eager UNet with reuse of the outermost feature, by key.
+    """Context manager in which the eager UNet reuses ``hidden`` at branch k from the last full call on shallow calls.
+
+    It computes the whole UNet at every call and replaces one tensor, so it shares no code with the splitting of graphs.
+    The decoder's layers are counted from the outermost inwards; ``hidden`` is the first part of their input.
+
+    Attributes:
+        calls: number of UNet calls so far.
 
     Args:
         unet: a diffusers UNet.
         choose: function that returns for each UNet call, counted from 0, the key of its latent and whether it is full.
+        branch: number of the branch k.
     """
 
-    def __init__(self, unet: Any, choose: Callable[[int], tuple[Hashable, bool]]) -> None:
-        self._unet, self._choose = unet, choose
-        self._layer = [resnet for block in unet.up_blocks for resnet in block.resnets][-1]
-        self._channels = self._layer.in_channels - unet.conv_in.out_channels
-        self._features: dict[Hashable, torch.Tensor] = {}
-        self._calls = 0
+    def __init__(self, unet: Any, choose: Callable[[int], tuple[Hashable, bool]], branch: int = 0) -> None:
+        layers = [layer for block in unet.up_blocks for layer in block.resnets]
+        # Each decoder layer concatenates the skip connection from the mirrored place in the encoder.
+        skips = [unet.conv_in.out_channels]
+        for block in unet.down_blocks:
+            skips += [layer.out_channels for layer in block.resnets]
+            skips += [layer.out_channels for layer in block.downsamplers or []]
+        self._unet, self._layer, self._choose = unet, layers[-1 - branch], choose
+        self._hidden_channels = self._layer.in_channels - skips[branch]
+        self._hidden: dict[Hashable, torch.Tensor] = {}
+        self.calls = 0
 
     def __enter__(self) -> EagerReuse:
         self._hooks = [
@@ -35,12 +47,12 @@ class EagerReuse:
             hook.remove()
 
     def _count(self, *_: object) -> None:
-        self._calls += 1
+        self.calls += 1
 
-    def _replace(self, layer: Any, args: tuple[Any, ...]) -> Any:
-        hidden, *others = args
-        key, full = self._choose(self._calls)
+    def _replace(self, layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        joined, *rest = inputs
+        key, full = self._choose(self.calls)
         if full:
-            self._features[key] = hidden[:, : self._channels].clone()
+            self._hidden[key] = joined[:, : self._hidden_channels].clone()
             return None
-        return torch.cat([self._features[key], hidden[:, self._channels :]], 1), *others
+        return torch.cat([self._hidden[key], joined[:, self._hidden_channels :]], 1), *rest

@@ -16,31 +16,13 @@ import diffusers
 import torch
 from PIL import Image
 
+from .models import LATENT_UNET as TEXT
+from .models import PIXEL_UNET as PIXELS
+
 STEPS = 7
 IMAGE = Image.linear_gradient("L").convert("RGB").resize((32, 32))
 MASK = Image.new("L", (32, 32), 0)
 MASK.paste(255, (8, 8, 24, 24))
-
-TEXT: dict[str, Any] = {
-    "sample_size": 8,
-    "layers_per_block": 1,
-    "block_out_channels": (16, 32),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 16,
-    "attention_head_dim": 2,
-    "norm_num_groups": 4,
-}
-PIXELS: dict[str, Any] = {
-    "sample_size": 16,
-    "in_channels": 3,
-    "out_channels": 3,
-    "layers_per_block": 1,
-    "block_out_channels": (16, 32),
-    "norm_num_groups": 4,
-    "down_block_types": ("DownBlock2D",) * 2,
-    "up_block_types": ("UpBlock2D",) * 2,
-}
 
 
 @dataclass(frozen=True)
@@ -154,17 +136,6 @@ def pipelines_with_a_unet() -> dict[str, Any]:
             if kind.__module__ == module.name and unet and any(family in str(unet.annotation) for family in FAMILIES):
                 found[name] = kind
     return found
-
-
-def new_unet(recipe: Recipe) -> Any:
-    kind = diffusers.UNet2DConditionModel if "cross_attention_dim" in recipe.unet else diffusers.UNet2DModel
-    torch.manual_seed(1)
-    unet = kind(**recipe.unet).eval()
-    with torch.no_grad():
-        for parameter in unet.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return unet
 
 
 def new_pipeline(kind: Any, recipe: Recipe, parts: Mapping[str, Any], unet: Any) -> Any:
