@@ -70,20 +70,17 @@ def split(
     from ..exporter.graph import contract
 
     pairs = split_all(graph, cut or ["deepcache:0"], output)
-    full = contract(pairs[0].full)
-    shallow = {
-        pair.cut.name: {
-            "cached": [spec.name for spec in pair.cached],
-            "shallow": {"path": str(pair.shallow), **contract_json(contract(pair.shallow))},
-        }
-        for pair in pairs
-    }
+    first = pairs[0]
+    contracts = {path: contract(path) for path in (first.full, *(pair.shallow for pair in pairs))}
     if as_json:
-        first = pairs[0].cut.name
-        described_full = {"path": str(pairs[0].full), **contract_json(full)}
-        print_json({"cut": first, **shallow[first], "full": described_full, "cuts": shallow})
+        graphs = {path: {"path": str(path), **contract_json(described)} for path, described in contracts.items()}
+        cuts = {
+            pair.cut.name: {"cached": [spec.name for spec in pair.cached], "shallow": graphs[pair.shallow]}
+            for pair in pairs
+        }
+        print_json({"cut": first.cut.name, **cuts[first.cut.name], "full": graphs[first.full], "cuts": cuts})
         return
-    for path, described in ((pairs[0].full, full), *((pair.shallow, contract(pair.shallow)) for pair in pairs)):
+    for path, described in contracts.items():
         out.print(f"[bold]{path}[/]")
         print_contract(described)
     for pair in pairs:

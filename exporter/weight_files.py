@@ -8,6 +8,9 @@ from pathlib import Path
 
 from ..errors import ModelError
 
+INDEX_SUFFIX = ".safetensors.index.json"
+"""End of the name of an index of shards without a variant."""
+
 _SMALL = (".json", ".txt", ".model")
 _INDEX = re.compile(r"\.(?:safetensors|bin)\.index(?:\.(?P<variant>[^.]+))?\.json$")
 
@@ -46,7 +49,7 @@ def component_files(folder: Path, variant: str | None) -> list[Path]:
         ModelError: a shard is missing; or as ``chosen_variant``.
     """
     weights = weight_files(folder, variant)
-    index = index_file(folder, variant)
+    index = _index_file(folder, variant)
     if index is not None:
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -65,7 +68,7 @@ def small_files(folder: Path) -> list[Path]:
     ]
 
 
-def index_file(folder: Path, variant: str | None) -> Path | None:
+def _index_file(folder: Path, variant: str | None) -> Path | None:
     """Return the index of the chosen weights' shards; None if the weights are whole.
 
     Raises:

@@ -22,6 +22,7 @@ from .generation.forecast import Forecast
 from .generation.guidance import GuidanceReuse
 from .generation.schedule import SKIP, Schedule
 from .generation.state import Calls, GenerationState, Guided, Run
+from .generation.steps import read_once
 from .generation.trajectory import Call
 from .model import EngineModel
 
@@ -324,6 +325,7 @@ class CachedModel(EngineModel):
         self, shapes: Shapes, timestep: torch.Tensor | float, sample: torch.Tensor, conditioning: torch.Tensor | None
     ) -> Call:
         """Begin a call of the present generation."""
+        timestep = read_once(timestep)
         state = self._present_state(shapes, timestep)
         self._latest = state
         call = state.begin(shapes, timestep, conditioning, self._trajectory_key, self._has_features)

@@ -203,8 +203,6 @@ class LoraMethods(ABC):
         terms, known = loras.terms(), {id(lora) for lora in self._loras.loras.values()}
         new = [lora for lora in loras.loras.values() if id(lora) not in known]
         changed = not _are_equal(terms, self._loras.terms())
-        if (changed or new) and self._stored is None:
-            raise UserError("this UNet was made from engines alone, without weights: open it with offcut.UNet.load")
         if new or (terms and changed):
             stored = self.stored_weights()
             for lora in new:

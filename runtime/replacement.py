@@ -195,10 +195,9 @@ def check_weights(unet: torch.nn.Module, stored: StoredWeights, *, with_loras: b
         if name not in stored.shapes or (with_loras and weight.dim() > 1) or weight.is_meta:
             continue
         expected = stored.read_row(name)
-        row = (
-            weight.detach() if weight.dim() < 2 else weight.detach()[:, 0] if stored.is_transposed(name) else weight[0]
-        )
-        if expected is not None and not _equal(row.detach().flatten().cpu(), expected.flatten()):
+        matrix = weight.detach().T if stored.is_transposed(name) else weight.detach()
+        row = matrix[0] if matrix.dim() > 1 else matrix
+        if expected is not None and not _equal(row.flatten().cpu(), expected):
             differing.append(name)
     if differing:
         raise BundleError(

@@ -1,11 +1,12 @@
-"""Calls of a text-to-image pipeline, for calibration, tuning and benchmarks; and its scheduler by class name."""
+"""Calls of a text-to-image pipeline, for calibration, tuning and benchmarks; its scheduler, its steps and its sizes."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
-from ..errors import UserError
+from ..errors import ShapeError, UserError
 
 
 def is_text_to_image(call: Any) -> bool:
@@ -43,6 +44,35 @@ def prompt_arguments(
         "generator": torch.Generator("cpu").manual_seed(seed),
         **{name: value for name, value in optional.items() if name in parameters and value is not None},
     }
+
+
+def count_calls(scheduler: Any, steps: int) -> int:
+    """Return the number of UNet calls for a number of steps; higher-order schedulers make several per step.
+
+    Raises:
+        UserError: the scheduler does not take this number of steps.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    try:
+        scheduler.set_timesteps(steps)
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{type(scheduler).__name__} does not take {steps} steps: ask for another number") from error
+    return len(scheduler.timesteps)
+
+
+def check_multiple(height: int | None, width: int | None, multiple: int) -> None:
+    """Check the sides of an image in pixels; a side that is None is not checked.
+
+    Raises:
+        ShapeError: a side is no multiple of this number.
+    """
+    for side, pixels in (("width", width), ("height", height)):
+        if pixels is not None and pixels % multiple:
+            nearest = max(multiple, round(pixels / multiple) * multiple)
+            raise ShapeError(
+                f"the image's {side} is {pixels}, but this model needs a multiple of {multiple}: the nearest is "
+                f"{nearest}"
+            )
 
 
 def scheduler_named(scheduler: Any, name: str) -> Any:

@@ -62,6 +62,7 @@ class UNet(LoraMethods, BaseUNet):
         attention: attention that the UNet was exported with; None for the model's own.
         bound_shapes: number of sets of input shapes for which buffers are kept; the least recently used set goes first.
         stored: function that returns the weights that the engines were built with, for LoRAs; None if they are unknown.
+        stored_unverified: the same without a check of the digests, which would read whole files; for comparisons.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class UNet(LoraMethods, BaseUNet):
         attention: str | None = None,
         bound_shapes: int = 2,
         stored: Callable[[], StoredWeights] | None = None,
+        stored_unverified: Callable[[], StoredWeights] | None = None,
     ) -> None:
         super().__init__(
             config,
@@ -90,9 +92,8 @@ class UNet(LoraMethods, BaseUNet):
         self._pair: EnginePair | None = pair
         self._output_name = next(iter(pair.outputs))
         self.has_fused_loras = False
-        self._weights_to_compare: Callable[[], StoredWeights] | None = None
         self._loras = LoraSet()
-        self._stored = stored
+        self._stored, self._stored_unverified = stored, stored_unverified
         self._bound = BoundPairs(bound_shapes)
         self._residuals: WeakKeyDictionary[BoundPair, set[str]] = WeakKeyDictionary()  # residuals of the last call
         self._ranges = ProfilerRanges(self._device)
@@ -129,21 +130,21 @@ class UNet(LoraMethods, BaseUNet):
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         entry = opened.find(engine, device=device, precision=precision, inference_precision=inference_precision)
         pair = opened.pair(entry, device=device, **options)
-        attention = opened.manifest.source.attention
-        unet = cls(pair, opened.unet_config, attention=attention, stored=lambda: opened.weights(entry))
+        unet = cls(
+            pair,
+            opened.unet_config,
+            attention=opened.manifest.source.attention,
+            stored=lambda: opened.weights(entry),
+            stored_unverified=lambda: opened.weights(entry, verify=False),
+        )
         unet.precision = opened.precision_of(entry)
         unet.has_fused_loras = bool(opened.manifest.source.loras)
-        unet.set_weights_to_compare(lambda: opened.weights(entry, verify=False))
         return unet
-
-    def set_weights_to_compare(self, read: Callable[[], StoredWeights]) -> None:
-        """Set the function that opens the weights of the build, unverified, for comparisons."""
-        self._weights_to_compare = read
 
     def weights_to_compare(self) -> StoredWeights | None:
         """Return the weights that the engines were built with, for comparisons; None where the bundle lacks them."""
         try:
-            return None if self._weights_to_compare is None else self._weights_to_compare()
+            return None if self._stored_unverified is None else self._stored_unverified()
         except (BundleError, EngineError):
             return None  # built for deployment, or in low precision
 
@@ -217,10 +218,11 @@ class UNet(LoraMethods, BaseUNet):
             bound: engines bound to buffers, which hold the inputs.
         """
         owner = self._features.owner(bound)
-        if owner is not None and owner is not part.features and self._may_copy(bound):
-            self._features.copy_out(bound, owner, self._caching.features)
-        elif owner is not None and owner is not part.features:
-            owner.drop()
+        if owner is not None and owner is not part.features:
+            if self._may_copy(bound):
+                self._features.copy_out(bound, owner, self._caching.features)
+            else:
+                owner.drop()
         if call.cut is not None:
             self._features.fill(bound, [part], part.rows, self._cuts[call.cut])
             bound.shallow(call.cut)

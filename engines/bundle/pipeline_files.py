@@ -11,9 +11,9 @@ from ...errors import ModelError
 from ...exporter.foreign.networks import config_folder, pipeline_index
 from ...exporter.load import INDEX_FILE, PROMPTS_FILE, ModelSource
 from ...exporter.weight_files import (
+    INDEX_SUFFIX,
     chosen_variant,
     component_files,
-    index_file,
     index_without_variant,
     small_files,
     without_variant,
@@ -84,8 +84,8 @@ def copy_pipeline_files(source: ModelSource, out: Path, without_weights: Contain
         shutil.copyfile(source.root / INDEX_FILE, out / INDEX_FILE)
     for name, file in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        variant = chosen_variant(file.parent, source.variant) if file.parent != source.root else None
-        if variant is not None and file == index_file(file.parent, variant):
+        if name.endswith(INDEX_SUFFIX) and Path(name).name != file.name:  # an index of shards that are renamed too
+            variant = chosen_variant(file.parent, source.variant)
             (out / name).write_text(index_without_variant(file, variant), encoding="utf-8")
         else:
             shutil.copyfile(file, out / name)

@@ -74,7 +74,7 @@ class StoredWeights:
         return self._parameters[name].transposed
 
     def read_row(self, name: str) -> torch.Tensor | None:
-        """Return the first row of a parameter as it is stored; None if it is stored quantized.
+        """Return the first row of a parameter as it is stored, flat; None if it is stored quantized.
 
         Only the row is read from disk. A transposed parameter's row is a column of PyTorch's matrix.
         """

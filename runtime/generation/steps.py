@@ -97,6 +97,13 @@ class StepTracker:
         return timestep_value(timestep) == self._last_value()
 
 
+def read_once(timestep: torch.Tensor | float) -> torch.Tensor | float:
+    """Return a timestep whose step is known without waiting for the device: on the host, unless its place shows it."""
+    if not isinstance(timestep, torch.Tensor) or _position(timestep) is not None:
+        return timestep
+    return timestep.cpu()
+
+
 def _differs_by_row(timestep: torch.Tensor | float) -> bool:
     if not isinstance(timestep, torch.Tensor) or timestep.numel() < 2 or not any(timestep.stride()):
         return False

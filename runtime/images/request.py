@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import ShapeError, UserError
+from ...errors import UserError
 from ...exporter.families import downsampling
+from ..text_to_image import check_multiple, count_calls
 from .image_files import read_image
 
 # Parameters of video pipelines for the number of frames; the second is Text2Video-Zero's.
@@ -60,7 +60,7 @@ class ImageRequest:
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise UserError(f"the guidance scale is {self.guidance}, but must be a finite number such as 7.5")
         for text in (self.prompt, self.negative_prompt):
-            if text is not None and not text.isascii() and text.encode("utf-8", "ignore").decode() != text:
+            if text is not None and text.encode("utf-8", "ignore").decode() != text:
                 raise UserError("the prompt has characters that are not Unicode text: type it again")
 
 
@@ -129,23 +129,9 @@ def check_request(pipe: Any, request: ImageRequest) -> None:
         ShapeError: a side of the image is not a valid multiple.
     """
     pipeline_arguments(pipe, request)
-    scheduler = copy.deepcopy(pipe.scheduler)
-    try:
-        scheduler.set_timesteps(request.steps)
-    except (ValueError, IndexError) as error:
-        raise UserError(
-            f"{type(scheduler).__name__} does not take {request.steps} steps: give another number"
-        ) from error
-    if "height" not in pipeline_parameters(pipe):
-        return
-    multiple = image_scale(pipe) * downsampling(pipe.unet.config)
-    for side, pixels in (("height", request.height), ("width", request.width)):
-        if pixels is not None and pixels % multiple:
-            nearest = max(multiple, round(pixels / multiple) * multiple)
-            raise ShapeError(
-                f"the image's {side} is {pixels}, but this model needs a multiple of {multiple}: the nearest is "
-                f"{nearest}"
-            )
+    count_calls(pipe.scheduler, request.steps)
+    if "height" in pipeline_parameters(pipe):
+        check_multiple(request.height, request.width, image_scale(pipe) * downsampling(pipe.unet.config))
 
 
 def image_scale(pipe: Any) -> int:

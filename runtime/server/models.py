@@ -16,7 +16,7 @@ from ...exporter.cut import canonical_name
 from ...exporter.specs import Dim, TensorSpec
 from ...exporter.trace.export import SAMPLE
 from ..generation.schedule import SKIP, Schedule, Steps
-from ..text_to_image import is_text_to_image
+from ..text_to_image import check_multiple, count_calls, is_text_to_image
 from ..tuning.artifact import Tuned, best_match, make_key
 from ..unet import UNet
 
@@ -77,14 +77,7 @@ class ModelInfo:
             UserError: the scheduler does not support this number of steps.
         """
         if steps not in self._calls:
-            scheduler = copy.deepcopy(self.scheduler)
-            try:
-                scheduler.set_timesteps(steps)
-            except ValueError as error:
-                raise UserError(
-                    f"{type(scheduler).__name__} does not take {steps} steps: ask for another number"
-                ) from error
-            _store(self._calls, steps, len(scheduler.timesteps))
+            _store(self._calls, steps, count_calls(self.scheduler, steps))
         return self._calls[steps]
 
     def check_size(self, width: int, height: int) -> None:
@@ -93,13 +86,7 @@ class ModelInfo:
         Raises:
             ShapeError: a side is not a valid multiple, or no engine profile covers the size.
         """
-        for side, pixels in (("width", width), ("height", height)):
-            if pixels % self.multiple:
-                nearest = max(self.multiple, round(pixels / self.multiple) * self.multiple)
-                raise ShapeError(
-                    f"the image's {side} is {pixels}, but this model needs a multiple of {self.multiple}: the nearest "
-                    f"is {nearest}"
-                )
+        check_multiple(height, width, self.multiple)
         latent = {"height": height // self.scale, "width": width // self.scale}
         for side, fixed in zip(("height", "width"), self.sample[-2:], strict=True):
             if isinstance(fixed, int) and fixed != latent[side]:
