@@ -44,6 +44,8 @@ _PIPELINES_THAT_NEED_LAYERS = {
     "LEditsPPPipelineStableDiffusionXL": "reads the UNet's attention maps",
     "StableDiffusionAttendAndExcitePipeline": "computes gradients through the UNet",
     "StableDiffusionModelEditingPipeline": "edits the weights of the UNet's attention",
+    "StableDiffusionControlNetXSPipeline": "runs its ControlNet inside the UNet's blocks",
+    "StableDiffusionXLControlNetXSPipeline": "runs its ControlNet inside the UNet's blocks",
     "StableDiffusionPix2PixZeroPipeline": "computes gradients through the UNet",
     "StableDiffusionSAGPipeline": "reads the UNet's attention maps",
 }

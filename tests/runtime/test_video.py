@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
-from support.videos import SKIPS, new_unet, random_inputs
+from support.models import new_unet
+from support.reuse import EagerReuse
+from support.videos import SKIPS, UNETS, random_inputs
 
 import offcut
 from offcut.errors import BundleError, EngineError, ModelError, ShapeError, UserError
@@ -20,9 +21,6 @@ from offcut.errors import BundleError, EngineError, ModelError, ShapeError, User
 pytestmark = pytest.mark.slow
 SCHEDULE = offcut.Uniform(3)
 STEPS = 7
-# Channels of the cached feature at deepcache:1. The first layer of the last up block takes 64 channels from the block
-# below and 32 from the skip connection.
-HIDDEN = 64
 Generate = Callable[..., torch.Tensor]
 
 
@@ -82,30 +80,9 @@ def video_latents(
     return torch.as_tensor(latents)
 
 
-@contextmanager
-def reusing(unet: Any, full_calls: tuple[int, ...]) -> Iterator[None]:
-    """Reuse the feature of the last full call as the input of the last up block's first layer on shallow calls."""
-    call, feature = -1, torch.empty(0)
-
-    def count(*_: Any) -> None:
-        nonlocal call
-        call += 1
-
-    def replace(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        nonlocal feature
-        joined = args[0] if args else kwargs["input_tensor"]
-        if call in full_calls:
-            feature = joined[:, :HIDDEN].clone()
-        joined = torch.cat([feature, joined[:, HIDDEN:]], dim=1)
-        return ((joined, *args[1:]), kwargs) if args else (args, {**kwargs, "input_tensor": joined})
-
-    hooks = [
-        unet.register_forward_pre_hook(count),
-        unet.up_blocks[-1].resnets[0].register_forward_pre_hook(replace, with_kwargs=True),
-    ]
-    yield
-    for hook in hooks:
-        hook.remove()
+def reusing(unet: Any, full_calls: tuple[int, ...]) -> EagerReuse:
+    """Reuse the feature of deepcache:1 from the last full call on shallow calls."""
+    return EagerReuse(unet, lambda call: (None, call in full_calls), branch=1)
 
 
 def test_a_cached_video_equals_the_same_caching_in_eager_pytorch(
@@ -166,7 +143,7 @@ def test_a_bundle_attaches_to_a_video_pipeline(
 
 
 def test_the_unet_has_the_signature_and_output_of_diffusers_own(name: str, cached: Any) -> None:
-    unet = new_unet(name)
+    unet = new_unet(UNETS[name])
     inputs = random_inputs(name, batch=2, frames=3, height=8, width=8)
     timestep = inputs.pop("timestep")
     named = {"sample": inputs.pop("sample"), "timestep": timestep, **inputs}

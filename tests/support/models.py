@@ -33,12 +33,24 @@ PIXEL_UNET: dict[str, Any] = {
 
 
 def new_unet(config: Mapping[str, Any]) -> Any:
-    """Return a UNet with random weights; a config with a width of text is that of a UNet2DConditionModel."""
+    """Return a UNet with random weights and no layer of zeros.
+
+    Args:
+        config: its config; without ``_class_name``, that of a UNet2DConditionModel if it has a width of text, and else
+            that of a UNet2DModel.
+    """
     import diffusers
 
-    kind = diffusers.UNet2DConditionModel if "cross_attention_dim" in config else diffusers.UNet2DModel
+    settings = dict(config)
+    default = "UNet2DConditionModel" if "cross_attention_dim" in config else "UNet2DModel"
+    kind = getattr(diffusers, settings.pop("_class_name", default))
     torch.manual_seed(0)
-    return with_lively_weights(kind(**config)).eval()
+    unet = kind(**settings)
+    with torch.no_grad():  # the last temporal layers begin as zero, which would hide the frames from each other
+        for parameter in unet.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    return with_lively_weights(unet).eval()
 
 
 def save_unet(path: Path, **overrides: Any) -> Path:
@@ -95,7 +107,7 @@ def save_stable_diffusion_xl(path: Path) -> Path:
     torch.manual_seed(0)
     parts = text_to_latent_parts(path, width=16)
     settings = {**parts["text_encoder"].config.to_dict(), "hidden_size": 24, "projection_dim": 20, "hidden_act": "gelu"}
-    tokenizer = _tokenizer(path / "tokenizer_2")
+    tokenizer = save_tokenizer(path / "tokenizer_2")
     second = CLIPTextModelWithProjection(CLIPTextConfig(**settings))
     unet = UNet2DConditionModel(
         sample_size=16,
@@ -131,7 +143,7 @@ def text_to_latent_parts(path: Path, width: int) -> dict[str, Any]:
         norm_num_groups=4,
         sample_size=64,
     )
-    tokenizer = _tokenizer(path / "tokenizer")
+    tokenizer = save_tokenizer(path / "tokenizer")
     text = CLIPTextConfig(
         hidden_size=width,
         intermediate_size=64,
@@ -157,7 +169,7 @@ def with_lively_weights(unet: torch.nn.Module) -> Any:
     return unet
 
 
-def _tokenizer(folder: Path) -> Any:
+def save_tokenizer(folder: Path) -> Any:
     """Save and return a CLIPTokenizer whose vocabulary is the letters."""
     from transformers import CLIPTokenizer
 

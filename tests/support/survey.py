@@ -1,6 +1,6 @@
-"""Recipes of the survey: small pipelines of diffusers with a UNet, and a call of each.
+"""Survey of diffusers' pipelines with a UNet: all classes, how one is made small and called, and the manual's table.
 
-A new recipe is one entry in ``RECIPES``. ``REFUSED`` holds the recipes that offcut refuses, with a part of the message.
+``python -m support.survey``, run in ``tests/``, writes the table of ``docs/reference/models.md`` anew.
 """
 
 from __future__ import annotations
@@ -8,113 +8,20 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from PIL import Image
 
-from .models import LATENT_UNET as TEXT
-from .models import PIXEL_UNET as PIXELS
+from .components import stable_diffusion
+from .recipes import NOT_MADE, RECIPES, Recipe
 
 STEPS = 7
-IMAGE = Image.linear_gradient("L").convert("RGB").resize((32, 32))
-MASK = Image.new("L", (32, 32), 0)
-MASK.paste(255, (8, 8, 24, 24))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A small pipeline and one call of it.
-
-    Attributes:
-        unet: config of its UNet.
-        call: arguments of the call besides the steps, the generator and the output type.
-        scheduler: function that returns its scheduler.
-        components: names of components that are not those of Stable Diffusion, with their values.
-        output: the call's ``output_type``.
-        one_call_a_step: whether the UNet is called once a step, so that the timeline is that of the schedule.
-    """
-
-    unet: Mapping[str, Any]
-    call: Mapping[str, Any] = field(default_factory=dict)
-    scheduler: Callable[[], Any] = lambda: diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
-    components: Mapping[str, Any] = field(default_factory=dict)
-    output: str = "latent"
-    one_call_a_step: bool = True
-
-
-def _scheduler(name: str, **settings: Any) -> Callable[[], Any]:
-    def make() -> Any:
-        kind = getattr(diffusers, name, None)
-        if kind is None:
-            kind = getattr(importlib.import_module("diffusers.schedulers.deprecated"), name)
-        return kind(**settings)
-
-    return make
-
-
-_SIZE = {"height": 32, "width": 32}
-_TO_IMAGE = {"prompt": "a", **_SIZE}
-_FROM_IMAGE = {"prompt": "a", "image": IMAGE, "strength": 0.9}
-
-RECIPES: dict[str, Recipe] = {
-    "StableDiffusionPipeline": Recipe(TEXT, _TO_IMAGE),
-    "StableDiffusionImg2ImgPipeline": Recipe(TEXT, _FROM_IMAGE),
-    "StableDiffusionInpaintPipeline": Recipe(
-        TEXT | {"in_channels": 9}, {"prompt": "a", "image": IMAGE, "mask_image": MASK, **_SIZE}
-    ),
-    "StableDiffusionInstructPix2PixPipeline": Recipe(
-        TEXT | {"in_channels": 8}, {"prompt": "a", "image": IMAGE, "image_guidance_scale": 1.5}
-    ),
-    "StableDiffusionUpscalePipeline": Recipe(
-        TEXT | {"in_channels": 7, "num_class_embeds": 50},
-        {"prompt": "a", "image": IMAGE.resize((16, 16))},
-        components={"low_res_scheduler": diffusers.DDPMScheduler()},
-    ),
-    "SemanticStableDiffusionPipeline": Recipe(TEXT, {**_TO_IMAGE, "editing_prompt": ["b"]}),
-    "StableDiffusionModelEditingPipeline": Recipe(TEXT, _TO_IMAGE),
-    "StableDiffusionAttendAndExcitePipeline": Recipe(TEXT, {**_TO_IMAGE, "token_indices": [1]}),
-    "LEditsPPPipelineStableDiffusion": Recipe(TEXT, scheduler=_scheduler("DDIMScheduler", clip_sample=False)),
-    "StableDiffusionParadigmsPipeline": Recipe(
-        TEXT,
-        {**_TO_IMAGE, "parallel": 3},
-        _scheduler("DDIMParallelScheduler", clip_sample=False),
-        one_call_a_step=False,
-    ),
-    "LatentConsistencyModelPipeline": Recipe(TEXT | {"time_cond_proj_dim": 16}, _TO_IMAGE, _scheduler("LCMScheduler")),
-    "StableDiffusionGLIGENPipeline": Recipe(
-        TEXT | {"attention_type": "gated"},
-        {**_TO_IMAGE, "gligen_phrases": ["b"], "gligen_boxes": [[0.1, 0.1, 0.5, 0.5]]},
-    ),
-    "StableDiffusionPAGPipeline": Recipe(TEXT, _TO_IMAGE),
-    "StableDiffusionSAGPipeline": Recipe(TEXT, _TO_IMAGE),
-    "MarigoldDepthPipeline": Recipe(
-        TEXT | {"in_channels": 8}, {"image": IMAGE, "processing_resolution": 32}, output="np"
-    ),
-    "DDPMPipeline": Recipe(PIXELS, scheduler=_scheduler("DDPMScheduler"), output="np"),
-    "DDIMPipeline": Recipe(PIXELS, output="np"),
-    "PNDMPipeline": Recipe(PIXELS, scheduler=_scheduler("PNDMScheduler"), output="np"),
-    "ConsistencyModelPipeline": Recipe(PIXELS, scheduler=_scheduler("CMStochasticIterativeScheduler"), output="np"),
-    "ScoreSdeVePipeline": Recipe(
-        PIXELS | {"time_embedding_type": "fourier"},
-        scheduler=lambda: diffusers.schedulers.ScoreSdeVeScheduler(),
-        output="np",
-        one_call_a_step=False,
-    ),
-    "KarrasVePipeline": Recipe(PIXELS, scheduler=_scheduler("KarrasVeScheduler"), output="np", one_call_a_step=False),
-}
-
-REFUSED = {
-    "LEditsPPPipelineStableDiffusion": "reads the UNet's attention maps",
-    "StableDiffusionAttendAndExcitePipeline": "computes gradients through the UNet",
-    "StableDiffusionModelEditingPipeline": "edits the weights of the UNet's attention",
-    "StableDiffusionGLIGENPipeline": "cross_attention_kwargs={'gligen'",
-    "StableDiffusionPAGPipeline": "pag_scale=0",
-    "StableDiffusionSAGPipeline": "reads the UNet's attention maps",
-}
+MANUAL = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
 
 
 def pipelines_with_a_unet() -> dict[str, Any]:
@@ -138,15 +45,16 @@ def pipelines_with_a_unet() -> dict[str, Any]:
     return found
 
 
-def new_pipeline(kind: Any, recipe: Recipe, parts: Mapping[str, Any], unet: Any) -> Any:
-    """Return a pipeline with this UNet; components of Stable Diffusion come from ``parts``."""
-    scheduler = recipe.scheduler()
-    components: dict[str, Any] = {"unet": unet, "scheduler": scheduler, **recipe.components}
-    for name, parameter in inspect.signature(kind.__init__).parameters.items():
+def new_pipeline(kind: Any, recipe: Recipe, unet: Any) -> Any:
+    """Return a pipeline with this UNet; components of Stable Diffusion are its own unless the recipe names others."""
+    parameters = inspect.signature(kind.__init__).parameters
+    components: dict[str, Any] = {"unet": unet, "scheduler": recipe.scheduler()}
+    components |= {name: make() for name, make in recipe.components.items() if name in parameters}
+    for name, parameter in parameters.items():
         if name == "requires_safety_checker":
             components[name] = False
-        elif name in parts and name not in components:
-            components[name] = parts[name]
+        elif name in stable_diffusion() and name not in components:
+            components[name] = stable_diffusion()[name]
         elif name not in components and name != "self" and parameter.default is inspect.Parameter.empty:
             components[name] = None
     pipe = kind(**components)
@@ -155,7 +63,7 @@ def new_pipeline(kind: Any, recipe: Recipe, parts: Mapping[str, Any], unet: Any)
 
 
 def run(pipe: Any, recipe: Recipe) -> torch.Tensor:
-    """Call a pipeline, and return its images."""
+    """Call a pipeline, and return its images or latents."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     arguments = {
         "num_inference_steps": STEPS,
@@ -164,4 +72,32 @@ def run(pipe: Any, recipe: Recipe) -> torch.Tensor:
         **recipe.call,
     }
     output = pipe(**{name: value for name, value in arguments.items() if name in parameters})
-    return torch.as_tensor(output.prediction if hasattr(output, "prediction") else output.images)
+    result = next(getattr(output, name) for name in ("prediction", "frames", "rgb", "images") if hasattr(output, name))
+    if isinstance(result, list) and isinstance(result[0], Image.Image):
+        result = np.stack([np.asarray(image, dtype=np.float32) / 255 for image in result])
+    return torch.as_tensor(result)
+
+
+def table(kinds: Mapping[str, Any]) -> list[str]:
+    """Return the rows of the manual's table, one for each class."""
+    rows = []
+    for name in sorted(kinds):
+        if name in NOT_MADE:
+            rows.append(f"| `{name}` | not made: {NOT_MADE[name]} |")
+            continue
+        recipe = RECIPES[name]
+        words = ["refused" if recipe.refused else "works", *([recipe.note] if recipe.note else [])]
+        rows.append(f"| `{name}` | {': '.join(words)} |")
+    return rows
+
+
+def with_table(text: str, rows: list[str]) -> str:
+    """Return the manual's page with these rows in place of those of its table of pipelines."""
+    before, heading, rest = text.partition("| pipeline | |\n|---|---|\n")
+    assert heading, "the page has no table of pipelines"
+    _, blank, after = rest.partition("\n\n")
+    return before + heading + "\n".join(rows) + blank + after
+
+
+if __name__ == "__main__":
+    MANUAL.write_text(with_table(MANUAL.read_text(encoding="utf-8"), table(pipelines_with_a_unet())), encoding="utf-8")

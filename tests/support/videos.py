@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from support.models import text_to_latent_parts, with_lively_weights
+from support.models import new_unet, text_to_latent_parts
 
 SKIPS = {"svd": 4, "animatediff": 4, "text-to-video": 4}
 """Each family with the number of its skip connections."""
@@ -18,50 +18,52 @@ _SHARED: dict[str, Any] = {
     "cross_attention_dim": 16,
     "sample_size": 8,
 }
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "projection_dim": 16,
+    "image_size": 224,
+    "patch_size": 56,
+}
+"""Config of the image encoder."""
 
-
-def new_unet(name: str) -> Any:
-    """Save one of ``SKIPS`` with two levels, one layer a block and random weights."""
-    import diffusers
-
-    torch.manual_seed(0)
-    if name == "svd":
-        unet = diffusers.UNetSpatioTemporalConditionModel(
-            **_SHARED,
-            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-            num_attention_heads=(2, 4),
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=24,
-            num_frames=3,
-        )
-    elif name == "animatediff":
-        unet = diffusers.UNetMotionModel(
-            **_SHARED,
-            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
-            up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
-            num_attention_heads=2,
-            motion_num_attention_heads=2,
-            motion_max_seq_length=8,
-            norm_num_groups=8,
-        )
-    else:
-        unet = diffusers.UNet3DConditionModel(
-            **_SHARED,
-            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-            attention_head_dim=4,
-            norm_num_groups=8,
-        )
-    with torch.no_grad():  # their last temporal layers begin as zero, which would hide the frames from each other
-        for parameter in unet.parameters():
-            if not parameter.any():
-                parameter.copy_(0.1 * torch.randn_like(parameter))
-    return with_lively_weights(unet).eval()
+UNETS: dict[str, dict[str, Any]] = {
+    "svd": _SHARED
+    | {
+        "_class_name": "UNetSpatioTemporalConditionModel",
+        "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        "num_attention_heads": (2, 4),
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24,
+        "num_frames": 3,
+    },
+    "animatediff": _SHARED
+    | {
+        "_class_name": "UNetMotionModel",
+        "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        "num_attention_heads": 2,
+        "motion_num_attention_heads": 2,
+        "motion_max_seq_length": 8,
+        "norm_num_groups": 8,
+    },
+    "text-to-video": _SHARED
+    | {
+        "_class_name": "UNet3DConditionModel",
+        "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+        "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    },
+}
+"""Config of each family's UNet: two levels and one layer a block."""
 
 
 def save_video_unet(name: str, path: Path) -> Path:
-    new_unet(name).save_pretrained(path)
+    new_unet(UNETS[name]).save_pretrained(path)
     return path
 
 
@@ -88,7 +90,7 @@ def save_video_pipeline(name: str, path: Path) -> Path:
     """Save the diffusers pipeline of one of ``SKIPS``; a video has 3 frames of 32x32, with latents of 8x8."""
     import diffusers
 
-    unet = new_unet(name)
+    unet = new_unet(UNETS[name])
     if name == "svd":
         diffusers.StableVideoDiffusionPipeline(**_image_to_latent_parts(), unet=unet).save_pretrained(path)
         return path
@@ -96,36 +98,35 @@ def save_video_pipeline(name: str, path: Path) -> Path:
     if name == "text-to-video":
         diffusers.TextToVideoSDPipeline(**parts, unet=unet).save_pretrained(path)
         return path
-    adapter = diffusers.MotionAdapter(
-        block_out_channels=unet.config.block_out_channels,
-        motion_layers_per_block=1,
-        motion_num_attention_heads=2,
-        motion_max_seq_length=8,
-        motion_norm_num_groups=8,
-    )
     # Its own weights are those that the UNet has: diffusers joined them when it was loaded.
-    diffusers.AnimateDiffPipeline(**parts, unet=unet, motion_adapter=adapter).save_pretrained(path)
+    diffusers.AnimateDiffPipeline(**parts, unet=unet, motion_adapter=motion_adapter()).save_pretrained(path)
     return path
 
 
-def _image_to_latent_parts() -> dict[str, Any]:
-    """Return the components of Stable Video Diffusion: image encoder and processor, VAE, scheduler."""
-    import diffusers
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+def image_encoder() -> Any:
+    """Return a CLIP image encoder with embeddings of 16 numbers."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        projection_dim=16,
-        image_size=224,
-        patch_size=56,
-    )
+    torch.manual_seed(0)
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION)).eval()
+
+
+def video_vae() -> Any:
+    """Return the VAE of Stable Video Diffusion; its latents are a quarter of the image's sides."""
+    import diffusers
+
+    torch.manual_seed(0)
     vae = diffusers.AutoencoderKLTemporalDecoder(
         block_out_channels=(32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 3, layers_per_block=1
     )
-    scheduler = diffusers.EulerDiscreteScheduler(
+    return vae.eval()
+
+
+def video_scheduler() -> Any:
+    """Return the scheduler of Stable Video Diffusion."""
+    import diffusers
+
+    return diffusers.EulerDiscreteScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
@@ -138,9 +139,29 @@ def _image_to_latent_parts() -> dict[str, Any]:
         steps_offset=1,
         interpolation_type="linear",
     )
+
+
+def motion_adapter() -> Any:
+    """Return the motion adapter of ``animatediff``."""
+    import diffusers
+
+    torch.manual_seed(0)
+    return diffusers.MotionAdapter(
+        block_out_channels=(32, 64),
+        motion_layers_per_block=1,
+        motion_num_attention_heads=2,
+        motion_max_seq_length=8,
+        motion_norm_num_groups=8,
+    )
+
+
+def _image_to_latent_parts() -> dict[str, Any]:
+    """Return the components of Stable Video Diffusion: image encoder and processor, VAE, scheduler."""
+    from transformers import CLIPImageProcessor
+
     return {
-        "image_encoder": CLIPVisionModelWithProjection(vision).eval(),
+        "image_encoder": image_encoder(),
         "feature_extractor": CLIPImageProcessor(),
-        "vae": vae.eval(),
-        "scheduler": scheduler,
+        "vae": video_vae(),
+        "scheduler": video_scheduler(),
     }

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.models import new_unet
 from support.unets import largest_difference, run
-from support.videos import SKIPS, new_unet, random_inputs, save_video_unet
+from support.videos import SKIPS, UNETS, random_inputs, save_video_unet
 
 from offcut.engines.bundle.bundle import onnx_of
 from offcut.errors import ModelError, ShapeError
@@ -53,7 +54,7 @@ def test_the_inputs_are_what_the_pipeline_passes(family: str, tmp_path: Path) ->
     given = random_inputs(family, **{key: size for key, size in dims.items() if key != "sequence"})
     assert {spec.name: spec.resolve(dims) for spec in specs} == {key: tuple(t.shape) for key, t in given.items()}
     with torch.no_grad():
-        output = new_unet(family)(**given).sample
+        output = new_unet(UNETS[family])(**given).sample
     assert source.family.noise(source.config, "float32").resolve(dims) == tuple(output.shape)
 
 
@@ -114,7 +115,7 @@ def test_every_skip_connection_is_a_cut_whose_features_are_all_frames_of_all_vid
 def test_shallow_with_fresh_features_equals_full_bit_for_bit_at_every_size(
     engine: str, name: str, pairs: list[GraphPair]
 ) -> None:
-    unet = new_unet(name)
+    unet = new_unet(UNETS[name])
     for size in SIZES:
         inputs = random_inputs(name, **size)
         with torch.no_grad():
@@ -160,5 +161,5 @@ def test_dimensions_may_be_fixed(tmp_path: Path) -> None:
     pair = split_all(made, ["deepcache:2"])[0]
     full = run("onnxruntime", pair.full, inputs)
     with torch.no_grad():
-        assert largest_difference(full["noise_pred"], new_unet(name)(**inputs).sample) < 2e-5
+        assert largest_difference(full["noise_pred"], new_unet(UNETS[name])(**inputs).sample) < 2e-5
     assert torch.equal(run("onnxruntime", pair.shallow, {**inputs, **full})["noise_pred"], full["noise_pred"])
