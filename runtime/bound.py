@@ -24,19 +24,23 @@ class BoundPairs(OrderedDict[Hashable, BoundPair]):
         super().__init__()
         self._keep = keep
 
-    def get_or_bind(self, pair: EnginePair, shapes: Mapping[str, Shape], key: Hashable = None) -> BoundPair:
+    def get_or_bind(
+        self, pair: EnginePair, shapes: Mapping[str, Shape], key: Hashable = None, also: BoundPair | None = None
+    ) -> BoundPair:
         """Return the pair bound to buffers of these shapes, from the cache or newly bound.
 
         Args:
             key: a further value that must be equal for buffers to be used again.
+            also: bound pair that the same call needs, so that it is kept.
 
         Raises:
             ShapeError: the engines were not built for these shapes.
         """
         entry: Hashable = tuple(shapes.items()) if key is None else (key, *shapes.items())
         if entry not in self:
-            while len(self) >= self._keep:
-                self.popitem(last=False)[1].close()
+            for other in list(self)[: max(0, len(self) + 1 - self._keep)]:
+                if self[other] is not also:
+                    self.pop(other).close()
             with torch.inference_mode(False):  # else code outside inference mode could not write to the buffers
                 self[entry] = pair.prepare(shapes)
         self.move_to_end(entry)

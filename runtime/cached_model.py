@@ -16,7 +16,7 @@ from ..exporter.cut import canonical_name
 from ..exporter.specs import TensorSpec
 from ..exporter.trace.export import SAMPLE
 from .bound import Shapes
-from .generation.advice import caching_advice, trajectory_advice
+from .generation.advice import caching_advice, exceeded_advice, trajectory_advice
 from .generation.features import CachedFeatures
 from .generation.forecast import Forecast
 from .generation.guidance import GuidanceReuse
@@ -84,7 +84,7 @@ class CachedModel(EngineModel):
         self._unannounced_by: int | None = None
         self._latest: GenerationState | None = None
         self._trajectory_key: Hashable = None
-        self._warned_of_order = False
+        self._warned_of_trajectories = False
         self._busy = threading.Lock()
         self._in_use = IN_USE
 
@@ -233,6 +233,8 @@ class CachedModel(EngineModel):
             self._announced, self._announced_by = state, threading.get_ident()
         try:
             yield state
+            state.finish()
+            self._warn_of_trajectories(state)
         finally:
             self._generation_ended()
             state.release()
@@ -265,14 +267,29 @@ class CachedModel(EngineModel):
         finally:
             self._trajectory_key = before
 
-    def _new_state(self, calls: Calls = None, guided: Guided = False, *, announced: bool = True) -> GenerationState:
-        caching = self._caching
+    def _new_state(
+        self,
+        calls: Calls = None,
+        guided: Guided = False,
+        *,
+        announced: bool = True,
+        previous: GenerationState | None = None,
+    ) -> GenerationState:
+        settings = self._caching
         return GenerationState(
-            caching.schedule, caching.cut, calls, guided, forecast=caching.forecast, announced=announced
+            settings.schedule,
+            settings.cut,
+            calls,
+            guided,
+            forecast=settings.forecast,
+            announced=announced,
+            previous=previous,
         )
 
     def _end_unannounced(self) -> None:
         if self._unannounced is not None:
+            self._unannounced.finish()
+            self._warn_of_trajectories(self._unannounced)
             self._unannounced.release()
         self._unannounced = None
 
@@ -326,7 +343,7 @@ class CachedModel(EngineModel):
     ) -> Call:
         """Begin a call of the present generation."""
         timestep = read_once(timestep)
-        state = self._present_state(shapes, timestep)
+        state = self._present_state(shapes, timestep, conditioning)
         self._latest = state
         call = state.begin(shapes, timestep, conditioning, self._trajectory_key, self._has_features)
         trajectory = call.trajectory
@@ -338,7 +355,9 @@ class CachedModel(EngineModel):
             trajectory.correction = correction.begin() if correction is not None and announced else None
         return call
 
-    def _present_state(self, shapes: Shapes, timestep: torch.Tensor | float) -> GenerationState:
+    def _present_state(
+        self, shapes: Shapes, timestep: torch.Tensor | float, conditioning: torch.Tensor | None
+    ) -> GenerationState:
         """Return the generation that a call belongs to."""
         thread = threading.get_ident()
         if self._announced is not None:
@@ -348,10 +367,11 @@ class CachedModel(EngineModel):
         if (
             self._unannounced is None
             or self._unannounced_by != thread  # the features of another thread belong to another image
-            or not self._unannounced.continues(shapes, timestep, self._trajectory_key)
+            or not self._unannounced.continues(shapes, timestep, conditioning, self._trajectory_key)
         ):
+            previous = self._unannounced if self._unannounced_by == thread else None
             self._end_unannounced()
-            self._unannounced, self._unannounced_by = self._new_state(announced=False), thread
+            self._unannounced, self._unannounced_by = self._new_state(announced=False, previous=previous), thread
         return self._unannounced
 
     def _finish(
@@ -373,10 +393,20 @@ class CachedModel(EngineModel):
         if trajectory.correction is not None:
             output = trajectory.correction.correct(call.full, sample, output)
         self._latest.end(call, seconds)
-        if self.advise and not self._warned_of_order and self._latest.order_changed is not None:
-            self._warned_of_order = True
-            logger.warning(trajectory_advice(*self._latest.order_changed))
+        self._warn_of_trajectories(self._latest)
         return output
+
+    def _warn_of_trajectories(self, state: GenerationState) -> None:
+        """Log a warning, once, if calls of different trajectories may have been mixed up."""
+        if self._warned_of_trajectories:
+            return
+        if state.order_changed is not None:
+            logger.warning(trajectory_advice(*state.order_changed))
+        elif state.exceeded is not None:
+            logger.warning(exceeded_advice(state.exceeded))
+        else:
+            return
+        self._warned_of_trajectories = True
 
     def _has_features(self, features: CachedFeatures) -> bool:
         """Return whether the features for a shallow call still exist."""

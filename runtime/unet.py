@@ -178,7 +178,7 @@ class UNet(LoraMethods, BaseUNet):
             if isinstance(timestep, torch.Tensor) and timestep.numel() > 1:
                 timestep = timestep.chunk(2)[1]
             shapes, not_passed = self._shapes(tensors)
-            bound = self._bound.get_or_bind(self._open_pair(), shapes)
+            bound = self._bound.get_or_bind(self._open_pair(), shapes, also=bound)  # whose buffers hold the features
         for name, tensor in tensors.items():
             bound.buffers[name].copy_(tensor)
         self._zero_residuals(bound, tensors, not_passed)

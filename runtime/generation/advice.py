@@ -63,3 +63,15 @@ def trajectory_advice(before: int, after: int) -> str:
         "order of the calls shows which latent they belong to: if a call was left out or added before others, wrap the "
         "calls of each latent in `with unet.trajectory(key):`"
     )
+
+
+def exceeded_advice(calls: int) -> str:
+    """Return advice for a generation in which one trajectory has more UNet calls than were announced.
+
+    Args:
+        calls: announced number of calls.
+    """
+    return (
+        f"this generation has more UNet calls for one latent than the {calls} announced: if some of them are of "
+        "another latent (in a callback, or a pass that begins later), wrap these calls in `with unet.trajectory(key):`"
+    )

@@ -15,7 +15,7 @@ from ...errors import ScheduleError
 from .features import CachedFeatures
 from .forecast import Forecast
 from .schedule import SKIP, Schedule
-from .steps import StepChange, StepTracker
+from .steps import Step, StepChange, StepTracker, is_value
 from .trajectory import Call, Trajectory
 
 if TYPE_CHECKING:
@@ -74,6 +74,16 @@ class _Group:
     ordered: bool = False  # whether only the order told a call of the present step from other trajectories
     calls_of_last_step: int = 0
 
+    def repeats(self, conditioning: torch.Tensor | None) -> bool | None:
+        """Return whether the conditioning shows that a call's trajectory was called in the present step before.
+
+        None without conditioning.
+        """
+        if conditioning is None:
+            return None
+        known = [trajectory for trajectory in self.trajectories if trajectory.knows(conditioning)]
+        return bool(known) and all(trajectory in self.called for trajectory in known)
+
 
 class GenerationState:
     """Tells the calls of a generation apart by trajectory, and holds the trajectories.
@@ -81,6 +91,8 @@ class GenerationState:
     Attributes:
         order_changed: numbers of calls of two consecutive steps if they differ and only the order of the calls told
             the trajectories apart; otherwise None.
+        steps_before: steps of the runs that a restart has ended, as far as known, by the keys of the groups.
+        exceeded: announced number of calls of each trajectory if one of them made more calls; otherwise None.
 
     Args:
         schedule: None makes every call full.
@@ -90,6 +102,7 @@ class GenerationState:
         guided: whether calls are made with classifier-free guidance. A function is called at the first call.
         forecast: prediction of the cached features; None reuses the features.
         announced: whether all calls are known to belong to one generation.
+        previous: the unannounced generation before, with which this one may take turns.
 
     Raises:
         ScheduleError: the schedule needs to know the number of calls.
@@ -104,12 +117,15 @@ class GenerationState:
         *,
         forecast: Forecast | None = None,
         announced: bool = True,
+        previous: GenerationState | None = None,
     ) -> None:
         self.order_changed: tuple[int, int] | None = None
+        self.exceeded: int | None = None
         self._schedule, self._cut, self._forecast = schedule, cut, forecast
         self._calls, self._guided, self._announced = calls, guided, announced
         self._resolved_calls: int | None = None
-        self._groups: dict[Hashable, _Group] = {}
+        self.steps_before: dict[tuple[Hashable, bool], list[Step]] = {} if previous is None else previous.steps_before
+        self._groups: dict[tuple[Hashable, bool], _Group] = {}  # by key, and by whether timesteps are passed by value
         self._begun: tuple[Call, _Group, StepChange, torch.Tensor | float] | None = None
         self._full: list[bool] = []
         self._cuts: list[str | None] = []
@@ -143,10 +159,9 @@ class GenerationState:
         Raises:
             ScheduleError: as ``begin``.
         """
-        trajectories = self.trajectories
-        if len(trajectories) != 1 or None not in self._groups:
+        trajectories, group = self.trajectories, self._groups.get((None, is_value(timestep)))
+        if len(trajectories) != 1 or group is None:
             return True
-        group = self._groups[None]
         return group.steps.change(timestep) is not StepChange.NEXT or trajectories[0].next_is_full
 
     def begin(
@@ -161,7 +176,9 @@ class GenerationState:
 
         Calls at one step belong to different trajectories. A call belongs to the trajectory whose earlier calls were
         passed the same conditioning tensor. Where several or none were, the order tells: the n-th call of a step
-        belongs to the n-th trajectory. A key makes both unnecessary.
+        belongs to the n-th trajectory. Calls that pass elements of the scheduler's timesteps and calls that pass values
+        of their own, e.g. from a callback, are of different loops, so they never share a trajectory. A key makes the
+        first three unnecessary.
 
         Args:
             shapes: value that identifies the input shapes, and so the buffers.
@@ -173,19 +190,22 @@ class GenerationState:
         Raises:
             ScheduleError: the schedule does not fit the number of calls, or the number of calls is below 1.
         """
-        group = self._groups.get(key) or self._new_group(key)
-        change = group.steps.change(timestep)
+        loop = key, is_value(timestep)
+        group = self._groups.get(loop) or self._new_group(loop)
+        change = group.steps.change(timestep, group.repeats(conditioning))
         if change is StepChange.RESTART:
-            self._release(group)
-            group, change = self._new_group(key), StepChange.NEXT
+            self._release(loop, group)
+            group, change = self._new_group(loop), StepChange.NEXT
             if key is None:
                 self._resolved_calls = None
-        self._groups[key] = group
+        self._groups[loop] = group
         if key is not None:
             trajectory = group.trajectories[0] if group.trajectories else self._add_to(group)
         else:
             trajectory = self._trajectory_of(group, change, conditioning)
         trajectory.remember(conditioning)
+        if self._resolved_calls is not None and trajectory.completed == self._resolved_calls:
+            self.exceeded = self._resolved_calls if self._schedule is not None else None
         call = trajectory.begin(shapes, features_kept(trajectory.features))
         self._begun = call, group, change, timestep
         return call
@@ -208,10 +228,22 @@ class GenerationState:
         if seconds is not None:
             self._seconds.append(seconds)
 
-    def continues(self, shapes: Hashable, timestep: torch.Tensor | float, key: Hashable = None) -> bool:
+    def finish(self) -> None:
+        """Record that the generation has made all its calls."""
+        for group in self._groups.values():
+            self._compare_steps(group)
+
+    def continues(
+        self,
+        shapes: Hashable,
+        timestep: torch.Tensor | float,
+        conditioning: torch.Tensor | None = None,
+        key: Hashable = None,
+    ) -> bool:
         """Return whether an unannounced call belongs to this generation.
 
-        It does not if the sampler starts again, if the last call failed, or if its trajectory had other shapes.
+        It does not if the sampler starts again, if the last call failed, if its trajectory had other shapes, or if its
+        timestep is a value and those before were elements of a tensor, or the other way round.
 
         Some calls of one generation are taken for new generations, which only costs full calls. One new generation is
         missed: if an exception outside the UNet ended the last one, and the new one begins at or below the last
@@ -220,10 +252,12 @@ class GenerationState:
         """
         if self._begun is not None:
             return False
-        if key is not None or None not in self._groups:
+        if key is not None:
             return True
-        group = self._groups[None]
-        change = group.steps.change(timestep)
+        group = self._groups.get((None, is_value(timestep)))
+        if group is None:
+            return (None, not is_value(timestep)) not in self._groups
+        change = group.steps.change(timestep, group.repeats(conditioning))
         if change is StepChange.RESTART:
             return False
         index = len(group.called) if change is StepChange.SAME else 0
@@ -236,8 +270,8 @@ class GenerationState:
 
     def release(self) -> None:
         """Drop all tensors, and make the next call full; the record of the calls stays."""
-        for group in self._groups.values():
-            self._release(group)
+        for loop, group in self._groups.items():
+            self._release(loop, group)
         self._groups = {}
 
     def run(self) -> Run:
@@ -254,33 +288,44 @@ class GenerationState:
             self._peak_bytes,
         )
 
-    def _new_group(self, key: Hashable) -> _Group:
-        return _Group(StepTracker(announced=self._announced, keyed=key is not None))
+    def _new_group(self, loop: tuple[Hashable, bool]) -> _Group:
+        before = self.steps_before.get(loop, ())
+        return _Group(StepTracker(announced=self._announced, keyed=loop[0] is not None, before=before))
 
     def _trajectory_of(self, group: _Group, change: StepChange, conditioning: torch.Tensor | None) -> Trajectory:
         """Return the trajectory of a call, by its conditioning or its order in the step."""
-        if self._begun is not None and self._begun[1] is group and change is self._begun[2]:
-            return self._begun[0].trajectory  # the last call failed, and this one repeats it
         called = group.called if change is StepChange.SAME else []
         if change is StepChange.NEXT:
             self._compare_steps(group)
         free = [trajectory for trajectory in group.trajectories if trajectory not in called]
+        known = [trajectory for trajectory in free if trajectory.knows(conditioning)]
+        if self._begun is not None and self._begun[1] is group and change is self._begun[2]:
+            failed = self._begun[0].trajectory
+            if failed in known or not known:
+                group.ordered = True  # or the call after it, if the loop went on without the failed call
+                return failed  # the last call failed, and this one repeats it
         index = len(called)
         by_order = group.trajectories[index] if index < len(group.trajectories) else None
         if by_order not in free:
             by_order = free[0] if free else None
-        known = [trajectory for trajectory in free if trajectory.knows(conditioning)]
         if known and by_order not in known:
             by_order = known[0]
         if by_order is None:
+            shown = conditioning is not None and not any(trajectory.knows(conditioning) for trajectory in called)
+            group.ordered = group.ordered or not shown
             return self._add_to(group)
         group.ordered = group.ordered or len(known) != 1
         return by_order
 
     def _compare_steps(self, group: _Group) -> None:
-        """Note a step whose number of calls differs from that of the step before; called when the next step begins."""
+        """Note a step whose number of calls differs from that of the step before; called at the end of each step."""
         calls = len(group.called)
-        if group.calls_of_last_step and calls != group.calls_of_last_step and group.ordered:
+        if (
+            self._schedule is not None
+            and group.calls_of_last_step
+            and calls != group.calls_of_last_step
+            and group.ordered
+        ):
             self.order_changed = self.order_changed or (group.calls_of_last_step, calls)
         group.calls_of_last_step, group.ordered = calls, False
 
@@ -296,6 +341,7 @@ class GenerationState:
         group.trajectories.append(trajectory)
         return trajectory
 
-    def _release(self, group: _Group) -> None:
+    def _release(self, loop: tuple[Hashable, bool], group: _Group) -> None:
+        self.steps_before[loop] = group.steps.steps
         for trajectory in group.trajectories:
             trajectory.release()

@@ -177,4 +177,4 @@ def _base_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _view_of(tensor: torch.Tensor) -> Hashable:
-    return id(_base_of(tensor)), tensor.storage_offset(), tuple(tensor.shape)
+    return id(_base_of(tensor)), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()

@@ -261,8 +261,8 @@ def test_text_embeddings_tell_the_passes_apart_where_the_first_one_ends_early(
 
 
 def test_a_changed_order_that_nothing_shows_is_reported(unet: offcut.UNet, caplog: pytest.LogCaptureFixture) -> None:
-    """Both latents have the same text embeddings, and the first one ends early."""
-    unet.advise = True
+    """Both latents have the same text embeddings, and the first one ends early. A fault, so no advice to turn off."""
+    assert not unet.advise
     unet.set_schedule(Uniform(3))
     text = text_of(0, unet.config["cross_attention_dim"])
     with unet.generation(20):
@@ -271,6 +271,27 @@ def test_a_changed_order_that_nothing_shows_is_reported(unet: offcut.UNet, caplo
                 unet(latents_of(number), timestep, text)
     assert "called the UNet 2 times and the next step 1 times" in caplog.text
     assert "unet.trajectory(key)" in caplog.text
+
+
+def test_a_callback_that_calls_the_unet_leaves_the_image_as_it_is(
+    tiny_pipeline: Any, unet: offcut.UNet, decibels: Decibels
+) -> None:
+    components = {**tiny_pipeline.components, "unet": unet}
+    pipe = offcut.attach(StableDiffusionPipeline(**components, requires_safety_checker=False), unet)
+    pipe.set_progress_bar_config(disable=True)
+    text = text_of(5, unet.config["cross_attention_dim"])
+
+    def preview(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        for value in (0, float(timestep), int(timestep) - 10):
+            with torch.no_grad():
+                pipe.unet(latents_of(9), value, text)
+        return {}
+
+    unet.set_schedule(Uniform(3))
+    arguments = {"prompt": "a red square", "num_inference_steps": 7, "height": 64, "width": 64, "output_type": "latent"}
+    expected = pipe(**arguments, generator=torch.Generator().manual_seed(0)).images
+    actual = pipe(**arguments, generator=torch.Generator().manual_seed(0), callback_on_step_end=preview).images
+    assert decibels(actual, expected) > SAME
 
 
 @settings(max_examples=25, deadline=None)

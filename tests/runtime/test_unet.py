@@ -290,10 +290,11 @@ def calls(unet: UNet, timesteps: Any, **more: Any) -> None:
 
 def test_announced_calls_follow_the_schedule_whatever_the_timesteps(unet: UNet, pair: ArithmeticPair) -> None:
     unet.set_schedule(Uniform(3), cut="deepcache:1")
+    text = inputs()["encoder_hidden_states"]
     for timesteps in ([9, 8, 7, 6], [9, 8, 8, 7], [1, 2, 3, 4]):
         pair.log.clear()
         with unet.generation(calls=4):
-            calls(unet, timesteps)
+            calls(unet, timesteps, encoder_hidden_states=text)
         assert pair.log == ["full", "deepcache:1", "deepcache:1", "full"]
         assert unet.last_run is not None
         assert unet.last_run.timeline == "#..#"
@@ -340,7 +341,7 @@ def test_the_number_of_calls_is_optional_for_schedules_that_do_not_need_it(unet:
 
 def test_unannounced_calls_begin_a_new_generation_when_the_timestep_rises(unet: UNet, pair: ArithmeticPair) -> None:
     unet.set_schedule(Uniform(9))
-    calls(unet, [9, 8, 8, 7, 9, 8])
+    calls(unet, [9, 8, 8, 7, 9, 8], encoder_hidden_states=inputs()["encoder_hidden_states"])
     assert pair.log == ["full", "deepcache:0", "deepcache:0", "deepcache:0", "full", "deepcache:0"]
     assert unet.last_run is not None
     assert unet.last_run.timeline == "#."

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import offcut
+from offcut.engines.bundle.bundle import Bundle
 from offcut.errors import ScheduleError
 
 FEATURE, CUT, CALLS = "deep_feature_0", "deepcache:0", 7
@@ -76,6 +77,17 @@ def test_the_half_with_the_prompt_is_the_same_without_reuse(unet: offcut.UNet) -
             assert torch.equal(reused[call], plain[call])
         else:
             assert not torch.allclose(reused[call][:2], plain[call][:2], rtol=1e-3, atol=1e-4)
+
+
+def test_buffers_for_one_shape_are_enough(unet: offcut.UNet, tiny_bundle: Path) -> None:
+    """The buffers of the whole batch hold the features that the half reads."""
+    expected = run(unet, reuse=True)
+    bundle = Bundle.open(tiny_bundle)
+    pair = bundle.pair(bundle.find(unet.engine, device="cpu"), device="cpu", threads=1)
+    one = offcut.UNet(pair, bundle.unet_config, bound_shapes=1)
+    for actual, other in zip(run(one, reuse=True), expected, strict=True):
+        assert torch.equal(actual, other)
+    one.close()
 
 
 def test_without_guidance_nothing_changes(unet: offcut.UNet) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -297,3 +298,129 @@ def test_rows_at_different_timesteps_make_full_calls_unless_a_key_says_that_they
     assert [call(keyed, window, key="rows") for window in windows] == [True, False, False, True]
     equal = GenerationState(Uniform(3), calls=4)
     assert [call(equal, torch.full((3,), 900.0 - step)) for step in range(4)] == [True, False, False, True]
+
+
+# Calls whose latent nothing but their order shows
+
+
+def readers(
+    generation: GenerationState, calls: list[tuple[str, torch.Tensor | float, torch.Tensor | None]]
+) -> set[str]:
+    """Make calls of latents, and return the latents that a shallow call read another latent's features for."""
+    last_full: dict[int, str] = {}
+    wrong = set()
+    for latent, timestep, conditioning in calls:
+        begun = generation.begin("A", timestep, conditioning)
+        generation.end(begun)
+        if begun.full:
+            last_full[begun.trajectory.index] = latent
+        elif last_full[begun.trajectory.index] != latent:
+            wrong.add(latent)
+    generation.finish()
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "value", [lambda element: 0.0, float, lambda element: int(element) - 10], ids=["0", "t", "t-10"]
+)
+def test_calls_that_pass_values_share_no_trajectory_with_calls_that_pass_elements(
+    value: Callable[[torch.Tensor], float],
+) -> None:
+    """A callback that calls the UNet with a latent of its own."""
+    text = torch.randn(1, 7, 16)
+    calls = [call for element in elements(9) for call in (("main", element, text), ("callback", value(element), text))]
+    generation = GenerationState(Uniform(3), calls=9)
+    assert readers(generation, calls) == set()
+    assert any(not full for full in generation.run().full)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, diffusers.HeunDiscreteScheduler])
+def test_a_pass_with_its_own_text_may_begin_or_end_at_any_step_by_value(
+    scheduler: type[SchedulerMixin], announced: bool
+) -> None:
+    texts = {name: torch.randn(1, 7, 16) for name in "AB"}
+    values = [float(value) for value in _timesteps(scheduler, 8)]
+    for passes in ("A", "B"), ("A", "AB"), ("AB", "A"), ("AB", "B"):
+        for step in range(1, len(values)):
+            calls = [(name, value, texts[name]) for index, value in enumerate(values) for name in passes[index >= step]]
+            generation = GenerationState(Uniform(3), calls=len(values) if announced else None, announced=announced)
+            wrong = readers(generation, calls)
+            # Where one pass replaces the other, only the text changes, as where a prompt changes.
+            assert not wrong or passes == ("A", "B"), (passes, step)
+
+
+@pytest.mark.parametrize("conditioning", [None, torch.zeros(1, 7, 16)], ids=["no text", "same text"])
+@pytest.mark.parametrize("step", [2, 7])
+def test_a_call_before_the_others_that_nothing_shows_is_noted_even_in_the_last_step(
+    conditioning: torch.Tensor | None, step: int
+) -> None:
+    timesteps = elements(8)
+    calls = [
+        (name, timestep, conditioning)
+        for index, timestep in enumerate(timesteps)
+        for name in (("extra", "main") if index >= step else ("main",))
+    ]
+    generation = GenerationState(Uniform(3), calls=8)
+    assert readers(generation, calls) == {"extra"} or step % 3 == 0
+    assert generation.order_changed == (1, 2)
+    uncached = GenerationState(None, calls=8)
+    assert readers(uncached, calls) == set()
+    assert uncached.order_changed is None
+
+
+def test_more_calls_than_announced_are_noted() -> None:
+    generation = GenerationState(Uniform(3), calls=8)
+    run_calls(generation, 8)
+    assert generation.exceeded is None
+    for value in (900.0, 800.0, 800.0, 700.0, 700.0, 600.0, 600.0, 500.0, 500.0):  # Heun's, or a pass that begins later
+        call(generation, value)
+    assert generation.exceeded == 8
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2, 5])
+@pytest.mark.parametrize("by_value", [False, True])
+@pytest.mark.parametrize("latents", [2, 3])
+def test_unannounced_loops_that_take_turns_read_their_own_features(lag: int, by_value: bool, latents: int) -> None:
+    """Python generators that denoise with the same timesteps, of which each begins some steps after the one before."""
+    timesteps: list[Any] = [float(element) for element in elements(12)] if by_value else elements(12)
+    generation: GenerationState | None = None
+    last_full: dict[int, int] = {}
+    for turn in range(12 + lag * latents):
+        for latent in range(latents):
+            step = turn - lag * latent
+            if not 0 <= step < 12:
+                continue
+            if generation is None or not generation.continues("A", timesteps[step]):
+                if generation is not None:
+                    generation.release()
+                generation, last_full = GenerationState(Uniform(3), announced=False, previous=generation), {}
+            begun = generation.begin("A", timesteps[step])
+            generation.end(begun)
+            if begun.full:
+                last_full[begun.trajectory.index] = latent
+            assert last_full[begun.trajectory.index] == latent
+
+
+def test_text_embeddings_with_equal_places_and_other_strides_are_different_tensors() -> None:
+    texts = torch.randn(2, 7, 16)
+    passes = {"expanded": texts[:1].expand(2, -1, -1), "whole": texts[0:2]}
+    calls = [
+        (name, timestep, passes[name])
+        for step, timestep in enumerate(elements(8))
+        for name in (reversed(passes) if step % 2 else passes)
+    ]
+    assert readers(GenerationState(Uniform(3), calls=8), calls) == set()
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_loop_that_goes_on_without_a_failed_call_is_noted(step: int) -> None:
+    timesteps, text = elements(8), torch.zeros(1, 7, 16)
+    generation = GenerationState(Uniform(3), calls=8)
+    for index, timestep in enumerate(timesteps):
+        for latent in range(2):
+            begun = generation.begin("A", timestep, text)
+            if (index, latent) != (step, 0):  # the call that failed
+                generation.end(begun)
+    generation.finish()
+    assert generation.order_changed is not None
