@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..engines.builder.request import BuildRequest, Sizes
 from .options import Adapters, BundleArgument, Fix, IPAdapters, Json, Loras, unpack
-from .shell import out, parse_dims, parse_settings, print_contract, print_json, quiet_libraries, stages, steps_bar
+from .shell import err, out, parse_dims, parse_settings, print_contract, print_json, quiet_libraries, stages, steps_bar
 
 if TYPE_CHECKING:
     from ..engines.bundle.bundle import Bundle
@@ -258,15 +258,17 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove files that the manifest does not name, e.g. leftovers of a killed build."""
+    """Remove builds that the manifest does not name, e.g. leftovers of a killed build. Your own files stay."""
     from ..engines.bundle.store import prune as run_prune
 
     pruned = run_prune(bundle, dry_run)
     if as_json:
-        print_json({"files": pruned.files, "bytes": pruned.bytes})
+        print_json({"files": pruned.files, "bytes": pruned.bytes, "left": pruned.left})
         return
     for name in pruned.files:
-        out.print(name)
+        out.print(name, markup=False, highlight=False)
+    if pruned.left:
+        err.print(f"{len(pruned.left)} other files were left, e.g. {pruned.left[0]}", markup=False, highlight=False)
     out.print(f"{'would free' if dry_run else 'freed'} {pruned.bytes / 2**20:.1f} MiB in {len(pruned.files)} files")
 
 

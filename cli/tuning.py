@@ -138,7 +138,7 @@ def tune(
 
     opened = Bundle.open(bundle)  # a wrong path fails before the imports below, which take seconds
     from ..runtime.pipeline import load
-    from ..runtime.prompts import prompts_for
+    from ..runtime.prompts import bundle_prompts, read_prompts
     from ..runtime.text_to_image import scheduler_named
     from ..runtime.tuning.artifact import save
     from ..runtime.tuning.images import load_reference
@@ -159,7 +159,7 @@ def tune(
         request = replace(
             request,
             guidance=_range(guidance),
-            prompts=prompts_for(opened.path, prompts),
+            prompts=bundle_prompts(opened) if prompts is None else read_prompts(prompts),
             cuts=cuts,
             ratios=_ratios(ratio or [], cuts or pipe.unet.cuts[:1]),
             pareto=8 if pareto else 0,

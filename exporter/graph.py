@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from ..errors import ModelError
 from .specs import Dim, Shape, TensorSpec, is_dim, symbols
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
 # Dimensions to infer concrete shapes with: all different, spatial ones divisible by the downsampling of every UNet.
@@ -216,3 +217,42 @@ def _channels_of_producer(value: ir.Value) -> int:
     if weight is None or weight.shape is None:
         raise ModelError(f"the output {value.name} is not made by a convolution: this is not a UNet's graph")
     return int(weight.shape[0])  # type: ignore[arg-type]
+
+
+def external_files(path: Path) -> set[str]:
+    """Return the names of the files that an ONNX graph takes tensors from, as the graph spells them.
+
+    Raises:
+        ModelError: the file is not an ONNX graph.
+    """
+    import onnx
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's own errors share no base class
+        raise ModelError(f"{path} is not an ONNX graph ({type(error).__name__})") from error
+    tensors = [*_tensors_of(model.graph), *(tensor for each in model.functions for tensor in _node_tensors(each.node))]
+    return {
+        entry.value
+        for tensor in tensors
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def _tensors_of(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _tensors_of(graph)

@@ -130,10 +130,13 @@ class _Autoencoder(EngineComponent, AutoencoderKL):  # type: ignore[misc]  # dif
         self.quant_conv, self.post_quant_conv = torch.nn.Identity(), torch.nn.Identity()
 
 
-def open_components(bundle: Bundle, engine: str, precision: str, options: EngineOptions) -> dict[str, torch.nn.Module]:
+def open_components(
+    bundle: Bundle, configs: Path, engine: str, precision: str, options: EngineOptions
+) -> dict[str, torch.nn.Module]:
     """Open a bundle's compiled text encoders and autoencoder; return them by their names in the pipeline.
 
     Args:
+        configs: directory with a folder for each component, which holds its config.
         engine, precision: engine and precision of the pipeline's UNet.
     """
     entries = components_of(bundle, precision)
@@ -143,12 +146,12 @@ def open_components(bundle: Bundle, engine: str, precision: str, options: Engine
         for name, entry in entries.items():
             networks[name] = Network(open_component(bundle, entry, opener, options))
         components: dict[str, torch.nn.Module] = {
-            name: _text_encoder(bundle.path / name, networks[name], bundle.path / str(entry.norm))
+            name: _text_encoder(configs / name, networks[name], bundle.path / str(entry.norm))
             for name, entry in entries.items()
             if entry.norm
         }
         if "vae_decoder" in networks:
-            components["vae"] = _autoencoder(bundle.path / "vae", networks["vae_encoder"], networks["vae_decoder"])
+            components["vae"] = _autoencoder(configs / "vae", networks["vae_encoder"], networks["vae_decoder"])
     except BaseException:
         for network in networks.values():
             network.close()

@@ -39,8 +39,8 @@ def load(
 ) -> DiffusionPipeline:
     """Open a bundle's pipeline, with the bundle's engines in place of its UNet.
 
-    diffusers loads the pipeline's other components, in the dtype of the UNet's latents and on its device. The digests
-    of their files are checked first.
+    diffusers loads the pipeline's other components, in the dtype of the UNet's latents and on its device, from files
+    whose digests were checked. Files that the bundle's manifest does not list are not read.
 
     Args:
         bundle: an opened bundle or its directory.
@@ -56,6 +56,7 @@ def load(
         EngineError: the engine is missing or cannot run here.
     """
     from ..engines.bundle.bundle import Bundle
+    from ..engines.bundle.view import view
 
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     if opened.manifest.pipeline is None:
@@ -63,7 +64,6 @@ def load(
             f"{opened.path} was built from a bare UNet and holds no pipeline: use offcut.UNet.load, or offcut.attach "
             "with a pipeline of your own"
         )
-    opened.verify_files(opened.manifest.parts)
     options = {name: arguments.pop(name) for name in OpenOptions.__annotations__ if name in arguments}
     unet = UNet.load(
         opened,
@@ -78,13 +78,18 @@ def load(
         settings = {key: value for key, value in settings.items() if key not in ("dtype", "torch_dtype")}
     networks: dict[str, Any] = {}
     try:
-        if opened.manifest.components:
-            graphs = opened.find(engine, device=device, precision=precision, inference_precision=inference_precision)
-            base_precision = opened.manifest.variants[graphs.variant].base
-            networks = open_components(opened, unet.engine, base_precision, EngineOptions(device, **options))
-        with without_type_warnings():
-            components = {"unet": unet, **networks} | arguments
-            pipe = DiffusionPipeline.from_pretrained(opened.path, **(settings | components))
+        with view(opened, opened.manifest.parts) as folder:
+            if opened.manifest.components:
+                graphs = opened.find(
+                    engine, device=device, precision=precision, inference_precision=inference_precision
+                )
+                base_precision = opened.manifest.variants[graphs.variant].base
+                engine_options = EngineOptions(device, **options)
+                networks = open_components(opened, folder, unet.engine, base_precision, engine_options)
+            with without_type_warnings():
+                components = {"unet": unet, **networks} | arguments
+                pipe = DiffusionPipeline.from_pretrained(folder, **(settings | components))
+            pipe.register_to_config(_name_or_path=str(opened.path))
         return attach(pipe.to(unet.device), unet)
     except BaseException:
         unet.close()

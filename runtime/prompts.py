@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..exporter.load import PROMPTS_FILE
+
+if TYPE_CHECKING:
+    from ..engines.bundle.bundle import Bundle
 
 PROMPTS = (
     "a photograph of a mountain lake in the morning",
@@ -40,10 +44,23 @@ def prompts_for(root: Path, file: Path | None) -> tuple[str, ...]:
     """Return the prompts of a user's file; without a file the model's own prompts, or else ``PROMPTS``.
 
     Args:
-        root: directory of a bundle or pipeline, which may hold ``PROMPTS_FILE``.
+        root: directory of a pipeline, which may hold ``PROMPTS_FILE``.
 
     Raises:
         UserError: a file cannot be read, or holds no prompt.
     """
     own = root / PROMPTS_FILE
     return read_prompts(file or own) if file is not None or own.is_file() else PROMPTS
+
+
+def bundle_prompts(bundle: Bundle) -> tuple[str, ...]:
+    """Return the prompts of a bundle's model if the bundle lists any, or else ``PROMPTS``.
+
+    Raises:
+        BundleError: the file of prompts is damaged.
+        UserError: as ``read_prompts``.
+    """
+    if PROMPTS_FILE not in bundle.manifest.files:
+        return PROMPTS
+    bundle.verify_files([PROMPTS_FILE])
+    return read_prompts(bundle.path / PROMPTS_FILE)

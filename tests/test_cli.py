@@ -191,11 +191,15 @@ def test_prune_removes_only_files_that_the_manifest_does_not_name(
     unet_bundle: Path, copied: Callable[[Path], Path], command: Command
 ) -> None:
     bundle = copied(unet_bundle)
-    (bundle / "left-over").write_text("x")
-    assert json.loads(command("prune", bundle, "--dry-run", "--json"))["files"] == ["left-over"]
-    assert (bundle / "left-over").exists()
+    leftover, own = bundle / "engines" / "left-over", bundle / "thesis.txt"
+    for file in (leftover, own):
+        file.write_text("x")
+    preview = json.loads(command("prune", bundle, "--dry-run", "--json"))
+    assert (preview["files"], preview["left"]) == (["engines/left-over"], ["thesis.txt"])
+    assert leftover.exists()
     command("prune", bundle)
-    assert not (bundle / "left-over").exists()
+    assert not leftover.exists()
+    assert own.exists()
     assert json.loads(command("verify", bundle, "--json"))["passed"] is True
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...engines.bundle.bundle import Bundle
+from ...engines.bundle.view import view
 from ...exporter.families import example_dims
 from ...runtime.text_to_image import scheduler_named
 from . import video
@@ -61,8 +62,8 @@ def _bundle_scheduler(bundle: Bundle) -> Any:
     folder = bundle.path / "scheduler"
     if bundle.manifest.pipeline is None or not folder.is_dir():
         return kind(**pipeline.noise)
-    bundle.verify_files([name for name in bundle.manifest.parts if name.startswith("scheduler/")])
-    return kind.from_pretrained(bundle.path, subfolder="scheduler", local_files_only=True)
+    with view(bundle, [name for name in bundle.manifest.parts if name.startswith("scheduler/")]) as files:
+        return kind.from_pretrained(files, subfolder="scheduler", local_files_only=True)
 
 
 def prepare_inputs(case: Case, bundle: Bundle) -> dict[str, list[int]]:
@@ -117,9 +118,9 @@ def _encoders(bundle: Bundle, **left_out: None) -> Any:
     """Return the bundle's pipeline without its UNet and without the components in ``left_out``."""
     import diffusers
 
-    bundle.verify_files(bundle.manifest.parts)
     kind = getattr(diffusers, pipeline_name(bundle))
-    return kind.from_pretrained(bundle.path, unet=None, local_files_only=True, **left_out)
+    with view(bundle, bundle.manifest.parts) as files:
+        return kind.from_pretrained(files, unet=None, local_files_only=True, **left_out)
 
 
 def read_inputs(case: Case, dtype: torch.dtype) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ...engines.bundle.bundle import Bundle
 from ...runtime.generation.forecast import Coefficients, Forecast
 from ...runtime.generation.schedule import Schedule, Steps, Uniform
 from ...runtime.pipeline import load
-from ...runtime.prompts import prompts_for
+from ...runtime.prompts import bundle_prompts
 from ...runtime.tuning.images import ImageSet, TuningImage, TuningPipeline, reference_pipeline
 from ...runtime.tuning.prediction import FeatureMoments, Ridge
 from ...runtime.tuning.recording import FeatureRecorder, record
@@ -129,7 +129,7 @@ def _rows(
     reference = None if exact is None else reference_pipeline(pipeline, exact)
     pipe.scheduler.set_timesteps(task.steps)
     calls = len(pipe.scheduler.timesteps)
-    samples = prompts_for(bundle.path, None)
+    samples = bundle_prompts(bundle)
     fit = _set([samples[place % len(samples)] for place in range(task.samples)], task.seed + OTHER_SEEDS, task)
     recorder = FeatureRecorder(
         pipe.unet, pipeline.features, task.positions, task.seed, reference=None if exact is None else exact.unet

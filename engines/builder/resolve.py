@@ -23,7 +23,7 @@ from ..base import Progress, Setting, Settings
 from ..bundle.bundle import Bundle, devices_of, digest_file
 from ..bundle.manifest import MANIFEST_FILE, EngineEntry
 from ..bundle.pipeline_files import pipeline_files
-from ..bundle.store import LOCK_FILE
+from ..bundle.store import LOCK_FILE, is_leftover
 from ..precision import LOW_PRECISIONS, bounds, scheme_of
 from ..profiles import Profile, trained_side
 from ..registry import choose, compiler, engine
@@ -189,8 +189,9 @@ def check_target(out: Path, plan: BuildPlan) -> None:
     if not (out / MANIFEST_FILE).exists():
         # A lock without a manifest is left by a build that was killed while it moved its files in.
         unfinished = (out / LOCK_FILE).exists()
-        if out.is_dir() and not unfinished and any(not path.name.startswith(".") for path in out.iterdir()):
-            raise BundleError(f"{out} is not empty and not a bundle; give another directory")
+        others = [path.name for path in out.iterdir() if not is_leftover(path.name)] if out.is_dir() else []
+        if others and not unfinished:
+            raise BundleError(f"{out} is not a bundle and holds {min(others)}: give a new or an empty directory")
         return
     bundle = Bundle.open(out)
     source, config = bundle.manifest.source, bundle.unet_config

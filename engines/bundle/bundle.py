@@ -9,18 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Unpack
 
-from pydantic import ValidationError
-
 from ...errors import BundleError, CutError, EngineError
+from ...exporter.graph import external_files
 from ...exporter.trace.export import GRAPH_FILE
 from ...exporter.trace.parameters import StoredWeights
 from ..base import EngineOptions, EnginePair, Graphs, OpenOptions
 from ..registry import Choice, choose, engine
-from .manifest import MANIFEST_FILE, SCHEMA_VERSION, EngineEntry, Manifest, Variant, schema_of
+from .manifest import EngineEntry, Manifest, Variant
+from .reading import inside, parse_manifest, read_manifest
 
 
 class Bundle:
@@ -46,14 +47,11 @@ class Bundle:
                 digest than ``expect_digest``, or was written by a newer offcut.
         """
         path = Path(path)
-        file = path / MANIFEST_FILE
-        if not file.is_file():
-            raise BundleError(f"{path} is not an offcut bundle: it has no {MANIFEST_FILE}; make one with offcut build")
-        text = file.read_bytes()
+        text = read_manifest(path)
         digest = hashlib.sha256(text).hexdigest()
         if expect_digest is not None and digest != expect_digest.lower():
             raise BundleError(f"{path} has digest {digest}, not the expected {expect_digest}: it is another bundle")
-        return cls(path, _parse(text, path), digest)
+        return cls(path, parse_manifest(text, path), digest)
 
     @property
     def built_digest(self) -> str:
@@ -93,7 +91,7 @@ class Bundle:
             entry = self.manifest.files.get(name)
             if entry is None:
                 raise BundleError(f"{self.path}: {name} is not in the manifest; build the bundle again")
-            file = _inside(self.path, name)
+            file = inside(self.path, name)
             if not file.is_file():
                 raise BundleError(f"{self.path}: {name} is missing; copy or build the bundle again")
             size = file.stat().st_size
@@ -105,6 +103,21 @@ class Bundle:
                 raise BundleError(
                     f"{self.path}: {name} was altered (its SHA-256 differs); copy or build the bundle again"
                 )
+
+    @contextmanager
+    def unchanged(self, names: Iterable[str]) -> Iterator[None]:
+        """Check these files as ``verify_files`` does, run the block, and check that they are still the same files.
+
+        Raises:
+            BundleError: as ``verify_files``; or a file was exchanged or written in the meantime.
+        """
+        names = list(names)
+        before = [_identity(self.path / name) for name in names]
+        self.verify_files(names)
+        yield
+        for name, identity in zip(names, before, strict=True):
+            if _identity(self.path / name) != identity:
+                raise BundleError(f"{self.path}: {name} was changed while it was opened; open the bundle again")
 
     def choose_engine(self, name: str = "auto", device: str = "cpu") -> Choice:
         """Choose the engine to open: the named one, or the best one of the bundle, with the reason.
@@ -278,8 +291,29 @@ def open_entry(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> En
             f"only onnxruntime has providers, {entry.engine} has none: open onnxruntime, or leave provider out"
         )
     check_fits(entry, options.device)
-    bundle.verify_files(engine_files(entry, bundle.manifest.variants[entry.variant]))
-    return engine(entry.engine).open(bundle.graphs(entry), options)
+    names = engine_files(entry, bundle.manifest.variants[entry.variant])
+    with bundle.unchanged(names):
+        if not entry.compiled:
+            check_external_files(bundle, entry)
+        return engine(entry.engine).open(bundle.graphs(entry), options)
+
+
+def check_external_files(bundle: Bundle, entry: EngineEntry) -> None:
+    """Check that graphs take their weights from the file of their variant that the manifest lists.
+
+    Raises:
+        BundleError: a graph names another file.
+    """
+    graphs = bundle.manifest.variants[entry.variant].graphs
+    assert graphs is not None
+    weights = PurePosixPath(graphs.weights)
+    for name in (entry.full, *entry.shallow.values()):
+        listed = {str(weights.relative_to(PurePosixPath(name).parent))}
+        if others := external_files(bundle.path / name) - listed:
+            raise BundleError(
+                f"{bundle.path}: the graph {name} takes weights from {min(others)}, which is not its variant's file of "
+                "weights; build the bundle again"
+            )
 
 
 def check_fits(entry: EngineEntry, device: str) -> None:
@@ -326,68 +360,19 @@ def engine_files(entry: EngineEntry, variant: Variant) -> list[str]:
     return [entry.full, *entry.shallow.values(), variant.graphs.weights]
 
 
+def _identity(file: Path) -> tuple[int, ...] | None:
+    """Return values that differ if a file was exchanged or written; None if it does not exist."""
+    try:
+        state = file.stat()
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
 def digest_file(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _parse(text: bytes, path: Path) -> Manifest:
-    try:
-        raw = json.loads(text)
-    except ValueError as error:
-        raise BundleError(
-            f"{path / MANIFEST_FILE} is damaged: it is not JSON; copy or build the bundle again"
-        ) from error
-    version = schema_of(raw)
-    if version is None:
-        raise BundleError(f"{path / MANIFEST_FILE} is not the manifest of a bundle: it has no schema_version")
-    if version > SCHEMA_VERSION:
-        raise BundleError(
-            f"{path} was written by a newer offcut (schema {version}, this one reads {SCHEMA_VERSION}): upgrade offcut"
-        )
-    try:
-        manifest = Manifest.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{path / MANIFEST_FILE} is damaged at {where}: {first['msg']}") from error
-    for key, entry in manifest.engines.items():
-        variant = manifest.variants.get(entry.variant)
-        if variant is None:
-            raise BundleError(
-                f"{path}: the engine {key} names the variant {entry.variant}, which the bundle does not have"
-            )
-        if not set(entry.cuts) <= {cut.name for cut in variant.cuts} or set(entry.cuts) != set(entry.shallow):
-            raise BundleError(f"{path}: the graphs of the engine {key} do not belong together; build it again")
-        if entry.compiled:
-            folder = f"engines/{entry.key}"
-        else:  # graphs of an earlier set of cuts are in the same directory as the variant's
-            folder = str(PurePosixPath(variant.graphs.weights).parent) if variant.graphs else ""
-        if {str(PurePosixPath(file).parent) for file in (entry.full, *entry.shallow.values())} != {folder}:
-            raise BundleError(
-                f"{path}: the engine {key} has graphs of another variant than {variant.name}; build it again"
-            )
-    for component in manifest.components:
-        if strays := [entry.key for entry in component.engines if entry.full not in entry.files]:
-            raise BundleError(
-                f"{path}: the engine {strays[0]} of {component.name} names a file of another engine; build it again"
-            )
-    for name in manifest.files:
-        _inside(path, name)
-    return manifest
-
-
-def _inside(root: Path, name: str) -> Path:
-    """Return the path of a file, after checking that no link on the way to it leaves the bundle."""
-    file = root / name
-    try:
-        inside = file.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError):  # circular links
-        inside = False
-    if not inside:
-        raise BundleError(f"{root}: {name} is a link that leaves the bundle; copy the bundle with its links resolved")
-    return file
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -22,6 +22,8 @@ from .bundle import Bundle, digest_file
 from .manifest import MANIFEST_FILE, FileEntry, Manifest
 
 _STAGING = ".build-"
+_BUILD_FOLDERS = ("cache", "components", "engines", "schedules", "unet")
+"""Folders that only builds and ``tune`` write to; earlier versions wrote ``cache``."""
 LOCK_FILE = ".lock"
 
 
@@ -92,14 +94,17 @@ def commit(bundle: Path, staged: Path, update: Callable[[Manifest | None, dict[s
 
 @dataclass(frozen=True)
 class PrunedFiles:
-    """The removed files: their names, and their total size in bytes."""
+    """The removed files: their names, and their total size in bytes; and the names of other files that were left."""
 
     files: tuple[str, ...]
     bytes: int
+    left: tuple[str, ...]
 
 
 def prune(bundle: Path, dry_run: bool = False) -> PrunedFiles:
-    """Remove the files that the manifest does not name: graphs of earlier builds, and leftovers of a killed build.
+    """Remove builds that the manifest does not name: graphs of earlier builds, and leftovers of a killed build.
+
+    Only files in places where builds write are removed. Other files are the user's own and stay.
 
     Do not prune while a build is running into the same bundle: its unfinished files would be removed too.
 
@@ -111,18 +116,27 @@ def prune(bundle: Path, dry_run: bool = False) -> PrunedFiles:
         opened = Bundle.open(bundle)
         named = {*opened.manifest.files, MANIFEST_FILE, LOCK_FILE}
         files = sorted(path for path in opened.path.rglob("*") if path.is_file() or path.is_symlink())
-        unnamed = [path for path in files if path.relative_to(bundle).as_posix() not in named]
-        removed = PrunedFiles(
-            tuple(path.relative_to(bundle).as_posix() for path in unnamed),
-            sum(path.lstat().st_size for path in unnamed),
+        unnamed = [name for path in files if (name := path.relative_to(bundle).as_posix()) not in named]
+        removed = [name for name in unnamed if _is_build_output(name)]
+        pruned = PrunedFiles(
+            tuple(removed),
+            sum((bundle / name).lstat().st_size for name in removed),
+            tuple(name for name in unnamed if name not in removed),
         )
         if not dry_run:
-            for path in unnamed:
-                path.unlink()
-            for folder in sorted((path for path in bundle.rglob("*") if path.is_dir()), reverse=True):
-                if not any(folder.iterdir()):
-                    folder.rmdir()
-    return removed
+            _remove([bundle / name for name in removed], bundle)
+    return pruned
+
+
+def is_leftover(name: str) -> bool:
+    """Return whether a file or folder of a bundle is a lock, a staging directory or an unfinished manifest."""
+    return name == LOCK_FILE or name.startswith((_STAGING, f".{MANIFEST_FILE}-"))
+
+
+def _is_build_output(name: str) -> bool:
+    """Return whether a file of a bundle is in a place that only builds write to."""
+    first, *others = name.split("/")
+    return is_leftover(first) or bool(others and first in _BUILD_FOLDERS)
 
 
 def _check_same(target: Path, name: str, entry: FileEntry) -> None:

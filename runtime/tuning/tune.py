@@ -16,7 +16,7 @@ import numpy as np
 
 from ...errors import UserError
 from ..generation.schedule import Uniform
-from ..prompts import prompts_for
+from ..prompts import bundle_prompts
 from ..text_to_image import is_text_to_image
 from . import lockstep
 from .artifact import Tuned, make_key
@@ -104,7 +104,7 @@ class _TuningRun:
         self._reference = None if reference is None else reference_pipeline(self._pipeline, reference)
         corrected_precision = None if reference is None else unet.precision
         self._key = make_key(bundle, pipe.scheduler, request.steps, request.guidance, corrected_precision)
-        prompts = prompts_for(bundle.path, None) if request.prompts is None else request.prompts
+        prompts = bundle_prompts(bundle) if request.prompts is None else request.prompts
         self._fit, self._select, self._test = split_images(prompts, request.samples, request.guidance, request.seed)
         self._judge = CandidateJudge(self._pipeline, tap, self._fit, self._select)
 

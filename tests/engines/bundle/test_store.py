@@ -229,14 +229,19 @@ def test_prune_of_a_clean_bundle_removes_nothing(unet_bundle: Path, copied: Copy
     assert contents(bundle) == before
 
 
-def test_prune_removes_files_outside_the_manifest_and_empty_folders(unet_bundle: Path, copied: Copy) -> None:
+def test_prune_removes_builds_outside_the_manifest_and_leaves_the_users_files(unet_bundle: Path, copied: Copy) -> None:
     bundle = copied(unet_bundle)
-    (bundle / "old" / "deep").mkdir(parents=True)
-    (bundle / "old" / "deep" / "engine.plan").write_bytes(b"12345")
-    (bundle / "link").symlink_to("/etc/passwd")
+    own = ["README.md", "thesis/chapter-1.txt", ".git/config", "tokenizer/notes.txt", "unet.txt"]
+    outputs = ["engines/old/deep/engine.plan", "unet/fp16-opset9/full.onnx", ".build-0123456789ab/full.onnx"]
+    for name in (*own, *outputs):
+        (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+        (bundle / name).write_bytes(b"12345")
+    (bundle / "engines" / "link").symlink_to("/etc/passwd")
     removed = prune(bundle)
-    assert set(removed.files) == {"old/deep/engine.plan", "link"}
-    assert not (bundle / "old").exists()
+    assert set(removed.files) == {*outputs, "engines/link"}
+    assert set(removed.left) == set(own)
+    assert not (bundle / "engines" / "old").exists()
+    assert all((bundle / name).read_bytes() == b"12345" for name in own)
     assert Path("/etc/passwd").exists()
     offcut.Bundle.open(bundle).verify_files()
 
@@ -246,10 +251,10 @@ def test_prune_does_not_follow_links_to_folders(unet_bundle: Path, copied: Copy,
     outside.mkdir()
     (outside / "letters.txt").write_text("dear", encoding="utf-8")
     bundle = copied(unet_bundle)
-    (bundle / "link").symlink_to(outside)
+    (bundle / "engines" / "link").symlink_to(outside)
     prune(bundle)
     assert (outside / "letters.txt").read_text(encoding="utf-8") == "dear"
-    assert not (bundle / "link").is_symlink()
+    assert not (bundle / "engines" / "link").is_symlink()
 
 
 @pytest.mark.parametrize("exists", [True, False])
