@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..engines.builder.request import BuildRequest, Sizes
-from .options import Adapters, BundleArgument, Fix, IPAdapters, Json, Loras, unpack
+from .options import Adapters, BundleArgument, Fix, IPAdapters, Json, Loras, Origin, unpack
 from .shell import err, out, parse_dims, parse_settings, print_contract, print_json, quiet_libraries, stages, steps_bar
 
 if TYPE_CHECKING:
@@ -221,18 +221,18 @@ def inspect(
     out.print(table)
 
 
+@unpack
 def verify(
     bundle: BundleArgument,
-    expect_digest: Annotated[str | None, typer.Option(help="Fail if the bundle has another digest.")] = None,
+    origin: Annotated[Origin, "Origin of the bundle"],
     device: Annotated[str | None, typer.Option(help="Device: cpu or cuda; by default each engine's own.")] = None,
     as_json: Json = False,
 ) -> None:
     """Check all digests, and compare each engine with its model and across its cuts; exit 1 if a check fails."""
     from ..engines.builder.verify import verify_bundle
-    from ..engines.bundle.bundle import Bundle
 
     with stages() as stage:
-        results = verify_bundle(Bundle.open(bundle, expect_digest), stage, device)
+        results = verify_bundle(origin.open(bundle), stage, device)
     passed = all(check.passed for checks in results.values() for check in checks)
     if as_json:
         rows = [

@@ -80,7 +80,6 @@ def serve_on_cluster(
     Raises:
         UserError: Ray is missing, a bundle does not open, or the cluster does not accept the deployment.
     """
-    from ..engines.bundle.bundle import Bundle
     from ..errors import MissingExtraError
 
     if find_spec("ray") is None:
@@ -92,7 +91,7 @@ def serve_on_cluster(
         print(kuberay_manifest(plan), end="")
         return
     for config in workers.values():  # a bad bundle fails here sooner, and with a clearer message, than in a replica
-        choice = Bundle.open(config.bundle).choose_engine(config.engine, config.device)
+        choice = config.open_bundle().choose_engine(config.engine, config.device)
         err.print(f"engine {choice.name}: {choice.reason}", highlight=False)
     quiet_libraries()
     from ..runtime.server.cluster import deploy

@@ -12,7 +12,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..runtime.images.request import ImageRequest, guidance_of
-from .options import BundleArgument, EngineChoice, EngineName, Json, Loras, unpack
+from .options import BundleArgument, EngineChoice, EngineName, Json, Loras, Origin, unpack
 from .shell import err, out, parse_loras, print_json, quiet_libraries, stages, steps_bar
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class CachingOptions:
 @unpack
 def run(
     bundle: BundleArgument,
+    origin: Annotated[Origin, "Origin of the bundle"],
     request: Annotated[ImageRequest, _REQUEST, "Image or video"],
     caching: Annotated[CachingOptions, "Caching"],
     engine: Annotated[EngineChoice, "Engine"],
@@ -86,9 +87,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Generate an image or a video; --compare adds the uncached one and the difference."""
-    from ..engines.bundle.bundle import Bundle
-
-    opened = Bundle.open(bundle)  # first, so that a wrong path fails before imports that take seconds
+    opened = origin.open(bundle)  # first, so that a wrong path fails before imports that take seconds
     from ..errors import UserError
     from ..runtime.generation.forecast import Extrapolate
     from ..runtime.images.compare import generate_to_file

@@ -24,13 +24,16 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 from typer.models import OptionInfo, ParameterInfo
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..engines.bundle.bundle import Bundle
 
 Model = Annotated[str, typer.Argument(help="Hub id, directory of a diffusers pipeline, or directory of a bare UNet.")]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle directory that offcut build wrote.")]
@@ -98,6 +101,25 @@ class EngineChoice:
     device: Device = "cpu"
     provider: Provider = None
     threads: Threads = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """How a bundle shows where it comes from."""
+
+    expect_digest: Annotated[
+        str | None, typer.Option(help="Fail if the bundle has another digest than the one that its build printed.")
+    ] = None
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="Open compiled engines, which are code, although the bundle was built elsewhere."),
+    ] = False
+
+    def open(self, bundle: Path) -> Bundle:
+        """Open a bundle; see ``Bundle.open``."""
+        from ..engines.bundle.bundle import Bundle
+
+        return Bundle.open(bundle, self.expect_digest, trust=self.trust)
 
 
 class SingleValueCommand(TyperCommand):

@@ -12,7 +12,7 @@ import typer
 
 from ..runtime.server.settings import RequestLimits, ServeSettings, WorkerConfig, allowed_hosts
 from .cluster import RayOptions, print_address, serve_on_cluster
-from .options import EngineChoice, Loras, unpack
+from .options import EngineChoice, Loras, Origin, unpack
 from .shell import err, parse_loras, quiet_libraries, stages
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def serve(
         list[Path],
         typer.Argument(metavar="BUNDLE", help="Bundle directory that offcut build wrote; several with --ray."),
     ],
+    origin: Annotated[Origin, "Origin of the bundle"],
     access: Annotated[AccessOptions, "Network and access"],
     defaults: Annotated[RequestDefaults, "Request defaults"],
     limits: Annotated[RequestLimits, _LIMITS, _LIMITS_PANEL],
@@ -150,12 +151,12 @@ def serve(
         if find_spec(module) is None:
             raise MissingExtraError("offcut serve", package, "serve")
     bundle = None
+    if origin.expect_digest is not None and len(bundles) > 1:
+        raise UserError("--expect-digest is the digest of one bundle: give one, or check each with offcut verify")
     if not ray.ray:
-        from ..engines.bundle.bundle import Bundle
-
         if len(bundles) > 1 or ray.update or ray.kuberay:
             raise UserError("several bundles, --update and --kuberay need Ray: add --ray")
-        bundle = Bundle.open(bundles[0])  # before imports that take seconds
+        bundle = origin.open(bundles[0])  # before imports that take seconds
     settings = ServeSettings(
         api_key=access.api_key,
         hosts=allowed_hosts("0.0.0.0" if ray.kuberay else access.host, access.allow_host),
@@ -167,6 +168,7 @@ def serve(
     config = WorkerConfig(
         bundle=str(bundles[0].resolve()),
         **vars(engine),
+        **vars(origin),
         sampler=sampler,
         loras=tuple((str(Path(path).resolve()), scale) for path, scale in parse_loras(lora).items()),
         max_in_flight=concurrency.max_in_flight,

@@ -14,7 +14,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..runtime.tuning.tuning_request import TuningRequest
-from .options import BundleArgument, Device, EngineName, Json, Threads, unpack
+from .options import BundleArgument, Device, EngineName, Json, Origin, Threads, unpack
 from .shell import err, out, print_json, quiet_libraries, stages
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ _REQUEST_OPTIONS = {
 @unpack
 def tune(
     bundle: BundleArgument,
+    origin: Annotated[Origin, "Origin of the bundle"],
     request: Annotated[TuningRequest, _REQUEST_OPTIONS],
     sampler: Annotated[
         str | None,
@@ -136,7 +137,7 @@ def tune(
     from ..engines.bundle.bundle import Bundle
     from ..errors import UserError
 
-    opened = Bundle.open(bundle)  # a wrong path fails before the imports below, which take seconds
+    opened = origin.open(bundle)  # a wrong path fails before the imports below, which take seconds
     from ..runtime.pipeline import load
     from ..runtime.prompts import bundle_prompts, read_prompts
     from ..runtime.text_to_image import scheduler_named

@@ -32,12 +32,13 @@ TINY_CUTS = ["deepcache:0", "deepcache:1", "deepcache:2", "deepcache:3", "deepca
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the builds of all test processes one export cache, which stays for the next run.
+    """Give the builds of all test processes one export cache and record of trust, which stay for the next run.
 
     ``OFFCUT_TEST_CACHE`` names another directory.
     """
     folder = os.environ.get("OFFCUT_TEST_CACHE") or str(config.rootpath / ".pytest_cache" / "offcut")
     os.environ["OFFCUT_CACHE"] = folder
+    os.environ["OFFCUT_DATA"] = folder
     os.environ["OFFCUT_CACHE_SIZE"] = "2"
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ...benchmarks.latency.case import LatencyRequest
-from ..options import BundleArgument, Device, Json, Threads, unpack
+from ..options import BundleArgument, Device, Json, Origin, Threads, unpack
 from ..shell import err, out, print_json, stages
 from .outcome import BenchRun
 
@@ -64,6 +64,7 @@ class MeasureOptions:
 @unpack
 def latency(
     bundle: BundleArgument,
+    origin: Annotated[Origin, "Origin of the bundle"],
     request: Annotated[LatencyRequest, _CONTESTANTS | _LOOP],
     options: Annotated[MeasureOptions, "Measurement (as in trtexec)"],
     output: Annotated[
@@ -91,7 +92,6 @@ def latency(
     from ...benchmarks.latency.rounds import RoundOptions, measure
     from ...benchmarks.report.blocks import for_terminal
     from ...benchmarks.report.latency import section
-    from ...engines.bundle.bundle import Bundle
     from ...errors import UserError
 
     if interval is not None and schedule is not None:
@@ -104,7 +104,7 @@ def latency(
         threads=threads,
         device=device,
     )
-    opened = Bundle.open(bundle)
+    opened = origin.open(bundle)
     run = BenchRun(_PACKAGES)
     log = output / "processes.log"
     try:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ...benchmarks.serving.load_plan import PARTS, LoadPlan, ServerSetting
-from ..options import BundleArgument, Device, EngineName, Json, Threads, unpack
+from ..options import BundleArgument, Device, EngineName, Json, Origin, Threads, unpack
 from ..shell import err, stages
 from .outcome import BenchRun
 
@@ -57,6 +57,7 @@ _LOOPS = {
 @unpack
 def serve(
     bundle: BundleArgument,
+    origin: Annotated[Origin, "Origin of the bundle"],
     server: Annotated[ServerSetting, _SERVER, "Server and requests"],
     plan: Annotated[LoadPlan, _LOOPS, "Phases"],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the result.")] = Path("bench-serve"),
@@ -75,7 +76,6 @@ def serve(
     from importlib.util import find_spec
 
     from ...benchmarks.serving.phases import run
-    from ...engines.bundle.bundle import Bundle
     from ...errors import MissingExtraError
     from ..shell import quiet_libraries
 
@@ -87,7 +87,7 @@ def serve(
     ):
         if find_spec(module) is None:
             raise MissingExtraError("offcut bench serve", package, extra)
-    Bundle.open(bundle).choose_engine(engine, device)  # raises before anything is started
+    origin.open(bundle).choose_engine(engine, device)  # raises before anything is started
     server = replace(server, bundle=bundle, engine=engine, device=device, threads=threads)
     plan = replace(
         plan,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ...benchmarks.swap import SwapRequest
-from ..options import BundleArgument, Device, Json, Threads, unpack
+from ..options import BundleArgument, Device, Json, Origin, Threads, unpack
 from ..shell import quiet_libraries, stages
 from .outcome import BenchRun
 
@@ -27,6 +27,7 @@ _OPTIONS = {
 @unpack
 def swap(
     bundle: BundleArgument,
+    origin: Annotated[Origin, "Origin of the bundle"],
     request: Annotated[SwapRequest, _OPTIONS],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the result and its page.")] = Path(
         "bench-swap"
@@ -40,12 +41,11 @@ def swap(
     Exit code 1 if the weights did not come back bit for bit.
     """
     from ...benchmarks.swap import measure
-    from ...engines.bundle.bundle import Bundle
 
     bench = BenchRun(_PACKAGES)
     quiet_libraries()
     with stages() as stage:
-        measured = measure(Bundle.open(bundle), replace(request, device=device, threads=threads), stage)
+        measured = measure(origin.open(bundle), replace(request, device=device, threads=threads), stage)
     bench.finish(output, f"LoRAs on {bundle.name}", as_json, swap=measured)
     if not all(row.restored for row in measured.rows):
         raise typer.Exit(1)

@@ -20,6 +20,7 @@ from ..bundle.bundle import Bundle
 from ..bundle.manifest import MANIFEST_FILE, FileEntry, Manifest, Variant
 from ..bundle.pipeline_files import copy_pipeline_files
 from ..bundle.store import commit, staging
+from ..bundle.trust import is_trusted, trust
 from ..profiles import Profile
 from .merge import merge
 from .networks import build_components
@@ -169,7 +170,10 @@ def _add(plan: BuildPlan, out: Path, progress: Progress) -> Bundle:
             return merge(current, plan, variant, entries, pipeline_files, files, components)
 
         commit(out, staged, update)
-    return Bundle.open(out)
+    bundle = Bundle.open(out)
+    if existing is None or not existing.has_code or is_trusted(existing.built_digest):
+        trust(bundle.built_digest)
+    return bundle
 
 
 def _check_deployable(existing: Bundle, variant: str) -> None:

@@ -20,6 +20,7 @@ from ...exporter.trace.export import GRAPH_FILE
 from ...exporter.trace.parameters import StoredWeights
 from ..base import EngineOptions, EnginePair, Graphs, OpenOptions
 from ..registry import Choice, choose, engine
+from . import trust as record
 from .manifest import EngineEntry, Manifest, Variant
 from .reading import inside, parse_manifest, read_manifest
 
@@ -39,8 +40,14 @@ class Bundle:
         self.digest = digest
 
     @classmethod
-    def open(cls, path: str | Path, expect_digest: str | None = None) -> Bundle:
+    def open(cls, path: str | Path, expect_digest: str | None = None, *, trust: bool = False) -> Bundle:
         """Read and check a bundle's manifest. Files are checked when they are used; ``verify_files`` checks all.
+
+        Args:
+            path: directory of the bundle.
+            expect_digest: the digest that ``offcut build`` printed. A bundle that has it is trusted from now on.
+            trust: trust the bundle from now on. Compiled engines are code, so they are only opened in bundles that
+                were built here or are trusted.
 
         Raises:
             BundleError: the directory is not a bundle, is damaged or altered, names files outside itself, has another
@@ -51,7 +58,10 @@ class Bundle:
         digest = hashlib.sha256(text).hexdigest()
         if expect_digest is not None and digest != expect_digest.lower():
             raise BundleError(f"{path} has digest {digest}, not the expected {expect_digest}: it is another bundle")
-        return cls(path, parse_manifest(text, path), digest)
+        bundle = cls(path, parse_manifest(text, path), digest)
+        if (trust or expect_digest is not None) and bundle.has_code:
+            record.trust(bundle.built_digest)
+        return bundle
 
     @property
     def built_digest(self) -> str:
@@ -61,6 +71,24 @@ class Bundle:
         files = {name: entry for name, entry in self.manifest.files.items() if name not in schedule_files}
         without_schedules = self.manifest.model_copy(update={"schedules": {}, "files": files})
         return hashlib.sha256(without_schedules.to_json().encode()).hexdigest()
+
+    @property
+    def has_code(self) -> bool:
+        """Whether the bundle holds compiled engines, which are code."""
+        components = (entry for component in self.manifest.components for entry in component.engines)
+        return any(entry.compiled for entry in (*self.manifest.engines.values(), *components))
+
+    def require_trust(self) -> None:
+        """Check that this bundle may run code here.
+
+        Raises:
+            BundleError: the bundle was neither built here nor trusted by the user.
+        """
+        if not record.is_trusted(self.built_digest):
+            raise BundleError(
+                f"{self.path} has compiled engines, which are code, and was not built here: give the digest that its "
+                "build printed (--expect-digest), or accept it (--trust)"
+            )
 
     @property
     def engines(self) -> list[str]:
@@ -291,6 +319,8 @@ def open_entry(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> En
             f"only onnxruntime has providers, {entry.engine} has none: open onnxruntime, or leave provider out"
         )
     check_fits(entry, options.device)
+    if entry.compiled:
+        bundle.require_trust()
     names = engine_files(entry, bundle.manifest.variants[entry.variant])
     with bundle.unchanged(names):
         if not entry.compiled:

@@ -55,6 +55,7 @@ def open_component(bundle: Bundle, entry: ComponentEntry, name: str, options: En
     compiled = entry.compiled_by(name)
     bundle.verify_files([entry.norm] if entry.norm else [])
     if compiled is not None:
+        bundle.require_trust()
         check_fits(compiled, options.device)
         bundle.verify_files(compiled.files)
     else:

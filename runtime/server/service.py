@@ -225,7 +225,7 @@ def open_service(
         UserError: the bundle does not open, or an option or a setting does not fit it.
     """
     if bundle is None:
-        bundle = Bundle.open(config.bundle)
+        bundle = config.open_bundle()
     engine = bundle.choose_engine(config.engine, config.device).name
     on_stage("load the bundle")
     pipe = load(bundle, engine, device=config.device, provider=config.provider, threads=config.threads)

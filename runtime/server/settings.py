@@ -6,8 +6,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...errors import UserError
+
+if TYPE_CHECKING:
+    from ...engines.bundle.bundle import Bundle
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Hosts that only this machine reaches."""
@@ -111,6 +115,7 @@ class WorkerConfig:
 
     Attributes:
         bundle: the bundle's directory.
+        expect_digest, trust: as ``Bundle.open`` takes them.
         engine, device, provider, threads: as ``offcut.load`` takes them.
         sampler: class name of a diffusers scheduler; None keeps the model's own.
         loras: paths of LoRA files with their scales.
@@ -119,6 +124,8 @@ class WorkerConfig:
     """
 
     bundle: str
+    expect_digest: str | None = None
+    trust: bool = False
     engine: str = "auto"
     device: str = "cpu"
     provider: str | None = None
@@ -129,6 +136,12 @@ class WorkerConfig:
     max_queue: int = 64
     max_batch: int = 16
     cache_bytes: int = 2**30
+
+    def open_bundle(self) -> Bundle:
+        """Open the bundle; see ``Bundle.open``."""
+        from ...engines.bundle.bundle import Bundle
+
+        return Bundle.open(self.bundle, self.expect_digest, trust=self.trust)
 
     @property
     def default_name(self) -> str:
