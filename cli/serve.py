@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -23,7 +25,9 @@ _LIMITS_PANEL = "Request limits"
 _LIMITS = {
     "steps": typer.Option("--max-steps", help="Scheduler steps.", min=1),
     "images": typer.Option("--max-images", help="Images per request.", min=1, max=10),
-    "pixels": typer.Option("--max-pixels", help="Pixels per image.", min=64),
+    "pixels": typer.Option(
+        "--max-pixels", help="Pixels per image; by default four times the model's own size.", min=64, show_default=False
+    ),
     "pixel_steps": typer.Option(
         "--max-pixel-steps", help="Pixels times steps, summed over the images of a request.", min=64
     ),
@@ -207,3 +211,6 @@ def _serve_in_process(
     with stages() as stage:
         service = open_service(config, settings, name, bundle, stage)
     run(service, listener, lambda port: print_address(access.host, port, settings, name))
+    if service.gave_up:  # an engine call is still running, and nothing can interrupt it but the end of the process
+        logging.shutdown()
+        os._exit(0)

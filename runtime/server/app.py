@@ -136,7 +136,7 @@ def _model_body(model: ModelInfo, settings: ServeSettings, created: int) -> dict
                 "prompt_chars": limits.prompt_chars,
                 "num_inference_steps": limits.steps,
                 "n": limits.images,
-                "pixels": limits.pixels,
+                "pixels": limits.pixels_of(model.size),
                 "pixel_steps": limits.pixel_steps,
                 "body_bytes": limits.body_bytes,
             },

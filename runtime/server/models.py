@@ -49,6 +49,8 @@ class ModelInfo:
         outputs: outputs of the full graph, by name.
         features: names of the outputs that each cut caches, by cut.
         sample: shape of the engines' latent input, [batch, channels, height, width].
+        timed_call: duration in seconds of a full UNet call, and its number of rows, at the default size; None before
+            the warm-up.
         weights_digest: digest of the UNet's weights; None if requests cannot name tuned schedules.
         schedules: tuned schedules by name.
     """
@@ -65,6 +67,7 @@ class ModelInfo:
     outputs: Mapping[str, TensorSpec]
     features: Mapping[str, tuple[str, ...]]
     sample: tuple[Dim, ...]
+    timed_call: tuple[float, int] | None = None
     weights_digest: str | None = None
     schedules: Mapping[str, Tuned] = field(default_factory=dict)
     _calls: dict[int, int] = field(default_factory=dict, init=False, repr=False)
@@ -79,6 +82,17 @@ class ModelInfo:
         if steps not in self._calls:
             _store(self._calls, steps, count_calls(self.scheduler, steps))
         return self._calls[steps]
+
+    def call_seconds(self, rows: int, width: int, height: int) -> float:
+        """Return the expected duration of one full UNet call; 0 before the warm-up.
+
+        Convolutions grow with the pixels, and attention grows with their square, which is the cautious estimate.
+        """
+        if self.timed_call is None:
+            return 0.0
+        seconds, timed_rows = self.timed_call
+        pixels = width * height / (self.size[0] * self.size[1])
+        return seconds * max(rows / timed_rows, 1.0) * max(pixels, pixels**2)
 
     def check_size(self, width: int, height: int) -> None:
         """Check that the engines can generate an image of this size in pixels.
@@ -228,7 +242,9 @@ class ServedModel(ModelInfo):
         return ModelInfo(**{info.name: getattr(self, info.name) for info in fields(ModelInfo) if info.init})
 
     def warm_up(self, guidance: float) -> None:
-        """Generate one image with a full and a shallow call, so that engines prepare their kernels and faults show.
+        """Generate one image with full and shallow calls: engines prepare their kernels, and faults show.
+
+        Sets ``timed_call``.
 
         Raises:
             Exception: any exception that the pipeline raises.
@@ -236,13 +252,17 @@ class ServedModel(ModelInfo):
         width, height = self.size
         self.pipe.set_progress_bar_config(disable=True)
         advise, self.pipe.unet.advise = self.pipe.unet.advise, False  # the user did not choose this schedule
-        self.pipe.unet.set_schedule(Steps([0]) if self.cuts else None)
-        arguments = {"num_inference_steps": 2, "guidance_scale": guidance, "width": width, "height": height}
+        record_times, self.pipe.unet.record_times = self.pipe.unet.record_times, True
+        self.pipe.unet.set_schedule(Steps([0, 1]) if self.cuts else None)
+        arguments = {"num_inference_steps": 3, "guidance_scale": guidance, "width": width, "height": height}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the image is thrown away
                 self.pipe(prompt="a", **{key: value for key, value in arguments.items() if key in self.arguments})
+            run = self.pipe.unet.last_run
+            self.timed_call = run.seconds[1], 2 if guidance > 1 else 1  # the first call also prepares kernels
         finally:
+            self.pipe.unet.record_times = record_times
             self.pipe.unet.set_schedule(None)
             self.pipe.unet.advise = advise
 

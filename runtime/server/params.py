@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import CapacityError, LimitError, ScheduleError, ShapeError, UserError
 from ..generation.forecast import Extrapolate, Forecast
-from ..generation.schedule import Schedule, Uniform, parse
+from ..generation.schedule import SKIP, Schedule, Uniform, parse
 from ..tuning.artifact import tuned_name
 from .models import ModelInfo
 from .schemas import GenerationRequest
@@ -46,6 +46,7 @@ class ImageParams:
         timeout: seconds until the deadline.
         stream: whether the client reads an event for each UNet call.
         previews: number of previews in the stream.
+        call_seconds: expected duration of one full UNet call of this size; 0 where it is unknown.
     """
 
     arguments: Mapping[str, Any]
@@ -56,6 +57,7 @@ class ImageParams:
     timeout: float
     stream: bool = False
     previews: int = 0
+    call_seconds: float = 0.0
 
     def pipeline_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of the pipeline call, with one CPU generator per image."""
@@ -80,7 +82,7 @@ def resolve_request(
     images = body.n or 1
     steps = settings.steps if body.num_inference_steps is None else body.num_inference_steps
     guidance = settings.guidance if body.guidance_scale is None else body.guidance_scale
-    _check_limits(body, settings.limits, (width, height), images, steps)
+    _check_limits(body, settings.limits, model, (width, height), images, steps)
     try:
         model.check_size(width, height)
     except ShapeError as error:
@@ -90,9 +92,17 @@ def resolve_request(
     if body.partial_images and not model.previews:
         raise LimitError("partial_images", "this model does not support previews: leave partial_images out")
 
+    timeout = settings.timeout if body.timeout is None else min(body.timeout, settings.timeout)
+    rows = images * (2 if guidance > 1 else 1)
+    call_seconds = model.call_seconds(rows, width, height)
+    if call_seconds > timeout:
+        raise LimitError(
+            "size",
+            f"one UNet call of this size is expected to take {call_seconds:.0f} s, and the request's time limit is "
+            f"{timeout:g} s: ask for fewer or smaller images",
+        )
     caching = resolve_caching(body, model, settings, steps, guidance)
     if caching.schedule is not None:
-        rows = images * (2 if guidance > 1 else 1)
         feature_bytes = model.feature_bytes(
             caching.cut, rows, width, height, schedule=caching.schedule, forecast=caching.forecast is not None
         )
@@ -118,14 +128,20 @@ def resolve_request(
         seed=secrets.randbelow(2**32) if body.seed is None else body.seed,
         images=images,
         size=(width, height),
-        timeout=settings.timeout if body.timeout is None else min(body.timeout, settings.timeout),
+        timeout=timeout,
         stream=bool(body.stream),
         previews=body.partial_images or 0,
+        call_seconds=call_seconds,
     )
 
 
 def _check_limits(
-    body: GenerationRequest, limits: RequestLimits, size: tuple[int, int], images: int, steps: int
+    body: GenerationRequest,
+    limits: RequestLimits,
+    model: ModelInfo,
+    size: tuple[int, int],
+    images: int,
+    steps: int,
 ) -> None:
     pixels = size[0] * size[1]
     for field, unit, value, limit in (
@@ -133,7 +149,7 @@ def _check_limits(
         ("negative_prompt", "characters", len(body.negative_prompt or ""), limits.prompt_chars),
         ("n", "images", images, limits.images),
         ("num_inference_steps", "steps", steps, limits.steps),
-        ("size", "pixels", pixels, limits.pixels),
+        ("size", "pixels", pixels, limits.pixels_of(model.size)),
         ("num_inference_steps", "pixels times steps", pixels * steps * images, limits.pixel_steps),
     ):
         if value > limit:
@@ -157,6 +173,8 @@ def resolve_caching(
         schedule_text = settings.schedule
     if schedule_text is not None and (name := tuned_name(schedule_text)) is not None:
         return _tuned_caching(body, model, name, steps, guidance)
+    if body.cut == SKIP:
+        raise LimitError("cut", f"{SKIP} is not a cut: choose one of {', '.join(model.cuts) or 'none'}")
     field = "schedule" if schedule_text is not None else "interval"
     try:
         schedule = _parse_schedule(body, model, settings, schedule_text)

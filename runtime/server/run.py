@@ -12,13 +12,11 @@ import uvicorn
 
 from ...errors import EngineFaultError, UserError
 from .app import create_app
+from .connections import ConnectionLimits, protocol_class
 from .service import WorkerService, log
 
 _SHUTDOWN_SECONDS = 10
 """Time for clients to read their replies after the last job has ended."""
-
-_MAX_CONNECTIONS = 1024
-"""Limit of simultaneous connections: above the size of the worker's queue, below the usual limit of open files."""
 
 
 class ImageServer(uvicorn.Server):
@@ -27,18 +25,25 @@ class ImageServer(uvicorn.Server):
     Args:
         service: the service.
         on_listening: called with the port once requests are accepted.
+        limits: limits of connections; by default those that fit this process.
     """
 
-    def __init__(self, service: WorkerService, on_listening: Callable[[int], None] = lambda port: None) -> None:
+    def __init__(
+        self,
+        service: WorkerService,
+        on_listening: Callable[[int], None] = lambda port: None,
+        limits: ConnectionLimits | None = None,
+    ) -> None:
+        limits = limits or ConnectionLimits.for_process()
         config = uvicorn.Config(
             create_app(service),
+            http=protocol_class(limits, service.settings.limits.body_bytes, service.count_problem),
             log_level="warning",
             access_log=False,
             server_header=False,
             lifespan="off",
             ws="none",
-            limit_concurrency=_MAX_CONNECTIONS,
-            timeout_keep_alive=30,
+            timeout_keep_alive=int(limits.idle_seconds),
             timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )
         super().__init__(config)
@@ -103,7 +108,7 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(
     service: WorkerService, listener: socket.socket, on_listening: Callable[[int], None] = lambda port: None
 ) -> None:
-    """Serve until a signal or an engine failure, then close the worker.
+    """Serve until a signal or an engine failure, then close the worker, unless requests were given up.
 
     Args:
         listener: socket from ``listen``.
@@ -117,4 +122,5 @@ def serve(
     if service.fault is not None:
         # The worker is not closed: that would wait for a thread that may never return.
         raise EngineFaultError(f"the server ended because its engine failed: {service.fault}")
-    service.worker.close()
+    if not service.gave_up:  # closing would wait for the engine call that is still running
+        service.worker.close()

@@ -27,7 +27,10 @@ log = logging.getLogger("offcut.server")
 _POLL_SECONDS = 0.1
 """Seconds between two checks of the worker."""
 
-_DELIVERY_SECONDS = 5.0
+_STALLED_CALLS = 4
+"""An engine counts as stalled after this multiple of the expected duration of its longest call."""
+
+_DELIVERY_SECONDS = 2.0
 """Longest time for clients to read an error before the server ends."""
 
 
@@ -103,7 +106,7 @@ class WorkerService(ImageService):
 
     def __init__(self, worker: Worker, model: ServedModel, settings: ServeSettings) -> None:
         (width, height), limits = model.size, settings.limits
-        if width * height > limits.pixels or width * height * settings.steps > limits.pixel_steps:
+        if width * height > limits.pixels_of(model.size) or width * height * settings.steps > limits.pixel_steps:
             raise UserError(
                 f"the limits allow no image of this model's default size, {width}x{height} in {settings.steps} steps: "
                 "raise --max-pixels and --max-pixel-steps, or lower --steps"
@@ -117,6 +120,9 @@ class WorkerService(ImageService):
         self.worker, self.model = worker, model
         self._cache_limit = worker.statistics().cache_limit
         self._jobs: set[WorkerJob] = set()
+        self.gave_up = False
+        """Whether requests were given up at shutdown, so that an engine call may still run."""
+        self._longest_call = 0.0
         self._stall_fault: str | None = None
         self._progress: tuple[int, ...] = ()
         self._last_progress_time = time.monotonic()
@@ -144,6 +150,7 @@ class WorkerService(ImageService):
             raise WorkerClosedError("the server is shutting down")
         self.worker.expect_room()
         params = resolve_request(body, self.model, self.settings, self._cache_limit)
+        self._longest_call = max(self._longest_call, params.call_seconds)
         began = time.monotonic()
 
         def on_close(job: WorkerJob) -> None:
@@ -177,6 +184,7 @@ class WorkerService(ImageService):
             if self._idle():
                 break
             if now - stopped > self.settings.drain:
+                self.gave_up = True
                 self._fail_all(WorkerClosedError("the server was shut down before the request was done"))
                 log.warning("requests in flight were given up %g s after the signal", self.settings.drain)
                 await self._wait_for_delivery()
@@ -201,10 +209,13 @@ class WorkerService(ImageService):
         """Set a fault if requests in flight make no progress for too long: an engine that hangs raises no error."""
         statistics = self.worker.statistics()
         progress = _progress_counts(statistics)
+        if not self._jobs and not statistics.in_flight:
+            self._longest_call = 0.0
+        bound = max(self.settings.stall, _STALLED_CALLS * self._longest_call)
         if progress != self._progress or not statistics.in_flight:
             self._progress, self._last_progress_time = progress, now
-        elif now - self._last_progress_time > self.settings.stall and self._stall_fault is None:
-            self._stall_fault = f"no progress for {self.settings.stall:g} s although requests are in flight"
+        elif now - self._last_progress_time > bound and self._stall_fault is None:
+            self._stall_fault = f"no progress for {bound:g} s although requests are in flight"
 
 
 def open_service(

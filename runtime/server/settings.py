@@ -25,7 +25,7 @@ class RequestLimits:
         prompt_chars: characters of the prompt, and of the negative prompt.
         steps: scheduler steps.
         images: images per request.
-        pixels: pixels per image.
+        pixels: pixels per image; None for four times the pixels of the model's default size.
         pixel_steps: pixels times steps, summed over the request's images.
         body_bytes: size of the request body.
         body_seconds: time for the request body to arrive.
@@ -37,14 +37,18 @@ class RequestLimits:
     prompt_chars: int = 4000
     steps: int = 150
     images: int = 4
-    pixels: int = 2**20
+    pixels: int | None = None
     pixel_steps: int = 100 * 2**20
     body_bytes: int = 2**16
     body_seconds: float = 30.0
 
+    def pixels_of(self, default_size: tuple[int, int]) -> int:
+        """Return the limit of pixels per image for a model with this default width and height."""
+        return 4 * default_size[0] * default_size[1] if self.pixels is None else self.pixels
+
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (value > 0 and math.isfinite(value)):
+            if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UserError(f"the limit {name} is {value}, but must be more than 0")
 
 
