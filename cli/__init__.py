@@ -13,7 +13,7 @@ import typer
 
 from ..errors import UserError
 from . import bench, bundles, graphs, images, serve, tuning
-from .options import SingleValueCommand
+from .options import StrictCommand
 from .shell import out, print_error
 
 app = typer.Typer(
@@ -61,7 +61,7 @@ _COMMANDS: dict[Callable[..., None], str] = {
     serve.serve: "offcut serve sd15.offcut --interval 5 --port 8000\n\noffcut serve sd15.offcut --ray --replicas 2",
 }
 for _command, _example in _COMMANDS.items():
-    app.command(cls=SingleValueCommand, epilog=f"Example:  {_example}")(_command)
+    app.command(cls=StrictCommand, epilog=f"Example:  {_example}")(_command)
 app.add_typer(bench.app)
 
 

@@ -10,10 +10,22 @@ import typer
 from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..engines.builder.request import BuildRequest, Sizes
 from .options import Adapters, BundleArgument, Fix, IPAdapters, Json, Loras, Origin, unpack
-from .shell import err, out, parse_dims, parse_settings, print_contract, print_json, quiet_libraries, stages, steps_bar
+from .shell import (
+    err,
+    out,
+    parse_dims,
+    parse_settings,
+    print_bold,
+    print_contract,
+    print_json,
+    quiet_libraries,
+    stages,
+    steps_bar,
+)
 
 if TYPE_CHECKING:
     from ..engines.bundle.bundle import Bundle
@@ -246,7 +258,7 @@ def verify(
             table = Table("check", "difference", "bound", "", title=key, box=SIMPLE, title_justify="left")
             for check in checks:
                 sign = ">" if check.at_least else "<="
-                mark = "[green]ok[/]" if check.passed else "[bold red]FAILED[/]"
+                mark = Text("ok", "green") if check.passed else Text("FAILED", "bold red")
                 table.add_row(check.name, f"{check.error:.2e}", f"{sign} {check.bound:g}", mark)
             out.print(table)
     if not passed:
@@ -266,9 +278,9 @@ def prune(
         print_json({"files": pruned.files, "bytes": pruned.bytes, "left": pruned.left})
         return
     for name in pruned.files:
-        out.print(name, markup=False, highlight=False)
+        out.print(name, highlight=False)
     if pruned.left:
-        err.print(f"{len(pruned.left)} other files were left, e.g. {pruned.left[0]}", markup=False, highlight=False)
+        err.print(f"{len(pruned.left)} other files were left, e.g. {pruned.left[0]}", highlight=False)
     out.print(f"{'would free' if dry_run else 'freed'} {pruned.bytes / 2**20:.1f} MiB in {len(pruned.files)} files")
 
 
@@ -302,7 +314,7 @@ def doctor(
         out.print(f"{name}: {fact}", highlight=False)
     table = Table("engine", "usable", "version", "devices", "found", box=SIMPLE)
     for name, probe in probes.items():
-        mark = "[green]yes[/]" if probe.usable else "[yellow]builds[/]" if probe.builds else "[red]no[/]"
+        mark = Text("yes", "green") if probe.usable else Text("builds", "yellow") if probe.builds else Text("no", "red")
         table.add_row(name, mark, probe.version or "", ", ".join(probe.devices), escape(probe.reason))
     out.print(table)
     if settings:
@@ -320,10 +332,10 @@ def _print_schedule(bundle: Bundle, name: str) -> None:
     low, high = key.guidance
     scales = f"{low:g}" if low == high else f"{low:g} to {high:g}"
     cuts = " and ".join(document.used_cuts) or document.cut
-    out.print(
-        f"[bold]schedule {name}[/]: {key.scheduler}, {key.steps} steps, guidance {scales}, {cuts}: "
+    print_bold(
+        f"schedule {name}",
+        f": {key.scheduler}, {key.steps} steps, guidance {scales}, {cuts}: "
         f"{result.full_calls} full calls, UNet {result.speed_up:.2f}x, {result.psnr:.1f} dB",
-        highlight=False,
     )
 
 
@@ -333,8 +345,9 @@ def _print_bundle(bundle: Bundle, as_json: bool) -> None:
         print_json({"path": str(bundle.path), "digest": bundle.digest, **manifest.model_dump(mode="json")})
         return
     total = sum(entry.size for entry in manifest.files.values())
-    out.print(
-        f"[bold]{bundle.path}[/]: {manifest.source.model}, {manifest.pipeline or 'UNet only'}, {total / 2**20:.0f} MiB"
+    print_bold(
+        bundle.path,
+        f": {manifest.source.model}, {manifest.pipeline or 'UNet only'}, {total / 2**20:.0f} MiB",
     )
     if manifest.source.onnx:
         out.print("  from foreign ONNX", highlight=False)
@@ -352,7 +365,7 @@ def _print_bundle(bundle: Bundle, as_json: bool) -> None:
     out.print(table)
     for variant in manifest.variants.values():
         cached = {tensor.name: tensor for cut in variant.cuts for tensor in cut.cached}
-        out.print(f"[bold]{variant.name}[/]")
+        print_bold(variant.name)
         if rounded := variant.quantization:
             out.print(
                 f"  {rounded.rounded} layers rounded, {len(rounded.kept)} kept in {rounded.base}", highlight=False

@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from .options import Adapters, Attention, Fix, Json, Model, Opset, Precision, Revision, Subfolder, Variant
-from .shell import contract_json, out, parse_dims, print_contract, print_json, stages
+from .shell import contract_json, out, parse_dims, print_bold, print_contract, print_json, stages
 
 if TYPE_CHECKING:
     from ..exporter.specs import TensorSpec
@@ -51,7 +51,7 @@ def export(
     if as_json:
         print_json({"path": str(exported.path), "weights": str(exported.weights), **contract_json(contract)})
         return
-    out.print(f"[bold]{exported.path}[/] with {_size(exported.weights)} of weights in {exported.weights.name}")
+    print_bold(exported.path, f" with {_size(exported.weights)} of weights in {exported.weights.name}")
     print_contract(contract)
 
 
@@ -81,7 +81,7 @@ def split(
         print_json({"cut": first.cut.name, **cuts[first.cut.name], "full": graphs[first.full], "cuts": cuts})
         return
     for path, described in contracts.items():
-        out.print(f"[bold]{path}[/]")
+        print_bold(path)
         print_contract(described)
     for pair in pairs:
         names = ", ".join(spec.name for spec in pair.cached)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..runtime.images.request import ImageRequest, guidance_of
 from .options import BundleArgument, EngineChoice, EngineName, Json, Loras, Origin, unpack
-from .shell import err, out, parse_loras, print_json, quiet_libraries, stages, steps_bar
+from .shell import err, out, parse_loras, print_bold, print_json, quiet_libraries, stages, steps_bar
 
 if TYPE_CHECKING:
     from ..engines.base import OpenOptions
@@ -136,7 +136,7 @@ def run(
             f"uncached {report['uncached_seconds']:.2f} s: {report['speed_up']:.2f}x; "
             f"PSNR {report['psnr']:.1f} dB (one run each after a warm-up)"
         )
-    out.print(f"[bold]{output}[/]")
+    print_bold(output)
 
 
 def demo(
@@ -185,7 +185,7 @@ def demo(
         f"{len(result.prompts)} prompts, {result.steps} steps, {result.warmup} full warm-up calls, {result.engine}; "
         "PSNR to the uncached image of the same seed. A model this small spends much of its time outside the UNet."
     )
-    out.print(f"[bold]{result.picture}[/]")
+    print_bold(result.picture)
 
 
 def _load(opened: Bundle, engine: str, device: str = "cpu", **options: Unpack[OpenOptions]) -> Any:

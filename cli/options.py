@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -122,8 +123,11 @@ class Origin:
         return Bundle.open(bundle, self.expect_digest, trust=self.trust)
 
 
-class SingleValueCommand(TyperCommand):
-    """Command that refuses an option given twice, unless the option is a list; click would take the last value."""
+class StrictCommand(TyperCommand):
+    """Command that refuses an option given twice, unless the option is a list, and numbers that are not finite.
+
+    click would take the last value, and pass on ``nan`` and ``inf``.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         options = itertools.takewhile(lambda token: token != "--", args)
@@ -132,7 +136,13 @@ class SingleValueCommand(TyperCommand):
             names = [*parameter.opts, *parameter.secondary_opts]
             if parameter.param_type_name == "option" and not parameter.multiple and sum(counts[n] for n in names) > 1:
                 raise UserError(f"{parameter.opts[-1]} is given twice, but takes one value: leave one out")
-        return super().parse_args(ctx, args)
+        left = super().parse_args(ctx, args)
+        for parameter in self.params:
+            value = ctx.params.get(parameter.name)
+            values = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(number, float) and not math.isfinite(number) for number in values):
+                raise UserError(f"{parameter.opts[-1]} takes a finite number, not {value}")
+        return left
 
 
 def unpack(command: Callable[..., None]) -> Callable[..., None]:

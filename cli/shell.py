@@ -12,17 +12,44 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from ..runtime.quiet import quiet_libraries as quiet_libraries
 
-out = Console()
-err = Console(stderr=True)
+_LONGEST_MESSAGE = 1000
 
 
-def print_error(error: Exception) -> None:
-    """Print an error on standard error, without rich markup: ``pip install 'offcut[cpu]'`` has brackets of its own."""
-    err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
+class _PlainConsole(Console):
+    """Console that prints texts as they are: names from a bundle or a client may hold markup or control characters."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return a text without control characters, which could steer the terminal."""
+        return super().render_str(printable(text), **options)
+
+
+def printable(text: str) -> str:
+    """Return a text with control characters and half surrogate pairs as escapes, except for line breaks and tabs."""
+    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
+
+
+out = _PlainConsole()
+err = _PlainConsole(stderr=True)
+
+
+def print_error(error: Exception | str) -> None:
+    """Print an error on standard error, in one paragraph of limited length."""
+    message = printable(str(error))
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[: _LONGEST_MESSAGE - 200]} ... {message[-200:]}"
+    err.print(Text.assemble(("error", "bold red"), f": {message}"), soft_wrap=True)
+
+
+def print_bold(subject: object, rest: str = "") -> None:
+    """Print a name or path in bold, and what is said about it."""
+    out.print(Text.assemble((printable(str(subject)), "bold"), printable(rest)), soft_wrap=True)
 
 
 def parse_loras(texts: list[str] | None) -> dict[str | Path, float]:
@@ -44,17 +71,18 @@ def stages() -> Iterator[Callable[[str], None]]:
     def finish() -> None:
         if current:
             stage, start = current.pop()
-            err.print(f"[green]✓[/] {stage} [dim]{time.perf_counter() - start:.1f} s[/]", highlight=False)
+            seconds = time.perf_counter() - start
+            err.print(Text.assemble(("✓", "green"), f" {printable(stage)} ", (f"{seconds:.1f} s", "dim")))
 
     with err.status("...") as status:
 
         def begin(stage: str) -> None:
             if stage.startswith(" ") and current:
-                status.update(f"{current[0][0]}[dim]{stage}[/]")
+                status.update(Text.assemble(printable(current[0][0]), (printable(stage), "dim")))
                 return
             finish()
             current.append((stage, time.perf_counter()))
-            status.update(stage)
+            status.update(Text(printable(stage)))
 
         yield begin
         finish()

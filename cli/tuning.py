@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..runtime.tuning.tuning_request import TuningRequest
 from .options import BundleArgument, Device, EngineName, Json, Origin, Threads, unpack
-from .shell import err, out, print_json, quiet_libraries, stages
+from .shell import err, out, print_bold, print_json, quiet_libraries, stages
 
 if TYPE_CHECKING:
     from ..runtime.tuning.artifact import Tuned
@@ -225,12 +225,13 @@ def _print(tuned: Tuned) -> None:
     )
     if (better := document.better_untuned) is not None:
         out.print(
-            f"[yellow]{better.name} has a higher PSNR: {better.psnr:.1f} dB against {document.measured[0].psnr:.1f}. "
+            f"{better.name} has a higher PSNR: {better.psnr:.1f} dB against {document.measured[0].psnr:.1f}. "
             f"Give --prompts like those you will use, and more --samples than {sum(document.samples.values())}; "
-            "if it stays ahead, use it instead.[/]",
+            "if it stays ahead, use it instead.",
+            style="yellow",
             highlight=False,
         )
-    out.print(f"[bold]{tuned.name}[/]")
+    print_bold(tuned.name)
 
 
 def _format_ratios(ratios: Mapping[str, float]) -> str:

@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from packaging.version import Version
 
 from ..engines.base import EngineOptions, OpenOptions
-from ..errors import BundleError, UserError
+from ..errors import BundleError, OffcutError, UserError
 from ..exporter.families import FAMILIES
 from .base_unet import BaseUNet
 from .components import open_components
@@ -88,12 +88,30 @@ def load(
                 networks = open_components(opened, folder, unet.engine, base_precision, engine_options)
             with without_type_warnings():
                 components = {"unet": unet, **networks} | arguments
-                pipe = DiffusionPipeline.from_pretrained(folder, **(settings | components))
+                pipe = _from_files(opened, folder, settings | components)
             pipe.register_to_config(_name_or_path=str(opened.path))
         return attach(pipe.to(unet.device), unet)
     except BaseException:
         unet.close()
         raise
+
+
+def _from_files(bundle: Bundle, folder: Path, arguments: dict[str, Any]) -> DiffusionPipeline:
+    """Return diffusers' pipeline of a bundle's component files.
+
+    Raises:
+        BundleError: diffusers or transformers cannot load the files.
+    """
+    try:
+        return DiffusionPipeline.from_pretrained(folder, **arguments)
+    except OffcutError:
+        raise
+    except Exception as error:  # these libraries raise many kinds for malformed files
+        reason = " ".join(str(error).split())
+        raise BundleError(
+            f"the components of {bundle.path} cannot be loaded ({type(error).__name__}: {reason[:150]}): build the "
+            "bundle again, or check the arguments of offcut.load"
+        ) from error
 
 
 def attach(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from ..options import SingleValueCommand
+from ..options import StrictCommand
 from . import compare, controlnet, latency, mlperf, plan, precision, quality, report, serve, swap
 
 app = typer.Typer(
@@ -37,4 +37,4 @@ _COMMANDS: dict[Callable[..., None], str] = {
     "offcut bench serve sd15.offcut --part load --steps 8 --clients 1 --clients 8 --closed 120 --open 300 --rounds 2",
 }
 for _command, _example in _COMMANDS.items():
-    app.command(cls=SingleValueCommand, epilog=f"Example:  {_example}")(_command)
+    app.command(cls=StrictCommand, epilog=f"Example:  {_example}")(_command)

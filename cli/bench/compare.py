@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 
 from ...errors import UserError
 from ..options import Json
@@ -58,13 +59,13 @@ def compare(
 
 def _print(comparison: Any, threshold: float, show_all: bool) -> None:
     for warning in comparison.warnings:
-        err.print(f"[yellow]warning[/]: {warning}", highlight=False, soft_wrap=True)
+        err.print(Text.assemble(("warning", "yellow"), f": {warning}"), soft_wrap=True)
     shown = [change for change in comparison.changes if show_all or change.verdict != "noise"]
     if shown:
         table = Table("row", "figure", "old", "new", "change, interval", "", box=SIMPLE)
         for change in shown:
             style = _STYLES.get(change.verdict, "")
-            table.add_row(*_cells(change), f"[{style}]{change.verdict}[/]" if style else change.verdict)
+            table.add_row(*_cells(change), Text(change.verdict, style))
         out.print(table)
     counts = dict.fromkeys(("worse", "better", "small", "noise", "unknown", "appeared", "vanished"), 0)
     for change in comparison.changes:
@@ -78,13 +79,11 @@ def _print(comparison: Any, threshold: float, show_all: bool) -> None:
     out.print("; ".join(parts), highlight=False)
 
 
-def _cells(change: Any) -> list[str]:
-    from rich.markup import escape
-
-    name = escape(change.row) + (f"\n[dim]{escape(change.note)}[/]" if change.note else "")
+def _cells(change: Any) -> list[str | Text]:
+    name = Text.assemble(change.row, (f"\n{change.note}" if change.note else "", "dim"))
     figures = ["" if value is None else f"{value:.4g}" for value in (change.old, change.new)]
     moved = "" if change.percent is None else f"{change.percent:+.1f} % [{change.low:+.1f}, {change.high:+.1f}]"
-    return [name, escape(change.figure), *figures, escape(moved)]
+    return [name, change.figure, *figures, moved]
 
 
 def _share(text: str, option: str, least: float, most: float) -> float:

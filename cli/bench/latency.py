@@ -11,7 +11,7 @@ import typer
 
 from ...benchmarks.latency.case import LatencyRequest
 from ..options import BundleArgument, Device, Json, Origin, Threads, unpack
-from ..shell import err, out, print_json, stages
+from ..shell import out, print_bold, print_error, print_json, stages
 from .outcome import BenchRun
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "openvino", "DeepCache", "offcut")
@@ -129,12 +129,12 @@ def latency(
     else:
         for block in for_terminal(section(measured, percents)):
             out.print(block, highlight=False)
-        out.print(f"[bold]{path}[/]")
+        print_bold(path)
     if measured.interrupted:
-        err.print("[bold red]error[/]: interrupted before the last round", highlight=False)
+        print_error("interrupted before the last round")
         raise typer.Exit(130)
     if not any(row.loops for row in measured.contestants):
-        err.print("[bold red]error[/]: nobody could be measured", highlight=False)
+        print_error("nobody could be measured")
         raise typer.Exit(1)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..shell import err, out, print_json
+from ..shell import err, out, print_bold, print_json
 
 if TYPE_CHECKING:
     from ...benchmarks.record import Result
@@ -65,5 +65,5 @@ class BenchRun:
         for section in sections_of(result, output):
             for block in for_terminal(section):
                 out.print(block, highlight=False, soft_wrap=isinstance(block, str), crop=False)
-        out.print(f"[bold]{path}[/]")
+        print_bold(path)
         return result

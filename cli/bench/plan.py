@@ -150,7 +150,7 @@ def plan(
         out.print(_table(f"one device, which can do {most:.3g} requests a second", "requests/s", rates))
         figures = _figures(result)
         out.print(
-            f"[bold]{devices}[/] devices for {load.arrival_rate:g} requests a second within {load.p99:g} s: p99 "
+            f"{devices} devices for {load.arrival_rate:g} requests a second within {load.p99:g} s: p99 "
             f"{figures['p99']:.2f} s, p50 {figures['p50']:.2f} s, {result.utilisation:.0%} busy",
             highlight=False,
         )

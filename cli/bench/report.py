@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..shell import out, print_json
+from ..shell import print_bold, print_json
 
 
 def report(
@@ -28,7 +28,7 @@ def report(
     results = [record.read(folder) for folder in folders]
     samples = [folder if folder.is_dir() else folder.parent for folder in folders]
     path = write_report(results, output or samples[0], samples=samples)
-    out.print(f"[bold]{path}[/]", highlight=False, soft_wrap=True)
+    print_bold(path)
 
 
 def schema() -> None:

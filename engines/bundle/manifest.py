@@ -12,11 +12,15 @@ from ..profiles import Profile
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "offcut.json"
+_LONGEST_NAME, _LONGEST_PATH = 255, 1024
+"""Bytes of a file's name and of its path inside a bundle."""
 
 
 def _inside(path: str) -> str:
     """Require a relative POSIX path of a file inside the bundle that is legal on Windows too."""
     pure = PurePosixPath(path)
+    if len(path.encode()) > _LONGEST_PATH or any(len(part.encode()) > _LONGEST_NAME for part in pure.parts):
+        raise ValueError("a path is longer than file systems allow")
     if not path or pure.is_absolute() or ".." in pure.parts or any(char in path for char in '\\:*?"<>|\0'):
         raise ValueError(f"{path!r} is not a path inside the bundle")
     return path

@@ -16,6 +16,11 @@ COMPONENT_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
 _LARGEST = 2**26
 
 
+def shorten(text: str, length: int) -> str:
+    """Return a text of at most this length, cut with an ellipsis."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def read_manifest(path: Path) -> bytes:
     """Return the manifest's text.
 
@@ -51,6 +56,12 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
         raise BundleError(
             f"{path / MANIFEST_FILE} is damaged: it is not JSON; copy or build the bundle again"
         ) from error
+    try:
+        json.dumps(raw, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise BundleError(
+            f"{path / MANIFEST_FILE} is damaged: a text in it is not valid Unicode; copy or build the bundle again"
+        ) from error
     version = schema_of(raw)
     if version is None:
         raise BundleError(f"{path / MANIFEST_FILE} is not the manifest of a bundle: it has no schema_version")
@@ -62,35 +73,40 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{path / MANIFEST_FILE} is damaged at {where}: {first['msg']}") from error
+        where = shorten(".".join(str(part) for part in first["loc"]), 80)
+        raise BundleError(f"{path / MANIFEST_FILE} is damaged at {where}: {shorten(first['msg'], 150)}") from error
     for key, entry in manifest.engines.items():
         variant = manifest.variants.get(entry.variant)
         if variant is None:
             raise BundleError(
-                f"{path}: the engine {key} names the variant {entry.variant}, which the bundle does not have"
+                f"{path}: the engine {shorten(key, 80)} names the variant {shorten(entry.variant, 80)}, which the "
+                "bundle does not have"
             )
         if not set(entry.cuts) <= {cut.name for cut in variant.cuts} or set(entry.cuts) != set(entry.shallow):
-            raise BundleError(f"{path}: the graphs of the engine {key} do not belong together; build it again")
+            raise BundleError(
+                f"{path}: the graphs of the engine {shorten(key, 80)} do not belong together; build it again"
+            )
         if entry.compiled:
             folder = f"engines/{entry.key}"
         else:  # graphs of an earlier set of cuts are in the same directory as the variant's
             folder = str(PurePosixPath(variant.graphs.weights).parent) if variant.graphs else ""
         if {str(PurePosixPath(file).parent) for file in (entry.full, *entry.shallow.values())} != {folder}:
             raise BundleError(
-                f"{path}: the engine {key} has graphs of another variant than {variant.name}; build it again"
+                f"{path}: the engine {shorten(key, 80)} has graphs of another variant than "
+                f"{shorten(variant.name, 80)}; build it again"
             )
     for component in manifest.components:
         if strays := [entry.key for entry in component.engines if entry.full not in entry.files]:
             raise BundleError(
-                f"{path}: the engine {strays[0]} of {component.name} names a file of another engine; build it again"
+                f"{path}: the engine {shorten(strays[0], 80)} of {shorten(component.name, 80)} names a file of "
+                "another engine; build it again"
             )
     for name in manifest.files:
         inside(path, name)
     if unsafe := [name for name in manifest.parts if PurePosixPath(name).suffix not in COMPONENT_SUFFIXES]:
         raise BundleError(
-            f"{path}: {unsafe[0]} is not a kind of file that components have ({', '.join(COMPONENT_SUFFIXES)}); build "
-            "the bundle again"
+            f"{path}: {shorten(unsafe[0], 80)} is not a kind of file that components have "
+            f"({', '.join(COMPONENT_SUFFIXES)}); build the bundle again"
         )
     return manifest
 
@@ -103,5 +119,7 @@ def inside(root: Path, name: str) -> Path:
     except (OSError, RuntimeError):  # circular links
         inside = False
     if not inside:
-        raise BundleError(f"{root}: {name} is a link that leaves the bundle; copy the bundle with its links resolved")
+        raise BundleError(
+            f"{root}: {shorten(name, 80)} is a link that leaves the bundle; copy the bundle with its links resolved"
+        )
     return file

@@ -323,8 +323,13 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _host_name(host: bytes) -> str:
-    """Return the host name of a ``Host`` header, without port and brackets: ``::1`` for ``[::1]:8000``."""
+    """Return the host name of a ``Host`` header, without port and brackets; empty if the header is not valid.
+
+    ``[::1]:8000`` gives ``::1``, and ``[::1].example.com`` an empty name.
+    """
     text = host.decode("latin-1").strip().lower()
-    if text.startswith("["):
-        return text[1:].partition("]")[0]
-    return text.rpartition(":")[0] if ":" in text else text
+    address, bracket, rest = text.removeprefix("[").partition("]") if text.startswith("[") else ("", "", text)
+    name, colon, port = rest.rpartition(":") if ":" in rest else (rest, "", "")
+    if (colon and not port.isdigit()) or (bracket and name):
+        return ""  # not a valid host
+    return address or name

@@ -15,7 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import offcut
-from offcut.errors import UserError
+from offcut.errors import LimitError, UserError
+from offcut.runtime.server.models import ServedModel
+from offcut.runtime.server.params import resolve_request
+from offcut.runtime.server.schemas import GenerationRequest
 from offcut.runtime.server.service import WorkerService
 from offcut.runtime.server.settings import RequestLimits, ServeSettings, allowed_hosts
 
@@ -194,7 +197,7 @@ def test_pages_of_other_sites_are_refused(limited_server: Any) -> None:
 
 
 def test_unknown_host_names_are_refused(limited_server: Any) -> None:
-    for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
+    for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "[::1].evil.example", "[::1]x:1", ""):
         reply = limited_server.get("/", headers={"host": host})
         assert (reply.status_code, error_of(reply)["code"]) == (421, "unknown_host")
     for host in ("localhost", "LOCALHOST:8000", "127.0.0.1", "[::1]:8000"):
@@ -205,6 +208,30 @@ def test_allowed_hosts_depend_on_the_address() -> None:
     assert allowed_hosts("127.0.0.1", ["Images.example"]) == ("127.0.0.1", "localhost", "::1", "images.example")
     assert allowed_hosts("0.0.0.0", []) is None
     assert allowed_hosts("0.0.0.0", ["a"]) == ("a",)
+
+
+def test_a_call_that_would_outlast_the_request_is_refused(pipe: Any) -> None:
+    model = ServedModel(pipe, "tiny")
+    model.timed_call = 20.0, 2
+    server_settings = ServeSettings(timeout=100, limits=RequestLimits(pixels=2**20))
+    width, height = model.size
+    body = GenerationRequest(prompt="a", size=f"{2 * width}x{height}")
+    assert resolve_request(body, model, server_settings, 2**30).call_seconds == 80
+    with pytest.raises(LimitError, match="is expected to take 320 s, and the request's time limit is 100 s"):
+        resolve_request(body.model_copy(update={"size": f"{2 * width}x{2 * height}"}), model, server_settings, 2**30)
+
+
+def test_an_image_has_at_most_four_times_the_default_pixels(pipe: Any) -> None:
+    model, server_settings = ServedModel(pipe, "tiny"), ServeSettings()
+    width, height = model.size
+    resolve_request(GenerationRequest(prompt="a", size=f"{2 * width}x{2 * height}"), model, server_settings, 2**30)
+    with pytest.raises(LimitError, match="pixels, and the server allows"):
+        resolve_request(GenerationRequest(prompt="a", size=f"{4 * width}x{2 * height}"), model, server_settings, 2**30)
+
+
+def test_skip_is_no_cut_of_a_request(pipe: Any) -> None:
+    with pytest.raises(LimitError, match="skip is not a cut"):
+        resolve_request(GenerationRequest(prompt="a", cut="skip"), ServedModel(pipe, "tiny"), ServeSettings(), 2**30)
 
 
 def test_every_reply_has_the_security_headers(limited_server: Any) -> None:

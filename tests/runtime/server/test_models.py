@@ -66,10 +66,19 @@ def test_the_number_of_calls_depends_on_the_scheduler(pipe: Any) -> None:
         ServedModel(pipe, "tiny").calls(2000)
 
 
-def test_the_warm_up_makes_a_full_and_a_shallow_call(pipe: Any, gate: Any) -> None:
-    ServedModel(pipe, "tiny").warm_up(5.0)
-    assert gate.calls == 2
-    assert pipe.unet.last_run.timeline == "#."
+def test_the_warm_up_makes_full_and_shallow_calls_and_times_one(pipe: Any, gate: Any) -> None:
+    model = ServedModel(pipe, "tiny")
+    assert model.call_seconds(2, *model.size) == 0
+    model.warm_up(5.0)
+    assert gate.calls == 3
+    assert pipe.unet.last_run.timeline == "##."
+    assert not pipe.unet.record_times
+    seconds, rows = model.timed_call
+    assert 0 < seconds < 60
+    assert rows == 2
+    width, height = model.size
+    assert model.call_seconds(2, width, height) == seconds
+    assert model.call_seconds(4, 2 * width, height) == 8 * seconds  # twice the rows, and attention of twice the pixels
     assert pipe.unet.schedule is None
     assert pipe.unet.advise
 
