@@ -15,23 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ValidationError
 
-from ...errors import BundleError, ScheduleError
-from ..generation.correction import Convolutions, Kernel
+from ...errors import ScheduleError
+from ..generation.correction import Convolutions
 from ..generation.forecast import Coefficients, Forecast
 from ..generation.schedule import SKIP
 from .document import VERSION, TunedDocument, TuningKey
 from .steps import FittedForecast, TunedSteps
+from .tuned_files import CORRECTION, NAMES, read_coefficients, read_document
 
 if TYPE_CHECKING:
     from ...engines.bundle.bundle import Bundle
     from ..base_unet import BaseUNet
 
 _OUTDATED = "was tuned by an earlier version of offcut, whose corrections have fewer inputs: tune it again"
-
-_NAMES = ("scale", "slope", "shift")
-_CORRECTION = "correction"
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,6 @@ class Tuned:
             ScheduleError: the bundle has no schedule of this name.
             BundleError: the files are damaged.
         """
-        from safetensors.torch import load_file
-
         from ...engines.bundle.bundle import Bundle
 
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -69,27 +64,15 @@ class Tuned:
             raise ScheduleError(f"{opened.path} has no schedule {name}; it has {names}: add one with offcut tune")
         entry = schedules[name]
         opened.verify_files(entry.files)
-        try:
-            document = TunedDocument.model_validate_json((opened.path / entry.document).read_bytes())
-        except ValidationError as error:
-            raise BundleError(f"{opened.path / entry.document} is damaged: {error.errors()[0]['msg']}") from error
-        values: dict[int, dict[str, dict[str, Any]]] = {}
-        kernels: dict[int, dict[str, Any]] = {}
-        for key, tensor in load_file(opened.path / entry.coefficients).items():
-            call, feature, kind = key.split(".")
-            if feature == _CORRECTION:
-                kernels.setdefault(int(call), {})[kind] = tensor
-                continue
-            value = float(tensor[0]) if len(tensor) == 1 else tensor
-            values.setdefault(int(call), {}).setdefault(feature, {})[kind] = value
-        coefficients = {
-            call: {feature: Coefficients(**kinds) for feature, kinds in features.items()}
-            for call, features in values.items()
-        }
+        document = read_document(opened.path / entry.document)
+        cached = [
+            tensor for variant in opened.manifest.variants.values() for cut in variant.cuts for tensor in cut.cached
+        ]
+        channels = {tensor.name: size if isinstance(size := tensor.shape[1], int) else None for tensor in cached}
+        coefficients, kernels = read_coefficients(opened.path / entry.coefficients, document, channels)
         correction = None
         if kernels:
-            by_call = {call: Kernel(**tensors) for call, tensors in kernels.items()}
-            correction = Convolutions(by_call, document.full, document.correction_guidance)
+            correction = Convolutions(kernels, document.full, document.correction_guidance)
         return cls(name, document, coefficients, correction)
 
     def with_correction(self, correction: Convolutions) -> Tuned:
@@ -136,10 +119,10 @@ class Tuned:
             f"{call}.{feature}.{name}": torch.as_tensor(getattr(value, name), dtype=torch.float32).reshape(-1).cpu()
             for call, features in self.coefficients.items()
             for feature, value in features.items()
-            for name in _NAMES
+            for name in NAMES
         }
         for call, kernel in ({} if self.correction is None else self.correction.kernels).items():
-            tensors |= {f"{call}.{_CORRECTION}.weight": kernel.weight, f"{call}.{_CORRECTION}.bias": kernel.bias}
+            tensors |= {f"{call}.{CORRECTION}.weight": kernel.weight, f"{call}.{CORRECTION}.bias": kernel.bias}
         return tensors
 
 

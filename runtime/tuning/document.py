@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .steps import TunedSteps
 
 VERSION = 2
+MOST_CALLS = 10_000
+"""Most UNet calls of a generation that a schedule is tuned for."""
 
 _TUNED_ROWS = ("tuned", "one cut only")
 """Prefixes of the names of report rows that have a tuned schedule."""
@@ -15,26 +19,28 @@ _EQUAL_SPEED = 0.98
 """Smallest share of the tuned speed-up that counts as equal. Fewer steps can only match a speed-up approximately."""
 
 
-class TuningKey(BaseModel):
-    """Conditions that a schedule was tuned for; the schedule is refused under other conditions."""
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+class TuningKey(_Frozen):
+    """Conditions that a schedule was tuned for; the schedule is refused under other conditions."""
 
     weights: str = Field(description="digest of the UNet's weights")
     scheduler: str = Field(description="class of the scheduler in diffusers")
     settings: str = Field(description="SHA-256 of the scheduler's config")
-    steps: int
-    calls: int = Field(description="number of UNet calls, which some schedulers make more of than steps")
+    steps: int = Field(ge=1, le=MOST_CALLS)
+    calls: int = Field(
+        ge=1, le=MOST_CALLS, description="number of UNet calls, which some schedulers make more of than steps"
+    )
     guidance: tuple[float, float] = Field(description="lowest and highest guidance scale")
     precision: str | None = Field(
         default=None, description="precision of the engine, if the predictions correct its error towards a reference"
     )
 
 
-class ReportRow(BaseModel):
+class ReportRow(_Frozen):
     """Row of the report: one schedule's images compared with uncached ones, on prompts and seeds unused by tuning."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     full_calls: int
@@ -46,10 +52,8 @@ class ReportRow(BaseModel):
     full: tuple[int, ...] = Field(default=(), description="indices of the full calls")
 
 
-class TunedDocument(BaseModel):
+class TunedDocument(_Frozen):
     """Contents of the JSON file of a tuned schedule."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: int = Field(default=VERSION, description="format; in version 1 corrections had fewer inputs")
     key: TuningKey
@@ -71,6 +75,17 @@ class TunedDocument(BaseModel):
     samples: dict[str, int] = Field(description="number of images in the fit, selection and test sets")
     measured: tuple[ReportRow, ...]
     pareto: tuple[ReportRow, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_calls(self) -> Self:
+        calls = self.key.calls
+        if not self.full or self.full[0] != 0 or list(self.full) != sorted(set(self.full)) or self.full[-1] >= calls:
+            raise ValueError("its full calls are not in order, from 0 to the last call")
+        if len(self.cuts) not in (0, calls) or len(self.predictors) != calls or not self.measured:
+            raise ValueError("it has no entry for each call")
+        if not set(self.corrected) <= set(range(calls)):
+            raise ValueError("it corrects calls that a generation does not have")
+        return self
 
     @property
     def schedule(self) -> TunedSteps:
