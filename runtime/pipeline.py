@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,10 @@ from .unsupported import refuse_layer_guidance, refuse_pipeline
 
 if TYPE_CHECKING:
     from ..engines.bundle.bundle import Bundle
+
+
+_MOST_TIMESTEPS = 1_000_000
+"""Most training timesteps of a bundle's scheduler; schedulers have 1000."""
 
 
 def load(
@@ -103,6 +108,10 @@ def _from_files(bundle: Bundle, folder: Path, arguments: dict[str, Any]) -> Diff
         BundleError: diffusers or transformers cannot load the files.
     """
     try:
+        for config in folder.glob("*/scheduler_config.json"):
+            timesteps = json.loads(config.read_text(encoding="utf-8")).get("num_train_timesteps", 0)
+            if timesteps > _MOST_TIMESTEPS:  # the scheduler would allocate a table of so many entries
+                raise BundleError(f"{bundle.path} has a scheduler of {timesteps:.0e} timesteps: build the bundle again")
         return DiffusionPipeline.from_pretrained(folder, **arguments)
     except OffcutError:
         raise
