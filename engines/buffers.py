@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ..errors import BundleError
 from ..exporter.specs import Shape, TensorSpec, solve
 
 if TYPE_CHECKING:
@@ -30,3 +31,27 @@ def allocate_pair(
     """
     dims = solve(graphs.inputs, shapes, graphs.multiple)
     return allocate((*graphs.inputs.values(), *graphs.outputs.values()), dims, device), dims
+
+
+def check_buffer(name: str, buffer: torch.Tensor, shape: Sequence[object], dtype: str) -> None:
+    """Check that a buffer, which the manifest describes, fits the loaded graph.
+
+    Args:
+        shape: shape in the graph; sizes that are no integers are free.
+        dtype: dtype in the graph, as in the manifest.
+
+    Raises:
+        BundleError: it does not.
+    """
+    buffer_dtype = str(buffer.dtype).removeprefix("torch.")
+    fixed = [(dim, size) for dim, size in zip(shape, buffer.shape, strict=False) if isinstance(dim, int)]
+    if len(shape) != buffer.dim() or any(dim != size for dim, size in fixed):
+        raise BundleError(
+            f"{name} has the shape {list(buffer.shape)} by the manifest, but {list(shape)} in the graph: the bundle "
+            "was altered; build or copy it again"
+        )
+    if dtype != buffer_dtype:
+        raise BundleError(
+            f"{name} is {buffer_dtype} by the manifest, but {dtype} in the graph: the bundle was altered; build or "
+            "copy it again"
+        )

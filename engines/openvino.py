@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import EngineError, MissingExtraError
 from ..exporter.specs import Shape
 from .base import EngineOptions, EngineProbe, Graphs, check_contract
-from .buffers import allocate_pair
+from .buffers import allocate_pair, check_buffer
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,7 @@ name = "openvino"
 extra = "cpu"
 default_opset = 23
 
+_DTYPES = {"f32": "float32", "i64": "int64", "f16": "float16", "bf16": "bfloat16"}
 _HINTS = {None: "f32", "fp32": "f32", "bf16": "bf16"}
 
 
@@ -118,9 +119,8 @@ class BoundOpenVinoPair:
     ) -> None:
         self.buffers = buffers
         self.dims = dims
-        tensors = {key: _view(buffer) for key, buffer in buffers.items()}
-        self._full: Any = _request(full, tensors)
-        self._shallow: Any = {cut: _request(model, tensors) for cut, model in shallow.items()}
+        self._full: Any = _request(full, buffers)
+        self._shallow: Any = {cut: _request(model, buffers) for cut, model in shallow.items()}
 
     def full(self) -> None:
         self._full.infer()
@@ -133,10 +133,14 @@ class BoundOpenVinoPair:
         self.buffers = {}
 
 
-def _request(model: Any, tensors: Mapping[str, Any]) -> Any:
+def _request(model: Any, buffers: Mapping[str, torch.Tensor]) -> Any:
     request = model.create_infer_request()
     for port in (*model.inputs, *model.outputs):
-        request.set_tensor(port, tensors[_name(port, tensors)])
+        name = _name(port, buffers)
+        sizes = [size.get_length() if size.is_static else "any" for size in port.partial_shape]
+        kind = port.element_type.get_type_name()
+        check_buffer(name, buffers[name], sizes, _DTYPES.get(kind, kind))
+        request.set_tensor(port, _view(buffers[name]))
     return request
 
 

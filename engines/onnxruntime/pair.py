@@ -12,10 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import BundleError, EngineError, MissingExtraError
+from ...errors import EngineError, MissingExtraError
 from ...exporter.specs import Shape
 from ..base import EngineOptions, EngineProbe, Graphs, check_contract
-from ..buffers import allocate_pair
+from ..buffers import allocate_pair, check_buffer
 from ..cuda import GraphIds, PairStream
 from .fusion import with_own_attention
 from .initializers import add_weights, with_weights
@@ -40,6 +40,12 @@ default_opset = 23
 
 _CPU = "CPUExecutionProvider"
 # Numbers of onnx.TensorProto, which io_binding takes for every dtype; NumPy has no bfloat16.
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(int64)": "int64",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+}
 _ELEMENT_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 
 
@@ -277,19 +283,13 @@ def _bind(session: Any, buffers: Mapping[str, torch.Tensor]) -> Any:
     for bind, arguments in ((binding.bind_input, session.get_inputs()), (binding.bind_output, session.get_outputs())):
         for argument in arguments:
             buffer = buffers[argument.name]
-            fixed = [
-                (dim, size) for dim, size in zip(argument.shape, buffer.shape, strict=False) if isinstance(dim, int)
-            ]
-            if len(argument.shape) != buffer.dim() or any(dim != size for dim, size in fixed):
-                raise BundleError(
-                    f"{argument.name} has the shape {list(buffer.shape)} by the manifest, but {argument.shape} in the "
-                    "graph: the bundle was altered; build or copy it again"
-                )
+            dtype = _DTYPES.get(argument.type, argument.type)
+            check_buffer(argument.name, buffer, argument.shape, dtype)
             bind(
                 name=argument.name,
                 device_type=buffer.device.type,
                 device_id=buffer.device.index or 0,
-                element_type=_ELEMENT_TYPES[str(buffer.dtype).removeprefix("torch.")],
+                element_type=_ELEMENT_TYPES[dtype],
                 shape=tuple(buffer.shape),
                 buffer_ptr=buffer.data_ptr(),
             )

@@ -393,14 +393,25 @@ def test_a_truncated_manifest_is_refused(share: float, unet_bundle: Path, scratc
         offcut.Bundle.open(scratch)
 
 
-def test_a_shape_that_is_not_the_graphs_is_refused_before_the_engine_runs(unet_bundle: Path, scratch: Path) -> None:
+@pytest.mark.parametrize("engine", BOTH)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": ["batch", 6, "height", "width"]}, r"deep_feature_0 has the shape \[1, 6, 4, 4\] by the manifest"),
+        ({"dtype": "float16"}, "deep_feature_0 is float16 by the manifest, but float32 in the graph"),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_a_tensor_that_is_not_the_graphs_is_refused_before_the_engine_runs(
+    change: dict[str, Any], message: str, engine: str, unet_bundle: Path, scratch: Path
+) -> None:
     manifest = json.loads((unet_bundle / "offcut.json").read_text(encoding="utf-8"))
     (variant,) = manifest["variants"].values()
     feature = variant["cuts"][0]["cached"][0]
-    feature["shape"][1] = 6
+    feature |= change
     (scratch / "offcut.json").write_text(json.dumps(manifest), encoding="utf-8")
-    pair = offcut.Bundle.open(scratch).open_pair("onnxruntime")
-    with pytest.raises(BundleError, match=r"deep_feature_0 has the shape \[1, 6, 4, 4\] by the manifest"):
+    pair = offcut.Bundle.open(scratch).open_pair(engine)
+    with pytest.raises(BundleError, match=message):
         pair.prepare({"sample": (1, 4, 4, 4), "timestep": (1,), "encoder_hidden_states": (1, 2, 16)})
     pair.close()
 
