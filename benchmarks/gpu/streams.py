@@ -125,7 +125,7 @@ def cuda_graphs(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
         (
             # 0 where the engine computes the same bits twice.
             BoundedFigure("relative difference of replayed to launched calls", replayed, "<=", repeated),
-            # The first calls of each graph are launched, as a warm-up.
+            # The first calls of each graph warm up: their kernels are launched one by one, not replayed.
             BoundedFigure(
                 f"calls of {2 * len(seeds)} that were replayed",
                 len(replays),

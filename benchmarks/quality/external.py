@@ -20,7 +20,7 @@ _BATCH = 64
 
 
 class ExternalNetworks:
-    """The user's open networks.
+    """Networks of the user that judge images: LPIPS, CLIP and FID, as far as given.
 
     Args:
         lpips: weight file of a backbone as torchvision publishes it, e.g. ``alexnet-owt-7be5be79.pth``; torchmetrics

@@ -154,6 +154,6 @@ class Latency(BaseModel):
         return self.work["full"] / statistics.median(row.full) if row.full and "full" in self.work else None
 
     def of_product(self, row: Contestant) -> float | None:
-        """Return these FLOP/s as a share of the matrix product's in that precision; 1 is about the limit."""
+        """Return a contestant's FLOP/s divided by those of a large matrix product in its precision; None if unknown."""
         rate, product = self.rate(row), self.products.get(row.precision)
         return rate / product if rate and product else None

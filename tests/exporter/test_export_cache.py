@@ -236,7 +236,7 @@ def test_an_entry_in_use_is_not_removed(cached: Cached, cache: ExportCache, quic
     assert not entry.exists()
 
 
-def test_without_a_writable_directory_it_exports_all_the_same(
+def test_a_cache_that_cannot_be_written_does_not_stop_the_export(
     cached: Cached, tmp_path: Path, quick_export: None
 ) -> None:
     (tmp_path / "file").touch()

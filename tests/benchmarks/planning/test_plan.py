@@ -153,7 +153,9 @@ def test_invalid_options_are_reported(times: Path, tmp_path: Path) -> None:
         assert message in str(done.exception)
 
 
-def test_a_slow_autoencoder_is_not_between_the_calls(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_the_autoencoder_does_not_count_as_time_between_calls(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One of several requests that end together reaches the autoencoder before others learn of their last step."""
     decode = pipe.vae.decode
 

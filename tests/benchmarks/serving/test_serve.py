@@ -59,7 +59,8 @@ def test_whole_requests_run_as_one_batch_with_the_images_of_each(pipe: Any) -> N
         assert [len(each) for each in images] == [1] * 4
         for drawn, expected in zip(images[1:3], alone, strict=True):
             assert np.abs(np.asarray(drawn[0], dtype=int) - expected).max() <= 1
-        # The first request ran alone, otherwise there were six rows; each request is told every step of its batch.
+        # The first request ran alone, and the others in batches of six rows. A request gets an event for every step of
+        # its batch.
         assert made in ([4] * 8, [6] * 8)
         counted = whole.statistics()
         assert counted.requests["done"].count == 4
