@@ -178,6 +178,8 @@ def split_all(
         link: whether to link the weights into ``out`` where the file system can, instead of copying them. Only for
             temporary directories: the ``onnx`` package refuses weights with a second hard link.
     """
+    from onnx_ir.serde import SerdeError
+
     unet = _open(graph)
     known = find_cuts(unet)
     selected = list(dict.fromkeys(find_cut(known, cut if isinstance(cut, str) else cut.name) for cut in cuts))
@@ -188,11 +190,14 @@ def split_all(
     full = folder / f"full{suffix}.onnx"
     if full.exists() and full.samefile(unet.path):
         raise ModelError(f"{full} would be overwritten by its own full graph: give another directory")
-    _write_full(unet, selected, full, link)
-    return [
-        GraphPair(full, _write_shallow(full, cut, folder / f"shallow-{cut.slug}{suffix}.onnx"), cut, cut.cached)
-        for cut in selected
-    ]
+    try:
+        _write_full(unet, selected, full, link)
+        return [
+            GraphPair(full, _write_shallow(full, cut, folder / f"shallow-{cut.slug}{suffix}.onnx"), cut, cut.cached)
+            for cut in selected
+        ]
+    except SerdeError as error:  # e.g. a text that is not UTF-8
+        raise ModelError(f"{unet.path} holds something that ONNX cannot store; export it again") from error
 
 
 def find_joins(model: ir.Model) -> list[Join]:

@@ -68,13 +68,18 @@ def read(path: str | Path) -> UNetGraph:
     Raises:
         ModelError: the file is not an ONNX file, or not a UNet.
     """
+    import onnx
     import onnx_ir as ir
 
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"{path} is not there; give the ONNX file of a UNet")
     try:
+        _check(path)
         model = ir.load(path)
+    except onnx.checker.ValidationError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path} is not a valid ONNX graph ({reason}); export it again") from error
     except Exception as error:  # protobuf, onnx and onnx_ir each raise exceptions of their own
         raise ModelError(f"{path} is not a readable ONNX file") from error
     names = [str(value.name) for value in model.graph.inputs]
@@ -85,6 +90,28 @@ def read(path: str | Path) -> UNetGraph:
     inputs = {str(value.name): _input_spec(value) for value in model.graph.inputs}
     output = model.graph.outputs[0]
     return UNetGraph(path, model, inputs, TensorSpec(str(output.name), _dtype(output), _output_shape(output, inputs)))
+
+
+def _check(path: Path) -> None:
+    """Check a graph with ONNX's own checker, without its weights: the checker refuses weights in hard-linked files.
+
+    Raises:
+        onnx.checker.ValidationError: the graph is not valid.
+    """
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    weights = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    others = [tensor for tensor in model.graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(others)
+    inputs = {value.name for value in model.graph.input}
+    model.graph.input.extend(
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        for tensor in weights
+        if tensor.name not in inputs
+    )
+    onnx.checker.check_model(model)
 
 
 def contract(path: str | Path) -> dict[str, dict[str, TensorSpec]]:
@@ -124,7 +151,15 @@ def infer_shapes(graph: UNetGraph, dims: Mapping[str, int] = PROBE_DIMS) -> dict
             node.op_type = "Sigmoid"
             node.resize_inputs(1)
             node.attributes.clear()
-    fold_constants(model, onnx_shape_inference=True)
+    try:
+        fold_constants(model, onnx_shape_inference=True)
+    except (
+        ValueError,
+        TypeError,
+        IndexError,
+        KeyError,
+    ) as error:  # of NumPy and onnxscript, for tensors that do not fit
+        raise ModelError(f"the shapes in {graph.path} do not fit together ({error}); export it again") from error
     values = [*model.graph.inputs, *model.graph.initializers.values()]
     values += [output for node in model.graph for output in node.outputs]
     return {

@@ -122,6 +122,6 @@ def _node_flops(node: ir.Node, shapes: Mapping[str, Shape]) -> int:
         case "Gemm":
             by_row = node.attributes.get_int("transA", 0)
             return 2 * out * (shape(0)[0 if by_row else 1] if shape(0) else 0)
-        case "Attention" if len(shape(0)) == 4:  # query, key: [batch, heads, tokens, width]
+        case "Attention" if len(shape(0)) == len(shape(1)) == 4:  # query, key: [batch, heads, tokens, width]
             return 4 * math.prod(shape(0)) * shape(1)[-2]
     return 0
