@@ -165,7 +165,7 @@ def infer_shapes(graph: UNetGraph, dims: Mapping[str, int] = PROBE_DIMS) -> dict
     return {
         str(value.name): tuple(value.shape.numpy())
         for value in values
-        if value.shape is not None and value.shape.is_static()
+        if value.shape is not None and value.shape.is_static() and all(size > 0 for size in value.shape.numpy())
     }
 
 
@@ -186,6 +186,8 @@ def _input_spec(value: ir.Value) -> TensorSpec:
     is_video = len(value.shape or ()) == 5  # only offcut exports video UNets, with these symbols
     for axis, dim in enumerate(value.shape or ()):
         if isinstance(dim, int):
+            if dim < 1:
+                raise ModelError(f"the input {name} has the size {dim} in its shape; export the UNet again")
             shape.append(dim)
             continue
         if is_dim(str(dim.value)) and (is_video or "*" in str(dim.value)):

@@ -11,8 +11,8 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from ...errors import BundleError
 from .bundle import Bundle
@@ -51,7 +51,7 @@ def view(bundle: Bundle, names: Iterable[str]) -> Iterator[Path]:
         yield folder
 
 
-def _open(bundle: Bundle, name: str) -> BinaryIO:
+def _open(bundle: Bundle, name: str) -> BufferedReader:
     if name not in bundle.manifest.files:
         raise BundleError(f"{bundle.path}: {name} is not in the manifest; build the bundle again")
     file = inside(bundle.path, name)
@@ -60,7 +60,7 @@ def _open(bundle: Bundle, name: str) -> BinaryIO:
     return file.open("rb")
 
 
-def _verify(bundle: Bundle, name: str, file: BinaryIO) -> None:
+def _verify(bundle: Bundle, name: str, file: BufferedReader) -> None:
     """Compare an opened file with the manifest, and go back to its start."""
     if hashlib.file_digest(file, "sha256").hexdigest() != bundle.manifest.files[name].sha256:
         raise BundleError(f"{bundle.path}: {name} was altered (its SHA-256 differs); copy or build the bundle again")

@@ -139,7 +139,8 @@ def protocol_class(
             self._stall: asyncio.TimerHandle | None = None
             self._deadline: asyncio.TimerHandle | None = self._after(limits.head_seconds, too_slow)
             if not overview.admit(self):
-                self.app = _without_room(self.app, on_refusal)
+                app: ASGIApp = self.app
+                self.app: ASGIApp = _without_room(app, on_refusal)
 
         @property
         def is_idle(self) -> bool:
@@ -195,7 +196,8 @@ def protocol_class(
                 self.transport.abort()
 
         def _after(self, seconds: float, problem: Problem) -> asyncio.TimerHandle:
-            return self.loop.call_later(seconds, self.refuse, problem)
+            timer: asyncio.TimerHandle = self.loop.call_later(seconds, self.refuse, problem)
+            return timer
 
         def _stop_deadline(self) -> None:
             if self._deadline is not None:

@@ -74,7 +74,7 @@ def altered(manifest: Any, chance: random.Random) -> str:
         container, key = chance.choice(targets)
         change = chance.randrange(6)
         if change == 0:
-            container[key] = chance.choice(ODD)
+            container[key] = copy.deepcopy(chance.choice(ODD))
         elif change == 1:
             del container[key]
         elif change == 2:
@@ -82,11 +82,11 @@ def altered(manifest: Any, chance: random.Random) -> str:
             container[key] = copy.deepcopy(other[other_key])
         elif change == 3:
             other, other_key = chance.choice(targets)
-            container[key], other[other_key] = other[other_key], container[key]
+            container[key], other[other_key] = copy.deepcopy(other[other_key]), copy.deepcopy(container[key])
         elif isinstance(container, dict):
             container[str(chance.choice(ODD))] = container.pop(key)
         else:
-            container.insert(chance.randrange(len(container) + 1), chance.choice(ODD))
+            container.insert(chance.randrange(len(container) + 1), copy.deepcopy(chance.choice(ODD)))
     return json.dumps(document)
 
 
