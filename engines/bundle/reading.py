@@ -67,8 +67,8 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
         raise BundleError(f"{path / MANIFEST_FILE} is not the manifest of a bundle: it has no schema_version")
     if version > SCHEMA_VERSION:
         raise BundleError(
-            f"{path} was written by a newer offcut (schema {shorten(str(version), 20)}, this one reads {SCHEMA_VERSION}): "
-            "upgrade offcut"
+            f"{path} was written by a newer offcut (schema {shorten(str(version), 20)}, this one reads "
+            f"{SCHEMA_VERSION}): upgrade offcut"
         )
     try:
         manifest = Manifest.model_validate(raw)
