@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any, Unpack
 
@@ -116,21 +118,30 @@ class Bundle:
             BundleError: a file is missing, truncated, altered, or a link that leaves the bundle.
         """
         for name in self.manifest.files if names is None else names:
-            entry = self.manifest.files.get(name)
-            if entry is None:
-                raise BundleError(f"{self.path}: {name} is not in the manifest; build the bundle again")
-            file = inside(self.path, name)
-            if not file.is_file():
-                raise BundleError(f"{self.path}: {name} is missing; copy or build the bundle again")
-            size = file.stat().st_size
-            if size != entry.size:
-                raise BundleError(
-                    f"{self.path}: {name} has {size} bytes, not {entry.size}; copy or build the bundle again"
-                )
-            if digest_file(file) != entry.sha256:
-                raise BundleError(
-                    f"{self.path}: {name} was altered (its SHA-256 differs); copy or build the bundle again"
-                )
+            self.open_verified(name).close()
+
+    def open_verified(self, name: str) -> BufferedReader:
+        """Open a file whose size and SHA-256 are those of the manifest, at its start.
+
+        Raises:
+            BundleError: as ``verify_files``; or the manifest does not list the file.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(f"{self.path}: {name} is not in the manifest; build the bundle again")
+        path = inside(self.path, name)
+        if not path.is_file():
+            raise BundleError(f"{self.path}: {name} is missing; copy or build the bundle again")
+        file = path.open("rb")
+        size = os.fstat(file.fileno()).st_size
+        if size != entry.size:
+            file.close()
+            raise BundleError(f"{self.path}: {name} has {size} bytes, not {entry.size}; copy or build the bundle again")
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+            file.close()
+            raise BundleError(f"{self.path}: {name} was altered (its SHA-256 differs); copy or build the bundle again")
+        file.seek(0)
+        return file
 
     @contextmanager
     def unchanged(self, names: Iterable[str]) -> Iterator[None]:
