@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from .steps import TunedSteps
 
@@ -76,16 +74,18 @@ class TunedDocument(_Frozen):
     measured: tuple[ReportRow, ...]
     pareto: tuple[ReportRow, ...] = ()
 
-    @model_validator(mode="after")
-    def _check_calls(self) -> Self:
+    def fault(self) -> str | None:
+        """Return what does not fit together in a document that was read; None if all does."""
         calls = self.key.calls
         if not self.full or self.full[0] != 0 or list(self.full) != sorted(set(self.full)) or self.full[-1] >= calls:
-            raise ValueError("its full calls are not in order, from 0 to the last call")
-        if len(self.cuts) not in (0, calls) or len(self.predictors) != calls or not self.measured:
-            raise ValueError("it has no entry for each call")
+            return "its full calls are not in order, from 0 to the last call"
+        if len(self.cuts) not in (0, calls) or len(self.predictors) != calls:
+            return "it has no entry for each call"
+        if not self.measured:
+            return "it has no measurement"
         if not set(self.corrected) <= set(range(calls)):
-            raise ValueError("it corrects calls that a generation does not have")
-        return self
+            return "it corrects calls that a generation does not have"
+        return None
 
     @property
     def schedule(self) -> TunedSteps:

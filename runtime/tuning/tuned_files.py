@@ -29,9 +29,12 @@ def read_document(file: Path) -> TunedDocument:
         BundleError: it is damaged.
     """
     try:
-        return TunedDocument.model_validate_json(file.read_bytes())
+        document = TunedDocument.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise BundleError(f"{file} is damaged: {error.errors()[0]['msg'][:150]}") from error
+    if fault := document.fault():
+        raise BundleError(f"{file} is damaged: {fault}")
+    return document
 
 
 def read_coefficients(

@@ -26,7 +26,7 @@ from offcut.runtime.generation.schedule import SKIP
 from offcut.runtime.text_to_image import generate_from_prompt, prompt_arguments
 from offcut.runtime.tuning import lockstep
 from offcut.runtime.tuning.artifact import choose, make_key, mismatch, save
-from offcut.runtime.tuning.document import TunedDocument
+from offcut.runtime.tuning.document import ReportRow, TunedDocument
 from offcut.runtime.tuning.images import TuningPipeline, split_images
 from offcut.runtime.tuning.recording import FeatureRecorder, record
 from offcut.runtime.tuning.scheduler_tap import tapped
@@ -145,7 +145,7 @@ def test_corrected_noise_predictions_improve_new_images(
         engine="onnxruntime",
         shallow_over_full=0.1,
         samples={},
-        measured=(),
+        measured=(ReportRow(name="tuned", full_calls=1, shallow_calls=1, speed_up=1, psnr=1, worst=1),),
     )
     pipe.unet.record_times, scheduler = True, pipe.scheduler
     with tapped(pipe) as tap:
@@ -264,7 +264,7 @@ def test_a_schedule_replaces_one_of_the_same_name(tuned: Tuned, shapes: Path, co
     copy = copied(shapes)
     bundle = offcut.Bundle.open(copy)
     before = bundle.manifest.schedules[NAME]
-    changed = Tuned(NAME, tuned.document.model_copy(update={"engine": "another"}), tuned.coefficients)
+    changed = replace(tuned, document=tuned.document.model_copy(update={"engine": "another"}))
     save(bundle, changed)
     after = offcut.Bundle.open(copy)
     assert after.manifest.schedules[NAME] != before
