@@ -163,7 +163,7 @@ def _exchange(bundle: Bundle, entry: EngineEntry, file: Path, dims: Mapping[str,
         after = _calls(pair, entry.cuts[0], dims)[1]
     finally:
         unet.close()
-    same = [_same(after, outputs_before[0]), *(_same(each, with_lora[0]) for each in with_lora)]
+    unchanged = [_equal(after, outputs_before[0]), *(_equal(outputs, with_lora[0]) for outputs in with_lora)]
     variant = bundle.manifest.variants[entry.variant]
     return SwapRow(
         engine=entry.engine,
@@ -175,7 +175,7 @@ def _exchange(bundle: Bundle, entry: EngineEntry, file: Path, dims: Mapping[str,
         first_calls=first,
         later_calls=later,
         calls=statistics.median(without_lora),
-        restored=all(same) and not _same(with_lora[0], outputs_before[0]),
+        restored=all(unchanged) and not _equal(with_lora[0], outputs_before[0]),
     )
 
 
@@ -222,7 +222,7 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+def _equal(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
     import torch
 
     return all(map(torch.equal, one, other))

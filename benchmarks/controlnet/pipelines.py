@@ -54,9 +54,9 @@ class Pipelines:
         if not (controlnet / "config.json").is_file():
             raise UserError(f"{controlnet} holds no ControlNet in diffusers' format: give another directory")
         self.unet = unet
-        whole = StableDiffusionPipeline.from_pretrained(model)
-        components = whole.components | {"scheduler": type(whole.scheduler).from_config(whole.scheduler.config)}
-        self._plain = attach(whole, unet)
+        plain = StableDiffusionPipeline.from_pretrained(model)
+        components = plain.components | {"scheduler": type(plain.scheduler).from_config(plain.scheduler.config)}
+        self._plain = attach(plain, unet)
         self._controlled: dict[bool, Any] = {}
         for reused in (False, True):
             net = ControlNetModel.from_pretrained(controlnet).eval()

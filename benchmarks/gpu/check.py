@@ -128,7 +128,7 @@ class CheckResult(BaseModel):
 
 
 def perform(check: GpuCheck, bench: Workbench) -> CheckResult:
-    """Run a check and return its result; exceptions become results too, an interrupt does not."""
+    """Run a check and return its result; an exception other than an interrupt becomes a result too."""
     began = time.perf_counter()
 
     def result(status: Status, reason: str = "", **measured: Any) -> CheckResult:
@@ -156,7 +156,7 @@ def select(checks: list[GpuCheck], pattern: str | None) -> list[GpuCheck]:
     """Return the checks whose id matches a shell pattern or begins with it, e.g. ``memory``, ``*/inductor``."""
     if pattern is None:
         return checks
-    return [check for check in checks if any(fnmatchcase(check.id, each) for each in (pattern, f"{pattern}/*"))]
+    return [check for check in checks if any(fnmatchcase(check.id, glob) for glob in (pattern, f"{pattern}/*"))]
 
 
 def first_line(error: BaseException) -> str:

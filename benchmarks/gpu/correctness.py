@@ -9,7 +9,7 @@ from ...engines.precision import bounds
 from ...exporter.trace.reference import read_reference
 from ...runtime.generation.schedule import Uniform
 from .check import BoundedFigure, CheckOutcome
-from .exercise import STALE, addresses, bind, farthest, run, stale_outputs, write
+from .exercise import STALE, addresses, bind, max_difference_of_all, run, stale_outputs, write
 from .models import SIDE, conditioning, dtype_of, eager_unet, noise
 from .peers import CachedDenoiser, CachedUNet, DenoisingLoop, EngineDenoiser, decibels
 from .workbench import CUT, Workbench
@@ -31,12 +31,12 @@ def parity(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
         comparisons = verify(pair, reference, bounds(engine, precision))
     claims = tuple(
         BoundedFigure(
-            f"{each.name}, {'relative' if each.relative else 'absolute'} difference",
-            each.error,
-            ">" if each.at_least else "<=",
-            each.bound,
+            f"{comparison.name}, {'relative' if comparison.relative else 'absolute'} difference",
+            comparison.error,
+            ">" if comparison.at_least else "<=",
+            comparison.bound,
         )
-        for each in comparisons
+        for comparison in comparisons
     )
     return CheckOutcome(claims, {"cuts": ", ".join(bundle.entry(engine).cuts), "opset": variant.opset})
 
@@ -92,7 +92,7 @@ def interleaved(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
             for then, now in zip(before, [addresses(first), addresses(second)], strict=True)
             for name in then
         )
-        differences = [farthest(ours, theirs) for ours, theirs in zip(together, alone, strict=True)]
+        differences = [max_difference_of_all(ours, theirs) for ours, theirs in zip(together, alone, strict=True)]
         first.close()
         second.close()
     across = bounds(engine, precision).across

@@ -51,7 +51,7 @@ def stale_outputs(pair: EnginePair, bound: BoundPair, cut: str, seeds: tuple[int
     return outputs
 
 
-def apart(output: torch.Tensor, expected: torch.Tensor) -> float:
+def max_difference(output: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the largest difference divided by the largest expected value; infinite if a value is not finite."""
     ours, theirs = output.double(), expected.double()
     if not bool(torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
@@ -59,9 +59,9 @@ def apart(output: torch.Tensor, expected: torch.Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def farthest(outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Return the largest relative difference, as ``apart`` measures it, between corresponding outputs."""
-    return max(apart(ours, theirs) for ours, theirs in zip(outputs, expected, strict=True))
+def max_difference_of_all(outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Return the largest relative difference, as ``max_difference`` measures it, between corresponding outputs."""
+    return max(max_difference(ours, theirs) for ours, theirs in zip(outputs, expected, strict=True))
 
 
 def addresses(bound: BoundPair) -> Mapping[str, int]:

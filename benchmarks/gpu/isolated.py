@@ -1,7 +1,7 @@
 """Checks in worker processes, one process for each engine, so that a crash of one check does not fail the others.
 
-An illegal memory access makes the CUDA context of a process unusable, TensorRT and TensorRT-RTX cannot share a process,
-and a crash ends a process. The check that was running is then an error, and a new process runs the next check.
+An illegal memory access makes the CUDA context of a process unusable, and TensorRT and TensorRT-RTX cannot share a
+process. When a process crashes, its running check is an error, and a new process runs the next check.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class CheckWorker:
         run = GpuOptions.of_json(options)
         if self._bench is None:
             self._bench = self._workbench(run, Path(folder))
-        (check,) = (each for each in catalog(run) if each.id == id)
+        (check,) = (check for check in catalog(run) if check.id == id)
         return perform(check, self._bench).model_dump(mode="json")
 
     def _workbench(self, options: GpuOptions, folder: Path) -> Workbench:

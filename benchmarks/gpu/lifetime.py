@@ -12,7 +12,7 @@ import torch
 from ...runtime.generation.schedule import Uniform
 from .check import BoundedFigure, CheckOutcome
 from .correctness import SCHEDULE, STEPS, TRAJECTORY
-from .exercise import apart, own_stream, wait
+from .exercise import max_difference, own_stream, wait
 from .models import SIDE, conditioning, dtype_of, noise
 from .peers import DenoisingLoop, EngineDenoiser, decibels
 from .streams import inputs
@@ -43,10 +43,10 @@ def allocations(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
                         free.append(torch.cuda.mem_get_info(device)[0])
     return CheckOutcome(
         (
-            BoundedFigure("most allocations in a call, of which one is the fresh noise_pred", max(counts), "<=", 1),
+            BoundedFigure("maximum of allocations in a call; noise_pred needs one", max(counts), "<=", 1),
             BoundedFigure(f"driver memory that {CALLS} calls took, MiB", (free[0] - min(free)) / MIB, "<=", 0),
         ),
-        {"least allocations in a call": min(counts)},
+        {"minimum of allocations in a call": min(counts)},
     )
 
 
@@ -72,9 +72,9 @@ def close(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
     driver, pytorch = closed[-1] - closed[0], allocated[-1] - allocated[0]
     return CheckOutcome(
         (
-            BoundedFigure("driver memory that stays after each further closing, MiB", driver / MIB, "<=", 2),
-            BoundedFigure("PyTorch's memory that stays after each further closing, bytes", pytorch, "<=", 0),
-            BoundedFigure("driver memory that closing gives back, MiB", (min(opened[1:]) - max(closed)) / MIB, ">", 0),
+            BoundedFigure("driver memory that later closings did not free, MiB", driver / MIB, "<=", 2),
+            BoundedFigure("PyTorch memory that later closings did not free, bytes", pytorch, "<=", 0),
+            BoundedFigure("driver memory that closing frees, MiB", (min(opened[1:]) - max(closed)) / MIB, ">", 0),
         ),
         {"open, MiB": round(opened[-1] / MIB), "closed, MiB": round(closed[-1] / MIB), "cycles": CYCLES},
     )
@@ -114,13 +114,13 @@ def threads(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
     closeness = min(decibels(ours, theirs) for ours, theirs in zip(at_once, in_turn, strict=True))
     return CheckOutcome(
         (
-            BoundedFigure("latents of two threads, least PSNR to one after the other, dB", closeness, ">=", bound),
+            BoundedFigure("minimum PSNR of two threads to the same UNets in turn, dB", closeness, ">=", bound),
             # Otherwise swapped results would not be noticed.
             BoundedFigure("PSNR between the two threads' latents, dB", decibels(in_turn[0], in_turn[1]), "<=", bound),
         ),
         {
             "bit for bit": closeness == math.inf,
-            "largest relative difference": max(apart(o, t) for o, t in zip(at_once, in_turn, strict=True)),
+            "largest relative difference": max(max_difference(o, t) for o, t in zip(at_once, in_turn, strict=True)),
         },
     )
 

@@ -91,8 +91,8 @@ def loop(bench: Workbench, contest: Contest) -> CheckOutcome:
         alone = (clock.median(bound.full, _ALONE), clock.median(lambda: bound.shallow(CUT), _ALONE))
     wall, wall_uncached = _median(loops), _median(uncached_loops)
     inside = (
-        statistics.median(seconds for each in loops for seconds in each.full),
-        statistics.median(seconds for each in loops for seconds in each.shallow),
+        statistics.median(seconds for loop in loops for seconds in loop.full),
+        statistics.median(seconds for loop in loops for seconds in loop.shallow),
     )
     full = len(schedule.full_calls(bench.options.steps))
     shallow = bench.options.steps - full
@@ -102,9 +102,7 @@ def loop(bench: Workbench, contest: Contest) -> CheckOutcome:
         (
             BoundedFigure("wall / ideal, engine calls timed inside the loop", wall / ideal_inside, "<=", 1.02),
             BoundedFigure("wall / ideal, engine calls timed alone", wall / ideal_alone, "<=", 1.02),
-            BoundedFigure(
-                "speed-up over the same engine uncached, of the ideal one", speed_up / ideal_speed_up, ">=", 0.97
-            ),
+            BoundedFigure("speed-up over the uncached engine / ideal speed-up", speed_up / ideal_speed_up, ">=", 0.97),
         ),
         {
             "loop, ms": 1e3 * wall,
@@ -147,7 +145,7 @@ def against_compiled(bench: Workbench, contest: Contest) -> CheckOutcome:
 
 def memory(bench: Workbench, contest: Contest) -> CheckOutcome:
     """Compare the peak device memory of the cached engine with that of the uncached engine."""
-    taken: list[int] = []
+    memory_taken: list[int] = []
     features = 0
     schedule = Uniform(bench.options.interval)
     # The first round also loads libraries and kernels, which stay in memory.
@@ -159,30 +157,30 @@ def memory(bench: Workbench, contest: Contest) -> CheckOutcome:
             for _ in range(2):
                 ours.generate()
             wait(bench.device)
-            free, total = torch.cuda.mem_get_info(bench.device)  # cached blocks count: the peak needed them
-            taken.append(total - free - before)
+            free, total = torch.cuda.mem_get_info(bench.device)  # PyTorch's cached blocks belong to the peak
+            memory_taken.append(total - free - before)
             assert unet.bound is not None
             features = sum(unet.bound.buffers[name].nbytes for name in list(pair.outputs)[1:])
         del unet, pair, trajectory, inputs, ours
     shallow = CachedUNet(meta_unet(contest.architecture)).shallow_parameters()
     weights = sum(parameter.numel() for parameter in shallow) * dtype_of(contest.precision).itemsize
     # The engine without its shallow graph writes the features too.
-    more = taken[2] - (taken[1] - features)
+    added_memory = memory_taken[2] - (memory_taken[1] - features)
     return CheckOutcome(
         (
             BoundedFigure(
-                "memory beyond the uncached engine, of the shallow weights and features",
-                more / (weights + features),
+                "memory added by caching / shallow weights and features",
+                added_memory / (weights + features),
                 "<=",
                 1.1,
             ),
-            BoundedFigure("memory of the uncached engine, MiB", taken[1] / MIB, ">", 0),
+            BoundedFigure("memory of the uncached engine, MiB", memory_taken[1] / MIB, ">", 0),
         ),
         {
-            "cached, MiB": taken[2] / MIB,
+            "cached, MiB": memory_taken[2] / MIB,
             "shallow weights, MiB": weights / MIB,
             "features, MiB": features / MIB,
-            "of uncached": taken[2] / taken[1] if taken[1] else math.nan,
+            "cached / uncached": memory_taken[2] / memory_taken[1] if memory_taken[1] else math.nan,
         },
     )
 
@@ -208,8 +206,8 @@ def roofline(bench: Workbench, contest: Contest) -> CheckOutcome:
     figures: dict[str, float] = {"matrix product, TFLOP/s": compute / 1e12, "copy, GB/s": bandwidth / 1e9}
     for name, graph in work.items():
         achieved = graph.flops / seconds[name]
-        # More than the ceiling means that operations were skipped or time was not measured.
-        claims.append(BoundedFigure(f"{name}: FLOP/s, of the matrix product's", achieved / compute, "<=", 1.05))
+        # A value above the ceiling means that operations were skipped or that time was not measured.
+        claims.append(BoundedFigure(f"{name}: FLOP/s / FLOP/s of the matrix product", achieved / compute, "<=", 1.05))
         figures[f"{name}, ms"] = 1e3 * seconds[name]
         figures[f"{name}, GFLOP"] = graph.flops / 1e9
         figures[f"{name}, TFLOP/s"] = achieved / 1e12
@@ -250,7 +248,7 @@ def count(architecture: str, precision: str, batch: int) -> tuple[CallWork, Call
         unet.shallow(sample, timestep, inputs, feature)
     moved = 2 * sample.nbytes + feature.nbytes + sum(tensor.nbytes for tensor in _tensors(inputs))
     weights, shallow_weights = (
-        sum(parameter.nbytes for parameter in each) for each in (unet.unet.parameters(), unet.shallow_parameters())
+        sum(weight.nbytes for weight in part) for part in (unet.unet.parameters(), unet.shallow_parameters())
     )
     return (
         CallWork(full.get_total_flops(), weights + moved),
@@ -275,7 +273,7 @@ def _tensors(inputs: Any) -> list[torch.Tensor]:
 
 
 def _median(loops: list[LoopTimes]) -> float:
-    return statistics.median(each.seconds for each in loops)
+    return statistics.median(loop.seconds for loop in loops)
 
 
 def _duel(bench: Workbench, contest: Contest, other: LoopDenoiser) -> tuple[float, float]:

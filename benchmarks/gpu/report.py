@@ -50,12 +50,12 @@ class GpuReport(BaseModel):
         """One sentence about the whole run."""
         counts = self.counts
         if counts["failed"] or counts["error"]:
-            return "Disproven or broken: " + ", ".join(f"{counts[status]} {status}" for status in STATUSES)
+            return "A check failed or ended with an error: " + ", ".join(f"{counts[name]} {name}" for name in STATUSES)
         if not counts["passed"]:
             reasons = Counter(result.reason for result in self.checks)
-            why = f": {reasons.most_common(1)[0][0]}" if reasons else ": no check was chosen"
-            return f"Nothing was proven, no check was run{why}"
-        return f"All that was run passed: {counts['passed']} passed, {counts['not run']} not run"
+            why = reasons.most_common(1)[0][0] if reasons else "no check was chosen"
+            return f"No check was run: {why}"
+        return f"All checks that ran passed: {counts['passed']} passed, {counts['not run']} not run"
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of ``result.json``, which names the file of tracebacks instead of repeating them."""

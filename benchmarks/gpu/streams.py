@@ -12,7 +12,7 @@ import torch
 from ...engines.precision import bounds
 from ...runtime.generation.schedule import Uniform
 from .check import BoundedFigure, CheckOutcome, NotRun
-from .exercise import addresses, apart, bind, farthest, stale_outputs
+from .exercise import addresses, bind, max_difference, max_difference_of_all, stale_outputs
 from .models import SIDE, conditioning, dtype_of, noise
 from .peers import Conditioning
 from .workbench import CUT, Workbench
@@ -52,11 +52,11 @@ def no_sync(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
     shallow = [call for call, full in enumerate(run.full) if not full]
     return CheckOutcome(
         (
-            BoundedFigure(f"synchronising calls of {CALLS}, timestep on the device", len(by_tensor), "==", 0),
-            BoundedFigure(f"synchronising calls of {CALLS}, timestep a number", len(by_number), "==", 0),
-            # Without CUDA graphs a full call may fill the queue of launches, and the host then waits for free places.
+            BoundedFigure(f"synchronising calls among {CALLS}, timestep on the device", len(by_tensor), "==", 0),
+            BoundedFigure(f"synchronising calls among {CALLS}, timestep a number", len(by_number), "==", 0),
+            # Without CUDA graphs, a full call may fill the launch queue, and the host then waits.
             BoundedFigure(
-                f"shallow calls of {len(shallow)} that returned before the device began with them",
+                f"shallow calls among {len(shallow)} that returned before the device began them",
                 sum(ahead[call] for call in shallow),
                 "==",
                 len(shallow),
@@ -96,8 +96,8 @@ def side_stream(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
         with torch.cuda.stream(stream):
             outputs = generation(late=True)
         stream.synchronize()
-        spread = min(apart(one, other) for one, other in pairwise(expected))
-        difference = farthest(outputs, expected)
+        spread = min(max_difference(one, other) for one, other in pairwise(expected))
+        difference = max_difference_of_all(outputs, expected)
     across = bounds(engine, precision).across
     return CheckOutcome(
         (
@@ -118,7 +118,7 @@ def cuda_graphs(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
         before = addresses(bound)
         counting = _counting_launches(bench.device) if engine in _OWN_CAPTURE else _counting_replays()
         with counting as replays:
-            replayed = farthest(stale_outputs(pair, bound, CUT, seeds), plain)
+            replayed = max_difference_of_all(stale_outputs(pair, bound, CUT, seeds), plain)
         moved = sum(before[name] != address for name, address in addresses(bound).items())
         bound.close()
     return CheckOutcome(
@@ -127,7 +127,7 @@ def cuda_graphs(bench: Workbench, engine: str, precision: str) -> CheckOutcome:
             BoundedFigure("relative difference of replayed to launched calls", replayed, "<=", repeated),
             # The first calls of each graph warm up: their kernels are launched one by one, not replayed.
             BoundedFigure(
-                f"calls of {2 * len(seeds)} that were replayed",
+                f"replayed calls among {2 * len(seeds)}",
                 len(replays),
                 ">=",
                 2 * (len(seeds) - (2 if engine in _OWN_CAPTURE else 1)),
@@ -154,7 +154,7 @@ def moved_buffers(bench: Workbench, engine: str, precision: str) -> CheckOutcome
         for memory in freed.values():
             memory.fill_(_NEW_OWNER)
         second = bind(pair, 2, SIDE["small"])
-        difference = farthest(stale_outputs(pair, second, CUT, seeds), plain)
+        difference = max_difference_of_all(stale_outputs(pair, second, CUT, seeds), plain)
         overwritten = sum(int((memory != _NEW_OWNER).sum()) for memory in freed.values())
         in_place = len(then & set(addresses(second).values()))
         second.close()
@@ -162,7 +162,7 @@ def moved_buffers(bench: Workbench, engine: str, precision: str) -> CheckOutcome
         (
             BoundedFigure("relative difference of the second pair to launched calls", difference, "<=", repeated),
             BoundedFigure("values overwritten where the first pair's buffers were", overwritten, "==", 0),
-            # If the buffers did not move, the check has shown nothing.
+            # The check needs buffers that moved.
             BoundedFigure("buffers of the second pair at an address of the first", in_place, "==", 0),
         )
     )
@@ -181,7 +181,7 @@ def _launched(
     with bench.pair(bundle, engine, cuda_graphs=False) as pair:
         bound = bind(pair, 2, SIDE["small"])
         plain = stale_outputs(pair, bound, CUT, seeds)
-        repeated = farthest(stale_outputs(pair, bound, CUT, seeds), plain)
+        repeated = max_difference_of_all(stale_outputs(pair, bound, CUT, seeds), plain)
         bound.close()
     return plain, repeated
 

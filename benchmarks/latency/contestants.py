@@ -111,7 +111,7 @@ def _offcut(bundle: Bundle, case: Case, engines: Iterable[str], uncached: bool) 
             *weights,
         ]
         full_files = [file for file in files if file not in entry.shallow.values()]
-        size, full_size = (sum(bundle.manifest.files[file].size for file in each) for each in (files, full_files))
+        size, full_size = (sum(bundle.manifest.files[file].size for file in names) for names in (files, full_files))
         settings = {
             "graphs": f"{variant.precision}, opset {variant.opset}",
             "computes in": precision,
@@ -165,7 +165,7 @@ def _pytorch(case: Case, peers: Sequence[str], precision: str, parameters: int) 
             twin=f"diffusers eager {precision}" if "diffusers" in peers else None,
             **helper | eager,
         )
-    if "compile" not in peers or precision == "fp32":  # users who compile for speed choose a lower precision first
+    if "compile" not in peers or precision == "fp32":  # users choose a lower precision before they compile
         return
     more = "two more whole loops to warm up"
     yield Entrant(

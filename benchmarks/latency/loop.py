@@ -44,7 +44,7 @@ def build_pipeline(case: Case, bundle: Bundle, unet: Any) -> Any:
     pipeline_class = getattr(diffusers, pipeline_name(bundle))
     parameters = inspect.signature(pipeline_class).parameters
     components: dict[str, Any] = {
-        name: None if each.default is inspect.Parameter.empty else each.default for name, each in parameters.items()
+        name: None if value.default is inspect.Parameter.empty else value.default for name, value in parameters.items()
     }
     if "requires_safety_checker" in components:
         components["requires_safety_checker"] = False

@@ -62,7 +62,7 @@ def pipeline_name(bundle: Bundle) -> str:
     config = bundle.unet_config
     name = bundle.manifest.pipeline
     if name is None:
-        names = [each for each, pipeline in PIPELINES.items() if pipeline.unet == config["_class_name"]]
+        names = [name for name, pipeline in PIPELINES.items() if pipeline.unet == config["_class_name"]]
         # Stable Diffusion comes before SDXL; only SDXL has embeddings of the image size.
         name = next(iter(names[-1:] if config.get("addition_embed_type") == "text_time" else names[:1]), None)
     # A video's UNet takes the first image's latent as additional channels.

@@ -162,7 +162,7 @@ class _Run:
         task = "the common inputs cannot be created"
         try:
             self.work = process.request("inputs", case=case)["work"]
-            for precision in dict.fromkeys(each for each in precisions if each in DTYPES):
+            for precision in dict.fromkeys(name for name in precisions if name in DTYPES):
                 task = f"a matrix product in {precision} failed"
                 self.options.progress(f"matrix product in {precision}")
                 self.products[precision] = process.request("product", case=case, precision=precision)["flops"]

@@ -120,12 +120,12 @@ class OffcutRunner(PipelineRunner):
 
 
 class _ChannelForecast(Forecast):
-    """A linear extrapolation with damping 0.5 and coefficients for each channel, as ``offcut tune`` fits them."""
+    """A linear extrapolation with damping 0.5 and coefficients for feature channel, as ``offcut tune`` fits them."""
 
     def __init__(self, features: Mapping[str, torch.Tensor]) -> None:
         self._coefficients = {
-            name: Coefficients(*(each.new_full(each.shape[1:2], value) for value in (1.0, 0.5, 0.0)))
-            for name, each in features.items()
+            name: Coefficients(*(feature.new_full(feature.shape[1:2], value) for value in (1.0, 0.5, 0.0)))
+            for name, feature in features.items()
         }
 
     def at(self, feature: str, call: int, last: int, before: int | None) -> Coefficients:

@@ -61,7 +61,7 @@ def pictures(case: Case) -> list[Image]:
 
     colours = torch.rand((case.images, 3, 4, 4), generator=torch.Generator().manual_seed(case.seed))
     pixels = torch.nn.functional.interpolate(colours, (case.height, case.width), mode="bilinear")
-    return [Image.fromarray(each) for each in (255 * pixels).byte().permute(0, 2, 3, 1).contiguous().numpy()]
+    return [Image.fromarray(image) for image in (255 * pixels).byte().permute(0, 2, 3, 1).contiguous().numpy()]
 
 
 class _VaeWithoutWeights:

@@ -63,7 +63,7 @@ class LatencyWorker:
             self._shared = SharedParts(Case(**case))
             torch.set_num_threads(self._case.threads)
             self._device_before = _device_bytes(self._case.device)
-        shared_seconds = self._shared.seconds  # of objects that earlier contestants of this process created
+        shared_seconds = self._shared.seconds  # time of objects that earlier contestants of this process created
         began = time.perf_counter()
         runner = self._runners[contestant.name] = KINDS[contestant.kind](contestant, self._shared)
         load = time.perf_counter() - began + shared_seconds

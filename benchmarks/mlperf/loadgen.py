@@ -59,14 +59,14 @@ class ShortenedRules:
 
     def describe(self, scenario: Scenario) -> dict[str, str]:
         """Return the settings of a scenario, with MLPerf's own in brackets."""
-        duration = {"least duration": f"{self.seconds:g} s (MLPerf: 600 s)"}
+        duration = {"minimum duration": f"{self.seconds:g} s (MLPerf: 600 s)"}
         if scenario == "Offline":
             return {"samples": f"{self.queries} or more (MLPerf: 5000)", **duration}
         if scenario == "SingleStream":
             reported = {"latency reported": f"{self.percentile:g} % (MLPerf: 90 %)"}
-            return {"least queries": f"{self.queries} (MLPerf: 1024)", **duration, **reported}
+            return {"minimum queries": f"{self.queries} (MLPerf: 1024)", **duration, **reported}
         return {
-            "least queries": f"{self.queries} (MLPerf: as many as its early stopping needs)",
+            "minimum queries": f"{self.queries} (MLPerf: as many as its early stopping needs)",
             **duration,
             "latency limit": f"{self.latency:g} s at {self.percentile:g} % (MLPerf: 20 s at 99 %)",
             "offered load": f"{self.rate:.3g} images/s, Poisson arrivals",

@@ -96,7 +96,7 @@ def _run(
     images = [ticket.future.result().images for ticket in tickets]
     ended = time.perf_counter()
     ticks = _difference(before, worker.statistics())
-    last = ends[-count]  # end of the first last step: some requests reach the autoencoder before others
+    last = ends[-count]  # the first end of a last step: some requests reach the autoencoder before others
     return _RequestGroup(count, ends[0] - began, last - ends[0], ended - last, ticks, images[0][0])
 
 

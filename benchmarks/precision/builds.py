@@ -59,18 +59,18 @@ def builds_of(engines: Sequence[str], precisions: Sequence[str]) -> list[Build]:
         UserError: a name is not in `BUILDS`, or none of these engines computes in these precisions.
     """
     for names, known in (
-        (engines, dict.fromkeys(each.engine for each in BUILDS)),
-        (precisions, dict.fromkeys(each.computes_in for each in BUILDS if each.computes_in != EXACT)),
+        (engines, {b.engine: None for b in BUILDS}),
+        (precisions, {b.computes_in: None for b in BUILDS if b.computes_in != EXACT}),
     ):
         for name in names:
             if name not in known:
                 raise UserError(f"{name} is not compared: choose {' or '.join(known)}")
     chosen = [
-        each
-        for each in BUILDS
-        if (not engines or each.engine in engines) and (not precisions or each.computes_in in (EXACT, *precisions))
+        b
+        for b in BUILDS
+        if (not engines or b.engine in engines) and (not precisions or b.computes_in in (EXACT, *precisions))
     ]
-    if all(each.computes_in == EXACT for each in chosen):
+    if all(b.computes_in == EXACT for b in chosen):
         raise UserError(f"{' and '.join(engines)} cannot compute in {' or '.join(precisions)}: omit --engine")
     return chosen
 
@@ -94,15 +94,15 @@ def builds_in(bundle: Bundle, engines: Sequence[str] = ()) -> list[tuple[Build, 
 
 def make(model: Path, out: Path, builds: Sequence[Build], cut: str, progress: Callable[[str], None]) -> Bundle:
     """Add the builds to a bundle and open the bundle; int8 is calibrated on the model's own prompts."""
-    for each in builds:
-        progress(f"build {each.engine} {each.name}")
+    for target in builds:
+        progress(f"build {target.engine} {target.name}")
         build(
             model,
             out,
             cuts=[cut],
-            engine=each.engine,
-            precision=each.precision,
-            inference_precision=each.computed_in,
+            engine=target.engine,
+            precision=target.precision,
+            inference_precision=target.computed_in,
             calibration=Calibration(),
             progress=indented(progress),
         )

@@ -34,10 +34,10 @@ def tasks(
     """
     prompts = pictures.prompts(count, 1000 + seed)
     return {
-        each: pictures.ImageTask(
-            prompts, guidance, seed, batch, f"{bundle.built_digest} {each.engine} {each.name} {versions}"
+        build: pictures.ImageTask(
+            prompts, guidance, seed, batch, f"{bundle.built_digest} {build.engine} {build.name} {versions}"
         )
-        for each in builds
+        for build in builds
     }
 
 
@@ -78,7 +78,7 @@ def generate(
             pipe.unet.close()
     stage("scores")
     net, task = JudgeNet.load(), next(iter(tasks.values()))
-    right = {each: obeyed(net, pixels, task.prompts) for each, pixels in images.items()}
+    right = {key: obeyed(net, pixels, task.prompts) for key, pixels in images.items()}
 
     def row(build: Build, setting: QualitySetting) -> ImageRow:
         own, exact, uncached = (build, setting), (Build(build.engine), setting), (Build(build.engine), compared[0])
@@ -100,5 +100,5 @@ def generate(
         guidance=task.guidance,
         images=len(task.prompts),
         cut=CUTS[0],
-        rows=[row(*each) for each in images],
+        rows=[row(*key) for key in images],
     )

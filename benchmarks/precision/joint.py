@@ -192,11 +192,11 @@ def corrections(
     """
     ridge, offset = Ridge(0.0, slopes=False), calls if reference else 0
     coefficients: dict[int, dict[str, Coefficients]] = {}
-    for call in (each for each in range(calls) if each not in full):
-        last = max(each for each in full if each < call)
+    for call in (index for index in range(calls) if index not in full):
+        last = max(index for index in full if index < call)
         coefficients[call] = {}
-        for name, each in moments.items():
-            fitted = ridge.fit(each, range(call + offset, call + offset + 1), last, last)
+        for name, feature_moments in moments.items():
+            fitted = ridge.fit(feature_moments, range(call + offset, call + offset + 1), last, last)
             scale, shift = (value[:, 0].clone() for value in (fitted.scale, fitted.shift))  # type: ignore[index]
             coefficients[call][name] = Coefficients(scale, 0.0, shift)
     return coefficients

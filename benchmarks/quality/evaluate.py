@@ -125,9 +125,9 @@ def _ratio(cut: str, images: Mapping[QualitySetting, SettingImages]) -> float:
     """Return this model's ratio of shallow to full call times: the median over all parts of settings with this cut."""
     pairs = [
         shallow / full
-        for setting, each in images.items()
+        for setting, setting_images in images.items()
         if setting.cut == cut
-        for full, shallow in zip(each.full, each.shallow, strict=True)
+        for full, shallow in zip(setting_images.full, setting_images.shallow, strict=True)
     ]
     return float(np.nanmedian(pairs))
 

@@ -1,7 +1,7 @@
 """Settings for the Pareto front of quality and speed: tuned schedules, and other settings at the same cost.
 
-Each schedule is tuned at the cost of a uniform interval, with the ratio of shallow to full calls of Stable Diffusion
-1.5. The compared images have other prompts and seeds. The bundle stores the schedule for a run that continues later.
+Each schedule is tuned at the cost of a uniform interval, with Stable Diffusion 1.5's time ratio of shallow to full
+calls. The compared images have other prompts and seeds. The bundle stores the schedules for later runs.
 """
 
 from __future__ import annotations

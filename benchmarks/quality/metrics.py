@@ -27,7 +27,7 @@ def psnr(first: Pictures, second: Pictures) -> Values:
 def ssim(first: Pictures, second: Pictures) -> Values:
     """Return the structural similarity of each pair, by torchmetrics with a Gaussian window of standard deviation 1.5.
 
-    The computation is in fp32, which is 30 times faster here than fp64 and has three correct digits.
+    The computation is in fp32, which has three correct digits and is 30 times as fast as fp64 on a CPU.
 
     Raises:
         MissingExtraError: torchmetrics is not installed.
@@ -59,8 +59,8 @@ def frechet(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> 
     root = _square_root(_covariance(first))
     other = _covariance(second)
     crossed = np.sqrt(np.clip(np.linalg.eigvalsh(root @ other @ root), 0, None)).sum()
-    apart = first.mean(axis=0) - second.mean(axis=0)
-    return max(0.0, float(apart @ apart + np.trace(root @ root) + np.trace(other) - 2 * crossed))
+    shift = first.mean(axis=0) - second.mean(axis=0)
+    return max(0.0, float(shift @ shift + np.trace(root @ root) + np.trace(other) - 2 * crossed))
 
 
 def _covariance(features: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

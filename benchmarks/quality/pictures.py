@@ -166,7 +166,7 @@ def _part(pipe: Any, task: ImageTask, setting: QualitySetting, first: int, on_ca
         pipe.scheduler = own
 
     def median(mark: str) -> float:
-        times = [each for run in runs for call, each in zip(run.timeline, run.seconds, strict=True) if call == mark]
+        times = [time for run in runs for call, time in zip(run.timeline, run.seconds, strict=True) if call == mark]
         return float(np.median(times)) if times else float("nan")
 
     return SettingImages(np.concatenate(pictures), (median("#"),), (median("."),), runs[0].timeline)
@@ -250,8 +250,8 @@ def prompts(count: int, seed: int) -> tuple[str, ...]:
     from ..shapes.prompts import KINDS
     from ..shapes.prompts import prompts as prompts_of_kind
 
-    each = [prompts_of_kind(kind, -(-count // len(KINDS)), seed + index) for index, kind in enumerate(KINDS)]
-    return tuple(text for row in zip(*each, strict=True) for text in row)[:count]
+    kinds = [prompts_of_kind(kind, -(-count // len(KINDS)), seed + index) for index, kind in enumerate(KINDS)]
+    return tuple(text for row in zip(*kinds, strict=True) for text in row)[:count]
 
 
 def render_scenes(texts: Sequence[str], seed: int) -> Pictures:

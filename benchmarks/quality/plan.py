@@ -232,16 +232,16 @@ def with_fewer_steps(settings: Sequence[QualitySetting], ratios: Mapping[str, fl
     return rows + shortened
 
 
-def reference_ratios(settings: Sequence[QualitySetting], given: Mapping[str, float]) -> dict[str, float]:
+def reference_ratios(settings: Sequence[QualitySetting], own: Mapping[str, float]) -> dict[str, float]:
     """Return the time of a shallow call divided by that of a full call on Stable Diffusion 1.5, by cut.
 
     Args:
-        given: ratios that replace those of `SHALLOW_OVER_FULL`, by cut.
+        own: ratios of the user that replace those of `SHALLOW_OVER_FULL`, by cut.
 
     Raises:
         UserError: a ratio is not between 0 and 1, or a cut has no ratio.
     """
-    ratios = {**SHALLOW_OVER_FULL, **{canonical_name(cut): ratio for cut, ratio in given.items()}}
+    ratios = {**SHALLOW_OVER_FULL, **{canonical_name(cut): ratio for cut, ratio in own.items()}}
     for setting in settings:
         if setting.cut and setting.cut not in ratios:
             raise UserError(

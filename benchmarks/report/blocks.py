@@ -152,17 +152,17 @@ def for_terminal(section: Section) -> Iterator[RichTable | str]:
             yield escape(block.text)
         elif isinstance(block, Table) and block.terminal:
             columns, rows = block.filled()
-            shown = [place for place, column in enumerate(columns) if column.terminal]
+            shown_columns = [place for place, column in enumerate(columns) if column.terminal]
             yield escape(block.caption)
             table = RichTable(box=SIMPLE, padding=(0, 0, 0, 0), pad_edge=False)
-            for place in shown:
+            for place in shown_columns:
                 texts = [columns[place].heading, *(_text(cells[place]) for cells in rows)]
                 longest = max(len(word) for text in texts for word in [*text.split(), ""])
                 justify: Any = "right" if columns[place].numeric and place > 0 else "left"
                 table.add_column(escape(texts[0]), justify=justify, overflow="fold", min_width=min(longest, 20))
             for row, cells in zip(block.rows, rows, strict=True):
                 style = "bold" if block.ours(row) else None
-                table.add_row(*(escape(_text(cells[place])) for place in shown), style=style)
+                table.add_row(*(escape(_text(cells[place])) for place in shown_columns), style=style)
             yield table
 
 

@@ -112,9 +112,9 @@ _QUALITY_TASK = ("model", "guidance")
 
 
 def _same_task(section: str, names: Sequence[str], old: Latency | Quality, new: Latency | Quality) -> None:
-    apart = [name for name in names if getattr(old, name) != getattr(new, name)]
-    if apart:
-        differences = ", ".join(f"{name} {getattr(old, name)!r} and {getattr(new, name)!r}" for name in apart)
+    differing = [name for name in names if getattr(old, name) != getattr(new, name)]
+    if differing:
+        differences = ", ".join(f"{name} {getattr(old, name)!r} and {getattr(new, name)!r}" for name in differing)
         raise UserError(f"the two {section} results ran different tasks ({differences}); compare runs of the same one")
 
 
@@ -238,11 +238,11 @@ def _calls(name: str, first: QualityRow, second: QualityRow, threshold: float) -
 
 def _loss(metric: str, old: Estimate, new: Estimate) -> Estimate:
     """Return the change in percent or percentage points, positive if worse."""
-    apart = difference(old, new)
-    bounds = (apart.mean, apart.high, apart.low)
+    change = difference(old, new)
+    bounds = (change.mean, change.high, change.low)
     if metric == "distance":
         scale = 100 / old.mean if old.mean else math.inf
-        mean, low, high = (value * scale if value else 0.0 for value in (apart.mean, apart.low, apart.high))
+        mean, low, high = (value * scale if value else 0.0 for value in (change.mean, change.low, change.high))
     elif metric == "psnr":  # 20 log10 of the error, so that a difference in dB is a ratio of errors
         mean, low, high = (100 * (10 ** (-value / 20) - 1) for value in bounds)
     else:

@@ -27,8 +27,8 @@ def base_of(rows: Sequence[Contestant]) -> Contestant | None:
         lambda row: row.family != OURS,
         lambda row: True,
     ):
-        if found := next(filter(fits, plain), None):
-            return found
+        if row := next(filter(fits, plain), None):
+            return row
     return None
 
 

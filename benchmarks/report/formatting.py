@@ -77,7 +77,7 @@ def interval(value: Estimate | None, places: int = 1, scale: float = 1, sign: bo
     if value is None:
         return NONE
     form = f"{'+' if sign else ''}z.{places}f"  # z: no minus before a zero
-    mean, low, high = (scale * each for each in (value.mean, value.low, value.high))
+    mean, low, high = (scale * bound for bound in (value.mean, value.low, value.high))
     return Pair(f"{mean:{form}}", f"[{low:{form}},\N{NO-BREAK SPACE}{high:{form}}]")
 
 

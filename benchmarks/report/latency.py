@@ -110,7 +110,7 @@ def _loops(latency: Latency, rows: Sequence[Contestant], percents: Sequence[floa
         Column("alone", lambda row: fixed(row.wall_over_ideal_alone, 3), "the same, with calls timed back to back",
                terminal=False),
         Column("difference", lambda row: NONE if row.difference is None else f"{row.difference:.1e}",
-               "of the final latents from the reference's: norm of the difference over the norm", terminal=False),
+               "of the final latents to the reference's, relative to their norm", terminal=False),
         Column("memory", memory, "largest resident memory of the process, or of the device", terminal=False),
         Column("load", lambda row: seconds(row.load_seconds), "to open the engine", terminal=False),
         Column("size", lambda row: size(row.size_bytes), "of the files read", terminal=False),

@@ -145,11 +145,11 @@ def _limits(results: Sequence[Result]) -> Iterator[str]:
     yield "One machine: on others, ratios may differ, and seconds differ more."
     latencies = [result.latency for result in results if result.latency]
     if latencies:
-        fewest = min(each.rounds for each in latencies)
+        fewest = min(run.rounds for run in latencies)
         yield f"{count(fewest, 'round')}: the ranges show the noise between rounds, not between runs."
-        if any("random" in each.model.lower() for each in latencies):
+        if any("random" in run.model.lower() for run in latencies):
             yield "Random weights: they do not change the time of a call, but the images are meaningless."
-        if skipped := sum(not row.loops for each in latencies for row in each.contestants):
+        if skipped := sum(not row.loops for run in latencies for row in run.contestants):
             yield f"{count(skipped, 'contestant')} did not run; the reasons are listed above."
     for measured in (result.quality for result in results if result.quality):
         yield (

@@ -124,11 +124,11 @@ def _sample_table(quality: Quality, against: QualityRow, others: Sequence[Qualit
         return _picture(_read(folder, against.samples[place]), f"{prompt(place)}, uncached")
 
     def cached(row: QualityRow, place: int) -> Cell:
-        whole = _read(folder, against.samples[place])
+        uncached_image = _read(folder, against.samples[place])
         image = _read(folder, row.samples[place]) if place < len(row.samples) else None
         text = f"{prompt(place)}, {row.name}"
-        apart = _differences(whole, image)
-        return _picture(image, text), _picture(apart, f"{text}: difference to the uncached image")
+        differences = _differences(uncached_image, image)
+        return _picture(image, text), _picture(differences, f"{text}: difference to the uncached image")
 
     columns = [Column("prompt", prompt), Column("uncached", uncached, numeric=False)]
     for row in others:

@@ -50,15 +50,15 @@ def measure_batches(setting: ServerSetting, measured: ServingLoad, stage: Callab
         pipe.unet.close()
     kind = RequestKind(tuple(schedule.is_full(call, setting.steps) for call in range(setting.steps)))
     shared = WorkerSetting(Policy(), max_in_flight=setting.in_flight, max_queue=10**6, max_batch=setting.rows)
-    most, one = (
+    shared_rate, single_rate = (
         capacity(costs, RequestLoad([kind], requests=400), replace(shared, max_in_flight=in_flight))
         for in_flight in (setting.in_flight, 1)
     )
     no_time = {"between": dict.fromkeys(costs.between, 0.0), "encode": 0.0, "decode": 0.0}
     calls_only, load_of = type(costs)(**costs.model_dump() | no_time), RequestLoad([kind], requests=4000)
     ways = (shared, replace(shared, whole_requests=True))
-    rate = AT_LOAD * min(capacity(calls_only, load_of, each) for each in ways)
-    p50, p50_whole = (load_of.on(calls_only, each, rate).percentile(50, WARMUP) for each in ways)
+    rate = AT_LOAD * min(capacity(calls_only, load_of, way) for way in ways)
+    p50, p50_whole = (load_of.on(calls_only, way, rate).percentile(50, WARMUP) for way in ways)
     measured.batches = [
         BatchRow(
             requests=rows // costs.rows,
@@ -69,4 +69,4 @@ def measure_batches(setting: ServerSetting, measured: ServingLoad, stage: Callab
         )
         for rows in sorted(costs.full)
     ]
-    measured.allowed, measured.allowed_latency = most / one, p50_whole / p50
+    measured.allowed, measured.allowed_latency = shared_rate / single_rate, p50_whole / p50

@@ -83,10 +83,10 @@ class LoadPlan:
     def estimate(self) -> float:
         """Seconds of all phases, without the start of the servers."""
         ways = len(get_args(Way))
-        closed, opened = (len(each) for each in (self.clients, self.loads))
-        each = {
+        closed, opened = (len(sizes) for sizes in (self.clients, self.loads))
+        durations = {
             "load": self.rounds * ways * (closed * (self.closed + self.settle) + opened * (self.open + self.settle)),
             "overload": self.capacity + self.overload + 2 * self.settle,
             "soak": self.soak + self.control + 4 * self.settle,
         }
-        return sum(seconds for part, seconds in each.items() if part in self.parts)
+        return sum(seconds for part, seconds in durations.items() if part in self.parts)

@@ -126,7 +126,7 @@ def _leak_at_each_request(service: WorkerService, count: int) -> None:
     submit = service.submit
 
     def leaking(body: Any) -> Any:
-        leaked.append(b"\1" * count)  # written bytes, because the system counts no others
+        leaked.append(b"\1" * count)  # nonzero bytes, because the system counts only written memory
         return submit(body)
 
     service.submit = leaking  # type: ignore[method-assign]

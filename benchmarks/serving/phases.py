@@ -86,8 +86,8 @@ def _load(setting: ServerSetting, plan: LoadPlan, measured: ServingLoad, stage: 
                 windows.append(_closed(servers[way].url, body, count, plan.closed, plan.settle))
         measured.closed = [_closed_row(way, count, windows) for (way, count), windows in loops.items()]
 
-        most = max(plan.clients)
-        throughputs = {way: statistics.median(each.throughput for each in loops[way, most]) for way in ways}
+        clients = max(plan.clients)
+        throughputs = {way: statistics.median(window.throughput for window in loops[way, clients]) for way in ways}
         capacity = min(throughputs["steps"], throughputs["whole"])
         stage(f"open loops at {' and '.join(f'{load:.0%}' for load in plan.loads)} of {capacity:.2f} images a second")
         streams: dict[tuple[Way, float], list[Window]] = {(way, load): [] for load in plan.loads for way in ways}
@@ -102,19 +102,19 @@ def _closed_row(way: Way, count: int, windows: Sequence[Window]) -> ClosedRow:
     return ClosedRow(
         way=way,
         clients=count,
-        throughput=[each.throughput for each in windows],
-        latency=Percentiles.of([seconds for each in windows for seconds in each.latencies]),
+        throughput=[window.throughput for window in windows],
+        latency=Percentiles.of([seconds for window in windows for seconds in window.latencies]),
     )
 
 
 def _open_row(way: Way, load: float, rate: float, windows: Sequence[Window]) -> OpenRow:
-    replies = [reply for each in windows for reply in each.replies]
+    replies = [reply for window in windows for reply in window.replies]
     return OpenRow(
         way=way,
         load=load,
         rates=[rate] * len(windows),
-        p50=[statistics.median(each.latencies) if each.latencies else float("inf") for each in windows],
-        latency=Percentiles.of([seconds for each in windows for seconds in each.latencies]),
+        p50=[statistics.median(window.latencies) if window.latencies else float("inf") for window in windows],
+        latency=Percentiles.of([seconds for window in windows for seconds in window.latencies]),
         refused=sum(not reply.has_image for reply in replies),
         late=Percentiles.of([reply.sent - reply.due for reply in replies]),
     )
@@ -172,7 +172,7 @@ def _soak(
         interval = min(_SAMPLE_SECONDS, seconds / 40)
         with monitor.ServerMonitor(server.url, server.pid, interval, on_sample) as observed:
             window = _closed(server.url, body, clients, seconds, 0.0, _leaving(plan.leaving, usual))
-        held = _held(server)
+        still_held = _held(server)
     samples = [sample for sample in observed.samples if sample.at < window.ended]
     first, last = monitor.growth(samples, _WARM_UP)
     return Soak(
@@ -187,7 +187,7 @@ def _soak(
         first_bytes=first,
         last_bytes=last,
         most_bytes=max(sample.resident for sample in samples),
-        held=held,
+        held=still_held,
     )
 
 
@@ -195,9 +195,9 @@ def _held(server: MeasuredServer) -> int:
     """Return the number of requests and cache slots that the idle server still holds once abandoned steps are over."""
     deadline = time.perf_counter() + _QUIET
     while True:
-        held = int(sum(monitor.gauges(monitor.read(f"{server.url}/metrics")).values()))
-        if not held or time.perf_counter() > deadline:
-            return held
+        still_held = int(sum(monitor.gauges(monitor.read(f"{server.url}/metrics")).values()))
+        if not still_held or time.perf_counter() > deadline:
+            return still_held
         time.sleep(0.1)
 
 

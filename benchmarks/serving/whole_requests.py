@@ -26,18 +26,18 @@ _VARYING = ("prompt", "negative_prompt", "generator")
 class WholeRequests:
     """A worker that runs a batch of requests as one pipeline call, from the first step to the last.
 
-    An idle worker takes up to ``most`` waiting requests with the same sizes, steps, guidance and schedule, in the order
-    of arrival. Later requests wait until the batch is done. The rows of a client that disconnects stay in the batch.
+    An idle worker takes up to ``max_batch`` waiting requests with equal sizes, steps, guidance and schedule, oldest
+    first. Later requests wait until the batch is done. The rows of a client that disconnects stay in the batch.
     Deadlines are ignored.
 
     Args:
         inner: worker that runs each batch as one request; ``close`` closes it too.
-        most: maximum number of requests in a batch.
+        max_batch: maximum number of requests in a batch.
         max_queue: maximum number of waiting requests.
     """
 
-    def __init__(self, inner: Worker, most: int, max_queue: int) -> None:
-        self._inner, self._most, self._max_queue = inner, most, max_queue
+    def __init__(self, inner: Worker, max_batch: int, max_queue: int) -> None:
+        self._inner, self._max_batch, self._max_queue = inner, max_batch, max_queue
         self._changed = threading.Condition()
         self._keys = itertools.count()
         self._queue: list[WorkerRequest] = []
@@ -92,7 +92,7 @@ class WholeRequests:
     def _check(self) -> None:
         if self._closing:
             raise WorkerClosedError("this worker takes no more requests: send them to another one")
-        if len(self._queue) >= self._max_queue + self._most - len(self._running):
+        if len(self._queue) >= self._max_queue + self._max_batch - len(self._running):
             raise QueueFullError(f"{len(self._queue)} requests wait already: try again later")
 
     @property
@@ -143,12 +143,12 @@ class WholeRequests:
                 images = self._generate(batch)
             except BaseException as raised:  # every request gets the error
                 error = raised
-            each = len(images) // len(batch)
+            count = len(images) // len(batch)
             with self._changed:
                 self._running = []
                 self._changed.notify_all()
             for index, request in enumerate(batch):
-                self._end(request, SimpleNamespace(images=images[index * each : (index + 1) * each]), error)
+                self._end(request, SimpleNamespace(images=images[index * count : (index + 1) * count]), error)
 
     def _next(self) -> list[WorkerRequest]:
         """Wait for the next batch and return it; the batch is empty once the worker is closed."""
@@ -157,8 +157,8 @@ class WholeRequests:
                 self._changed.wait()
             if not self._queue:
                 return []
-            batch = [each for each in self._queue if _compatible(each, self._queue[0])][: self._most]
-            self._queue = [each for each in self._queue if each not in batch]
+            batch = [request for request in self._queue if _compatible(request, self._queue[0])][: self._max_batch]
+            self._queue = [request for request in self._queue if request not in batch]
             for request in batch:
                 request.future.set_running_or_notify_cancel()
                 request.started = time.monotonic()
@@ -173,7 +173,7 @@ class WholeRequests:
                     request.on_step(step)
 
         first = batch[0]
-        lists = {name: [each.arguments[name] for each in batch] for name in _VARYING if name in first.arguments}
+        lists = {name: [request.arguments[name] for request in batch] for name in _VARYING if name in first.arguments}
         if "generator" in lists:  # each request has a list of generators
             lists["generator"] = [generator for generators in lists["generator"] for generator in generators]
         ticket = self._inner.submit(
@@ -197,7 +197,9 @@ class WholeRequests:
 
 def _compatible(one: WorkerRequest, other: WorkerRequest) -> bool:
     """Return whether one pipeline call can generate the images of both requests."""
-    shared = [{name: value for name, value in each.arguments.items() if name not in _VARYING} for each in (one, other)]
-    names = [set(each.arguments) & set(_VARYING) for each in (one, other)]
-    settings = [(each.schedule, each.cut, each.forecast) for each in (one, other)]
-    return shared[0] == shared[1] and names[0] == names[1] and settings[0] == settings[1]
+
+    def key(request: WorkerRequest) -> tuple[Any, ...]:
+        shared = {name: value for name, value in request.arguments.items() if name not in _VARYING}
+        return shared, set(request.arguments) & set(_VARYING), request.schedule, request.cut, request.forecast
+
+    return key(one) == key(other)

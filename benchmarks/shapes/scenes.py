@@ -166,8 +166,8 @@ def _arrange(
     radii = tuple(float(rng.uniform(*_RADII[len(words)][size])) for size in sizes)
     places = _place(rng, radii, relation)
     items = tuple(
-        Item(colour, shape, size, said is not None, x, y, radius, float(rng.uniform(-_TILT, _TILT)))
-        for (colour, shape, said), size, radius, (x, y) in zip(words, sizes, radii, places, strict=True)
+        Item(colour, shape, size, stated_size is not None, x, y, radius, float(rng.uniform(-_TILT, _TILT)))
+        for (colour, shape, stated_size), size, radius, (x, y) in zip(words, sizes, radii, places, strict=True)
     )
     return Scene(items, background, relation)
 

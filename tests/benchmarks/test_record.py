@@ -1,4 +1,4 @@
-"""``result.json``: results are read as they were written, other files are refused, derived figures are right."""
+"""``result.json``: results are read back unchanged, other files are refused, derived figures are right."""
 
 import json
 from pathlib import Path
@@ -48,10 +48,10 @@ def result() -> record.Result:
 
 
 def test_a_result_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    made = result()
-    assert record.read(tmp_path / "new" if made.save(tmp_path / "new") else tmp_path) == made
+    written = result()
+    assert record.read(tmp_path / "new" if written.save(tmp_path / "new") else tmp_path) == written
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["result.json"]
-    assert made.environment.packages.keys() == {"torch"}
+    assert written.environment.packages.keys() == {"torch"}
 
 
 def test_derived_figures_are_in_the_file_for_readers_without_offcut(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_ratios_are_taken_within_a_round_and_missing_where_nothing_was_measured(
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"schema_version": 2}', "[1]", "\xff"])
-def test_files_that_are_no_result_are_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
+def test_files_without_a_result_are_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "result.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match="is not a result"):
         record.read(tmp_path)
@@ -90,7 +90,7 @@ def test_a_missing_file_and_a_folder_that_cannot_be_written_are_refused(tmp_path
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.floats(0, 100))
-def test_a_percentile_is_numpys(values: list[float], percent: float) -> None:
+def test_a_percentile_equals_numpys(values: list[float], percent: float) -> None:
     numpy = pytest.importorskip("numpy")
     assert percentile(values, percent) == pytest.approx(numpy.percentile(values, percent), abs=1e-6)
 

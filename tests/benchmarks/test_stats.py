@@ -1,4 +1,4 @@
-"""Intervals of ratios and differences, and how often they are wrong."""
+"""Intervals of ratios and differences, and their rate of false alarms."""
 
 import math
 import random
@@ -26,10 +26,10 @@ def test_the_interval_of_a_scaled_run_contains_the_scale(values: list[float], sc
     assert interval is not None
     assert interval.mean == pytest.approx(scale)
     assert interval.low <= interval.mean <= interval.high
-    there, back = ratio_of_means(values, other, 0.9), ratio_of_means(other, values, 0.9)
-    assert there is not None
-    assert back is not None
-    assert there.low * back.high == pytest.approx(1, rel=1e-6)
+    forward, backward = ratio_of_means(values, other, 0.9), ratio_of_means(other, values, 0.9)
+    assert forward is not None
+    assert backward is not None
+    assert forward.low * backward.high == pytest.approx(1, rel=1e-6)
 
 
 def test_one_round_has_no_estimate() -> None:
@@ -39,7 +39,7 @@ def test_one_round_has_no_estimate() -> None:
 
 @pytest.mark.parametrize("rounds", [3, 5])
 def test_false_alarms_are_as_rare_as_the_confidence_says(rounds: int) -> None:
-    """A percentile bootstrap of the medians of three rounds would not pass: it is wrong about one time in eight."""
+    """A percentile bootstrap of the medians of three rounds would fail: it is wrong in about one of eight runs."""
     chance = random.Random(7)
     trials, alarms = 2000, 0
     for _ in range(trials):
@@ -50,10 +50,10 @@ def test_false_alarms_are_as_rare_as_the_confidence_says(rounds: int) -> None:
 
 
 def test_asymmetric_intervals_stay_asymmetric() -> None:
-    apart = difference(Estimate(mean=1.0, low=0.97, high=1.0), Estimate(mean=0.9, low=0.8, high=0.94))
-    assert apart.mean == pytest.approx(-0.1)
-    assert apart.low == pytest.approx(-0.2)
-    assert apart.high == pytest.approx(-0.05)
+    change = difference(Estimate(mean=1.0, low=0.97, high=1.0), Estimate(mean=0.9, low=0.8, high=0.94))
+    assert change.mean == pytest.approx(-0.1)
+    assert change.low == pytest.approx(-0.2)
+    assert change.high == pytest.approx(-0.05)
 
 
 @given(st.lists(st.floats(0.1, 9), max_size=40), st.integers(1, 9))

@@ -36,8 +36,8 @@ def test_each_engine_loads_the_lora_and_restores_its_weights(measured: Swap) -> 
 
 def test_the_page_shows_every_row(measured: Swap, tmp_path: Path) -> None:
     page = write_report([result(swap=measured)], tmp_path).read_text(encoding="utf-8")
-    for said in ("LoRAs", "random, rank 4", "32 layers", "onnxruntime", "openvino", "bit for bit"):
-        assert said in page
+    for text in ("LoRAs", "random, rank 4", "32 layers", "onnxruntime", "openvino", "bit for bit"):
+        assert text in page
     assert ">yes<" in page
     assert "The machine was not idle: load average 4" in write_report(
         [result(swap=measured, environment=machine(load=4.0))], tmp_path
@@ -59,11 +59,11 @@ def test_the_command_times_a_rebuild_too(
     unet_bundle: Path, tiny_unet_dir: Path, tmp_path: Path, command: Callable[..., str]
 ) -> None:
     options = ("--engine", "onnxruntime", "--iterations", "1", "--threads", "1", "-o", tmp_path / "out")
-    said = command("bench", "swap", unet_bundle, "--model", tiny_unet_dir, "--json", *options)
-    kept = record.read(tmp_path / "out")
-    assert json.loads(said) == kept.model_dump(mode="json")
-    assert kept.swap is not None
-    (row,) = kept.swap.rows
+    output = command("bench", "swap", unet_bundle, "--model", tiny_unet_dir, "--json", *options)
+    stored = record.read(tmp_path / "out")
+    assert json.loads(output) == stored.model_dump(mode="json")
+    assert stored.swap is not None
+    (row,) = stored.swap.rows
     assert row.restored
     assert (row.rebuilt or 0) > row.swap
     assert (tmp_path / "out" / "report.html").is_file()

@@ -52,7 +52,7 @@ def test_a_request_is_answered_with_progress_and_a_result(tmp_path: Path) -> Non
     assert "Traceback" in log
 
 
-def test_a_process_that_ends_gives_its_last_line_as_the_reason(tmp_path: Path) -> None:
+def test_the_last_line_of_an_ended_process_is_the_reason(tmp_path: Path) -> None:
     python = python_that("import sys\nprint('the last line', file=sys.stderr)\nsys.exit(3)\n", tmp_path)
     process = WorkerProcess(WORKER, tmp_path / "log", 60, python=python, threads=1)
     with pytest.raises(RequestFailed) as failed:
@@ -74,7 +74,7 @@ def test_a_process_that_takes_too_long_is_killed(tmp_path: Path) -> None:
     process.close()
 
 
-def test_a_missing_interpreter_is_the_reason(tmp_path: Path) -> None:
+def test_a_missing_interpreter_is_reported(tmp_path: Path) -> None:
     process = WorkerProcess(WORKER, tmp_path / "log", 1, python=str(tmp_path / "none"))
     with pytest.raises(RequestFailed, match="cannot be started: No such file or directory"):
         process.request("loop", name="x", calls=1)

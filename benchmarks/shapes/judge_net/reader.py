@@ -22,7 +22,7 @@ Pictures = npt.NDArray[np.uint8]
 """uint8 (N, 64, 64, 3), sRGB."""
 
 _SEEN = 0.5  # minimum heat of a cell that contains the centre of an object
-_APART = 5  # side, in cells, of the square in which only the hottest cell counts; objects are further apart
+_WINDOW = 5  # side in cells of the square in which only the hottest cell counts; it contains only one object's centre
 _BATCH = 128
 
 
@@ -90,7 +90,7 @@ class JudgeNet:
             with torch.inference_mode():
                 maps = self._network(signal)
             heat = maps.centre.sigmoid()
-            highest = functional.max_pool2d(heat[:, None], _APART, stride=1, padding=_APART // 2)[:, 0]
+            highest = functional.max_pool2d(heat[:, None], _WINDOW, stride=1, padding=_WINDOW // 2)[:, 0]
             peaks = (heat == highest) & (heat > _SEEN)
             colours, shapes = maps.colour.argmax(dim=1), maps.shape.argmax(dim=1)
             for index, ground in enumerate(maps.background.argmax(dim=1).tolist()):
@@ -108,7 +108,7 @@ class JudgeNet:
         return readings
 
     def pooled(self, pictures: Pictures) -> npt.NDArray[np.float64]:
-        """Return features for the Fréchet distance, (N, 160): means over each image of the two deepest layers.
+        """Return features for the Fréchet distance, (N, 160): the mean over each image of the two deepest layers.
 
         Raises:
             ValueError: the images are not uint8 (N, 64, 64, 3).

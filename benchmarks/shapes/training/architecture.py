@@ -18,7 +18,7 @@ LATENT_SIZE = scenes.IMAGE_SIZE // 4
 
 
 def new_vae() -> AutoencoderKL:
-    """An untrained autoencoder: pictures [B, 3, 64, 64] in [-1, 1] to latents [B, 4, 16, 16] and back."""
+    """Return an untrained autoencoder: pictures [B, 3, 64, 64] in [-1, 1] to latents [B, 4, 16, 16] and back."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -31,13 +31,13 @@ def new_vae() -> AutoencoderKL:
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
     )
-    # Begin with a posterior of small variance: at exp(0), noise drowns what the decoder should learn from.
+    # The posterior begins with a small variance: at exp(0), its noise would hide the signal from the decoder.
     torch.nn.init.constant_(vae.quant_conv.bias[LATENT_CHANNELS:].detach(), -6.0)
     return vae
 
 
 def new_text_encoder() -> CLIPTextModel:
-    """An untrained CLIP text model: token ids [B, 32] to hidden states [B, 32, 128]."""
+    """Return an untrained CLIP text model: token ids [B, 32] to hidden states [B, 32, 128]."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     size = len(tokenizer.vocabulary()[0])
@@ -58,7 +58,7 @@ def new_text_encoder() -> CLIPTextModel:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """An untrained UNet with Stable Diffusion 1.5's block layout: four levels, 12 skip connections."""
+    """Return an untrained UNet with Stable Diffusion 1.5's block layout: four levels, 12 skip connections."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -71,14 +71,14 @@ def new_unet() -> UNet2DConditionModel:
         layers_per_block=2,
         norm_num_groups=16,
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=(3, 4, 5, 5),  # numbers of heads, in spite of the name: 16 channels each
+        attention_head_dim=(3, 4, 5, 5),  # despite its name the number of heads; each head has 16 channels
     )
 
 
 def new_scheduler() -> DDIMScheduler:
-    """The noise schedule: v-prediction, and a last step so noisy (SNR 2e-4) that sampling may start from pure noise.
+    """Return the scheduler: v-prediction, and a noisiest step with an SNR of 2e-4, so that sampling starts from noise.
 
-    "trailing" spacing makes every number of steps begin at that last, noisiest step.
+    "trailing" spacing makes sampling begin at the noisiest step, for every number of steps.
     """
     from diffusers import DDIMScheduler
 

@@ -13,13 +13,13 @@ from .score import Score
 _TEXT = """\
 # Shapes: a small text-to-image model
 
-A Stable-Diffusion-shaped model of coloured shapes, trained from nothing on procedural pictures. offcut ships it so
-that the effect of feature caching on real, non-random weights can be seen and measured without a download.
+A model with Stable Diffusion's layout that generates coloured shapes, trained from scratch on procedural pictures.
+offcut ships it to show and measure the effect of feature caching on trained weights without a download.
 
 ![samples](samples.png)
 
-*Prompts of the columns: those of `offcut.benchmarks.shapes.model.PROMPTS`; two seeds; DDIM, {sample_steps} steps,
-guidance {guidance}.*
+*A column for each prompt of `offcut.benchmarks.shapes.model.PROMPTS`, a row for each of two seeds; DDIM,
+{sample_steps} steps, guidance {guidance}.*
 
 ```python
 from diffusers import StableDiffusionPipeline
@@ -29,35 +29,35 @@ pipe = StableDiffusionPipeline.from_pretrained(model_path())
 pipe("a large red circle on a white background", num_inference_steps={sample_steps}, guidance_scale={guidance})
 ```
 
-## What it is
+## Components
 
-| part | class | size |
+| component | class | size |
 |---|---|---|
 | text encoder | `CLIPTextModel`, 2 layers, 128 wide, 32 tokens | {text_encoder} |
 | UNet | `UNet2DConditionModel`, 48, 64, 80, 80 wide, 2 layers a block, 12 skip connections | {unet} |
 | autoencoder | `AutoencoderKL`, 64x64x3 to 16x16x4 | {vae} |
 
-Weights are stored in fp16 ({total} together). The schedule is scaled-linear from 0.00085 to 0.02 with v-prediction;
-its noisiest step has a signal-to-noise ratio of 2e-4, so sampling starts from what it was trained on.
+Weights are stored in fp16 ({total} together). The noise schedule is scaled-linear from 0.00085 to 0.02 with
+v-prediction. Its noisiest step has a signal-to-noise ratio of 2e-4, so the model was trained on nearly pure noise.
 
 ## Data
 
-Pictures and captions are made by `scenes.py`: {colours} colours x {shapes} shapes ({shape_names}),
-stated or unstated size, {backgrounds} backgrounds ({background_names}); two fifths of the pictures have
-two objects with a relation ({relation_names}). An object's colour is never the background's.
+`scenes.py` renders pictures and captions: {colours} colours x {shapes} shapes ({shape_names}),
+stated or unstated size, {backgrounds} backgrounds ({background_names}). Two fifths of the pictures have
+two objects with a relation ({relation_names}). An object never has the background's colour.
 
-Never in a training picture: {held_out}.
-These pairs can be asked for, to see whether colour and shape combine.
+No training picture contains these pairs: {held_out}.
+Prompts with them show whether the model combines colours and shapes.
 
 ## Training
 
 Autoencoder: {vae_steps} steps, last mean loss {vae_loss:.4f} (errors of pixels and of pixel differences,
 objects weighted five times){decoder}.
-Text encoder and UNet together: {steps} steps with AdamW in batches of {batches} pictures, 10 % of captions
-dropped, exponential moving average of the weights exported. Their loss is the mean squared error of the velocity, which
-counts {objects:g} times at objects. Two sets of small heads are trained beside them and dropped afterwards: on the text
-encoder, which object stands where (`reading.py`); on the UNet's decoder, which shape and colour each cell of the
-latent shows (`seeing.py`). The unweighted loss:
+Text encoder and UNet together: {steps} steps with AdamW in batches of {batches} pictures. 10 % of the captions were
+dropped, and the exported weights are an exponential moving average. The loss is the mean squared error of the velocity,
+weighted {objects:g} times at objects. Two sets of small heads are trained too and then discarded. Heads on the text
+encoder predict the place of each object (`reading.py`). Heads on the UNet's decoder predict the shape and colour in
+each cell of the latent (`seeing.py`). The unweighted loss:
 
 | step | loss |
 |---|---|
@@ -65,13 +65,13 @@ latent shows (`seeing.py`). The unweighted loss:
 
 {history}Repeat it with `python -m offcut.benchmarks.shapes.training.train` (fixed seeds; CPU or CUDA).
 
-## What it obeys
+## Obeyed prompts
 {scores}
 ## Limits
 
-It knows the words above and nothing else. Pictures are 64x64 and other sizes were not trained. It was trained on two
-shared CPU cores and would gain from more; the table above says what it obeys. It says how caching changes *this*
-model's pictures; a figure measured here is no figure for Stable Diffusion.
+The model knows only the words above. It was trained only on pictures of 64x64, on two shared CPU cores; longer
+training would improve it. Figures measured with it show how caching changes *this* model's pictures, and do not apply
+to Stable Diffusion.
 """
 
 
@@ -81,7 +81,7 @@ def _megabytes(directory: Path) -> str:
 
 
 def curve(rows: list[dict[str, float]], points: int = 12) -> str:
-    """Lines of a table of steps and losses: about `points` of the rows, and the last."""
+    """Return the lines of a table of steps and losses: about `points` of the rows, and the last."""
     chosen = rows[:: max(1, len(rows) // points)]
     if rows and chosen[-1] is not rows[-1]:
         chosen.append(rows[-1])
@@ -89,12 +89,12 @@ def curve(rows: list[dict[str, float]], points: int = 12) -> str:
 
 
 def _decoder(last: Mapping[str, float]) -> str:
-    """The clause about the decoder's own training, from the last row of its log."""
+    """Return the clause about the decoder's own training, from the last row of its log."""
     return f"; then its decoder alone: {int(last['step'])} steps, last mean loss {last['loss']:.4f}"
 
 
 def _history(run: Path) -> str:
-    """What `run`/history.md tells of a run whose settings changed on the way; nothing if there is none."""
+    """Return the text of `run`/history.md, which lists settings that changed during the run; empty without the file."""
     path = run / "history.md"
     return path.read_text(encoding="utf-8").strip() + "\n\n" if path.exists() else ""
 
@@ -106,19 +106,19 @@ def _scores(scores: Mapping[str, Score]) -> str:
         f"| {kind} | {s.prompts} | " + " | ".join(f"{share:.0%}" for share in list(vars(s).values())[1:]) + " |"
         for kind, s in scores.items()
     ]
-    head = "| prompts | pictures | background | count | colours | shapes | relation | all right |"
+    head = "| prompts | pictures | background | count | colours | shapes | relation | all of these |"
     lines = [head, "|---" * 8 + "|", *rows]
-    text = "Shares of random prompts obeyed, by `training/rule_judge.py`, which reads rendered scenes without fault:"
+    text = "Shares of random prompts obeyed, by `training/rule_judge.py`, which reads rendered scenes without errors:"
     return "\n" + text + "\n\n" + "\n".join(lines) + "\n"
 
 
 def model_card(run: Path, directory: Path, *, guidance: float, steps: int, scores: Mapping[str, Score]) -> str:
-    """The README of the model in `directory`, with the loss curves logged in `run`.
+    """Return the README of the model in `directory`, with the loss curves logged in `run`.
 
     Args:
         guidance: guidance scale of the sample pictures.
         steps: DDIM steps of the sample pictures.
-        scores: by kind of prompt; empty if none was judged.
+        scores: scores by kind of prompt; empty if none was judged.
     """
     stages = ("denoiser", "vae", "decoder")
     rows, vae_rows, decoder_rows = (checkpoint.read_log(run / f"{stage}.jsonl") for stage in stages)

@@ -1,4 +1,4 @@
-"""What both training stages share: atomic checkpoints, a loss log, progress, and averaged weights."""
+"""Parts that all training stages share: atomic checkpoints, a loss log, progress, and averaged weights."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes a checkpoint so that `path` always holds a whole one: beside it first, then renamed over it."""
+    """Write a checkpoint to a temporary file and rename it, so that `path` always holds a complete checkpoint."""
     import torch
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save(dict(state), beside)
-    beside.replace(path)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    torch.save(dict(state), temporary)
+    temporary.replace(path)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU; tensors and plain values only, no pickled code.
+    """Read a checkpoint onto the CPU; only tensors and plain values are read, no pickled code.
 
     Raises:
         UserError: there is no checkpoint at `path`.
@@ -35,15 +35,15 @@ def load(path: Path) -> dict[str, Any]:
     import torch
 
     if not path.exists():
-        raise UserError(f"{path} does not exist; run `python -m offcut.benchmarks.shapes.training.train` first.")
+        raise UserError(f"{path} does not exist: run `python -m offcut.benchmarks.shapes.training.train` first")
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
 
 
 class Average:
-    """Exponential moving average of a module's parameters (EMA), as fp32 tensors on the module's device.
+    """The exponential moving average of a module's parameters (EMA), as fp32 tensors on the module's device.
 
-    The decay grows as (1 + n) / (10 + n) up to `limit`, so that short runs are averaged over their last part only.
+    At step n the decay is (1 + n) / (10 + n), at most `limit`, so that a short run is averaged over its last part only.
     """
 
     def __init__(self, module: torch.nn.Module, limit: float = 0.999) -> None:
@@ -52,7 +52,7 @@ class Average:
         self.state = {name: value.detach().clone() for name, value in module.state_dict().items()}
 
     def update(self, step: int) -> None:
-        """Moves the average towards the module's present parameters; `step` counts from 0."""
+        """Move the average towards the module's current parameters; `step` counts from 0."""
         import torch
 
         decay = min(self._limit, (1 + step) / (10 + step))
@@ -62,13 +62,13 @@ class Average:
                     self.state[name].lerp_(value, 1 - decay)
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Continues from a saved `state`."""
+        """Continue from a saved `state`."""
         for name, value in state.items():
             self.state[name].copy_(value)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up to `peak`, then half a cosine down to 2 % of it at `steps`."""
+    """Return the rate of a step: a linear warm-up to `peak`, then half a cosine down to 2 % of `peak` at `steps`."""
     import math
 
     if step < warmup:
@@ -78,27 +78,27 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 class LossLog:
-    """Appends one JSON line per interval to a file: step, mean loss, seconds per step, and what else is passed."""
+    """A file with one JSON line for each interval: step, mean loss, seconds per step, and the caller's own fields."""
 
     def __init__(self, path: Path, start: int) -> None:
-        """Lines of `path` at or after step `start` come from a run that was cut off, and are dropped."""
+        """Open the log to continue after step `start`; later lines, from an interrupted run, are deleted."""
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_log(path) if row["step"] <= start]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        rows = [row for row in read_log(path) if row["step"] <= start]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self._losses: list[float] = []
         self._since = time.perf_counter()
 
     def add(self, loss: float) -> None:
-        """Counts one step's loss."""
+        """Add the loss of one step to the current interval."""
         self._losses.append(loss)
 
     def resume(self) -> None:
-        """Leaves the time since the last line out of the next line's seconds per step."""
+        """Exclude the time since the last line from the next line's seconds per step."""
         self._since = time.perf_counter()
 
     def write(self, step: int, **more: float) -> dict[str, float]:
-        """Writes the mean over the steps since the last line, and returns the line."""
+        """Write a line with the mean loss of the steps since the last line, and return it."""
         now = time.perf_counter()
         count = max(1, len(self._losses))
         row = {
@@ -113,13 +113,13 @@ class LossLog:
         return row
 
     def line(self, step: int, **more: float) -> str:
-        """Writes as ``write`` does, and returns the line's words for the progress bar."""
+        """Write a line like ``write``, and return its text for the progress bar."""
         row = self.write(step, **more)
         return f"loss {row['loss']:.4f}, {row['seconds_per_step']:.2f} s/step"
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """All lines of a loss log, oldest first; an absent file is an empty log."""
+    """Return all lines of a loss log, oldest first; empty where the file does not exist."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
@@ -127,7 +127,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 @contextmanager
 def progress(title: str, start: int, steps: int) -> Iterator[Any]:
-    """A progress bar on a terminal; without one, a line per log interval. Yields `report(step, text)`."""
+    """Show a progress bar on a terminal, or else print a line for each log interval; yield `report(step, text)`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

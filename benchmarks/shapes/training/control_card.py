@@ -1,4 +1,4 @@
-"""Writes the trained ControlNet in fp16 with its card, which says how well pictures follow their silhouettes."""
+"""Export of the trained ControlNet in fp16 with its model card, which shows how well pictures follow silhouettes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _BATCH = 16
 _TEXT = """\
 # A ControlNet for the shapes model
 
-A `ControlNetModel` that takes silhouettes: white where an object is to be, black elsewhere. It says where objects are
-and which outline they have, not their colours. offcut ships it so that caching under a trained ControlNet can be
-measured without a download (`offcut bench controlnet`).
+A `ControlNetModel` that takes silhouettes: white objects on black. A silhouette sets the places and outlines of
+objects, not their colours. offcut ships it to measure caching with a trained ControlNet without a download
+(`offcut bench controlnet`).
 
 ```python
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
@@ -30,17 +30,17 @@ pipe = StableDiffusionControlNetPipeline.from_pretrained(model_path(), controlne
 pipe("a red circle on a white background", image=silhouette, num_inference_steps={steps}, guidance_scale={guidance})
 ```
 
-`silhouette` is a picture of 64x64; `offcut.benchmarks.shapes.silhouettes.silhouette(scene)` makes one.
+`silhouette` is a picture of 64x64 pixels, as `offcut.benchmarks.shapes.silhouettes.silhouette(scene)` returns it.
 
 ## Training
 
-It began as a copy of the UNet's encoder (`ControlNetModel.from_unet`) and learnt for {trained} steps of {batch} scenes,
-each drawn afresh, with AdamW; text encoder, UNet and autoencoder were frozen. {dropped:.0%} of the captions were
-dropped, the velocity's error counts {objects:g} times at objects, and the weights' moving average is exported, in fp16
-({size:.2f} MB).
-Mean squared error of the velocity on {held_out} scenes kept apart, {without:.4f} without the ControlNet:
+The ControlNet began as a copy of the UNet's encoder (`ControlNetModel.from_unet`) and was trained for {trained} steps
+of {batch} new random scenes with AdamW. Text encoder, UNet and autoencoder were frozen. {dropped:.0%} of the captions
+were dropped. The velocity's error is weighted {objects:g} times at objects. The exported weights are a moving average,
+in fp16 ({size:.2f} MB).
+Mean squared error of the velocity on {held_out} held-out scenes; without the ControlNet it is {without:.4f}:
 
-| step | error with it, weights not averaged |
+| step | error, weights not averaged |
 |---|---|
 {curve}
 
@@ -49,37 +49,37 @@ Repeat it with `python -m offcut.benchmarks.shapes.training.train_control --step
 ## Does it control?
 
 {obeyed}
-It knows silhouettes of these shapes, one or two in a picture, and no others.
+It was trained only on silhouettes of one or two of the model's shapes.
 """
 
 _OBEYED = """\
 {judged} scenes that were not trained on, captions without sizes, {steps} DDIM steps, guidance {guidance}. Overlap:
-intersection over union of the drawn objects' pixels with the silhouette's. Right: captions obeyed in full, by
-`training/rule_judge.py`.
+intersection over union of the generated objects' pixels with the silhouette's. Right: share of captions obeyed in
+full, by `training/rule_judge.py`.
 
 | | overlap | right |
 |---|---|---|
 | with the ControlNet | {with_overlap:.3f} | {with_right:.0%} |
 | without it | {plain_overlap:.3f} | {plain_right:.0%} |
-| the scenes as the renderer draws them | {drawn_overlap:.3f} | {drawn_right:.0%} |
+| rendered scenes | {rendered_overlap:.3f} | {rendered_right:.0%} |
 """
 
 
 @dataclass(frozen=True)
 class Obeyed:
-    """Means over pictures: overlap with the silhouettes, and share of the captions that are obeyed in full."""
+    """Means over pictures: overlap with the silhouettes, and share of captions obeyed in full."""
 
     overlap: float
     right: float
 
 
 def export_control(trainer: control_stage.ControlTrainer, run: Path, model: Path, target: Path, judged: int) -> Path:
-    """Writes the averaged weights in fp16 to `target`, draws scenes with them, and writes the card.
+    """Write the averaged weights in fp16 to `target`, generate pictures with them, and write the card.
 
     Args:
-        run: where training kept its log.
-        model: the pipeline's directory.
-        judged: scenes that are drawn for the card, none of them from training; 0 leaves their table out.
+        run: directory with the log of the training.
+        model: directory of the pipeline.
+        judged: number of scenes, none of them from training, that are generated for the card; 0 omits their table.
 
     Returns:
         `target`.
@@ -94,7 +94,7 @@ def export_control(trainer: control_stage.ControlTrainer, run: Path, model: Path
 
 
 def card(rows: list[dict[str, float]], settings: control_stage.ControlSettings, target: Path, obeyed_table: str) -> str:
-    """The README of the ControlNet in `target`, whose training logged `rows`."""
+    """Return the README of the ControlNet in `target`, whose training logged `rows`."""
     return _TEXT.format(
         steps=export.SAMPLE_STEPS,
         guidance=export.GUIDANCE,
@@ -111,49 +111,49 @@ def card(rows: list[dict[str, float]], settings: control_stage.ControlSettings, 
 
 
 def _judge(model: Path, controlnet: Path, seed: int, judged: int) -> str:
-    """The card's table of how well so many scenes that were not trained on are followed."""
+    """Return the card's table on this number of scenes that were not trained on."""
     rng = np.random.default_rng((seed, 1, judged))
-    asked = [scenes.sample_scene(rng) for _ in range(judged)]
-    with_it, plain = (_draw(pipe, asked) for pipe in _pipelines(model, controlnet))
-    found = {
-        "with": obeyed(with_it, asked),
-        "plain": obeyed(plain, asked),
-        "drawn": obeyed(vae_stage.draw(asked).transpose(0, 2, 3, 1), asked),
+    originals = [scenes.sample_scene(rng) for _ in range(judged)]
+    controlled, plain = (_generate(pipe, originals) for pipe in _pipelines(model, controlnet))
+    results = {
+        "with": obeyed(controlled, originals),
+        "plain": obeyed(plain, originals),
+        "rendered": obeyed(vae_stage.render_all(originals).transpose(0, 2, 3, 1), originals),
     }
     return _OBEYED.format(
         judged=judged,
         steps=export.SAMPLE_STEPS,
         guidance=export.GUIDANCE,
-        **{f"{kind}_{name}": value for kind, each in found.items() for name, value in vars(each).items()},
+        **{f"{kind}_{name}": value for kind, means in results.items() for name, value in vars(means).items()},
     )
 
 
-def obeyed(pictures: Any, asked: list[scenes.Scene]) -> Obeyed:
-    """How well pictures, uint8 (N, 64, 64, 3), follow the silhouettes and captions of their scenes."""
-    wanted = np.stack([silhouettes.silhouette(scene) for scene in asked])
-    captions = [silhouettes.open_caption(scene) for scene in asked]
+def obeyed(pictures: Any, originals: list[scenes.Scene]) -> Obeyed:
+    """Return how well pictures, uint8 (N, 64, 64, 3), follow the silhouettes and captions of their scenes."""
+    masks = np.stack([silhouettes.silhouette(scene) for scene in originals])
+    captions = [silhouettes.open_caption(scene) for scene in originals]
     right = [rule_judge.judge_by_rules(picture, text).right for picture, text in zip(pictures, captions, strict=True)]
-    return Obeyed(float(silhouettes.overlaps(pictures, wanted).mean()), float(np.mean(right)))
+    return Obeyed(float(silhouettes.overlaps(pictures, masks).mean()), float(np.mean(right)))
 
 
 def _pipelines(model: Path, controlnet: Path) -> tuple[Any, Any]:
-    """The pipeline with the ControlNet, and without."""
+    """Return the pipeline with the ControlNet, and the one without."""
     from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
     plain = export.load_pipeline(model)
     net = ControlNetModel.from_pretrained(controlnet)
-    made = StableDiffusionControlNetPipeline(**plain.components, controlnet=net, requires_safety_checker=False)
-    made.set_progress_bar_config(disable=True)
-    return made, plain
+    controlled = StableDiffusionControlNetPipeline(**plain.components, controlnet=net, requires_safety_checker=False)
+    controlled.set_progress_bar_config(disable=True)
+    return controlled, plain
 
 
-def _draw(pipe: Any, asked: list[scenes.Scene]) -> Any:
-    """A picture of each scene's caption, the silhouette given where the pipeline takes one: uint8 (N, 64, 64, 3)."""
+def _generate(pipe: Any, originals: list[scenes.Scene]) -> Any:
+    """Return a picture for each scene's caption, and its silhouette if the pipeline has a ControlNet: as `obeyed`."""
     import torch
 
-    made = []
-    for first in range(0, len(asked), _BATCH):
-        part = asked[first : first + _BATCH]
+    pictures = []
+    for first in range(0, len(originals), _BATCH):
+        part = originals[first : first + _BATCH]
         masks = torch.from_numpy(np.stack([silhouettes.silhouette(scene) for scene in part]))
         images = pipe(
             [silhouettes.open_caption(scene) for scene in part],
@@ -163,5 +163,5 @@ def _draw(pipe: Any, asked: list[scenes.Scene]) -> Any:
             output_type="np",
             **({"image": masks.permute(0, 3, 1, 2).float() / 255} if "controlnet" in pipe.components else {}),
         ).images
-        made.append(np.rint(images * 255).astype(np.uint8))
-    return np.concatenate(made)
+        pictures.append(np.rint(images * 255).astype(np.uint8))
+    return np.concatenate(pictures)

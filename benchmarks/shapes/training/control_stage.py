@@ -1,4 +1,4 @@
-"""A ControlNet for the trained model: it learns to put objects where a silhouette is white; all else is frozen."""
+"""Training of the shapes model's ControlNet, which places objects where a silhouette is white; the rest is frozen."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ if TYPE_CHECKING:
 CONDITIONING = (8, 16, 32)
 """Channels of the layers that bring a silhouette to the latent's size: two strides, as the autoencoder has."""
 
-_HELD_OUT = 1_000_000_007  # the step whose batch no training reaches: what every line of the log is measured on
+_HELD_OUT = 1_000_000_007  # a step that no training reaches; its batch gives the held-out scenes
 
 
 @dataclass(frozen=True)
 class ControlSettings:
-    """How the ControlNet is trained."""
+    """Hyperparameters of the ControlNet's training."""
 
     steps: int = 700
     batch: int = 16
     rate: float = 1e-3
     warmup: int = 100
-    drop_caption: float = 0.3  # more than the denoiser's: without a caption, the silhouette alone tells the shape
-    objects: float = 4.0  # how many times the velocity's error counts at objects
+    drop_caption: float = 0.3  # more than the denoiser's, to learn shapes from the silhouette alone
+    objects: float = 4.0  # weight of the velocity's error at objects
     average: float = 0.995  # decay of the weights' moving average
     seed: int = 5
-    held_out: int = 64  # scenes that a line of the log is measured on
+    held_out: int = 64  # number of held-out scenes
     save_every: int = 100
     log_every: int = 50
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the networks see of B scenes, and what they should answer."""
+    """Inputs of the networks for B scenes, with the target velocity."""
 
     noisy: torch.Tensor  # [B, 4, 16, 16], fp32
-    velocity: torch.Tensor  # the same
+    velocity: torch.Tensor  # [B, 4, 16, 16], fp32
     times: torch.Tensor  # [B], int64
     text: torch.Tensor  # [B, 32, 128], fp32
     silhouettes: torch.Tensor  # [B, 3, 64, 64], fp32 in [0, 1]
-    weights: torch.Tensor  # [B, 1, 16, 16], fp32: how much the error counts
+    weights: torch.Tensor  # [B, 1, 16, 16], fp32: weights of the error
 
 
 class ControlTrainer:
-    """The ControlNet, its optimiser and its average beside the frozen pipeline, with one training step as a method."""
+    """The ControlNet with its optimiser, its averaged weights and the frozen pipeline."""
 
     def __init__(self, model: Path, settings: ControlSettings, device: str) -> None:
-        """Begins with the weights of the encoder of `model`'s UNet, and with outputs of zero."""
+        """Create a ControlNet with the weights of the encoder of `model`'s UNet, whose outputs are zero."""
         import torch
         from diffusers import ControlNetModel
 
@@ -78,12 +78,12 @@ class ControlTrainer:
             self._without = float(_mean(self._error(self._held_out, None)))
 
     def save(self, path: Path) -> None:
-        """Writes weights, average, optimiser and step to one checkpoint."""
+        """Write weights, average, optimiser and step to one checkpoint."""
         state = {"step": self.step, "optimizer": self._optimizer.state_dict()}
         checkpoint.save(path, state | {"net": self.net.state_dict(), "average": self.average.state})
 
     def load(self, path: Path) -> None:
-        """Continues from a checkpoint that `save` wrote."""
+        """Continue from a checkpoint that `save` wrote."""
         state = checkpoint.load(path)
         self.step = int(state["step"])
         self._optimizer.load_state_dict(state["optimizer"])
@@ -91,21 +91,21 @@ class ControlTrainer:
         self.average.load(state["average"])
 
     def batch(self, step: int, size: int) -> Batch:
-        """`size` scenes drawn afresh, with noise and timesteps; the same for the same seed and step."""
+        """Return `size` random scenes with noise and timesteps, which depend only on the seed and the step."""
         import torch
 
         settings = self.settings
         rng = np.random.default_rng((settings.seed, step))
         random = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-        drawn = [scenes.sample_scene(rng) for _ in range(size)]
+        originals = [scenes.sample_scene(rng) for _ in range(size)]
         dropped = torch.rand(size, generator=random) < settings.drop_caption
-        captions = ["" if drop else scenes.caption(scene) for scene, drop in zip(drawn, dropped.tolist(), strict=True)]
+        captions = ["" if dropped[index] else scenes.caption(scene) for index, scene in enumerate(originals)]
         times = timesteps(size, random)
-        clean = vae_stage.encode(self._pipe.vae, vae_stage.draw(drawn), self.device)
+        clean = vae_stage.encode(self._pipe.vae, vae_stage.render_all(originals), self.device)
         clean = clean * self._pipe.vae.config.scaling_factor
         noise = torch.randn(clean.shape, generator=random)
-        masks = np.stack([silhouettes.silhouette(scene) for scene in drawn]).transpose(0, 3, 1, 2)
-        seen = torch.from_numpy(np.stack([seeing.labels(scene) for scene in drawn])).long()
+        masks = np.stack([silhouettes.silhouette(scene) for scene in originals]).transpose(0, 3, 1, 2)
+        labels = torch.from_numpy(np.stack([seeing.labels(scene) for scene in originals])).long()
         ids = self._pipe.tokenizer(
             captions, padding="max_length", max_length=tokenizer.MAX_LENGTH, truncation=True, return_tensors="pt"
         ).input_ids
@@ -118,19 +118,19 @@ class ControlTrainer:
             times=times.to(self.device),
             text=text,
             silhouettes=torch.from_numpy(masks).to(self.device).float() / 255,
-            weights=seeing.weights(seen, settings.objects).to(self.device),
+            weights=seeing.weights(labels, settings.objects).to(self.device),
         )
 
     def train_step(self) -> float:
-        """One step on a batch chosen by (seed, step). Returns the mean squared error of the predicted velocity."""
+        """Train on the batch of (seed, step), and return the mean squared error of the predicted velocity."""
         import torch
 
         settings = self.settings
-        given = self.batch(self.step, settings.batch)
+        batch = self.batch(self.step, settings.batch)
         rate = checkpoint.learning_rate(self.step, settings.steps, settings.rate, settings.warmup)
         self._optimizer.param_groups[0]["lr"] = rate
-        error = self._error(given, self.net)
-        torch.autograd.backward((error * given.weights).mean())
+        error = self._error(batch, self.net)
+        torch.autograd.backward((error * batch.weights).mean())
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -139,7 +139,7 @@ class ControlTrainer:
         return float(_mean(error))
 
     def held_out(self) -> dict[str, float]:
-        """The mean squared error on scenes kept apart, with the ControlNet as it is and without it."""
+        """Return the mean squared error on held-out scenes, with the current ControlNet and without one."""
         import torch
 
         with torch.no_grad():
@@ -147,26 +147,26 @@ class ControlTrainer:
         return {"held_out": round(error, 6), "without": round(self._without, 6)}
 
     def averaged(self) -> ControlNetModel:
-        """A ControlNet with the averaged weights, in fp32 on the CPU."""
+        """Return a ControlNet with the averaged weights, in fp32 on the CPU."""
         from diffusers import ControlNetModel
 
         net = ControlNetModel.from_config(self.net.config)
         net.load_state_dict({name: value.cpu() for name, value in self.average.state.items()})
         return net.eval()
 
-    def _error(self, given: Batch, net: ControlNetModel | None) -> torch.Tensor:
-        """Squared errors of the velocity that the frozen UNet predicts with `net`, or alone: [B, 4, 16, 16]."""
+    def _error(self, batch: Batch, net: ControlNetModel | None) -> torch.Tensor:
+        """Return squared errors [B, 4, 16, 16] of the velocity that the frozen UNet predicts with or without `net`."""
         down, middle = None, None
         if net is not None:
-            down, middle = net(given.noisy, given.times, given.text, given.silhouettes, return_dict=False)
+            down, middle = net(batch.noisy, batch.times, batch.text, batch.silhouettes, return_dict=False)
         predicted = self.unet(
-            given.noisy,
-            given.times,
-            given.text,
+            batch.noisy,
+            batch.times,
+            batch.text,
             down_block_additional_residuals=down,
             mid_block_additional_residual=middle,
         ).sample
-        error: torch.Tensor = (predicted - given.velocity) ** 2
+        error: torch.Tensor = (predicted - batch.velocity) ** 2
         return error
 
 
@@ -175,9 +175,9 @@ def _mean(error: torch.Tensor) -> torch.Tensor:
 
 
 def train_control(run: Path, model: Path, settings: ControlSettings, device: str, *, resume: bool) -> ControlTrainer:
-    """Trains the ControlNet of the pipeline in `model`, or goes on from `run`/control.pt.
+    """Train the ControlNet of the pipeline in `model`, or resume from `run`/control.pt.
 
-    Each line of `run`/control.jsonl has the error on scenes kept apart, too, with the ControlNet and without.
+    Each line of `run`/control.jsonl also has the error on held-out scenes, with the ControlNet and without.
     """
     trainer = ControlTrainer(model, settings, device)
     path = run / "control.pt"
@@ -189,8 +189,8 @@ def train_control(run: Path, model: Path, settings: ControlSettings, device: str
             log.add(trainer.train_step())
             text, ended = None, trainer.step == settings.steps
             if trainer.step % settings.log_every == 0 or ended:
-                apart = trainer.held_out()
-                text = f"{log.line(trainer.step, **apart)}, apart {apart['held_out']:.4f} of {apart['without']:.4f}"
+                errors = trainer.held_out()
+                text = f"{log.line(trainer.step, **errors)}, held-out error {errors['held_out']:.4f}"
             report(trainer.step, text)
             if trainer.step % settings.save_every == 0 or ended:
                 trainer.save(path)

@@ -1,4 +1,4 @@
-"""The last training stage: text encoder and UNet together, on latents of the trained autoencoder."""
+"""The last training stage, which trains text encoder and UNet together on latents of the trained autoencoder."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DenoiserSettings:
-    """How text encoder and UNet are trained."""
+    """Hyperparameters of text encoder and UNet."""
 
     steps: int = 39000
     batch: int = 16
     rate: float = 1e-3
     warmup: int = 200
     drop_caption: float = 0.1
-    early_steps: int = 4000  # in these, three of four pictures have one large object: its shape is learnt sooner
-    more_pairs: float = 0.4  # afterwards this share of a batch is drawn from the pictures of two objects only
-    reading: float = 0.05  # weight of the heads' loss, see `reading`
-    seeing: float = 0.05  # the same, see `seeing`
-    objects: float = 4.0  # how many times the velocity's error counts at objects
-    bf16: bool = True  # the UNet's products in bf16; 1.4 times as fast on a CPU with AVX512-BF16, slower on one without
+    early_steps: int = 4000  # steps in which three of four pictures have one large object, to learn shapes sooner
+    more_pairs: float = 0.4  # after the early steps, share of a batch that has only pictures of two objects
+    reading: float = 0.05  # weight of the loss of `reading`'s heads
+    seeing: float = 0.05  # weight of the loss of `seeing`'s heads
+    objects: float = 4.0  # weight of the velocity's error at objects
+    bf16: bool = True  # UNet in bf16: 1.4 times as fast on a CPU with AVX512-BF16, slower on other CPUs
     scenes: int = 48000
     seed: int = 2
     save_every: int = 100
@@ -42,50 +42,51 @@ class DenoiserSettings:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What the networks see of N scenes."""
+    """Inputs and labels of the networks for N scenes."""
 
     latents: torch.Tensor  # [N, 4, 16, 16], fp32, scaled to unit variance
     tokens: torch.Tensor  # [N, 32], int64
-    early: torch.Tensor  # [M], int64: which of the N have one large object
-    pairs: torch.Tensor  # [P], int64: which of the N have two objects
-    reading: torch.Tensor  # [N, 32, 3], int64: what `reading`'s heads should say
-    seeing: torch.Tensor  # [N, 2, 16, 16], uint8: what `seeing`'s heads should say
+    early: torch.Tensor  # [M], int64: indices of scenes with one large object
+    pairs: torch.Tensor  # [P], int64: indices of scenes with two objects
+    reading: torch.Tensor  # [N, 32, 3], int64: labels of `reading`'s heads
+    seeing: torch.Tensor  # [N, 2, 16, 16], uint8: labels of `seeing`'s heads
     unconditional: torch.Tensor  # [32], int64: the empty caption
 
 
 def training_set(run: Path, vae: AutoencoderKL, settings: DenoiserSettings, device: str) -> TrainingSet:
-    """Encodes random scenes and their captions; the result is kept in `run`/latents.pt for the next run."""
+    """Encode random scenes and their captions; `run`/latents.pt stores the latents for the next run."""
     import torch
 
     digest = hashlib.sha256(repr((settings.scenes, settings.seed, vae.config.scaling_factor)).encode())
     for value in (*vae.encoder.state_dict().values(), *vae.quant_conv.state_dict().values()):
         digest.update(value.cpu().numpy().tobytes())
-    drawn = vae_stage.training_scenes(settings.scenes, settings.seed)
+    originals = vae_stage.training_scenes(settings.scenes, settings.seed)
     path = run / "latents.pt"
     if path.exists() and (stored := checkpoint.load(path))["digest"] == digest.hexdigest():
         latents = stored["latents"]
     else:
         parts = []
-        with checkpoint.progress("latents", 0, len(drawn)) as report:
-            for first in range(0, len(drawn), 1000):
-                parts.append(vae_stage.encode(vae, vae_stage.draw(drawn[first : first + 1000]), device))
+        with checkpoint.progress("latents", 0, len(originals)) as report:
+            for first in range(0, len(originals), 1000):
+                pictures = vae_stage.render_all(originals[first : first + 1000])
+                parts.append(vae_stage.encode(vae, pictures, device))
                 report(first + len(parts[-1]))
         latents = torch.cat(parts) * vae.config.scaling_factor
         checkpoint.save(path, {"digest": digest.hexdigest(), "latents": latents})
-    early = [i for i, scene in enumerate(drawn) if len(scene.items) == 1 and scene.items[0].size == "large"]
+    early = [i for i, scene in enumerate(originals) if [item.size for item in scene.items] == ["large"]]
     return TrainingSet(
         latents=latents,
-        tokens=tokenize(run, [scenes.caption(scene) for scene in drawn]),
+        tokens=tokenize(run, [scenes.caption(scene) for scene in originals]),
         early=torch.tensor(early, dtype=torch.long),
-        pairs=torch.tensor([i for i, scene in enumerate(drawn) if scene.relation], dtype=torch.long),
-        reading=torch.tensor([reading.labels(scene) for scene in drawn]),
-        seeing=torch.from_numpy(np.stack([seeing.labels(scene) for scene in drawn])),
+        pairs=torch.tensor([i for i, scene in enumerate(originals) if scene.relation], dtype=torch.long),
+        reading=torch.tensor([reading.labels(scene) for scene in originals]),
+        seeing=torch.from_numpy(np.stack([seeing.labels(scene) for scene in originals])),
         unconditional=tokenize(run, [""])[0],
     )
 
 
 def tokenize(run: Path, captions: list[str]) -> torch.Tensor:
-    """Token ids, int64 [N, 32], by the tokenizer that is written to `run`/tokenizer."""
+    """Write the tokenizer to `run`/tokenizer, and return the captions' token ids, int64 [N, 32]."""
     import torch
 
     directory = run / "tokenizer"
@@ -97,9 +98,9 @@ def tokenize(run: Path, captions: list[str]) -> torch.Tensor:
 
 
 def timesteps(batch: int, random: torch.Generator, count: int = 1000) -> torch.Tensor:
-    """One timestep per sample, one from each of `batch` equally probable ranges, in random order: int64 [B].
+    """Return random timesteps, one from each of `batch` equally probable ranges, in random order: int64 [B].
 
-    Noisy steps, where shapes and places are decided, are drawn more often: the density grows as t^0.43.
+    Noisy steps, which decide shapes and places, are more frequent: the density grows as t^0.43.
     """
     import torch
 
@@ -108,7 +109,7 @@ def timesteps(batch: int, random: torch.Generator, count: int = 1000) -> torch.T
 
 
 class Denoiser:
-    """Text encoder, UNet, their optimiser and their averages, with one training step as a method."""
+    """Text encoder and UNet with their optimiser and their averaged weights."""
 
     def __init__(self, settings: DenoiserSettings, device: str) -> None:
         import torch
@@ -121,16 +122,16 @@ class Denoiser:
         self.text_encoder = networks.new_text_encoder().to(device).train()
         self.unet = networks.new_unet().to(device).train()
         if settings.bf16 and device == "cpu":
-            # torch's fused attention is slower in bf16 than its parts are, on the CPU.
+            # On the CPU, PyTorch's fused attention in bf16 is slower than its separate operations.
             self.unet.set_attn_processor(AttnProcessor())
-        self.reader = reading.new_reader().to(device).train()
-        self.seer = seeing.new_seer().to(device).train()
+        self.reading_heads = reading.new_heads().to(device).train()
+        self.seeing_heads = seeing.new_heads().to(device).train()
         self.scheduler = networks.new_scheduler()
         self.modules = {
             "text_encoder": self.text_encoder,
             "unet": self.unet,
-            "reader": self.reader,
-            "seer": self.seer,
+            "reader": self.reading_heads,
+            "seer": self.seeing_heads,
         }
         self.averages = {name: checkpoint.Average(self.modules[name]) for name in ("text_encoder", "unet")}
         self._parameters = [p for module in self.modules.values() for p in module.parameters()]
@@ -140,7 +141,7 @@ class Denoiser:
         )
 
     def save(self, path: Path) -> None:
-        """Writes weights, averages, optimiser and step to one checkpoint."""
+        """Write weights, averages, optimiser and step to one checkpoint."""
         state: dict[str, object] = {"step": self.step, "optimizer": self._optimizer.state_dict()}
         for name, module in self.modules.items():
             state[name] = module.state_dict()
@@ -149,7 +150,7 @@ class Denoiser:
         checkpoint.save(path, state)
 
     def load(self, path: Path) -> None:
-        """Continues from a checkpoint that `save` wrote."""
+        """Continue from a checkpoint that `save` wrote."""
         state = checkpoint.load(path)
         self.step = int(state["step"])
         self._optimizer.load_state_dict(state["optimizer"])
@@ -159,7 +160,7 @@ class Denoiser:
             average.load(state[f"{name}_average"])
 
     def train_step(self, data: TrainingSet) -> float:
-        """One step on a batch chosen by (seed, step). Returns the mean squared error of the predicted velocity."""
+        """Train on the batch of (seed, step), and return the mean squared error of the predicted velocity."""
         import torch
 
         settings, device = self.settings, self.device
@@ -176,8 +177,8 @@ class Denoiser:
         noise = torch.randn(settings.batch, *data.latents.shape[1:], generator=random).to(device)
         clean = data.latents[chosen].to(device)
         ids = torch.where(dropped[:, None], data.unconditional, data.tokens[chosen]).to(device)
-        asked = torch.where(dropped[:, None, None], reading.IGNORED, data.reading[chosen]).to(device)
-        seen = data.seeing[chosen].to(device, torch.long)
+        reading_labels = torch.where(dropped[:, None, None], reading.IGNORED, data.reading[chosen]).to(device)
+        seeing_labels = data.seeing[chosen].to(device, torch.long)
 
         rate = checkpoint.learning_rate(self.step, settings.steps, settings.rate, settings.warmup)
         self._optimizer.param_groups[0]["lr"] = rate
@@ -185,14 +186,14 @@ class Denoiser:
         noisy = self.scheduler.add_noise(clean, noise, times)
         velocity = self.scheduler.get_velocity(clean, noise, times)
         autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.bf16)
-        with autocast, seeing.watched(self.unet) as features:
+        with autocast, seeing.recorded_features(self.unet) as features:
             predicted = self.unet(noisy, times, text).sample
         error = (predicted.float() - velocity) ** 2
         loss = error.mean()
-        total = (error * seeing.weights(seen, settings.objects)).mean()
-        total = total + settings.seeing * seeing.loss(self.seer, features, seen)
+        total = (error * seeing.weights(seeing_labels, settings.objects)).mean()
+        total = total + settings.seeing * seeing.loss(self.seeing_heads, features, seeing_labels)
         if not bool(dropped.all()):
-            total = total + settings.reading * reading.loss(self.reader, text, asked)
+            total = total + settings.reading * reading.loss(self.reading_heads, text, reading_labels)
         torch.autograd.backward(total)
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
@@ -213,10 +214,10 @@ def train_denoiser(
     export_every: int = 0,
     export: Callable[[], None] = lambda: None,
 ) -> Denoiser:
-    """Trains text encoder and UNet, or goes on from `run`/denoiser.pt.
+    """Train text encoder and UNet, or resume from `run`/denoiser.pt.
 
     Args:
-        export: called every `export_every` steps (0: never), just after a checkpoint was written.
+        export: called every `export_every` steps, right after a checkpoint; never if `export_every` is 0.
     """
     denoiser = Denoiser(settings, device)
     data = training_set(run, vae, settings, device)

@@ -1,4 +1,4 @@
-"""Writes the trained networks as a diffusers pipeline in fp16, with sample pictures and a model card."""
+"""Export of the trained networks as a diffusers pipeline in fp16, with sample pictures and a model card."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ SAMPLE_STEPS = 50
 """DDIM steps of the sample pictures."""
 
 _TRAINED = ("one object", "two objects")
-_OF_EACH = 24
-_SEED = 500  # of the prompts; those of the benchmarks have others
+_PROMPTS_OF_A_KIND = 24
+_SEED = 500  # seed of the tuning prompts; the benchmarks' prompts have other seeds
 
 
 def export(run: Path, target: Path, *, seeds: Sequence[int] = (0, 1), judged: int = 0) -> Path:
-    """Exports the newest checkpoints in `run` to `target`, replacing what is there by a rename.
+    """Export the newest checkpoints in `run` to `target`, which a rename replaces.
 
-    Text encoder and UNet are exported as their moving averages.
+    The exported text encoder and UNet have the averaged weights.
 
     Args:
-        run: where training keeps its checkpoints and logs.
-        target: the pipeline's directory.
-        seeds: one row of sample pictures for each.
-        judged: prompts of each kind that are drawn and judged for the model card; 0 leaves the table out.
+        run: directory with the checkpoints and logs of the training.
+        target: directory of the pipeline.
+        seeds: seeds of the sample pictures, one for each row.
+        judged: number of prompts of each kind that are judged for the model card; 0 omits the table.
 
     Returns:
         `target`.
@@ -55,34 +55,34 @@ def export(run: Path, target: Path, *, seeds: Sequence[int] = (0, 1), judged: in
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as parent:
-        made = Path(parent) / "new"
-        vae.half().save_pretrained(made / "vae")
-        unet.half().save_pretrained(made / "unet")
-        _save_text_encoder(text_encoder.half(), made / "text_encoder")
-        tokenizer.write_tokenizer(made / "tokenizer")
-        networks.new_scheduler().save_pretrained(made / "scheduler")
-        _write_index(made / INDEX_FILE)
-        write_prompts(made / PROMPTS_FILE)
+        new = Path(parent) / "new"
+        vae.half().save_pretrained(new / "vae")
+        unet.half().save_pretrained(new / "unet")
+        _save_text_encoder(text_encoder.half(), new / "text_encoder")
+        tokenizer.write_tokenizer(new / "tokenizer")
+        networks.new_scheduler().save_pretrained(new / "scheduler")
+        _write_index(new / INDEX_FILE)
+        write_prompts(new / PROMPTS_FILE)
 
-        pipe = load_pipeline(made)
+        pipe = load_pipeline(new)
         pictures = [picture for seed in seeds for picture in sample(pipe, model.PROMPTS, seed=seed)]
-        grid(pictures, columns=len(model.PROMPTS)).save(made / "samples.png", optimize=True)
+        grid(pictures, columns=len(model.PROMPTS)).save(new / "samples.png", optimize=True)
         scores = {kind: _score(pipe, kind, judged) for kind in prompts.KINDS} if judged else {}
-        text = card.model_card(run, made, guidance=GUIDANCE, steps=SAMPLE_STEPS, scores=scores)
-        (made / "README.md").write_text(text, encoding="utf-8")
-        for path in made.rglob("*"):
+        text = card.model_card(run, new, guidance=GUIDANCE, steps=SAMPLE_STEPS, scores=scores)
+        (new / "README.md").write_text(text, encoding="utf-8")
+        for path in new.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
         if target.exists():
             target.rename(Path(parent) / "old")
-        made.rename(target)
+        new.rename(target)
     return target
 
 
 def _save_text_encoder(text_encoder: object, directory: Path) -> None:
-    """Saves in the form that transformers 4 and 5 both read.
+    """Save the text encoder in a form that transformers 4 and 5 both read.
 
-    transformers 5 leaves the `text_model.` prefix out of the names when it saves, and loads in the dtype that the
-    configuration names, where diffusers loads the other parts in fp32 unless told otherwise.
+    transformers 5 saves names without the prefix `text_model.`. It also loads weights in the configuration's dtype,
+    which is fp32 here because diffusers loads the other components in fp32.
     """
     from safetensors.torch import load_file, save_file
 
@@ -98,8 +98,8 @@ def _save_text_encoder(text_encoder: object, directory: Path) -> None:
 
 
 def write_prompts(path: Path) -> None:
-    """Write prompts of each kind that the model was trained on, in turn: what to tune a schedule with."""
-    kinds = [prompts.prompts(kind, _OF_EACH, seed) for seed, kind in enumerate(_TRAINED, _SEED)]
+    """Write prompts for tuning a schedule: the kinds that the model was trained on, in turn."""
+    kinds = [prompts.prompts(kind, _PROMPTS_OF_A_KIND, seed) for seed, kind in enumerate(_TRAINED, _SEED)]
     texts = [text for row in zip(*kinds, strict=True) for text in row]
     path.write_text("\n".join(texts) + "\n", encoding="utf-8")
 
@@ -124,7 +124,7 @@ def _write_index(path: Path) -> None:
 
 
 def load_pipeline(directory: Path) -> StableDiffusionPipeline:
-    """The exported pipeline, in fp32 on the CPU, with its progress bars off."""
+    """Return the exported pipeline, in fp32 on the CPU, without progress bars."""
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(directory)
@@ -133,12 +133,12 @@ def load_pipeline(directory: Path) -> StableDiffusionPipeline:
 
 
 def sample(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, seed: int) -> list[Image]:
-    """One picture for every prompt, 64x64 RGB; the noise of prompt i depends on `seed` and i only."""
+    """Return a picture for each prompt, 64x64 RGB; the noise of prompt i depends only on `seed` and i."""
     import torch
 
     generators = [torch.Generator().manual_seed(seed * 1000 + index) for index in range(len(prompts))]
-    made = pipe(list(prompts), num_inference_steps=SAMPLE_STEPS, guidance_scale=GUIDANCE, generator=generators)
-    pictures: list[Image] = made.images
+    output = pipe(list(prompts), num_inference_steps=SAMPLE_STEPS, guidance_scale=GUIDANCE, generator=generators)
+    pictures: list[Image] = output.images
     return pictures
 
 
@@ -149,7 +149,7 @@ def _score(pipe: StableDiffusionPipeline, kind: str, count: int) -> score.Score:
 
 
 def grid(pictures: Sequence[Image], *, columns: int, gap: int = 2) -> Image:
-    """The pictures side by side, row by row, `gap` pixels of light grey between them."""
+    """Return a picture with the pictures in rows, separated by `gap` pixels of light grey."""
     from PIL import Image
 
     tile = np.full((64 + gap, 64 + gap, 3), 225, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""The text of the judge network's README: how it was trained, how it reads, and what its distances say."""
+"""The text of the judge network's README: its training, its accuracy, and examples of its distances."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from ...quality.metrics import frechet
-from .. import scenes
 from ..judge_net.reader import WEIGHTS, JudgeNet, Pictures
 from . import checkpoint, vae_stage
 from . import judge_data as data
@@ -19,37 +18,37 @@ from .judge_evaluate import Evaluation, evaluate
 _TEXT = """\
 # The judge network
 
-A small convolutional network that reads pictures of `scenes.py` back: background, and colour, shape and place of each
-object, from which their number and relation follow. `offcut bench quality` measures distances by its features.
+A small convolutional network that finds the background, and the colour, shape and place of each object, in pictures of
+`scenes.py`; number and relation follow from these. `offcut bench quality` measures distances with its features.
 
-{size} in fp16, {parameters} parameters. It sees pictures as 16x16 cells of 4 pixels, and says for each cell whether an
-object's centre lies there, and of which colour and shape.
+{size} in fp16, {parameters} parameters. For each of 16x16 cells of 4 pixels, the network predicts whether the cell
+contains the centre of an object, and the colour and shape of this object.
 
 ## Training
 
-{steps} steps in batches of {batch}, last mean loss {loss:.4f}, on {pictures} drawn scenes, every pair of colour and
-shape among them, also those that the shapes model never saw. Half of each batch went through that model's autoencoder
-with some noise in the latents; blur, noise, mirroring and small changes of brightness and tint came on top. Repeat it
-with `python -m offcut.benchmarks.shapes.training.train_judge` (fixed seeds, CPU).
+{steps} steps in batches of {batch}, last mean loss {loss:.4f}, on {pictures} rendered scenes. They contain every pair
+of colour and shape, also those that the shapes model never saw. Half of each batch went through that model's
+autoencoder with some noise in the latents. Blur, noise, mirroring and small changes of brightness and tint were added.
+Repeat it with `python -m offcut.benchmarks.shapes.training.train_judge` (fixed seeds, CPU).
 
-## What it reads
+## Accuracy
 
-{scenes} newly drawn scenes, weights as stored. Right means without any fault: background, number of objects, colour and
-shape of each at its place, relation.
+Share of {scenes} new rendered scenes that the stored weights read without any error: background, number of objects,
+colour and shape of each object at its place, and relation.
 
 | pictures | {kinds} | all |
 |---|{lines}---|
 {shares}
 
-Confusion matrices of the pictures as drawn; rows are what was drawn, columns what was read.
+Confusion matrices of the pictures as rendered; rows are the words of the scene, columns the words that were read.
 {matrices}
-## What its distances say
+## Examples of distances
 
-{distance_scenes} drawn scenes, disturbed. The perceptual distance, between 0 and 2, is to the same scene undisturbed.
-The Fréchet distance is to {distance_scenes} other scenes, drawn independently, between Gaussians of {width} features.
-It is biased upward by small numbers of pictures: the first row is what no difference at all gives with so many, and
-only values of equal number compare. It asks what kinds of pictures there are, so that a small shift of all of them is
-hardly one.
+{distance_scenes} rendered scenes with a disturbance. The perceptual distance, between 0 and 2, is to the same scene
+without the disturbance. The Fréchet distance is to {distance_scenes} other scenes, between Gaussians of {width}
+features. Small numbers of pictures bias it upward: the first row is the value without a disturbance, and only values
+of the same number of pictures are comparable. It compares the distributions of the pictures, and therefore hardly
+changes when all pictures shift a little.
 
 | disturbance | perceptual distance, mean | Fréchet distance |
 |---|---|---|
@@ -57,20 +56,20 @@ hardly one.
 
 ## Limits
 
-It knows these scenes and nothing else; on any other picture its words and distances mean nothing.
+The network was trained only on these scenes; on other pictures its results and distances have no meaning.
 """
 
 
 @dataclass(frozen=True)
 class Distances:
-    """Perceptual, of disturbed scenes to the same ones undisturbed, and Fréchet, to other drawn ones."""
+    """Perceptual distance of disturbed scenes to the undisturbed ones, and Fréchet distance to other scenes."""
 
     perceptual: float
     frechet: float
 
 
 def disturbances(pictures: Pictures, vae: Path) -> dict[str, Pictures]:
-    """Disturbed copies of pictures, uint8 (N, 64, 64, 3), by what was done to them."""
+    """Return disturbed copies of pictures, uint8 (N, 64, 64, 3), by the name of the disturbance."""
     random = np.random.default_rng(5)
     values = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
 
@@ -79,8 +78,8 @@ def disturbances(pictures: Pictures, vae: Path) -> dict[str, Pictures]:
         kernel = (line / line.sum())[None, None].repeat(3, 1, 1)
         padded = torch.nn.functional.pad(values, (6, 6, 6, 6), mode="replicate")
         rows = torch.nn.functional.conv2d(padded, kernel[:, :, None], groups=3)
-        whole = torch.nn.functional.conv2d(rows, kernel[..., None], groups=3)
-        return whole.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        smooth = torch.nn.functional.conv2d(rows, kernel[..., None], groups=3)
+        return smooth.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
     def noisy(deviation: float) -> Pictures:
         noise = random.normal(scale=deviation, size=pictures.shape)
@@ -100,8 +99,9 @@ def disturbances(pictures: Pictures, vae: Path) -> dict[str, Pictures]:
 
 
 def measure(net: JudgeNet, vae: Path, count: int, seed: int) -> dict[str, Distances]:
-    """The distances of `count` drawn scenes, disturbed, to themselves and to other scenes."""
-    first, other = (_draw(data.judged_scenes(count, seed + index)) for index in range(2))
+    """Return the distances of `count` disturbed scenes by the name of the disturbance."""
+    sets = (vae_stage.render_all(data.judged_scenes(count, seed + index)) for index in range(2))
+    first, other = map(_channels_last, sets)
     pooled = net.pooled(other)
     return {
         name: Distances(float(net.distance(first, pictures).mean()), frechet(net.pooled(pictures), pooled))
@@ -109,19 +109,15 @@ def measure(net: JudgeNet, vae: Path, count: int, seed: int) -> dict[str, Distan
     }
 
 
-def _draw(drawn: list[scenes.Scene]) -> Pictures:
-    return np.ascontiguousarray(vae_stage.draw(drawn).transpose(0, 2, 3, 1))
-
-
 def evaluations(net: JudgeNet, vae: Path, count: int, seed: int) -> dict[str, Evaluation]:
-    """How the network reads `count` drawn scenes, as drawn and as the autoencoder shows them."""
-    drawn = data.judged_scenes(count, seed)
-    pictures = vae_stage.draw(drawn)
-    seen = {"as drawn": pictures, "through the shapes model's autoencoder": data.softened(pictures, vae, 0.0, seed)}
-    return {name: evaluate(drawn, net.read(_last(made))) for name, made in seen.items()}
+    """Return how well the network reads `count` scenes, as rendered and after the autoencoder."""
+    originals = data.judged_scenes(count, seed)
+    rendered = vae_stage.render_all(originals)
+    kinds = {"as rendered": rendered, "through the shapes model's autoencoder": data.softened(rendered, vae, 0.0, seed)}
+    return {name: evaluate(originals, net.read(_channels_last(pictures))) for name, pictures in kinds.items()}
 
 
-def _last(pictures: Pictures) -> Pictures:
+def _channels_last(pictures: Pictures) -> Pictures:
     return np.ascontiguousarray(pictures.transpose(0, 2, 3, 1))
 
 
@@ -135,17 +131,17 @@ def judge_card(
     distance_scenes: int,
     width: int,
 ) -> str:
-    """The README beside the weights in `directory`, of a training that left its log in `run`.
+    """Return the README for the weights in `directory`, whose training left its log in `run`.
 
     Args:
-        pictures, batch: of the training.
-        read: by how the pictures were made; `evaluations` gives it.
-        distances: by what was done to the pictures, of `distance_scenes` scenes and `width` features.
+        pictures, batch: number of pictures and size of a batch in the training.
+        read: result of `evaluations`.
+        distances: result of `measure`, for `distance_scenes` scenes and `width` features.
     """
     from safetensors.torch import load_file
 
     rows = checkpoint.read_log(run / "judge.jsonl")
-    plain = read["as drawn"]
+    plain = read["as rendered"]
     kinds = list(plain.by_kind)
     weights = load_file(directory / WEIGHTS)
     return _TEXT.format(

@@ -1,4 +1,4 @@
-"""How well the judge network reads drawn scenes: shares and confusion matrices."""
+"""Accuracy of the judge network on rendered scenes: shares and confusion matrices."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from .. import judge, scenes
 from ..judge_net.reader import Reading
 
 NONE = "none"
-"""The answer for an object that was not seen."""
+"""The prediction for an object that was not found."""
 
-_NEAR = 6.0  # pixels between an object's centre and where it is seen
+_NEAR = 6.0  # maximum distance in pixels between an object's centre and the place where it is found
 
 
 @dataclass
 class Confusion:
-    """How often each word was read as each: rows are what was drawn, columns what was read."""
+    """A confusion matrix: a row for each word of the scenes, a column for each predicted word."""
 
     words: tuple[str, ...]
-    answers: tuple[str, ...]
+    predictions: tuple[str, ...]
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
     def right(self) -> float:
-        """Share of the answers that equal the word."""
+        """Share of right predictions."""
         total = sum(self.counts.values())
-        return sum(count for (word, answer), count in self.counts.items() if word == answer) / max(1, total)
+        return sum(count for (word, predicted), count in self.counts.items() if word == predicted) / max(1, total)
 
     def table(self) -> str:
-        """As a Markdown table."""
-        head = "| drawn | " + " | ".join(self.answers) + " |"
+        """Return the matrix as a Markdown table."""
+        head = "| scene | " + " | ".join(self.predictions) + " |"
         rows = (
-            f"| {word} | " + " | ".join(str(self.counts[word, answer]) for answer in self.answers) + " |"
+            f"| {word} | " + " | ".join(str(self.counts[word, predicted]) for predicted in self.predictions) + " |"
             for word in self.words
         )
-        return "\n".join([head, "|---" * (len(self.answers) + 1) + "|", *rows])
+        return "\n".join([head, "|---" * (len(self.predictions) + 1) + "|", *rows])
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Over many drawn scenes.
+    """The accuracy on many rendered scenes.
 
     Attributes:
-        scenes: how many.
-        right: share of the scenes that were read without any fault: background, number of objects, colour and shape
-            of each at its place, and the relation.
-        by_kind: the same by kind of scene: one object, two objects, with a pair of `scenes.HELD_OUT`.
-        matrices: by name: colour, shape, relation, count, background.
+        scenes: number of scenes.
+        right: share of the scenes that were read without any error: background, number of objects, colour and shape
+            of each object at its place, and relation.
+        by_kind: the same share by kind of scene: one object, two objects, with a pair of `scenes.HELD_OUT`.
+        matrices: confusion matrices by name: colour, shape, relation, count, background.
     """
 
     scenes: int
@@ -58,8 +58,8 @@ class Evaluation:
     matrices: dict[str, Confusion]
 
 
-def evaluate(drawn: Sequence[scenes.Scene], readings: Sequence[Reading]) -> Evaluation:
-    """Compares what was drawn with what was read, object by object: each belongs to what is seen nearest its centre."""
+def evaluate(originals: Sequence[scenes.Scene], readings: Sequence[Reading]) -> Evaluation:
+    """Compare scenes with readings; each object of a scene is compared with the object found nearest to its centre."""
     colours, shapes, backgrounds = tuple(scenes.COLOURS), scenes.SHAPES, tuple(scenes.BACKGROUNDS)
     matrices = {
         "colour": Confusion(colours, (*colours, NONE)),
@@ -69,20 +69,20 @@ def evaluate(drawn: Sequence[scenes.Scene], readings: Sequence[Reading]) -> Eval
         "background": Confusion(backgrounds, backgrounds),
     }
     results: dict[str, list[bool]] = {"one object": [], "two objects": [], "held-out pair": []}
-    for scene, reading in zip(drawn, readings, strict=True):
+    for scene, reading in zip(originals, readings, strict=True):
         seen = [_nearest(item, reading.objects) for item in scene.items]
         count = len(reading.objects)
-        answers = [
+        predictions = [
             ("background", scene.background, reading.background),
             ("count", str(len(scene.items)), str(count) if count <= 2 else "more"),
             *(("colour", item.colour, s.colour if s else NONE) for item, s in zip(scene.items, seen, strict=True)),
             *(("shape", item.shape, s.shape if s else NONE) for item, s in zip(scene.items, seen, strict=True)),
         ]
         if scene.relation:
-            answers.append(("relation", scene.relation, _relation(seen)))
-        for name, word, answer in answers:
-            matrices[name].counts[word, answer] += 1
-        right = all(word == answer for _, word, answer in answers)
+            predictions.append(("relation", scene.relation, _relation(seen)))
+        for name, word, predicted in predictions:
+            matrices[name].counts[word, predicted] += 1
+        right = all(word == predicted for _, word, predicted in predictions)
         results["one object" if len(scene.items) == 1 else "two objects"].append(right)
         if scene.pairs & scenes.HELD_OUT:
             results["held-out pair"].append(right)
@@ -97,7 +97,7 @@ def _nearest(item: scenes.Item, objects: Sequence[judge.SeenObject]) -> judge.Se
 
 
 def _relation(seen: Sequence[judge.SeenObject | None]) -> str:
-    """Where the first lies from the second; `NONE` if one is missing or they lie at 45 degrees."""
+    """Return the relation of the first object to the second; `NONE` if one is missing or no relation fits."""
     if None in seen or len(seen) != 2:
         return NONE
     first, second = (s for s in seen if s is not None)

@@ -1,4 +1,4 @@
-"""The judge network's training stage, resumable and the same for the same settings."""
+"""Training of the judge network; a run can be resumed, and equal settings give equal weights."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from . import judge_data as data
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """How the judge network is trained."""
+    """Hyperparameters of the judge network's training."""
 
     steps: int = 1200
     batch: int = 32
     rate: float = 2e-3
     warmup: int = 50
     pictures: int = 12_000
-    softened: int = 4_000  # the first of them, also as the autoencoder shows them
-    latent_noise: float = 0.15  # for these, in units of the latents' standard deviation
+    softened: int = 4_000  # number of pictures that are also softened by the autoencoder
+    latent_noise: float = 0.15  # maximum noise in the latents of softened pictures, in their standard deviations
     centre_weight: float = 20.0
     seed: int = 11
     save_every: int = 200
 
 
 def loss_of(maps: Maps, labels: data.Labels, centre_weight: float) -> torch.Tensor:
-    """Cross-entropies of the centres' heat, of colour and shape near the centres, and of the background."""
+    """Return the sum of cross-entropies: of the centres' heat, colour and shape near centres, and the background."""
     heat, colour, shape = data.targets(labels)
     weight = 1 + centre_weight * heat
     centre = (weight * functional.binary_cross_entropy_with_logits(maps.centre, heat, reduction="none")).mean()
@@ -45,14 +45,14 @@ def loss_of(maps: Maps, labels: data.Labels, centre_weight: float) -> torch.Tens
 
 
 def train_judge(run: Path, settings: JudgeSettings, *, vae: Path | None = None, resume: bool = True) -> JudgeNetwork:
-    """Trains the network, or goes on from `run`/judge.pt. Returns it with its averaged weights, for reading.
+    """Train the network, or resume from `run`/judge.pt; return it in evaluation mode with its averaged weights.
 
-    Every step draws its batch and its disturbances from a generator seeded with (seed, step), so a resumed run ends
-    with the weights of an uninterrupted one.
+    The batch and the disturbances of a step depend only on (seed, step), so a resumed run ends with the weights of an
+    uninterrupted one.
 
     Args:
-        run: checkpoints, softened pictures and the loss log.
-        vae: directory of the autoencoder that softens pictures; None for the shipped shapes model's.
+        run: directory for checkpoints, softened pictures and the loss log.
+        vae: directory of the autoencoder that softens pictures; by default that of the shapes model.
 
     Raises:
         ModelError: the shapes model is missing.
@@ -76,10 +76,10 @@ def train_judge(run: Path, settings: JudgeSettings, *, vae: Path | None = None, 
         network.train()
         with checkpoint.progress("judge network", start, settings.steps) as report:
             for step in range(start, settings.steps):
-                batch, wanted = _batch(pictures, soft, labels, settings, step)
+                batch, batch_labels = _batch(pictures, soft, labels, settings, step)
                 rate = checkpoint.learning_rate(step, settings.steps, settings.rate, settings.warmup)
                 optimizer.param_groups[0]["lr"] = rate
-                loss = loss_of(network(batch), wanted, settings.centre_weight)
+                loss = loss_of(network(batch), batch_labels, settings.centre_weight)
                 torch.autograd.backward(loss)
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
                 optimizer.step()
@@ -100,19 +100,19 @@ def train_judge(run: Path, settings: JudgeSettings, *, vae: Path | None = None, 
 def _pictures(
     run: Path, settings: JudgeSettings, vae: Path
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], data.Labels]:
-    """Drawn pictures, the first of them softened (kept in `run` for the next start), and all labels."""
-    drawn = data.judged_scenes(settings.pictures, settings.seed)
-    pictures = vae_stage.draw(drawn)
-    wanted = {name: value for name, value in asdict(settings).items() if name not in ("steps", "save_every")}
-    kept = run / "softened.pt"
-    state: Mapping[str, object] = checkpoint.load(kept) if kept.exists() else {}
-    if state.get("settings") != wanted:
+    """Return rendered pictures, softened copies of the first of them (stored in `run`), and the labels of all."""
+    originals = data.judged_scenes(settings.pictures, settings.seed)
+    pictures = vae_stage.render_all(originals)
+    key = {name: value for name, value in asdict(settings).items() if name not in ("steps", "save_every")}
+    file = run / "softened.pt"
+    state: Mapping[str, object] = checkpoint.load(file) if file.exists() else {}
+    if state.get("settings") != key:
         soft = data.softened(pictures[: settings.softened], vae, settings.latent_noise, settings.seed)
-        state = {"settings": wanted, "pictures": torch.from_numpy(soft)}
-        checkpoint.save(kept, state)
-    again = state["pictures"]
-    assert isinstance(again, torch.Tensor)
-    return pictures, again.numpy(), data.labels_of(drawn)
+        state = {"settings": key, "pictures": torch.from_numpy(soft)}
+        checkpoint.save(file, state)
+    stored = state["pictures"]
+    assert isinstance(stored, torch.Tensor)
+    return pictures, stored.numpy(), data.labels_of(originals)
 
 
 def _batch(
@@ -122,7 +122,7 @@ def _batch(
     settings: JudgeSettings,
     step: int,
 ) -> tuple[torch.Tensor, data.Labels]:
-    """The step's pictures, [B, 3, 64, 64] in [-1, 1]: half drawn, half softened, mirrored and disturbed at random."""
+    """Return a step's pictures [B, 3, 64, 64] in [-1, 1], half of them softened, mirrored and disturbed at random."""
     random = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     half = settings.batch // 2
     plain = torch.randint(len(pictures), (settings.batch - half,), generator=random)

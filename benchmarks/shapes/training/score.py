@@ -1,4 +1,4 @@
-"""Share of prompts that a pipeline obeys, by the rule-based judge: a quality figure that needs no other network."""
+"""Share of prompts that a pipeline obeys, by the rule-based judge; it needs no other network."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy.typing as npt
 from .. import judge
 from . import rule_judge
 
-Draw = Callable[[Sequence[str]], Sequence[npt.NDArray[np.uint8]]]
-"""Generates one uint8 image (64, 64, 3) for each prompt."""
+Generate = Callable[[Sequence[str]], Sequence[npt.NDArray[np.uint8]]]
+"""Function that generates one uint8 image (64, 64, 3) for each prompt."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Shares in [0, 1] of the images that obey a part of their caption, and all of it (`right`)."""
+    """The shares in [0, 1] of images that obey each part of their caption; `right`: that obey all parts."""
 
     prompts: int
     background: float
@@ -28,15 +28,15 @@ class Score:
     right: float
 
 
-def score(draw: Draw, texts: Sequence[str], *, batch: int = 16) -> Score:
+def score(generate: Generate, texts: Sequence[str], *, batch: int = 16) -> Score:
     """Generate an image for each caption and judge it.
 
     Args:
-        draw: called with at most `batch` captions at a time.
+        generate: called with at most `batch` captions at a time.
     """
     verdicts: list[judge.SceneVerdict] = []
     for first in range(0, len(texts), batch):
         part = texts[first : first + batch]
-        verdicts += [rule_judge.judge_by_rules(picture, text) for picture, text in zip(draw(part), part, strict=True)]
+        verdicts += [rule_judge.judge_by_rules(*pair) for pair in zip(generate(part), part, strict=True)]
     parts = ("background", "count", "colours", "shapes", "relation", "right")
     return Score(len(verdicts), **{p: float(np.mean([getattr(v, p) for v in verdicts])) for p in parts})

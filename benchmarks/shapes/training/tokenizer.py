@@ -1,7 +1,7 @@
 """A small byte-pair tokenizer in CLIP's format, trained on the captions' own words.
 
-The vocabulary is CLIP's: 256 byte symbols, the same with the end-of-word mark `</w>`, one entry per merge, then
-`<|startoftext|>` and `<|endoftext|>`. Every word of a caption is one token, and any other text can be encoded too.
+The vocabulary has CLIP's order: 256 byte symbols, the same symbols with the end-of-word mark `</w>`, one entry for each
+merge, `<|startoftext|>` and `<|endoftext|>`. Every word of a caption is one token; any other text can be encoded too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 MAX_LENGTH = 32
-"""Tokens per text, start and end marks included; shorter texts are padded with the end mark."""
+"""Number of tokens of a text with its start and end marks; shorter texts are padded with the end mark."""
 
 START = "<|startoftext|>"
 END = "<|endoftext|>"
@@ -43,7 +43,7 @@ def learn_merges(words: Mapping[str, int]) -> list[tuple[str, str]]:
         words: lower-case ASCII words with their counts.
 
     Returns:
-        the merges, most frequent pair first; equal counts in alphabetical order.
+        The merges, most frequent pair first; equal counts in alphabetical order.
     """
     spelt = {word: (*word[:-1], word[-1] + _WORD_END) for word in words}
     merges: list[tuple[str, str]] = []
@@ -61,7 +61,7 @@ def learn_merges(words: Mapping[str, int]) -> list[tuple[str, str]]:
 
 @functools.cache
 def vocabulary() -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """Return all entries in the order of their ids, and the merges, learnt from the captions of 2000 fixed scenes."""
+    """Return all entries in the order of their ids, and the merges, learned from the captions of 2000 fixed scenes."""
     rng = np.random.default_rng(0)
     captions = [scenes.caption(scenes.sample_scene(rng)) for _ in range(2000)]
     merges = learn_merges(Counter(word for text in captions for word in text.split()))
@@ -86,7 +86,7 @@ def _merge(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 def write_tokenizer(directory: Path) -> None:
     """Write vocab.json, merges.txt and the two configuration files of a CLIP tokenizer.
 
-    The files are the classic ones, which every transformers release since 4.0 reads.
+    Every transformers release since 4.0 reads these files.
     """
     entries, merges = vocabulary()
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Trains the shapes model and exports it: `python -m offcut.benchmarks.shapes.training.train`."""
+"""Command that trains and exports the shapes model: `python -m offcut.benchmarks.shapes.training.train`."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def train(
     sample_seeds: Sequence[int] = (0, 1),
     judged: int = 0,
 ) -> Path:
-    """The three stages, then the export. Returns `target`.
+    """Run the three stages and export the pipeline; return `target`.
 
     Args:
-        run: checkpoints, cached latents and loss logs.
-        target: the pipeline's directory, replaced at every export.
-        export_every: also export every so many steps of the last stage; 0 exports at the end only.
-        sample_seeds: one row of sample pictures for each, at every export.
-        judged: prompts of each kind that are judged for the model card at the last export.
+        run: directory for checkpoints, cached latents and loss logs.
+        target: directory of the pipeline, replaced at every export.
+        export_every: number of steps of the last stage between exports; 0 exports only at the end.
+        sample_seeds: seeds of the sample pictures, one for each row.
+        judged: number of prompts of each kind that are judged for the model card at the last export.
     """
     trained = vae_stage.train_vae(run, vae, device, resume=resume)
     decoder_stage.train_decoder(run, decoder, device, resume=resume)
@@ -57,31 +57,29 @@ def main(
     out: Annotated[Path, typer.Option(help="Directory of the exported pipeline.")] = model.DIRECTORY,
     run: Annotated[Path, typer.Option(help="Directory of checkpoints, cached latents and logs.")] = model.RUN,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 keeps PyTorch's default.")] = 2,
     vae_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = vae_stage.VaeSettings.steps,
     steps: Annotated[int, typer.Option(help="Steps of text encoder and UNet.")] = denoiser_stage.DenoiserSettings.steps,
     decoder_steps: Annotated[
-        int, typer.Option(help="Further steps of the decoder alone.")
+        int, typer.Option(help="Further steps of only the decoder.")
     ] = decoder_stage.DecoderSettings.steps,
     batch: Annotated[
-        int, typer.Option(help="Pictures a step of text encoder and UNet.")
+        int, typer.Option(help="Batch size of text encoder and UNet.")
     ] = denoiser_stage.DenoiserSettings.batch,
     rate: Annotated[
         float, typer.Option(help="Peak learning rate of text encoder and UNet.")
     ] = denoiser_stage.DenoiserSettings.rate,
     bf16: Annotated[
-        bool, typer.Option(help="Compute the UNet in bf16: faster where the CPU or GPU has it.")
+        bool, typer.Option(help="Compute the UNet in bf16: faster if the CPU or GPU supports bf16.")
     ] = denoiser_stage.DenoiserSettings.bf16,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoints; --no-resume starts anew.")] = True,
-    export_every: Annotated[int, typer.Option(help="Also export every so many steps; 0: at the end only.")] = 500,
-    judged: Annotated[
-        int, typer.Option(help="Prompts of each kind that are drawn and judged for the model card.")
-    ] = 48,
+    resume: Annotated[bool, typer.Option(help="Resume from the newest checkpoints; --no-resume starts again.")] = True,
+    export_every: Annotated[int, typer.Option(help="Steps between exports; 0 exports only at the end.")] = 500,
+    judged: Annotated[int, typer.Option(help="Prompts of each kind that are judged for the model card.")] = 48,
     export_only: Annotated[
-        bool, typer.Option("--export-only", help="Export the newest checkpoint and stop; training may go on.")
+        bool, typer.Option("--export-only", help="Export the newest checkpoints without training; run may be in use.")
     ] = False,
 ) -> None:
-    """Trains the shapes model (autoencoder, its decoder, text encoder with UNet) and exports a diffusers pipeline."""
+    """Train the shapes model (autoencoder, its decoder, text encoder with UNet) and export a diffusers pipeline."""
     import torch
 
     if threads:
@@ -90,7 +88,7 @@ def main(
         if export_only:
             _announce(export.export(run, out, judged=judged))
             return
-        made = train(
+        path = train(
             run,
             out,
             vae=vae_stage.VaeSettings(steps=vae_steps),
@@ -101,7 +99,7 @@ def main(
             export_every=export_every,
             judged=judged,
         )
-        _announce(made)
+        _announce(path)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

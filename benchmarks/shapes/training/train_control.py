@@ -1,4 +1,4 @@
-"""Trains the shapes model's ControlNet and exports it: `python -m offcut.benchmarks.shapes.training.train_control`."""
+"""Command that trains the shapes model's ControlNet: `python -m offcut.benchmarks.shapes.training.train_control`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def main(
     out: Annotated[Path, typer.Option(help="Directory of the ControlNet and its card.")] = model.CONTROL,
     run: Annotated[Path, typer.Option(help="Directory of the checkpoint and the log.")] = model.RUN,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default.")] = 2,
-    steps: Annotated[int, typer.Option(help="Of training.")] = control_stage.ControlSettings.steps,
-    batch: Annotated[int, typer.Option(help="Scenes a step.")] = control_stage.ControlSettings.batch,
-    judged: Annotated[int, typer.Option(help="Scenes that are drawn and judged for the card; 0: none.", min=0)] = 96,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint; --no-resume starts anew.")] = True,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 keeps PyTorch's default.")] = 2,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = control_stage.ControlSettings.steps,
+    batch: Annotated[int, typer.Option(help="Scenes in each step.")] = control_stage.ControlSettings.batch,
+    judged: Annotated[int, typer.Option(help="Scenes that are generated and judged for the card.", min=0)] = 96,
+    resume: Annotated[bool, typer.Option(help="Resume from the newest checkpoint; --no-resume starts again.")] = True,
 ) -> None:
-    """Trains a ControlNet that takes silhouettes, on drawn scenes."""
+    """Train a ControlNet for silhouettes on rendered scenes, and export it with its card."""
     import torch
 
     if threads:

@@ -1,4 +1,4 @@
-"""Trains the judge network and writes it with its card: `python -m offcut.benchmarks.shapes.training.train_judge`."""
+"""Command that trains the judge network: `python -m offcut.benchmarks.shapes.training.train_judge`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ RUN = Path(__file__).parents[1] / "judge_net" / "run"
 
 
 def train_judge(run: Path, target: Path, settings: stage.JudgeSettings, *, judged: int, resume: bool = True) -> Path:
-    """Trains, stores in fp16, and measures what was stored. Returns `target`.
+    """Train the network, store it in fp16, and write its card with the accuracy of the stored network.
 
     Args:
-        run: checkpoint, softened pictures and loss log.
-        target: gets the weights and their README.
-        judged: drawn scenes that are read for the card, none of them from training.
+        run: directory for checkpoint, softened pictures and loss log.
+        target: directory for the weights and their README; also the return value.
+        judged: number of scenes, none of them from training, that measure the accuracy.
     """
     JudgeNet(stage.train_judge(run, settings, resume=resume)).save(target)
     net, vae = JudgeNet.load(target), model_path() / "vae"
@@ -37,22 +37,22 @@ def train_judge(run: Path, target: Path, settings: stage.JudgeSettings, *, judge
 def main(
     out: Annotated[Path, typer.Option(help="Directory of the weights and their card.")] = DIRECTORY,
     run: Annotated[Path, typer.Option(help="Directory of the checkpoint and the log.")] = RUN,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default.")] = 2,
-    steps: Annotated[int, typer.Option(help="Of training.")] = stage.JudgeSettings.steps,
-    judged: Annotated[int, typer.Option(help="Drawn scenes that are read for the card.", min=2)] = 2000,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint; --no-resume starts anew.")] = True,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 keeps PyTorch's default.")] = 2,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = stage.JudgeSettings.steps,
+    judged: Annotated[int, typer.Option(help="Rendered scenes that measure the accuracy for the card.", min=2)] = 2000,
+    resume: Annotated[bool, typer.Option(help="Resume from the newest checkpoint; --no-resume starts again.")] = True,
 ) -> None:
-    """Trains the judge network on drawn scenes, and publishes how it reads new ones."""
+    """Train the judge network on rendered scenes, and write it with a card that has its accuracy on new scenes."""
     import torch
 
     if threads:
         torch.set_num_threads(threads)
     try:
-        made = train_judge(run, out, stage.JudgeSettings(steps=steps), judged=judged, resume=resume)
+        path = train_judge(run, out, stage.JudgeSettings(steps=steps), judged=judged, resume=resume)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
-    print(f"exported to {made}")
+    print(f"exported to {path}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The first training stage: the autoencoder, and the latents of the training set that the other stages learn from."""
+"""The first training stage, which trains the autoencoder, and the pictures and latents that all stages learn from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VaeSettings:
-    """How the autoencoder is trained."""
+    """Hyperparameters of the autoencoder's training."""
 
     steps: int = 1500
     batch: int = 8
@@ -30,38 +30,38 @@ class VaeSettings:
     kl_weight: float = 1e-4
     edge_weight: float = 0.25
     pictures: int = 6000
-    calibration: int = 512  # pictures that the scaling factor is measured on
+    calibration: int = 512  # number of pictures from which the scaling factor is computed
     seed: int = 1
     save_every: int = 200
 
 
 def training_scenes(count: int, seed: int) -> list[scenes.Scene]:
-    """`count` random training scenes, none with a held-out pair; the same for the same seed."""
+    """Return `count` random scenes without held-out pairs; equal seeds give equal scenes."""
     rng = np.random.default_rng(seed)
     return [scenes.sample_scene(rng) for _ in range(count)]
 
 
-def draw(drawn: list[scenes.Scene]) -> npt.NDArray[np.uint8]:
-    """Pictures of all scenes, uint8 (N, 3, 64, 64)."""
-    return np.stack([scenes.render(scene) for scene in drawn]).transpose(0, 3, 1, 2)
+def render_all(originals: list[scenes.Scene]) -> npt.NDArray[np.uint8]:
+    """Render the scenes: uint8 (N, 3, 64, 64)."""
+    return np.stack([scenes.render(scene) for scene in originals]).transpose(0, 3, 1, 2)
 
 
-def reconstruction_loss(made: torch.Tensor, wanted: torch.Tensor, edge_weight: float) -> torch.Tensor:
-    """Mean absolute and squared error of the pictures plus that of their horizontal and vertical differences.
+def reconstruction_loss(decoded: torch.Tensor, target: torch.Tensor, edge_weight: float) -> torch.Tensor:
+    """Return the mean absolute and squared error of the pictures, plus that of their differences between pixels.
 
-    Pixels of objects, those unlike the corner pixel, count five times: backgrounds fill most of a picture.
+    Pixels of objects, which differ from the corner pixel, count five times, because most pixels are background.
     """
-    objects = (wanted - wanted[:, :, :1, :1]).abs().amax(dim=1, keepdim=True) > 0.05
-    error = (made - wanted) * (1 + 4 * objects)
+    objects = (target - target[:, :, :1, :1]).abs().amax(dim=1, keepdim=True) > 0.05
+    error = (decoded - target) * (1 + 4 * objects)
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return error.abs().mean() + ((made - wanted) * error).mean() + edge_weight * edges
+    return error.abs().mean() + ((decoded - target) * error).mean() + edge_weight * edges
 
 
 def train_vae(run: Path, settings: VaeSettings, device: str, *, resume: bool) -> AutoencoderKL:
-    """Trains the autoencoder, or goes on from `run`/vae.pt; sets its scaling factor to 1/std of the latents.
+    """Train the autoencoder, or resume from `run`/vae.pt; set its scaling factor to 1/std of the latents.
 
-    Every step draws its batch and noise from a generator seeded with (seed, step), so a resumed run ends with the
-    weights of an uninterrupted one.
+    The batch and noise of a step depend only on (seed, step), so a resumed run ends with the weights of an
+    uninterrupted one.
     """
     import torch
 
@@ -75,21 +75,21 @@ def train_vae(run: Path, settings: VaeSettings, device: str, *, resume: bool) ->
         optimizer.load_state_dict(state["optimizer"])
         start, scaled = int(state["step"]), bool(state.get("scaling_factor"))
     if not start:
-        (run / "decoder.pt").unlink(missing_ok=True)  # it belonged to another autoencoder
+        (run / "decoder.pt").unlink(missing_ok=True)  # the decoder of an earlier autoencoder
     if start < settings.steps or not scaled:
-        pictures = draw(training_scenes(settings.pictures, settings.seed))
+        pictures = render_all(training_scenes(settings.pictures, settings.seed))
         log = checkpoint.LossLog(run / "vae.jsonl", start)
         with checkpoint.progress("autoencoder", start, settings.steps) as report:
             for step in range(start, settings.steps):
                 random = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
                 chosen = torch.randint(len(pictures), (settings.batch,), generator=random)
-                wanted = scenes.to_signal(pictures[chosen.numpy()]).to(device)
+                target = scenes.to_signal(pictures[chosen.numpy()]).to(device)
                 rate = checkpoint.learning_rate(step, settings.steps, settings.rate, settings.warmup)
                 optimizer.param_groups[0]["lr"] = rate
-                posterior = vae.encode(wanted).latent_dist
+                posterior = vae.encode(target).latent_dist
                 noise = torch.randn(posterior.mean.shape, generator=random).to(device)
-                made = vae.decode(posterior.mean + posterior.std * noise).sample
-                loss = reconstruction_loss(made, wanted, settings.edge_weight)
+                decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+                loss = reconstruction_loss(decoded, target, settings.edge_weight)
                 (loss + settings.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()).backward()
                 torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
                 optimizer.step()
@@ -102,7 +102,7 @@ def train_vae(run: Path, settings: VaeSettings, device: str, *, resume: bool) ->
                 report(done, text)
                 if done % settings.save_every == 0 or done == settings.steps:
                     checkpoint.save(path, _state(done, vae, optimizer))
-        calibration = encode(vae, draw(training_scenes(settings.calibration, settings.seed + 1)), device)
+        calibration = encode(vae, render_all(training_scenes(settings.calibration, settings.seed + 1)), device)
         scale = round(1 / calibration.std().item(), 5)
         checkpoint.save(path, {**_state(settings.steps, vae, optimizer), "scaling_factor": scale})
     return load_vae(run).to(device)
@@ -113,28 +113,28 @@ def _state(step: int, vae: AutoencoderKL, optimizer: torch.optim.Optimizer) -> d
 
 
 def load_vae(run: Path) -> AutoencoderKL:
-    """The trained autoencoder of `run`, in fp32 on the CPU, with its scaling factor and the best decoder so far.
+    """Return the trained autoencoder of `run`, in fp32 on the CPU, with the decoder of the second stage once complete.
 
     Raises:
-        UserError: its training has not ended, or never began.
+        UserError: the training of the autoencoder is not complete.
     """
     state = checkpoint.load(run / "vae.pt")
     if not state.get("scaling_factor"):
         raise UserError(
-            f"the autoencoder in {run} is half trained; go on with `python -m offcut.benchmarks.shapes.training.train`"
+            f"the autoencoder in {run} is not fully trained: run `python -m offcut.benchmarks.shapes.training.train`"
         )
     vae = networks.new_vae().eval()
     vae.load_state_dict(state["vae"])
     if (run / "decoder.pt").exists():
-        better = checkpoint.load(run / "decoder.pt")
-        if better["finished"]:
-            vae.load_state_dict(better["weights"], strict=False)  # it has no encoder
+        decoder = checkpoint.load(run / "decoder.pt")
+        if decoder["finished"]:
+            vae.load_state_dict(decoder["weights"], strict=False)  # the checkpoint has no encoder
     vae.register_to_config(scaling_factor=state["scaling_factor"])
     return vae
 
 
 def encode(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], device: str, batch: int = 64) -> torch.Tensor:
-    """Latents of pictures, means of the posterior, not scaled: uint8 (N, 3, 64, 64) to fp32 [N, 4, 16, 16] on CPU."""
+    """Return the posterior means of pictures uint8 (N, 3, 64, 64), not scaled: fp32 [N, 4, 16, 16] on the CPU."""
     import torch
 
     parts = []

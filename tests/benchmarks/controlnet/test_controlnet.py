@@ -1,4 +1,4 @@
-"""``offcut bench controlnet`` on the shapes model: rows, passes, bad input."""
+"""``offcut bench controlnet`` on the shapes model: rows, passes, invalid input."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def whole(pipes: pipelines.Pipelines, task: settings.SceneTask) -> ControlNetReu
     return evaluate(pipes, task, COMPARED, rounds=2, model="shapes", controlnet="control")
 
 
-def test_each_way_has_its_calls_and_passes(whole: ControlNetReuse) -> None:
+def test_each_setting_has_its_calls_and_passes(whole: ControlNetReuse) -> None:
     calls = {row.name: (row.full_calls, row.shallow_calls, row.passes) for row in whole.rows}
     assert calls == {
         "uncached without ControlNet": (7, 0, 0),
@@ -91,12 +91,12 @@ def test_each_setting_generates_other_images(pipes: pipelines.Pipelines, task: s
 def test_a_run_without_rounds_has_no_times(
     pipes: pipelines.Pipelines, task: settings.SceneTask, whole: ControlNetReuse
 ) -> None:
-    again = evaluate(pipes, task, COMPARED, rounds=0, model="shapes", controlnet="control")
+    second = evaluate(pipes, task, COMPARED, rounds=0, model="shapes", controlnet="control")
     untimed = [
         row.model_copy(update={"seconds": [], "controlnet_seconds": [], "to_uncached": None}) for row in whole.rows
     ]
-    assert again.rows == untimed
-    assert again.rows[1].share is None
+    assert second.rows == untimed
+    assert second.rows[1].share is None
 
 
 def test_the_page_shows_every_row(whole: ControlNetReuse, tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ def bench(once: Callable[[str, Callable[[Path], object]], Path]) -> Workbench:
     """Return the shared workbench, which builds the small model's bundle for the first check."""
 
     def build(folder: Path) -> None:
-        made = Workbench(ON_CPU, folder)
+        workbench = Workbench(ON_CPU, folder)
         for engine in ON_CPU.engines:
-            made.bundle(engine, "fp32")
+            workbench.bundle(engine, "fp32")
 
     return Workbench(ON_CPU, once("gpu-check", build))

@@ -55,10 +55,10 @@ def results(tmp_path: Path) -> list[CheckResult]:
         check("b/claims-nothing"),
     ]
     bench = Workbench(GpuOptions(), tmp_path)
-    return [perform(each, bench) for each in checks]
+    return [perform(check_, bench) for check_ in checks]
 
 
-def test_each_check_has_one_of_four_results_and_none_stops_the_next(results: list[CheckResult]) -> None:
+def test_each_check_has_a_result_and_the_next_one_runs(results: list[CheckResult]) -> None:
     assert [result.status for result in results] == [
         "passed",
         "failed",
@@ -95,7 +95,7 @@ def test_each_check_has_one_of_four_results_and_none_stops_the_next(results: lis
         (math.nan, ">=", 1, False),
     ],
 )
-def test_a_claim_holds_or_not(value: float, sign: str, bound: float, holds: bool) -> None:
+def test_a_claim_holds_if_its_value_meets_the_bound(value: float, sign: str, bound: float, holds: bool) -> None:
     assert BoundedFigure("x", value, sign, bound).holds is holds  # type: ignore[arg-type]
 
 
@@ -118,10 +118,10 @@ def test_the_first_line_of_an_error_names_a_class_of_another_package() -> None:
 )
 def test_a_pattern_selects_checks_by_id(pattern: str | None, chosen: list[str]) -> None:
     checks = [check(identifier, TRUE) for identifier in ("a/x/1", "a/y/1", "b/x/2")]
-    assert [each.id for each in select(checks, pattern)] == chosen
+    assert [check_.id for check_ in select(checks, pattern)] == chosen
 
 
-def test_a_report_is_read_as_it_was_written(results: list[CheckResult], tmp_path: Path) -> None:
+def test_a_report_is_read_back_unchanged(results: list[CheckResult], tmp_path: Path) -> None:
     report = report_of(results, {"gpu": "none", "odd": "a|b"})
     write(report, tmp_path)
     back = read(tmp_path / "result.json")
@@ -146,7 +146,7 @@ def test_a_report_is_read_as_it_was_written(results: list[CheckResult], tmp_path
     assert "the second" in traces
 
 
-def test_the_reports_tables_hold_every_check_claim_and_reason(results: list[CheckResult]) -> None:
+def test_the_reports_tables_have_every_check_claim_and_reason(results: list[CheckResult]) -> None:
     text = markdown(report_of(results, {"gpu": "a|b"}))
     for result in results:
         assert f"`{result.id}`" in text
@@ -156,20 +156,20 @@ def test_the_reports_tables_hold_every_check_claim_and_reason(results: list[Chec
     assert "**FAILED** two, apples: 2 (<= 1)" in text
     assert "| gpu | a\\|b |" in text
     assert text.count("## ") == 2
-    assert "Disproven or broken: 1 passed, 2 failed, 2 error, 2 not run" in text
+    assert "A check failed or ended with an error: 1 passed, 2 failed, 2 error, 2 not run" in text
 
 
 @pytest.mark.parametrize(
     ("statuses", "verdict"),
     [
-        (["not run", "not run"], "Nothing was proven, no check was run: no GPU"),
-        (["passed", "not run"], "All that was run passed: 1 passed, 1 not run"),
-        ([], "Nothing was proven, no check was run: no check was chosen"),
+        (["not run", "not run"], "No check was run: no GPU"),
+        (["passed", "not run"], "All checks that ran passed: 1 passed, 1 not run"),
+        ([], "No check was run: no check was chosen"),
     ],
 )
 def test_a_verdict_covers_only_checks_that_were_run(statuses: list[str], verdict: str) -> None:
     reasons = {"not run": "no GPU", "passed": ""}
-    results = [CheckResult(id="a/b", title="t", status=each, reason=reasons[each]) for each in statuses]  # type: ignore[arg-type]
+    results = [CheckResult(id="a/b", title="t", status=status, reason=reasons[status]) for status in statuses]  # type: ignore[arg-type]
     assert report_of(results).verdict == verdict
 
 
@@ -187,7 +187,7 @@ for line in sys.stdin:
 """
 
 
-def apart(identifiers: list[str], worker: str, tmp_path: Path) -> dict[str, CheckResult]:
+def results_from_worker(identifiers: list[str], worker: str, tmp_path: Path) -> dict[str, CheckResult]:
     results: list[CheckResult] = []
     perform_isolated(
         [check(identifier, TRUE) for identifier in identifiers],
@@ -203,8 +203,8 @@ def apart(identifiers: list[str], worker: str, tmp_path: Path) -> dict[str, Chec
     return {result.id: result for result in results}
 
 
-def test_a_crash_is_the_error_of_one_check_and_the_others_run(tmp_path: Path) -> None:
-    by_id = apart(["a/one", "a/crashes", "a/hangs", "a/two"], WORKER, tmp_path)
+def test_a_crash_is_an_error_of_its_check_and_the_others_run(tmp_path: Path) -> None:
+    by_id = results_from_worker(["a/one", "a/crashes", "a/hangs", "a/two"], WORKER, tmp_path)
     assert [by_id[name].status for name in ("a/one", "a/crashes", "a/hangs", "a/two")] == [
         "passed",
         "error",
@@ -217,6 +217,6 @@ def test_a_crash_is_the_error_of_one_check_and_the_others_run(tmp_path: Path) ->
 
 
 def test_a_process_that_does_not_start_is_an_error_of_every_check(tmp_path: Path) -> None:
-    by_id = apart(["a/one", "a/two"], "raise SystemExit(3)", tmp_path)
+    by_id = results_from_worker(["a/one", "a/two"], "raise SystemExit(3)", tmp_path)
     assert all(result.reason.startswith("its process ended with exit code 3") for result in by_id.values())
     assert {result.status for result in by_id.values()} == {"error"}

@@ -1,4 +1,4 @@
-"""The whole command: without a GPU it ends and proves nothing; on the CPU its checks run."""
+"""The command ``gpu_check``: without a GPU it runs no check; with ``--device cpu`` its checks run."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def call(*arguments: str) -> Any:
 
 @without_gpu
 @pytest.mark.parametrize("flags", [[], ["--performance", "--architectures", "sd15,sdxl", "--batches", "1,8"]])
-def test_without_a_gpu_nothing_runs_and_nothing_is_proven(flags: list[str], tmp_path: Path) -> None:
+def test_without_a_gpu_no_check_runs(flags: list[str], tmp_path: Path) -> None:
     done = call("--output", str(tmp_path), *flags)
     assert done.exit_code == 0, done.output
-    assert "Nothing was proven" in done.stdout
+    assert "No check was run" in done.stdout
     raw = json.loads((tmp_path / "result.json").read_text())
     assert {check["status"] for check in raw["checks"]} == {"not run"}
     assert all("no GPU can be used" in check["reason"] for check in raw["checks"])
@@ -39,7 +39,7 @@ def test_without_a_gpu_nothing_runs_and_nothing_is_proven(flags: list[str], tmp_
 
 
 @without_gpu
-def test_a_gpu_can_be_required(tmp_path: Path) -> None:
+def test_the_exit_code_can_require_a_gpu(tmp_path: Path) -> None:
     done = call("--output", str(tmp_path), "--require-gpu", "--json")
     assert done.exit_code == 1
     assert json.loads(done.stdout)["counts"]["not run"] == len(catalog(GpuOptions()))
@@ -93,4 +93,4 @@ def test_on_the_cpu_the_checks_run_in_their_own_process(tmp_path: Path) -> None:
     raw = json.loads(done.stdout)
     assert [check["status"] for check in raw["checks"]] == ["passed"]
     assert raw["checks"][0]["figures"]["bit for bit"] is True
-    assert "All that was run passed" in raw["verdict"]
+    assert "All checks that ran passed" in raw["verdict"]

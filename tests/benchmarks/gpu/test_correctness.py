@@ -1,4 +1,4 @@
-"""The checks that need no GPU, on the CPU: they pass with a correct engine, and each fails with a wrong one."""
+"""The checks that need no GPU: they pass with a correct engine, and each fails with a wrong one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from offcut.benchmarks.gpu import correctness, lifetime, streams
 from offcut.benchmarks.gpu.check import CheckOutcome
-from offcut.benchmarks.gpu.exercise import apart
+from offcut.benchmarks.gpu.exercise import max_difference
 from offcut.benchmarks.gpu.workbench import CUT, Workbench
 from offcut.engines.base import BoundPair
 
@@ -32,16 +32,16 @@ def broken(outcome: CheckOutcome) -> list[str]:
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_a_sound_engine_passes(check: Callable[..., CheckOutcome], engine: str, bench: Workbench) -> None:
+def test_a_correct_engine_passes(check: Callable[..., CheckOutcome], engine: str, bench: Workbench) -> None:
     assert broken(check(bench, engine, "fp32")) == []
 
 
 def test_replays_equal_launches_and_an_engine_without_replays_fails(bench: Workbench) -> None:
-    assert broken(streams.cuda_graphs(bench, "onnxruntime", "fp32")) == ["calls of 10 that were replayed"]
+    assert broken(streams.cuda_graphs(bench, "onnxruntime", "fp32")) == ["replayed calls among 10"]
 
 
 class _WrongPair:
-    """A bound pair whose calls a test makes wrong."""
+    """A bound pair that calls a test's function after each engine call."""
 
     def __init__(self, bound: BoundPair, spoil: Callable[[BoundPair, str | None], None]) -> None:
         self.buffers, self.dims = bound.buffers, bound.dims
@@ -61,7 +61,7 @@ class _WrongPair:
 
 @pytest.fixture
 def spoil(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make pairs of the workbench wrong; ``when`` decides by ``cuda_graphs`` which of them."""
+    """Return a function that makes the workbench's pairs wrong; ``when`` gets ``cuda_graphs`` and selects the pairs."""
     original = bench.pair
 
     def apply(change: Callable[[BoundPair, str | None], None], when: Callable[[bool], bool] = lambda _: True) -> None:
@@ -108,7 +108,7 @@ def test_an_engine_that_never_caches_fails_the_trajectory(bench: Workbench, monk
     assert failed == ["cached trajectory, PSNR to eager PyTorch cached alike, dB"]
 
 
-def test_a_bound_that_nothing_meets_fails(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bound_that_no_engine_meets_fails(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(correctness.TRAJECTORY, "fp32", 1e6)
     assert len(broken(correctness.trajectory(bench, "onnxruntime", "fp32"))) == 2
 
@@ -116,13 +116,13 @@ def test_a_bound_that_nothing_meets_fails(bench: Workbench, monkeypatch: pytest.
 def test_pairs_that_share_their_features_fail_when_they_take_turns(
     spoil: Callable[..., None], bench: Workbench
 ) -> None:
-    seen: list[BoundPair] = []
+    pairs: list[BoundPair] = []
 
     def overwrite(bound: BoundPair, cut: str | None) -> None:
         """Make a full call of one bound pair overwrite the features of the others."""
-        if bound not in seen:
-            seen.append(bound)
-        for other in seen:
+        if bound not in pairs:
+            pairs.append(bound)
+        for other in pairs:
             if cut is None and other is not bound and other.buffers:
                 other.buffers["deep_feature_0"].zero_()
 
@@ -148,29 +148,29 @@ def test_a_replay_that_differs_fails(spoil: Callable[..., None], bench: Workbenc
 def test_threads_that_share_features_fail(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     from offcut.benchmarks.gpu.peers import EngineDenoiser
 
-    original, seen = EngineDenoiser.predict, []
+    original, samples = EngineDenoiser.predict, []
 
     def predict(self: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         import threading
 
         if threading.current_thread() is not threading.main_thread():
-            seen.append(sample)
-            sample = seen[0]
+            samples.append(sample)
+            sample = samples[0]
         return original(self, sample, timestep)
 
     monkeypatch.setattr(EngineDenoiser, "predict", predict)
     assert any("two threads" in name for name in broken(lifetime.threads(bench, "onnxruntime", "fp32")))
 
 
-def test_values_that_are_not_finite_are_infinitely_far_apart() -> None:
+def test_the_difference_of_nonfinite_values_is_infinite() -> None:
     one = torch.ones(3)
-    assert apart(one * float("nan"), one) == float("inf")
-    assert apart(one, one) == 0
+    assert max_difference(one * float("nan"), one) == float("inf")
+    assert max_difference(one, one) == 0
     assert CUT == "deepcache:0"
 
 
 def test_calls_that_write_to_freed_buffers_fail(spoil: Callable[..., None], bench: Workbench) -> None:
-    """A graph that is replayed for another pair than it was captured for does this."""
+    """Replaying a graph for another pair than it was captured for writes to freed buffers."""
     captured: dict[str, torch.Tensor] = {}
 
     def replay(bound: BoundPair, cut: str | None) -> None:

@@ -12,7 +12,7 @@ from offcut.benchmarks.gpu.peers import DenoisingLoop, decibels
 from offcut.runtime.generation.schedule import Uniform
 
 SAME = 110.0
-"""Decibels from which two trajectories count as the same one."""
+"""PSNR in dB from which two trajectories count as equal."""
 
 XL = {
     "sample_size": 16,
@@ -59,15 +59,15 @@ def test_the_hand_written_cache_computes_what_deepcaches_helper_computes(
     assert decibels(uncached, ours) >= SAME if interval == 1 else decibels(uncached, ours) < 80
 
 
-def test_the_full_function_computes_diffusers_forward(unet: Any, setting: Any) -> None:
+def test_the_full_function_computes_what_diffusers_forward_computes(unet: Any, setting: Any) -> None:
     loop, inputs = setting
     sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         expected = unet(sample, loop.timesteps[2], return_dict=False, **inputs)[0]
-        got, feature = peers.CachedUNet(unet).full(sample, loop.timesteps[2], inputs)
-        again = peers.CachedUNet(unet).shallow(sample, loop.timesteps[2], inputs, feature)
-    assert torch.equal(got, expected)
-    assert torch.equal(again, expected)
+        full_output, feature = peers.CachedUNet(unet).full(sample, loop.timesteps[2], inputs)
+        shallow_output = peers.CachedUNet(unet).shallow(sample, loop.timesteps[2], inputs, feature)
+    assert torch.equal(full_output, expected)
+    assert torch.equal(shallow_output, expected)
 
 
 def test_the_helper_leaves_the_unet_as_it_was(unet: Any, setting: Any) -> None:
@@ -105,7 +105,7 @@ def test_both_functions_compile_without_graph_breaks(unet: Any, setting: Any) ->
     assert decibels(through, eager) >= SAME
 
 
-def test_half_precision_lies_between_the_bounds_of_the_trajectory_check() -> None:
+def test_the_trajectory_bound_separates_cached_from_uncached_half_precision() -> None:
     """Eager PyTorch in half precision must meet the bound, and a loop without the cache must not."""
     from offcut.benchmarks.gpu.correctness import SCHEDULE, STEPS, TRAJECTORY
 

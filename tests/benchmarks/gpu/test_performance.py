@@ -41,9 +41,9 @@ def test_contestants_take_turns_after_their_warm_up() -> None:
     order: list[str] = []
     denoisers = [_SleepingDenoiser("a", 0.0, order), _SleepingDenoiser("b", 0.02, order)]
     loops = in_turns(denoisers, 3)
-    assert order == ["a", "b"] * 5  # two turns of each that are not measured, then three
-    assert [len(each) for each in loops] == [3, 3]
-    fast, slow = (statistics.median(each.seconds for each in measured) for measured in loops)
+    assert order == ["a", "b"] * 5  # two warm-up turns of each, then three measured turns
+    assert [len(loop) for loop in loops] == [3, 3]
+    fast, slow = (statistics.median(loop.seconds for loop in measured) for measured in loops)
     assert slow - fast >= 0.03  # two calls of 20 ms
 
 
@@ -85,7 +85,7 @@ def test_deepcaches_helper_runs_the_same_loop(bench: Workbench) -> None:
     assert (claim.sign, claim.bound) == (">=", 1.5)
 
 
-def test_the_work_is_that_of_the_published_model() -> None:
+def test_the_counted_work_is_that_of_the_published_model() -> None:
     full, shallow = performance.count("sd15", "fp16", 2)
     assert full.flops / 1e12 == pytest.approx(1.6, rel=0.05)  # 0.8 TFLOP for each image of 512 x 512
     assert 0.05 < shallow.flops / full.flops < 0.15
@@ -93,13 +93,13 @@ def test_the_work_is_that_of_the_published_model() -> None:
     assert shallow.bytes < 0.1 * full.bytes
 
 
-def test_twice_the_batch_is_twice_the_work() -> None:
+def test_work_is_proportional_to_the_batch() -> None:
     one, two = (performance.count("small", "fp32", batch)[1] for batch in (2, 4))
     assert two.flops == pytest.approx(2 * one.flops, rel=0.01)
 
 
 @pytest.mark.slow
-def test_the_roofline_holds_both_graphs_below_the_ceiling(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_roofline_check_fails_above_the_ceiling(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = performance.roofline(bench, CONTEST)
     assert len(outcome.claims) == 2
     assert {"matrix product, TFLOP/s", "copy, GB/s", "full, TFLOP/s", "shallow, GB/s at least"} <= set(outcome.figures)

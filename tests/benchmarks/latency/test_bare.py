@@ -1,4 +1,4 @@
-"""Bundles of bare UNets, which run in a pipeline of diffusers, also SDXL's, with several images at once."""
+"""Bundles of bare UNets run in a diffusers pipeline, also in SDXL's, with several images at once."""
 
 from __future__ import annotations
 

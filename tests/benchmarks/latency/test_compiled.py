@@ -1,4 +1,4 @@
-"""Contestants with torch.compile, run with its eager backend: their latents, and which calls are cached."""
+"""Contestants with torch.compile and its eager backend: their latents, and which of their calls are shallow."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def test_compiled_contestants_are_compiled_before_they_are_measured(
 @pytest.mark.slow
 def test_compiled_contestants_compute_what_eager_ones_compute(answers: dict[str, dict[str, Any]]) -> None:
     uncached, cached = answers[EAGER]["latents"], answers[HELPER]["latents"]
-    apart = relative_difference(cached, uncached)
-    assert apart > 1e-2
-    assert relative_difference(answers[COMPILED]["latents"], uncached) < apart / 10
+    cache_difference = relative_difference(cached, uncached)
+    assert cache_difference > 1e-2
+    assert relative_difference(answers[COMPILED]["latents"], uncached) < cache_difference / 10
     for name in (BLOCKS, WHOLE):
-        assert relative_difference(answers[name]["latents"], cached) < apart / 10, name
-        assert relative_difference(answers[name]["latents"], uncached) > apart / 2, name
+        assert relative_difference(answers[name]["latents"], cached) < cache_difference / 10, name
+        assert relative_difference(answers[name]["latents"], uncached) > cache_difference / 2, name
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def rows(latency: Latency) -> dict[str, Contestant]:
 
 
 @pytest.mark.slow
-def test_every_contestant_is_measured_or_says_why_not(rows: dict[str, Contestant]) -> None:
+def test_every_contestant_is_measured_or_has_a_reason(rows: dict[str, Contestant]) -> None:
     assert list(rows) == [
         EAGER, HELPER, "diffusers eager bf16", "DeepCache eager bf16", "optimum onnxruntime fp32", OURS, UNCACHED,
     ]  # fmt: skip
@@ -97,7 +97,7 @@ def test_every_contestant_is_measured_or_says_why_not(rows: dict[str, Contestant
 
 @pytest.mark.slow
 def test_all_contestants_compute_the_same_loop(rows: dict[str, Contestant], latency: Latency) -> None:
-    """Cached runs differ much from uncached ones and little from each other; bf16 lies in between."""
+    """Cached runs differ much from uncached runs and little from each other; differences in bf16 lie in between."""
     differences = {name: row.difference for name, row in rows.items() if row.not_run is None}
     assert latency.reference == EAGER
     assert differences[EAGER] == 0
@@ -132,7 +132,7 @@ def test_the_ratios_follow_from_the_loops(rows: dict[str, Contestant], latency: 
 
 
 @pytest.mark.slow
-def test_the_tables_show_every_row_whole(latency: Latency) -> None:
+def test_the_tables_show_every_row_without_truncation(latency: Latency) -> None:
     console = Console(width=160, record=True, file=Path("/dev/null").open("w", encoding="utf-8"))  # noqa: SIM115
     for block in for_terminal(section(latency, (50, 90, 99))):
         console.print(block)
@@ -158,7 +158,7 @@ def test_an_interrupt_keeps_the_rounds_that_are_complete(unet_bundle: Path, tmp_
 
         return measure(case, entrants, RoundOptions(tmp_path / "log", rounds=3, progress=progress), "a model")
 
-    with pytest.raises(KeyboardInterrupt):  # nothing is complete yet
+    with pytest.raises(KeyboardInterrupt):  # no round is complete yet
         interrupt(f"round 1: {UNCACHED}")
     latency = interrupt(f"round 2: {UNCACHED}")
     assert (latency.rounds, latency.interrupted) == (1, True)
@@ -173,7 +173,7 @@ def planned(bundle: Path, folder: Path, **request: object) -> list[Entrant]:
     return resolve(Bundle.open(bundle), LatencyRequest(steps=STEPS, schedule="uniform:3", **request), folder)[1]  # type: ignore[arg-type]
 
 
-def test_without_the_model_the_engines_still_run_and_the_peers_say_so(
+def test_without_the_model_the_engines_run_and_the_peers_do_not(
     unet_bundle: Path, tmp_path: Path, copied: Callable[[Path], Path]
 ) -> None:
     bundle = copied(unet_bundle)
@@ -186,7 +186,7 @@ def test_without_the_model_the_engines_still_run_and_the_peers_say_so(
     assert reasons[OURS] is reasons[UNCACHED] is None
 
 
-def test_the_helper_says_which_schedules_it_cannot_follow(
+def test_the_helpers_reason_names_a_schedule_it_cannot_follow(
     tiny_bundle: Path, tiny_pipeline_dir: Path, tmp_path: Path
 ) -> None:
     request = LatencyRequest(tiny_pipeline_dir, steps=STEPS, schedule="quad:3:center=2", cut="mlperf")

@@ -1,4 +1,4 @@
-"""Which processes are closed when memory is short, when a warm-up ends, and what DeepCache's helper can follow."""
+"""The order in which processes are closed, the end of a warm-up, and the schedules of DeepCache's helper."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ SIZES = st.dictionaries(st.sampled_from("ABCDEF"), st.integers(1, 50), max_size=
 
 
 @given(SIZES, st.integers(0, 200), st.integers(0, 200))
-def test_only_as_many_processes_are_closed_as_necessary_the_last_used_first(
+def test_processes_are_closed_last_used_first_until_memory_is_enough(
     resident: dict[str, int], need: int, available: int
 ) -> None:
     used = {name: _Process(size) for name, size in resident.items()}
     left: Any = dict(used)
-    closed = make_room(left, need, lambda: available + sum(each.resident for each in used.values() if not each.open))
+    closed = make_room(left, need, lambda: available + sum(p.resident for p in used.values() if not p.open))
     assert [*left, *reversed(closed)] == list(used)
     assert [name for name in used if not used[name].open] == list(reversed(closed))
     freed = [resident[name] for name in closed]
@@ -62,7 +62,7 @@ def test_only_as_many_processes_are_closed_as_necessary_the_last_used_first(
 
 
 def openings(rounds: int, last_used: bool) -> int:
-    """Return how often three processes are opened where two have room; closes the last or the least recently used."""
+    """Return how often three processes are opened if two fit; the last used or the least recently used is closed."""
     resident: Any = {}
     opened = 0
     for name in list("ABC") * rounds:
@@ -76,7 +76,7 @@ def openings(rounds: int, last_used: bool) -> int:
     return opened
 
 
-def test_closing_the_last_used_process_reopens_fewer_than_closing_the_least_recently_used() -> None:
+def test_closing_the_last_used_process_causes_the_fewest_openings() -> None:
     assert openings(10, last_used=False) == 30
     assert openings(10, last_used=True) < 20
 

@@ -73,8 +73,8 @@ def test_the_task_names_the_number_of_frames(latency: Latency) -> None:
     assert "1 video of 4 frames a call, guidance rising from 1 to 3" in section(latency).task
 
 
-def case_of(bundle: Path, folder: Path, **wanted: object) -> Case:
-    request = LatencyRequest(steps=4, schedule="uniform:2", threads=1, **wanted)  # type: ignore[arg-type]
+def case_of(bundle: Path, folder: Path, **options: object) -> Case:
+    request = LatencyRequest(steps=4, schedule="uniform:2", threads=1, **options)  # type: ignore[arg-type]
     return resolve(Bundle.open(bundle), request, folder)[0]
 
 
@@ -113,8 +113,8 @@ def bare(video_bundle: Video, copied: Callable[[Path], Path]) -> Bundle:
 
 def test_a_bare_unet_runs_with_the_published_models_scheduler(bare: Bundle, tmp_path: Path) -> None:
     engine, peers = ("onnxruntime",), ("diffusers", "engine")
-    wanted = LatencyRequest(steps=4, schedule="uniform:2", images=2, threads=1, engines=engine, peers=peers)
-    case, entrants = resolve(bare, wanted, tmp_path)
+    request = LatencyRequest(steps=4, schedule="uniform:2", images=2, threads=1, engines=engine, peers=peers)
+    case, entrants = resolve(bare, request, tmp_path)
     assert (case.height, case.width) == (64, 64)
     assert (case.frames, case.scheduler) == (3, "EulerDiscreteScheduler")
     scheduler = loop.build_pipeline(case, bare, None).scheduler

@@ -41,7 +41,7 @@ def test_each_scenario_ends_with_loadgens_own_verdict(scenario: Scenario, metric
     assert max(batches) == 1 if scenario == "SingleStream" else max(batches) <= 4
 
 
-def test_too_few_queries_are_not_valid_and_loadgen_says_why(tmp_path: Path) -> None:
+def test_a_run_with_too_few_queries_is_invalid_with_loadgens_reason(tmp_path: Path) -> None:
     # Ten samples: Offline needs at least the rate times the duration.
     verdict, _ = loadgen.performance("Offline", generate, 8, ShortenedRules(seconds=2, queries=10, rate=1), 8, tmp_path)
     assert not verdict.valid
@@ -50,7 +50,7 @@ def test_too_few_queries_are_not_valid_and_loadgen_says_why(tmp_path: Path) -> N
 
 def test_the_accuracy_run_returns_every_image(tmp_path: Path) -> None:
     pictures = loadgen.accuracy("Offline", generate, 5, BRIEF, 2, tmp_path, (2, 2, 3))
-    assert {index: int(drawn[1, 1, 2]) for index, drawn in pictures.items()} == {n: n for n in range(5)}
+    assert {index: int(picture[1, 1, 2]) for index, picture in pictures.items()} == {n: n for n in range(5)}
 
 
 def test_a_failing_system_ends_the_test_with_its_error(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ class Completions:
         self.images: dict[int, Pixels | None] = {}
 
     def __call__(self, pairs: Sequence[tuple[int, Pixels | None]]) -> None:
-        for name, drawn in pairs:
+        for name, image in pairs:
             assert name not in self.images
-            self.images[name] = drawn
+            self.images[name] = image
 
 
 @settings(deadline=None, max_examples=30)
@@ -43,13 +43,13 @@ def test_every_sample_is_completed_once_with_its_own_image(queries: list[list[in
         expected |= {sample.id: sample.index for sample in samples}
         system.issue(samples)
     system.close()
-    given_back = {name: int(drawn[0, 0, 0]) for name, drawn in completions.images.items() if drawn is not None}
-    assert given_back == expected
+    completed = {name: int(image[0, 0, 0]) for name, image in completions.images.items() if image is not None}
+    assert completed == expected
     assert sum(system.batches) == len(expected)
     assert all(1 <= size <= batch for size in system.batches)
 
 
-def test_samples_that_wait_for_the_thread_are_generated_together() -> None:
+def test_waiting_samples_are_generated_together() -> None:
     begun, go_on = threading.Event(), threading.Event()
 
     def generate(indices: Sequence[int]) -> list[Pixels]:
@@ -78,4 +78,4 @@ def test_a_failure_is_raised_at_the_end_and_every_sample_is_completed() -> None:
     system.issue([Sample(name, name) for name in range(6)])
     with pytest.raises(RuntimeError, match="the engine broke"):
         system.close()
-    assert {name for name, drawn in completions.images.items() if drawn is None} == {3, 4, 5}
+    assert {name for name, image in completions.images.items() if image is None} == {3, 4, 5}

@@ -81,10 +81,10 @@ def serve(
 
 
 def test_the_simulator_predicts_what_a_worker_does(pipe: Any) -> None:
-    """The bounds are wide, since other programs share the machine.
+    """The bounds are wide, because other programs share the machine.
 
-    Times are measured before and after the load, and the simulator gets their mean. Three attempts: where a machine is
-    busy only while times are measured, or only afterwards, nothing can be predicted.
+    Times are measured before and after the load, and the simulator gets their mean. The test has three attempts,
+    because a machine that is busy for only a part of an attempt cannot be predicted.
     """
     schedule = Uniform(3)
     full = set(schedule.full_calls(6))
@@ -153,10 +153,8 @@ def test_invalid_options_are_reported(times: Path, tmp_path: Path) -> None:
         assert message in str(done.exception)
 
 
-def test_the_time_of_the_autoencoder_does_not_count_as_time_between_calls(
-    pipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One of several requests that end together reaches the autoencoder before others learn of their last step."""
+def test_the_autoencoders_time_does_not_count_between_calls(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of requests that end together, one reaches the autoencoder before the others finish their last step."""
     decode = pipe.vae.decode
 
     def slowly(*args: Any, **kwargs: Any) -> Any:

@@ -36,7 +36,7 @@ ONE = WorkerSetting(Policy())
 LOAD = capacity.RequestLoad([KIND], requests=300)
 
 
-def test_a_request_alone_takes_the_sum_of_its_parts() -> None:
+def test_a_request_alone_takes_the_sum_of_its_times() -> None:
     outcome = simulate(COSTS, [KIND], [3.0], ONE)
     # The last gap does not count: the autoencoder follows the last call at once.
     assert outcome.latencies == pytest.approx([0.1 + 2 * 1.0 + 3 * 0.2 + 5 * 0.01 + 0.3])
@@ -63,7 +63,7 @@ def test_devices_share_the_load_and_the_queue_is_bounded() -> None:
     assert sorted(full.queued)[2] > 0
 
 
-def test_the_simulators_horizon_is_the_workers() -> None:
+def test_the_simulator_has_the_workers_horizon() -> None:
     assert HORIZON == worker.HORIZON
 
 
@@ -74,15 +74,15 @@ def test_the_simulators_horizon_is_the_workers() -> None:
     st.integers(1, 5),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_request_is_served_and_nothing_is_faster_than_its_parts(
+def test_every_request_is_served_and_takes_at_least_its_own_time(
     times: list[float], kinds: list[RequestKind], devices: int, in_flight: int
 ) -> None:
     setting = WorkerSetting(Policy(), devices=devices, max_in_flight=in_flight, max_queue=99)
     outcome = simulate(COSTS, kinds, times, setting)
-    least = min(simulate(COSTS, [kind], [0.0], ONE).latencies[0] for kind in kinds)
+    shortest = min(simulate(COSTS, [kind], [0.0], ONE).latencies[0] for kind in kinds)
     assert len(outcome.latencies) == len(times)
     assert outcome.rejected == 0
-    assert min(outcome.latencies) >= least - 1e-6
+    assert min(outcome.latencies) >= shortest - 1e-6
     assert outcome.utilisation <= 1 + 1e-9
     assert outcome.engine <= outcome.busy
     assert 2 <= outcome.mean_rows <= 2 * in_flight
@@ -99,7 +99,7 @@ def test_arrivals_come_in_order_and_at_their_rate(rate: float, count: int, seed:
     assert times[-1] * rate == pytest.approx(count, rel=0.3)
 
 
-def test_the_smallest_number_of_devices_that_is_enough() -> None:
+def test_devices_for_returns_the_smallest_sufficient_number() -> None:
     load = capacity.RequestLoad([KIND], requests=300)
     devices, outcome = capacity.devices_for(COSTS, load, ONE, rate=4.0, p99=9.0)
     assert devices > 1
@@ -123,7 +123,7 @@ def test_latency_rises_towards_the_capacity_of_a_device() -> None:
 
 def test_no_request_joins_a_batch_of_whole_requests() -> None:
     times = [0.0, 0.5, 0.5]
-    joining, whole = (simulate(COSTS, [KIND], times, replace(ONE, whole_requests=each)) for each in (False, True))
+    joining, whole = (simulate(COSTS, [KIND], times, replace(ONE, whole_requests=flag)) for flag in (False, True))
     alone = simulate(COSTS, [KIND], [0.0], ONE).latencies[0]
     assert whole.latencies[0] == pytest.approx(alone)
     assert whole.queued == pytest.approx([0, alone - 0.5, alone - 0.5])
@@ -156,7 +156,7 @@ def test_times_are_read_back_and_others_are_refused(tmp_path: Path) -> None:
         read(tmp_path / "none.json")
 
 
-def test_durations_between_and_beyond_the_measured_ones() -> None:
+def test_durations_are_interpolated_and_extrapolated() -> None:
     times = StepTimes({None: {2: 1.0, 4: 2.0, 8: 3.0}, "deepcache:0": {2: 0.5}, "mlperf": {1: 2.0, 4: 0.5}})
     assert [times.seconds(None, rows) for rows in (2, 3, 6, 8, 12)] == [1.0, 1.5, 2.5, 3.0, 4.0]
     assert times.seconds(None, 1) == 0.5

@@ -22,7 +22,7 @@ from offcut.cli import app
 from offcut.errors import BundleError, UserError
 from offcut.runtime.tuning.prediction import FeatureMoments
 
-ENGINE, LOW = "openvino", "fp32 computed in bf16"  # int8 has the same code path, and takes minutes to calibrate
+ENGINE, LOW = "openvino", "fp32 computed in bf16"  # int8 has the same code path, but its calibration takes minutes
 STEPS, IMAGES = 6, 4
 SMALL = (
     "--engine", ENGINE, "--precision", "bf16", "--steps", str(STEPS), "--interval", "3", "--images", str(IMAGES),
@@ -49,9 +49,9 @@ def done(shapes_bundle: Path, once: Callable[[str, Callable[[Path], object]], Pa
 
 @pytest.fixture(scope="module")
 def measured(done: Path) -> Precision:
-    found = record.read(done / "out").precision
-    assert found is not None
-    return found
+    section = record.read(done / "out").precision
+    assert section is not None
+    return section
 
 
 @pytest.mark.slow
@@ -125,9 +125,9 @@ def test_a_second_run_generates_no_image_again(done: Path, tmp_path: Path) -> No
     result = offcut(folder / "bundle", "-o", folder / "out", *SMALL, "--part", "images")
     assert result.exit_code == 0, result.output
     assert {file.name: file.stat().st_mtime_ns for file in (folder / "out" / "pictures").iterdir()} == before
-    again = record.read(folder / "out").precision
-    assert again is not None
-    assert again.calls is again.joint is None
+    second = record.read(folder / "out").precision
+    assert second is not None
+    assert second.calls is second.joint is None
     assert f"{IMAGES} images a row" in result.output
     assert "uniform:3:warmup=2" in result.output
     assert "…" not in result.output
@@ -138,23 +138,23 @@ def test_the_page_shows_every_part(done: Path, measured: Precision) -> None:
     page = (done / "out" / "report.html").read_text(encoding="utf-8")
     assert measured.joint is not None
     assert all(f">{row.timeline}</td>" in page for row in measured.joint.rows)
-    for said in ("Time of a call", "Quality of the images", "Caching and low precision together", LOW):
-        assert said in page
+    for heading in ("Time of a call", "Quality of the images", "Caching and low precision together", LOW):
+        assert heading in page
 
 
 def test_the_calls_of_any_bundle_can_be_timed(tiny_bundle: Path, tmp_path: Path) -> None:
-    asked = ["--part", "calls", "--size", "64", "--rounds", "1", "--threads", "1"]
-    result = offcut(tiny_bundle, "-o", tmp_path, *asked)
+    options = ["--part", "calls", "--size", "64", "--rounds", "1", "--threads", "1"]
+    result = offcut(tiny_bundle, "-o", tmp_path, *options)
     assert result.exit_code == 0, result.output
-    found = record.read(tmp_path).precision
-    assert found is not None
-    assert found.calls is not None
-    assert {row.engine for row in found.calls.rows} == {"onnxruntime", "openvino"}
+    section = record.read(tmp_path).precision
+    assert section is not None
+    assert section.calls is not None
+    assert {row.engine for row in section.calls.rows} == {"onnxruntime", "openvino"}
     assert "Time of a call" in result.output
-    one = offcut(tiny_bundle, "-o", tmp_path, *asked, "--engine", "openvino", "--json")
+    one = offcut(tiny_bundle, "-o", tmp_path, *options, "--engine", "openvino", "--json")
     assert one.exit_code == 0, one.output
     assert {row["engine"] for row in json.loads(one.stdout)["precision"]["calls"]["rows"]} == {"openvino"}
-    none = offcut(tiny_bundle, "-o", tmp_path, *asked, "--engine", "tensorrt")
+    none = offcut(tiny_bundle, "-o", tmp_path, *options, "--engine", "tensorrt")
     assert isinstance(none.exception, UserError)
     assert "has builds of onnxruntime, openvino, not of tensorrt" in str(none.exception)
 
@@ -168,7 +168,7 @@ def test_other_parts_need_the_shapes_model(tiny_bundle: Path, tmp_path: Path, co
 def test_builds_are_chosen_by_engine_and_precision() -> None:
     assert builds_of([], []) == list(BUILDS)
     assert builds_of(["openvino"], ["int8"]) == [Build("openvino"), Build("openvino", "int8")]
-    assert [each.name for each in builds_of([], ["bf16"])] == ["fp32", "fp32", "fp32 computed in bf16"]
+    assert [build.name for build in builds_of([], ["bf16"])] == ["fp32", "fp32", "fp32 computed in bf16"]
 
 
 @pytest.mark.parametrize(
@@ -189,10 +189,10 @@ def test_cachequants_correction_is_a_regression_on_the_last_full_call() -> None:
     random = torch.randn(channels, 2 * calls, 200, generator=torch.Generator().manual_seed(0)).double()
     sums = FeatureMoments(2 * calls, channels)
     sums.add(random)
-    found = corrections({"f": sums}, (0, 3), calls, reference=True)
-    assert sorted(found) == [1, 2, 4]
+    fitted = corrections({"f": sums}, (0, 3), calls, reference=True)
+    assert sorted(fitted) == [1, 2, 4]
     for call, last in ((1, 0), (2, 0), (4, 3)):
-        coefficients = found[call]["f"]
+        coefficients = fitted[call]["f"]
         for channel in range(channels):
             x, y = random[channel, last].numpy(), random[channel, calls + call].numpy()
             slope, intercept = np.polyfit(x, y, 1)

@@ -85,7 +85,7 @@ def test_the_uncached_images_are_those_of_diffusers(pipe: Any, whole: tuple[Path
 
     eager = StableDiffusionPipeline.from_pretrained(model_path())
     eager.set_progress_bar_config(disable=True)
-    made = eager(
+    images = eager(
         list(task.prompts[:2]),
         num_inference_steps=8,
         guidance_scale=3.0,
@@ -93,7 +93,7 @@ def test_the_uncached_images_are_those_of_diffusers(pipe: Any, whole: tuple[Path
         output_type="np",
     ).images
     stored = pictures.make(pipe, task, SETTINGS[0], whole[0] / "pictures").pictures[:2]
-    assert np.abs(np.rint(made * 255) - stored).max() <= 2
+    assert np.abs(np.rint(images * 255) - stored).max() <= 2
 
 
 def test_an_interrupted_run_continues_with_the_same_result(
@@ -110,12 +110,12 @@ def test_an_interrupted_run_continues_with_the_same_result(
         evaluate(pipe, task, SETTINGS, tmp_path, ratios=plan.SHALLOW_OVER_FULL, model="shapes", on_call=cut_off)
     stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
     assert len(stored) == 1
-    again = evaluate(pipe, task, SETTINGS, tmp_path, ratios=plan.SHALLOW_OVER_FULL, model="shapes")
+    continued = evaluate(pipe, task, SETTINGS, tmp_path, ratios=plan.SHALLOW_OVER_FULL, model="shapes")
     assert all(path.stat().st_mtime_ns == written for path, written in stored.items())
     for setting in SETTINGS:
         first, second = (pictures.make(None, task, setting, folder / "pictures") for folder in (whole[0], tmp_path))
         assert (first.pictures == second.pictures).all()
-    for one, other in zip(whole[1].rows, again.rows, strict=True):
+    for one, other in zip(whole[1].rows, continued.rows, strict=True):
         assert (one.name, one.timeline, one.samples) == (other.name, other.timeline, other.samples)
         assert one.frechet == pytest.approx(other.frechet, rel=1e-4)
         for name in ("psnr", "ssim", "distance", "accuracy"):
@@ -152,7 +152,7 @@ def test_the_command_writes_a_result_and_generates_nothing_twice(shapes_bundle: 
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
-def test_several_processes_generate_the_images_of_one(
+def test_several_processes_generate_the_same_images_as_one(
     pipe: Any, shapes_bundle: Path, task: ImageTask, tmp_path: Path
 ) -> None:
     one, several = tmp_path / "one", tmp_path / "several"

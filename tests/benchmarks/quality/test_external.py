@@ -58,11 +58,11 @@ def test_clip_score_is_the_mean_cosine_of_the_models_features(clip: Path) -> Non
     from PIL import Image
     from transformers import CLIPModel, CLIPProcessor
 
-    made = pictures(0)
-    score = ExternalNetworks(clip=clip).figures(made, PROMPTS, None, made)["clip score"]
+    images = pictures(0)
+    score = ExternalNetworks(clip=clip).figures(images, PROMPTS, None, images)["clip score"]
     model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
     inputs = processor(
-        text=PROMPTS, images=[Image.fromarray(picture) for picture in made], return_tensors="pt", padding=True
+        text=PROMPTS, images=[Image.fromarray(picture) for picture in images], return_tensors="pt", padding=True
     )
     with torch.inference_mode():
         vision = model.vision_model(pixel_values=inputs["pixel_values"]).pooler_output
@@ -79,15 +79,15 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_fid_is_the_frechet_distance_of_the_networks_features(network: Path) -> None:
-    made, real = pictures(1, 40), pictures(2, 40)
+    generated, real = pictures(1, 40), pictures(2, 40)
     opened = ExternalNetworks(fid=network)
     # The second distance does not include the images of the first.
-    distances = [opened.figures(made, PROMPTS, None, real)["fid"] for _ in range(2)]
+    distances = [opened.figures(generated, PROMPTS, None, real)["fid"] for _ in range(2)]
 
-    def features(some: np.ndarray) -> np.ndarray:
-        return Pooled()(torch.from_numpy(some).permute(0, 3, 1, 2)).double().numpy()
+    def features(images: np.ndarray) -> np.ndarray:
+        return Pooled()(torch.from_numpy(images).permute(0, 3, 1, 2)).double().numpy()
 
-    assert distances == pytest.approx([metrics.frechet(features(made), features(real))] * 2, rel=1e-4)
+    assert distances == pytest.approx([metrics.frechet(features(generated), features(real))] * 2, rel=1e-4)
 
 
 def test_lpips_by_a_local_backbone(tmp_path: Path) -> None:

@@ -38,11 +38,11 @@ def pipe(shapes: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def settings(pipe: Any, shapes: Path) -> list[plan.QualitySetting]:
-    known = [each for each in front.known(2 * STEPS, [SAMPLER]) if each.interval in (1, 3)]
+    known = [setting for setting in front.known(2 * STEPS, [SAMPLER]) if setting.interval in (1, 3)]
     return front.front_plan(pipe, Bundle.open(shapes), known, 3.0, RATIOS, samples=4)
 
 
-def test_settings_without_tuning() -> None:
+def test_known_settings_have_no_tuned_schedule() -> None:
     rows = front.known(50)
     assert {(row.sampler, row.steps) for row in rows} == {("ddim", 50), ("dpm++ 2m", 25), ("euler ancestral", 25)}
     for sampler in plan.SAMPLERS:
@@ -75,7 +75,7 @@ def test_a_schedule_is_tuned_once(settings: list[plan.QualitySetting], pipe: Any
     assert Bundle.open(shapes).digest == bundle.digest
     ratios = {**RATIOS, plan.CUTS[0]: 0.3}
     other = front.front_plan(pipe, bundle, known, 3.0, ratios, samples=4, progress=messages.append)
-    assert any("tuned for other settings" in each for each in messages)
+    assert any("tuned for other settings" in message for message in messages)
     assert other != settings
     changed = [row for row in other if row.bundle_schedule is not None]
     task = ImageTask(("a",), 3.0, 0, 1, "")
@@ -94,7 +94,7 @@ def test_images_are_the_same_with_and_without_schedules_in_the_bundle(
     assert with_them.built_digest == without.built_digest == without.digest
 
 
-def test_the_row_of_a_tuned_schedule(
+def test_a_tuned_schedule_has_a_row_with_its_calls(
     settings: list[plan.QualitySetting], pipe: Any, shapes: Path, tmp_path: Path
 ) -> None:
     known = [row for row in settings if row.bundle_schedule is None and not (row.schedule or "").startswith("steps")]

@@ -17,14 +17,14 @@ def noise(seed: int, count: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, size=(count, 64, 64, 3), dtype=np.uint8)
 
 
-def test_psnr_is_that_of_offcut_run_and_finite_for_equal_pictures() -> None:
+def test_psnr_equals_that_of_offcut_run_and_is_finite_for_equal_pictures() -> None:
     first, second = noise(0), noise(1)
     single = [psnr_of_two(Image.fromarray(a), Image.fromarray(b)) for a, b in zip(first, second, strict=True)]
     np.testing.assert_allclose(metrics.psnr(first, second), single)
     assert metrics.psnr(first, first).tolist() == [MAX_PSNR] * 3
-    least = first.copy()
-    least[:, 0, 0, 0] ^= 1
-    assert (metrics.psnr(first, least) < MAX_PSNR).all()
+    nearly_equal = first.copy()
+    nearly_equal[:, 0, 0, 0] ^= 1
+    assert (metrics.psnr(first, nearly_equal) < MAX_PSNR).all()
 
 
 def test_ssim_is_one_for_equal_images_and_falls_with_noise() -> None:
@@ -41,7 +41,7 @@ def test_ssim_is_one_for_equal_images_and_falls_with_noise() -> None:
     np.testing.assert_allclose(alone, metrics.ssim(first, disturbed(0)), atol=5e-4)
 
 
-def test_ssim_in_single_precision_is_that_in_double() -> None:
+def test_ssim_in_fp32_agrees_with_fp64() -> None:
     import torch
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -61,8 +61,8 @@ def test_without_torchmetrics_the_remedy_is_named(monkeypatch: pytest.MonkeyPatc
 
 @given(st.floats(-3, 3), st.floats(0.2, 4), st.integers(1, 6))
 @settings(max_examples=30, deadline=None)
-def test_frechet_is_the_closed_form_where_covariances_commute(shift: float, scale: float, width: int) -> None:
-    """``C2 = s² C1`` and means apart by d: ``|d|² + (1 - s)² tr(C1)``."""
+def test_frechet_equals_the_closed_form_for_commuting_covariances(shift: float, scale: float, width: int) -> None:
+    """For ``C2 = s² C1`` and a difference d of the means, the distance is ``|d|² + (1 - s)² tr(C1)``."""
     features = np.random.default_rng(width).normal(size=(50, width))
     other = (features - features.mean(axis=0)) * scale + features.mean(axis=0) + shift
     expected = width * shift**2 + (1 - scale) ** 2 * features.var(axis=0, ddof=1).sum()

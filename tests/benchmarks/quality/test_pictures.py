@@ -1,4 +1,4 @@
-"""Images are stored in parts: each part is generated once, and again only if something it depends on changes."""
+"""Images are stored in parts; a part is generated again only if something that it depends on changes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def test_prompts_are_balanced_distinct_and_reproducible() -> None:
 
 
 def test_a_rendered_scene_obeys_its_caption() -> None:
-    drawn = pictures.render_scenes(TASK.prompts, 1)
-    assert drawn.shape == (9, 64, 64, 3)
-    assert (drawn == pictures.render_scenes(TASK.prompts, 1)).all()
+    rendered = pictures.render_scenes(TASK.prompts, 1)
+    assert rendered.shape == (9, 64, 64, 3)
+    assert (rendered == pictures.render_scenes(TASK.prompts, 1)).all()
     ground = scenes.scene_from_caption(TASK.prompts[0], np.random.default_rng(0)).background
-    assert tuple(drawn[0, 0, 0]) == scenes.BACKGROUNDS[ground]
+    assert tuple(rendered[0, 0, 0]) == scenes.BACKGROUNDS[ground]
 
 
 def test_the_key_depends_on_everything_that_changes_an_image() -> None:
@@ -54,13 +54,13 @@ def test_stored_parts_are_read_and_damaged_ones_are_refused(tmp_path: Path) -> N
     path = tmp_path / f"{TASK.key(SETTING, 0)}.npz"
     assert pictures.missing(TASK, SETTING, tmp_path) == 9
     pictures._write(path, part)
-    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
     assert pictures.missing(TASK, SETTING, tmp_path) == 0
-    again = pictures.make(None, TASK, SETTING, tmp_path)  # without a pipeline: all images exist
-    assert (again.pictures == part.pictures).all()
-    assert again.full == part.full
-    assert np.isnan(again.shallow[0])
-    assert again.timeline == part.timeline
+    stored = pictures.make(None, TASK, SETTING, tmp_path)  # without a pipeline: all images exist
+    assert (stored.pictures == part.pictures).all()
+    assert stored.full == part.full
+    assert np.isnan(stored.shallow[0])
+    assert stored.timeline == part.timeline
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match="delete it"):
         pictures.make(None, TASK, SETTING, tmp_path)

@@ -30,9 +30,9 @@ def test_the_full_plan_varies_every_parameter() -> None:
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("steps", [8, 16, 50])
-def test_every_cached_setting_has_an_uncached_one_and_fewer_steps_at_its_cost(name: str, steps: int) -> None:
-    made = {"full": plan.full_plan, "quick": plan.quick_plan}[name](steps)
-    rows = plan.with_fewer_steps(made, SHALLOW_OVER_FULL)
+def test_each_cached_setting_has_counterparts_uncached_and_with_fewer_steps(name: str, steps: int) -> None:
+    settings_ = {"full": plan.full_plan, "quick": plan.quick_plan}[name](steps)
+    rows = plan.with_fewer_steps(settings_, SHALLOW_OVER_FULL)
     assert len({row.name for row in rows}) == len(rows)
     for row in rows:
         base = plan.reference(row, rows)
@@ -45,19 +45,21 @@ def test_every_cached_setting_has_an_uncached_one_and_fewer_steps_at_its_cost(na
             assert min(abs(steps - cost) for steps in fewer) <= max(0.5, 0.06 * cost)
 
 
-def test_plans_of_single_samplers_make_up_the_whole_plan() -> None:
-    """A long run can be done sampler by sampler."""
+def test_the_plans_of_single_samplers_add_up_to_the_full_plan() -> None:
+    """A long run can be split into one run for each sampler."""
     whole = plan.with_fewer_steps(PLANS["full"], SHALLOW_OVER_FULL)
-    pieces = [
-        plan.with_fewer_steps(plan.of_samplers(PLANS["full"], [each]), SHALLOW_OVER_FULL) for each in plan.SAMPLERS
+    parts = [
+        plan.with_fewer_steps(plan.of_samplers(PLANS["full"], [name]), SHALLOW_OVER_FULL) for name in plan.SAMPLERS
     ]
-    assert {row for piece in pieces for row in piece} == set(whole)
-    assert sum(map(len, pieces)) == len(whole)
+    assert {row for part in parts for row in part} == set(whole)
+    assert sum(map(len, parts)) == len(whole)
 
 
 @given(st.integers(20, 60), st.sampled_from(["uniform", "quad"]), st.integers(2, 10), st.integers(0, 3))
 @settings(max_examples=60, deadline=None)
-def test_a_cost_is_full_calls_and_the_share_of_shallow_ones(steps: int, kind: str, interval: int, warmup: int) -> None:
+def test_the_cost_counts_a_shallow_call_as_a_share_of_a_full_one(
+    steps: int, kind: str, interval: int, warmup: int
+) -> None:
     row = plan.cached("ddim", steps, kind, interval, "paper:0", warmup)  # type: ignore[arg-type]
     assert row.cut == "deepcache:1"
     assert row.parsed is not None
@@ -74,10 +76,10 @@ def test_a_forecast_is_named_and_costs_nothing() -> None:
     assert forecast.cost(SHALLOW_OVER_FULL) == plain.cost(SHALLOW_OVER_FULL)
 
 
-def test_interval_one_is_the_uncached_run() -> None:
+def test_interval_one_gives_the_uncached_setting() -> None:
     assert plan.cached("ddim", 50, "uniform", 1) == QualitySetting("ddim", 50)
-    made = plan.product_plan(20, ["ddim"], ["uniform"], [1, 3], ["deepcache:0"], [0, 2])
-    assert [row.kind for row in made] == ["uncached", "cached", "cached"]
+    rows = plan.product_plan(20, ["ddim"], ["uniform"], [1, 3], ["deepcache:0"], [0, 2])
+    assert [row.kind for row in rows] == ["uncached", "cached", "cached"]
 
 
 def test_invalid_plans_are_refused() -> None:
@@ -89,7 +91,7 @@ def test_invalid_plans_are_refused() -> None:
         plan.reference_ratios([plan.cached("ddim", 50, "uniform", 5, "deepcache:7")], {})
 
 
-def test_ratios_given_by_hand_replace_the_measured_ones() -> None:
+def test_the_users_ratios_replace_the_measured_ones() -> None:
     settings = [plan.cached("ddim", 50, "uniform", 5, "deepcache:1")]
     assert plan.reference_ratios(settings, {"paper:0": 0.2})["deepcache:1"] == pytest.approx(0.2)
     assert plan.reference_ratios(settings, {"paper:0": 0.2})["deepcache:0"] == SHALLOW_OVER_FULL["deepcache:0"]

@@ -32,7 +32,7 @@ def test_no_process_outlives_its_parent() -> None:
 
 
 def _runs(pid: int) -> bool:
-    """Return whether the process runs; one that ended and was not waited for does not."""
+    """Return whether the process runs; a zombie does not."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""The page in a browser without a network: no error, nothing wider than the window, colours that can be read."""
+"""The page in a browser without a network: no errors, nothing wider than the window, readable colours."""
 
 from __future__ import annotations
 
@@ -85,26 +85,26 @@ def browser() -> Iterator[Any]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
-def test_the_page_is_right_in_a_browser(browser: Any, address: str, scheme: str, width: int) -> None:
+def test_the_page_fits_and_is_readable_in_a_browser(browser: Any, address: str, scheme: str, width: int) -> None:
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
     page = context.new_page()
-    said: list[str] = []
-    asked: list[str] = []
-    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    messages: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda message: messages.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
     page.goto(address)
     page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
 
-    assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [address]
+    assert messages == []
+    assert [url for url in requests if not url.startswith("data:")] == [address]
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.evaluate(STICKING_OUT) == []
     assert page.evaluate("document.querySelectorAll('.plot svg').length") > 10
     assert page.evaluate(HIDDEN_PLOTS) == 0
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-    seen, poor = page.evaluate(CONTRAST)
-    assert seen > 300
+    texts, poor = page.evaluate(CONTRAST)
+    assert texts > 300
     assert poor == []
     context.close()
 

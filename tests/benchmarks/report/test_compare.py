@@ -1,4 +1,4 @@
-"""``offcut bench compare`` reports changes beyond noise and has an exit code for them."""
+"""``offcut bench compare`` reports changes beyond noise, and its exit code says whether a figure is worse."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_change_beyond_noise_and_threshold_is_worse_or_better(scale: float, se
     assert {change.row for change in compare(fast, slow).worse()} == {ROW.name}
 
 
-def test_noise_larger_than_the_change_is_no_change() -> None:
+def test_a_change_within_the_noise_is_reported_as_noise() -> None:
     noisy = ROW.model_copy(update={"loops": [2.0, 2.9, 2.3, 3.3, 2.1], "full": [], "shallow": []})
     slower = ROW.model_copy(update={"loops": [2.4, 3.4, 2.2, 3.1, 2.6], "full": [], "shallow": []})
     assert verdicts(compare(result(latency=runs(noisy)), result(latency=runs(slower)))) == {
@@ -81,7 +81,7 @@ def test_noise_larger_than_the_change_is_no_change() -> None:
     }
 
 
-def test_a_sure_change_within_the_threshold_is_small() -> None:
+def test_a_significant_change_within_the_threshold_is_small() -> None:
     old, new = result(latency=runs(ROW)), result(latency=runs(scaled(ROW, 1.04)))
     assert set(verdicts(compare(old, new)).values()) <= {"small", "noise"}
     assert verdicts(compare(old, new))[ROW.name, "full call, s"] == "small"
@@ -95,14 +95,14 @@ def test_the_noise_of_one_round_is_unknown() -> None:
     assert (change.verdict, change.note) == ("unknown", "one round only")
 
 
-def test_new_and_missing_rows_are_reported_and_a_missing_one_is_a_failure() -> None:
-    gone = ROW.model_copy(update={"loops": [], "not_run": "out of memory"})
-    comparison = compare(result(latency=runs(ROW, BASE)), result(latency=runs(gone, BASE)))
+def test_missing_rows_fail_and_new_rows_are_only_reported() -> None:
+    missing = ROW.model_copy(update={"loops": [], "not_run": "out of memory"})
+    comparison = compare(result(latency=runs(ROW, BASE)), result(latency=runs(missing, BASE)))
     assert [(change.row, change.verdict, change.note) for change in comparison.worse()] == [
         (ROW.name, "vanished", "out of memory")
     ]
     assert comparison.worse(allow_missing=True) == ()
-    back = compare(result(latency=runs(gone, BASE)), result(latency=runs(ROW, BASE)))
+    back = compare(result(latency=runs(missing, BASE)), result(latency=runs(ROW, BASE)))
     assert verdicts(back)[ROW.name, "row"] == "appeared"
     assert back.worse() == ()
 
@@ -185,7 +185,7 @@ def test_changes_of_quality_are_compared_with_their_intervals(metric: str, by: f
         assert change.verdict == (verdict if touched else "noise"), change
 
 
-def test_more_full_calls_cost_more_without_any_noise() -> None:
+def test_more_full_calls_are_a_worse_cost_without_noise() -> None:
     new = quality()
     row = next(row for row in new.rows if row.interval == 5)
     row.full_calls, row.shallow_calls, row.cost = row.full_calls + 10, row.shallow_calls - 10, row.cost + 9
@@ -200,8 +200,8 @@ def run(*arguments: str | Path) -> Any:
 def test_the_exit_code_says_whether_a_figure_is_worse(tmp_path: Path) -> None:
     for name, row in (("old", ROW), ("slow", scaled(ROW, 1.3))):
         result(latency=runs(row, BASE)).save(tmp_path / name)
-    same = run(tmp_path / "old", tmp_path / "old" / "result.json")
-    assert (same.exit_code, same.stdout) == (0, "5 within noise\n")
+    unchanged = run(tmp_path / "old", tmp_path / "old" / "result.json")
+    assert (unchanged.exit_code, unchanged.stdout) == (0, "5 within noise\n")
     slow = run(tmp_path / "old", tmp_path / "slow")
     assert slow.exit_code == 1
     assert "3 worse; 2 within noise" in slow.stdout

@@ -100,9 +100,9 @@ def test_every_value_is_escaped() -> None:
 
     def marked(value: Any, kind: str = "") -> Any:
         if isinstance(value, dict):
-            return {key: marked(each, key) for key, each in value.items()}
+            return {key: marked(item, key) for key, item in value.items()}
         if isinstance(value, list):
-            return [marked(each, kind) for each in value]
+            return [marked(item, kind) for item in value]
         unchanged = ("kind", "family", "timeline", "started", "samples", "caching")
         return f"{value}{HOSTILE}" if isinstance(value, str) and kind not in unchanged else value
 
@@ -123,8 +123,8 @@ def test_bars_name_measured_contestants_and_the_others_have_reasons() -> None:
     read = Reader(page([result(latency=combined)], [NO_IMAGES]))
     for row in combined.contestants:
         assert sum(text.startswith(f"{row.name} ") and text.endswith(" s") for text in read.text) == bool(row.loops)
-    drawn = [bar_of(row) for row in combined.contestants if row.loops]
-    assert sum(bar.ideal is not None for bar in drawn) == sum(bool(row.full) for row in combined.contestants)
+    bars = [bar_of(row) for row in combined.contestants if row.loops]
+    assert sum(bar.ideal is not None for bar in bars) == sum(bool(row.full) for row in combined.contestants)
     assert "optimum-onnx is not installed: pip install 'offcut[optimum]'" in read.text
 
 
@@ -135,17 +135,17 @@ def test_the_page_has_samples_with_their_differences(both: tuple[Result, Path]) 
     assert len([alt for alt in images if alt and alt.startswith("a red circle, uncached")]) == 1
     row = next(row for row in combined.quality.rows if row.interval == 5)
 
-    def drawn(alt: str) -> Image.Image:
+    def image_of(alt: str) -> Image.Image:
         address = images[alt]
         assert address is not None
         return Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
 
-    cached = drawn(f"a red circle, {row.name}")
+    cached = image_of(f"a red circle, {row.name}")
     with Image.open(folder / row.samples[0]) as saved:
         assert cached.tobytes() == saved.tobytes()
-    apart = drawn(f"a red circle, {row.name}: difference to the uncached image")
-    assert apart.getpixel((0, 0)) == (0, 0, 0)
-    assert max(high for _, high in apart.getextrema()) == 255
+    differences = image_of(f"a red circle, {row.name}: difference to the uncached image")
+    assert differences.getpixel((0, 0)) == (0, 0, 0)
+    assert max(high for _, high in differences.getextrema()) == 255
 
 
 def test_a_sample_outside_of_the_folder_or_no_image_is_missing(tmp_path: Path) -> None:
@@ -156,9 +156,9 @@ def test_a_sample_outside_of_the_folder_or_no_image_is_missing(tmp_path: Path) -
     first = measured.rows[0]
     first.samples = ["../secret.png", "text.png", "absent.png"]
     read = Reader(page([result(quality=measured)], [tmp_path / "in"]))
-    assert read.text.count("missing") == 3 + 3 * 3  # the images, and the differences to them
-    shown = [attributes["alt"] for attributes in read.all("img")]
-    assert shown.count("a red circle, uncached") == 2  # of three samplers
+    assert read.text.count("missing") == 3 + 3 * 3  # three uncached images, and the differences to them
+    texts = [attributes["alt"] for attributes in read.all("img")]
+    assert texts.count("a red circle, uncached") == 2  # of three samplers
 
 
 def test_the_page_shows_warnings_and_limits() -> None:
@@ -171,7 +171,7 @@ def test_the_page_shows_warnings_and_limits() -> None:
     assert "not idle" not in page([result()], [NO_IMAGES])
 
 
-def test_a_small_result_has_a_page() -> None:
+def test_a_result_with_one_measured_row_has_a_page() -> None:
     nobody = Contestant(name="x", family="x", engine="x", precision="fp32", not_run="no x here")
     lonely = contestant("offcut openvino fp32", 1.0, rounds=1)
     bare = quality(rows=quality().rows[:1])
@@ -220,7 +220,7 @@ def test_recorded_results_still_make_pages(path: Path) -> None:
     assert result_.title in "".join(Reader(page([result_], [path.parent])).text)
 
 
-def test_the_page_is_the_only_file(both: tuple[Result, Path], tmp_path: Path) -> None:
+def test_the_page_is_written_without_other_files(both: tuple[Result, Path], tmp_path: Path) -> None:
     combined, folder = both
     path = write_report([combined, result()], tmp_path / "new", samples=[folder, folder])
     assert list(path.parent.iterdir()) == [path]
@@ -235,7 +235,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
         write_report([result()], tmp_path)
 
 
-def test_the_commands(both: tuple[Result, Path], tmp_path: Path) -> None:
+def test_the_report_command_writes_the_page(both: tuple[Result, Path], tmp_path: Path) -> None:
     _, folder = both
     result().save(tmp_path / "latency")
     run = CliRunner().invoke(

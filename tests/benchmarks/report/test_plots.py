@@ -18,7 +18,7 @@ POINTS = st.lists(
 
 
 @given(POINTS)
-def test_no_point_beats_a_point_on_the_front(points: list[tuple[float, float]]) -> None:
+def test_no_point_dominates_a_point_on_the_front(points: list[tuple[float, float]]) -> None:
     on_front = front(points)
     for index, point in enumerate(points):
         beaten = [o for o in points if o != point and o[0] >= point[0] and o[1] >= point[1]]
@@ -26,7 +26,7 @@ def test_no_point_beats_a_point_on_the_front(points: list[tuple[float, float]]) 
     assert [points[place][0] for place in on_front] == sorted({points[place][0] for place in on_front}, reverse=True)
 
 
-def test_a_bar_is_as_long_as_its_parts_with_the_ideal_at_the_end_of_the_calls() -> None:
+def test_a_bars_parts_add_up_and_the_ideal_is_at_the_end_of_the_calls() -> None:
     bar = Bar("x", total=8, least=7, most=9, full=5, shallow=2)
     assert bar.pieces == [("full", 0, 5), ("shallow", 5, 7), ("rest", 7, 8)]
     assert bar.ideal == 7
@@ -34,15 +34,15 @@ def test_a_bar_is_as_long_as_its_parts_with_the_ideal_at_the_end_of_the_calls() 
     assert Bar("x", 8, 7, 9).ideal is None
 
 
-def test_calls_that_take_longer_than_the_loop_do_not_draw_beyond_it() -> None:
+def test_a_bar_ends_with_the_loop_even_if_its_calls_take_longer() -> None:
     assert Bar("x", total=8, least=7, most=9, full=7, shallow=2).pieces == [("full", 0, 7), ("shallow", 7, 8)]
 
 
 def test_bars_are_drawn_to_scale() -> None:
     axes = bars([Bar("x", 8, 7, 9, 5, 2), Bar("y", 4, 4, 4)]).axes[0]
     assert [(box.get_x(), box.get_width()) for box in axes.patches] == [(0, 5), (5, 2), (7, 1), (0, 4)]
-    drawn = [line.get_xdata() for line in axes.lines if len(line.get_xdata())]
-    assert [list(line) for line in drawn] == [[7, 9], [7, 7], [4, 4]]
+    lines = [line.get_xdata() for line in axes.lines if len(line.get_xdata())]
+    assert [list(line) for line in lines] == [[7, 9], [7, 7], [4, 4]]
 
 
 def test_a_scatter_fills_the_front_only() -> None:
@@ -74,7 +74,7 @@ def test_an_svg_has_no_colour_of_its_own_and_escapes_its_title() -> None:
     assert "$y$" in svg
 
 
-def test_rows_are_compared_with_the_right_rivals() -> None:
+def test_rows_are_compared_with_the_base_and_the_best_peers() -> None:
     rows = latency().contestants
     base = base_of(rows)
     assert base is not None

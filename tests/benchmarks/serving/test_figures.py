@@ -42,10 +42,10 @@ def test_latency_is_from_when_a_request_was_due() -> None:
     assert Window((late,), 0, 10).latencies == [3.0]
 
 
-def test_percentiles() -> None:
-    found = Percentiles.of([float(value) for value in range(1, 101)])
-    assert found is not None
-    assert (found.p50, found.p90, found.p99, found.most, found.count) == pytest.approx((50.5, 90.1, 99.01, 100, 100))
+def test_percentiles_are_interpolated() -> None:
+    p = Percentiles.of([float(value) for value in range(1, 101)])
+    assert p is not None
+    assert (p.p50, p.p90, p.p99, p.most, p.count) == pytest.approx((50.5, 90.1, 99.01, 100, 100))
     assert Percentiles.of([]) is None
 
 
@@ -71,7 +71,7 @@ def measured(**changed: Any) -> ServingLoad:
     """Return the result of a server without faults."""
     steady: dict[str, Any] = {"seconds": 1200, "warm_up": 0.2, "clients": 8, "requests": 900, "left": 40, "held": 0}
     steady |= {"statuses": {"0": 40, "200": 860}, "unexpected": 0}
-    given: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "model": "m",
         "engine": "e",
         "threads": None,
@@ -108,7 +108,7 @@ def measured(**changed: Any) -> ServingLoad:
         "soak": Soak(leak=0, first_bytes=10**9, last_bytes=10**9 + 10**6, most_bytes=2 * 10**9, **steady),
         "control": Soak(leak=1000, first_bytes=10**9, last_bytes=10**9 + 10**8, most_bytes=2 * 10**9, **steady),
     }
-    return ServingLoad(**{**given, **changed})
+    return ServingLoad(**{**fields, **changed})
 
 
 def test_a_server_without_unexpected_replies_has_no_faults() -> None:
@@ -125,18 +125,18 @@ def test_unexpected_replies_and_held_requests_are_faults() -> None:
     assert measured(soak=load.soak.model_copy(update={"held": 1})).faults == 1
 
 
-def test_a_plan_says_how_long_it_takes() -> None:
+def test_a_plan_estimates_its_duration() -> None:
     assert LoadPlan(parts=("overload",)).estimate == 60 + 120 + 8
     assert LoadPlan(parts=("load",), rounds=1, clients=(1,), loads=(0.5,)).estimate == 3 * (24 + 64)
 
 
 def test_the_tables_show_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     batch = BatchRow(requests=2, rows=4, full=0.06, shallow=0.008, between=0.004)
-    given = measured(batches=[batch], allowed=1.07, allowed_latency=1.093)
+    load = measured(batches=[batch], allowed=1.07, allowed_latency=1.093)
     console = Console(width=160, force_terminal=False)
-    for block in for_terminal(serving(given)):
+    for block in for_terminal(serving(load)):
         console.print(block)
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for text in (
         "30.0 ms",
         "1.07\N{MULTIPLICATION SIGN}",
@@ -149,4 +149,4 @@ def test_the_tables_show_every_part(capsys: pytest.CaptureFixture[str]) -> None:
         "24 requests were in the server, which has 24 places",
         "neither an image nor a refusal: 0.",
     ):
-        assert text in shown
+        assert text in output

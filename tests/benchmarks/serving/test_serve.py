@@ -1,4 +1,4 @@
-"""``offcut bench serve`` on a small model with short windows, and its baseline alone."""
+"""``offcut bench serve`` on a small model with short windows, and the baseline ``WholeRequests`` alone."""
 
 from __future__ import annotations
 
@@ -30,66 +30,65 @@ SMALL = ("--steps", 4, "--warmup", 1, "--threads", 1, "--max-in-flight", 2, "--m
 
 @pytest.fixture(scope="module")
 def pipe(tiny_bundle: Path) -> Iterator[Any]:
-    made: Any = offcut.load(tiny_bundle, "onnxruntime", threads=1)
-    made.set_progress_bar_config(disable=True)
-    made.unet.advise = False
-    yield made
-    made.unet.close()
+    loaded: Any = offcut.load(tiny_bundle, "onnxruntime", threads=1)
+    loaded.set_progress_bar_config(disable=True)
+    loaded.unet.advise = False
+    yield loaded
+    loaded.unet.close()
 
 
-def asked(seed: int, **changed: Any) -> dict[str, Any]:
+def arguments_of(seed: int, **changed: Any) -> dict[str, Any]:
     arguments = {"prompt": "a red square", "num_inference_steps": 4, "guidance_scale": 3.0, **changed}
     return {**arguments, "generator": [torch.Generator().manual_seed(seed)]}
 
 
-def test_whole_requests_run_as_one_batch_with_the_images_of_each(pipe: Any) -> None:
+def test_a_batch_of_whole_requests_gives_each_request_its_images(pipe: Any) -> None:
     pipe.unet.set_schedule(Uniform(2))
-    alone = [np.asarray(pipe(**asked(seed)).images[0], dtype=int) for seed in (1, 2)]
+    alone = [np.asarray(pipe(**arguments_of(seed)).images[0], dtype=int) for seed in (1, 2)]
     pipe.unet.set_schedule(None)
-    whole = WholeRequests(Worker(pipe, max_in_flight=1, max_queue=0), most=3, max_queue=2)
+    worker = WholeRequests(Worker(pipe, max_in_flight=1, max_queue=0), max_batch=3, max_queue=2)
     try:
-        made: list[int] = []
-        first = whole.submit(asked(9), schedule=Uniform(2))
+        step_rows: list[int] = []
+        first = worker.submit(arguments_of(9), schedule=Uniform(2))
         together = [
-            whole.submit(asked(seed), schedule=Uniform(2), on_step=lambda step: made.append(step.rows))
+            worker.submit(arguments_of(seed), schedule=Uniform(2), on_step=lambda step: step_rows.append(step.rows))
             for seed in (1, 2)
         ]
-        other = whole.submit(asked(3, num_inference_steps=3), schedule=Uniform(2))
+        other = worker.submit(arguments_of(3, num_inference_steps=3), schedule=Uniform(2))
         images = [ticket.future.result(60).images for ticket in (first, *together, other)]
-        assert [len(each) for each in images] == [1] * 4
-        for drawn, expected in zip(images[1:3], alone, strict=True):
-            assert np.abs(np.asarray(drawn[0], dtype=int) - expected).max() <= 1
-        # The first request ran alone, and the others in batches of six rows. A request gets an event for every step of
-        # its batch.
-        assert made in ([4] * 8, [6] * 8)
-        counted = whole.statistics()
+        assert [len(request_images) for request_images in images] == [1] * 4
+        for shared, expected in zip(images[1:3], alone, strict=True):
+            assert np.abs(np.asarray(shared[0], dtype=int) - expected).max() <= 1
+        # Four rows if the first request ran alone, else six. Each request gets every step of its batch.
+        assert step_rows in ([4] * 8, [6] * 8)
+        counted = worker.statistics()
         assert counted.requests["done"].count == 4
         assert (counted.queued, counted.in_flight) == (0, 0)
     finally:
-        whole.close()
+        worker.close()
     with pytest.raises(WorkerClosedError):
-        whole.submit(asked(1))
+        worker.submit(arguments_of(1))
 
 
 def test_whole_requests_have_a_bounded_queue(pipe: Any) -> None:
-    whole = WholeRequests(Worker(pipe, max_in_flight=1, max_queue=0), most=1, max_queue=1)
+    worker = WholeRequests(Worker(pipe, max_in_flight=1, max_queue=0), max_batch=1, max_queue=1)
     try:
         with ThreadPoolExecutor(1) as pool, torch.no_grad():
-            long = whole.submit(asked(1, num_inference_steps=60))
-            waiting = whole.submit(asked(2))
+            long = worker.submit(arguments_of(1, num_inference_steps=60))
+            waiting = worker.submit(arguments_of(2))
             with pytest.raises(QueueFullError):
-                whole.submit(asked(3))
+                worker.submit(arguments_of(3))
             waiting.cancel()
             with pytest.raises(RequestCancelledError):
                 waiting.future.result(60)
-            again = whole.submit(asked(4))
+            fourth = worker.submit(arguments_of(4))
             assert pool.submit(long.future.result).result(60).images
-            assert again.future.result(60).images
+            assert fourth.future.result(60).images
     finally:
-        whole.close()
+        worker.close()
 
 
-def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+def test_a_server_that_does_not_start_is_an_error_with_its_reason(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not an offcut bundle"), MeasuredServer(ServerSetting(tmp_path), "steps"):
         pass
 
@@ -109,25 +108,25 @@ def test_every_way_to_batch_is_measured(tiny_bundle: Path, tmp_path: Path) -> No
         ],
     )
     assert done.exit_code == 0, done.output
-    found = record.read(tmp_path).serving
-    assert found is not None
-    assert json.loads(done.stdout)["serving"] == json.loads(found.model_dump_json())
-    assert {(row.way, row.clients) for row in found.closed} == {
+    section = record.read(tmp_path).serving
+    assert section is not None
+    assert json.loads(done.stdout)["serving"] == json.loads(section.model_dump_json())
+    assert {(row.way, row.clients) for row in section.closed} == {
         (way, clients) for way in ("steps", "single", "whole") for clients in (1, 3)
     }
-    assert all(rate > 0 for row in found.closed for rate in row.throughput)
-    assert found.request["size"] == 64
-    assert {row.way for row in found.open} == {"steps", "single", "whole"}
-    assert [row.requests for row in found.batches] == [1, 2]
-    assert found.allowed is not None
-    assert found.allowed > 0.3
-    assert found.allowed_latency is not None
-    assert found.allowed_latency > 0.1
+    assert all(rate > 0 for row in section.closed for rate in row.throughput)
+    assert section.request["size"] == 64
+    assert {row.way for row in section.open} == {"steps", "single", "whole"}
+    assert [row.requests for row in section.batches] == [1, 2]
+    assert section.allowed is not None
+    assert section.allowed > 0.3
+    assert section.allowed_latency is not None
+    assert section.allowed_latency > 0.1
     assert "The server under load" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_overload_is_refused_and_a_leak_is_noticed(tiny_bundle: Path) -> None:
+def test_an_overloaded_server_refuses_and_a_leak_is_measured(tiny_bundle: Path) -> None:
     serving = ServerSetting(tiny_bundle, steps=4, warmup=1, in_flight=2, queue=1, threads=1, engine="onnxruntime")
     plan = LoadPlan(
         parts=("overload", "soak"),
@@ -141,8 +140,8 @@ def test_overload_is_refused_and_a_leak_is_noticed(tiny_bundle: Path) -> None:
         leak=60_000_000,
     )
     messages: list[str] = []
-    found = run(serving, plan, messages.append)
-    over, soak, control = found.overload, found.soak, found.control
+    load = run(serving, plan, messages.append)
+    over, soak, control = load.overload, load.soak, load.control
     assert over is not None
     assert soak is not None
     assert control is not None

@@ -47,7 +47,7 @@ def test_the_judge_network_reads_rendered_scenes_with_all_pairs(net: JudgeNet, p
 
 def test_the_card_has_the_figures_of_the_judge_network() -> None:
     text = (DIRECTORY / "README.md").read_text(encoding="utf-8")
-    row = next(line for line in text.splitlines() if line.startswith("| as drawn |"))
+    row = next(line for line in text.splitlines() if line.startswith("| as rendered |"))
     assert float(row.split("|")[-2].strip(" %")) >= 98
     for name in ("Colour", "Shape", "Relation", "Count", "Background"):
         assert float(re.search(rf"^{name}, ([\d.]+)% right:$", text, re.MULTILINE)[1]) >= 98  # type: ignore[index]
@@ -96,7 +96,7 @@ def test_distances_are_zero_between_equal_images_and_grow_with_blur_shift_and_no
 
 
 def test_reading_does_not_change_the_gradient_mode(net: JudgeNet, pictures: np.ndarray) -> None:
-    for act in (net.read, net.pooled, lambda some: net.distance(some, some)):
+    for act in (net.read, net.pooled, lambda images: net.distance(images, images)):
         act(pictures[:2])
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
@@ -106,7 +106,7 @@ def test_the_frechet_distance_grows_with_the_number_of_wrong_images(net: JudgeNe
     first, other = net.pooled(pictures[:100]), net.pooled(pictures[100:])
     noise = np.random.default_rng(0).normal(scale=40, size=pictures[:100].shape)
     noisy = np.clip(pictures[:100] + noise, 0, 255).astype(np.uint8)
-    one_colour = pictures[:100][..., ::-1].copy()  # red and blue change places
+    one_colour = pictures[:100][..., ::-1].copy()  # exchanges red and blue
     undisturbed = frechet(first, other)
     assert frechet(first, first) == pytest.approx(0, abs=1e-6)
     assert frechet(net.pooled(noisy), other) > 1.5 * undisturbed
@@ -115,14 +115,14 @@ def test_the_frechet_distance_grows_with_the_number_of_wrong_images(net: JudgeNe
 
 def test_the_evaluation_counts_each_kind_of_fault() -> None:
     scene = next(scene for scene in DRAWN if scene.relation == "above")
-    seen = tuple(judge.SeenObject(item.colour, item.shape, item.x, item.y, 1.0) for item in scene.items)
-    right = Reading(scene.background, seen)
-    wrong_colour = dataclasses.replace(seen[0], colour=next(c for c in scenes.COLOURS if c != seen[0].colour))
+    objects = tuple(judge.SeenObject(item.colour, item.shape, item.x, item.y, 1.0) for item in scene.items)
+    right = Reading(scene.background, objects)
+    wrong_colour = dataclasses.replace(objects[0], colour=next(c for c in scenes.COLOURS if c != objects[0].colour))
     faulty = {
-        "background": Reading(next(b for b in scenes.BACKGROUNDS if b != scene.background), seen),
-        "colour": Reading(scene.background, (wrong_colour, seen[1])),
-        "count": Reading(scene.background, (*seen, dataclasses.replace(seen[0], x=seen[0].x + 20))),
-        "relation": Reading(scene.background, seen[1:]),
+        "background": Reading(next(b for b in scenes.BACKGROUNDS if b != scene.background), objects),
+        "colour": Reading(scene.background, (wrong_colour, objects[1])),
+        "count": Reading(scene.background, (*objects, dataclasses.replace(objects[0], x=objects[0].x + 20))),
+        "relation": Reading(scene.background, objects[1:]),
     }
     assert evaluate([scene], [right]).right == 1
     for name, reading in faulty.items():
@@ -134,7 +134,7 @@ def test_the_evaluation_counts_each_kind_of_fault() -> None:
 
 @given(st.integers(0, 10_000), st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_targets_are_hottest_where_the_objects_are_also_in_a_mirror(seed: int, mirrored: bool) -> None:
+def test_targets_are_hottest_at_the_objects_also_when_mirrored(seed: int, mirrored: bool) -> None:
     scene = data.judged_scenes(1, seed)[0]
     labels = data.labels_of([scene]).mirrored(torch.tensor([mirrored]))
     heat, colour, shape = data.targets(labels)
@@ -168,11 +168,11 @@ def test_a_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_softened_pictures_are_near_the_drawn_ones(pictures: np.ndarray) -> None:
-    drawn = vae_stage.draw(DRAWN[:4])
-    soft = data.softened(drawn, model.model_path() / "vae", 0.0, 1)
-    assert soft.shape == drawn.shape
-    assert 0 < np.abs(soft.astype(int) - drawn).mean() < 8
+def test_softened_pictures_are_close_to_the_originals(pictures: np.ndarray) -> None:
+    rendered = vae_stage.render_all(DRAWN[:4])
+    soft = data.softened(rendered, model.model_path() / "vae", 0.0, 1)
+    assert soft.shape == rendered.shape
+    assert 0 < np.abs(soft.astype(int) - rendered).mean() < 8
 
 
 def test_invalid_images_and_weights_are_refused(net: JudgeNet, tmp_path: Path) -> None:

@@ -50,14 +50,14 @@ def test_sampling_starts_from_the_noise_level_of_the_training(pipe: StableDiffus
     assert pipe.scheduler.config.prediction_type == "v_prediction"
 
 
-def draw(pipe: StableDiffusionPipeline, prompts: list[str], steps: int = 15) -> list[np.ndarray]:
+def generate(pipe: StableDiffusionPipeline, prompts: list[str], steps: int = 15) -> list[np.ndarray]:
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
     output = pipe(prompts, num_inference_steps=steps, guidance_scale=3.0, generator=generators, output_type="np")
     return list((output.images * 255).round().astype(np.uint8))
 
 
 def test_a_red_circle_on_white_is_red_and_on_white(pipe: StableDiffusionPipeline) -> None:
-    (picture,) = draw(pipe, ["a large red circle on a white background"])
+    (picture,) = generate(pipe, ["a large red circle on a white background"])
     corners = np.concatenate([picture[:6, :6], picture[-6:, -6:]]).reshape(-1, 3).astype(float)
     middle = picture[28:36, 28:36].reshape(-1, 3).astype(float)
     assert corners.mean() > 225
@@ -67,7 +67,7 @@ def test_a_red_circle_on_white_is_red_and_on_white(pipe: StableDiffusionPipeline
 
 def test_single_objects_have_the_right_colour_and_all_but_one_the_right_shape(pipe: StableDiffusionPipeline) -> None:
     prompts = [text for text in model.PROMPTS if not any(f" {r} " in text for r in scenes.RELATIONS)]
-    pictures = draw(pipe, prompts)
+    pictures = generate(pipe, prompts)
     verdicts = [rule_judge.judge_by_rules(picture, text) for picture, text in zip(pictures, prompts, strict=True)]
     assert all(v.background and v.count and v.colours for v in verdicts), verdicts
     assert sum(v.right for v in verdicts) >= len(prompts) - 1, verdicts  # one shape in six by chance

@@ -48,11 +48,11 @@ def test_objects_lie_inside_the_picture_and_apart(seed: int) -> None:
 
 def test_training_scenes_never_contain_a_held_out_pair() -> None:
     rng = np.random.default_rng(7)
-    drawn = [scenes.sample_scene(rng) for _ in range(5000)]
-    seen = frozenset().union(*(scene.pairs for scene in drawn))
-    assert not seen & scenes.HELD_OUT
-    assert len(seen) == len(scenes.COLOURS) * len(scenes.SHAPES) - len(scenes.HELD_OUT)
-    assert {word for scene in drawn for word in scenes.caption(scene).split()} == set(scenes.vocabulary())
+    originals = [scenes.sample_scene(rng) for _ in range(5000)]
+    pairs = frozenset().union(*(scene.pairs for scene in originals))
+    assert not pairs & scenes.HELD_OUT
+    assert len(pairs) == len(scenes.COLOURS) * len(scenes.SHAPES) - len(scenes.HELD_OUT)
+    assert {word for scene in originals for word in scenes.caption(scene).split()} == set(scenes.vocabulary())
 
 
 def test_held_out_scenes_are_sampled_on_request() -> None:

@@ -29,7 +29,7 @@ def test_a_silhouette_is_white_where_the_object_covers_a_pixel_by_half() -> None
         colour = np.array(scenes.COLOURS[item.colour], dtype=float) - scenes.BACKGROUNDS["grey"]
         inside |= (plain @ colour) / (colour @ colour) > 0.5
     agree = inside == (mask[..., 0] > 0)
-    assert agree.mean() > 0.995  # one object's colour also lies a little along the other's
+    assert agree.mean() > 0.995  # the objects' colours are not quite orthogonal
 
 
 def test_the_caption_for_a_silhouette_states_no_size() -> None:
@@ -41,17 +41,17 @@ def test_the_caption_for_a_silhouette_states_no_size() -> None:
 
 @pytest.mark.parametrize("ground", [0, 255])
 def test_overlaps_are_those_of_the_masks(ground: int) -> None:
-    wanted = picture(slice(10, 30), slice(10, 30))
-    drawn = {
+    mask = picture(slice(10, 30), slice(10, 30))
+    cases = {
         "the same": (picture(slice(10, 30), slice(10, 30), ground), 1.0),
         "half of it": (picture(slice(10, 20), slice(10, 30), ground), 0.5),
         "moved by half": (picture(slice(20, 40), slice(10, 30), ground), 1 / 3),
         "elsewhere": (picture(slice(35, 55), slice(35, 55), ground), 0.0),
         "nothing": (picture(slice(0, 0), slice(0, 0), ground), 0.0),
     }
-    images = np.stack([shown for shown, _ in drawn.values()])
-    found = silhouettes.overlaps(images, np.stack([wanted] * len(drawn)))
-    assert found == pytest.approx([value for _, value in drawn.values()])
+    images = np.stack([image for image, _ in cases.values()])
+    overlaps = silhouettes.overlaps(images, np.stack([mask] * len(cases)))
+    assert overlaps == pytest.approx([value for _, value in cases.values()])
 
 
 def test_an_empty_image_agrees_with_an_empty_silhouette() -> None:
@@ -62,9 +62,9 @@ def test_an_empty_image_agrees_with_an_empty_silhouette() -> None:
 def test_rendered_scenes_overlap_only_with_their_own_silhouettes() -> None:
     rng = np.random.default_rng(5)
     expected = [scenes.sample_scene(rng) for _ in range(20)]
-    masks = np.stack([silhouettes.silhouette(each) for each in expected])
-    drawn = np.stack([scenes.render(each) for each in expected])
-    own, others = silhouettes.overlaps(drawn, masks), silhouettes.overlaps(drawn, np.roll(masks, 1, axis=0))
+    masks = np.stack([silhouettes.silhouette(original) for original in expected])
+    rendered = np.stack([scenes.render(original) for original in expected])
+    own, others = silhouettes.overlaps(rendered, masks), silhouettes.overlaps(rendered, np.roll(masks, 1, axis=0))
     assert own.min() > 0.7
     assert own.mean() > 0.85
     assert others.mean() < 0.5

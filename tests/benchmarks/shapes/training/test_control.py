@@ -1,4 +1,4 @@
-"""The ControlNet's training begins at nothing, a resumed run equals an uninterrupted one, the shipped one controls."""
+"""Training of the ControlNet: its start, a resumed run, the export; and the effect of the shipped ControlNet."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,17 +25,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ControlTra
     return run, train(run, model.model_path(), SETTINGS, "cpu", resume=False)
 
 
-def same(one: Any, other: Any) -> bool:
+def equal(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
     if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
+        return len(one) == len(other) and all(map(equal, one, other))
     return bool(one == other)
 
 
-def test_an_untrained_controlnet_changes_nothing() -> None:
+def test_an_untrained_controlnet_does_not_change_the_error() -> None:
     errors = ControlTrainer(model.model_path(), SETTINGS, "cpu").held_out()
     assert errors["held_out"] == errors["without"] > 0
 
@@ -44,7 +44,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     finished: tuple[Path, ControlTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class CutOffError(Exception):
-        """Stands for the power failure."""
+        """A simulated power failure."""
 
     save = checkpoint.save
 
@@ -60,7 +60,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     train(tmp_path, model.model_path(), SETTINGS, "cpu", resume=True)
     one, other = (checkpoint.load(run / "control.pt") for run in (finished[0], tmp_path))
     assert one["step"] == 2
-    assert same(one, other)
+    assert equal(one, other)
     assert [row["step"] for row in checkpoint.read_log(tmp_path / "control.jsonl")] == [1, 2]
 
 
@@ -72,28 +72,30 @@ def test_the_controlnet_learns_and_the_unet_does_not(finished: tuple[Path, Contr
     assert not torch.equal(
         trainer.net.controlnet_down_blocks[0].weight, torch.zeros_like(trainer.net.controlnet_down_blocks[0].weight)
     )
-    assert same(dict(trainer.unet.state_dict()), dict(fresh.unet.state_dict()))
+    assert equal(dict(trainer.unet.state_dict()), dict(fresh.unet.state_dict()))
     assert all(parameter.grad is None for parameter in trainer.unet.parameters())
 
 
-def test_scenes_are_drawn_afresh_at_each_step_and_the_same_when_repeated(
+def test_each_step_has_its_own_scenes_which_are_reproducible(
     finished: tuple[Path, ControlTrainer],
 ) -> None:
     _, trainer = finished
-    one, again, other = trainer.batch(7, 2), trainer.batch(7, 2), trainer.batch(8, 2)
-    assert same(vars(one), vars(again))
+    one, repeated, other = trainer.batch(7, 2), trainer.batch(7, 2), trainer.batch(8, 2)
+    assert equal(vars(one), vars(repeated))
     assert not torch.equal(one.silhouettes, other.silhouettes)
     assert not torch.equal(one.noisy, other.noisy)
     assert set(one.silhouettes.unique().tolist()) == {0.0, 1.0}
 
 
-def test_the_command_exports_what_it_trained_with_a_card(finished: tuple[Path, ControlTrainer], tmp_path: Path) -> None:
+def test_the_command_exports_the_trained_weights_with_a_card(
+    finished: tuple[Path, ControlTrainer], tmp_path: Path
+) -> None:
     run, trainer = finished
     out = tmp_path / "control"
-    asked = ["--run", str(run), "--out", str(out), "--steps", "2", "--judged", "1", "--threads", "1"]
+    options = ["--run", str(run), "--out", str(out), "--steps", "2", "--judged", "1", "--threads", "1"]
     app = typer.Typer()
     app.command()(train_control.main)
-    result = CliRunner().invoke(app, asked)
+    result = CliRunner().invoke(app, options)
     assert result.exit_code == 0, result.output
     net = ControlNetModel.from_pretrained(out)
     average = trainer.averaged().state_dict()
@@ -107,25 +109,25 @@ def test_the_command_exports_what_it_trained_with_a_card(finished: tuple[Path, C
 def pipe() -> Iterator[StableDiffusionControlNetPipeline]:
     net = ControlNetModel.from_pretrained(model.control_path())
     parts = export.load_pipeline(model.model_path()).components
-    made = StableDiffusionControlNetPipeline(**parts, controlnet=net, requires_safety_checker=False)
-    made.set_progress_bar_config(disable=True)
-    return made
+    controlled = StableDiffusionControlNetPipeline(**parts, controlnet=net, requires_safety_checker=False)
+    controlled.set_progress_bar_config(disable=True)
+    return controlled
 
 
-def test_the_shipped_controlnet_controls(pipe: StableDiffusionControlNetPipeline) -> None:
+def test_the_shipped_controlnet_improves_the_overlap_with_silhouettes(pipe: StableDiffusionControlNetPipeline) -> None:
     rng = np.random.default_rng(41)
-    asked = [scenes.sample_scene(rng) for _ in range(6)]
-    masks = np.stack([silhouettes.silhouette(scene) for scene in asked])
-    found = []
+    originals = [scenes.sample_scene(rng) for _ in range(6)]
+    masks = np.stack([silhouettes.silhouette(scene) for scene in originals])
+    overlaps = []
     for scale in (1.0, 0.0):
         images = pipe(
-            [silhouettes.open_caption(scene) for scene in asked],
+            [silhouettes.open_caption(scene) for scene in originals],
             image=torch.from_numpy(masks).permute(0, 3, 1, 2).float() / 255,
             controlnet_conditioning_scale=scale,
             num_inference_steps=10,
             guidance_scale=export.GUIDANCE,
-            generator=[torch.Generator().manual_seed(place) for place in range(len(asked))],
+            generator=[torch.Generator().manual_seed(place) for place in range(len(originals))],
             output_type="np",
         ).images
-        found.append(silhouettes.overlaps(np.rint(images * 255).astype(np.uint8), masks).mean())
-    assert found[0] > found[1] + 0.1
+        overlaps.append(silhouettes.overlaps(np.rint(images * 255).astype(np.uint8), masks).mean())
+    assert overlaps[0] > overlaps[1] + 0.1

@@ -1,4 +1,4 @@
-"""The judge reads drawn scenes without fault and notices what is wrong."""
+"""The rule-based judge reads rendered scenes without errors and finds wrong parts."""
 
 import numpy as np
 import pytest
@@ -7,12 +7,12 @@ from offcut.benchmarks.shapes import scenes
 from offcut.benchmarks.shapes.training import rule_judge
 
 
-def drawn(text: str, seed: int = 0) -> np.ndarray:
+def rendered(text: str, seed: int = 0) -> np.ndarray:
     return scenes.render(scenes.scene_from_caption(text, np.random.default_rng(seed)))
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_drawn_scenes_are_judged_right(held_out: bool) -> None:
+def test_rendered_scenes_are_judged_right(held_out: bool) -> None:
     rng = np.random.default_rng(11)
     for _ in range(40):
         scene = scenes.sample_scene(rng, held_out=held_out)
@@ -23,7 +23,7 @@ def test_drawn_scenes_are_judged_right(held_out: bool) -> None:
 def test_faint_noise_does_not_change_the_verdict() -> None:
     text = "a small blue star above a large red cross on a pink background"
     noise = np.random.default_rng(0).normal(0, 5, (64, 64, 3))
-    picture = np.clip(drawn(text) + noise, 0, 255).astype(np.uint8)
+    picture = np.clip(rendered(text) + noise, 0, 255).astype(np.uint8)
     assert rule_judge.judge_by_rules(picture, text).right
 
 
@@ -36,18 +36,18 @@ def test_faint_noise_does_not_change_the_verdict() -> None:
         ("a red circle above a red circle on a white background", "count"),
     ],
 )
-def test_a_wrong_picture_is_told_from_a_right_one(shown: str, wrong: str) -> None:
-    verdict = rule_judge.judge_by_rules(drawn(shown), "a red circle on a white background")
+def test_a_wrong_part_of_a_picture_is_found(shown: str, wrong: str) -> None:
+    verdict = rule_judge.judge_by_rules(rendered(shown), "a red circle on a white background")
     assert not verdict.right
     assert not getattr(verdict, wrong)
 
 
 def test_relations_and_the_assignment_of_shapes_are_judged() -> None:
-    asked = "a red circle left of a blue square on a white background"
-    turned = rule_judge.judge_by_rules(drawn("a red circle right of a blue square on a white background"), asked)
+    caption = "a red circle left of a blue square on a white background"
+    turned = rule_judge.judge_by_rules(rendered("a red circle right of a blue square on a white background"), caption)
     assert turned.shapes
     assert not turned.relation
-    swapped = rule_judge.judge_by_rules(drawn("a red square left of a blue circle on a white background"), asked)
+    swapped = rule_judge.judge_by_rules(rendered("a red square left of a blue circle on a white background"), caption)
     assert swapped.relation
     assert not swapped.shapes
 

@@ -1,4 +1,4 @@
-"""The tokenizer: CLIP's file format, one token a word, every text encodes and decodes."""
+"""The tokenizer has CLIP's file format, gives each word of a caption one token, and encodes and decodes any text."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,9 @@ from offcut.benchmarks.shapes.training import tokenizer
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.write_tokenizer(made)
-    return made
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.write_tokenizer(folder)
+    return folder
 
 
 def test_captions_come_back_and_every_word_is_one_token(directory: Path) -> None:
@@ -38,13 +38,13 @@ def test_padding_start_and_end_are_as_the_networks_expect(directory: Path) -> No
     assert len(loaded) == config.vocab_size
 
 
-def test_words_that_no_caption_has_still_encode(directory: Path) -> None:
+def test_words_outside_of_captions_are_encoded_too(directory: Path) -> None:
     loaded = tokenizer.load_tokenizer(directory)
     text = "zwölf café 42!"
     assert loaded.decode(loaded(text).input_ids, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
 
 
-def test_the_files_are_the_classic_ones(directory: Path) -> None:
+def test_the_files_have_clips_format(directory: Path) -> None:
     vocabulary = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
     lines = (directory / "merges.txt").read_text(encoding="utf-8").splitlines()
     assert sorted(vocabulary.values()) == list(range(len(vocabulary)))
@@ -53,6 +53,6 @@ def test_the_files_are_the_classic_ones(directory: Path) -> None:
     assert "circle</w>" in vocabulary
 
 
-def test_merges_are_learnt_most_frequent_pair_first() -> None:
+def test_the_most_frequent_pair_is_merged_first() -> None:
     assert tokenizer.learn_merges({"aab": 3, "ab": 1}) == [("a", "b</w>"), ("a", "ab</w>")]
     assert tokenizer.learn_merges({"a": 5}) == []

@@ -1,4 +1,4 @@
-"""Training: a few steps run, a resumed run equals an uninterrupted one, the export holds what was trained."""
+"""Training: a few steps run, a resumed run equals an uninterrupted one, the export has the trained weights."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ DENOISER = denoiser_stage.DenoiserSettings(steps=4, batch=2, scenes=24, save_eve
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run and a model, made without an interruption."""
+    """Return a directory with an uninterrupted run and its exported model."""
     home = tmp_path_factory.mktemp("shapes")
     stages = {"vae": VAE, "denoiser": DENOISER, "decoder": DECODER}
     train.train(home / "run", home / "model", **stages, resume=False, sample_seeds=(0,), judged=1)
@@ -26,11 +26,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class CutOffError(Exception):
-    """Stands for the power failure."""
+    """A simulated power failure."""
 
 
 def cut_off_after(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Makes the run fail right after its first checkpoint of that name."""
+    """Make the run fail right after its first checkpoint with this name."""
     save = checkpoint.save
 
     def failing(path: Path, state: Any) -> None:
@@ -47,13 +47,13 @@ def all_stages(run: Path) -> None:
     decoder_stage.train_decoder(run, DECODER, "cpu", resume=True)
 
 
-def same(one: Any, other: Any) -> bool:
+def equal(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
     if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
+        return len(one) == len(other) and all(map(equal, one, other))
     return bool(one == other)
 
 
@@ -68,7 +68,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
         assert checkpoint.load(tmp_path / name)["step"] == 2
     all_stages(tmp_path)
     for name in ("vae.pt", "latents.pt", "denoiser.pt", "decoder.pt"):
-        assert same(checkpoint.load(finished / "run" / name), checkpoint.load(tmp_path / name)), name
+        assert equal(checkpoint.load(finished / "run" / name), checkpoint.load(tmp_path / name)), name
 
 
 def test_the_export_holds_the_averaged_weights_in_half_precision(finished: Path) -> None:
@@ -76,14 +76,14 @@ def test_the_export_holds_the_averaged_weights_in_half_precision(finished: Path)
     assert "| held-out pair | 1 |" in (finished / "model" / "README.md").read_text(encoding="utf-8")
     pipe = export.load_pipeline(finished / "model")
     for name, module in (("unet", pipe.unet), ("text_encoder", pipe.text_encoder)):
-        wanted = average[f"{name}_average"]
+        weights = average[f"{name}_average"]
         assert module.dtype == torch.float32
         for key, value in module.state_dict().items():
-            assert torch.equal(value, wanted[key].half().float()), key
+            assert torch.equal(value, weights[key].half().float()), key
     assert pipe.vae.config.scaling_factor == checkpoint.load(finished / "run" / "vae.pt")["scaling_factor"]
 
 
-def test_the_last_stage_changes_the_decoder_only(finished: Path) -> None:
+def test_the_decoder_stage_changes_only_the_decoder(finished: Path) -> None:
     first = checkpoint.load(finished / "run" / "vae.pt")["vae"]
     last = vae_stage.load_vae(finished / "run").state_dict()
     changed = {name.split(".")[0] for name in first if not torch.equal(first[name], last[name])}
@@ -96,7 +96,7 @@ def test_scaled_latents_have_about_unit_variance(finished: Path) -> None:
     assert latents.std() == pytest.approx(1, abs=0.3)
 
 
-def test_the_log_has_a_line_per_interval_and_forgets_what_was_undone(finished: Path, tmp_path: Path) -> None:
+def test_the_log_has_a_line_per_interval_and_drops_lines_after_the_start(finished: Path, tmp_path: Path) -> None:
     rows = checkpoint.read_log(finished / "run" / "denoiser.jsonl")
     assert [row["step"] for row in rows] == [2, 4]
     assert all(row["loss"] > 0 and row["seconds_per_step"] > 0 for row in rows)
@@ -116,10 +116,10 @@ def test_noise_levels_are_spread_over_the_whole_schedule() -> None:
 
 def test_early_steps_prefer_one_large_object(finished: Path) -> None:
     data = denoiser_stage.training_set(finished / "run", vae_stage.load_vae(finished / "run"), DENOISER, "cpu")
-    drawn = vae_stage.training_scenes(DENOISER.scenes, DENOISER.seed)
+    originals = vae_stage.training_scenes(DENOISER.scenes, DENOISER.seed)
     assert len(data.early) > 0
     for index in data.early.tolist():
-        assert [item.size for item in drawn[index].items] == ["large"]
+        assert [item.size for item in originals[index].items] == ["large"]
 
 
 def test_the_rate_warms_up_and_falls() -> None:
@@ -130,7 +130,7 @@ def test_the_rate_warms_up_and_falls() -> None:
     assert 0 < rates[-1] < 0.03
 
 
-def test_the_average_follows_the_weights() -> None:
+def test_the_average_converges_to_the_weights() -> None:
     module = torch.nn.Linear(2, 2)
     average = checkpoint.Average(module, limit=0.5)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_the_average_follows_the_weights() -> None:
     assert torch.allclose(average.state["weight"], module.weight)
 
 
-def test_an_export_without_checkpoints_says_what_to_run(tmp_path: Path) -> None:
+def test_an_export_without_checkpoints_names_the_command_to_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="train"):
         export.export(tmp_path, tmp_path / "model")
     app = typer.Typer()
