@@ -124,7 +124,11 @@ def prune(bundle: Path, dry_run: bool = False) -> PrunedFiles:
             tuple(name for name in unnamed if name not in removed),
         )
         if not dry_run:
-            _remove([bundle / name for name in removed], bundle)
+            for name in removed:
+                (bundle / name).unlink()
+            for folder in sorted((path for path in bundle.rglob("*") if path.is_dir()), reverse=True):
+                if _is_build_output(f"{folder.relative_to(bundle).as_posix()}/") and not any(folder.iterdir()):
+                    folder.rmdir()
     return pruned
 
 
